@@ -1,0 +1,37 @@
+# Every target sets up what it needs; the environment lives in .venv and is rebuilt when pyproject.toml changes.
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+
+.PHONY: demo test check bench claims docs clean
+
+demo: $(VENV)/.test
+	$(BIN)/moeify train --output runs/demo
+
+test: $(VENV)/.test
+	$(BIN)/python -m pytest tests
+
+check: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyrefly check
+	$(BIN)/lint-imports
+	$(BIN)/codespell
+
+bench: $(VENV)/.test
+	$(BIN)/python benchmarks/run.py
+
+claims: $(VENV)/.test
+	$(BIN)/python -m pytest tests -m slow
+	for claim in claims/*.py; do $(BIN)/python $$claim || exit 1; done
+
+docs: $(VENV)/.dev
+	$(BIN)/mkdocs build --strict
+
+clean:
+	rm -rf $(VENV) site runs
+
+$(VENV)/.%: pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --editable '.[$*]'
+	touch $@

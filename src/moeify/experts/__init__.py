@@ -1,0 +1,7 @@
+"""Experts: rows sorted by expert -> rows."""
+
+from moeify.experts.base import Experts
+from moeify.experts.blocks import Blocks, Each, Identity, Zero
+from moeify.experts.ffn import FFN, ClampedGlu, Glu, Plain
+
+__all__ = ["FFN", "Blocks", "ClampedGlu", "Each", "Experts", "Glu", "Identity", "Plain", "Zero"]

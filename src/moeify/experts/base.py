@@ -1,0 +1,22 @@
+"""What experts must be: a module that answers rows sorted by expert."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+
+class Experts(nn.Module, ABC):
+    """A bank of experts.
+
+    Attributes:
+        num_experts: E.
+    """
+
+    num_experts: int
+
+    @abstractmethod
+    def forward(self, rows: Float[Tensor, "R D"], counts: Int[Tensor, "E"]) -> Float[Tensor, "R O"]:
+        """Answer `counts[0]` rows by the first expert, the next `counts[1]` by the second, and so on."""

@@ -1,0 +1,80 @@
+"""Experts of different kinds and sizes side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from moeify.experts.base import Experts
+
+
+class Each(Experts):
+    """Any modules as experts, each called on its own rows.
+
+    Args:
+        modules: one module per expert, from (R, D) to (R, O).
+    """
+
+    def __init__(self, modules: Iterable[nn.Module]) -> None:
+        super().__init__()
+        self.experts = nn.ModuleList(modules)
+        self.num_experts = len(self.experts)
+
+    def forward(self, rows: Float[Tensor, "R D"], counts: Int[Tensor, "E"]) -> Float[Tensor, "R O"]:
+        """Call every expert, also those without rows, so that all stay in the autograd graph."""
+        parts = rows.split(counts.tolist())
+        return torch.cat([expert(part) for expert, part in zip(self.experts, parts, strict=True)])
+
+
+class Blocks(Experts):
+    """Banks of experts in a row: small and large ones, identity, zero.
+
+    Args:
+        banks: experts of the same output width.
+    """
+
+    def __init__(self, banks: Iterable[Experts]) -> None:
+        super().__init__()
+        banks = list(banks)
+        self.banks = nn.ModuleList(banks)
+        self._sizes = [bank.num_experts for bank in banks]
+        self.num_experts = sum(self._sizes)
+
+    def forward(self, rows: Float[Tensor, "R D"], counts: Int[Tensor, "E"]) -> Float[Tensor, "R O"]:
+        """Give every bank the rows of its experts."""
+        by_bank = counts.split(self._sizes)
+        parts = rows.split([int(c.sum()) for c in by_bank])
+        return torch.cat([bank(part, c) for bank, part, c in zip(self.banks, parts, by_bank, strict=True)])
+
+
+class Identity(Experts):
+    """Experts that answer with what they read (copy experts of MoE++, zero-computation experts of LongCat)."""
+
+    def __init__(self, num_experts: int = 1) -> None:
+        super().__init__()
+        self.num_experts = num_experts
+
+    def forward(self, rows: Float[Tensor, "R D"], counts: Int[Tensor, "E"]) -> Float[Tensor, "R D"]:
+        """Return the rows."""
+        return rows
+
+
+class Zero(Experts):
+    """Experts that answer nothing (zero experts of MoE++).
+
+    Args:
+        num_experts: E.
+        width_out: O, if it differs from the width of the rows.
+    """
+
+    def __init__(self, num_experts: int = 1, width_out: int | None = None) -> None:
+        super().__init__()
+        self.num_experts = num_experts
+        self.width_out = width_out
+
+    def forward(self, rows: Float[Tensor, "R D"], counts: Int[Tensor, "E"]) -> Float[Tensor, "R O"]:
+        """Return zeros."""
+        return rows.new_zeros(rows.shape[0], self.width_out or rows.shape[1])

@@ -1,0 +1,122 @@
+"""The usual expert: two or three linear maps with a nonlinearity between, stacked over all experts."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from moeify.experts.base import Experts
+from moeify.kernels import grouped_linear
+
+Activation = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Plain:
+    """`act(up)`: the nonlinearity of an FFN with two linear maps."""
+
+    act: Activation
+    maps = 1
+
+    def __call__(self, up: Float[Tensor, "R H"]) -> Float[Tensor, "R H"]:
+        """Apply the activation."""
+        return self.act(up)
+
+
+@dataclass(frozen=True)
+class Glu:
+    """`act(gate) · up`: the gated nonlinearity; SwiGLU for silu, GEGLU for gelu (Shazeer 2020)."""
+
+    act: Activation
+    maps = 2
+
+    def __call__(self, gate_up: Float[Tensor, "R 2H"]) -> Float[Tensor, "R H"]:
+        """Gate the second half by the activated first half."""
+        gate, up = gate_up.chunk(2, dim=-1)
+        return self.act(gate) * up
+
+
+@dataclass(frozen=True)
+class ClampedGlu:
+    """`(up + 1) · gate · sigmoid(alpha · gate)` with clamped parts, gate and up interleaved (GPT-OSS)."""
+
+    alpha: float = 1.702
+    limit: float = 7.0
+    maps = 2
+
+    def __call__(self, gate_up: Float[Tensor, "R 2H"]) -> Float[Tensor, "R H"]:
+        """Gate the odd columns by the even ones."""
+        gate = gate_up[..., ::2].clamp(max=self.limit)
+        up = gate_up[..., 1::2].clamp(-self.limit, self.limit)
+        return (up + 1) * gate * torch.sigmoid(self.alpha * gate)
+
+
+Inner = Plain | Glu | ClampedGlu
+
+
+class FFN(Experts):
+    """E feed-forward networks, stacked as transformers stacks them, so that exporting is renaming.
+
+    Parameters are `gate_up_proj (E, 2H, D)`, or `up_proj (E, H, D)` without a gate, and `down_proj (E, O, H)`; with
+    biases also `gate_up_proj_bias (E, 2H)` or `up_proj_bias (E, H)`, and `down_proj_bias (E, O)`.
+
+    Args:
+        num_experts: E.
+        width: D.
+        hidden: H.
+        inner: the nonlinearity between the maps; it also says whether the first map is gated.
+        bias: give every map a bias.
+        width_out: O, D if not given.
+        dropout: probability of dropping a hidden unit after the nonlinearity (expert dropout of Switch).
+    """
+
+    def __init__(
+        self,
+        num_experts: int,
+        width: int,
+        hidden: int,
+        *,
+        inner: Inner = Glu(F.silu),
+        bias: bool = False,
+        width_out: int | None = None,
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.num_experts, self.width, self.hidden = num_experts, width, hidden
+        self.width_out = width if width_out is None else width_out
+        self.inner = inner
+        self.dropout = nn.Dropout(dropout)
+        self._up = "gate_up_proj" if inner.maps == 2 else "up_proj"
+        for name, rows, columns in [
+            (self._up, inner.maps * hidden, width),
+            ("down_proj", self.width_out, hidden),
+        ]:
+            weight = torch.empty(num_experts, rows, columns).uniform_(-1, 1) / math.sqrt(columns)
+            self.register_parameter(name, nn.Parameter(weight))
+            self.register_parameter(f"{name}_bias", nn.Parameter(torch.zeros(num_experts, rows)) if bias else None)
+
+    @property
+    def up(self) -> tuple[Float[Tensor, "E M D"], Float[Tensor, "E M"] | None]:
+        """Weight and bias of the first map, whatever its name."""
+        return self.get_parameter(self._up), self._parameters[f"{self._up}_bias"]
+
+    @property
+    def down(self) -> tuple[Float[Tensor, "E O H"], Float[Tensor, "E O"] | None]:
+        """Weight and bias of the last map."""
+        return self.get_parameter("down_proj"), self._parameters["down_proj_bias"]
+
+    def forward(self, rows: Float[Tensor, "R D"], counts: Int[Tensor, "E"]) -> Float[Tensor, "R O"]:
+        """`down(inner(up(rows)))`, each row by its own expert."""
+        (up, up_bias), (down, down_bias) = self.up, self.down
+        hidden = self.dropout(self.inner(grouped_linear(rows, up, counts, up_bias)))
+        return grouped_linear(hidden, down, counts, down_bias)
+
+    def extra_repr(self) -> str:
+        """Sizes and nonlinearity."""
+        return f"experts={self.num_experts}, {self.width} -> {self.hidden} -> {self.width_out}, inner={self.inner}"

@@ -1,0 +1,101 @@
+"""`grouped_linear` for everyday use: torch's grouped matrix product where it fits, one product per expert elsewhere.
+
+The product is one custom operator, so that it can be captured whole by `torch.compile` for every dtype, is
+differentiable without a copy of the weights, and always sees contiguous gradients.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def grouped_linear(
+    rows: Float[Tensor, "R D"],
+    weight: Float[Tensor, "E O D"],
+    counts: Int[Tensor, "E"],
+    bias: Float[Tensor, "E O"] | None = None,
+) -> Float[Tensor, "R O"]:
+    """Map the first `counts[0]` rows by `weight[0]`, the next `counts[1]` by `weight[1]`, and so on.
+
+    Follows autocast; otherwise rows take the dtype of the weight.
+
+    Args:
+        rows: rows sorted by expert; `counts` sums to R.
+        weight: one matrix per expert.
+        counts: rows of each expert.
+        bias: one vector per expert.
+    """
+    device = rows.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+    out = torch.ops.moeify.grouped_matmul(rows.to(dtype), weight.to(dtype), counts)
+    if bias is None:
+        return out
+    return out + torch.repeat_interleave(bias.to(dtype), counts, dim=0, output_size=rows.shape[0])
+
+
+@torch.library.custom_op("moeify::grouped_matmul", mutates_args=())
+def grouped_matmul(rows: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
+    """rows (R, D), weight (E, O, D) -> (R, O): the row times the transposed weight of its expert."""
+    rows = rows.contiguous()
+    if _fits_grouped_mm(rows, weight):
+        return F.grouped_mm(rows, weight.transpose(1, 2), offs=counts.cumsum(0, dtype=torch.int32))
+    out = rows.new_empty(rows.shape[0], weight.shape[1])
+    sizes = counts.tolist()
+    for part, matrix, answer in zip(rows.split(sizes), weight.unbind(), out.split(sizes), strict=True):
+        torch.mm(part, matrix.t(), out=answer)
+    return out
+
+
+@grouped_matmul.register_fake
+def _(rows: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
+    return rows.new_empty(rows.shape[0], weight.shape[1])
+
+
+@torch.library.custom_op("moeify::grouped_outer", mutates_args=())
+def grouped_outer(left: Tensor, right: Tensor, counts: Tensor) -> Tensor:
+    """left (R, O), right (R, D) -> (E, O, D): the sum of outer products over the rows of each expert."""
+    left, right = left.contiguous(), right.contiguous()
+    if _fits_grouped_mm(left, right):
+        return F.grouped_mm(left.t(), right, offs=counts.cumsum(0, dtype=torch.int32))
+    out = left.new_empty(counts.shape[0], left.shape[1], right.shape[1])
+    sizes = counts.tolist()
+    for a, b, answer in zip(left.split(sizes), right.split(sizes), out.unbind(), strict=True):
+        torch.mm(a.t(), b, out=answer)
+    return out
+
+
+@grouped_outer.register_fake
+def _(left: Tensor, right: Tensor, counts: Tensor) -> Tensor:
+    return left.new_empty(counts.shape[0], left.shape[1], right.shape[1])
+
+
+def _keep_inputs(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _gradients(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+    rows, weight, counts = ctx.saved_tensors
+    for_rows, for_weight, _ = ctx.needs_input_grad
+    return (
+        grouped_matmul(gradient, weight.transpose(1, 2), counts) if for_rows else None,
+        grouped_outer(gradient, rows, counts) if for_weight else None,
+        None,
+    )
+
+
+grouped_matmul.register_autograd(_gradients, setup_context=_keep_inputs)
+
+
+def _fits_grouped_mm(left: Tensor, right: Tensor) -> bool:
+    """bf16 on a CUDA device of compute capability 8.0 or newer, with rows aligned to 16 bytes (torch's own limits)."""
+    return (
+        left.is_cuda
+        and left.dtype == torch.bfloat16
+        and torch.cuda.get_device_capability(left.device) >= (8, 0)
+        and all(size % 8 == 0 for size in (left.shape[-1], *right.shape[-2:]))
+    )

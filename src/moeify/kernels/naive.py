@@ -1,0 +1,19 @@
+"""The definition of `grouped_linear`; every faster version must agree with it, gradient included."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def naive_grouped_linear(
+    rows: Float[Tensor, "R D"],
+    weight: Float[Tensor, "E O D"],
+    counts: Int[Tensor, "E"],
+    bias: Float[Tensor, "E O"] | None = None,
+) -> Float[Tensor, "R O"]:
+    """Map the first `counts[0]` rows by `weight[0]`, the next `counts[1]` by `weight[1]`, and so on."""
+    parts = rows.split(counts.tolist())
+    return torch.cat([F.linear(part, weight[e], None if bias is None else bias[e]) for e, part in enumerate(parts)])

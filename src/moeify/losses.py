@@ -1,0 +1,88 @@
+"""Balance losses as plain functions of a routing decision.
+
+Each is of one layer; average them over layers. Padding is not part of a decision, so it is not part of a loss.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from moeify.routing import Assignment, Routing
+
+Scope = Literal["batch", "sequence"]
+
+
+def share(routing: Assignment) -> Float[Tensor, "E"]:
+    """f_j: the share of all rows that each expert was asked for, before any capacity limit; sums to 1."""
+    return routing.demand / routing.demand.sum().clamp_min(1)
+
+
+def probability(routing: Routing) -> Float[Tensor, "L E"]:
+    """P_lj: each decision's scores, normalised to sum to 1 (they do for softmax; not for sigmoid).
+
+    Raises:
+        ValueError: the decision keeps no scores.
+    """
+    if routing.scores is None:
+        raise ValueError("this router keeps no scores, so there is nothing to balance by a loss; try a controller")
+    return routing.scores / routing.scores.sum(-1, keepdim=True)
+
+
+def balance(routing: Assignment, scope: Scope = "batch", demand: Float[Tensor, "E"] | None = None) -> Float[Tensor, ""]:
+    """E · Σ_j f_j · P_j, which is 1.0 for perfect balance whatever k is (Switch, eqs. 4-6).
+
+    The gradient flows through P only.
+
+    Args:
+        routing: a decision with scores.
+        scope: over what f and P are taken: the `batch` at hand, or each `sequence` by itself, averaged over their
+            tokens (DeepSeek-V3, eqs. 17-20).
+        demand: the rows asked of each expert over a wider scope than this batch, such as all micro-batches and ranks
+            of a step (global-batch balance, arXiv 2501.11873); only with scope `batch`.
+
+    Raises:
+        ValueError: no scores, or scope `sequence` for a router that does not decide token by token.
+    """
+    p = probability(routing)
+    num_experts = p.shape[-1]
+    if scope == "batch":
+        f = share(routing) if demand is None else demand / demand.sum().clamp_min(1)
+        return num_experts * (f * p.mean(0)).sum()
+    if routing.index is None or routing.group is None or len(routing.index) != len(p):
+        raise ValueError("balance by sequence needs a decision of its own for every token, with k experts each")
+    asked = torch.zeros_like(p).scatter(1, routing.index, 1.0)
+    group = routing.group.unique(return_inverse=True)[1]
+    by_group = asked.new_zeros(int(group.max()) + 1, num_experts).index_add(0, group, asked)
+    f = by_group / by_group.sum(-1, keepdim=True)
+    return num_experts * (f[group] * p).sum(-1).mean()
+
+
+def importance(routing: Assignment) -> Float[Tensor, ""]:
+    """CV² of the summed weights of each expert; 0 for perfect balance (Shazeer et al. 2017, eq. 7)."""
+    weight = routing.weight.float().flatten(1).sum(-1) if routing.weight.dim() > 1 else routing.weight.float()
+    return cv_squared(weight.new_zeros(len(routing.counts)).index_add(0, routing.expert, weight))
+
+
+def load(routing: Assignment) -> Float[Tensor, ""]:
+    """CV² of the rows asked of each expert; 0 for perfect balance. It has no gradient: it measures."""
+    return cv_squared(routing.demand.float())
+
+
+def cv_squared(v: Float[Tensor, "E"]) -> Float[Tensor, ""]:
+    """Variance over squared mean."""
+    return v.var(correction=0) / (v.mean() ** 2 + 1e-10)
+
+
+def z(routing: Routing) -> Float[Tensor, ""]:
+    """Mean over decisions of logsumexp(logits)², which keeps router logits small (ST-MoE, eq. 5).
+
+    Raises:
+        ValueError: the decision keeps no logits.
+    """
+    if routing.logits is None:
+        raise ValueError("this router computes no logits, so it has no z-loss")
+    return routing.logits.logsumexp(-1).square().mean()

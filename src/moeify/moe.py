@@ -1,0 +1,74 @@
+"""The sparse layer: tokens -> router -> dispatch -> experts -> combine."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from moeify import backends
+from moeify.context import Context
+from moeify.experts.base import Experts
+from moeify.routers.base import Router
+from moeify.routing import Routing
+
+
+class MoE(nn.Module):
+    """A sparse mixture of experts in the place of a feed-forward network.
+
+    Args:
+        router: decides which expert reads which token.
+        experts: the experts.
+        shared: a module that reads every token beside the experts, such as a shared expert.
+        backend: how the layer is computed, see `moeify.backends`.
+        context: what the model was called with; `sparsify` gives the layers of one stack the same one.
+        name: the layer's name in its model, for messages.
+
+    Raises:
+        ValueError: in `forward`, a named backend that cannot serve the call.
+        FloatingPointError: in `forward`, router logits that are not finite; checked where it costs no
+            synchronisation (on the CPU), elsewhere with `MOEIFY_CHECK=1`.
+    """
+
+    def __init__(
+        self,
+        router: Router,
+        experts: Experts,
+        shared: nn.Module | None = None,
+        *,
+        backend: str = "auto",
+        context: Context | None = None,
+        name: str = "",
+    ) -> None:
+        super().__init__()
+        self.router = router
+        self.experts = experts
+        self.shared = shared
+        self.backend = backend
+        self.context = Context() if context is None else context
+        self.name = name
+
+    def forward(self, x: Float[Tensor, "... D"]) -> Float[Tensor, "..."]:
+        """Route the tokens, run their experts, and add the shared module's answer."""
+        routing = self.router(x, self.context)
+        self._require_finite(routing)
+        y = backends.run(self.backend, x, routing, self.experts)
+        return y if self.shared is None else y + self.shared(x)
+
+    def _require_finite(self, routing: Routing) -> None:
+        if torch.compiler.is_compiling() or routing.logits is None:
+            return
+        free = routing.logits.device.type == "cpu" or os.environ.get("MOEIFY_CHECK") == "1"
+        if free and not torch.isfinite(routing.logits.detach()).all():
+            finite = torch.isfinite(routing.logits.detach()).all(-1)
+            raise FloatingPointError(
+                f"{self.name or 'a sparse layer'} was given activations that are not finite: the router logits of "
+                f"{int((~finite).sum())} of {finite.numel()} tokens are NaN or infinite; the fault lies before this "
+                "layer (an overflow, a bad batch, or a learning rate that is too high)"
+            )
+
+    def extra_repr(self) -> str:
+        """How the layer is computed."""
+        return f"backend={self.backend!r}"

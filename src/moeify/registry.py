@@ -1,0 +1,110 @@
+"""Names for functions and classes, for JSON files and the command line only.
+
+Code passes the thing itself; a name exists where a thing cannot be passed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+_BY_NAME: dict[str, dict[str, Callable]] = {}
+
+
+def register(kind: str, name: str) -> Callable[[Any], Any]:
+    """Decorate a function or class to give it the name that files and the command line use for it.
+
+    Raises:
+        ValueError: the name is taken by something else of the same kind.
+    """
+
+    def give_name(thing: Any) -> Any:
+        taken = _BY_NAME.setdefault(kind, {}).setdefault(name, thing)
+        if taken is not thing:
+            raise ValueError(f"the {kind} name {name!r} already means {taken!r}; choose another name")
+        return thing
+
+    return give_name
+
+
+def names(kind: str) -> list[str]:
+    """Every registered name of one kind, sorted."""
+    return sorted(_BY_NAME.get(kind, {}))
+
+
+def lookup(kind: str, name: str) -> Callable:
+    """The thing that a name stands for.
+
+    Raises:
+        ValueError: no such name; the message lists the nearest ones.
+    """
+    try:
+        return _BY_NAME[kind][name]
+    except KeyError:
+        raise ValueError(f"no {kind} is called {name!r}; {_suggest(name, names(kind))}") from None
+
+
+def _suggest(name: str, known: list[str]) -> str:
+    near = difflib.get_close_matches(name, known)
+    return f"did you mean {' or '.join(map(repr, near))}?" if near else f"known are: {', '.join(known) or 'none'}"
+
+
+def _name_of(kind: str, thing: Any) -> str:
+    for name, registered in _BY_NAME.get(kind, {}).items():
+        if registered is thing:
+            return name
+    raise ValueError(
+        f"{thing!r} has no name, so a file cannot refer to it; "
+        f"give it one with @moeify.register({kind!r}, 'a-name'), or pass the recipe in code"
+    )
+
+
+def encode(kind: str, thing: Any) -> Any:
+    """Write a registered callable, a partial of one, or an instance of a registered dataclass as plain JSON values."""
+    if isinstance(thing, partial):
+        return {"name": _name_of(kind, thing.func), **dict(_encode_options(thing.keywords))}
+    if dataclasses.is_dataclass(thing) and not isinstance(thing, type):
+        options = {field.name: getattr(thing, field.name) for field in dataclasses.fields(thing)}
+        return {"name": _name_of(kind, type(thing)), **dict(_encode_options(options))}
+    return _name_of(kind, thing)
+
+
+def _encode_options(options: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    for key, value in options.items():
+        yield key, encode(key, value) if callable(value) else value
+
+
+def decode(kind: str, value: Any) -> Any:
+    """The inverse of `encode`: a name, or a mapping of a name and its options.
+
+    An option whose own key is a kind (`score`, `groups`, ...) may again be a name or a mapping.
+
+    Raises:
+        ValueError: an unknown name, or options that the named thing does not take.
+    """
+    if isinstance(value, str):
+        value = {"name": value}
+    if not isinstance(value, dict) or "name" not in value:
+        raise ValueError(f"{kind} must be a name or a mapping with a 'name', got {value!r}")
+    options = {
+        key: decode(key, option) if key in _BY_NAME and isinstance(option, str | dict) else option
+        for key, option in value.items()
+        if key != "name"
+    }
+    thing = lookup(kind, value["name"])
+    _check_options(kind, value["name"], thing, options)
+    if isinstance(thing, type) and dataclasses.is_dataclass(thing):
+        return thing(**options)
+    return partial(thing, **options) if options else thing
+
+
+def _check_options(kind: str, name: str, thing: Callable, options: dict[str, Any]) -> None:
+    import inspect
+
+    known = list(inspect.signature(thing).parameters)
+    for key in options:
+        if key not in known:
+            raise ValueError(f"{kind} {name!r} has no option {key!r}; {_suggest(key, known)}")

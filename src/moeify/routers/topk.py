@@ -1,0 +1,196 @@
+"""Token choice: every token takes the k experts that score highest.
+
+Mixtral, Switch, OLMoE, Qwen, DeepSeek, GPT-OSS and most routers of released models are settings of this one router:
+
+    s = score(W x)                     softmax | sigmoid | sqrt(softplus)
+    c = s + b   (or W x + b)           the bias moves choices, never weights
+    c = groups(c)                      experts of the other groups cannot be chosen
+    i = topk(c, k);  g = s[i]
+    g = g / sum(g);  g = scale · g
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from moeify.context import Context
+from moeify.registry import register
+from moeify.routers.base import Router, project, real_tokens
+from moeify.routing import Assignment, assign
+
+Score = Callable[[Tensor], Tensor]
+
+
+@register("score", "softmax")
+def softmax(logits: Float[Tensor, "T E"]) -> Float[Tensor, "T E"]:
+    """exp(z) / Σ exp(z): experts compete."""
+    return logits.softmax(-1)
+
+
+@register("score", "sigmoid")
+def sigmoid(logits: Float[Tensor, "T E"]) -> Float[Tensor, "T E"]:
+    """1 / (1 + exp(-z)): every expert is judged alone (DeepSeek-V3)."""
+    return logits.sigmoid()
+
+
+@register("score", "sqrt_softplus")
+def sqrt_softplus(logits: Float[Tensor, "T E"]) -> Float[Tensor, "T E"]:
+    """sqrt(log(1 + exp(z))) (DeepSeek-V4)."""
+    return F.softplus(logits).sqrt()
+
+
+@register("groups", "groups")
+@dataclass(frozen=True)
+class Groups:
+    """Group-limited routing: a token may only use experts of its best groups (DeepSeek-V2 and V3).
+
+    Attributes:
+        count: number of groups; the experts of a group lie side by side.
+        keep: groups that a token may use.
+        reduce: a group is worth its best expert (`max`, V2) or its two best (`top2`, V3).
+        fill: what the other groups' experts score: -inf, so that they cannot be chosen.
+    """
+
+    count: int
+    keep: int
+    reduce: Literal["max", "top2"] = "max"
+    fill: float = float("-inf")
+
+    def __call__(self, choice: Float[Tensor, "T E"]) -> Float[Tensor, "T E"]:
+        """Fill the scores of the experts in all but each token's best groups."""
+        by_group = choice.unflatten(-1, (self.count, -1))  # (T, count, E / count)
+        best = 1 if self.reduce == "max" else min(2, by_group.shape[-1])
+        worth = by_group.topk(best, dim=-1).values.sum(-1)
+        kept = torch.zeros_like(worth, dtype=torch.bool).scatter(-1, worth.topk(self.keep, dim=-1).indices, True)
+        return by_group.masked_fill(~kept.unsqueeze(-1), self.fill).flatten(-2)
+
+
+@register("router", "topk")
+class TopK(Router):
+    """Token choice with k experts per token.
+
+    Args:
+        width: D.
+        num_experts: E.
+        k: experts per token.
+        score: what turns logits into weights.
+        select: whether experts are chosen by their score or by their logit, which differ once there is a bias.
+        selection_bias: keep a bias per expert, in fp32, that a controller of `moeify.balance` moves.
+        groups: limits the choice to a token's best groups of experts.
+        normalize: divide a token's weights by their sum.
+        scale: multiplies the weights.
+        per: decide for every token, or once for all tokens of a sequence or image from their mean (Mobile V-MoE).
+        jitter: multiply the router's input by U(1 - jitter, 1 + jitter) in training; the experts do not see it.
+        bias: give the projection a bias of its own (GPT-OSS).
+        init_std: standard deviation of the normal initialisation of the projection.
+
+    Raises:
+        ValueError: k outside 1..E; k = 1 with normalised weights; groups that do not divide E or leave fewer than k.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        num_experts: int,
+        *,
+        k: int = 2,
+        score: Score = softmax,
+        select: Literal["score", "logit"] = "score",
+        selection_bias: bool = False,
+        groups: Groups | None = None,
+        normalize: bool = True,
+        scale: float = 1.0,
+        per: Literal["token", "group"] = "token",
+        jitter: float = 0.0,
+        bias: bool = False,
+        init_std: float = 0.02,
+    ) -> None:
+        super().__init__()
+        _check_choice(k, num_experts, normalize, groups)
+        self.num_experts = num_experts
+        self.k = k
+        self.score = score
+        self.select = select
+        self.groups = groups
+        self.normalize = normalize
+        self.scale = scale
+        self.per = per
+        self.causal = per == "token"
+        self.preserving = normalize and scale == 1.0
+        self.jitter = jitter
+        self.weight = nn.Parameter(torch.randn(num_experts, width) * init_std)
+        self.bias = nn.Parameter(torch.zeros(num_experts)) if bias else None
+        self.register_buffer("selection_bias", torch.zeros(num_experts) if selection_bias else None)
+
+    def forward(self, x: Float[Tensor, "... D"], context: Context) -> Assignment:
+        """Route every real token, or every group of tokens, to its k best experts."""
+        tokens, positions = real_tokens(x, context)
+        group = context.groups(x.shape[:-1]).to(x.device)
+        if positions is not None:
+            group = group[positions]
+        if self.per == "group":
+            names, group = group.unique(return_inverse=True)
+            tokens = _mean(tokens.float(), group, names.numel())
+        logits = project(self._jittered(tokens), self.weight, self.bias)
+        scores = self.score(logits)
+        index, gates = self.choose(logits, scores)
+        if self.per == "group":
+            index, gates = index[group], gates[group]
+            group = torch.arange(logits.shape[0], device=x.device)
+        return assign(
+            index, gates, self.num_experts,
+            shape=x.shape[:-1], positions=positions, logits=logits, scores=scores, group=group,
+        )  # fmt: skip
+
+    def choose(
+        self, logits: Float[Tensor, "T E"], scores: Float[Tensor, "T E"]
+    ) -> tuple[Int[Tensor, "T K"], Float[Tensor, "T K"]]:
+        """The k experts of every token and their weights."""
+        choice = scores if self.select == "score" else logits
+        if self.selection_bias is not None:
+            choice = choice + self.selection_bias
+        if self.groups is not None:
+            choice = self.groups(choice)
+        index = choice.topk(self.k, dim=-1).indices
+        gates = scores.gather(-1, index)
+        if self.normalize:
+            gates = gates / (gates.sum(-1, keepdim=True) + 1e-20)
+        return index, gates * self.scale
+
+    def _jittered(self, tokens: Float[Tensor, "T D"]) -> Float[Tensor, "T D"]:
+        if not self.training or self.jitter == 0.0:
+            return tokens
+        return tokens * torch.empty_like(tokens).uniform_(1 - self.jitter, 1 + self.jitter)
+
+    def extra_repr(self) -> str:
+        """The settings that tell one token-choice router from another."""
+        return f"experts={self.num_experts}, k={self.k}, score={self.score.__name__}, normalize={self.normalize}"
+
+
+def _mean(tokens: Float[Tensor, "T D"], group: Int[Tensor, "T"], groups: int) -> Float[Tensor, "B D"]:
+    total = tokens.new_zeros(groups, tokens.shape[1]).index_add(0, group, tokens)
+    return total / group.bincount(minlength=groups).unsqueeze(1)
+
+
+def _check_choice(k: int, num_experts: int, normalize: bool, groups: Groups | None) -> None:
+    if not 1 <= k <= num_experts:
+        raise ValueError(f"k={k} experts per token out of {num_experts} experts; choose 1 <= k <= {num_experts}")
+    if k == 1 and normalize and num_experts > 1:
+        raise ValueError(
+            "k=1 with normalised weights: every weight is the constant 1, so the router gets no gradient and never "
+            "learns; pass normalize=False (Switch) or k=2"
+        )
+    if groups is not None:
+        if num_experts % groups.count:
+            raise ValueError(f"{num_experts} experts cannot be divided into {groups.count} groups of equal size")
+        if groups.keep * (num_experts // groups.count) < k:
+            raise ValueError(
+                f"{groups.keep} groups of {num_experts // groups.count} experts leave fewer than k={k} to choose from"
+            )

@@ -1,0 +1,230 @@
+"""The routing decision: a linear map from tokens to rows sorted by expert, and one back.
+
+A sparse layer is `y = C · experts(D · x)`. D says what each expert reads, C how its answers are weighed;
+the pair (D, C) is a `Routing`. Losses, kernels, controllers and reports are functions of it.
+
+Letters, one legend for the package: **T** tokens, **R** rows (one row is one token's visit to one expert),
+**E** experts, **K** experts per token, **N** tokens per group (sequence, image), **S** slots per group,
+**D** width in, **O** width out, **H** hidden width of an expert, **G** gates, **L** decisions (one per routed token,
+or one per group).
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from moeify.registry import register
+
+
+@dataclass(frozen=True, kw_only=True)
+class Routing(ABC):
+    """What each expert reads and how its answers are weighed.
+
+    Attributes:
+        counts: rows given to each expert.
+        logits: what the router computed for each decision; padding is not among them.
+        scores: the logits after the score function, unbiased and not yet selected from.
+        group: the sequence or image that each decision belongs to.
+    """
+
+    counts: Int[Tensor, "E"]
+    logits: Float[Tensor, "L E"] | None = None
+    scores: Float[Tensor, "L E"] | None = None
+    group: Int[Tensor, "L"] | None = None
+
+    @abstractmethod
+    def dispatch(self, x: Float[Tensor, "... D"]) -> Float[Tensor, "R D"]:
+        """Give every expert its rows, sorted by expert."""
+
+    @abstractmethod
+    def combine(self, rows: Float[Tensor, "R O"]) -> Float[Tensor, "..."]:
+        """Weigh the answers and add them up, in fp32, for every token."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Assignment(Routing):
+    """A sparse decision: every row reads one token and adds its weighted answer to that token.
+
+    Attributes:
+        source: the token that a row reads, as an index into the flattened tokens.
+        weight: one weight per row, or G weights for G read-outs of the same expert work.
+        shape: the leading shape of the tokens, padding included.
+        demand: rows that each expert was asked for, before any capacity limit.
+        choice: which of its token's K choices a row is, best first.
+        index: the K experts that every routed token asked for, if each asked for the same number.
+        gates: the weights in the order of `index`.
+    """
+
+    source: Int[Tensor, "R"]
+    weight: Float[Tensor, "R *G"]
+    shape: tuple[int, ...]
+    demand: Int[Tensor, "E"]
+    choice: Int[Tensor, "R"] | None = None
+    index: Int[Tensor, "T K"] | None = None
+    gates: Float[Tensor, "T K *G"] | None = None
+
+    @property
+    def expert(self) -> Int[Tensor, "R"]:
+        """The expert of every row."""
+        return torch.repeat_interleave(self.counts, output_size=self.source.shape[0])
+
+    def dispatch(self, x: Float[Tensor, "... D"]) -> Float[Tensor, "R D"]:
+        """Gather the token that each row reads."""
+        return x.reshape(-1, x.shape[-1])[self.source]
+
+    def combine(self, rows: Float[Tensor, "R O"]) -> Float[Tensor, "..."]:
+        """Add `weight · row` to the token of each row; gates, if any, become an axis before the width."""
+        gates = self.weight.shape[1:]
+        weighted = rows.float().view(-1, *[1] * len(gates), rows.shape[-1]) * self.weight.float().unsqueeze(-1)
+        out = weighted.new_zeros(math.prod(self.shape), *gates, rows.shape[-1])
+        return out.index_add(0, self.source, weighted).view(*self.shape, *gates, rows.shape[-1]).to(rows.dtype)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mixture(Routing):
+    """A dense decision: slots are weighted averages of tokens, and tokens weighted averages of slots (Soft MoE).
+
+    Attributes:
+        into: weight of every token in every slot; the slots of one expert lie side by side.
+        out_of: weight of every slot in every token.
+    """
+
+    into: Float[Tensor, "*B N S"]
+    out_of: Float[Tensor, "*B N S"]
+
+    def dispatch(self, x: Float[Tensor, "... D"]) -> Float[Tensor, "R D"]:
+        """Average the tokens into slots, and put the slots of one expert from all groups together."""
+        slots = torch.einsum("...ns,...nd->...sd", self.into, x.float()).flatten(0, -3)  # (B, S, D)
+        experts = self.counts.shape[0]
+        return slots.unflatten(1, (experts, -1)).transpose(0, 1).flatten(0, 2).to(x.dtype)
+
+    def combine(self, rows: Float[Tensor, "R O"]) -> Float[Tensor, "..."]:
+        """Average the slots back into tokens."""
+        experts, (*batch, _, slots) = self.counts.shape[0], self.out_of.shape
+        by_expert = rows.float().view(experts, -1, slots // experts, rows.shape[-1])  # (E, B, S / E, O)
+        by_group = by_expert.transpose(0, 1).reshape(*batch, slots, rows.shape[-1])
+        return torch.einsum("...ns,...so->...no", self.out_of, by_group).to(rows.dtype)
+
+
+def assign(
+    index: Int[Tensor, "T K"],
+    gates: Float[Tensor, "T K *G"],
+    num_experts: int,
+    *,
+    shape: tuple[int, ...] | None = None,
+    positions: Int[Tensor, "T"] | None = None,
+    logits: Float[Tensor, "L E"] | None = None,
+    scores: Float[Tensor, "L E"] | None = None,
+    group: Int[Tensor, "L"] | None = None,
+) -> Assignment:
+    """Turn every token's chosen experts and their weights into rows sorted by expert, earlier tokens first.
+
+    Args:
+        index: the chosen experts.
+        gates: the weights of the chosen experts.
+        num_experts: E.
+        shape: leading shape of all tokens, `(T,)` if not given.
+        positions: where the T routed tokens lie among all tokens, if padding was left out.
+        logits: kept in the decision.
+        scores: kept in the decision.
+        group: kept in the decision.
+    """
+    tokens, k = index.shape
+    experts = index.flatten()
+    order = experts.argsort(stable=True)
+    source = order // k
+    counts = torch.zeros(num_experts, dtype=torch.int64, device=index.device)
+    counts = counts.scatter_add(0, experts, torch.ones_like(experts))
+    return Assignment(
+        counts=counts,
+        demand=counts,
+        logits=logits,
+        scores=scores,
+        group=group,
+        source=source if positions is None else positions[source],
+        weight=gates.flatten(0, 1)[order],
+        choice=order % k,
+        shape=(tokens,) if shape is None else shape,
+        index=index,
+        gates=gates,
+    )
+
+
+@register("capacity", "tokens")
+def per_token(factor: float, tokens: int, num_experts: int, k: int) -> int:
+    """round(factor · T / E), at least 4: second choices are not counted (Switch, ST-MoE, mesh)."""
+    return max(4, round(factor * tokens / num_experts))
+
+
+@register("capacity", "choices")
+def per_choice(factor: float, tokens: int, num_experts: int, k: int) -> int:
+    """ceil(factor · k · T / E): every choice is counted (Megatron-Core, V-MoE)."""
+    return math.ceil(factor * k * tokens / num_experts)
+
+
+@register("capacity", "double")
+def double(factor: float, tokens: int, num_experts: int, k: int) -> int:
+    """factor · 2 · ceil(T / E), whatever k is (fairseq's top-2, NLLB)."""
+    return math.ceil(factor * 2 * math.ceil(tokens / num_experts))
+
+
+Slots = Callable[[float, int, int, int], int]
+Priority = Literal["position", "choice", "score"]
+Overflow = Literal["zero", "renormalize"]
+
+
+def limit(
+    routing: Assignment, slots: int, *, priority: Priority = "position", overflow: Overflow = "zero"
+) -> Assignment:
+    """Keep at most `slots` rows per expert; a dropped token is a row that is not there.
+
+    Args:
+        routing: a decision with one weight per row.
+        slots: capacity of each expert in rows, see `per_token`, `per_choice` and `double` for the usual formulas.
+        priority: who is kept: the earliest tokens (`position`), all first choices before any second choice and then
+            the earliest (`choice`; GShard), or the largest weights (`score`; V-MoE's batch priority).
+        overflow: `zero` leaves the other weights of a token as they are, `renormalize` scales them to the old sum.
+
+    Raises:
+        ValueError: fewer than one slot.
+    """
+    if slots < 1:
+        raise ValueError(f"a capacity of {slots} slots drops every token; give each expert at least one slot")
+    place = _place_in_expert(routing, priority)
+    kept = place < slots
+    weight = routing.weight[kept]
+    source = routing.source[kept]
+    if overflow == "renormalize":
+        tokens = math.prod(routing.shape)
+        before = weight.new_zeros(tokens).index_add(0, routing.source, routing.weight)
+        after = weight.new_zeros(tokens).index_add(0, source, weight)
+        weight = weight * (before / after.clamp_min(torch.finfo(weight.dtype).tiny))[source]
+    return replace(
+        routing,
+        counts=routing.counts.clamp(max=slots),
+        source=source,
+        weight=weight,
+        choice=None if routing.choice is None else routing.choice[kept],
+    )
+
+
+def _place_in_expert(routing: Assignment, priority: Priority) -> Int[Tensor, "R"]:
+    """Each row's place in the queue of its expert, 0 for the first that is served."""
+    rows = torch.arange(routing.source.shape[0], device=routing.source.device)
+    start = (routing.counts.cumsum(0) - routing.counts)[routing.expert]
+    if priority == "position":
+        return rows - start
+    key = -routing.weight.detach() if priority == "score" else routing.choice
+    if key is None:
+        raise ValueError("priority='choice' needs a decision that knows which choice each row is; build it by `assign`")
+    by_key = key.argsort(stable=True)
+    served = by_key[routing.expert[by_key].argsort(stable=True)]
+    return torch.empty_like(rows).scatter(0, served, rows) - start

@@ -1,0 +1,1 @@
+"""Train sparse models: data, losses and the bridge to the Transformers trainer."""
