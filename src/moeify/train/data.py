@@ -7,8 +7,9 @@ import re
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Int
@@ -24,6 +25,7 @@ PARTS = {"train": "train", "validation": "validation", "valid": "validation", "v
 """The part that a file or split named like this belongs to; `test` and all others belong to none."""
 
 FORMATS = (".txt", ".md", ".jsonl", ".parquet", ".gz")
+"""Endings of data files; a source with one of them is never sought on the hub."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,7 @@ class Texts:
     validation: Documents = field(default_factory=dict)
 
 
+@runtime_checkable
 class Tokenizer(Protocol):
     """What is needed of a tokenizer; those of Hugging Face have it."""
 
@@ -55,9 +58,9 @@ class ByteTokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Return the bytes of the text."""
-        return list(text.encode())
+        return list(text.encode(errors="replace"))
 
-    def decode(self, token_ids: Iterable[int]) -> str:
+    def decode(self, token_ids: Iterable[int] | Int[Tensor, "_"]) -> str:
         """Return the text of the bytes; what is not UTF-8 becomes `\N{REPLACEMENT CHARACTER}`."""
         return bytes(i for i in map(int, token_ids) if i < 256).decode(errors="replace")
 
@@ -114,7 +117,8 @@ def _documents(documents: bytes | Sequence[str]) -> Sequence[str]:
 def _stream(documents: Sequence[str], tokenizer: Tokenizer) -> Int[Tensor, "_"]:
     eos = getattr(tokenizer, "eos_token_id", None)
     end = [] if eos is None else [eos]
-    return torch.cat([torch.tensor(tokenizer.encode(text) + end, dtype=torch.int32) for text in documents])
+    encoded = (tokenizer.encode(text) + end for text in documents)
+    return torch.cat([torch.tensor(ids, dtype=torch.int32) for ids in chain([[]], encoded)])  # [] for no documents
 
 
 def held_out(documents: Documents) -> Texts:
@@ -140,8 +144,7 @@ def _pieces(text: str, count: int) -> list[str]:
 def read_texts(source: str | Path) -> Texts:
     """Read a file, a folder, or a data set of the Hugging Face hub (`org/name` or `org/name:config`), whole.
 
-    Files are text, `.jsonl` and `.parquet` (both with a field `text`, and `domain` if there is more than one), plain
-    or `.gz`. Without a `domain` the domain is the subfolder, else the name of the source. A folder with data files
+    Files are text or `.jsonl`, plain or `.gz`, and `.parquet`; rows have a field `text` and may have `domain`. Without a `domain` the domain is the subfolder, else the name of the source. A folder with data files
     named `train*` is a data set: `validation*` is held out, and what is named otherwise is not read. Every other
     folder is read in full, without hidden and binary files. Where nothing is held out, see `held_out`.
 
@@ -152,7 +155,7 @@ def read_texts(source: str | Path) -> Texts:
         texts = _read_folder(path)
     elif path.is_file():
         texts = Texts(_by_domain(_read_file(path, path.name.split(".")[0])))
-    elif re.fullmatch(r"[\w.-]+/[\w.-]+(:[\w.-]+)?", str(source)) and not path.parent.exists() | _is_format(path):
+    elif re.fullmatch(r"[\w.-]+/[\w.-]+(:[\w.-]+)?", str(source)) and not (path.parent.exists() or _is_format(path)):
         texts = _read_hub(str(source))
     else:
         raise FileNotFoundError(f"no file or folder {source} (a data set of the hub is written org/name)")
@@ -203,10 +206,9 @@ def _domain(relative: Path, folder: Path) -> str:
 
 def _read_file(path: Path, domain: str) -> Iterator[tuple[str, str]]:
     """Yield (domain, document)."""
-    name = path.name.removesuffix(".gz")
-    if name.endswith(".parquet"):
+    if path.suffix == ".parquet":
         yield from _rows(_parquet_rows(path), path, domain)
-    elif name.endswith(".jsonl"):
+    elif path.name.endswith((".jsonl", ".jsonl.gz")):
         yield from _rows(_json_rows(path), path, domain)
     else:
         yield domain, _text(path)
@@ -248,12 +250,12 @@ def _parquet_rows(path: Path) -> Iterator[Mapping[str, Any]]:
         yield from batch.to_pylist()
 
 
-def _rows(rows: Iterable[Mapping[str, Any]], source: object, domain: str) -> Iterator[tuple[str, str]]:
+def _rows(rows: Iterable[Any], source: object, domain: str) -> Iterator[tuple[str, str]]:
     for number, row in enumerate(rows, 1):
         _need_text(row, source)
         if not isinstance(row["text"], str):
             raise ValueError(f"{source}, row {number}: the field 'text' is a {type(row['text']).__name__}, not a text")
-        yield str(row.get("domain", domain)), row["text"]
+        yield str(row.get("domain") or domain), row["text"]
 
 
 def _need_text(fields: Iterable[str], source: object) -> None:
@@ -268,7 +270,7 @@ def _read_hub(source: str) -> Texts:
         raise ImportError(f"no file or folder {source}; the hub needs datasets: pip install 'moeify[data]'") from error
     name, _, config = source.partition(":")
     try:
-        splits = datasets.load_dataset(name, config or None)
+        splits = {str(split): rows for split, rows in datasets.load_dataset(name, config or None).items()}
     except Exception as error:  # offline, not found, not readable: datasets has a class for each
         reason = str(error).partition("\n")[0]
         raise FileNotFoundError(f"no file or folder {source}, and the hub did not give it: {reason}") from error

@@ -6,7 +6,7 @@ import os
 from functools import cache
 from pathlib import Path
 
-DEFAULT = Path(__file__).parents[3] / "../shared/data"
+DEFAULT = (Path(__file__).parent / "../../../../shared/data").resolve()
 """Where the data lies if MOEIFY_DATA does not say: beside the repository."""
 
 
