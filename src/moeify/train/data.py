@@ -144,9 +144,10 @@ def _pieces(text: str, count: int) -> list[str]:
 def read_texts(source: str | Path) -> Texts:
     """Read a file, a folder, or a data set of the Hugging Face hub (`org/name` or `org/name:config`), whole.
 
-    Files are text or `.jsonl`, plain or `.gz`, and `.parquet`; rows have a field `text` and may have `domain`. Without a `domain` the domain is the subfolder, else the name of the source. A folder with data files
-    named `train*` is a data set: `validation*` is held out, and what is named otherwise is not read. Every other
-    folder is read in full, without hidden and binary files. Where nothing is held out, see `held_out`.
+    Files are text or `.jsonl`, plain or `.gz`, and `.parquet`; rows have a field `text` and may have a `domain`.
+    Without one the domain is the subfolder, else the name of the source. A folder with data files named `train*` is a
+    data set: `validation*` is held out, and what is named otherwise is not read. Every other folder is read in full,
+    without hidden and binary files. Where nothing is held out, see `held_out`.
 
     Raises FileNotFoundError if there is no such source, ValueError if it cannot be read or is empty.
     """
