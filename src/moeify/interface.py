@@ -1,0 +1,172 @@
+"""Both directions between our layers and the experts interface of transformers.
+
+Its functions map `(experts, tokens, index, weights)` to tokens, whatever the model. Ours can be put in their place, and
+theirs can run our layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from types import SimpleNamespace
+from typing import Any, TypeVar
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from moeify import backends
+from moeify.backends import BACKENDS, Backend
+from moeify.experts import FFN, Experts
+from moeify.experts.ffn import Glu
+from moeify.kernels import grouped_linear
+from moeify.routing import Assignment, Routing, assign
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def use_moeify_experts(model: Model) -> Model:
+    """Compute the experts of a model of transformers by moeify; in place, parameters and checkpoints stay as they are.
+
+    Afterwards `experts_implementation="moeify"` is also known to `from_pretrained` and `set_experts_implementation`.
+
+    Raises:
+        ValueError: no layer of the model computes its experts through transformers' interface.
+    """
+    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+    if not any(_follows_interface(module) for module in model.modules()):
+        raise ValueError(
+            f"{type(model).__name__} has no experts behind transformers' interface, so there is nothing to compute by "
+            "moeify; make a dense model sparse with moeify.sparsify"
+        )
+    ALL_EXPERTS_FUNCTIONS.register("moeify", moeify_experts)
+    model.set_experts_implementation("moeify")  # pyrefly: ignore[not-callable]
+    return model
+
+
+def _follows_interface(module: nn.Module) -> bool:
+    return all(hasattr(module, name) for name in ("_apply_gate", "is_transposed", "has_bias", "has_gate"))
+
+
+def moeify_experts(
+    experts: nn.Module,
+    hidden_states: Float[Tensor, "T D"],
+    top_k_index: Int[Tensor, "T K"],
+    top_k_weights: Float[Tensor, "T K"],
+) -> Float[Tensor, "T D"]:
+    """The answers of transformers' `experts`; an index of E or more means no expert, as under expert parallelism."""
+    native = NativeExperts(experts)
+    routing = assign(top_k_index.clamp(max=native.num_experts), top_k_weights, native.num_experts + 1)
+    routing = _without_last(routing)
+    return backends.run("auto", hidden_states, routing, native).to(hidden_states.dtype)
+
+
+def _without_last(routing: Assignment) -> Assignment:
+    """The decision without the rows of the last expert; they lie at the end."""
+    counts = routing.counts[:-1]
+    rows = int(counts.sum())
+    return replace(
+        routing,
+        counts=counts,
+        demand=counts,
+        source=routing.source[:rows],
+        weight=routing.weight[:rows],
+        choice=None if routing.choice is None else routing.choice[:rows],
+    )
+
+
+class NativeExperts(Experts):
+    """The experts of a model of transformers, as a layer of ours calls experts.
+
+    Args:
+        native: experts behind transformers' interface: `gate_up_proj` or `up_proj`, and `down_proj`, stacked.
+    """
+
+    def __init__(self, native: nn.Module) -> None:
+        super().__init__()
+        self.native = native
+        self.num_experts: int = native.num_experts  # pyrefly: ignore[bad-assignment]
+
+    def forward(self, rows: Float[Tensor, "R D"], counts: Int[Tensor, "E"]) -> Float[Tensor, "R O"]:
+        """Up, gate or activation, down, and the norm that some families put behind."""
+        n: Any = self.native
+        if n.has_gate:
+            hidden = n._apply_gate(self._linear("gate_up_proj", rows, counts))
+        else:
+            hidden = n.act_fn(self._linear("up_proj", rows, counts))
+        answers = self._linear("down_proj", hidden, counts)
+        return n.post_expert_norm(answers) if getattr(n, "has_post_expert_norm", False) else answers
+
+    def _linear(self, name: str, rows: Float[Tensor, "R D"], counts: Int[Tensor, "E"]) -> Float[Tensor, "R O"]:
+        n: Any = self.native
+        weight = getattr(n, name)
+        bias = getattr(n, f"{name}_bias") if n.has_bias else None
+        return grouped_linear(rows, weight.transpose(1, 2) if n.is_transposed else weight, counts, bias)
+
+
+def use_transformers_backends() -> list[str]:
+    """Make transformers' experts functions known as backends of our layers, and return their names.
+
+    `transformers/grouped_mm` is torch's grouped matrix product; `transformers/batched_mm` gathers a copy of the weights
+    for every row, which suits decoding and little else. `auto` takes neither.
+    """
+    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+    for name in ("grouped_mm", "batched_mm"):
+        BACKENDS[f"transformers/{name}"] = Backend(
+            partial(_run_theirs, ALL_EXPERTS_FUNCTIONS[name]),
+            _grouped_mm_cannot if name == "grouped_mm" else _theirs_cannot,
+            chosen=lambda x: False,
+        )
+    return ["transformers/grouped_mm", "transformers/batched_mm"]
+
+
+def _run_theirs(theirs: Callable[..., Tensor], x: Float[Tensor, "... D"], routing: Routing, experts: Experts) -> Tensor:
+    assert isinstance(routing, Assignment)
+    assert isinstance(experts, FFN)
+    tokens = x.reshape(-1, x.shape[-1])
+    return theirs(_as_theirs(experts), tokens, routing.index, routing.gates).view(x.shape)
+
+
+def _as_theirs(ffn: FFN) -> SimpleNamespace:
+    """What transformers' experts functions read from experts."""
+    gated = ffn.inner.maps == 2
+    return SimpleNamespace(
+        **ffn._parameters,
+        num_experts=ffn.num_experts,
+        has_gate=gated,
+        has_bias=ffn.up[1] is not None,
+        has_post_expert_norm=False,
+        is_transposed=False,
+        is_concatenated=isinstance(ffn.inner, Glu),
+        _is_expert_parallel=False,
+        _apply_gate=ffn.inner,
+        act_fn=ffn.inner,
+    )
+
+
+def _theirs_cannot(x: Float[Tensor, "... D"], routing: Routing, experts: Experts) -> str | None:
+    if reason := BACKENDS["gather"].refuse(x, routing, experts):
+        return reason
+    if not isinstance(experts, FFN):
+        return f"it needs the stacked weights of an FFN, and the experts are {type(experts).__name__}"
+    if experts.width_out != experts.width:
+        return f"it needs answers as wide as tokens, and these experts map {experts.width} to {experts.width_out}"
+    if experts.training and experts.dropout.p > 0:
+        return "it knows no expert dropout"
+    if torch.is_autocast_enabled(x.device.type):
+        return "it does not follow autocast"
+    if x.dtype != experts.up[0].dtype:
+        return f"it needs one dtype, and the tokens are {x.dtype} and the weights {experts.up[0].dtype}"
+    return None
+
+
+def _grouped_mm_cannot(x: Float[Tensor, "... D"], routing: Routing, experts: Experts) -> str | None:
+    if reason := _theirs_cannot(x, routing, experts):
+        return reason
+    assert isinstance(experts, FFN)
+    sizes = (experts.width, experts.inner.maps * experts.hidden, experts.hidden)
+    odd = [size for size in sizes if size * x.element_size() % 16]
+    return f"its rows must be multiples of 16 bytes, and {odd[0]} {x.dtype} values are not" if odd else None
