@@ -1,0 +1,156 @@
+"""Parameters and FLOPs, total and active, read off the module tree: nothing runs, so the meta device is enough.
+
+active = sum over parameters of size · share        share = k / E in experts, 1 elsewhere
+FLOPs  = sum over matrices of 2 · size · share      a token multiplies every matrix once
+       + sum over attentions of 2 · heads · (query width + value width) · tokens
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from fractions import Fraction
+
+from torch import Tensor, nn
+
+from moeify.moe import MoE
+from moeify.record import native_layers, stacked_experts
+
+Shares = defaultdict[nn.Module, Fraction]
+
+_K = ("num_experts_per_tok", "moe_topk", "moe_top_k", "moe_k", "top_k_experts", "top_k")
+_HEADS = ("num_heads", "num_attention_heads", "n_heads", "n_head", "num_attn_heads")
+_QUERY_WIDTH = ("qk_head_dim", "head_dim", "attention_head_size", "key_value_proj_dim", "head_size")
+_VALUE_WIDTH = ("v_head_dim", *_QUERY_WIDTH)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Count:
+    """What a model holds, and what one token uses of it.
+
+    Papers count active parameters with the input embedding (Mixtral, OLMoE, Qwen3) or without it (GPT-OSS,
+    DeepSeek-V3). `active_parameters` is with it; without it they are `flops / 2`, but for norms and biases.
+
+    Attributes:
+        parameters: all parameters; tied ones count once.
+        active_parameters: parameters that one token uses: k / E of the experts' and all others.
+        flops: FLOPs of one token's forward pass.
+        dense_flops: the same if every expert ran.
+    """
+
+    parameters: int
+    active_parameters: int
+    flops: int
+    dense_flops: int
+
+    @property
+    def training_flops(self) -> int:
+        """FLOPs of one token in a training step: forward once, and twice as much backward."""
+        return 3 * self.flops
+
+    def __str__(self) -> str:
+        active = self.active_parameters / max(self.parameters, 1)
+        return (
+            f"{human(self.parameters)} parameters, {human(self.active_parameters)} active per token ({active:.1%})\n"
+            f"{human(self.flops, 'G')}FLOPs per token forward, {human(self.dense_flops, 'G')}FLOPs if every expert ran"
+        )
+
+
+def count(model: nn.Module, tokens: int | None = None) -> Count:
+    """Count a model's parameters and its forward FLOPs per token, total and active, from its module tree.
+
+    A FLOP is a multiplication or an addition. Matrices are counted; lookups, norms, activations and the moving of
+    rows are free. Every module is taken to be passed once per token: in encoder-decoders by one token on either side,
+    in vision models by one patch, and a pooler or classifier, which runs once per sequence, as if it ran once per
+    token. Experts weigh k / E each, which for experts of different sizes is their mean; capacity drops nothing. A
+    router without a `k` counts as one that asks every expert, and so does a native layer whose experts are not stacked
+    (Switch, NLLB, DBRX, JetMoE).
+
+    Args:
+        model: any model, on any device.
+        tokens: length of the sequence; if given, attention's scores and values are added as if every token attended
+            to all of it: causal masks and windows save nothing.
+
+    Raises:
+        ValueError: a MoE layer of transformers that does not say how many experts a token asks.
+    """
+    shares = _shares(model)
+    held: dict[Tensor, Fraction] = {}
+    flops, dense_flops = Fraction(0), 0
+    for module in model.modules():
+        share = shares.get(module, Fraction(1))
+        for parameter in module.parameters(recurse=False):
+            held[parameter] = max(share, held.get(parameter, Fraction(0)))
+        work = 2 * sum(matrix.numel() for matrix in _matrices(module, module in shares))
+        if tokens is not None:
+            work += _attention(module, tokens)
+        flops += work * share
+        dense_flops += work
+    return Count(
+        parameters=sum(parameter.numel() for parameter in held),
+        active_parameters=round(sum(parameter.numel() * share for parameter, share in held.items())),
+        flops=round(flops),
+        dense_flops=dense_flops,
+    )
+
+
+def human(number: float, billion: str = "B") -> str:
+    """A number in thousands, millions, billions or trillions, as model cards write it: `46.7 B`."""
+    for size, unit in ((1e12, "T"), (1e9, billion), (1e6, "M"), (1e3, "K")):
+        if number >= size:
+            return f"{number / size:.1f} {unit}"
+    return f"{number} "
+
+
+def _shares(model: nn.Module) -> Shares:
+    """The share of its work that one token asks of every module inside experts, k / E; nested layers multiply."""
+    shares: Shares = defaultdict(lambda: Fraction(1))
+    for experts, share in [*_our_experts(model), *_native_experts(model)]:
+        for part in experts.modules():
+            shares[part] *= share
+    return shares
+
+
+def _our_experts(model: nn.Module) -> Iterator[tuple[nn.Module, Fraction]]:
+    for moe in model.modules():
+        if isinstance(moe, MoE):
+            num_experts = moe.experts.num_experts
+            k = next((k for part in moe.router.modules() if (k := _number(part, ("k",)))), num_experts)
+            yield moe.experts, Fraction(k) / num_experts
+
+
+def _native_experts(model: nn.Module) -> Iterator[tuple[nn.Module, Fraction]]:
+    for name, (router, experts) in native_layers(model):
+        owners = (router, model.get_submodule(name), experts, getattr(experts, "config", None))
+        k = next((k for owner in owners if (k := _number(owner, _K))), None)
+        if k is None:
+            raise ValueError(
+                f"cannot tell how many experts a token asks in {name or type(model).__name__}: neither its router nor "
+                f"its configuration has one of {', '.join(_K)}; set `top_k` on {type(experts).__name__}"
+            )
+        yield experts, Fraction(k) / stacked_experts(experts)
+
+
+def _matrices(module: nn.Module, in_experts: bool) -> Iterator[Tensor]:
+    """What a token is multiplied by: weights of two dimensions or more, and whatever experts stack as (E, ., .)."""
+    if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
+        return
+    for name, parameter in module.named_parameters(recurse=False):
+        if (parameter.dim() >= 2 and "weight" in name) or (parameter.dim() >= 3 and in_experts):
+            yield parameter
+
+
+def _attention(module: nn.Module, tokens: int) -> int:
+    """FLOPs of one token's scores and values in a module that is called attention and says how wide its heads are."""
+    query, value = _number(module, _QUERY_WIDTH), _number(module, _VALUE_WIDTH)
+    heads = _number(module, _HEADS) or _number(getattr(module, "config", None), _HEADS)
+    if "Attention" not in type(module).__name__ or not (heads and query and value):
+        return 0
+    return int(2 * heads * (query + value) * tokens)
+
+
+def _number(owner: object, names: tuple[str, ...]) -> int | float | None:
+    """The first of the attributes that is a number: families call the same thing by different names."""
+    values = (getattr(owner, name, None) for name in names)
+    return next((value for value in values if isinstance(value, (int, float))), None)
