@@ -1,0 +1,21 @@
+import pytest
+import torch
+from hypothesis import settings
+
+torch.set_num_threads(1)
+settings.register_profile("moeify", deadline=None, max_examples=20, derandomize=True)
+settings.load_profile("moeify")
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def uninitialised_memory_is_nan():
+    torch.use_deterministic_algorithms(True)
+    assert torch.empty(1).isnan()
+    assert torch.empty(1).new_empty(1).isnan()
+    yield
+    torch.use_deterministic_algorithms(False)
