@@ -167,7 +167,8 @@ class TopK(Router):
     def _jittered(self, tokens: Float[Tensor, "T D"]) -> Float[Tensor, "T D"]:
         if not self.training or self.jitter == 0.0:
             return tokens
-        return tokens * torch.empty_like(tokens).uniform_(1 - self.jitter, 1 + self.jitter)
+        noise = torch.empty_like(tokens, dtype=torch.float32)  # bf16 knows four numbers between 0.99 and 1.01
+        return tokens * noise.uniform_(1 - self.jitter, 1 + self.jitter)
 
     def extra_repr(self) -> str:
         """The settings that tell one token-choice router from another."""
