@@ -102,16 +102,18 @@ class Mixture(Routing):
 
     def dispatch(self, x: Float[Tensor, "... D"]) -> Float[Tensor, "R D"]:
         """Average the tokens into slots, and put the slots of one expert from all groups together."""
-        slots = torch.einsum("...ns,...nd->...sd", self.into, x.float()).flatten(0, -3)  # (B, S, D)
-        experts = self.counts.shape[0]
-        return slots.unflatten(1, (experts, -1)).transpose(0, 1).flatten(0, 2).to(x.dtype)
+        with torch.autocast(x.device.type, enabled=False):
+            slots = torch.einsum("...ns,...nd->...sd", self.into, x.float())
+        by_group = slots.reshape(-1, *slots.shape[-2:]).unflatten(1, (self.counts.shape[0], -1))  # (B, E, S / E, D)
+        return by_group.transpose(0, 1).flatten(0, 2).to(x.dtype)
 
     def combine(self, rows: Float[Tensor, "R O"]) -> Float[Tensor, "..."]:
         """Average the slots back into tokens."""
         experts, (*batch, _, slots) = self.counts.shape[0], self.out_of.shape
         by_expert = rows.float().view(experts, -1, slots // experts, rows.shape[-1])  # (E, B, S / E, O)
         by_group = by_expert.transpose(0, 1).reshape(*batch, slots, rows.shape[-1])
-        return torch.einsum("...ns,...so->...no", self.out_of, by_group).to(rows.dtype)
+        with torch.autocast(rows.device.type, enabled=False):
+            return torch.einsum("...ns,...so->...no", self.out_of, by_group).to(rows.dtype)
 
 
 def assign(
@@ -194,10 +196,15 @@ def limit(
         overflow: `zero` leaves the other weights of a token as they are, `renormalize` scales them to the old sum.
 
     Raises:
-        ValueError: fewer than one slot.
+        ValueError: fewer than one slot, or several weights per row.
     """
     if slots < 1:
         raise ValueError(f"a capacity of {slots} slots drops every token; give each expert at least one slot")
+    if routing.weight.dim() > 1:
+        raise ValueError(
+            f"a capacity needs one weight per row to say which rows matter, and this router gave "
+            f"{routing.weight[0].numel()} gates; leave the capacity out"
+        )
     place = _place_in_expert(routing, priority)
     kept = place < slots
     weight = routing.weight[kept]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 from jaxtyping import Float
 from torch import Tensor
@@ -10,10 +11,10 @@ from torch import Tensor
 from moeify.context import Context
 from moeify.registry import register
 from moeify.routers.base import Router
+from moeify.routers.topk import TopK
 from moeify.routing import Assignment, Overflow, Priority, Slots, limit, per_choice
 
 
-@register("router", "capacity")
 class Capacity(Router):
     """Drops what exceeds an expert's capacity from the decisions of another router.
 
@@ -48,8 +49,35 @@ class Capacity(Router):
     def forward(self, x: Float[Tensor, "... D"], context: Context) -> Assignment:
         """Decide as the inner router does, then keep at most the capacity of every expert."""
         routing = self.router(x, context)
-        tokens = len(routing.group) if routing.group is not None else math.prod(routing.shape)
-        num_experts, rows = routing.counts.shape[0], routing.source.shape[0]
+        tokens, k = _asked(routing)
         factor = self.factor if self.training else self.eval_factor
-        slots = self.capacity(factor, tokens, num_experts, max(1, round(rows / tokens)))
+        slots = self.capacity(factor, tokens, routing.counts.shape[0], k)
         return limit(routing, slots, priority=self.priority, overflow=self.overflow)
+
+
+@register("router", "capacity")
+def capacity(
+    width: int,
+    num_experts: int,
+    *,
+    router: Callable[[int, int], Router] = TopK,
+    factor: float = 1.25,
+    eval_factor: float = 2.0,
+    capacity: Slots = per_choice,
+    priority: Priority = "position",
+    overflow: Overflow = "zero",
+) -> Capacity:
+    """A `Capacity` around the router that `router(width, num_experts)` makes, for recipes."""
+    return Capacity(
+        router(width, num_experts),
+        factor=factor, eval_factor=eval_factor, capacity=capacity, priority=priority, overflow=overflow,
+    )  # fmt: skip
+
+
+def _asked(routing: Assignment) -> tuple[int, int]:
+    """The tokens that were routed, and the experts that each asked for (on average, where the number varies)."""
+    if routing.index is not None:
+        tokens, k = routing.index.shape
+        return tokens, k
+    tokens = math.prod(routing.shape) if routing.group is None else len(routing.group)
+    return tokens, max(1, round(routing.source.shape[0] / tokens))

@@ -1,0 +1,126 @@
+"""Capacity against a queue in front of every expert."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from moeify import assign, limit
+from moeify.routers import Capacity, TopK
+from moeify.routing import double, per_choice, per_token
+from strategies import agree, choices, route, sharpen
+
+
+@pytest.mark.parametrize(("formula", "slots"), [(per_token, 80), (per_choice, 160), (double, 160)])
+def test_capacity_formulas_give_the_published_figures(formula, slots):
+    assert formula(1.25, 4096, 64, 2) == slots
+
+
+def test_fairseq_serves_exactly_both_choices_at_factor_one():
+    assert double(1.0, 4096, 64, 2) == 128
+    assert double(1.0, 4096, 64, 1) == 128
+
+
+def test_switch_gives_an_expert_at_least_four_slots():
+    assert per_token(1.0, 8, 8, 1) == 4
+
+
+def test_megatron_rounds_slots_up():
+    assert per_choice(1.0, 10, 4, 1) == 3
+
+
+def slow_limit(index, gates, num_experts, slots, priority, overflow):
+    """(T, E): the weight with which every token reaches every expert."""
+    tokens, k = index.shape
+    rows = [(t, c, int(index[t, c]), gates[t, c]) for t in range(tokens) for c in range(k)]
+    turn = {
+        "position": lambda row: row[0],
+        "choice": lambda row: (row[1], row[0]),
+        "score": lambda row: -row[3].item(),
+    }[priority]
+    queues = {e: sorted((row for row in rows if row[2] == e), key=turn)[:slots] for e in range(num_experts)}
+    out = torch.zeros(tokens, num_experts, dtype=gates.dtype)
+    for e, queue in queues.items():
+        for t, _, _, gate in queue:
+            out[t, e] = gate
+    if overflow == "renormalize":
+        before, after = gates.sum(-1, keepdim=True), out.sum(-1, keepdim=True)
+        out = torch.where(after > 0, out * before / torch.where(after > 0, after, 1.0), out)
+    return out
+
+
+def weights(routing, num_experts):
+    """(T, E): the weight with which every token reaches every expert."""
+    return torch.zeros(*routing.shape, num_experts).index_put((routing.source, routing.expert), routing.weight)
+
+
+@pytest.mark.parametrize("overflow", ["zero", "renormalize"])
+@pytest.mark.parametrize("priority", ["position", "choice", "score"])
+@given(choices(), st.integers(1, 5))
+def test_a_limit_serves_the_front_of_every_queue(priority, overflow, choice, slots):
+    index, gates, num_experts = choice
+    limited = limit(assign(index, gates, num_experts), slots, priority=priority, overflow=overflow)
+    gates64 = gates.detach().double().requires_grad_()
+    slow = slow_limit(index, gates64, num_experts, slots, priority, overflow)
+    agree(weights(limited, num_experts), [gates], slow, [gates64])
+    assert limited.counts.tolist() == (slow > 0).sum(0).tolist()
+    assert limited.demand.tolist() == index.flatten().bincount(minlength=num_experts).tolist()
+
+
+def test_who_is_kept_is_said_by_the_priority():
+    index = torch.tensor([[1, 0], [0, 1], [0, 1]])
+    gates = torch.tensor([[0.9, 0.2], [0.5, 0.4], [0.8, 0.3]])
+    first = {
+        priority: limit(assign(index, gates, 2), 1, priority=priority).source[0].item()
+        for priority in ("position", "choice", "score")
+    }
+    assert first == {"position": 0, "choice": 1, "score": 2}
+
+
+def test_a_token_that_lost_every_row_gets_a_finite_gradient():
+    gates = torch.rand(6, 2, requires_grad=True)
+    index = torch.tensor([[0, 1]]).expand(6, 2)
+    limited = limit(assign(index, gates, 2), 1, overflow="renormalize")
+    limited.combine(torch.ones(2, 3)).sum().backward()
+    assert gates.grad.isfinite().all()
+
+
+def test_a_limit_below_one_slot_is_refused():
+    with pytest.raises(ValueError, match="at least one slot"):
+        limit(assign(torch.zeros(2, 1, dtype=torch.int64), torch.ones(2, 1), 1), 0)
+
+
+def test_a_limit_on_several_gates_is_refused():
+    routing = assign(torch.zeros(2, 1, dtype=torch.int64), torch.ones(2, 1, 3), 1)
+    with pytest.raises(ValueError, match="3 gates"):
+        limit(routing, 1)
+
+
+def test_training_and_evaluation_have_factors_of_their_own():
+    router = Capacity(TopK(4, 4, k=2), factor=0.5, eval_factor=2.0)
+    x = torch.ones(16, 4)
+    assert route(router, x).counts.max() == 4
+    assert route(router.eval(), x).counts.max() == 16
+
+
+def test_padding_takes_no_slot_and_makes_none():
+    router = Capacity(TopK(4, 2, k=1, normalize=False), factor=1.0)
+    sharpen(router)
+    x = torch.randn(1, 12, 4)
+    mask = torch.arange(12).view(1, 12) >= 4
+    assert torch.equal(route(router, x, mask).counts, route(router, x[mask]).counts)
+
+
+@pytest.mark.parametrize("formula", [per_token, per_choice, double])
+def test_slots_count_tokens_also_where_a_group_decides_once(formula):
+    router = Capacity(TopK(4, 2, k=1, normalize=False, per="group"), factor=1.0, capacity=formula)
+    x = torch.ones(4, 8, 4)
+    assert route(router, x).counts.max() == min(32, formula(1.0, 32, 2, 1))
+
+
+def test_only_a_capacity_that_serves_by_position_is_causal():
+    inner = TopK(4, 4)
+    assert Capacity(inner).causal
+    assert not Capacity(inner, priority="choice").causal
+    assert not Capacity(inner, priority="score").causal
+    assert not Capacity(TopK(4, 4, per="group")).causal

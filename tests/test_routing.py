@@ -1,0 +1,128 @@
+from copy import deepcopy
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from moeify import Mixture, assign, limit
+from moeify.backends import compose
+from moeify.experts import Each
+from strategies import agree, assignments, choices, seeds
+
+# Assignment
+
+
+@given(assignments())
+def test_combine_of_dispatched_ones_sums_each_tokens_weights(routing):
+    y = routing.combine(routing.dispatch(torch.ones(*routing.shape, 2)))
+    torch.testing.assert_close(y, routing.gates.sum(-1, keepdim=True).expand(-1, 2))
+
+
+@given(assignments())
+def test_rows_are_sorted_by_expert_and_then_by_token(routing):
+    place = routing.expert * len(routing.index) + routing.source
+    assert torch.equal(place, place.sort().values)
+    assert torch.equal(routing.counts, routing.index.flatten().bincount(minlength=len(routing.counts)))
+
+
+@given(assignments())
+def test_every_row_remembers_its_choice_and_its_weight(routing):
+    assert torch.equal(routing.index[routing.source, routing.choice], routing.expert)
+    assert torch.equal(routing.gates[routing.source, routing.choice], routing.weight)
+
+
+@given(choices(), st.integers(1, 3), seeds)
+def test_an_assignment_is_its_sum(choice, gates_axis, seed):
+    index, gates, num_experts = choice
+    torch.manual_seed(seed)
+    gates = torch.randn(*gates.shape, gates_axis, requires_grad=True)
+    x = torch.randn(len(index), 3, requires_grad=True)
+    x64, gates64 = (leaf.detach().double().requires_grad_() for leaf in (x, gates))
+    experts = Each([torch.nn.Linear(3, 2) for _ in range(num_experts)])
+    p = {name: p.detach().double() for name, p in experts.named_parameters()}
+    slow = torch.stack([
+        torch.stack([
+            sum(
+                gates64[t, c, g] * (p[f"experts.{e}.weight"] @ x64[t] + p[f"experts.{e}.bias"])
+                for c, e in enumerate(index[t].tolist())
+            )
+            for g in range(gates_axis)
+        ])
+        for t in range(len(index))
+    ])  # fmt: skip
+    y = compose(x, assign(index, gates, num_experts), experts)
+    assert y.shape == (len(index), gates_axis, 2)
+    agree(y, [x, gates], slow, [x64, gates64])
+
+
+def test_gates_become_an_axis_before_the_width_of_any_leading_shape():
+    routing = assign(torch.zeros(6, 1, dtype=torch.int64), torch.rand(6, 1, 4), 1, shape=(2, 3))
+    assert routing.combine(torch.randn(6, 5)).shape == (2, 3, 4, 5)
+
+
+def test_tokens_that_were_left_out_read_nothing_and_get_nothing():
+    routing = assign(torch.tensor([[1], [0]]), torch.ones(2, 1), 2, shape=(2, 2), positions=torch.tensor([0, 3]))
+    x = torch.arange(4.0).view(2, 2, 1)
+    assert routing.dispatch(x).flatten().tolist() == [3.0, 0.0]
+    assert routing.combine(torch.ones(2, 1)).flatten().tolist() == [1.0, 0.0, 0.0, 1.0]
+
+
+def test_answers_are_summed_in_fp32():
+    k = 64
+    routing = assign(torch.arange(k).view(1, k), torch.full((1, k), 1.0 / k), k)
+    y = routing.combine(torch.full((k, 1), 1.0039, dtype=torch.bfloat16))
+    assert y.dtype == torch.bfloat16
+    assert y.item() == torch.tensor(1.0039, dtype=torch.bfloat16).item()
+
+
+@given(assignments(), st.integers(1, 4))
+def test_a_wide_limit_changes_nothing(routing, more):
+    limited = limit(routing, int(routing.counts.max()) + more, priority="score")
+    assert torch.equal(limited.source, routing.source)
+    assert torch.equal(limited.weight, routing.weight)
+
+
+# Mixture
+
+
+def soft(x, slots, num_experts):
+    """Soft MoE's decision (arXiv 2308.00951, eqs. 1-3) for random slot embeddings."""
+    logits = x @ torch.randn(x.shape[-1], num_experts * slots).to(x)
+    counts = torch.full((num_experts,), x.shape[:-2].numel() * slots)
+    return Mixture(counts=counts, into=logits.softmax(-2), out_of=logits.softmax(-1))
+
+
+@pytest.mark.parametrize("batch", [(), (2,), (2, 3)])
+@pytest.mark.parametrize("slots", [1, 3])
+def test_a_mixture_is_soft_moe(slots, batch):
+    n, d, e = 5, 4, 3
+    x = torch.randn(*batch, n, d, requires_grad=True)
+    routing = soft(x.detach(), slots, e)
+    into, out_of = (w.requires_grad_() for w in (routing.into, routing.out_of))
+    experts = Each([torch.nn.Linear(d, 2) for _ in range(e)])
+
+    leaves = [leaf.detach().double().requires_grad_() for leaf in (x, into, out_of)]
+    x64, into64, out_of64 = leaves
+    mixed = torch.einsum("...ns,...nd->...sd", into64, x64)
+    exact = deepcopy(experts).double().experts
+    answers = torch.stack([exact[s // slots](mixed[..., s, :]) for s in range(e * slots)], dim=-2)
+    slow = torch.einsum("...ns,...so->...no", out_of64, answers)
+    agree(compose(x, routing, experts), [x, into, out_of], slow, leaves)
+
+
+def test_a_mixture_of_ones_is_one():
+    x = torch.randn(2, 5, 4)
+    routing = soft(x, 2, 3)
+    ones = torch.ones_like(x)
+    torch.testing.assert_close(routing.combine(routing.dispatch(ones)), ones)
+
+
+def test_a_mixture_is_averaged_in_fp32_under_autocast_too():
+    x = torch.randn(2, 5, 4)
+    routing = soft(x, 2, 3)
+    rows = routing.dispatch(x)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        mixed = routing.dispatch(x), routing.combine(rows)
+    assert torch.equal(mixed[0], rows)
+    assert torch.equal(mixed[1], routing.combine(rows))
