@@ -1,10 +1,26 @@
 """Make any transformer sparse: tokens -> router -> dispatch -> experts -> combine."""
 
+__version__ = "0.1.0"
+
 from moeify.context import Context
 from moeify.moe import MoE
 from moeify.record import record
 from moeify.registry import register
 from moeify.routing import Assignment, Mixture, Routing, assign, limit
+from moeify.sparsify import Recipe, load, save, sparsify
 
-__version__ = "0.1.0"
-__all__ = ["Assignment", "Context", "Mixture", "MoE", "Routing", "assign", "limit", "record", "register"]
+__all__ = [
+    "Assignment",
+    "Context",
+    "Mixture",
+    "MoE",
+    "Recipe",
+    "Routing",
+    "assign",
+    "limit",
+    "load",
+    "record",
+    "register",
+    "save",
+    "sparsify",
+]  # fmt: skip

@@ -1,0 +1,188 @@
+"""`sparsify`: dense model in, sparse model out, in place."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moeify.context import Context
+from moeify.flops import count
+from moeify.moe import MoE
+from moeify.sparsify.dense import DenseFFN
+from moeify.sparsify.make import copies
+from moeify.sparsify.probe import Probe, as_probe, find_probe
+from moeify.sparsify.recipe import Recipe
+from moeify.sparsify.report import Report
+from moeify.sparsify.shapes import Site
+
+
+def sparsify(
+    model: nn.Module,
+    recipe: Recipe,
+    *,
+    probe: Any = None,
+    allow_noncausal: bool = False,
+    verbose: bool = True,
+) -> nn.Module:
+    """Put sparse layers where a model has feed-forward networks; returns the same model.
+
+    What is found is checked first: with the readings of its feed-forward networks in their places, the model must
+    compute what it computed. A call that raises leaves the model as it was.
+
+    Args:
+        model: any module: of transformers, or plain PyTorch.
+        recipe: what to make of it.
+        probe: an input to compare outputs on (a tensor, a tuple of arguments or a mapping); by default one is guessed.
+        allow_noncausal: let decoders have routers that look at later tokens.
+        verbose: print a table of what was done.
+
+    Raises:
+        ValueError: nothing to make sparse; a module that is not understood; copied experts with weights that do not sum
+            to 1; a non-causal router in a decoder; and whatever router, experts and shared refuse.
+    """
+    sites = recipe.where(model)
+    compare = _Comparison.of(model, find_probe(model) if probe is None else as_probe(probe))
+    dense_count = count(model)
+    if compare is not None:
+        _verify(model, sites, compare)
+    contexts = {site.stack: Context() for site in sites}
+    layers = [_layer(site, recipe, contexts[site.stack]) for site in sites]
+    _refuse(model, sites, layers, recipe, allow_noncausal)
+
+    undo = [site.install(layer) for site, layer in zip(sites, layers, strict=True)]
+    for stack, context in contexts.items():
+        undo += [handle.remove for handle in context.watch(_above(model, stack))]
+    try:
+        difference = None if compare is None else compare.difference(model)
+        if compare is not None and _keeps_function(recipe, layers) and not compare.same(model):
+            raise ValueError(
+                f"copied experts should leave the model's outputs as they are, but one changed by {difference:.3g}; "
+                "please report this model"
+            )
+    except Exception:
+        _undo(undo)
+        raise
+    vars(model)["moeify_recipe"] = recipe
+    if verbose:
+        report = Report(sites=sites, layers=layers, before=dense_count, after=count(model), difference=difference)
+        report.show()
+    return model
+
+
+def _layer(site: Site, recipe: Recipe, context: Context) -> MoE:
+    like = next(site.dense.parameters())
+    with torch.device(like.device):
+        router = recipe.router(site.width, recipe.num_experts).to(like.dtype)
+        experts = recipe.experts(site.dense, recipe.num_experts)
+        shared = recipe.shared(site.dense, site.width)
+    layer = MoE(router, experts, shared, context=context, name=site.name)
+    return layer.train(site.dense.training)
+
+
+def _refuse(model: nn.Module, sites: list[Site], layers: list[MoE], recipe: Recipe, allow_noncausal: bool) -> None:
+    router = layers[0].router
+    if _is_copy(recipe) and not router.preserving and recipe.num_experts > 1:
+        raise ValueError(
+            f"copied experts under {type(router).__name__} weights that do not sum to 1 destroy the dense model's "
+            "function at the first step; let the router normalise its weights (TopK(normalize=True)), give a "
+            "compensating scale (partial(copies, scale=...)), or train new experts (experts=fresh)"
+        )
+    if _is_copy(recipe) and layers[0].shared is not None:
+        raise ValueError(
+            "copied experts beside a shared copy of the same network count it twice; use experts=fresh (with zero=True "
+            "the model starts as it was), or shared=nothing"
+        )
+    if not router.causal and not allow_noncausal:
+        for site in sites:
+            if _in_decoder(model, site):
+                raise ValueError(
+                    f"{site.name} is in a decoder, and {type(router).__name__} decides by looking at later tokens: "
+                    "training would leak the future and generation would differ; choose a causal router, or pass "
+                    "allow_noncausal=True"
+                )
+
+
+def _options(maker: Callable) -> tuple[Callable, dict[str, Any]]:
+    return (maker.func, maker.keywords) if isinstance(maker, partial) else (maker, {})
+
+
+def _is_copy(recipe: Recipe) -> bool:
+    maker, options = _options(recipe.experts)
+    return maker is copies and options.get("scale", 1.0) == 1.0
+
+
+def _keeps_function(recipe: Recipe, layers: list[MoE]) -> bool:
+    _, options = _options(recipe.experts)
+    return _is_copy(recipe) and layers[0].router.preserving and not options.get("noise") and not options.get("drop")
+
+
+def _in_decoder(model: nn.Module, site: Site) -> bool:
+    """Whether the site's own layer attends to earlier tokens only, by what its attention says of itself."""
+    layer = model.get_submodule(site.layer) if site.layer else model
+    return any(
+        getattr(part, "is_causal", False) is True
+        or getattr(part, "is_decoder", False) is True
+        or isinstance(part, nn.TransformerDecoderLayer)
+        for part in layer.modules()
+    )
+
+
+@dataclass(frozen=True)
+class _Comparison:
+    """A model's output on a probe before any change, to compare later outputs with."""
+
+    probe: Probe
+    before: Tensor
+
+    @classmethod
+    def of(cls, model: nn.Module, probe: Probe | None) -> _Comparison | None:
+        return None if probe is None else cls(probe, probe.run(model))
+
+    def difference(self, model: nn.Module) -> float:
+        """The largest change of an output."""
+        return (self.before - self.probe.run(model)).abs().max().item()
+
+    def same(self, model: nn.Module) -> bool:
+        """Whether the model still computes what it did, but for rounding."""
+        rounding = 1000 * torch.finfo(next(model.parameters()).dtype).eps
+        return self.difference(model) <= rounding * max(1.0, self.before.abs().max().item())
+
+
+def _verify(model: nn.Module, sites: list[Site], compare: _Comparison) -> None:
+    """Replace every FFN by our reading of it: the model must not change.
+
+    Raises:
+        ValueError: it does; the message names the first site that changes it.
+    """
+    readings = [site for site in sites if isinstance(site.dense, DenseFFN)]
+    if _same_with(model, readings, compare):
+        return
+    culprit = next((site for site in readings if not _same_with(model, [site], compare)), readings[0])
+    raise ValueError(
+        f"{culprit.name} was taken for a feed-forward network, but the model computes something else there than "
+        "down(act(up(x))); leave it out with where=named(...), or make whole copies of a module with where=modules(...)"
+    )
+
+
+def _same_with(model: nn.Module, sites: list[Site], compare: _Comparison) -> bool:
+    undo = [site.install(site.dense) for site in sites]
+    try:
+        return compare.same(model)
+    finally:
+        _undo(undo)
+
+
+def _undo(actions: list[Callable[[], None]]) -> None:
+    for restore in reversed(actions):
+        restore()
+
+
+def _above(model: nn.Module, stack: str) -> list[nn.Module]:
+    """The modules from the model down to what holds a stack of layers."""
+    parts = stack.split(".") if stack else []
+    return [model.get_submodule(".".join(parts[:i])) for i in range(len(parts) + 1)]

@@ -1,0 +1,194 @@
+"""A dense feed-forward network, read out of whatever modules a model keeps it in."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from moeify.experts.ffn import Activation, Glu, Plain
+
+
+class DenseFFN(nn.Module):
+    """`down(inner(up(x)))`, holding the model's own linear maps.
+
+    Args:
+        ups: the up map; or gate and up map, in this order; or one map whose output is the gate's and then the up's.
+        down: the down map.
+        inner: the nonlinearity.
+        dropout: probability of the dropout between nonlinearity and down map.
+    """
+
+    def __init__(self, ups: list[nn.Module], down: nn.Module, inner: Plain | Glu, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.ups = nn.ModuleList(ups)
+        self.down = down
+        self.inner = inner
+        self.dropout = nn.Dropout(dropout)
+
+    @property
+    def up_weight(self) -> Float[Tensor, "M D"]:
+        """The up map's matrix, the gate's first."""
+        return torch.cat([matrix(up) for up in self.ups])
+
+    @property
+    def up_bias(self) -> Float[Tensor, "M"] | None:
+        """The up map's bias, the gate's first."""
+        biases = [up._parameters["bias"] for up in self.ups]
+        return None if biases[0] is None else torch.cat([bias for bias in biases if bias is not None])
+
+    @property
+    def down_weight(self) -> Float[Tensor, "O H"]:
+        """The down map's matrix."""
+        return matrix(self.down)
+
+    @property
+    def down_bias(self) -> Float[Tensor, "O"] | None:
+        """The down map's bias."""
+        return self.down._parameters["bias"]
+
+    @property
+    def width(self) -> int:
+        """D."""
+        return matrix(self.ups[0]).shape[1]
+
+    @property
+    def hidden(self) -> int:
+        """H."""
+        return self.down_weight.shape[1]
+
+    @property
+    def width_out(self) -> int:
+        """O."""
+        return self.down_weight.shape[0]
+
+    def forward(self, x: Float[Tensor, "... D"]) -> Float[Tensor, "... O"]:
+        """The dense network."""
+        return self.down(self.dropout(self.inner(torch.cat([up(x) for up in self.ups], dim=-1))))
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether a module is a linear map: torch's Linear, or transformers' Conv1D, which stores the transpose."""
+    return isinstance(module, nn.Linear) or _is_conv1d(module)
+
+
+def _is_conv1d(module: nn.Module) -> bool:
+    return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
+
+
+def matrix(linear: nn.Module) -> Float[Tensor, "O D"]:
+    """The matrix of a linear map, outputs first."""
+    weight = linear.get_parameter("weight")
+    return weight.t() if _is_conv1d(linear) else weight
+
+
+def gelu_tanh(x: Tensor) -> Tensor:
+    """GELU by its tanh approximation."""
+    return F.gelu(x, approximate="tanh")
+
+
+_USUAL_ACTIVATIONS: tuple[Activation, ...] = (F.silu, F.gelu, gelu_tanh, F.relu, torch.tanh, torch.sigmoid)
+
+
+def held_activations(module: nn.Module) -> Iterator[tuple[str, Activation]]:
+    """The elementwise functions and parameterless modules that a module holds, by attribute name."""
+    for name, part in [*module.named_children(), *vars(module).items()]:
+        if name.startswith("_") or isinstance(part, nn.Dropout | nn.Identity | type) or not callable(part):
+            continue
+        if not (isinstance(part, nn.Module) and list(part.parameters())) and _is_elementwise(part):
+            yield name, part
+
+
+def _is_elementwise(function: Callable) -> bool:
+    try:
+        return function(torch.zeros(2, 3)).shape == (2, 3)
+    except Exception:  # whatever an unknown callable raises, it is no activation
+        return False
+
+
+def readings(module: nn.Module, linears: list[nn.Module]) -> Iterator[DenseFFN]:
+    """Every way to read two or three linear maps as an FFN."""
+    acts = [act for _, act in held_activations(module)] + list(_USUAL_ACTIVATIONS)
+    for *ups, down in itertools.permutations(linears):
+        alike = len({(matrix(up).shape[1], up._parameters["bias"] is None) for up in ups}) == 1
+        maps = sum(matrix(up).shape[0] for up in ups) / matrix(down).shape[1]
+        for act in acts if alike and maps in (1, 2) else ():
+            yield DenseFFN(ups, down, Plain(act) if maps == 1 else Glu(act))
+
+
+def read(module: nn.Module, linears: list[nn.Module]) -> DenseFFN | None:
+    """The reading of a module that computes what the module computes, None if there is none.
+
+    Without values to compare, on the meta device, it is the first reading.
+    """
+    if linears[0].get_parameter("weight").is_meta:
+        return next(readings(module, linears), None)
+    return next((ffn for ffn in readings(module, linears) if agrees(module, ffn, ffn.width)), None)
+
+
+@torch.no_grad()
+def agrees(module: nn.Module, reading: nn.Module, width: int) -> bool:
+    """Whether two modules give the same output in evaluation, to rounding."""
+    weight = next(module.parameters())
+    x = torch.randn(2, 3, width, dtype=weight.dtype, device=weight.device)
+    with in_evaluation(module), in_evaluation(reading):
+        try:
+            expected, actual = module(x), reading(x)
+        except (TypeError, ValueError, RuntimeError, AttributeError):  # it wants other arguments: it is no plain FFN
+            return False
+    if not isinstance(expected, Tensor) or expected.shape != actual.shape:
+        return False
+    tolerance = 16 * torch.finfo(x.dtype).eps * max(1.0, expected.abs().max().item())
+    return bool((expected - actual).abs().max() <= tolerance)
+
+
+@contextmanager
+def in_evaluation(module: nn.Module) -> Iterator[None]:
+    """Evaluation mode, then every part back in the mode it had."""
+    modes = [(part, part.training) for part in module.modules()]
+    module.eval()
+    try:
+        yield
+    finally:
+        for part, training in modes:
+            part.training = training
+
+
+def dropouts(module: nn.Module, ffn: DenseFFN) -> tuple[float, float]:
+    """The probabilities of dropout before the down map and after it, found by watching a module drop.
+
+    Every dropout of the module drops everything for one call: if the down map then reads zeros, dropout came before it;
+    if it does not but the output is zero, dropout came after.
+    """
+    parts = [part for part in module.modules() if isinstance(part, nn.Dropout) and part.p > 0]
+    if not parts or ffn.down_weight.is_meta:
+        return max((part.p for part in parts), default=0.0), 0.0
+    inner = outer = 0.0
+    for part in parts:
+        if _reads_zeros(module, ffn, part):
+            inner = part.p
+        else:
+            outer = part.p
+    return inner, outer
+
+
+@torch.no_grad()
+def _reads_zeros(module: nn.Module, ffn: DenseFFN, dropout: nn.Dropout) -> bool:
+    read: list[Tensor] = []
+    handles = [
+        ffn.down.register_forward_pre_hook(lambda module, args: read.append(args[0])),
+        dropout.register_forward_hook(lambda module, args, output: torch.zeros_like(output)),
+    ]
+    x = torch.randn(2, 3, ffn.width, dtype=ffn.down_weight.dtype, device=ffn.down_weight.device)
+    try:
+        with in_evaluation(module):
+            module(x)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return not read[0].any()

@@ -1,0 +1,196 @@
+"""Experts from a dense module: copies of it, parts of it, or fresh ones of its kind."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import torch
+from jaxtyping import Int
+from torch import Tensor, nn
+
+from moeify.experts.base import Experts
+from moeify.experts.blocks import Each
+from moeify.experts.ffn import FFN
+from moeify.registry import register
+from moeify.sparsify.dense import DenseFFN
+
+
+@register("experts", "copies")
+@torch.no_grad()
+def copies(dense: nn.Module, num_experts: int, *, noise: float = 0.0, drop: float = 0.0, scale: float = 1.0) -> Experts:
+    """Every expert is a copy of the dense network (sparse upcycling, arXiv 2212.05055).
+
+    Args:
+        dense: a `DenseFFN`, or any module from (R, D) to (R, O).
+        num_experts: E.
+        noise: add Gaussian noise of this share of each matrix's standard deviation, so that the copies differ.
+        drop: re-initialise this share of the hidden units of every copy, with the mean and standard deviation of the
+            weights they replace (drop-upcycling, arXiv 2502.19261).
+        scale: multiplies the answers; needed where the router's weights do not sum to 1.
+
+    Raises:
+        ValueError: options other than noise for a module that is no `DenseFFN`.
+    """
+    if not isinstance(dense, DenseFFN):
+        if drop or scale != 1.0:
+            raise ValueError(f"drop and scale need a feed-forward network, and this is a {type(dense).__name__}")
+        experts: Experts = Each(copy.deepcopy(dense) for _ in range(num_experts))
+    else:
+        experts = _like(dense, num_experts, dense.hidden)
+        _fill(experts, dense, [torch.arange(dense.hidden)] * num_experts, scale)
+        for e in range(num_experts if drop else 0):
+            _redraw(experts, e, torch.randperm(dense.hidden)[: round(drop * dense.hidden)])
+    for weight in experts.parameters() if noise else ():
+        if weight.dim() > 1:
+            weight.add_(torch.randn_like(weight) * weight.std() * noise)
+    return experts
+
+
+@register("experts", "splits")
+@torch.no_grad()
+def splits(
+    dense: nn.Module,
+    num_experts: int,
+    *,
+    split: Callable[[DenseFFN, int], Tensor] | None = None,
+    scale: float | None = None,
+) -> Experts:
+    """The experts divide the hidden units of the dense network among them (LLaMA-MoE, arXiv 2406.16554).
+
+    The experts' answers add up to the dense network's; with weights that sum to 1 each must count E-fold for that.
+
+    Args:
+        dense: a `DenseFFN`.
+        num_experts: E; must divide H.
+        split: which hidden units go to which expert: `random` (if not given), `clustered` or `importance`.
+        scale: multiplies the answers, E if not given.
+
+    Raises:
+        ValueError: E does not divide H, or the module is no `DenseFFN`.
+    """
+    if not isinstance(dense, DenseFFN):
+        raise ValueError(f"only a feed-forward network can be split, and this is a {type(dense).__name__}; use copies")
+    if dense.hidden % num_experts:
+        near = [n for n in range(2, 4 * num_experts) if dense.hidden % n == 0]
+        raise ValueError(
+            f"{dense.hidden} hidden units cannot be split into {num_experts} equal experts; "
+            f"these numbers of experts can: {', '.join(map(str, near)) or 'none near'}"
+        )
+    experts = _like(dense, num_experts, dense.hidden // num_experts)
+    scale = num_experts if scale is None else scale
+    _fill(experts, dense, list((split or random)(dense, num_experts)), scale)
+    if experts.down[1] is not None:
+        experts.down[1].div_(num_experts)
+    return experts
+
+
+@register("experts", "fresh")
+@torch.no_grad()
+def fresh(
+    dense: nn.Module, num_experts: int, *, granularity: int = 1, hidden: int | None = None, zero: bool = False
+) -> Experts:
+    """New experts of the dense network's kind, drawn with the standard deviation of its weights; biases start at 0.
+
+    Args:
+        dense: a `DenseFFN`, or a module whose parts can reset their parameters.
+        num_experts: E.
+        granularity: divides the hidden width: m times finer experts (DeepSeekMoE).
+        hidden: the hidden width itself.
+        zero: start with a down map of zeros, so that the layer starts as its shared module alone.
+
+    Raises:
+        ValueError: sizes for a module that is no `DenseFFN`; a granularity that does not divide H.
+    """
+    if not isinstance(dense, DenseFFN):
+        if granularity != 1 or hidden is not None or zero:
+            raise ValueError(f"sizes need a feed-forward network, and this is a {type(dense).__name__}")
+        each = Each(copy.deepcopy(dense) for _ in range(num_experts))
+        for part in each.modules():
+            if isinstance(part, nn.Linear):
+                part.reset_parameters()
+        return each
+    if hidden is None and dense.hidden % granularity:
+        raise ValueError(f"a granularity of {granularity} does not divide the {dense.hidden} hidden units")
+    experts = _like(dense, num_experts, dense.hidden // granularity if hidden is None else hidden)
+    for (weight, bias), old in ((experts.up, dense.up_weight), (experts.down, dense.down_weight)):
+        weight.normal_(0.0, old.float().std().item() if not old.is_meta else 0.02)
+        if bias is not None:
+            bias.zero_()
+    if zero:
+        experts.down[0].zero_()
+    return experts
+
+
+def _like(dense: DenseFFN, num_experts: int, hidden: int) -> FFN:
+    old = dense.down_weight
+    with torch.device(old.device):
+        experts = FFN(
+            num_experts, dense.width, hidden,
+            inner=dense.inner, bias=dense.down_bias is not None or dense.up_bias is not None,
+            width_out=dense.width_out, dropout=dense.dropout.p,
+        )  # fmt: skip
+    return experts.to(old.dtype)
+
+
+def _fill(experts: FFN, dense: DenseFFN, units: list[Int[Tensor, "H"]], scale: float) -> None:
+    """Give expert e the hidden units `units[e]` of the dense network."""
+    (up, up_bias), (down, down_bias) = experts.up, experts.down
+    maps = dense.inner.maps
+    old_up = dense.up_weight.unflatten(0, (maps, -1))  # (maps, H, D)
+    for e, chosen in enumerate(units):
+        chosen = chosen.to(down.device)
+        up[e] = old_up[:, chosen].flatten(0, 1)
+        down[e] = dense.down_weight[:, chosen] * scale
+        if up_bias is not None:
+            old = dense.up_bias
+            up_bias[e] = 0 if old is None else old.unflatten(0, (maps, -1))[:, chosen].flatten()
+        if down_bias is not None:
+            down_bias[e] = 0 if dense.down_bias is None else dense.down_bias * scale
+
+
+def _redraw(experts: FFN, e: int, units: Int[Tensor, "h"]) -> None:
+    (up, _), (down, _) = experts.up, experts.down
+    units = units.to(down.device)
+    for matrix in (*up[e].unflatten(0, (experts.inner.maps, -1)), down[e].t()):  # each (H, .)
+        old = matrix[units]
+        matrix[units] = torch.randn_like(old) * old.std() + old.mean()
+
+
+@register("split", "random")
+def random(dense: DenseFFN, parts: int) -> Int[Tensor, "E h"]:
+    """Hidden units at random: what LLaMA-MoE found best after continued training."""
+    return torch.randperm(dense.hidden).view(parts, -1)
+
+
+@register("split", "importance")
+def importance(dense: DenseFFN, parts: int) -> Int[Tensor, "E h"]:
+    """Every expert gets its share of the important hidden units, by the size of the weights into and out of them."""
+    into = dense.up_weight.unflatten(0, (dense.inner.maps, -1)).norm(dim=-1).prod(0)
+    order = (into * dense.down_weight.norm(dim=0)).argsort(descending=True).view(-1, parts)
+    order[1::2] = order[1::2].flip(1)  # dealt back and forth, so that no expert always gets the better one
+    return order.t()
+
+
+@register("split", "clustered")
+def clustered(dense: DenseFFN, parts: int) -> Int[Tensor, "E h"]:
+    """Hidden units that read alike: balanced k-means on the normalised rows of the first map (MoEfication)."""
+    points = nn.functional.normalize(dense.up_weight[: dense.hidden].float(), dim=-1)
+    centres = points[torch.randperm(dense.hidden, device=points.device)[:parts]]
+    for _ in range(10):
+        members = _balanced(points @ centres.t())
+        centres = nn.functional.normalize(points[members].mean(1), dim=-1)
+    return members
+
+
+def _balanced(affinity: Tensor) -> Int[Tensor, "E h"]:
+    """Put every point into a part with room, the pairs of highest affinity first."""
+    points, parts = affinity.shape
+    room = [points // parts] * parts
+    part_of = [-1] * points
+    for pair in affinity.flatten().argsort(descending=True).tolist():
+        point, part = divmod(pair, parts)
+        if part_of[point] < 0 and room[part]:
+            part_of[point] = part
+            room[part] -= 1
+    return torch.tensor(part_of, device=affinity.device).argsort(stable=True).view(parts, -1)

@@ -1,0 +1,71 @@
+"""The table that `sparsify` prints."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from rich.console import Console
+from rich.table import Table
+
+from moeify.experts.ffn import FFN
+from moeify.flops import Count
+from moeify.moe import MoE
+from moeify.sparsify.shapes import Site
+
+
+@dataclass(frozen=True)
+class Report:
+    """What `sparsify` did.
+
+    Attributes:
+        sites: where.
+        layers: the sparse layer of each site.
+        before: parameters and FLOPs of the dense model.
+        after: parameters and FLOPs of the sparse model.
+        difference: largest change of an output on the probe, None if no probe was found.
+    """
+
+    sites: list[Site]
+    layers: list[MoE]
+    before: Count
+    after: Count
+    difference: float | None
+
+    def show(self, console: Console | None = None) -> None:
+        """Print the table."""
+        console = Console() if console is None else console
+        layers = Table(title="sparse layers", title_justify="left")
+        for heading in ("stack", "layers", "experts", "router", "shared"):
+            layers.add_column(heading)
+        for stack in dict.fromkeys(site.stack for site in self.sites):
+            inside = [(s, m) for s, m in zip(self.sites, self.layers, strict=True) if s.stack == stack]
+            layer = inside[0][1]
+            layers.add_row(
+                stack or "(model)", str(len(inside)), _experts(layer), _router(layer),
+                "-" if layer.shared is None else type(layer.shared).__name__,
+            )  # fmt: skip
+        console.print(layers)
+        totals = Table()
+        for heading in ("", "dense", "sparse"):
+            totals.add_column(heading, justify="right" if heading else "left")
+        for row, name in (
+            ("parameters", "parameters"),
+            ("parameters used per token", "active_parameters"),
+            ("forward FLOPs per token", "flops"),
+        ):
+            totals.add_row(row, *(f"{getattr(c, name):,.0f}" for c in (self.before, self.after)))
+        console.print(totals)
+        if self.difference is None:
+            console.print("function difference: not measured, no input could be guessed; pass probe=...")
+        else:
+            console.print(f"function difference on a probe: {self.difference:.3g} (largest change of an output)")
+
+
+def _experts(layer: MoE) -> str:
+    experts = layer.experts
+    size = f" of {experts.hidden} hidden units" if isinstance(experts, FFN) else ""
+    return f"{experts.num_experts}{size}"
+
+
+def _router(layer: MoE) -> str:
+    return f"{type(layer.router).__name__}({layer.router.extra_repr()})"

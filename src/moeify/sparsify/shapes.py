@@ -1,0 +1,211 @@
+"""The shapes in which models keep a feed-forward network.
+
+- in a module of its own (Llama, T5, GPT-2, ViT, CLIP);
+- split over two neighbouring modules, the second of which may add dropout, norm and residual (BERT);
+- as loose parts that a layer calls inline (OPT, BART, Whisper, torch's own transformer layers);
+- as neighbours in a `nn.Sequential`, or a longer tower of linear maps there (recommenders).
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from moeify.experts.ffn import Plain
+from moeify.sparsify.dense import DenseFFN, agrees, dropouts, held_activations, is_linear, matrix, read
+
+
+@dataclass(frozen=True)
+class Site:
+    """A place where a sparse layer can stand.
+
+    Attributes:
+        name: the name of the module that the sparse layer replaces.
+        dense: what stands there now: a `DenseFFN`, or any module from (..., D) to (..., O).
+        place: the module and attribute that the sparse layer is put into.
+        after: dropout that follows in the replaced module.
+        silenced: attributes of the model that must do nothing once the layer is there, with their harmless values.
+    """
+
+    name: str
+    dense: nn.Module
+    place: tuple[nn.Module, str]
+    after: float = 0.0
+    silenced: tuple[tuple[nn.Module, str, Any], ...] = ()
+
+    @property
+    def layer(self) -> str:
+        """The numbered layer that the site is in: its name up to and with the first number, '' if there is none."""
+        parts = self.name.split(".")
+        numbers = [i for i, part in enumerate(parts) if part.isdigit()]
+        return ".".join(parts[: numbers[0] + 1]) if numbers else ""
+
+    @property
+    def stack(self) -> str:
+        """The stack of layers that the site is in: the name of what holds its numbered layer."""
+        return (self.layer or self.name).rpartition(".")[0]
+
+    @property
+    def width(self) -> int:
+        """D."""
+        if isinstance(self.dense, DenseFFN):
+            return self.dense.width
+        return matrix(next(part for part in self.dense.modules() if is_linear(part))).shape[1]
+
+    def install(self, module: nn.Module) -> Callable[[], None]:
+        """Put a module into the place, and return what takes it out again."""
+        if self.after:
+            module = nn.Sequential(module, nn.Dropout(self.after))
+        undo = [_swap(*self.place, module)] + [_swap(*change) for change in self.silenced]
+        return lambda: [restore() for restore in reversed(undo)].clear()
+
+
+def _swap(owner: nn.Module, name: str, new: Any) -> Callable[[], None]:
+    old = getattr(owner, name)
+    setattr(owner, name, new)
+    return lambda: setattr(owner, name, old)
+
+
+def pass_through(x: Tensor) -> Tensor:
+    """What a silenced activation function does."""
+    return x
+
+
+def _silent(owner: nn.Module, name: str) -> tuple[nn.Module, str, Any]:
+    return owner, name, nn.Identity() if isinstance(getattr(owner, name), nn.Module) else pass_through
+
+
+def recognise(model: nn.Module) -> tuple[list[Site], list[str]]:
+    """Every feed-forward network of a model, and the modules that have the parts of one but compute something else."""
+    sites: list[Site] = []
+    doubtful: list[str] = []
+    taken: list[str] = []
+    for name, module in model.named_modules():
+        if any(name == other or name.startswith(f"{other}.") for other in taken):
+            continue
+        site = _loose(model, name, module) or _split(name, module) or _sequential(model, name, module)
+        if site is None and name and _has_only_an_ffn(module):
+            site = _own(model, name, module)
+            if site is None:
+                doubtful.append(name)
+        if site is not None:
+            sites.append(site)
+            taken.append(site.name)
+    return sites, doubtful
+
+
+def whole(model: nn.Module, name: str, dense: nn.Module | None = None, after: float = 0.0) -> Site:
+    """The site of a whole module."""
+    parent, _, child = name.rpartition(".")
+    dense = model.get_submodule(name) if dense is None else dense
+    return Site(name, dense, (model.get_submodule(parent), child), after)
+
+
+def _has_only_an_ffn(module: nn.Module) -> bool:
+    linears = [part for part in module.modules() if is_linear(part)]
+    if not 2 <= len(linears) <= 3 or isinstance(module, nn.Sequential):
+        return False
+    owned = {id(parameter) for linear in linears for parameter in linear.parameters()}
+    if any(id(parameter) not in owned for parameter in module.parameters()):
+        return False
+    return any(
+        {shape[1] for shape in ups} == {down[0]} and sum(shape[0] for shape in ups) in (down[1], 2 * down[1])
+        for *ups, down in itertools.permutations([matrix(linear).shape for linear in linears])
+    )
+
+
+def _own(model: nn.Module, name: str, module: nn.Module) -> Site | None:
+    dense = read(module, [part for part in module.modules() if is_linear(part)])
+    if dense is None:
+        return None
+    dense.dropout.p, after = dropouts(module, dense)
+    return whole(model, name, dense, after)
+
+
+def _split(name: str, module: nn.Module) -> Site | None:
+    for (first_name, first), (_, second) in itertools.pairwise(module.named_children()):
+        ups, downs = _direct_linears(first), _direct_linears(second)
+        if len(ups) != 1 or len(downs) != 1 or len(list(first.modules())) > 3:
+            continue
+        (up,), ((down_name, down),) = ups.values(), downs.items()
+        if matrix(up).shape != matrix(down).shape[::-1]:
+            continue
+        for _, act in held_activations(first):
+            dense = DenseFFN([up], down, Plain(act))
+            if up.get_parameter("weight").is_meta or agrees(first, _Composed(up, act), dense.width):
+                silenced = (second, down_name, nn.Identity())
+                return Site(f"{name}.{first_name}".lstrip("."), dense, (module, first_name), silenced=(silenced,))
+    return None
+
+
+class _Composed(nn.Module):
+    def __init__(self, up: nn.Module, act: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.up, self.act = up, act
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(self.up(x))
+
+
+def _loose(model: nn.Module, name: str, module: nn.Module) -> Site | None:
+    linears = _direct_linears(module)
+    acts = list(held_activations(module))
+    if len(linears) != 2 or not acts or _has_only_an_ffn(module) or isinstance(module, nn.Sequential):
+        return None
+    (up_name, up), (down_name, down) = linears.items()
+    if matrix(up).shape != matrix(down).shape[::-1]:
+        return None
+    act_name, act = acts[0]
+    silenced = [_silent(module, act_name), _silent(module, down_name)]
+    dropout = 0.0
+    if isinstance(module, nn.TransformerEncoderLayer | nn.TransformerDecoderLayer):
+        dropout = module.dropout.p
+        silenced += [_silent(module, "dropout"), *_fast_paths(model, module)]
+    elif isinstance(probability := getattr(module, "activation_dropout", None), float):
+        dropout = probability
+        silenced.append((module, "activation_dropout", 0.0))
+    dense = DenseFFN([up], down, Plain(act), dropout)
+    return Site(f"{name}.{up_name}".lstrip("."), dense, (module, up_name), silenced=tuple(silenced))
+
+
+def _fast_paths(model: nn.Module, layer: nn.Module) -> Iterator[tuple[nn.Module, str, Any]]:
+    """Switches of torch's own transformer that would compute the FFN from the weights it expects to find."""
+    if isinstance(layer, nn.TransformerEncoderLayer):
+        yield layer, "activation_relu_or_gelu", 0
+        for encoder in model.modules():
+            if isinstance(encoder, nn.TransformerEncoder) and layer in list(encoder.layers):
+                yield encoder, "use_nested_tensor", False
+
+
+def _sequential(model: nn.Module, name: str, module: nn.Module) -> Site | None:
+    if not isinstance(module, nn.Sequential):
+        return None
+    linears = [i for i, part in enumerate(module) if is_linear(part)]
+    if len(linears) == 2:
+        first, last = linears
+        between = nn.Sequential(*[module[i] for i in range(first + 1, last)])
+        acts = [act for _, act in held_activations(between)]
+        drops = [part.p for part in between if isinstance(part, nn.Dropout)]
+        if len(acts) == 1 and len(acts) + len(drops) == len(between):
+            dense = DenseFFN([module[first]], module[last], Plain(acts[0]), max(drops, default=0.0))
+            silenced = tuple(_silent(module, str(i)) for i in range(first + 1, last + 1))
+            return Site(f"{name}.{first}".lstrip("."), dense, (module, str(first)), silenced=silenced)
+    if _is_tower(module):
+        if name:
+            return whole(model, name)
+        silenced = tuple(_silent(module, str(i)) for i in range(1, len(module)))
+        return Site("0", nn.Sequential(*module), (module, "0"), silenced=silenced)
+    return None
+
+
+def _is_tower(module: nn.Sequential) -> bool:
+    norms = (nn.LayerNorm, nn.RMSNorm, nn.BatchNorm1d)
+    return all(is_linear(part) or isinstance(part, norms) or not list(part.parameters()) for part in module)
+
+
+def _direct_linears(module: nn.Module) -> dict[str, nn.Module]:
+    return {name: part for name, part in module.named_children() if is_linear(part)}

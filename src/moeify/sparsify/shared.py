@@ -1,0 +1,49 @@
+"""What stands beside the routed experts and reads every token: functions from the dense module to a module or None."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from moeify.registry import register
+
+
+@register("shared", "nothing")
+def nothing(dense: nn.Module, width: int) -> None:
+    """No shared module."""
+    return
+
+
+@register("shared", "dense")
+def dense(dense: nn.Module, width: int) -> nn.Module:
+    """The dense network itself, trained on: a shared expert (DeepSeekMoE)."""
+    return copy.deepcopy(dense)
+
+
+@register("shared", "frozen")
+def frozen(dense: nn.Module, width: int) -> nn.Module:
+    """The dense network as it is, not trained: the experts learn what to add to it."""
+    return copy.deepcopy(dense).requires_grad_(False)
+
+
+@register("shared", "gated")
+def gated(dense: nn.Module, width: int) -> nn.Module:
+    """The dense network times a learned sigmoid gate per token (Qwen2-MoE)."""
+    weight = next(dense.parameters())
+    return GatedShared(copy.deepcopy(dense), width).to(weight.device, weight.dtype)
+
+
+class GatedShared(nn.Module):
+    """`sigmoid(w · x) · dense(x)`."""
+
+    def __init__(self, dense: nn.Module, width: int) -> None:
+        super().__init__()
+        self.dense = dense
+        self.gate = nn.Linear(width, 1, bias=False)
+
+    def forward(self, x: Float[Tensor, "... D"]) -> Float[Tensor, "... O"]:
+        """Gate the dense network's answer."""
+        return torch.sigmoid(self.gate(x)) * self.dense(x)
