@@ -45,8 +45,8 @@ def _refuse_doubtful(model: nn.Module, sites: list[Site], doubtful: list[str]) -
         if whole(model, name).layer not in served:
             raise ValueError(
                 f"{name} ({type(model.get_submodule(name)).__name__}) has the linear maps of a feed-forward network, "
-    XX
-                f"or make its experts whole copies of it with where=modules(r'{re.escape(name)}$')"
+                "but does not compute down(act(up(x))) or down(act(gate(x)) · up(x)); leave it out with "
+                f"where=named(...), or make its experts whole copies of it with where=modules(r'{re.escape(name)}$')"
             )
 
 
