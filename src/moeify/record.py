@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from moeify.context import Context, recomputing
 from moeify.moe import MoE
+from moeify.routers import sigmoid, softmax, sqrt_softplus
 from moeify.routing import Assignment, Routing, assign
 
 Observer = Callable[[str, Routing], None]
@@ -70,21 +73,27 @@ def observe(model: nn.Module, observer: Observer) -> list[RemovableHandle]:
 def _observe_router(name: str, observer: Observer) -> Callable[..., None]:
     def hook(module: nn.Module, args: tuple, routing: Routing) -> None:
         if not recomputing():
-            observer(name, routing)
+            with _apart():
+                observer(name, routing)
 
     return hook
+
+
+def _apart() -> AbstractContextManager[None]:
+    """Compute beside a layer that activation checkpointing repeats: observers have no part in the repetition."""
+    return torch.autograd.graph.saved_tensors_hooks(lambda kept: kept, lambda kept: kept)
 
 
 def native_layers(model: nn.Module) -> Iterator[tuple[str, tuple[nn.Module | None, nn.Module]]]:
     """Name, router and experts of every MoE layer that is transformers' own.
 
-    Experts are recognised by what they hold, stacked weights `down_proj (E, ., .)`; the router is the sibling with a
-    weight or a linear map of E rows.
+    Experts are recognised by what they hold, stacked weights `down_proj (E, ., .)`, and by what they are called with,
+    tokens, choices and weights; the router is the sibling with a weight or a linear map of E rows.
     """
     ours = {id(part) for moe in model.modules() if isinstance(moe, MoE) for part in moe.modules()}
     for name, block in model.named_modules():
         for experts in block.children():
-            if id(experts) not in ours and (num_experts := stacked_experts(experts)):
+            if id(experts) not in ours and (num_experts := stacked_experts(experts)) and _takes_choices(experts):
                 router = next((m for m in block.children() if m is not experts and _routes(m, num_experts)), None)
                 yield name, (router, experts)
 
@@ -96,13 +105,18 @@ def stacked_experts(module: nn.Module) -> int:
     return down.shape[0] if down is not None and down.dim() == 3 and has_up else 0
 
 
+def _takes_choices(experts: nn.Module) -> bool:
+    return len(inspect.signature(experts.forward).parameters) >= len(_EXPERTS_ARGUMENTS)
+
+
 def _routes(module: nn.Module, num_experts: int) -> bool:
     return any(p.dim() == 2 and p.shape[0] == num_experts for p in module.parameters())
 
 
 def _keep_logits(latest: dict[str, Tensor]) -> Callable[..., None]:
     def hook(module: nn.Module, args: tuple, output: Any) -> None:
-        latest["logits"] = output[0] if isinstance(output, tuple) else output
+        if not recomputing():
+            latest["logits"] = output[0] if isinstance(output, tuple) else output
 
     return hook
 
@@ -113,7 +127,8 @@ def _observe_native(name: str, latest: dict[str, Tensor], context: Context, obse
             return
         given = dict(zip(_EXPERTS_ARGUMENTS, args, strict=False)) | kwargs
         index, gates = _choices(given)
-        observer(name, native_routing(index, gates, stacked_experts(module), latest.pop("logits", None), context))
+        with _apart():
+            observer(name, native_routing(index, gates, stacked_experts(module), latest.pop("logits", None), context))
 
     return hook
 
@@ -127,43 +142,55 @@ def _choices(given: dict[str, Any]) -> tuple[Tensor, Tensor]:
 
 
 def native_routing(
-    index: Tensor, gates: Tensor, num_experts: int, logits: Tensor | None, context: Context
+    index: Int[Tensor, "N K"],
+    gates: Float[Tensor, "N K"],
+    num_experts: int,
+    output: Float[Tensor, "... E"] | None,
+    context: Context,
 ) -> Assignment:
-    """The decision of a native layer, without padding, as our losses, controllers and statistics read it."""
+    """The decision of a native layer, without padding, as our losses, controllers and statistics read it.
+
+    Args:
+        index: the experts that were called for each token.
+        gates: their weights.
+        num_experts: E.
+        output: what the router returned first, logits or probabilities, if it did.
+        context: which tokens are real.
+    """
     tokens = index.shape[0]
     positions = context.real(tokens)
     group = context.groups([tokens]).to(index.device)
-    if logits is not None and logits.shape[-1] != num_experts:
-        logits = None
-    if logits is not None:
-        logits = logits.reshape(-1, num_experts).float()
+    if output is not None:
+        output = output.reshape(tokens, -1).float() if output.shape[-1] == num_experts else None
     if positions is not None:
         index, gates, group = index[positions], gates[positions], group[positions]
-        logits = None if logits is None else logits[positions]
+        output = None if output is None else output[positions]
+    logits, scores = (None, None) if output is None else logits_and_scores(output, index, gates)
     return assign(
         index, gates, num_experts,
-        shape=(tokens,),
-        positions=positions,
-        logits=logits,
-        scores=None if logits is None else infer_scores(logits, index, gates),
-        group=group,
+        shape=(tokens,), positions=positions, logits=logits, scores=scores, group=group,
     )  # fmt: skip
 
 
-_SCORES: tuple[Callable[[Tensor], Tensor], ...] = (
-    lambda z: z.softmax(-1),
-    lambda z: z.sigmoid(),
-    lambda z: torch.nn.functional.softplus(z).sqrt(),
-)
+def logits_and_scores(
+    output: Float[Tensor, "T E"], index: Int[Tensor, "T K"], gates: Float[Tensor, "T K"]
+) -> tuple[Float[Tensor, "T E"], Float[Tensor, "T E"]]:
+    """What a router's first output must have been, and the scores that its weights come from.
 
-
-def infer_scores(logits: Tensor, index: Tensor, gates: Tensor) -> Tensor:
-    """Scores by the score function that explains the weights best: they are proportional to the chosen scores."""
+    The score function is the one that explains the weights best, for they are proportional to the chosen scores. An
+    output that is a probability already (Gemma 4) has its logarithm as logits.
+    """
     with torch.no_grad():
-        errors = []
-        for score in _SCORES:
-            chosen = score(logits).gather(-1, index)
-            expected = chosen / chosen.sum(-1, keepdim=True)
-            given = gates.float() / gates.float().sum(-1, keepdim=True)
-            errors.append((expected - given).abs().sum().item())
-    return _SCORES[errors.index(min(errors))](logits)
+        errors = [_misfit(score(output).gather(-1, index), gates.float()) for score in _SCORES]
+        probable = (output >= 0).all() & ((output.sum(-1) - 1).abs() < 1e-3).all()
+        best = int(torch.stack([torch.where(probable, -1.0, torch.inf), *errors]).argmin())
+    if best == 0:
+        return output.clamp_min(torch.finfo(output.dtype).tiny).log(), output
+    return output, _SCORES[best - 1](output)
+
+
+_SCORES = (softmax, sigmoid, sqrt_softplus)
+
+
+def _misfit(chosen: Float[Tensor, "T K"], gates: Float[Tensor, "T K"]) -> Float[Tensor, ""]:
+    return (chosen / chosen.sum(-1, keepdim=True) - gates / gates.sum(-1, keepdim=True)).abs().sum()
