@@ -7,7 +7,7 @@ A controller watches the decisions of every forward pass and moves the biases on
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,8 +26,16 @@ class Rule(ABC):
     """How the bias of one layer follows from what was observed of it since the last step."""
 
     @abstractmethod
-    def observe(self, routing: Assignment, bias: Float[Tensor, "E"]) -> dict[str, Tensor]:
-        """What to add up over the micro-batches and ranks of a step."""
+    def observe(
+        self, routing: Assignment, unbiased: Float[Tensor, "L E"] | None, bias: Float[Tensor, "E"]
+    ) -> dict[str, Tensor]:
+        """What to add up over the micro-batches and ranks of a step.
+
+        Args:
+            routing: the decision.
+            unbiased: what the experts were chosen by, before the bias was added: scores, or logits.
+            bias: the bias that the decision was made with.
+        """
 
     @abstractmethod
     def move(self, bias: Float[Tensor, "E"], seen: dict[str, Tensor]) -> Float[Tensor, "E"]:
@@ -45,7 +53,9 @@ class Sign(Rule):
 
     rate: float = 1e-3
 
-    def observe(self, routing: Assignment, bias: Float[Tensor, "E"]) -> dict[str, Tensor]:
+    def observe(
+        self, routing: Assignment, unbiased: Float[Tensor, "L E"] | None, bias: Float[Tensor, "E"]
+    ) -> dict[str, Tensor]:
         """The rows asked of each expert."""
         return {"load": routing.demand.float()}
 
@@ -69,17 +79,19 @@ class Quantile(Rule):
 
     ema: float = 0.0
 
-    def observe(self, routing: Assignment, bias: Float[Tensor, "E"]) -> dict[str, Tensor]:
+    def observe(
+        self, routing: Assignment, unbiased: Float[Tensor, "L E"] | None, bias: Float[Tensor, "E"]
+    ) -> dict[str, Tensor]:
         """The balancing bias of this micro-batch, and that it is one.
 
         Raises:
-            ValueError: the decision keeps no scores, or every expert is chosen anyway.
+            ValueError: the decision keeps no scores or has no fixed k, or every expert is chosen anyway.
         """
-        if routing.scores is None:
-            raise ValueError("quantile balancing needs a router that keeps its scores")
-        s = routing.scores.detach().float()
+        if unbiased is None or routing.index is None:
+            raise ValueError("quantile balancing needs a router that keeps its scores and chooses k experts per token")
+        s = unbiased.detach().float()
         decisions, num_experts = s.shape
-        k = int(routing.choice.max()) + 1 if routing.choice is not None else 1
+        k = routing.index.shape[1]
         if k >= num_experts:
             raise ValueError(f"quantile balancing needs k < E, and every token already uses all {num_experts} experts")
         alpha = (s + bias).topk(k + 1, dim=-1).values[:, -1:]
@@ -93,18 +105,40 @@ class Quantile(Rule):
         return self.ema * bias + (1 - self.ema) * (wanted - wanted.mean())
 
 
+@dataclass(frozen=True)
+class Bias:
+    """The selection bias of one layer: a buffer of its router, and saved with it.
+
+    Attributes:
+        owner: the module that holds the bias.
+        name: the name of the buffer.
+    """
+
+    owner: nn.Module
+    name: str
+
+    @property
+    def value(self) -> Float[Tensor, "E"]:
+        """The bias, wherever the model has been moved since."""
+        return getattr(self.owner, self.name)
+
+    def unbiased(self, routing: Routing) -> Float[Tensor, "L E"] | None:
+        """What the bias is added to: logits for a `TopK` that selects by them, scores otherwise."""
+        return routing.logits if getattr(self.owner, "select", "score") == "logit" else routing.scores
+
+
 @dataclass
 class Control:
     """The running controllers of a model; `remove()` stops them and leaves the biases where they are.
 
     Attributes:
         rule: how biases move.
-        biases: the fp32 bias of every controlled layer; they are the routers' own buffers, and saved with them.
+        biases: the bias of every controlled layer, by the layer's name.
         active: set to False to freeze the biases.
     """
 
     rule: Rule
-    biases: dict[str, Callable[[], Tensor]]
+    biases: dict[str, Bias]
     active: bool = True
     seen: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     handles: list[Any] = field(default_factory=list)
@@ -114,7 +148,8 @@ class Control:
         if not self.active or name not in self.biases or not torch.is_grad_enabled():
             return
         assert isinstance(routing, Assignment)
-        for key, value in self.rule.observe(routing, self.biases[name]()).items():
+        bias = self.biases[name]
+        for key, value in self.rule.observe(routing, bias.unbiased(routing), bias.value).items():
             layer = self.seen.setdefault(name, {})
             layer[key] = layer[key] + value if key in layer else value.clone()
 
@@ -126,7 +161,7 @@ class Control:
             if torch.distributed.is_available() and torch.distributed.is_initialized():
                 for value in seen.values():
                     torch.distributed.all_reduce(value)
-            bias = self.biases[name]()
+            bias = self.biases[name].value
             bias.copy_(self.rule.move(bias.float(), seen))
         self.seen.clear()
 
@@ -139,9 +174,9 @@ class Control:
 def control(model: nn.Module, optimizer: torch.optim.Optimizer, rule: Rule) -> Control:
     """Balance a model by moving its routers' selection biases after every optimizer step.
 
-    Works on our routers built with `selection_bias=True`, and on native models of transformers whose routers have an
-    `e_score_correction_bias`, which transformers itself never moves. On several processes all of them must train the
-    same layers.
+    Works on our routers built with `selection_bias=True`, and on native models of transformers whose layers have an
+    `e_score_correction_bias` or `expert_bias`, which transformers itself never moves; rounded ones become fp32. Only
+    forward passes in training, with gradients, are counted. On several processes all of them must train the same layers.
 
     Raises:
         ValueError: no router of the model has a selection bias.
@@ -153,17 +188,32 @@ def control(model: nn.Module, optimizer: torch.optim.Optimizer, rule: Rule) -> C
             "as in router=partial(TopK, selection_bias=True)"
         )
     control = Control(rule, biases)
-    control.handles = [*observe(model, control.observe), optimizer.register_step_post_hook(control.step)]
+
+    def observe_training(name: str, routing: Routing) -> None:
+        if model.training:
+            control.observe(name, routing)
+
+    control.handles = [*observe(model, observe_training), optimizer.register_step_post_hook(control.step)]
     return control
 
 
-def _biases(model: nn.Module) -> Any:
+def _biases(model: nn.Module) -> Iterator[tuple[str, Bias]]:
     for name, moe in model.named_modules():
         if isinstance(moe, MoE):
             for router in moe.router.modules():
                 if isinstance(router, TopK) and router.selection_bias is not None:
-                    yield name, lambda router=router: router.selection_bias
-    for name, (router, _) in native_layers(model):
-        for owner in [] if router is None else router.modules():
-            if "e_score_correction_bias" in owner._buffers or "e_score_correction_bias" in owner._parameters:
-                yield name, lambda owner=owner: owner.e_score_correction_bias
+                    yield name, Bias(router, "selection_bias")
+    for name, (_, experts) in native_layers(model):
+        for owner in _outside(experts, model.get_submodule(name)):
+            for key in _NATIVE_BIASES & (owner._buffers.keys() | owner._parameters.keys()):
+                bias = getattr(owner, key)
+                bias.data = bias.data.float()  # steps of 1e-3 would be lost in bf16
+                yield name, lambda owner=owner, key=key: getattr(owner, key)
+
+
+_NATIVE_BIASES = {"e_score_correction_bias", "expert_bias"}
+
+
+def _outside(experts: nn.Module, block: nn.Module) -> Iterator[nn.Module]:
+    inside = set(experts.modules())
+    return (module for module in block.modules() if module not in inside)
