@@ -65,7 +65,7 @@ def route(router: nn.Module, x: Tensor, mask: Tensor | None = None) -> Assignmen
 def gradients(y: Tensor, leaves: Sequence[Tensor]) -> list[Tensor]:
     """The gradients of a fixed random projection of y."""
     direction = torch.randn(y.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    found = torch.autograd.grad((y.double() * direction).sum(), leaves, allow_unused=True, retain_graph=True)
+    found = torch.autograd.grad((y.double() * direction).sum(), leaves, allow_unused=True)
     return [torch.zeros_like(leaf) if g is None else g for g, leaf in zip(found, leaves, strict=True)]
 
 

@@ -2,21 +2,23 @@ import pytest
 import torch
 from hypothesis import given
 
-from moeify import MoE, backends
+from moeify import MoE, assign, backends
 from moeify.backends import BACKENDS, Backend, compose
 from moeify.experts import FFN, Identity
 from moeify.routers import Capacity, TopK
-from strategies import agree, assignments, seeds
+from strategies import agree, choices, seeds
 
 
 @pytest.mark.parametrize("name", ["gather", "compose", "auto"])
-@given(assignments(), seeds)
-def test_every_backend_agrees_with_the_definition(name, routing, seed):
+@given(choices(), seeds)
+def test_every_backend_agrees_with_the_definition(name, choice, seed):
     torch.manual_seed(seed)
-    experts = FFN(len(routing.counts), 6, 3)
-    x = torch.randn(*routing.shape, 6, requires_grad=True)
-    leaves = [x, routing.gates, *experts.parameters()]
-    agree(backends.run(name, x, routing, experts), leaves, compose(x, routing, experts), leaves)
+    index, gates, num_experts = choice
+    experts = FFN(num_experts, 6, 3)
+    x = torch.randn(len(index), 6, requires_grad=True)
+    leaves = [x, gates, *experts.parameters()]
+    y = backends.run(name, x, assign(*choice), experts)
+    agree(y, leaves, compose(x, assign(*choice), experts), leaves)
 
 
 def test_an_unknown_backend_is_refused_with_the_known_ones():
