@@ -176,7 +176,7 @@ def control(model: nn.Module, optimizer: torch.optim.Optimizer, rule: Rule) -> C
 
     Works on our routers built with `selection_bias=True`, and on native models of transformers whose layers have an
     `e_score_correction_bias` or `expert_bias`, which transformers itself never moves; rounded ones become fp32. Only
-    forward passes in training, with gradients, are counted. On several processes all of them must train the same layers.
+    forward passes in training, with gradients, are counted. On several processes all must train the same layers.
 
     Raises:
         ValueError: no router of the model has a selection bias.
@@ -208,7 +208,7 @@ def _biases(model: nn.Module) -> Iterator[tuple[str, Bias]]:
             for key in _NATIVE_BIASES & (owner._buffers.keys() | owner._parameters.keys()):
                 bias = getattr(owner, key)
                 bias.data = bias.data.float()  # steps of 1e-3 would be lost in bf16
-                yield name, lambda owner=owner, key=key: getattr(owner, key)
+                yield name, Bias(owner, key)
 
 
 _NATIVE_BIASES = {"e_score_correction_bias", "expert_bias"}
