@@ -74,6 +74,7 @@ class Blocks(Dataset[dict[str, Tensor]]):
 
     def __init__(self, tokens: Mapping[str, Int[Tensor, "_"]], length: int) -> None:
         cut = [stream[: len(stream) // length * length].view(-1, length) for stream in tokens.values()]
+        self.length = length
         self.domains = tuple(tokens)
         self.input_ids = torch.cat(cut)  # (blocks, length)
         self.domain = torch.repeat_interleave(torch.tensor([len(blocks) for blocks in cut]))  # (blocks,)

@@ -1,0 +1,196 @@
+"""One training run whose validation loss is measured along the way, over tokens, FLOPs and seconds."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from moeify.flops import Count, count
+from moeify.train import SparseArguments, SparseTrainer
+from moeify.train.data import Blocks
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How long and how fast to train.
+
+    Attributes:
+        steps: optimizer steps.
+        batch: blocks of tokens per step.
+        learning_rate: the peak of a cosine with a linear warm-up over the first twentieth of the steps.
+        weight_decay: AdamW's.
+        seed: of the order of data, of initialisation where a function is asked to build a model, and of dropout.
+        evaluations: how often the validation loss is measured, evenly over the steps.
+        evaluation_blocks: on how many validation blocks at most, taken evenly from all of them.
+        sparse: how experts are kept balanced.
+        device: where to train: `cpu`, `cuda`, or None for the best there is.
+        extra: further arguments of transformers' `TrainingArguments`.
+    """
+
+    steps: int = 400
+    batch: int = 16
+    learning_rate: float = 2e-3
+    weight_decay: float = 0.1
+    seed: int = 0
+    evaluations: int = 10
+    evaluation_blocks: int = 256
+    sparse: SparseArguments = field(default_factory=SparseArguments)
+    device: str | None = None
+    extra: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Point:
+    """A moment of a run.
+
+    Attributes:
+        step: optimizer steps taken.
+        tokens: training tokens seen.
+        flops: FLOPs of training so far, three times those of the forward passes.
+        seconds: time spent in training, without evaluation.
+        loss: validation loss in nats per token.
+    """
+
+    step: int
+    tokens: int
+    flops: float
+    seconds: float
+    loss: float
+
+
+@dataclass(frozen=True)
+class Run:
+    """What became of one model.
+
+    Attributes:
+        name: of the arm of a comparison.
+        seed: the run's seed.
+        count: parameters and FLOPs per token.
+        points: the validation loss over the run.
+        domains: validation loss by domain at the end, nats per token.
+    """
+
+    name: str
+    seed: int
+    count: Count
+    points: list[Point]
+    domains: dict[str, float]
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Training speed over the whole run."""
+        return self.points[-1].tokens / self.points[-1].seconds
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return asdict(self) | {"tokens_per_second": self.tokens_per_second}
+
+
+def train_run(
+    name: str,
+    model: nn.Module,
+    train: Blocks,
+    validation: Blocks,
+    folder: Path,
+    settings: Settings,
+    *,
+    resume: bool = False,
+    callbacks: list[TrainerCallback] | None = None,
+) -> Run:
+    """Train a language model on blocks of tokens, measuring its validation loss along the way.
+
+    Args:
+        name: what to call the run.
+        model: takes `input_ids` and `labels`; sparse or dense.
+        train: blocks to train on, in an order that the seed decides; it repeats if the steps need more.
+        validation: blocks to evaluate on.
+        folder: for checkpoints and `metrics.jsonl`.
+        settings: how long and how fast.
+        resume: go on from the newest good checkpoint in the folder.
+        callbacks: further ones of the Trainer.
+    """
+    is_sparse = getattr(model, "moeify_recipe", None) is not None
+    size = count(model, tokens=train.length)
+    curve = _Curve(size, train.length, settings, lambda m: validation_loss(m, validation, settings)[0])
+    arguments = TrainingArguments(
+        **{
+            "output_dir": str(folder),
+            "max_steps": settings.steps,
+            "per_device_train_batch_size": settings.batch,
+            "learning_rate": settings.learning_rate,
+            "weight_decay": settings.weight_decay,
+            "adam_beta2": 0.95,
+            "lr_scheduler_type": "cosine",
+            "warmup_steps": max(1, settings.steps // 20),
+            "logging_steps": max(1, settings.steps // 40),
+            "save_strategy": "no",
+            "report_to": "none",
+            "seed": settings.seed,
+            "use_cpu": settings.device == "cpu",
+            "disable_tqdm": True,
+            "dataloader_pin_memory": False,
+        }
+        | settings.extra
+    )
+    trainer = SparseTrainer(
+        model,
+        arguments,
+        train_dataset=train,
+        sparse=settings.sparse if is_sparse else SparseArguments(balance=0.0, progress=settings.sparse.progress),
+        callbacks=[curve, *(callbacks or [])],
+    )
+    trainer.train(resume_from_checkpoint=resume or None)
+    _, domains = validation_loss(model, validation, settings)
+    return Run(name=name, seed=settings.seed, count=size, points=curve.points, domains=domains)
+
+
+class _Curve(TrainerCallback):
+    """Measures the validation loss at even distances, and stops the clock while it does."""
+
+    def __init__(self, size: Count, length: int, settings: Settings, loss: Callable[[nn.Module], float]) -> None:
+        self.size, self.settings, self.loss = size, settings, loss
+        self.tokens_per_step = settings.batch * length
+        self.points: list[Point] = []
+        self.seconds = 0.0
+
+    def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+        self.started = time.perf_counter()
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.seconds += time.perf_counter() - self.started
+        step, total, times = state.global_step, self.settings.steps, self.settings.evaluations
+        if step * times // total > (step - 1) * times // total:
+            tokens = step * self.tokens_per_step
+            flops = tokens * self.size.training_flops
+            self.points.append(Point(step, tokens, flops, self.seconds, self.loss(kwargs["model"])))
+
+
+@torch.no_grad()
+def validation_loss(model: nn.Module, blocks: Blocks, settings: Settings) -> tuple[float, dict[str, float]]:
+    """Mean loss in nats per token, over the evaluation blocks and for each domain among them."""
+    training = model.training
+    model.eval()
+    device = next(model.parameters()).device
+    step = max(1, len(blocks) // settings.evaluation_blocks)
+    chosen = range(step // 2, len(blocks), step)
+    by_domain: dict[str, list[float]] = {}
+    for start in range(0, len(chosen), settings.batch):
+        indices = chosen[start : start + settings.batch]
+        tokens = torch.stack([blocks[i]["input_ids"] for i in indices]).to(device)
+        logits = model(input_ids=tokens).logits[:, :-1].float()
+        losses = nn.functional.cross_entropy(logits.transpose(1, 2), tokens[:, 1:], reduction="none").mean(1)
+        for i, loss in zip(indices, losses.tolist(), strict=True):
+            by_domain.setdefault(blocks.domain_of(i), []).append(loss)
+    model.train(training)
+    everything = [loss for losses in by_domain.values() for loss in losses]
+    return fmean(everything), {name: fmean(losses) for name, losses in by_domain.items()}
