@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import inspect
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -65,7 +66,8 @@ def _name_of(kind: str, thing: Any) -> str:
 def encode(kind: str, thing: Any) -> Any:
     """Write a registered callable, a partial of one, or an instance of a registered dataclass as plain JSON values."""
     if isinstance(thing, partial):
-        return {"name": _name_of(kind, thing.func), **dict(_encode_options(thing.keywords))}
+        by_position = dict(zip(inspect.signature(thing.func).parameters, thing.args, strict=False))
+        return {"name": _name_of(kind, thing.func), **dict(_encode_options(by_position | thing.keywords))}
     if dataclasses.is_dataclass(thing) and not isinstance(thing, type):
         options = {field.name: getattr(thing, field.name) for field in dataclasses.fields(thing)}
         return {"name": _name_of(kind, type(thing)), **dict(_encode_options(options))}
@@ -102,8 +104,6 @@ def decode(kind: str, value: Any) -> Any:
 
 
 def _check_options(kind: str, name: str, thing: Callable, options: dict[str, Any]) -> None:
-    import inspect
-
     known = list(inspect.signature(thing).parameters)
     for key in options:
         if key not in known:

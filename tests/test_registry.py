@@ -1,0 +1,102 @@
+import json
+from dataclasses import dataclass
+from functools import partial
+
+import pytest
+
+from moeify import registry
+from moeify.balance import Quantile, Sign
+from moeify.registry import decode, encode, lookup, names, register
+from moeify.routers import Groups, TopK, sigmoid, softmax
+from moeify.routers.capacity import capacity
+from moeify.routing import double
+
+
+@pytest.fixture(autouse=True)
+def forget_what_a_test_registers(monkeypatch):
+    monkeypatch.setattr(registry, "_BY_NAME", {kind: dict(known) for kind, known in registry._BY_NAME.items()})
+
+
+@pytest.mark.parametrize(
+    ("kind", "thing"),
+    [
+        ("router", TopK),
+        ("router", partial(TopK, k=3, score=sigmoid, groups=Groups(4, 2, "top2"), scale=2.5)),
+        ("router", partial(capacity, factor=1.5, capacity=double)),
+        ("controller", Sign(rate=0.01)),
+        ("controller", Quantile()),
+        ("score", softmax),
+        ("groups", Groups(8, 4)),
+    ],
+)
+def test_what_is_written_as_json_is_read_back(kind, thing):
+    back = decode(kind, json.loads(json.dumps(encode(kind, thing))))
+    if isinstance(thing, partial):
+        assert (back.func, back.keywords) == (thing.func, thing.keywords)
+    else:
+        assert back == thing
+
+
+def test_options_given_by_position_are_written_too():
+    @register("where", "deeper")
+    def deeper(depth, step, name):
+        return depth, step, name
+
+    written = encode("where", partial(deeper, 3, step=2))
+    assert written == {"name": "deeper", "depth": 3, "step": 2}
+    assert decode("where", written)(name="mlp") == (3, 2, "mlp")
+
+
+def test_a_name_alone_is_enough():
+    assert decode("router", "topk") is TopK
+    assert decode("controller", "sign") == Sign()
+
+
+def test_names_are_sorted_and_by_kind():
+    assert names("score") == ["sigmoid", "softmax", "sqrt_softplus"]
+    assert names("nothing of the kind") == []
+
+
+def test_a_misspelt_name_suggests_the_right_one():
+    with pytest.raises(ValueError, match="no score is called 'softmx'; did you mean 'softmax'"):
+        lookup("score", "softmx")
+
+
+def test_a_name_far_from_all_lists_them():
+    with pytest.raises(ValueError, match="known are: sigmoid, softmax, sqrt_softplus"):
+        lookup("score", "??")
+
+
+def test_an_option_that_is_not_taken_is_named():
+    with pytest.raises(ValueError, match="router 'topk' has no option 'normalise'; did you mean 'normalize'"):
+        decode("router", {"name": "topk", "normalise": True})
+
+
+@pytest.mark.parametrize("value", [3, ["topk"], {"k": 2}, None])
+def test_what_is_neither_a_name_nor_a_mapping_is_refused(value):
+    with pytest.raises(ValueError, match="router must be a name or a mapping with a 'name'"):
+        decode("router", value)
+
+
+def test_a_thing_without_a_name_cannot_be_written():
+    with pytest.raises(ValueError, match=r"has no name.*@moeify\.register\('router'"):
+        encode("router", lambda width, num_experts: None)
+
+
+def test_a_name_is_given_once():
+    @register("score", "mine")
+    def mine(logits):
+        return logits
+
+    assert register("score", "mine")(mine) is mine
+    with pytest.raises(ValueError, match="'mine' already means"):
+        register("score", "mine")(lambda logits: logits)
+
+
+def test_ones_own_dataclass_is_written_with_its_options():
+    @register("controller", "still")
+    @dataclass(frozen=True)
+    class Still:
+        rate: float = 0.0
+
+    assert decode("controller", encode("controller", Still(2.0))) == Still(2.0)
