@@ -92,7 +92,8 @@ class TopK(Router):
         init_std: standard deviation of the normal initialisation of the projection.
 
     Raises:
-        ValueError: k outside 1..E; k = 1 with normalised weights; groups that do not divide E or leave fewer than k.
+        ValueError: k outside 1..E; k = 1 with normalised weights; groups that do not divide E, are not there, or leave
+            fewer than k experts.
     """
 
     def __init__(
@@ -189,6 +190,8 @@ def _check_choice(k: int, num_experts: int, normalize: bool, groups: Groups | No
             "learns; pass normalize=False (Switch) or k=2"
         )
     if groups is not None:
+        if not 1 <= groups.keep <= groups.count:
+            raise ValueError(f"a token cannot use {groups.keep} of {groups.count} groups; choose 1 <= keep <= count")
         if num_experts % groups.count:
             raise ValueError(f"{num_experts} experts cannot be divided into {groups.count} groups of equal size")
         if groups.keep * (num_experts // groups.count) < k:
