@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageClassification, PreTrainedModel
 
 VOCABULARY = 256
 Builder = Callable[[], PreTrainedModel]
@@ -116,13 +116,45 @@ def opt() -> PreTrainedModel:
     return _seeded(lambda: OPTForCausalLM(OPTConfig(**_TEXT | sizes)))
 
 
-def t5() -> PreTrainedModel:
+def t5(**config: Any) -> PreTrainedModel:
     from transformers import T5Config, T5ForConditionalGeneration
 
-    config = T5Config(
-        vocab_size=VOCABULARY, d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4, decoder_start_token_id=0
+    sizes = {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4, "decoder_start_token_id": 0}
+    return _seeded(lambda: T5ForConditionalGeneration(T5Config(vocab_size=VOCABULARY, **sizes | config)))
+
+
+def bart() -> PreTrainedModel:
+    from transformers import BartConfig, BartForConditionalGeneration
+
+    special = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 2}
+    config = BartConfig(
+        vocab_size=VOCABULARY,
+        d_model=32,
+        encoder_layers=2,
+        decoder_layers=2,
+        encoder_attention_heads=4,
+        decoder_attention_heads=4,
+        encoder_ffn_dim=64,
+        decoder_ffn_dim=64,
+        max_position_embeddings=64,
+        forced_eos_token_id=None,
+        **special,
     )
-    return _seeded(lambda: T5ForConditionalGeneration(config))
+    return _seeded(lambda: BartForConditionalGeneration(config))
+
+
+def masked_lm(model_type: str, **config: Any) -> PreTrainedModel:
+    """An encoder of a family of transformers that fills in masked tokens."""
+    from transformers import AutoModelForMaskedLM
+
+    settings = _TEXT | {"max_position_embeddings": 128} | config
+    return _seeded(lambda: AutoModelForMaskedLM.from_config(AutoConfig.for_model(model_type, **settings)))
+
+
+def image_classifier(model_type: str, **config: Any) -> PreTrainedModel:
+    """A vision encoder of a family of transformers with ten classes."""
+    settings = _VISION | {"num_labels": 10} | config
+    return _seeded(lambda: AutoModelForImageClassification.from_config(AutoConfig.for_model(model_type, **settings)))
 
 
 def bert() -> PreTrainedModel:
@@ -173,6 +205,15 @@ def whisper() -> PreTrainedModel:
     return _seeded(lambda: WhisperForConditionalGeneration(config))
 
 
+@torch.no_grad()
+def widened(model: Any) -> Any:
+    """The model with weights so large, biases included, that every part of it shows in its output."""
+    generator = torch.Generator().manual_seed(1)
+    for parameter in model.parameters():
+        parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
+    return model
+
+
 SPARSE: dict[str, Builder] = {
     "mixtral": mixtral,
     "qwen3_moe": qwen3_moe,
@@ -187,7 +228,10 @@ DENSE: dict[str, Builder] = {
     "gemma": lambda: causal_lm("gemma"),
     "gpt2": gpt2,
     "opt": opt,
+    "phi3": lambda: causal_lm("phi3"),
     "t5": t5,
+    "t5_gated": lambda: t5(feed_forward_proj="gated-gelu"),
+    "bart": bart,
     "bert": bert,
     "vit": vit,
     "clip": clip,
@@ -205,13 +249,13 @@ def inputs(model: PreTrainedModel, batch: int = 2, length: int = 12, seed: int =
     """Keyword arguments that a model of `TINY` can be called with, labels included where it takes them."""
     ids = tokens(batch, length, seed)
     noise = torch.Generator().manual_seed(seed)
-    match model.config.model_type:
-        case "vit":
+    match model.main_input_name, model.config.model_type:
+        case "pixel_values", _:
             return {"pixel_values": torch.randn(batch, 3, 32, 32, generator=noise), "labels": ids[:, 0] % 10}
-        case "clip":
+        case _, "clip":
             ids = torch.cat([ids[:, 1:], torch.full((batch, 1), 2)], dim=1)
             return {"input_ids": ids, "pixel_values": torch.randn(batch, 3, 32, 32, generator=noise)}
-        case "whisper":
+        case "input_features", _:
             return {"input_features": torch.randn(batch, 16, 32, generator=noise), "labels": ids}
         case _:
             return {"input_ids": ids, "labels": ids}
