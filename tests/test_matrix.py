@@ -1,0 +1,68 @@
+"""Every router with every bank of experts, every backend and every dtype: one row to add per new member."""
+
+from copy import deepcopy
+from functools import partial
+
+import pytest
+import torch
+from torch import nn
+
+from moeify import Context, MoE, kernels
+from moeify.backends import compose
+from moeify.experts import FFN, Blocks, ClampedGlu, Each, Glu, Identity, Plain, Zero
+from moeify.routers import Capacity, Groups, TopK, sigmoid, sqrt_softplus
+from strategies import agree, sharpen
+
+D, E = 8, 4
+
+ROUTERS = {
+    "softmax": partial(TopK, D, E),
+    "switch": partial(TopK, D, E, k=1, normalize=False),
+    "sigmoid": partial(TopK, D, E, k=3, score=sigmoid, selection_bias=True, groups=Groups(2, 2, "top2"), scale=2.5),
+    "sqrt softplus": partial(TopK, D, E, score=sqrt_softplus),
+    "logit": partial(TopK, D, E, select="logit", bias=True),
+    "per group": partial(TopK, D, E, per="group"),
+    "capacity": lambda: Capacity(TopK(D, E), factor=0.7),
+    "priority": lambda: Capacity(TopK(D, E), factor=0.7, priority="score", overflow="renormalize"),
+}
+EXPERTS = {
+    "swiglu": partial(FFN, E, D, 6),
+    "plain": partial(FFN, E, D, 6, inner=Plain(nn.functional.gelu), bias=True, width_out=D),
+    "clamped": partial(FFN, E, D, 6, inner=ClampedGlu(), bias=True),
+    "each": lambda: Each([nn.Sequential(nn.Linear(D, 3 + e), nn.Tanh(), nn.Linear(3 + e, D)) for e in range(E)]),
+    "blocks": lambda: Blocks([FFN(1, D, 12), FFN(1, D, 2, inner=Glu(nn.functional.gelu)), Identity(), Zero()]),
+}
+DROPPING = {"capacity", "priority"}
+BACKENDS = ["compose", "gather", "auto"]
+DTYPES = {torch.float32: 1e-5, torch.float64: 1e-5, torch.bfloat16: 6e-2}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("experts", EXPERTS)
+@pytest.mark.parametrize("router", ROUTERS)
+def test_every_combination_is_its_definition(router, experts, backend, dtype, monkeypatch):
+    moe = MoE(ROUTERS[router](), EXPERTS[experts](), backend=backend).to(dtype)
+    sharpen(moe)
+    exact = deepcopy(moe).double()
+    x = torch.randn(3, 4, D, dtype=dtype, requires_grad=True)
+    x64 = x.detach().double().requires_grad_()
+    if router in DROPPING and backend == "gather":
+        with pytest.raises(ValueError, match="'gather' cannot run this layer"):
+            moe(x)
+        return
+
+    y = moe(x)
+    monkeypatch.setattr("moeify.experts.ffn.grouped_linear", kernels.naive_grouped_linear)
+    slow = compose(x64, exact.router(x64, Context()), exact.experts)
+    assert y.dtype == dtype
+    agree(y, [x, *moe.parameters()], slow, [x64, *exact.parameters()], rtol=DTYPES[dtype], atol=DTYPES[dtype])
+
+
+@pytest.mark.parametrize("experts", EXPERTS)
+@pytest.mark.parametrize("router", ROUTERS)
+def test_every_parameter_gets_a_finite_gradient(router, experts):
+    moe = MoE(ROUTERS[router](), EXPERTS[experts]())
+    moe(torch.randn(3, 4, D)).square().sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in moe.parameters())
+    assert all(p.grad.count_nonzero() for p in moe.router.parameters())
