@@ -1,0 +1,65 @@
+"""What a sparse model's training needs to be told beyond `transformers.TrainingArguments`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from moeify.balance import Rule
+from moeify.schedule import Schedule
+
+Scope = Literal["global", "batch", "sequence"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SparseArguments:
+    """How experts are kept balanced, and how the run is shown.
+
+    Attributes:
+        balance: weight of the balance loss E · Σ_j f_j · P_j, or its schedule over optimizer steps; 0 turns it off.
+        scope: over what f_j is measured. `global`: all micro-batches and ranks of the previous optimizer step.
+            `sequence`: each sequence by itself. `batch`: each micro-batch by itself, whose gradient then depends on
+            how the step is cut into micro-batches.
+        z: weight of the z-loss, or its schedule; 0 turns it off.
+        controller: a rule of `moeify.balance` that moves the routers' selection biases after every step.
+        dropout: the expert dropout, or its schedule; None leaves the experts as they are.
+        progress: show one line of progress in a terminal, in the place of the Trainer's bar.
+
+    Raises:
+        ValueError: a negative weight, or an unknown scope.
+    """
+
+    balance: float | Schedule = 1e-2
+    scope: Scope = "global"
+    z: float | Schedule = 0.0
+    controller: Rule | None = None
+    dropout: float | Schedule | None = None
+    progress: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("balance", "z"):
+            weight = getattr(self, name)
+            if not callable(weight) and weight < 0:
+                raise ValueError(f"{name}={weight} would reward imbalance; weights of losses are at least 0")
+        if self.scope not in get_args(Scope):
+            raise ValueError(f"scope={self.scope!r} is not known; choose from {', '.join(get_args(Scope))}")
+
+    def describe(self) -> str:
+        """One line that says which forces keep the experts balanced."""
+        forces = []
+        if self.balance != 0:
+            forces.append(f"balance loss (weight {_show(self.balance)}, {self.scope} scope)")
+        if self.z != 0:
+            forces.append(f"z-loss (weight {_show(self.z)})")
+        if self.controller is not None:
+            forces.append(f"controller {self.controller}")
+        return "balance: " + (" + ".join(forces) or "none, no loss and no controller")
+
+
+def at(value: float | Schedule, step: int) -> float:
+    """The value of a constant or a schedule at a step."""
+    return value(step) if callable(value) else value
+
+
+def _show(value: float | Schedule) -> str:
+    return "scheduled" if callable(value) else f"{value:g}"

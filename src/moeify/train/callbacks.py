@@ -1,0 +1,156 @@
+"""What happens beside the steps: expert dropout, a line of progress, and a clean end when asked to stop."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from moeify.experts import FFN
+from moeify.schedule import Schedule
+from moeify.train.arguments import at
+from moeify.train.loss import all_reduce
+
+
+class ExpertDropout(TrainerCallback):
+    """Sets the dropout inside all experts, by a schedule over optimizer steps (expert dropout: Switch, section 2.4).
+
+    Raises:
+        ValueError: when training begins, a model without `moeify.experts.FFN`.
+    """
+
+    def __init__(self, p: float | Schedule) -> None:
+        self.p = p
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Find the experts."""
+        model: nn.Module = kwargs["model"]
+        self.experts = [module for module in model.modules() if isinstance(module, FFN)]
+        if not self.experts:
+            raise ValueError(
+                f"expert dropout was asked for, but {type(model).__name__} has no experts of moeify; native models of "
+                "transformers have no dropout in their experts, leave SparseArguments(dropout=None)"
+            )
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Set the step's dropout."""
+        for experts in self.experts:
+            experts.dropout.p = at(self.p, state.global_step)
+
+
+class SaveOnSignal(TrainerCallback):
+    """On Ctrl-C or SIGTERM: finish the step, save a checkpoint, end the training normally, say how to go on.
+
+    All ranks stop after the same step, whichever was told. A second signal ends the process at once.
+    """
+
+    signals = (signal.SIGINT, signal.SIGTERM)
+
+    def __init__(self) -> None:
+        self.received: int | None = None
+        self.stopped = False
+        self.before: dict[int, Any] = {}
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Listen, if this is the main thread: Python allows no other to."""
+        self.received, self.stopped = None, False
+        if threading.current_thread() is threading.main_thread():
+            self.before = {number: signal.signal(number, self._receive) for number in self.signals}
+
+    def _receive(self, number: int, frame: Any) -> None:
+        self.received = number
+        self.restore()
+
+    def restore(self) -> None:
+        """Give signals back to who had them."""
+        while self.before:
+            number, handler = self.before.popitem()
+            signal.signal(number, handler)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Save and stop, if any rank was told to."""
+        if bool(all_reduce(torch.tensor(float(self.received is not None), device=args.device))):
+            control.should_save = control.should_training_stop = self.stopped = True
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Say how to go on."""
+        self.restore()
+        if self.stopped and state.is_world_process_zero:
+            name = "another rank's signal" if self.received is None else signal.Signals(self.received).name
+            print(
+                f"moeify: stopped by {name} after step {state.global_step} of {state.max_steps}, saved in "
+                f"{args.output_dir}; go on with trainer.train(resume_from_checkpoint=True)"
+            )
+
+
+class ProgressLine(TrainerCallback):
+    """One line in a terminal: steps, time left, loss, balance, dead experts, tokens per second."""
+
+    def __init__(self, console: Console | None = None) -> None:
+        self.console = Console(stderr=True) if console is None else console
+        self.bar: Progress | None = None
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Show the line, on the first rank and in a terminal only."""
+        if self.console.is_terminal and state.is_world_process_zero:
+            columns = (
+                MofNCompleteColumn(),
+                BarColumn(bar_width=20),
+                TimeRemainingColumn(),
+                TextColumn("{task.description}"),
+            )
+            self.bar = Progress(*columns, console=self.console, transient=False)
+            self.task = self.bar.add_task("", total=state.max_steps, completed=state.global_step)
+            self.bar.start()
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Count the step."""
+        if self.bar is not None:
+            self.bar.update(self.task, completed=state.global_step)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Show the latest numbers."""
+        if self.bar is not None and logs and "loss" in logs:
+            self.bar.update(self.task, description=line(logs))
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Leave the last line standing."""
+        self.close()
+
+    def close(self) -> None:
+        """Give the terminal back."""
+        if self.bar is not None:
+            self.bar.stop()
+            self.bar = None
+
+
+def line(logs: dict[str, float]) -> str:
+    """The numbers of a log entry that say whether all is well."""
+    shown = {"loss": "{:.4f}", "balance": "{:.3f}", "dead_experts_worst": "{:.0f}", "tokens_per_second": "{:,.0f}"}
+    names = {"dead_experts_worst": "dead", "tokens_per_second": "tokens/s"}
+    return "  ".join(f"{names.get(k, k)} {form.format(logs[k])}" for k, form in shown.items() if k in logs)

@@ -1,0 +1,94 @@
+"""Stop before a NaN reaches the weights, and say where it came from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moeify.train.loss import all_reduce
+
+
+def is_finite(losses: Sequence[Tensor], model: nn.Module, *, gradients: bool = True) -> bool:
+    """Whether the losses of a step and its gradients are finite on every rank; all ranks get the same answer.
+
+    Args:
+        losses: of the micro-batches of the step.
+        model: after backward, before the optimizer's step.
+        gradients: False if a gradient scaler deals with infinite gradients itself (fp16).
+    """
+    values = [loss.detach().float().reshape(1) for loss in losses]
+    if gradients:
+        values += [norm.float().reshape(1) for norm in _norms(_local(p.grad) for p in model.parameters())]
+    device = values[0].device
+    bad = (~torch.isfinite(torch.cat([value.to(device) for value in values]))).any().float()
+    return not bool(all_reduce(bad))
+
+
+def find(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> str:
+    """Name what is not finite: the first module in a forward pass, or else the first parameter with such a gradient.
+
+    Runs the batches through the model once more; call it once the training has failed.
+    """
+    for name, parameter in model.named_parameters():
+        if not torch.isfinite(_local(parameter.detach())).all():
+            return f"the weights of {name}"
+    for batch in batches:
+        if name := _first_module(model, batch):
+            return f"the output of {name}"
+    for name, parameter in model.named_parameters():
+        if parameter.grad is not None and not torch.isfinite(_local(parameter.grad)).all():
+            return f"the gradient of {name}"
+    return "the norm of all gradients, though each of them is finite"
+
+
+def _norms(gradients: Iterable[Tensor | None]) -> list[Tensor]:
+    present = [gradient for gradient in gradients if gradient is not None]
+    by_device: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+    for gradient in present:
+        by_device.setdefault((gradient.device, gradient.dtype), []).append(gradient)
+    return [torch.stack(torch._foreach_norm(group)).norm() for group in by_device.values()]
+
+
+def _local(tensor: Tensor | None) -> Any:
+    """The part of a sharded tensor that lies on this rank."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
+@torch.no_grad()
+def _first_module(model: nn.Module, batch: Mapping[str, Any]) -> str | None:
+    found: list[str] = []
+
+    def hook(name: str) -> Any:
+        def look(module: nn.Module, args: tuple, output: Any) -> None:
+            if not found and not all(map(_is_finite, _tensors(output))) and all(map(_is_finite, _tensors(args))):
+                found.append(name)
+
+        return look
+
+    handles = [m.register_forward_hook(hook(name)) for name, m in model.named_modules() if name]
+    try:
+        model(**batch)
+    except FloatingPointError as error:
+        found.append(str(error))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found[0] if found else None
+
+
+def _tensors(value: Any) -> Iterable[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        for part in value.values():
+            yield from _tensors(part)
+    elif isinstance(value, (tuple, list)):
+        for part in value:
+            yield from _tensors(part)
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    return not tensor.is_floating_point() or bool(torch.isfinite(tensor).all())

@@ -1,0 +1,174 @@
+"""Balance losses whose gradient does not depend on how an optimizer step is cut into micro-batches and ranks.
+
+With f_j fixed, the loss of a step is linear in its tokens:
+
+    loss = mean over layers of  E · Σ_j f_j · P_j,        P_j = Σ over the step's real tokens of p_j / their number
+
+so each micro-batch may add its own tokens' part, divided by the number of tokens of the whole step. That is exact if
+f_j is known before the step: with scope `global` it is the share of rows asked of expert j over the whole *previous*
+step, all micro-batches and ranks. The lag of one step is the price; in the first step f_j = 1 / E, whose gradient is
+zero. Global-batch balance is the subject of arXiv 2501.11873.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from moeify import losses
+from moeify.routing import Assignment, Routing
+from moeify.train.arguments import Scope
+
+Decisions = Sequence[tuple[str, Routing]]
+UNITS = ("attention_mask", "decoder_attention_mask", "input_ids", "labels", "rows")
+
+
+def count(inputs: Mapping[str, Any]) -> dict[str, int]:
+    """How many decisions a router may have to make for a batch: one per real token, per label, or per row."""
+    tensors = {name: value for name, value in inputs.items() if isinstance(value, Tensor) and value.dim() > 0}
+    sizes = dict.fromkeys(UNITS, 0)
+    for name in ("attention_mask", "decoder_attention_mask"):
+        if name in tensors and tensors[name].dim() == 2:
+            sizes[name] = int(tensors[name].bool().sum())
+    for name in ("input_ids", "inputs_embeds"):
+        if name in tensors:
+            sizes["input_ids"] = tensors[name].shape[:2].numel()
+    if "labels" in tensors:
+        sizes["labels"] = tensors["labels"].shape[:2].numel()
+    sizes["rows"] = next((len(tensor) for tensor in tensors.values()), 0)
+    return sizes
+
+
+def all_reduce(tensor: Tensor) -> Tensor:
+    """The sum over all ranks, in place; the tensor itself if there is one process."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.all_reduce(tensor)
+    return tensor
+
+
+class Watch:
+    """Collects the decisions of one micro-batch; the trainer registers `observe` by `moeify.record.observe`."""
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[str, Routing]] = []
+        self.without_gradient = 0
+
+    def observe(self, name: str, routing: Routing) -> None:
+        """Keep a decision that was made with gradients on."""
+        if torch.is_grad_enabled():
+            self.seen.append((name, routing))
+        else:
+            self.without_gradient += 1
+
+    def take(self) -> list[tuple[str, Routing]]:
+        """The decisions since the last call.
+
+        Raises:
+            ValueError: there is none that a loss could act on.
+        """
+        seen, hidden = self.seen, self.without_gradient
+        self.seen, self.without_gradient = [], 0
+        if not seen and hidden:
+            raise ValueError(
+                "the routers decided without gradients, so neither loss nor controller can balance them: re-entrant "
+                "activation checkpointing does that; pass use_reentrant=False (SparseTrainer does), or "
+                "model.gradient_checkpointing_enable({'use_reentrant': False, 'context_fn': keep_decisions})"
+            )
+        if not seen:
+            raise ValueError(
+                "no routing decision arrived in this forward pass, so balance is not wired: the sparse layers were not "
+                "called through the model that the trainer was given; pass the model that holds them, or "
+                "SparseArguments(balance=0)"
+            )
+        return seen
+
+
+@dataclass
+class StepLoss:
+    """The balance and z-loss of an optimizer step, cut into the parts of its micro-batches.
+
+    Attributes:
+        scope: over what f is measured.
+        demand: rows asked of every expert of every layer in the previous step; saved with a checkpoint.
+    """
+
+    scope: Scope = "global"
+    demand: dict[str, Float[Tensor, "E"]] = field(default_factory=dict)
+    _asked: dict[str, Float[Tensor, "E"]] = field(default_factory=dict)
+    _total: dict[str, float] = field(default_factory=dict)
+
+    def begin(self, batches: Sequence[Mapping[str, Any]], device: torch.device | str = "cpu") -> dict[str, float]:
+        """Count what the micro-batches of a step hold, over all ranks."""
+        sizes = [count(batch) for batch in batches]
+        here = torch.tensor([sum(size[unit] for size in sizes) for unit in UNITS], dtype=torch.float32, device=device)
+        self._total = dict(zip(UNITS, all_reduce(here).tolist(), strict=True))
+        self._asked = {}
+        return self._total
+
+    def balance(self, decisions: Decisions, sizes: Mapping[str, int]) -> Float[Tensor, ""]:
+        """This micro-batch's part of the mean over layers of E · Σ_j f_j · P_j; 1.0 per step is perfect.
+
+        Raises:
+            ValueError: no layer keeps scores, or none of them can learn.
+        """
+        scored = [(n, r, r.scores) for n, r in decisions if isinstance(r, Assignment) and r.scores is not None]
+        if not scored:
+            raise ValueError(
+                f"a balance loss was asked for, but none of {_names(decisions)} keeps the scores of its router, so it "
+                "is not wired; pass SparseArguments(balance=0), and a controller if the routers have a selection bias"
+            )
+        if not any(scores.requires_grad for *_, scores in scored):
+            raise ValueError(
+                f"a balance loss was asked for, but the scores of {_names(decisions)} have no gradient: the "
+                "routers and all layers before them are frozen; unfreeze the routers, or pass SparseArguments(balance=0)"
+            )
+        return self._mean([self._of_layer(name, r) * self._part(len(scores), sizes) for name, r, scores in scored])
+
+    def z(self, decisions: Decisions, sizes: Mapping[str, int]) -> Float[Tensor, ""]:
+        """This micro-batch's part of the mean over layers of the z-loss.
+
+        Raises:
+            ValueError: no layer keeps logits.
+        """
+        known = [(r, len(r.logits)) for _, r in decisions if r.logits is not None]
+        if not known:
+            raise ValueError(f"a z-loss was asked for, but none of {_names(decisions)} keeps logits; pass z=0")
+        return self._mean([losses.z(r) * self._part(made, sizes) for r, made in known])
+
+    @torch.no_grad()
+    def add(self, decisions: Decisions) -> None:
+        """Remember what this micro-batch asked of the experts, for the f of the next step."""
+        for name, routing in decisions:
+            if isinstance(routing, Assignment):
+                asked = routing.demand.float()
+                self._asked[name] = self._asked[name] + asked if name in self._asked else asked
+
+    def end(self) -> None:
+        """The optimizer has stepped: what was asked of the experts, over all ranks, is the next step's f."""
+        self.demand = {name: all_reduce(asked) for name, asked in sorted(self._asked.items())}
+        self._asked = {}
+
+    def _of_layer(self, name: str, routing: Assignment) -> Float[Tensor, ""]:
+        if self.scope == "global":
+            demand = self.demand.get(name, torch.ones(len(routing.counts)))
+            return losses.balance(routing, demand=demand.to(routing.counts.device))
+        return losses.balance(routing, self.scope)
+
+    def _part(self, made: int, sizes: Mapping[str, int]) -> float:
+        """The share of the step's decisions that were made in this micro-batch."""
+        unit = next((unit for unit in UNITS if sizes[unit] == made), "rows")
+        return sizes[unit] / self._total[unit]
+
+    @staticmethod
+    def _mean(parts: list[Tensor]) -> Float[Tensor, ""]:
+        return torch.stack([part.to(parts[0].device) for part in parts]).mean()
+
+
+def _names(decisions: Decisions) -> str:
+    names = sorted({name for name, _ in decisions})
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more layers" if len(names) > 3 else "")

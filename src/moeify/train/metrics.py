@@ -1,0 +1,116 @@
+"""How evenly experts are used, measured while a model trains: per layer, over all ranks, at no extra pass."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from moeify.losses import probability
+from moeify.routing import Assignment
+from moeify.train.loss import Decisions, all_reduce
+
+DEAD = 0.01
+"""An expert is dead if it is asked for less than this part of its fair share."""
+
+
+class Tally:
+    """Sums over the micro-batches since the last log: rows asked, rows served, probabilities, entropies, decisions."""
+
+    def __init__(self) -> None:
+        self.layers: dict[str, Float[Tensor, "3*E+2"]] = {}
+
+    @torch.no_grad()
+    def add(self, decisions: Decisions) -> None:
+        """Add what one micro-batch asked of the experts; dense mixtures are balanced by construction."""
+        for name, routing in decisions:
+            if isinstance(routing, Assignment):
+                new = _sums(routing)
+                self.layers[name] = self.layers[name] + new if name in self.layers else new
+
+    def drain(self) -> dict[str, dict[str, float]]:
+        """The metrics of every layer over all ranks since the last call."""
+        sums, self.layers = self.layers, {}
+        return {name: measure(all_reduce(sums[name]).cpu()) for name in sorted(sums)}
+
+
+def _sums(routing: Assignment) -> Float[Tensor, "3*E+2"]:
+    demand, counts = routing.demand.float(), routing.counts.float()
+    if routing.scores is None:
+        return torch.cat([demand, counts, torch.zeros_like(demand), demand.new_zeros(2)])
+    p = probability(routing).detach()
+    entropy = -torch.special.xlogy(p, p).sum()
+    return torch.cat([demand, counts, p.sum(0), entropy.view(1), entropy.new_full((1,), len(p))])
+
+
+def measure(sums: Float[Tensor, "3*E+2"]) -> dict[str, float]:
+    """The metrics of one layer from its sums.
+
+    `load_entropy` and `router_entropy` are divided by log E: 1 is even. `max_vio` is max / mean load - 1 (arXiv
+    2408.15664), 0 is even; `dead_experts` are those below 1 % of their fair share; `drop_rate` is the share of rows
+    that capacity refused; `balance` is E · Σ_j f_j · P_j, 1 is even. Without scores, `balance` and `router_entropy`
+    are left out.
+    """
+    experts = (len(sums) - 2) // 3
+    demand, counts, p = sums[:-2].view(3, experts)
+    entropy, decisions = sums[-2:].tolist()
+    f = demand / demand.sum().clamp_min(1)
+    even = math.log(experts) if experts > 1 else 1.0
+    metrics = {
+        "load_entropy": float(-torch.special.xlogy(f, f).sum() / even),
+        "max_vio": float(f.max() * experts - 1),
+        "max_load": float(f.max() * experts),
+        "dead_experts": float((f < DEAD / experts).sum()),
+        "drop_rate": float(1 - counts.sum() / demand.sum().clamp_min(1)),
+    }
+    if decisions:
+        metrics["balance"] = float(experts * (f * p).sum() / decisions)
+        metrics["router_entropy"] = entropy / decisions / even
+    return metrics
+
+
+_WORST = {"load_entropy": min, "max_vio": max, "dead_experts": max, "drop_rate": max}
+
+
+def summarize(layers: dict[str, dict[str, float]]) -> dict[str, float]:
+    """Means over layers, the worst value of each kind, and which layer (in order of names) is loaded least evenly."""
+    if not layers:
+        return {}
+    kinds = sorted(set().union(*layers.values()))
+    values = {kind: [layer[kind] for layer in layers.values() if kind in layer] for kind in kinds}
+    means = {kind: sum(v) / len(v) for kind, v in values.items() if kind != "max_load"}
+    worst = {f"{kind}_worst": pick(values[kind]) for kind, pick in _WORST.items()}
+    entropies = values["load_entropy"]
+    return means | worst | {"worst_layer": float(entropies.index(min(entropies)))}
+
+
+def exact(values: dict[str, Any]) -> dict[str, Any]:
+    """Numbers and, beside loss and gradient norm, their bits: equal runs are then equal texts."""
+    bits = {f"{name}_hex": float(values[name]).hex() for name in ("loss", "grad_norm") if name in values}
+    return values | bits
+
+
+def append(file: Path, record: dict[str, Any]) -> None:
+    """Write one line of JSON."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.open("a", encoding="utf-8") as out:
+        out.write(json.dumps(record) + "\n")
+
+
+def forget_after(file: Path, step: int) -> None:
+    """Drop the lines of steps that a resumed run will do again, and a line that was cut off by a crash."""
+    if not file.exists():
+        return
+    kept = []
+    for line in file.read_text(encoding="utf-8").splitlines():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
+        except json.JSONDecodeError:
+            continue
+    file.write_text("".join(kept), encoding="utf-8")

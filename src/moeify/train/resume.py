@@ -1,0 +1,138 @@
+"""Checkpoints that are complete or absent, checked before they are read, and free of pickle.
+
+    checkpoint-120/
+      model*.safetensors, config.json    the model, under its own parameter names, buffers included
+      optimizer.safetensors, .json       the optimizer's tensors and numbers, by parameter name
+      scheduler.json, sparse.safetensors, trainer_state.json
+      MANIFEST.json                      bytes and SHA-256 of every file
+
+A checkpoint is written to `checkpoint-120.tmp`, synced to disk, and renamed; only a complete one has its final name.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+MANIFEST = "MANIFEST.json"
+_NAME = re.compile(r"checkpoint-(\d+)")
+
+
+@contextmanager
+def writing(final: Path) -> Iterator[Path]:
+    """Give a folder to write a checkpoint into, which gets its final name once everything is on disk.
+
+    An exception inside removes what was written; a checkpoint that already has the final name is moved aside first.
+    """
+    folder = final.with_name(final.name + ".tmp")
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    try:
+        yield folder
+        _seal(folder)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+    if final.exists():
+        discard(final)
+    os.rename(folder, final)
+    _sync(final.parent)
+
+
+def _seal(folder: Path) -> None:
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    for path in files:
+        _sync(path)
+    listed = {path.relative_to(folder).as_posix(): _fingerprint(path) for path in files}
+    manifest = folder / MANIFEST
+    manifest.write_text(json.dumps({"format": 1, "files": listed}, indent=1), encoding="utf-8")
+    _sync(manifest)
+    _sync(folder)
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _fingerprint(path: Path) -> dict[str, Any]:
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return {"bytes": path.stat().st_size, "sha256": digest}
+
+
+def discard(folder: Path) -> None:
+    """Delete a checkpoint so that no half of it keeps its name."""
+    trash = folder.with_name(folder.name + ".trash")
+    shutil.rmtree(trash, ignore_errors=True)
+    os.rename(folder, trash)
+    shutil.rmtree(trash)
+
+
+def fault(folder: Path) -> str | None:
+    """Why a checkpoint cannot be trusted, or None if every file is what the manifest says."""
+    try:
+        listed = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
+    except FileNotFoundError:
+        return f"it has no {MANIFEST}, so it was never finished, or was written by another trainer"
+    except (ValueError, KeyError, TypeError):
+        return f"its {MANIFEST} cannot be read"
+    root = folder.resolve()
+    for name, expected in listed.items():
+        path = (folder / name).resolve()
+        if not path.is_relative_to(root):
+            return f"its manifest names {name}, which lies outside"
+        if not path.is_file():
+            return f"{name} is missing"
+        found = _fingerprint(path)
+        if found != expected:
+            what = "bytes" if found["bytes"] != expected.get("bytes") else "sha256"
+            return f"{name} has {what} {found[what]} instead of {expected.get(what)}"
+    strange = {path.name for path in folder.glob("*.safetensors")} - listed.keys()
+    return f"{sorted(strange)[0]} is not in its manifest" if strange else None
+
+
+def checkpoints(output: Path) -> list[Path]:
+    """All checkpoints of a run, newest first, good or not."""
+    found = [(int(m[1]), path) for path in output.glob("checkpoint-*") if (m := _NAME.fullmatch(path.name))]
+    return [path for _, path in sorted(found, reverse=True) if path.is_dir()]
+
+
+def newest(output: Path) -> Path:
+    """The newest checkpoint of a run that can be trusted; says which newer ones cannot, and why.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    rejected = []
+    for path in checkpoints(output):
+        reason = fault(path)
+        if reason is None:
+            return path
+        rejected.append(f"{path.name}: {reason}")
+        print(f"moeify: rejected {rejected[-1]}")
+    raise FileNotFoundError(
+        f"no checkpoint in {output} can be trusted"
+        + (f" ({'; '.join(rejected)})" if rejected else ", it holds none")
+        + "; to start afresh, call train() without resume_from_checkpoint"
+    )
+
+
+def rotate(output: Path, limit: int | None, best: str | None) -> None:
+    """Keep the newest `limit` checkpoints, and the best one whatever its age."""
+    if not limit or limit < 1:
+        return
+    keep = {Path(best).resolve()} if best else set()
+    found = [path for path in checkpoints(output) if path.resolve() not in keep]
+    for path in found[max(1, limit - len(keep)) :]:
+        discard(path)

@@ -1,0 +1,251 @@
+"""The Transformers trainer, made right for sparse models."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+from transformers import TrainerCallback
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+
+from moeify.balance import Control, control
+from moeify.record import observe
+from moeify.train import metrics
+from moeify.train.arguments import SparseArguments, at
+from moeify.train.callbacks import ExpertDropout, ProgressLine, SaveOnSignal
+from moeify.train.checkpointing import enable
+from moeify.train.finite import find, is_finite
+from moeify.train.loss import StepLoss, Watch, count
+from moeify.train.saving import Saving, bare
+
+
+class SparseTrainerMixin(Saving):
+    """Everything that a trainer of transformers needs to learn about experts; put it in front of any of them.
+
+        class SparseSFTTrainer(SparseTrainerMixin, trl.SFTTrainer): ...
+
+    Adds a balance loss whose gradient is the same however a step is cut into micro-batches, ranks and padding (see
+    `moeify.train.loss`), controllers, routing metrics, activation checkpointing that keeps decisions, checkpoints
+    that bring the experts back, and a halt before a non-finite step. The logged `loss` stays the task's loss.
+
+    Args:
+        args: what the trainer takes.
+        sparse: how experts are kept balanced.
+        kwargs: what the trainer takes.
+
+    Raises:
+        ValueError: settings that cannot work with experts; the message says what to change.
+        FloatingPointError: in `train`, a loss or gradient that is not finite; weights are untouched and saved.
+    """
+
+    def __init__(self, *args: Any, sparse: SparseArguments | None = None, **kwargs: Any) -> None:
+        self.sparse = SparseArguments() if sparse is None else sparse
+        super().__init__(*args, **kwargs)
+        if self.args.n_gpu > 1:
+            raise ValueError("nn.DataParallel copies the routers in every step; use torchrun, one process per GPU")
+        self.args.logging_nan_inf_filter = False  # would show a NaN as the average of the losses before it
+        self._watch, self._step_loss, self._tally = Watch(), StepLoss(self.sparse.scope), metrics.Tally()
+        self._hooks: list[RemovableHandle] = []
+        self._control: Control | None = None
+        self._batches: list[Any] = []
+        self._losses: list[Tensor] = []
+        self._tokens, self._since = 0.0, time.perf_counter()
+        self._stopper, self._line = SaveOnSignal(), ProgressLine()
+        self.add_callback(_Steps(self))
+        self.add_callback(self._stopper)
+        if self.sparse.dropout is not None:
+            self.add_callback(ExpertDropout(self.sparse.dropout))
+        if self.sparse.progress and self._line.console.is_terminal:
+            self.remove_callback(ProgressCallback)
+            self.remove_callback(PrinterCallback)
+            self.add_callback(self._line)
+
+    @property
+    def watches(self) -> bool:
+        """Whether anything is asked for that needs the routers' decisions."""
+        return self.sparse.balance != 0 or self.sparse.z != 0 or self.sparse.controller is not None
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """Train, or go on from a checkpoint: True for the newest that can be trusted, or the path of one.
+
+        Raises:
+            FileNotFoundError: no checkpoint can be trusted; the message says why.
+        """
+        if resume_from_checkpoint:
+            resume_from_checkpoint = str(self._checkpoint_to_resume(resume_from_checkpoint))
+        try:
+            return super().train(resume_from_checkpoint, *args, **kwargs)
+        finally:
+            self._stopper.restore()
+            self._line.close()
+            for handle in self._hooks:
+                handle.remove()
+            self._hooks = []
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        """Make the optimizer, and attach the controller to it."""
+        optimizer = super().create_optimizer(*args, **kwargs)
+        if self.sparse.controller is not None:
+            if self._control is not None:
+                self._control.remove()
+            self._control = control(self.model, bare(optimizer), self.sparse.controller)
+        return optimizer
+
+    def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> Any:
+        """Fetch the micro-batches of a step, and count its tokens over all ranks."""
+        batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        self._batches, self._losses = batches, []
+        total = self._step_loss.begin(batches, device)
+        self._tokens += total["attention_mask"] or total["input_ids"] or total["rows"]
+        transformers.set_seed(_mix(self.args.seed, self.state.global_step, self.args.process_index))
+        return batches, items
+
+    def compute_loss(
+        self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """The trainer's own loss, plus this micro-batch's part of the balance loss when training."""
+        if not (model.training and self._hooks):
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        sizes = count(inputs)
+        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        extra = self._balance(sizes)
+        if extra is not None:
+            loss = loss + extra.to(loss.device) * self._divisor(num_items_in_batch)
+            self._extra = extra.detach().to(loss.device)
+        return (loss, outputs) if return_outputs else loss
+
+    def _balance(self, sizes: dict[str, int]) -> Tensor | None:
+        """What a micro-batch adds to the loss of its step, times the ranks, over which gradients are averaged."""
+        if not self.watches and not self._watch.seen:
+            return None
+        decisions = self._watch.take()
+        step, parts = self.state.global_step, []
+        if (weight := at(self.sparse.balance, step)) != 0:
+            parts.append(weight * self._step_loss.balance(decisions, sizes))
+        if (weight := at(self.sparse.z, step)) != 0:
+            parts.append(weight * self._step_loss.z(decisions, sizes))
+        self._step_loss.add(decisions)
+        self._tally.add(decisions)
+        return sum(parts) * (self.accelerator.num_processes // self.get_tp_size()) if parts else None
+
+    def _divisor(self, num_items_in_batch: Any) -> int:
+        """What `training_step` will divide the loss by: the number of micro-batches, or 1 if it counts tokens."""
+        scaled = getattr(self, "loss_is_scaled_for_ga", None)
+        if scaled is None:
+            by_items = self.model_accepts_loss_kwargs and num_items_in_batch is not None
+            scaled = by_items or self.compute_loss_func is not None
+        return 1 if scaled else self.current_gradient_accumulation_steps
+
+    def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
+        """One micro-batch forward and backward; after the last one, stop if anything is not finite."""
+        self._extra = None
+        try:
+            loss = super().training_step(model, inputs, num_items_in_batch)
+        except FloatingPointError as error:
+            if self.accelerator.num_processes == 1:
+                self._halt(model, f"{error}; first, ")
+            raise
+        self._losses.append(loss)
+        scaled = getattr(self.accelerator, "scaler", None) is not None  # which skips infinite gradients by itself
+        if self.accelerator.sync_gradients and not is_finite(self._losses, model, gradients=not scaled):
+            self._halt(model)
+        return loss if self._extra is None else loss - self._extra
+
+    def _halt(self, model: nn.Module, why: str = "") -> None:
+        step = self.state.global_step
+        where = find(self.accelerator.unwrap_model(model), self._prepare_input(self._batches))
+        self._save_checkpoint(model, trial=None)
+        raise FloatingPointError(
+            f"{why}{where} is not finite in step {step + 1}; the optimizer has not touched the weights, which are "
+            f"saved in {self._checkpoint_folder(step)}. Lower the learning rate, clip gradients (max_grad_norm=1.0), "
+            "look at the batch, or use bf16 in the place of fp16; then train(resume_from_checkpoint=True)"
+        )
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Add the routing metrics to what the trainer logs; all of them, per layer, go to metrics.jsonl."""
+        if "loss" in logs:
+            layers = self._tally.drain()
+            now = time.perf_counter()
+            speed, self._tokens, self._since = self._tokens / max(now - self._since, 1e-9), 0.0, now
+            logs |= metrics.summarize(layers) | {"tokens_per_second": speed}
+            if self.is_world_process_zero():
+                record = {"step": self.state.global_step} | metrics.exact(dict(logs)) | {"layers": layers}
+                metrics.append(self._metrics_file, record)
+        super().log(logs, *args, **kwargs)
+
+    @property
+    def _metrics_file(self) -> Path:
+        return Path(self.args.output_dir) / "metrics.jsonl"
+
+    def begin(self) -> None:
+        """Called when the model is wrapped and loaded, before the first step."""
+        self._begin_checkpointing()
+        if _is_sparse(self.model):
+            self._hooks = observe(self.model, self._watch.observe)
+        elif self.watches:
+            raise ValueError(
+                f"{type(self.model).__name__} is dense, there is nothing to balance; make it sparse with "
+                "moeify.sparsify, or train it as it is with SparseArguments(balance=0)"
+            )
+        turned_off = _silence_own_loss(self.model)
+        if self.is_world_process_zero():
+            metrics.forget_after(self._metrics_file, self.state.global_step)
+            own = "; the model's own balance loss is turned off, it would count twice" if turned_off else ""
+            print(f"moeify: {self.sparse.describe()}{own}")
+        self._since = time.perf_counter()
+
+    def _begin_checkpointing(self) -> None:
+        for name in ("activation_checkpointing", "gradient_checkpointing"):  # the second name is deprecated in 5.23
+            if getattr(self.args, name, False):
+                enable(self.model, getattr(self.args, f"{name}_kwargs", None))
+                return
+
+
+class SparseTrainer(SparseTrainerMixin, transformers.Trainer):
+    """`transformers.Trainer` for sparse models, ours and native ones; see `SparseTrainerMixin`."""
+
+
+class _Steps(TrainerCallback):
+    """Tells the trainer when things happen that it has no method for."""
+
+    def __init__(self, trainer: Any) -> None:
+        self.trainer = trainer
+
+    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+        self.trainer.begin()
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        transformers.set_seed(_mix(args.seed, int(state.epoch or 0), -1))  # the order of data, on all ranks alike
+
+    def on_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        self.trainer._step_loss.end()
+
+
+def _mix(seed: int, step: int, rank: int) -> int:
+    """A seed that is a function of nothing else, so that a resumed run draws what it would have drawn."""
+    return (seed * 1_000_003 + step * 7_919 + rank + 1) % 2**32
+
+
+def _is_sparse(model: nn.Module) -> bool:
+    try:
+        handles = observe(model, lambda name, routing: None)
+    except ValueError:
+        return False
+    for handle in handles:
+        handle.remove()
+    return True
+
+
+def _silence_own_loss(model: nn.Module) -> bool:
+    """Turn off the balance loss that transformers adds to the loss of its MoE models: it grows with accumulation."""
+    configs = {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}
+    on = [config for config in configs.values() if getattr(config, "output_router_logits", False)]
+    for config in on:
+        config.output_router_logits = False
+    return bool(on)
