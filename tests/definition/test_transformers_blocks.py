@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AutoConfig
@@ -201,6 +203,9 @@ def test_deepseek_is_a_composition_of_ours_in_bf16():
     _assert_twins_agree(twins, _tokens().bfloat16(), _close_in_bf16)
 
 
+@pytest.mark.skipif(
+    Version(transformers.__version__) < Version("5.23"), reason="transformers itself dropped other tokens then"
+)
 def test_switch_drops_the_same_tokens_of_a_sequence():
     twins = _switch(slots=2)
     x = _tokens(batch=1, length=40)

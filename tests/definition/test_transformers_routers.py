@@ -119,6 +119,13 @@ NOT_A_SETTING = {
     "ZayaRouter": "an MLP that reads the previous layer's decision",
 }
 
+RETURNED_ANOTHER_TUPLE_BEFORE_5_23 = {
+    "GraniteMoeHybridTopKRouter",
+    "GraniteMoeSharedTopKRouter",
+    "GraniteMoeTopKRouter",
+    "LongcatFlashTopkRouter",
+}
+
 NO_ROUTER = {
     "BailingHybridForgetGate",
     "DFineGate",
@@ -141,7 +148,10 @@ def _shipped() -> dict[str, str]:
 
 
 SHIPPED = _shipped()
-COMPARED = [name for name in SETTING_OF if name in SHIPPED]
+RECENT = Version(transformers.__version__) >= Version("5.23")
+COMPARED = [
+    name for name in SETTING_OF if name in SHIPPED and (RECENT or name not in RETURNED_ANOTHER_TUPLE_BEFORE_5_23)
+]
 
 
 def _config() -> SimpleNamespace:
@@ -201,24 +211,27 @@ def test_every_router_of_transformers_is_a_setting_or_has_a_reason():
 
 def test_at_least_62_router_classes_are_compared():
     assert len(SETTING_OF) >= 62
-    if Version(transformers.__version__) >= Version("5.23"):
-        assert len(COMPARED) >= 62
+    assert len(COMPARED) >= (62 if RECENT else 40)
 
 
 @pytest.mark.parametrize("name", COMPARED)
 @torch.no_grad()
-def test_topk_chooses_and_weighs_as_the_router_of_transformers(name: str):
+def test_topk_chooses_and_weighs_as_the_router_of_transformers_in_this_setting_only(name: str):
     torch.manual_seed(0)
     router = _build(name)
-    held = [
-        t for n, t in (*router.named_parameters(), *router.named_buffers()) if n.endswith("e_score_correction_bias")
-    ]
+    tensors = (*router.named_parameters(), *router.named_buffers())
+    held = [t for n, t in tensors if n.endswith("e_score_correction_bias")]
     given = [parameter for parameter in inspect.signature(router.forward).parameters if parameter.endswith("bias")]
     selection_bias = held[0].flatten() if held else torch.randn(EXPERTS) * 0.1
     x = torch.randn(TOKENS, WIDTH)
 
     theirs_x = x.unsqueeze(0) if name == "AfmoeTokenChoiceRouter" else x
     _, weights, index = router(theirs_x, *[selection_bias for _ in given])
-    routing = _twin(router, SETTING_OF[name], selection_bias)(x, Context())
+    theirs = _dense(index, weights)
+    difference = {}
+    for setting in SETTINGS:
+        routing = _twin(router, setting, selection_bias)(x, Context())
+        difference[setting] = (_dense(routing.index, routing.gates) - theirs).abs().max().item()
 
-    torch.testing.assert_close(_dense(routing.index, routing.gates), _dense(index, weights), atol=2e-6, rtol=0)
+    agreeing = [setting for setting, error in difference.items() if error <= 2e-6]
+    assert agreeing == [SETTING_OF[name]], difference
