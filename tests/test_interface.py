@@ -3,6 +3,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable
 from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 import torch
@@ -72,6 +73,23 @@ def test_a_native_model_computes_the_same_by_moeify(family: str):
     assert ours.keys() == eager.keys()
     for name, expected in eager.items():
         torch.testing.assert_close(ours[name], expected, atol=2e-5, rtol=1e-4, msg=lambda m, name=name: f"{name}: {m}")
+
+
+def test_a_native_model_computes_the_same_by_moeify_in_bf16():
+    model = deepseek_v3().bfloat16()
+    model.set_experts_implementation("eager")
+    expected = model(**inputs(model)).logits
+    logits = use_moeify_experts(model)(**inputs(model)).logits
+    assert logits.dtype == torch.bfloat16
+    assert (logits - expected).norm() < 0.03 * expected.norm()
+
+
+def test_a_model_is_loaded_with_our_function_by_name(tmp_path: Path):
+    model = use_moeify_experts(mixtral())
+    model.save_pretrained(tmp_path)
+    loaded = type(model).from_pretrained(tmp_path, experts_implementation="moeify")
+    assert loaded.config._experts_implementation == "moeify"
+    torch.testing.assert_close(loaded(**inputs(model)).logits, model(**inputs(model)).logits)
 
 
 def test_our_function_is_what_a_model_calls_after_the_switch(monkeypatch: pytest.MonkeyPatch):

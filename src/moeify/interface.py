@@ -56,10 +56,13 @@ def moeify_experts(
     top_k_index: Int[Tensor, "T K"],
     top_k_weights: Float[Tensor, "T K"],
 ) -> Float[Tensor, "T D"]:
-    """The answers of transformers' `experts`; an index of E or more means no expert, as under expert parallelism."""
+    """The answers of transformers' `experts`; an index of E or more means no expert, as under expert parallelism.
+
+    The rows of no expert are not there, so their number is read: one synchronisation with an accelerator.
+    """
     native = NativeExperts(experts)
-    routing = assign(top_k_index.clamp(max=native.num_experts), top_k_weights, native.num_experts + 1)
-    routing = _without_last(routing)
+    nobody = native.num_experts
+    routing = _without_last(assign(top_k_index.clamp(max=nobody), top_k_weights, nobody + 1))
     return backends.run("auto", hidden_states, routing, native).to(hidden_states.dtype)
 
 
