@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from moeify.context import Context
 from moeify.flops import count
 from moeify.moe import MoE
-from moeify.sparsify.dense import DenseFFN
+from moeify.sparsify.dense import DenseFFN, fixed_randomness
 from moeify.sparsify.make import copies
 from moeify.sparsify.probe import Probe, as_probe, find_probe
 from moeify.sparsify.recipe import Recipe
@@ -45,9 +45,10 @@ def sparsify(
         ValueError: nothing to make sparse; a module that is not understood; copied experts with weights that do not sum
             to 1; a non-causal router in a decoder; and whatever router, experts and shared refuse.
     """
-    sites = recipe.where(model)
-    compare = _Comparison.of(model, find_probe(model) if probe is None else as_probe(probe))
     dense_count = count(model)
+    with fixed_randomness(model):
+        sites = recipe.where(model)
+        compare = _Comparison.of(model, find_probe(model) if probe is None else as_probe(probe))
     if compare is not None:
         _verify(model, sites, compare)
     contexts = {site.stack: Context() for site in sites}
@@ -81,7 +82,7 @@ def _layer(site: Site, recipe: Recipe, context: Context) -> MoE:
         experts = recipe.experts(site.dense, recipe.num_experts)
         shared = recipe.shared(site.dense, site.width)
     layer = MoE(router, experts, shared, context=context, name=site.name)
-    return layer.train(site.dense.training)
+    return layer.train(site.training)
 
 
 def _refuse(model: nn.Module, sites: list[Site], layers: list[MoE], recipe: Recipe, allow_noncausal: bool) -> None:

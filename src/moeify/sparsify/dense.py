@@ -104,6 +104,11 @@ def held_activations(module: nn.Module) -> Iterator[tuple[str, Activation]]:
             yield name, part
 
 
+def activations(module: nn.Module) -> list[Activation]:
+    """What may be the nonlinearity of a module: what it holds, then the usual ones, which code may name directly."""
+    return [act for _, act in held_activations(module)] + list(_USUAL_ACTIVATIONS)
+
+
 def _is_elementwise(function: Callable) -> bool:
     try:
         return function(torch.zeros(2, 3)).shape == (2, 3)
@@ -113,7 +118,7 @@ def _is_elementwise(function: Callable) -> bool:
 
 def readings(module: nn.Module, linears: list[nn.Module]) -> Iterator[DenseFFN]:
     """Every way to read two or three linear maps as an FFN."""
-    acts = [act for _, act in held_activations(module)] + list(_USUAL_ACTIVATIONS)
+    acts = activations(module)
     for *ups, down in itertools.permutations(linears):
         alike = len({(matrix(up).shape[1], up._parameters["bias"] is None) for up in ups}) == 1
         maps = sum(matrix(up).shape[0] for up in ups) / matrix(down).shape[1]
@@ -157,6 +162,15 @@ def in_evaluation(module: nn.Module) -> Iterator[None]:
     finally:
         for part, training in modes:
             part.training = training
+
+
+@contextmanager
+def fixed_randomness(model: nn.Module) -> Iterator[None]:
+    """The same random numbers every time, then the generators back in the state they had."""
+    devices = {parameter.device for parameter in model.parameters() if parameter.is_cuda}
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(0)
+        yield
 
 
 def dropouts(module: nn.Module, ffn: DenseFFN) -> tuple[float, float]:

@@ -20,23 +20,33 @@ Where = Callable[[nn.Module], list[Site]]
 def ffn(model: nn.Module) -> list[Site]:
     """Every feed-forward network in the numbered layers of a model; if it has no such layers, every one there is.
 
+    In a layer, a feed-forward network answers in the width that it reads; experts are left out as they are.
+
     Raises:
         ValueError: there is none; the model is sparse already; or a layer has no feed-forward network but a module with
             the parts of one, that computes something else.
     """
     if any(isinstance(module, MoE) for module in model.modules()):
         raise ValueError(f"this {type(model).__name__} is sparse already; start from the dense model")
-    sites, doubtful = recognise(model)
+    found, doubtful = recognise(model)
     native = [name for name, _ in native_layers(model)]
-    sites = [site for site in sites if not any(site.name.startswith(f"{layer}.") for layer in native)]
-    sites = [site for site in sites if site.layer] or sites
+    sites = [site for site in found if not _is_expert(site, native)]
+    sites = [site for site in sites if site.layer and site.keeps_width] or sites
     _refuse_doubtful(model, sites, doubtful)
+    if not sites and (already := native + [site.name for site in found]):
+        raise ValueError(
+            f"this {type(model).__name__} is sparse already (see {already[0]}); start from the dense model"
+        )
     if not sites:
         raise ValueError(
             f"no feed-forward network was found in this {type(model).__name__}; name the modules to make sparse, "
             "where=modules(r'regular expression'), after a look at print(*dict(model.named_modules()), sep='\\n')"
         )
     return sites
+
+
+def _is_expert(site: Site, native: list[str]) -> bool:
+    return "expert" in site.name.lower() or any(site.name.startswith(f"{layer}.") for layer in native)
 
 
 def _refuse_doubtful(model: nn.Module, sites: list[Site], doubtful: list[str]) -> None:

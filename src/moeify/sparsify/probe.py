@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moeify.sparsify.dense import in_evaluation, is_linear, matrix
+from moeify.sparsify.dense import fixed_randomness, in_evaluation, is_linear, matrix
 
 
 @dataclass(frozen=True)
@@ -22,8 +22,8 @@ class Probe:
 
     @torch.no_grad()
     def run(self, model: nn.Module) -> Tensor:
-        """The model's main output in evaluation, in fp32."""
-        with in_evaluation(model):
+        """The model's main output in evaluation, in fp32; models that draw random numbers draw the same every time."""
+        with in_evaluation(model), fixed_randomness(model):
             return _main(model(*self.args, **(self.kwargs or {}))).float()
 
 
@@ -79,14 +79,15 @@ def _named_inputs(model: nn.Module, config: Any) -> Iterator[tuple[str, Tensor]]
     accepted = inspect.signature(model.forward).parameters
     text = getattr(config, "text_config", config)
     vision = getattr(config, "vision_config", config)
-    tokens = torch.randint(5, max(6, getattr(text, "vocab_size", 6)), (1, 8))
+    tokens = torch.randint(5, max(6, getattr(text, "vocab_size", None) or 6), (1, 8))
     if "input_ids" in accepted:
         yield "input_ids", tokens
     if "decoder_input_ids" in accepted:
         yield "decoder_input_ids", tokens
     if "pixel_values" in accepted and (size := getattr(vision, "image_size", None)):
         height, width = size if isinstance(size, tuple | list) else (size, size)
-        yield "pixel_values", torch.randn(1, getattr(vision, "num_channels", 3), height, width)
+        frames = [frames] if (frames := getattr(vision, "num_frames", None)) else []
+        yield "pixel_values", torch.randn(1, *frames, getattr(vision, "num_channels", 3), height, width)
     if "input_features" in accepted and hasattr(config, "num_mel_bins"):
         yield "input_features", torch.randn(1, config.num_mel_bins, 2 * config.max_source_positions)
 

@@ -98,6 +98,7 @@ def read_recipe(source: str | Path) -> Recipe:
 
 
 recipes: dict[str, Recipe] = {
+    "matched": Recipe(router=partial(TopK, k=2), experts=partial(fresh, granularity=2)),
     "mixtral": Recipe(router=partial(TopK, k=2)),
     "switch": Recipe(
         where=odd,
@@ -119,4 +120,8 @@ recipes: dict[str, Recipe] = {
     "olmoe": Recipe(num_experts=16, router=partial(TopK, k=4, normalize=False), experts=partial(fresh, granularity=4)),
     "qwen3": Recipe(num_experts=32, router=partial(TopK, k=4), experts=partial(fresh, granularity=4)),
 }
-"""Recipes by the name of the model that they follow, at sizes for a small dense model."""
+"""Recipes by the name of the model that they follow, at sizes for a small dense model.
+
+`matched` follows none: new experts half as wide as the dense network, of which a token uses two, so that sparse and
+dense model cost the same FLOPs per token.
+"""

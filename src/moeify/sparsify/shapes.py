@@ -16,7 +16,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from moeify.experts.ffn import Plain
-from moeify.sparsify.dense import DenseFFN, agrees, dropouts, held_activations, is_linear, matrix, read
+from moeify.sparsify.dense import DenseFFN, activations, agrees, dropouts, held_activations, is_linear, matrix, read
 
 
 @dataclass(frozen=True)
@@ -52,14 +52,26 @@ class Site:
     @property
     def width(self) -> int:
         """D."""
-        if isinstance(self.dense, DenseFFN):
-            return self.dense.width
-        return matrix(next(part for part in self.dense.modules() if is_linear(part))).shape[1]
+        return self._linears[0].shape[1]
+
+    @property
+    def keeps_width(self) -> bool:
+        """Whether O is D."""
+        return self._linears[-1].shape[0] == self.width
+
+    @property
+    def _linears(self) -> list[Tensor]:
+        return [matrix(part) for part in self.dense.modules() if is_linear(part)]
+
+    @property
+    def training(self) -> bool:
+        """The mode of what stands there now."""
+        return getattr(*self.place).training
 
     def install(self, module: nn.Module) -> Callable[[], None]:
         """Put a module into the place, and return what takes it out again."""
         if self.after:
-            module = nn.Sequential(module, nn.Dropout(self.after))
+            module = nn.Sequential(module, nn.Dropout(self.after)).train(self.training)
         undo = [_swap(*self.place, module)] + [_swap(*change) for change in self.silenced]
         return lambda: [restore() for restore in reversed(undo)].clear()
 
@@ -76,7 +88,8 @@ def pass_through(x: Tensor) -> Tensor:
 
 
 def _silent(owner: nn.Module, name: str) -> tuple[nn.Module, str, Any]:
-    return owner, name, nn.Identity() if isinstance(getattr(owner, name), nn.Module) else pass_through
+    old = getattr(owner, name)
+    return owner, name, nn.Identity().train(old.training) if isinstance(old, nn.Module) else pass_through
 
 
 def recognise(model: nn.Module) -> tuple[list[Site], list[str]]:
@@ -89,9 +102,9 @@ def recognise(model: nn.Module) -> tuple[list[Site], list[str]]:
             continue
         site = _loose(model, name, module) or _split(name, module) or _sequential(model, name, module)
         if site is None and name and _has_only_an_ffn(module):
-            site = _own(model, name, module)
+            site = _own(model, name, module) or _inline(model, name, module)
             if site is None:
-                doubtful.append(name)
+                doubtful = [other for other in doubtful if not name.startswith(f"{other}.")] + [name]
         if site is not None:
             sites.append(site)
             taken.append(site.name)
@@ -129,13 +142,14 @@ def _own(model: nn.Module, name: str, module: nn.Module) -> Site | None:
 def _split(name: str, module: nn.Module) -> Site | None:
     for (first_name, first), (_, second) in itertools.pairwise(module.named_children()):
         ups, downs = _direct_linears(first), _direct_linears(second)
-        if len(ups) != 1 or len(downs) != 1 or len(list(first.modules())) > 3:
+        drops = [part.p for part in first.modules() if isinstance(part, nn.Dropout)]
+        if len(ups) != 1 or len(downs) != 1 or len(list(first.modules())) > 3 + len(drops):
             continue
         (up,), ((down_name, down),) = ups.values(), downs.items()
         if matrix(up).shape != matrix(down).shape[::-1]:
             continue
-        for _, act in held_activations(first):
-            dense = DenseFFN([up], down, Plain(act))
+        for act in activations(first):
+            dense = DenseFFN([up], down, Plain(act), max(drops, default=0.0))
             if up.get_parameter("weight").is_meta or agrees(first, _Composed(up, act), dense.width):
                 silenced = (second, down_name, nn.Identity())
                 return Site(f"{name}.{first_name}".lstrip("."), dense, (module, first_name), silenced=(silenced,))
@@ -152,9 +166,13 @@ class _Composed(nn.Module):
 
 
 def _loose(model: nn.Module, name: str, module: nn.Module) -> Site | None:
+    return None if _has_only_an_ffn(module) else _inline(model, name, module)
+
+
+def _inline(model: nn.Module, name: str, module: nn.Module) -> Site | None:
     linears = _direct_linears(module)
     acts = list(held_activations(module))
-    if len(linears) != 2 or not acts or _has_only_an_ffn(module) or isinstance(module, nn.Sequential):
+    if len(linears) != 2 or not acts or isinstance(module, nn.Sequential):
         return None
     (up_name, up), (down_name, down) = linears.items()
     if matrix(up).shape != matrix(down).shape[::-1]:
