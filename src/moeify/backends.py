@@ -75,13 +75,12 @@ def run(name: str, x: Float[Tensor, "... D"], routing: Routing, experts: Experts
         ValueError: an unknown name, or a named backend that cannot serve this call.
     """
     if name == "auto":
-        backend = next(b for b in BACKENDS.values() if b.chosen(x) and b.refuse(x, routing, experts) is None)
-    elif name in BACKENDS:
-        backend = BACKENDS[name]
-        if reason := backend.refuse(x, routing, experts):
-            raise ValueError(f"backend {name!r} cannot run this layer: {reason}; use backend='auto'")
-    else:
+        name = choose(x, routing, experts)
+    elif name not in BACKENDS:
         raise ValueError(f"no backend is called {name!r}; known are: auto, {', '.join(BACKENDS)}")
+    elif reason := BACKENDS[name].refuse(x, routing, experts):
+        raise ValueError(f"backend {name!r} cannot run this layer: {reason}; use backend='auto'")
+    backend = BACKENDS[name]
     if os.environ.get("MOEIFY_CHECK") != "1" or backend.run is compose:
         return backend.run(x, routing, experts)
     with torch.no_grad(), torch.random.fork_rng():  # dropout falls on the same hidden units both times
@@ -89,6 +88,11 @@ def run(name: str, x: Float[Tensor, "... D"], routing: Routing, experts: Experts
     y = backend.run(x, routing, experts)
     _must_agree(name, y, reference)
     return y
+
+
+def choose(x: Float[Tensor, "... D"], routing: Routing, experts: Experts) -> str:
+    """The backend that `auto` takes."""
+    return next(name for name, b in BACKENDS.items() if b.chosen(x) and b.refuse(x, routing, experts) is None)
 
 
 def _must_agree(name: str, y: Tensor, reference: Tensor) -> None:

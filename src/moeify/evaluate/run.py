@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -17,6 +18,12 @@ from moeify.flops import Count, count
 from moeify.train import SparseArguments, SparseTrainer
 from moeify.train.data import Blocks
 
+Measure = Callable[[nn.Module], float]
+
+
+class Stopped(Exception):
+    """A run was asked to stop before its end, and saved what it had."""
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -25,6 +32,7 @@ class Settings:
     Attributes:
         steps: optimizer steps.
         batch: blocks of tokens per step.
+        accumulate: micro-batches that the blocks of a step are cut into.
         learning_rate: the peak of a cosine with a linear warm-up over the first twentieth of the steps.
         weight_decay: AdamW's.
         seed: of the order of data, of initialisation where a function is asked to build a model, and of dropout.
@@ -37,6 +45,7 @@ class Settings:
 
     steps: int = 400
     batch: int = 16
+    accumulate: int = 1
     learning_rate: float = 2e-3
     weight_decay: float = 0.1
     seed: int = 0
@@ -91,7 +100,13 @@ class Run:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
-        return asdict(self) | {"tokens_per_second": self.tokens_per_second}
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Run:
+        """The inverse of `to_dict`."""
+        points = [Point(**point) for point in values["points"]]
+        return cls(**values | {"count": Count(**values["count"]), "points": points})
 
 
 def train_run(
@@ -116,63 +131,80 @@ def train_run(
         settings: how long and how fast.
         resume: go on from the newest good checkpoint in the folder.
         callbacks: further ones of the Trainer.
+
+    Raises:
+        Stopped: a signal ended the run before its last step; a checkpoint is saved.
     """
     is_sparse = getattr(model, "moeify_recipe", None) is not None
     size = count(model, tokens=train.length)
-    curve = _Curve(size, train.length, settings, lambda m: validation_loss(m, validation, settings)[0])
-    arguments = TrainingArguments(
-        **{
-            "output_dir": str(folder),
-            "max_steps": settings.steps,
-            "per_device_train_batch_size": settings.batch,
-            "learning_rate": settings.learning_rate,
-            "weight_decay": settings.weight_decay,
-            "adam_beta2": 0.95,
-            "lr_scheduler_type": "cosine",
-            "warmup_steps": max(1, settings.steps // 20),
-            "logging_steps": max(1, settings.steps // 40),
-            "save_strategy": "no",
-            "report_to": "none",
-            "seed": settings.seed,
-            "use_cpu": settings.device == "cpu",
-            "disable_tqdm": True,
-            "dataloader_pin_memory": False,
-        }
-        | settings.extra
-    )
+    curve = _Curve(
+        size, settings.batch * train.length, settings, folder / "curve.json",
+        lambda model: validation_loss(model, validation, settings)[0],
+    )  # fmt: skip
+    options: dict[str, Any] = {
+        "output_dir": str(folder),
+        "max_steps": settings.steps,
+        "per_device_train_batch_size": settings.batch // settings.accumulate,
+        "gradient_accumulation_steps": settings.accumulate,
+        "learning_rate": settings.learning_rate,
+        "weight_decay": settings.weight_decay,
+        "adam_beta2": 0.95,
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": max(1, settings.steps // 20),
+        "logging_steps": max(1, settings.steps // 40),
+        "save_steps": max(1, settings.steps // 4),
+        "save_total_limit": 1,
+        "report_to": "none",
+        "seed": settings.seed,
+        "use_cpu": settings.device == "cpu",
+        "disable_tqdm": True,
+        "dataloader_pin_memory": False,
+    } | settings.extra
     trainer = SparseTrainer(
         model,
-        arguments,
+        TrainingArguments(**options),
         train_dataset=train,
         sparse=settings.sparse if is_sparse else SparseArguments(balance=0.0, progress=settings.sparse.progress),
         callbacks=[curve, *(callbacks or [])],
     )
     trainer.train(resume_from_checkpoint=resume or None)
+    if trainer.state.global_step < settings.steps:
+        raise Stopped(f"stopped after step {trainer.state.global_step} of {settings.steps}, saved in {folder}")
     _, domains = validation_loss(model, validation, settings)
     return Run(name=name, seed=settings.seed, count=size, points=curve.points, domains=domains)
 
 
 class _Curve(TrainerCallback):
-    """Measures the validation loss at even distances, and stops the clock while it does."""
+    """Measures the validation loss at even distances, stops the clock while it does, and survives a restart."""
 
-    def __init__(self, size: Count, length: int, settings: Settings, loss: Callable[[nn.Module], float]) -> None:
-        self.size, self.settings, self.loss = size, settings, loss
-        self.tokens_per_step = settings.batch * length
+    def __init__(self, size: Count, tokens_per_step: int, settings: Settings, file: Path, loss: Measure) -> None:
+        self.size, self.tokens_per_step, self.settings, self.loss = size, tokens_per_step, settings, loss
+        self.file = file
         self.points: list[Point] = []
         self.seconds = 0.0
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if state.global_step and self.file.is_file():
+            saved = json.loads(self.file.read_text())
+            self.seconds = saved["seconds"]
+            self.points = [Point(**point) for point in saved["points"] if point["step"] <= state.global_step]
 
     def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
         self.started = time.perf_counter()
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self.seconds += time.perf_counter() - self.started
         step, total, times = state.global_step, self.settings.steps, self.settings.evaluations
         if step * times // total > (step - 1) * times // total:
             tokens = step * self.tokens_per_step
             flops = tokens * self.size.training_flops
             self.points.append(Point(step, tokens, flops, self.seconds, self.loss(kwargs["model"])))
+
+    def on_save(self, *args: Any, **kwargs: Any) -> None:
+        points = [asdict(point) for point in self.points]
+        self.file.write_text(json.dumps({"seconds": self.seconds, "points": points}))
 
 
 @torch.no_grad()

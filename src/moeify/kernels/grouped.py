@@ -38,7 +38,9 @@ def grouped_linear(
     return out + torch.repeat_interleave(bias.to(dtype), counts, dim=0, output_size=rows.shape[0])
 
 
-@torch.library.custom_op("moeify::grouped_matmul", mutates_args=())
+@torch.library.custom_op(
+    "moeify::grouped_matmul", mutates_args=(), schema="(Tensor rows, Tensor weight, Tensor counts) -> Tensor"
+)
 def grouped_matmul(rows: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
     """rows (R, D), weight (E, O, D) -> (R, O): the row times the transposed weight of its expert."""
     rows = rows.contiguous()
@@ -56,7 +58,9 @@ def _(rows: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
     return rows.new_empty(rows.shape[0], weight.shape[1])
 
 
-@torch.library.custom_op("moeify::grouped_outer", mutates_args=())
+@torch.library.custom_op(
+    "moeify::grouped_outer", mutates_args=(), schema="(Tensor left, Tensor right, Tensor counts) -> Tensor"
+)
 def grouped_outer(left: Tensor, right: Tensor, counts: Tensor) -> Tensor:
     """left (R, O), right (R, D) -> (E, O, D): the sum of outer products over the rows of each expert."""
     left, right = left.contiguous(), right.contiguous()
@@ -91,11 +95,24 @@ def _gradients(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None
 grouped_matmul.register_autograd(_gradients, setup_context=_keep_inputs)
 
 
+def explain(rows: Float[Tensor, "R D"], weight: Float[Tensor, "E O D"]) -> str:
+    """Which product `grouped_linear` runs for such tensors, and why."""
+    obstacle = _obstacle(rows, weight)
+    return "torch grouped_mm" if obstacle is None else f"one product per expert ({obstacle})"
+
+
 def _fits_grouped_mm(left: Tensor, right: Tensor) -> bool:
-    """bf16 on a CUDA device of compute capability 8.0 or newer, with rows aligned to 16 bytes (torch's own limits)."""
-    return (
-        left.is_cuda
-        and left.dtype == torch.bfloat16
-        and torch.cuda.get_device_capability(left.device) >= (8, 0)
-        and all(size % 8 == 0 for size in (left.shape[-1], *right.shape[-2:]))
-    )
+    return _obstacle(left, right) is None
+
+
+def _obstacle(left: Tensor, right: Tensor) -> str | None:
+    """What keeps torch's grouped product from serving: its limits, and that on a CPU it is no faster."""
+    if not left.is_cuda:
+        return "as fast on a CPU, for every dtype and size"
+    if left.dtype != torch.bfloat16:
+        return "grouped_mm wants bf16"
+    if torch.cuda.get_device_capability(left.device) < (8, 0):
+        return "grouped_mm wants compute capability 8.0"
+    if any(size % 8 for size in (left.shape[-1], *right.shape[-2:])):
+        return "grouped_mm wants rows aligned to 16 bytes"
+    return None

@@ -1,0 +1,24 @@
+"""`moeify generate`: let a saved sparse model write."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from moeify.cli.text import sample, saved_tokenizer
+from moeify.sparsify import load
+
+
+def generate(
+    model: Annotated[Path, typer.Argument(help="A saved sparse model, or the folder of a run")],
+    prompt: Annotated[str, typer.Option(help="How the text begins")] = "def ",
+    tokens: Annotated[int, typer.Option(min=1, help="How many tokens to write")] = 200,
+    temperature: Annotated[float, typer.Option(min=0, help="0 takes the likeliest token, 1 samples as trained")] = 0.8,
+    seed: Annotated[int, typer.Option(help="Seed of the sampling")] = 0,
+) -> None:
+    """Continue a prompt with a saved sparse model."""
+    folder = model / "model" if (model / "model" / "config.json").is_file() else model
+    sparse = load(folder)
+    print(sample(sparse, saved_tokenizer(folder), prompt, tokens=tokens, temperature=temperature, seed=seed))

@@ -1,0 +1,184 @@
+"""What `train` and `compare` do: a dense model made sparse, both trained on the same text, and what came of it."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+
+import moeify
+from moeify.cli.text import load_tokenizer, sample, save_tokenizer
+from moeify.evaluate.run import Settings
+from moeify.evaluate.versus import Versus, versus
+from moeify.inspect.load import ExpertLoad, expert_load
+from moeify.inspect.page import comparison_rows, load_rows, size_rows, write_report
+from moeify.inspect.pictures import draw_load, draw_losses
+from moeify.sparsify import Recipe, save
+from moeify.train.corpus import build_corpus
+from moeify.train.data import ByteTokenizer, Tokenizer, blocks, read_texts
+
+PROMPTS = ("def ", "The ", "import ")
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The small Llama that is trained when no model is named.
+
+    Attributes:
+        width: D.
+        layers: decoder layers.
+        heads: attention heads.
+        hidden: hidden width of the dense FFN.
+    """
+
+    width: int = 128
+    layers: int = 4
+    heads: int = 4
+    hidden: int = 512
+
+
+@dataclass(frozen=True)
+class Job:
+    """Everything that a comparison needs to be told.
+
+    Attributes:
+        output: the run's folder.
+        recipe: how the dense model is made sparse.
+        settings: how long and how fast both are trained.
+        model: a local or hub model of transformers to start from; None for a small Llama from scratch.
+        data: a file, folder or hub data set; None for the text that came with Python and torch.
+        length: tokens per block.
+        shape: sizes of the small Llama.
+        seeds: number of pairs of runs.
+        resume: go on where a stopped call ended.
+    """
+
+    output: Path
+    recipe: Recipe
+    settings: Settings
+    model: str | None = None
+    data: str | None = None
+    length: int = 128
+    shape: Shape = field(default_factory=Shape)
+    seeds: int = 1
+    resume: bool = False
+
+    def run(self) -> Versus:
+        """Train, compare, and leave checkpoint, metrics, pictures, samples and report in the run's folder.
+
+        Raises:
+            ValueError: the folder holds another run; or whatever data, model or recipe refuse.
+            moeify.evaluate.run.Stopped: a signal ended it; `resume` goes on.
+        """
+        console = Console()
+        _prepare(self.output, self.resume)
+        tokenizer = ByteTokenizer() if self.model is None else load_tokenizer(self.model)
+        corpus = build_corpus() if self.data is None else read_texts(self.data)
+        console.print(str(corpus) if self.data is None else f"data: {self.data}", highlight=False)
+        train, validation = blocks(corpus, tokenizer, self.length)
+        models: dict[str, nn.Module] = {}
+        result = versus(
+            self._builder(tokenizer), self.recipe, train, validation, self.output, self.settings,
+            seeds=self.seeds, resume=self.resume, tell=console.print, keep=models.__setitem__,
+        )  # fmt: skip
+        save(models["sparse"], self.output / "model")
+        save_tokenizer(tokenizer, self.output / "model")
+        load = expert_load(models["sparse"], validation)
+        samples = {name: [sample(model, tokenizer, prompt) for prompt in PROMPTS] for name, model in models.items()}
+        facts = self._facts(getattr(corpus, "sha256", None), train.length * len(train))
+        self._write(result, load, samples, facts)
+        self._show(console, result, load, samples)
+        return result
+
+    def _builder(self, tokenizer: Tokenizer) -> Callable[[], nn.Module]:
+        if self.model is not None:
+            return lambda: transformers.AutoModelForCausalLM.from_pretrained(self.model, dtype=torch.float32)
+        size = self.shape
+        config = transformers.LlamaConfig(
+            vocab_size=ByteTokenizer.vocab_size, hidden_size=size.width, intermediate_size=size.hidden,
+            num_hidden_layers=size.layers, num_attention_heads=size.heads, num_key_value_heads=size.heads,
+            max_position_embeddings=max(512, 2 * self.length), tie_word_embeddings=True,
+            bos_token_id=ByteTokenizer.eos_token_id, eos_token_id=ByteTokenizer.eos_token_id,
+            pad_token_id=ByteTokenizer.pad_token_id,
+        )  # fmt: skip
+        return lambda: transformers.LlamaForCausalLM(config)
+
+    def _facts(self, corpus_hash: str | None, tokens: int) -> dict[str, Any]:
+        model = self.model or f"Llama from scratch {vars(self.shape)}"
+        return {
+            "model": model,
+            "data": self.data or "text that came with Python and torch",
+            "training tokens available": f"{tokens:,}",
+            **({"corpus sha256": corpus_hash} if corpus_hash else {}),
+            "steps": self.settings.steps,
+            "tokens per step": self.settings.batch * self.length,
+            "learning rate": self.settings.learning_rate,
+            "balance": self.settings.sparse.describe(),
+            "seeds": self.seeds,
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "moeify": moeify.__version__,
+            "threads": torch.get_num_threads(),
+        }
+
+    def _write(self, result: Versus, load: ExpertLoad, samples: dict[str, list[str]], facts: dict[str, Any]) -> None:
+        summary = {"facts": facts, **result.to_dict(), "experts": load.to_dict(), "samples": samples}
+        (self.output / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+        metrics = self.output / f"sparse-{self.settings.seed}" / "metrics.jsonl"
+        (self.output / "metrics.jsonl").write_bytes(metrics.read_bytes())
+        pictures = [self.output / "loss.png", self.output / "experts.png"]
+        try:
+            draw_losses(result, pictures[0])
+            draw_load(load, pictures[1])
+        except ImportError as error:
+            print(f"moeify: no pictures: {error}")
+            pictures = []
+        write_report(self.output / "report.html", result, load, pictures, samples, facts)
+
+    def _show(self, console: Console, result: Versus, load: ExpertLoad, samples: dict[str, list[str]]) -> None:
+        for name, texts in samples.items():
+            console.rule(f"the {name} model writes")
+            console.print("\n---\n".join(texts), markup=False, highlight=False)
+        for title, (heading, rows) in (
+            ("size and speed", size_rows(result)),
+            ("experts", load_rows(load)),
+            ("validation loss, nats per token (lower is better)", comparison_rows(result)),
+        ):
+            shown = Table(*heading, title=title, title_justify="left")
+            for row in rows:
+                shown.add_row(*row)
+            console.print(shown)
+        console.print(verdict(result), highlight=False)
+        console.print(f"everything is in {self.output}; open {self.output / 'report.html'}", highlight=False)
+
+
+def verdict(result: Versus) -> str:
+    """What the numbers say, whichever way they fall."""
+    sentences = []
+    for d in result.differences:
+        name = {"tokens": "tokens", "flops": "training FLOPs", "seconds": "wall-clock time"}[d.axis]
+        better = "lower" if d.difference < 0 else "higher"
+        noise = "" if d.spread is None else f" (± {d.spread:.4f} over {d.seeds} seeds)"
+        sentences.append(f"at equal {name} the sparse model's loss is {abs(d.difference):.4f} {better}{noise}")
+    return "; ".join(sentences) + "."
+
+
+def _prepare(output: Path, resume: bool) -> None:
+    if output.exists() and not output.is_dir():
+        raise ValueError(f"{output} is a file; name a folder for the run")
+    if output.is_dir() and any(output.iterdir()) and not resume:
+        raise ValueError(f"{output} is not empty; pass --resume to go on with it, or another --output")
+    output.mkdir(parents=True, exist_ok=True)
+    if not os.access(output, os.W_OK):
+        raise ValueError(f"{output} cannot be written to; name another --output")

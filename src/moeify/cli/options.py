@@ -1,0 +1,103 @@
+"""Options that several verbs share."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from moeify.cli.job import Job, Shape
+from moeify.evaluate.run import Settings
+from moeify.sparsify import Recipe, read_recipe
+from moeify.train import SparseArguments
+
+Model = Annotated[str | None, typer.Option(help="A local or hub model to start from [default: a small Llama]")]
+Data = Annotated[
+    str | None,
+    typer.Option(help="Text, .jsonl, .parquet, a folder or a hub data set [default: text of Python and torch]"),
+]
+RecipeName = Annotated[
+    str | None,
+    typer.Option(
+        "--recipe",
+        help="A named recipe (see `moeify recipes`) or a .json/.toml file [default: matched; with --model: mixtral]",
+    ),
+]
+NumExperts = Annotated[int | None, typer.Option("--experts", min=1, help="Number of experts [default: the recipe's]")]
+TopKExperts = Annotated[int | None, typer.Option("--k", min=1, help="Experts per token [default: the recipe's]")]
+Output = Annotated[Path, typer.Option(help="The run's folder")]
+Steps = Annotated[int, typer.Option(min=1, help="Optimizer steps of each model")]
+Batch = Annotated[int, typer.Option(min=1, help="Blocks per step")]
+Accumulate = Annotated[int, typer.Option(min=1, help="Micro-batches that each step's blocks are cut into")]
+Length = Annotated[int, typer.Option(min=2, help="Tokens per block")]
+LearningRate = Annotated[float, typer.Option(min=0, help="Peak learning rate")]
+WeightDecay = Annotated[float, typer.Option(min=0, help="Weight decay of AdamW")]
+Balance = Annotated[float, typer.Option(min=0, help="Weight of the balance loss; 0 turns it off")]
+Scope = Annotated[str, typer.Option(help="Scope of the balance loss: global, sequence or batch")]
+Z = Annotated[float, typer.Option("--z", min=0, help="Weight of the router z-loss")]
+Dropout = Annotated[float | None, typer.Option(min=0, max=1, help="Dropout inside the experts")]
+Seed = Annotated[int, typer.Option(help="The first seed")]
+Seeds = Annotated[int, typer.Option(min=1, help="Pairs of runs, each with its own seed")]
+Evaluations = Annotated[int, typer.Option(min=2, help="How often the validation loss is measured")]
+Width = Annotated[int, typer.Option(min=8, help="Width of the small Llama")]
+Layers = Annotated[int, typer.Option(min=1, help="Layers of the small Llama")]
+Heads = Annotated[int, typer.Option(min=1, help="Attention heads of the small Llama")]
+Hidden = Annotated[int, typer.Option(min=1, help="FFN width of the small Llama")]
+Device = Annotated[str | None, typer.Option(help="cpu or cuda [default: the best there is]")]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on with a stopped run in the output folder")]
+Progress = Annotated[bool, typer.Option(help="Show a line of progress in a terminal")]
+
+
+def choose_recipe(name: str | None, default: str, num_experts: int | None, k: int | None) -> Recipe:
+    """The recipe that the options name, with the number of experts and k that they ask for.
+
+    Raises:
+        ValueError: an unknown recipe, or k for a router that has none.
+    """
+    recipe = read_recipe(name or default)
+    if num_experts is not None:
+        recipe = replace(recipe, num_experts=num_experts)
+    return recipe if k is None else replace(recipe, router=_with_k(recipe.router, k))
+
+
+def _with_k(router: Any, k: int) -> Any:
+    options = router.keywords if isinstance(router, partial) else {}
+    maker = router.func if isinstance(router, partial) else router
+    if "router" in options:
+        return partial(maker, **options | {"router": _with_k(options["router"], k)})
+    return partial(maker, **options | {"k": k})
+
+
+def make_job(o: dict[str, Any]) -> Job:
+    """A job from the options of `train` and `compare`.
+
+    Raises:
+        ValueError: options that contradict each other.
+    """
+    if o["width"] % o["heads"] or (o["width"] // o["heads"]) % 2:
+        raise ValueError(f"a width of {o['width']} cannot be divided into {o['heads']} heads of even width")
+    if o["batch"] % o["accumulate"]:
+        raise ValueError(f"{o['batch']} blocks per step cannot be cut into {o['accumulate']} equal micro-batches")
+    if o["device"] not in (None, "cpu", "cuda"):
+        raise ValueError(f"--device must be cpu or cuda, got {o['device']!r}")
+    sparse = SparseArguments(
+        balance=o["balance"], scope=o["scope"], z=o["z"], dropout=o["dropout"], progress=o["progress"]
+    )
+    return Job(
+        output=o["output"],
+        recipe=choose_recipe(o["recipe"], "mixtral" if o["model"] else "matched", o["experts"], o["k"]),
+        settings=Settings(
+            steps=o["steps"], batch=o["batch"], accumulate=o["accumulate"], learning_rate=o["learning_rate"],
+            weight_decay=o["weight_decay"], seed=o["seed"], evaluations=min(o["evaluations"], o["steps"]),
+            sparse=sparse, device=o["device"],
+        ),
+        model=o["model"],
+        data=o["data"],
+        length=o["length"],
+        shape=Shape(o["width"], o["layers"], o["heads"], o["hidden"]),
+        seeds=o["seeds"],
+        resume=o["resume"],
+    )  # fmt: skip

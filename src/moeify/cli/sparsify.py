@@ -1,0 +1,57 @@
+"""`moeify sparsify`: make a model sparse and save it. `moeify recipes`: what can be made."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import transformers
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from moeify.cli import options as o
+from moeify.cli.text import load_tokenizer, save_tokenizer
+from moeify.sparsify import recipes, save
+from moeify.sparsify import sparsify as make_sparse
+
+
+def sparsify(
+    model: Annotated[str, typer.Argument(help="A local or hub model of transformers")],
+    output: Annotated[Path, typer.Argument(help="The folder to write")],
+    recipe: o.RecipeName = None,
+    experts: o.NumExperts = None,
+    k: o.TopKExperts = None,
+    architecture: Annotated[
+        str, typer.Option(help="How to load it: AutoModelForCausalLM, AutoModel, or another class of transformers")
+    ] = "AutoModelForCausalLM",
+) -> None:
+    """Make a dense model sparse and save it with its tokenizer; `moeify.load` and `moeify generate` read it."""
+    chosen = o.choose_recipe(recipe, "mixtral", experts, k)
+    loader = getattr(transformers, architecture, None)
+    if loader is None or not hasattr(loader, "from_pretrained"):
+        raise ValueError(f"transformers has no model class {architecture!r}")
+    dense = loader.from_pretrained(model)
+    save(make_sparse(dense, chosen), output)
+    try:
+        save_tokenizer(load_tokenizer(model), output)
+    except ValueError:
+        print("moeify: the model has no tokenizer, so none was saved")
+    print(f"moeify: saved in {output}")
+
+
+def list_recipes() -> None:
+    """List the named recipes."""
+    table = Table("recipe", "experts", "router", "made by", "shared", "where")
+    for name, recipe in recipes.items():
+        values = recipe.to_dict()
+        parts = [_brief(values[key]) for key in ("router", "experts", "shared", "where")]
+        table.add_row(name, str(values["num_experts"]), *parts)
+    Console().print(table)
+
+
+def _brief(value: object) -> str:
+    if not isinstance(value, dict):
+        return str(value)
+    options = ", ".join(f"{key}={_brief(v)}" for key, v in value.items() if key != "name")
+    return f"{value['name']}({options})"

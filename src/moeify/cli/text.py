@@ -1,0 +1,67 @@
+"""Tokenizers and generated text for the command line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from moeify.train.data import ByteTokenizer, Tokenizer
+
+
+def load_tokenizer(model: str) -> Any:
+    """The tokenizer of a local or hub model.
+
+    Raises:
+        ValueError: there is none.
+    """
+    try:
+        return transformers.AutoTokenizer.from_pretrained(model)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"no model or tokenizer {model!r} could be loaded: {str(error).splitlines()[0]}") from None
+
+
+def save_tokenizer(tokenizer: Any, folder: Path) -> None:
+    """Put a tokenizer beside a model; of the byte tokenizer only its name."""
+    if isinstance(tokenizer, ByteTokenizer):
+        (folder / "tokenizer.moeify.json").write_text(json.dumps({"tokenizer": "bytes"}) + "\n")
+    else:
+        tokenizer.save_pretrained(folder)
+
+
+def saved_tokenizer(folder: Path) -> Any:
+    """The tokenizer that lies beside a saved model."""
+    return ByteTokenizer() if (folder / "tokenizer.moeify.json").is_file() else load_tokenizer(str(folder))
+
+
+def sample(
+    model: Any, tokenizer: Tokenizer, prompt: str, *, tokens: int = 120, temperature: float = 0.8, seed: int = 0
+) -> str:
+    """The prompt and what the model writes after it.
+
+    Raises:
+        ValueError: a prompt without tokens, or a temperature below 0.
+    """
+    ids = tokenizer.encode(prompt)
+    if not ids:
+        raise ValueError("the prompt is empty; give at least one character")
+    if temperature < 0:
+        raise ValueError(
+            f"a temperature of {temperature} is below 0; 0 takes the likeliest token, 1 samples as trained"
+        )
+    torch.manual_seed(seed)
+    device = next(model.parameters()).device
+    given = torch.tensor([ids], device=device)
+    how = {"do_sample": True, "temperature": temperature, "top_k": 40} if temperature else {"do_sample": False}
+    training = model.training
+    model.eval()
+    with torch.no_grad():
+        out = model.generate(
+            input_ids=given, attention_mask=torch.ones_like(given), max_new_tokens=tokens,
+            pad_token_id=getattr(tokenizer, "pad_token_id", None) or getattr(tokenizer, "eos_token_id", None), **how,
+        )  # fmt: skip
+    model.train(training)
+    return str(tokenizer.decode(out[0].tolist()))

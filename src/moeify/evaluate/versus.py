@@ -1,0 +1,152 @@
+"""A sparse model against its dense twin: at equal tokens, at equal active FLOPs and at equal wall-clock time."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any, Literal, get_args
+
+import torch
+from safetensors.torch import load_model, save_model
+from torch import nn
+
+from moeify.evaluate.run import Run, Settings, train_run
+from moeify.sparsify import Recipe, sparsify
+from moeify.train.data import Blocks
+
+Axis = Literal["tokens", "flops", "seconds"]
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Sparse minus dense validation loss when both have spent the same.
+
+    Attributes:
+        axis: what is equal.
+        sparse: mean loss of the sparse runs, nats per token.
+        dense: mean loss of the dense runs.
+        difference: mean of the differences, seed by seed; negative where the sparse model is better.
+        spread: standard deviation of the differences over seeds, None for a single seed.
+        seeds: number of seeds.
+    """
+
+    axis: Axis
+    sparse: float
+    dense: float
+    difference: float
+    spread: float | None
+    seeds: int
+
+
+@dataclass(frozen=True)
+class Versus:
+    """Runs of a sparse model and of its dense twin, with the same seeds in the same order."""
+
+    sparse: list[Run]
+    dense: list[Run]
+
+    def at_equal(self, axis: Axis) -> Difference:
+        """Compare where the one that spent less has ended; the other's loss there is interpolated on its curve."""
+        pairs = []
+        for sparse, dense in zip(self.sparse, self.dense, strict=True):
+            budget = min(getattr(run.points[-1], axis) for run in (sparse, dense))
+            pairs.append((loss_at(sparse, axis, budget), loss_at(dense, axis, budget)))
+        differences = [sparse - dense for sparse, dense in pairs]
+        return Difference(
+            axis=axis,
+            sparse=fmean(sparse for sparse, _ in pairs),
+            dense=fmean(dense for _, dense in pairs),
+            difference=fmean(differences),
+            spread=stdev(differences) if len(differences) > 1 else None,
+            seeds=len(pairs),
+        )
+
+    @property
+    def differences(self) -> list[Difference]:
+        """The comparison on every axis."""
+        return [self.at_equal(axis) for axis in get_args(Axis)]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return {
+            "at_equal": {d.axis: {k: v for k, v in vars(d).items() if k != "axis"} for d in self.differences},
+            "runs": [run.to_dict() for run in (*self.sparse, *self.dense)],
+        }
+
+
+def loss_at(run: Run, axis: Axis, budget: float) -> float:
+    """The validation loss when a run had spent `budget`, linear between measured points.
+
+    Raises:
+        ValueError: the run's first point is beyond the budget.
+    """
+    spent = [getattr(point, axis) for point in run.points]
+    if budget < spent[0]:
+        raise ValueError(
+            f"the first validation loss of the {run.name} run was measured after {spent[0]:.3g} {axis}, but the other "
+            f"run ended at {budget:.3g}; measure more often (more evaluations)"
+        )
+    for before, after in zip(run.points, run.points[1:], strict=False):
+        start, end = getattr(before, axis), getattr(after, axis)
+        if start <= budget <= end:
+            share = (budget - start) / (end - start)
+            return before.loss + share * (after.loss - before.loss)
+    return run.points[-1].loss
+
+
+def versus(
+    build: Callable[[], nn.Module],
+    recipe: Recipe,
+    train: Blocks,
+    validation: Blocks,
+    folder: Path,
+    settings: Settings,
+    *,
+    seeds: int = 1,
+    resume: bool = False,
+    tell: Callable[[str], None] = print,
+    keep: Callable[[str, nn.Module], None] = lambda name, model: None,
+) -> Versus:
+    """Train a sparse model and its dense twin on the same tokens in the same order, from the same initialisation.
+
+    What they share starts with the same values; the sparse layers start as the recipe says.
+
+    Args:
+        build: makes the dense model; it is called under the seed of each pair.
+        recipe: makes a copy of it sparse.
+        train: blocks to train on.
+        validation: blocks to evaluate on.
+        folder: the runs' folders and results go here; a finished run found there is not repeated when resuming.
+        settings: how long and how fast.
+        seeds: number of pairs, with the seeds `settings.seed`, `settings.seed + 1`, ...
+        resume: go on where a stopped call ended.
+        tell: is given a line before every run.
+        keep: is given every trained model with the name of its arm.
+
+    Raises:
+        moeify.evaluate.run.Stopped: a signal ended a run before its last step; call again with `resume=True`.
+    """
+    arms: dict[str, list[Run]] = {"sparse": [], "dense": []}
+    for seed in range(settings.seed, settings.seed + seeds):
+        torch.manual_seed(seed)
+        dense = build()
+        sparse = sparsify(copy.deepcopy(dense), recipe, verbose=seed == settings.seed)
+        for name, model in (("sparse", sparse), ("dense", dense)):
+            place = folder / f"{name}-{seed}"
+            done = place / "run.json"
+            if resume and done.is_file():
+                run = Run.from_dict(json.loads(done.read_text()))
+                load_model(model, place / "model.safetensors")
+            else:
+                tell(f"training the {name} model, seed {seed}")
+                begun = resume and any(place.glob("checkpoint-*"))
+                run = train_run(name, model, train, validation, place, replace(settings, seed=seed), resume=begun)
+                save_model(model, str(place / "model.safetensors"))
+                done.write_text(json.dumps(run.to_dict()))
+            arms[name].append(run)
+            keep(name, model)
+    return Versus(**arms)

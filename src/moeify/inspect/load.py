@@ -1,0 +1,103 @@
+"""Which experts the tokens of each domain are sent to."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from moeify.record import observe
+from moeify.routing import Assignment, Routing
+from moeify.train.data import Blocks
+
+
+@dataclass(frozen=True)
+class ExpertLoad:
+    """Rows asked of every expert, by layer and domain.
+
+    Attributes:
+        layers: names of the sparse layers.
+        domains: names of the domains.
+        rows: number of rows, (layers, domains, E).
+    """
+
+    layers: tuple[str, ...]
+    domains: tuple[str, ...]
+    rows: Float[Tensor, "layers domains E"]
+
+    @property
+    def share(self) -> Float[Tensor, "layers E"]:
+        """Each expert's share of its layer's rows."""
+        rows = self.rows.sum(1)
+        return rows / rows.sum(-1, keepdim=True)
+
+    @property
+    def max_violation(self) -> Float[Tensor, "layers"]:
+        """Largest load over mean load, minus 1; 0 is even (MaxVio, arXiv 2408.15664)."""
+        return self.share.amax(-1) * self.share.shape[-1] - 1
+
+    @property
+    def dead(self) -> Float[Tensor, "layers"]:
+        """Experts with less than a hundredth of their fair share, per layer."""
+        return (self.share * self.share.shape[-1] < 0.01).sum(-1)
+
+    @property
+    def information(self) -> Float[Tensor, "layers"]:
+        """Mutual information of expert and domain in bits per row: 0 if experts do not care for domains."""
+        joint = self.rows / self.rows.sum((1, 2), keepdim=True)
+        independent = joint.sum(1, keepdim=True) * joint.sum(2, keepdim=True)
+        ratio = torch.where(joint > 0, joint / independent.clamp_min(1e-30), 1.0)
+        return (joint * ratio.log()).sum((1, 2)) / math.log(2)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON, one entry per layer."""
+        numbers = {"max_violation": self.max_violation, "dead": self.dead, "domain_bits": self.information}
+        return {
+            layer: {"share": self.share[i].tolist(), **{name: value[i].item() for name, value in numbers.items()}}
+            for i, layer in enumerate(self.layers)
+        }
+
+
+@torch.no_grad()
+def expert_load(model: nn.Module, blocks: Blocks, *, per_domain: int = 16, batch: int = 8) -> ExpertLoad:
+    """Run a model over some blocks of every domain and count the rows that its experts are asked for.
+
+    Raises:
+        ValueError: the model has no sparse layer, or layers with different numbers of experts.
+    """
+    layers: dict[str, dict[str, Tensor]] = {}
+    domain = ""
+
+    def add(name: str, routing: Routing) -> None:
+        if isinstance(routing, Assignment):
+            seen = layers.setdefault(name, {})
+            seen[domain] = seen.get(domain, 0) + routing.demand.float().cpu()
+
+    handles = observe(model, add)
+    training = model.training
+    model.eval()
+    device = next(model.parameters()).device
+    members: dict[str, list[int]] = {}
+    for i in range(len(blocks)):
+        members.setdefault(blocks.domain_of(i), []).append(i)
+    try:
+        for domain, indices in members.items():  # noqa: B007 (read by `add`)
+            for chosen in _chunks(indices[:: max(1, len(indices) // per_domain)][:per_domain], batch):
+                model(input_ids=torch.stack([blocks[i]["input_ids"] for i in chosen]).to(device))
+    finally:
+        model.train(training)
+        for handle in handles:
+            handle.remove()
+    if len({len(rows) for seen in layers.values() for rows in seen.values()}) != 1:
+        raise ValueError("the sparse layers have different numbers of experts, so they do not fit into one table")
+    rows = torch.stack([torch.stack([seen[name] for name in members]) for seen in layers.values()])
+    return ExpertLoad(tuple(layers), tuple(members), rows)
+
+
+def _chunks(items: Sequence[int], size: int) -> list[Sequence[int]]:
+    return [items[start : start + size] for start in range(0, len(items), size)]

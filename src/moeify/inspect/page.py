@@ -1,0 +1,99 @@
+"""A report of a comparison as one HTML file, with its pictures inside."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Iterable, Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from moeify.evaluate.versus import Versus
+from moeify.inspect.load import ExpertLoad
+
+_STYLE = """
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; color: #222; }
+table { border-collapse: collapse; margin: 1rem 0; }
+th, td { padding: .3rem .8rem; border-bottom: 1px solid #ddd; text-align: right; }
+th:first-child, td:first-child { text-align: left; }
+img { max-width: 100%; }
+pre { background: #f5f5f5; padding: .8rem; white-space: pre-wrap; overflow-wrap: anywhere; }
+"""
+
+
+def write_report(
+    file: Path,
+    versus: Versus,
+    load: ExpertLoad | None,
+    pictures: Sequence[Path],
+    samples: dict[str, list[str]],
+    facts: dict[str, Any],
+) -> None:
+    """Write what was compared, what came out, which experts were used and what the models say.
+
+    Args:
+        file: where to write the page.
+        versus: the comparison.
+        load: the experts' load, if it was measured.
+        pictures: PNG files to put into the page.
+        samples: generated texts by model.
+        facts: what was trained on which data, by name.
+    """
+    parts = ["<h1>A sparse model and its dense twin</h1>", table(("", ""), facts.items())]
+    parts += ["<h2>Validation loss when both have spent the same</h2>", table(*comparison_rows(versus))]
+    parts += ["<h2>Size and speed</h2>", table(*size_rows(versus))]
+    parts += [f'<p><img alt="{escape(p.stem)}" src="{_inline(p)}"></p>' for p in pictures]
+    if load is not None:
+        parts += ["<h2>Experts</h2>", table(*load_rows(load))]
+    for name, texts in samples.items():
+        parts += [f"<h2>What the {escape(name)} model writes</h2>", *(f"<pre>{escape(text)}</pre>" for text in texts)]
+    body = "\n".join(parts)
+    file.write_text(
+        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>moeify report</title>'
+        f"<style>{_STYLE}</style></head><body>\n{body}\n</body></html>\n"
+    )
+
+
+Rows = tuple[Sequence[str], Sequence[Sequence[str]]]
+
+
+def comparison_rows(versus: Versus) -> Rows:
+    """Heading and rows of the comparison: nats per token on every axis."""
+    names = {"tokens": "equal tokens", "flops": "equal training FLOPs", "seconds": "equal wall-clock time"}
+    rows = []
+    for d in versus.differences:
+        spread = "one seed" if d.spread is None else f"± {d.spread:.4f} over {d.seeds} seeds"
+        rows.append((names[d.axis], f"{d.sparse:.4f}", f"{d.dense:.4f}", f"{d.difference:+.4f}", spread))
+    return ("at", "sparse", "dense twin", "sparse - dense", "spread"), rows
+
+
+def size_rows(versus: Versus) -> Rows:
+    """Heading and rows of parameters, FLOPs and speed."""
+    first = (versus.sparse[0], versus.dense[0])
+    rows = [
+        ("parameters", *(f"{run.count.parameters:,}" for run in first)),
+        ("parameters used per token", *(f"{run.count.active_parameters:,.0f}" for run in first)),
+        ("forward FLOPs per token", *(f"{run.count.flops:,.0f}" for run in first)),
+        ("training tokens per second", *(f"{run.tokens_per_second:,.0f}" for run in first)),
+    ]
+    return ("", "sparse", "dense twin"), rows
+
+
+def load_rows(load: ExpertLoad) -> Rows:
+    """Heading and rows of balance and specialisation by layer."""
+    rows = [
+        (layer, f"{load.max_violation[i]:.2f}", f"{int(load.dead[i])}", f"{load.information[i]:.3f}")
+        for i, layer in enumerate(load.layers)
+    ]
+    return ("layer", "max load / mean - 1", "dead experts", "expert-domain information (bits)"), rows
+
+
+def table(heading: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    """An HTML table."""
+    head = "".join(f"<th>{escape(str(cell))}</th>" for cell in heading)
+    body = "".join("<tr>" + "".join(f"<td>{escape(str(cell))}</td>" for cell in row) + "</tr>" for row in rows)
+    return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+
+
+def _inline(picture: Path) -> str:
+    return "data:image/png;base64," + base64.b64encode(picture.read_bytes()).decode()
