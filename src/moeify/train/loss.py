@@ -125,7 +125,7 @@ class StepLoss:
         if not any(scores.requires_grad for *_, scores in scored):
             raise ValueError(
                 f"a balance loss was asked for, but the scores of {_names(decisions)} have no gradient: the "
-                "routers and all layers before them are frozen; unfreeze the routers, or pass SparseArguments(balance=0)"
+                "routers and all layers before them are frozen; unfreeze them, or pass SparseArguments(balance=0)"
             )
         return self._mean([self._of_layer(name, r) * self._part(len(scores), sizes) for name, r, scores in scored])
 

@@ -113,4 +113,6 @@ def forget_after(file: Path, step: int) -> None:
                 kept.append(line + "\n")
         except json.JSONDecodeError:
             continue
-    file.write_text("".join(kept), encoding="utf-8")
+    new = file.with_suffix(".tmp")
+    new.write_text("".join(kept), encoding="utf-8")
+    new.replace(file)

@@ -1,0 +1,132 @@
+"""What happens beside the steps, and what is measured while they run."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from rich.console import Console
+from transformers import TrainerCallback, TrainingArguments
+
+from moeify.experts import FFN
+from moeify.routing import assign, limit
+from moeify.schedule import linear
+from moeify.sparsify import Recipe, sparsify
+from moeify.train import ExpertDropout, ProgressLine, SparseArguments, SparseTrainer
+from moeify.train.metrics import Tally, append, exact, forget_after, summarize
+from tiny_models import VOCABULARY, causal_lm, mixtral
+
+
+def llama():
+    torch.manual_seed(0)
+    return sparsify(causal_lm("llama"), Recipe(num_experts=4), verbose=False)
+
+
+def train(model, folder, *callbacks, sparse=None):
+    ids = torch.randint(3, VOCABULARY, (16, 8))
+    arguments = TrainingArguments(
+        folder, max_steps=4, per_device_train_batch_size=2, logging_steps=1, save_strategy="no", report_to=[],
+        use_cpu=True, disable_tqdm=True,
+    )  # fmt: skip
+    data = [{"input_ids": row, "labels": row} for row in ids]
+    SparseTrainer(model, arguments, train_dataset=data, callbacks=list(callbacks), sparse=sparse).train()
+
+
+class Seen(TrainerCallback):
+    def __init__(self, look):
+        self.look, self.values = look, []
+
+    def on_substep_end(self, args, state, control, **kwargs):
+        self.values.append(self.look(kwargs["model"]))
+
+    on_pre_optimizer_step = on_substep_end
+
+
+def test_expert_dropout_follows_its_schedule(tmp_path):
+    seen = Seen(lambda model: {m.dropout.p for m in model.modules() if isinstance(m, FFN)})
+    train(llama(), tmp_path, seen, sparse=SparseArguments(dropout=linear(0.4, 0.0, 4)))
+    assert [pytest.approx(p) for p in (0.4, 0.3, 0.2, 0.1)] == [p for (p,) in seen.values]
+
+
+def test_expert_dropout_without_experts_of_ours_is_an_error(tmp_path):
+    with pytest.raises(ValueError, match="MixtralForCausalLM has no experts of moeify"):
+        train(mixtral(), tmp_path, ExpertDropout(0.1))
+
+
+def test_a_scheduled_balance_weight_reaches_the_gradient(tmp_path):
+    def gradients(balance):
+        seen = Seen(lambda model: model.get_parameter("model.layers.0.mlp.router.weight").grad.norm().item())
+        train(llama(), tmp_path, seen, sparse=SparseArguments(balance=balance))
+        return seen.values
+
+    off, late = gradients(0.0), gradients(lambda step: 10.0 * (step == 3))
+    assert off[:3] == pytest.approx(late[:3], rel=1e-4)
+    assert off[3] != pytest.approx(late[3], rel=1e-2)
+
+
+def test_the_line_of_progress_is_shown_in_a_terminal_and_nowhere_else(tmp_path):
+    for terminal in (True, False):
+        screen = io.StringIO()
+        train(llama(), tmp_path, ProgressLine(Console(file=screen, force_terminal=terminal, width=160)))
+        assert ("tokens/s" in screen.getvalue()) == terminal
+        assert ("balance" in screen.getvalue()) == terminal
+
+
+index = st.lists(st.permutations(range(4)).map(lambda p: p[:2]), min_size=1, max_size=30)
+
+
+@given(index)
+def test_load_metrics_are_those_of_their_definitions(choices):
+    tokens, tally = torch.tensor(choices), Tally()
+    scores = torch.full((len(choices), 4), 0.25)
+    for part in tokens.split(7):
+        gates = torch.full(part.shape, 0.5)
+        routing = assign(part, gates, 4, scores=scores[: len(part)], logits=scores[: len(part)])
+        tally.add([("layer", routing)])
+    (layer,) = tally.drain().values()
+    f = [choices_of / tokens.numel() for choices_of in tokens.flatten().bincount(minlength=4).tolist()]
+    assert layer["load_entropy"] == pytest.approx(-sum(p * math.log(p) for p in f if p) / math.log(4), abs=1e-5)
+    assert layer["max_load"] == pytest.approx(4 * max(f), abs=1e-5)
+    assert layer["max_vio"] == pytest.approx(4 * max(f) - 1, abs=1e-5)
+    assert layer["dead_experts"] == sum(p == 0 for p in f)
+    assert layer["router_entropy"] == pytest.approx(1, abs=1e-5)
+    assert layer["balance"] == pytest.approx(1, abs=1e-5)
+    assert layer["drop_rate"] == pytest.approx(0, abs=1e-6)
+    assert tally.drain() == {}
+
+
+def test_dropped_rows_are_counted_against_what_was_asked():
+    routing = limit(assign(torch.zeros(8, 1, dtype=torch.long), torch.ones(8, 1), 2), 2)
+    tally = Tally()
+    tally.add([("layer", routing)])
+    (layer,) = tally.drain().values()
+    assert layer["drop_rate"] == pytest.approx(0.75)
+    assert layer["dead_experts"] == 1
+    assert "balance" not in layer
+
+
+def test_a_summary_holds_the_means_and_points_at_the_worst_layer():
+    layers = {
+        "a": {"load_entropy": 0.9, "max_vio": 0.2, "max_load": 1.2, "dead_experts": 0.0, "drop_rate": 0.0},
+        "b": {"load_entropy": 0.5, "max_vio": 1.0, "max_load": 2.0, "dead_experts": 2.0, "drop_rate": 0.1},
+    }
+    found = summarize(layers)
+    assert found["load_entropy"] == pytest.approx(0.7)
+    assert (found["load_entropy_worst"], found["max_vio_worst"], found["worst_layer"]) == (0.5, 1.0, 1.0)
+    assert summarize({}) == {}
+
+
+def test_a_log_forgets_the_steps_that_are_done_again_and_a_torn_line(tmp_path):
+    log = tmp_path / "metrics.jsonl"
+    for step in range(1, 5):
+        append(log, exact({"step": step, "loss": 1 / step}))
+    log.write_text(log.read_text() + '{"step": 2, "lo')
+    forget_after(log, 2)
+    rows = [json.loads(line) for line in log.read_text().splitlines()]
+    assert [row["step"] for row in rows] == [1, 2]
+    assert rows[1]["loss_hex"] == (0.5).hex()
