@@ -129,10 +129,10 @@ def readings(module: nn.Module, linears: list[nn.Module]) -> Iterator[DenseFFN]:
 def read(module: nn.Module, linears: list[nn.Module]) -> DenseFFN | None:
     """The reading of a module that computes what the module computes, None if there is none.
 
-    Without values to compare, on the meta device, it is the first reading.
+    Without values to compare, on the meta device, it is the first of those with the most hidden units.
     """
     if linears[0].get_parameter("weight").is_meta:
-        return next(readings(module, linears), None)
+        return max(readings(module, linears), key=lambda ffn: ffn.hidden, default=None)
     return next((ffn for ffn in readings(module, linears) if agrees(module, ffn, ffn.width)), None)
 
 

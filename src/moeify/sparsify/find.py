@@ -11,6 +11,7 @@ from torch import nn
 from moeify.moe import MoE
 from moeify.record import native_layers
 from moeify.registry import register
+from moeify.sparsify.dense import is_linear
 from moeify.sparsify.shapes import Site, recognise, whole
 
 Where = Callable[[nn.Module], list[Site]]
@@ -67,6 +68,7 @@ def every(n: int) -> Where:
 
 @register("where", "every")
 def _every(model: nn.Module, n: int) -> list[Site]:
+    _at_least_one("every", n)
     return [site for sites in _by_stack(ffn(model)) for site in sites[n - 1 :: n]]
 
 
@@ -83,6 +85,7 @@ def last(n: int) -> Where:
 
 @register("where", "last")
 def _last(model: nn.Module, n: int) -> list[Site]:
+    _at_least_one("last", n)
     return [site for sites in _by_stack(ffn(model)) for site in sites[-n:]]
 
 
@@ -103,13 +106,13 @@ def chosen(predicate: Callable[[str, nn.Module], bool]) -> Where:
 
 
 def modules(regex: str) -> Where:
-    """Any modules whose name matches, taken as they are: their experts are whole copies."""
+    """Any modules with linear maps whose name matches, taken as they are: their experts are whole copies."""
     return partial(_modules, regex=regex)
 
 
 @register("where", "modules")
 def _modules(model: nn.Module, regex: str) -> list[Site]:
-    every_name = [name for name, _ in model.named_modules() if name]
+    every_name = [name for name, part in model.named_modules() if name and any(map(is_linear, part.modules()))]
     found = [name for name in every_name if re.search(regex, name)]
     outermost = [name for name in found if not any(name.startswith(f"{other}.") for other in found)]
     return _some([whole(model, name) for name in outermost], regex, every_name)
@@ -119,6 +122,11 @@ def _some(sites: list[Site], regex: str, names: list[str]) -> list[Site]:
     if not sites:
         raise ValueError(f"nothing matches {regex!r}; there are: {', '.join(names[:8])}{', ...' * (len(names) > 8)}")
     return sites
+
+
+def _at_least_one(name: str, n: int) -> None:
+    if not isinstance(n, int) or n < 1:
+        raise ValueError(f"where={name}({n!r}): n must be a whole number from 1 on")
 
 
 def _by_stack(sites: list[Site]) -> list[list[Site]]:

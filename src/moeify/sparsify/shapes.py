@@ -39,9 +39,12 @@ class Site:
 
     @property
     def layer(self) -> str:
-        """The numbered layer that the site is in: its name up to and with the first number, '' if there is none."""
+        """The numbered layer that the site is in: its name up to and with the first number, '' if there is none.
+
+        A number of its own, as in a `nn.Sequential`, is no layer.
+        """
         parts = self.name.split(".")
-        numbers = [i for i, part in enumerate(parts) if part.isdigit()]
+        numbers = [i for i, part in enumerate(parts[:-1]) if part.isdigit()]
         return ".".join(parts[: numbers[0] + 1]) if numbers else ""
 
     @property
@@ -96,18 +99,19 @@ def recognise(model: nn.Module) -> tuple[list[Site], list[str]]:
     """Every feed-forward network of a model, and the modules that have the parts of one but compute something else."""
     sites: list[Site] = []
     doubtful: list[str] = []
-    taken: list[str] = []
     for name, module in model.named_modules():
-        if any(name == other or name.startswith(f"{other}.") for other in taken):
+        if any(name == site.name or name.startswith(f"{site.name}.") for site in sites):
             continue
         site = _loose(model, name, module) or _split(name, module) or _sequential(model, name, module)
-        if site is None and name and _has_only_an_ffn(module):
+        has_parts = site is None and bool(name) and _has_only_an_ffn(module)
+        if has_parts:
             site = _own(model, name, module) or _inline(model, name, module)
-            if site is None:
-                doubtful = [other for other in doubtful if not name.startswith(f"{other}.")] + [name]
+        if has_parts or site is not None:
+            doubtful = [other for other in doubtful if not name.startswith(f"{other}.")]
         if site is not None:
             sites.append(site)
-            taken.append(site.name)
+        elif has_parts:
+            doubtful.append(name)
     return sites, doubtful
 
 
