@@ -102,7 +102,7 @@ def test_what_a_decision_does_not_keep_cannot_be_a_loss():
     with pytest.raises(ValueError, match="no logits"):
         losses.z(silent)
     with pytest.raises(ValueError, match="no logits"):
-        losses.z(Mixture(counts=torch.ones(1), into=torch.ones(1, 1), out_of=torch.ones(1, 1)))
+        losses.z(Mixture(counts=torch.tensor([1]), into=torch.ones(1, 1), out_of=torch.ones(1, 1)))
 
 
 def test_balance_by_sequence_needs_a_decision_per_token():

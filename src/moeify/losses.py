@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Num
 from torch import Tensor
 
 from moeify.routing import Assignment, Routing
@@ -32,7 +32,7 @@ def probability(routing: Routing) -> Float[Tensor, "L E"]:
     return routing.scores / routing.scores.sum(-1, keepdim=True)
 
 
-def balance(routing: Assignment, scope: Scope = "batch", demand: Float[Tensor, "E"] | None = None) -> Float[Tensor, ""]:
+def balance(routing: Assignment, scope: Scope = "batch", demand: Num[Tensor, "E"] | None = None) -> Float[Tensor, ""]:
     """E · Σ_j f_j · P_j, which is 1.0 for perfect balance whatever k is (Switch, eqs. 4-6).
 
     The gradient flows through P only.

@@ -52,7 +52,7 @@ def test_a_clamped_gate_has_no_lower_bound():
     inner = ClampedGlu()
     gate, up = -9.0, 30.0
     expected = (7.0 + 1) * gate / (1 + exp(1.702 * -gate))
-    assert inner(torch.tensor([gate, up])).item() == pytest.approx(expected, rel=1e-5)
+    assert inner(torch.tensor([[gate, up]])).item() == pytest.approx(expected, rel=1e-5)
     assert gelu(torch.tensor(1.0)).item() == pytest.approx(0.5 * (1 + erf(1 / sqrt(2))))
 
 

@@ -36,7 +36,7 @@ class Glu:
     act: Activation
     maps = 2
 
-    def __call__(self, gate_up: Float[Tensor, "R 2H"]) -> Float[Tensor, "R H"]:
+    def __call__(self, gate_up: Float[Tensor, "R M"]) -> Float[Tensor, "R H"]:
         """Gate the second half by the activated first half."""
         gate, up = gate_up.chunk(2, dim=-1)
         return self.act(gate) * up
@@ -50,7 +50,7 @@ class ClampedGlu:
     limit: float = 7.0
     maps = 2
 
-    def __call__(self, gate_up: Float[Tensor, "R 2H"]) -> Float[Tensor, "R H"]:
+    def __call__(self, gate_up: Float[Tensor, "R M"]) -> Float[Tensor, "R H"]:
         """Gate the odd columns by the even ones."""
         gate = gate_up[..., ::2].clamp(max=self.limit)
         up = gate_up[..., 1::2].clamp(-self.limit, self.limit)
