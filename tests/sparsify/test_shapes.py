@@ -231,3 +231,20 @@ def test_something_else_made_of_the_same_parts_is_refused():
     model = nn.Sequential(Block(Strange()), Block(Strange()))
     with pytest.raises(ValueError, match=r"0\.ffn \(Strange\).*where=modules"):
         sparsify(model, COPIES, verbose=False)
+
+
+def test_what_only_the_whole_model_shows_to_be_something_else_is_refused():
+    class Normed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.up, self.act, self.down = nn.Linear(8, 12), nn.GELU(), nn.Linear(12, 8)
+            self.norm = nn.LayerNorm(12)
+
+        def forward(self, x):
+            return x + self.down(self.norm(self.act(self.up(x))))
+
+    model = nn.Sequential(*blocks(1), Normed())
+    names = list(model.state_dict())
+    with pytest.raises(ValueError, match=r"1\.up was taken for a feed-forward network"):
+        sparsify(model, COPIES, verbose=False)
+    assert list(model.state_dict()) == names

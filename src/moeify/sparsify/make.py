@@ -41,8 +41,8 @@ def copies(dense: nn.Module, num_experts: int, *, noise: float = 0.0, drop: floa
         _fill(experts, dense, [torch.arange(dense.hidden)] * num_experts, scale)
         for e in range(num_experts if drop else 0):
             _redraw(experts, e, torch.randperm(dense.hidden)[: round(drop * dense.hidden)])
-    for weight in experts.parameters() if noise else ():
-        if weight.dim() > 1:
+    for name, weight in experts.named_parameters() if noise else ():
+        if weight.dim() > 1 and not name.endswith("bias"):  # biases are stacked too
             weight.add_(torch.randn_like(weight) * weight.std() * noise)
     return experts
 
