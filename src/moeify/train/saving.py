@@ -114,7 +114,7 @@ class Saving(_Trainer):
         folder = Path(checkpoint)
         state.load_optimizer(bare(self.optimizer), self.model, folder)
         self.lr_scheduler.load_state_dict(json.loads((folder / "scheduler.json").read_text(encoding="utf-8")))
-        self._step_loss.demand = load_file(folder / "sparse.safetensors", device=str(self.args.device))
+        self._step_loss.demand = load_file(folder / "sparse.safetensors")
 
     def _load_scaler(self, checkpoint: str | None) -> None:
         if checkpoint is not None and (file := Path(checkpoint) / "scaler.json").is_file():
