@@ -152,6 +152,18 @@ def agrees(module: nn.Module, reading: nn.Module, width: int) -> bool:
     return bool((expected - actual).abs().max() <= tolerance)
 
 
+@torch.no_grad()
+def accepts(module: nn.Module, width: int) -> bool:
+    """Whether a module takes rows of this width."""
+    weight = next(module.parameters())
+    try:
+        with in_evaluation(module), fixed_randomness(module):
+            module(torch.randn(2, width, dtype=weight.dtype, device=weight.device))
+    except Exception:  # whatever it raises
+        return False
+    return True
+
+
 @contextmanager
 def in_evaluation(module: nn.Module) -> Iterator[None]:
     """Evaluation mode, then every part back in the mode it had."""

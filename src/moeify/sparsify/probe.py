@@ -64,14 +64,15 @@ def _guesses(model: nn.Module) -> Iterator[Probe]:
         yield Probe(kwargs=inputs)
         for name in inputs:
             yield Probe(kwargs={name: inputs[name]})
-    width = next((matrix(part).shape[1] for part in model.modules() if is_linear(part)), 1)
-    width = next((part.embed_dim for part in model.modules() if isinstance(part, nn.MultiheadAttention)), width)
-    embedding = next((part for part in model.modules() if isinstance(part, nn.Embedding)), None)
-    if embedding is not None:
-        yield Probe((torch.randint(embedding.num_embeddings, (2, 8)),))
-    yield Probe((torch.randn(2, 5, width),))
-    yield Probe((torch.randn(4, width),))
-    yield Probe((torch.randn(2, 5, width), torch.randn(2, 5, width)))
+    required = [p for p in inspect.signature(model.forward).parameters.values() if p.default is p.empty]
+    sizes = [part.num_embeddings for part in model.modules() if isinstance(part, nn.Embedding)]
+    for shape in ((2, 8), (8,)) if sizes else ():
+        yield Probe((torch.randint(min(sizes), shape),) * len(required))
+    widths = [part.embed_dim for part in model.modules() if isinstance(part, nn.MultiheadAttention)]
+    widths += [matrix(part).shape[1] for part in model.modules() if is_linear(part)]
+    for width in dict.fromkeys(widths):
+        yield Probe((torch.randn(2, 5, width),) * len(required))
+        yield Probe((torch.randn(4, width),) * len(required))
 
 
 def _named_inputs(model: nn.Module, config: Any) -> Iterator[tuple[str, Tensor]]:

@@ -16,7 +16,17 @@ from typing import Any
 from torch import Tensor, nn
 
 from moeify.experts.ffn import Plain
-from moeify.sparsify.dense import DenseFFN, activations, agrees, dropouts, held_activations, is_linear, matrix, read
+from moeify.sparsify.dense import (
+    DenseFFN,
+    accepts,
+    activations,
+    agrees,
+    dropouts,
+    held_activations,
+    is_linear,
+    matrix,
+    read,
+)
 
 
 @dataclass(frozen=True)
@@ -55,7 +65,10 @@ class Site:
     @property
     def width(self) -> int:
         """D."""
-        return self._linears[0].shape[1]
+        if isinstance(self.dense, DenseFFN):
+            return self.dense.width
+        widths = dict.fromkeys(linear.shape[1] for linear in self._linears)
+        return next((width for width in widths if accepts(self.dense, width)), next(iter(widths)))
 
     @property
     def keeps_width(self) -> bool:
