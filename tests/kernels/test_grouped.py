@@ -78,6 +78,11 @@ def test_the_derivative_is_the_limit_of_differences():
     assert torch.autograd.gradcheck(lambda *leaves: call(grouped_linear, leaves, counts), leaves)
 
 
+def test_the_derivative_has_a_derivative():
+    leaves, _, counts = problem([2, 0, 3], dtype=torch.float64)
+    assert torch.autograd.gradgradcheck(lambda *leaves: call(grouped_linear, leaves, counts).square(), leaves)
+
+
 @pytest.mark.parametrize("frozen", [0, 1])
 def test_what_is_frozen_costs_no_gradient(frozen):
     leaves, _, counts = problem([2, 1], bias=False)
@@ -109,6 +114,6 @@ def test_it_is_captured_whole_by_the_compiler(backend, dtype):
 @pytest.mark.parametrize("operator", ["grouped_matmul", "grouped_outer"])
 def test_the_operators_keep_the_promises_of_custom_operators(operator):
     counts = torch.tensor([2, 0, 3])
-    rows = torch.randn(5, 4, requires_grad=operator == "grouped_matmul")
+    rows = torch.randn(5, 4, requires_grad=True)
     other = torch.randn(3, 6, 4) if operator == "grouped_matmul" else torch.randn(5, 6)
     torch.library.opcheck(getattr(torch.ops.moeify, operator), (rows, other, counts))

@@ -92,7 +92,18 @@ def _gradients(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None
     )
 
 
+def _outer_gradients(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+    left, right, counts = ctx.saved_tensors
+    for_left, for_right, _ = ctx.needs_input_grad
+    return (
+        grouped_matmul(right, gradient, counts) if for_left else None,
+        grouped_matmul(left, gradient.transpose(1, 2), counts) if for_right else None,
+        None,
+    )
+
+
 grouped_matmul.register_autograd(_gradients, setup_context=_keep_inputs)
+grouped_outer.register_autograd(_outer_gradients, setup_context=_keep_inputs)
 
 
 def explain(rows: Float[Tensor, "R D"], weight: Float[Tensor, "E O D"]) -> str:
