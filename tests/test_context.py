@@ -233,6 +233,38 @@ def test_the_order_of_axes_changes_no_decision_per_group():
     assert moe.context.batch_first
 
 
+def test_torchs_transformer_has_a_mask_for_each_of_its_stacks():
+    model = nn.Transformer(D, 2, 1, 1, dim_feedforward=24, dropout=0.0, batch_first=True)
+    seen = []
+    for stack in (model.encoder, model.decoder):
+        context = Context()
+        moe = stack.layers[0].linear1 = sparse(context, width_out=24)
+        context.watch([model, stack])
+        seen.append(watched_tokens(moe))
+    answer = torch.tensor([[1, 1, 1], [1, 0, 0]])
+    hiding = {"src_key_padding_mask": ~RIGHT.bool(), "tgt_key_padding_mask": ~answer.bool()}
+    model(torch.randn(2, 5, D), torch.randn(2, 3, D), **hiding)
+    assert seen == [[real(RIGHT)], [real(answer)]]
+
+
+def test_a_compiled_model_hears_every_mask():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed = nn.Embedding(VOCABULARY, D)
+            self.moe = sparse(Context())
+
+        def forward(self, input_ids, attention_mask=None):
+            return self.moe(self.embed(input_ids))
+
+    torch._dynamo.reset()
+    model, ids = Model(), words(2, 5)
+    model.moe.context.watch([model])
+    compiled = torch.compile(model, backend="eager")
+    for mask in (LEFT, None, RIGHT, torch.ones(2, 5)):
+        torch.testing.assert_close(compiled(ids, attention_mask=mask), model(ids, attention_mask=mask))
+
+
 # Groups
 
 

@@ -39,13 +39,13 @@ def _gather(x: Float[Tensor, "... D"], routing: Routing, experts: Experts) -> Te
     """Undo the sort and add up each token's K answers: no atomic additions, so deterministic on a GPU."""
     assert isinstance(routing, Assignment)
     assert routing.choice is not None
+    assert routing.index is not None
     rows = experts(routing.dispatch(x), routing.counts)
-    tokens = math.prod(routing.shape)
-    k = routing.source.shape[0] // tokens
+    tokens, k = routing.index.shape
     place = routing.source * k + routing.choice
     order = torch.empty_like(place).scatter(0, place, torch.arange(place.shape[0], device=place.device))
     weighted = rows.float() * routing.weight.float().unsqueeze(-1)
-    return weighted[order].view(tokens, k, -1).sum(1).view(*routing.shape, -1).to(rows.dtype)
+    return weighted[order].view(tokens, k, rows.shape[-1]).sum(1).view(*routing.shape, rows.shape[-1]).to(rows.dtype)
 
 
 def _cannot_gather(x: Tensor, routing: Routing, experts: Experts) -> str | None:
