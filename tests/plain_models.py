@@ -88,7 +88,7 @@ def tower() -> nn.Sequential:
     """16 -> 32 -> 16 -> 1 with normalisation and dropout."""
     return nn.Sequential(
         nn.Linear(16, 32),
-        nn.BatchNorm1d(32),
+        nn.LayerNorm(32),
         nn.ReLU(),
         nn.Dropout(0.1),
         nn.Linear(32, 16),

@@ -139,3 +139,20 @@ def test_fresh_experts_of_whole_modules_differ():
 def test_none_of_the_layers_is_no_choice(where):
     with pytest.raises(ValueError, match="n must be a whole number from 1 on"):
         where(llama())
+
+
+def test_a_single_map_in_a_sequential_and_batch_statistics_are_no_network():
+    class Attention(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.ffn, self.out, self.drop = (
+                Gated(),
+                nn.Sequential(nn.Linear(8, 8), nn.Dropout(0.1)),
+                nn.Sequential(nn.Dropout(0.1)),
+            )
+            self.batch = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 8))
+
+        def forward(self, x):
+            return self.batch(self.drop(self.out(self.ffn(x))))
+
+    assert names(ffn, nn.Sequential(Attention())) == ["0.ffn"]

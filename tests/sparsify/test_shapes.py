@@ -134,6 +134,7 @@ PLAIN = {
     "a sequential FFN": (lambda: nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 8)), (7, 8), 1),
     "the MLP of a ViT": (lambda: nn.Sequential(Block(vit_mlp()), Block(vit_mlp())), (2, 5, 8), 2),
     "a tower": (tower, (7, 16), 1),
+    "a tower behind a change of shape": (lambda: nn.Sequential(nn.Flatten(), *tower()), (7, 4, 4), 1),
     "a tower in a model": (lambda: nn.Sequential(nn.Linear(16, 16), tower()), (7, 16), 1),
     "an encoder": (encoder, (2, 5, 16), 2),
     "an encoder, sequence first": (partial(encoder, batch_first=False), (5, 2, 16), 2),
@@ -163,7 +164,7 @@ def test_copies_leave_a_recommender_as_it_was():
         before = model(*given)
         sparsify(model, COPIES, probe=given, verbose=False)
         torch.testing.assert_close(model(*given), before)
-    assert list(sparse_layers(model)) == ["tower"]
+    assert list(sparse_layers(model)) == ["tower.0"]
 
 
 @pytest.mark.parametrize("batch_first", [True, False])

@@ -229,17 +229,22 @@ def _sequential(model: nn.Module, name: str, module: nn.Module) -> Site | None:
             dense = DenseFFN([module[first]], module[last], Plain(acts[0]), max(drops, default=0.0))
             silenced = tuple(_silent(module, str(i)) for i in range(first + 1, last + 1))
             return Site(f"{name}.{first}".lstrip("."), dense, (module, str(first)), silenced=silenced)
-    if _is_tower(module):
-        if name:
-            return whole(model, name)
-        silenced = tuple(_silent(module, str(i)) for i in range(1, len(module)))
-        return Site("0", nn.Sequential(*module), (module, "0"), silenced=silenced)
-    return None
+    return _tower(name, module)
 
 
-def _is_tower(module: nn.Sequential) -> bool:
-    norms = (nn.LayerNorm, nn.RMSNorm, nn.BatchNorm1d)
-    return all(is_linear(part) or isinstance(part, norms) or not list(part.parameters()) for part in module)
+def _tower(name: str, module: nn.Sequential) -> Site | None:
+    """Linear maps with anything between them that reads one row at a time, from the first weights to the last map."""
+    maps = [i for i, part in enumerate(module) if is_linear(part)]
+    alone = all(is_linear(part) or isinstance(part, _ROW_NORMS) or not list(part.parameters()) for part in module)
+    if len(maps) < 2 or not alone:
+        return None
+    first = next(i for i, part in enumerate(module) if list(part.parameters()))
+    silenced = tuple(_silent(module, str(i)) for i in range(first + 1, maps[-1] + 1))
+    dense = nn.Sequential(*module[first : maps[-1] + 1])
+    return Site(f"{name}.{first}".lstrip("."), dense, (module, str(first)), silenced=silenced)
+
+
+_ROW_NORMS = (nn.LayerNorm, nn.RMSNorm)  # statistics of a batch would change with the rows that an expert is given
 
 
 def _direct_linears(module: nn.Module) -> dict[str, nn.Module]:
