@@ -265,6 +265,56 @@ def test_a_compiled_model_hears_every_mask():
         torch.testing.assert_close(compiled(ids, attention_mask=mask), model(ids, attention_mask=mask))
 
 
+@pytest.mark.parametrize("mask_of_the_image", [None, torch.zeros(1, 1, 9, 9)])
+def test_the_mask_of_the_words_is_not_that_of_the_image(mask_of_the_image):
+    class Vision(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.moe = sparse(Context())
+
+        def forward(self, hidden_states, **options):
+            return self.moe(hidden_states)
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.vision = Vision()
+
+        def forward(self, input_ids, pixel_values, attention_mask=None):
+            options = {} if mask_of_the_image is None else {"attention_mask": mask_of_the_image}
+            return self.vision(pixel_values, **options)
+
+    model = Model()
+    model.vision.moe.context.watch([model, model.vision])
+    seen = watched_tokens(model.vision.moe)
+    model(words(2, 5), torch.randn(9, D), attention_mask=LEFT)
+    assert seen == [list(range(9))]
+
+
+def test_a_stack_without_a_mask_of_its_own_shares_that_of_its_model():
+    class Stack(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.moe = sparse(Context())
+
+        def forward(self, hidden_states):
+            return self.moe(hidden_states)
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed, self.stack = nn.Embedding(VOCABULARY, D), Stack()
+
+        def forward(self, input_ids, attention_mask=None):
+            return self.stack(self.embed(input_ids))
+
+    model = Model()
+    model.stack.moe.context.watch([model, model.stack])
+    seen = watched_tokens(model.stack.moe)
+    model(words(2, 5), attention_mask=LEFT)
+    assert seen == [real(LEFT)]
+
+
 # Groups
 
 

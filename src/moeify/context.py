@@ -88,7 +88,6 @@ class Context:
         return [
             module.register_forward_pre_hook(self._read_root if i == 0 else self._read_stack, with_kwargs=True)
             for i, module in enumerate(ancestors)
-            if i == 0 or _takes_mask(module)
         ]
 
     def _read_root(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
@@ -103,13 +102,17 @@ class Context:
         self._read_mask(module, given)
 
     def _read_stack(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        self._read_mask(module, _by_name(module, args, kwargs))
+        given = _by_name(module, args, kwargs)
+        tokens = _tokens(given)
+        if tokens is not None and self.token_mask is not None and _count(tokens) != self.token_mask.numel():
+            self.mask(None)  # the mask above speaks of other tokens: of words, where this stack reads an image
+        self._read_mask(module, given)
 
     def _read_mask(self, module: nn.Module, given: dict[str, Any]) -> None:
         self.batch_first = _batch_first(module)
         if "attention_mask" in given:  # (B, past + N): 1 for a token; transformers turns it into 4-D further down
             mask = given["attention_mask"]
-            tokens = next((given[name] for name in _TOKENS if isinstance(given.get(name), Tensor)), None)
+            tokens = _tokens(given)
             if mask is None:
                 self.mask(None)
             elif isinstance(mask, Tensor) and mask.dim() == 2:
@@ -134,8 +137,13 @@ def _parameters(module: nn.Module) -> list[str]:
     return list(inspect.signature(type(module).forward).parameters)[1:]
 
 
-def _takes_mask(module: nn.Module) -> bool:
-    return not ({"attention_mask"} | _HIDING).isdisjoint(_parameters(module))
+def _tokens(given: dict[str, Any]) -> Tensor | None:
+    return next((given[name] for name in _TOKENS if isinstance(given.get(name), Tensor)), None)
+
+
+def _count(tokens: Tensor) -> int:
+    """The number of tokens among ids (B, N) or states (..., D)."""
+    return tokens.shape[:-1].numel() if tokens.is_floating_point() else tokens.numel()
 
 
 def _by_name(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
