@@ -64,11 +64,21 @@ class Site:
 
     @property
     def width(self) -> int:
-        """D."""
+        """D.
+
+        Raises:
+            ValueError: a module that does not take rows alone, and so cannot be an expert.
+        """
         if isinstance(self.dense, DenseFFN):
             return self.dense.width
         widths = dict.fromkeys(linear.shape[1] for linear in self._linears)
-        return next((width for width in widths if accepts(self.dense, width)), next(iter(widths)))
+        for width in widths:
+            if accepts(self.dense, width):
+                return width
+        raise ValueError(
+            f"{self.name} ({type(self.dense).__name__}) cannot be an expert: it does not take one tensor of rows (R, D), "
+            f"tried with D = {', '.join(map(str, widths))}; leave it out of where=..."
+        )
 
     @property
     def keeps_width(self) -> bool:
