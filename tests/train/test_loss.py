@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 import transformers
+from hypothesis import given
+from hypothesis import strategies as st
 from transformers import TrainerCallback, TrainingArguments
 
+from moeify.routing import assign
 from moeify.sparsify import Recipe, sparsify
 from moeify.train import SparseArguments, SparseTrainerMixin
-from moeify.train.loss import count
+from moeify.train.loss import StepLoss, count
 from tiny_models import VOCABULARY, causal_lm, mixtral
 
 
@@ -122,6 +127,56 @@ def test_a_trainer_whose_loss_is_a_mean_per_batch_is_not_divided_twice(tmp_path)
     whole, cut = (router_gradients(tmp_path, llama, sparse, steps=steps, kind=SparseMean) for steps in (1, 4))
     assert same(whole[1], cut[1])
     assert same(whole[1], router_gradients(tmp_path, llama, sparse, steps=4)[1])
+
+
+def images(count, patches, seed=0):
+    """A step of images: every patch is a decision, and no input tells how many patches there are."""
+    generator = torch.Generator().manual_seed(seed)
+    logits = torch.randn(count, patches, 4, generator=generator, requires_grad=True)
+    return {"pixel_values": torch.zeros(count, 3, 2, 2)}, logits
+
+
+def texts(count, length, seed=0):
+    """A step of padded texts: every real token is a decision."""
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(1, length + 1, (count, 1), generator=generator)
+    mask = (torch.arange(length) < lengths).long()
+    logits = torch.randn(count, length, 4, generator=generator, requires_grad=True)
+    return {"input_ids": mask, "attention_mask": mask}, logits
+
+
+def decide(batch, logits):
+    real = batch["attention_mask"].bool() if "attention_mask" in batch else torch.ones(logits.shape[:2]).bool()
+    group = torch.arange(len(real)).unsqueeze(1).expand_as(real)[real]
+    scores = logits[real].softmax(-1)
+    index = scores.topk(2).indices
+    gates = scores.gather(-1, index)
+    return assign(index, gates, 4, logits=logits[real], scores=scores, group=group)
+
+
+@given(
+    make=st.sampled_from([images, texts]),
+    rows=st.integers(2, 9),
+    width=st.integers(1, 6),
+    cut=st.integers(1, 8),
+    scope=st.sampled_from(["global", "sequence"]),
+)
+def test_the_parts_of_a_step_add_up_to_the_step(make, rows, width, cut, scope):
+    batch, logits = make(rows, width)
+    found = []
+    for edges in ([0, rows], [0, min(cut, rows - 1), rows]):
+        parts = [({name: t[a:b] for name, t in batch.items()}, logits[a:b]) for a, b in pairwise(edges)]
+        step = StepLoss(scope, demand={"layer": torch.tensor([9.0, 1.0, 1.0, 5.0])})
+        step.begin([inputs for inputs, _ in parts])
+        loss = torch.zeros(())
+        for inputs, part in parts:
+            decisions = [("layer", decide(inputs, part))]
+            loss = loss + step.balance(decisions, count(inputs)) + step.z(decisions, count(inputs))
+            step.add(decisions)
+        step.end()
+        found.append((loss, torch.autograd.grad(loss, logits)[0], step.demand["layer"]))
+    for whole, cut_up in zip(*found, strict=True):
+        assert torch.allclose(whole, cut_up, rtol=1e-5, atol=1e-6)
 
 
 def test_every_layer_counts_alike_and_perfect_balance_is_one():

@@ -21,6 +21,7 @@ from moeify.schedule import linear
 from moeify.sparsify import Recipe, load, sparsify
 from moeify.train import SparseArguments, SparseTrainer
 from moeify.train.resume import fault, newest, rotate, writing
+from moeify.train.state import load_optimizer, save_optimizer, write_json
 from tiny_models import VOCABULARY, causal_lm, mixtral
 
 STEPS = 12
@@ -175,6 +176,34 @@ def test_without_a_good_checkpoint_nothing_is_started(tmp_path, good):
 def test_a_checkpoint_of_another_model_is_refused(good):
     with pytest.raises(ValueError, match="not those of this MixtralForCausalLM"):
         run(good, mixtral(), resume=str(good / "checkpoint-2"))
+
+
+def test_an_optimizer_that_groups_other_parameters_is_refused(tmp_path):
+    model = torch.nn.Linear(2, 1)
+    save_optimizer(torch.optim.AdamW(model.parameters()), model, tmp_path)
+    with pytest.raises(ValueError, match="groups other parameters"):
+        load_optimizer(torch.optim.AdamW([model.weight]), model, tmp_path)
+
+
+def test_what_is_neither_tensor_nor_number_is_not_saved(tmp_path):
+    write_json(tmp_path / "a.json", {"lr": torch.tensor(0.5)})
+    assert json.loads((tmp_path / "a.json").read_text()) == {"lr": 0.5}
+    with pytest.raises(TypeError, match=r"cannot save a object in a.json: .* pickle is never written"):
+        write_json(tmp_path / "a.json", {"lr": object()})
+
+
+def test_a_run_that_starts_afresh_in_a_used_folder_says_so_and_saves_its_own(good, tmp_path, capsys):
+    folder = shutil.copytree(good, tmp_path / "used")
+    before = (folder / "checkpoint-2" / "model.safetensors").read_bytes()
+    run(folder, llama(), max_steps=2, learning_rate=1e-1)
+    assert "holds checkpoints of an earlier run up to checkpoint-2" in capsys.readouterr().out
+    assert (folder / "checkpoint-2" / "model.safetensors").read_bytes() != before
+
+
+def test_a_checkpoint_of_the_model_only_says_what_begins_anew(tmp_path, capsys):
+    run(tmp_path, llama(), max_steps=1, save_only_model=True)
+    run(tmp_path, llama(), max_steps=2, resume=True)
+    assert "checkpoint-1 holds the model only (save_only_model)" in capsys.readouterr().out
 
 
 def test_a_failed_save_leaves_nothing_behind_and_training_goes_on(tmp_path, monkeypatch, capsys):

@@ -6,7 +6,6 @@ import signal
 import threading
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import nn
@@ -15,7 +14,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from moeify.experts import FFN
 from moeify.schedule import Schedule
 from moeify.train.arguments import at
-from moeify.train.loss import all_reduce
+from moeify.train.loss import anywhere
 
 
 class ExpertDropout(TrainerCallback):
@@ -81,7 +80,7 @@ class SaveOnSignal(TrainerCallback):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Save and stop, if any rank was told to."""
-        if bool(all_reduce(torch.tensor(float(self.received is not None), device=args.device))):
+        if anywhere(self.received is not None, args.device):
             control.should_save = control.should_training_stop = self.stopped = True
 
     def on_train_end(

@@ -51,10 +51,21 @@ def all_reduce(tensor: Tensor) -> Tensor:
     return tensor
 
 
+def anywhere(flag: bool, device: torch.device | str = "cpu") -> bool:
+    """Whether something is true on any rank."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return flag
+    return bool(all_reduce(torch.tensor(float(flag), device=device)))
+
+
 class Watch:
     """Collects the decisions of one micro-batch; the trainer registers `observe` by `moeify.record.observe`."""
 
     def __init__(self) -> None:
+        self.forget()
+
+    def forget(self) -> None:
+        """Drop what other forward passes than the next one have left."""
         self.seen: list[tuple[str, Routing]] = []
         self.without_gradient = 0
 
@@ -66,13 +77,13 @@ class Watch:
             self.without_gradient += 1
 
     def take(self) -> list[tuple[str, Routing]]:
-        """The decisions since the last call.
+        """The decisions of this micro-batch, once.
 
         Raises:
             ValueError: there is none that a loss could act on.
         """
         seen, hidden = self.seen, self.without_gradient
-        self.seen, self.without_gradient = [], 0
+        self.forget()
         if not seen and hidden:
             raise ValueError(
                 "the routers decided without gradients, so neither loss nor controller can balance them: re-entrant "

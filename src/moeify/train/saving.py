@@ -26,6 +26,7 @@ class Saving(_Trainer):
     """
 
     failures = 0
+    saved: Path | None = None
 
     def _checkpoint_folder(self, step: int, trial: Any = None) -> Path:
         return Path(self._get_output_dir(trial)) / f"checkpoint-{step}"
@@ -44,11 +45,11 @@ class Saving(_Trainer):
             best = self._checkpoint_folder(self.state.best_global_step, trial)
             if best == final or best.is_dir():
                 self.state.best_model_checkpoint = str(best)
-        if self.args.should_save and resume.fault(final) is not None:
+        if self.args.should_save and final != self.saved:
             try:
                 with resume.writing(final) as folder:
                     self._write(folder)
-                self.failures = 0
+                self.failures, self.saved = 0, final
             except (OSError, SafetensorError) as error:
                 self.failures += 1
                 print(f"moeify: {final.name} could not be saved ({error}); earlier checkpoints are untouched")
@@ -96,6 +97,14 @@ class Saving(_Trainer):
             raise failure or FileNotFoundError(f"the first rank found no checkpoint in {folder} that can be trusted")
         return folder / f"checkpoint-{int(choice)}"
 
+    def _warn_of_earlier_run(self) -> None:
+        found = resume.checkpoints(Path(self.args.output_dir))
+        if found and self.is_world_process_zero():
+            print(
+                f"moeify: {self.args.output_dir} holds checkpoints of an earlier run up to {found[0].name}; this run "
+                "starts afresh beside them, and resume_from_checkpoint=True will take the one with the highest step"
+            )
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """Bring back every tensor of the model, experts included, or none."""
         self._refuse_sharded()
@@ -109,9 +118,12 @@ class Saving(_Trainer):
         load_weights(self.model, best)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if checkpoint is None or not (Path(checkpoint) / "scheduler.json").is_file():
+        if checkpoint is None:
             return
         folder = Path(checkpoint)
+        if not (folder / "scheduler.json").is_file():
+            print(f"moeify: {folder.name} holds the model only (save_only_model), optimizer and schedule begin anew")
+            return
         state.load_optimizer(bare(self.optimizer), self.model, folder)
         self.lr_scheduler.load_state_dict(json.loads((folder / "scheduler.json").read_text(encoding="utf-8")))
         self._step_loss.demand = load_file(folder / "sparse.safetensors")
@@ -135,7 +147,8 @@ class Saving(_Trainer):
         return None
 
     def _refuse_sharded(self) -> None:
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled or self.is_distributed_loading_by_transformers:
+        sharded = getattr(self, "is_distributed_loading_by_transformers", False)
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled or sharded:
             raise ValueError(
                 "checkpoints of models that are sharded over ranks (FSDP, DeepSpeed, DistributedConfig) are not "
                 "supported; pass save_strategy='no' and save the model with torch.distributed.checkpoint"

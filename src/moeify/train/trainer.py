@@ -79,14 +79,14 @@ class SparseTrainerMixin(Saving):
         """
         if resume_from_checkpoint:
             resume_from_checkpoint = str(self._checkpoint_to_resume(resume_from_checkpoint))
+        else:
+            self._warn_of_earlier_run()
         try:
             return super().train(resume_from_checkpoint, *args, **kwargs)
         finally:
             self._stopper.restore()
             self._line.close()
-            for handle in self._hooks:
-                handle.remove()
-            self._hooks = []
+            self._unhook()
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         """Make the optimizer, and attach the controller to it."""
@@ -113,6 +113,7 @@ class SparseTrainerMixin(Saving):
         if not (model.training and self._hooks):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         sizes = count(inputs)
+        self._watch.forget()
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         extra = self._balance(sizes)
         if extra is not None:
@@ -186,6 +187,7 @@ class SparseTrainerMixin(Saving):
     def begin(self) -> None:
         """Called when the model is wrapped and loaded, before the first step."""
         self._begin_checkpointing()
+        self._unhook()
         if _is_sparse(self.model):
             self._hooks = observe(self.model, self._watch.observe)
         elif self.watches:
@@ -199,6 +201,11 @@ class SparseTrainerMixin(Saving):
             own = "; the model's own balance loss is turned off, it would count twice" if turned_off else ""
             print(f"moeify: {self.sparse.describe()}{own}")
         self._since = time.perf_counter()
+
+    def _unhook(self) -> None:
+        for handle in self._hooks:
+            handle.remove()
+        self._hooks = []
 
     def _begin_checkpointing(self) -> None:
         for name in ("activation_checkpointing", "gradient_checkpointing"):  # the second name is deprecated in 5.23
