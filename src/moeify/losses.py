@@ -68,8 +68,27 @@ def importance(routing: Assignment) -> Float[Tensor, ""]:
 
 
 def load(routing: Assignment) -> Float[Tensor, ""]:
-    """CV² of the rows asked of each expert; 0 for perfect balance. It has no gradient: it measures."""
-    return cv_squared(routing.demand.float())
+    """CV² of the rows that each expert can expect; 0 for perfect balance (Shazeer et al. 2017, eq. 11).
+
+    A router with noise tells the expected rows, with a gradient; of any other it is the rows asked for, and measures.
+    """
+    return cv_squared(routing.demand.float() if routing.load is None else routing.load)
+
+
+def l1(routing: Assignment, k: float) -> Float[Tensor, ""]:
+    """E · Σ_j c_j / (L·k) · mean_l s_lj: scores made small, the more so the more an expert is used (ReMoE, eq. 10).
+
+    Args:
+        routing: a decision with scores.
+        k: the number of experts per token that is aimed at.
+
+    Raises:
+        ValueError: the decision keeps no scores.
+    """
+    if routing.scores is None:
+        raise ValueError("this router keeps no scores, so they cannot be made small")
+    decisions, num_experts = routing.scores.shape
+    return num_experts * (routing.demand / (decisions * k) * routing.scores.mean(0)).sum()
 
 
 def cv_squared(v: Float[Tensor, "E"]) -> Float[Tensor, ""]:

@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from moeify.registry import register
@@ -33,12 +33,14 @@ class Routing(ABC):
         logits: what the router computed for each decision; padding is not among them.
         scores: the logits after the score function, unbiased and not yet selected from.
         group: the sequence or image that each decision belongs to.
+        load: rows that each expert can expect under the router's noise, with a gradient; of noisy routers only.
     """
 
     counts: Int[Tensor, "E"]
     logits: Float[Tensor, "L E"] | None = None
     scores: Float[Tensor, "L E"] | None = None
     group: Int[Tensor, "L"] | None = None
+    load: Float[Tensor, "E"] | None = None
 
     @abstractmethod
     def dispatch(self, x: Float[Tensor, "... D"]) -> Float[Tensor, "R D"]:
@@ -126,6 +128,7 @@ def assign(
     logits: Float[Tensor, "L E"] | None = None,
     scores: Float[Tensor, "L E"] | None = None,
     group: Int[Tensor, "L"] | None = None,
+    load: Float[Tensor, "E"] | None = None,
 ) -> Assignment:
     """Turn every token's chosen experts and their weights into rows sorted by expert, earlier tokens first.
 
@@ -138,6 +141,7 @@ def assign(
         logits: kept in the decision.
         scores: kept in the decision.
         group: kept in the decision.
+        load: kept in the decision.
     """
     tokens, k = index.shape
     experts = index.flatten()
@@ -151,12 +155,53 @@ def assign(
         logits=logits,
         scores=scores,
         group=group,
+        load=load,
         source=source if positions is None else positions[source],
         weight=gates.flatten(0, 1)[order],
         choice=order % k,
         shape=(tokens,) if shape is None else shape,
         index=index,
         gates=gates,
+    )
+
+
+def assign_where(
+    chosen: Bool[Tensor, "T E"],
+    weight: Float[Tensor, "T E"],
+    *,
+    shape: tuple[int, ...] | None = None,
+    positions: Int[Tensor, "T"] | None = None,
+    logits: Float[Tensor, "L E"] | None = None,
+    scores: Float[Tensor, "L E"] | None = None,
+    group: Int[Tensor, "L"] | None = None,
+    load: Float[Tensor, "E"] | None = None,
+) -> Assignment:
+    """Turn a table of which token uses which expert into rows sorted by expert, earlier tokens first.
+
+    Args:
+        chosen: which experts a token uses; any number of them.
+        weight: the weights, of which the chosen ones count.
+        shape: leading shape of all tokens, `(T,)` if not given.
+        positions: where the T routed tokens lie among all tokens, if padding was left out.
+        logits: kept in the decision.
+        scores: kept in the decision.
+        group: kept in the decision.
+        load: kept in the decision.
+    """
+    expert, token = chosen.t().nonzero(as_tuple=True)
+    best_first = weight.detach().masked_fill(~chosen, float("-inf")).argsort(dim=-1, descending=True, stable=True)
+    counts = chosen.sum(0)
+    return Assignment(
+        counts=counts,
+        demand=counts,
+        logits=logits,
+        scores=scores,
+        group=group,
+        load=load,
+        source=token if positions is None else positions[token],
+        weight=weight[token, expert],
+        choice=best_first.argsort(-1)[token, expert],
+        shape=(chosen.shape[0],) if shape is None else shape,
     )
 
 

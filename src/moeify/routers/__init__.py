@@ -1,7 +1,18 @@
 """Routers: tokens -> `Routing`. One file per family of papers."""
 
-from moeify.routers.base import Router
+from moeify.routers.base import Router, Tokens, project, real_tokens
 from moeify.routers.capacity import Capacity
+from moeify.routers.cosine import Cosine
+from moeify.routers.expert_choice import ExpertChoice
+from moeify.routers.gshard import GShard
+from moeify.routers.lookup import Lookup
+from moeify.routers.noisy import NoisyTopK
+from moeify.routers.sinkhorn import Sinkhorn
+from moeify.routers.soft import Soft
 from moeify.routers.topk import Groups, TopK, sigmoid, softmax, sqrt_softplus
+from moeify.routers.variable import ReLU, Threshold, TopP
 
-__all__ = ["Capacity", "Groups", "Router", "TopK", "sigmoid", "softmax", "sqrt_softplus"]
+__all__ = [
+    "Capacity", "Cosine", "ExpertChoice", "GShard", "Groups", "Lookup", "NoisyTopK", "ReLU", "Router", "Sinkhorn",
+    "Soft", "Threshold", "Tokens", "TopK", "TopP", "project", "real_tokens", "sigmoid", "softmax", "sqrt_softplus",
+]  # fmt: skip

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from moeify.context import Context
-from moeify.routing import Routing
+from moeify.routing import Assignment, Routing, assign, assign_where
 
 
 class Router(nn.Module, ABC):
@@ -39,11 +42,69 @@ class Router(nn.Module, ABC):
         return self
 
 
-def real_tokens(x: Float[Tensor, "... D"], context: Context) -> tuple[Float[Tensor, "T D"], Tensor | None]:
-    """The tokens that are not padding, and their positions among all tokens (None if they are all)."""
-    tokens = x.reshape(-1, x.shape[-1])
+@dataclass(frozen=True)
+class Tokens:
+    """The tokens of a layer's input that are not padding, and where they lie in it.
+
+    Attributes:
+        x: the real tokens.
+        shape: leading shape of the input, padding included.
+        positions: the real tokens among all flattened tokens, None if they are all.
+        group: the sequence or image of each real token.
+    """
+
+    x: Float[Tensor, "T D"]
+    shape: tuple[int, ...]
+    positions: Int[Tensor, "T"] | None
+    group: Int[Tensor, "T"]
+
+    def assign(
+        self, index: Int[Tensor, "T K"], gates: Float[Tensor, "T K *G"], num_experts: int, **kept: Any
+    ) -> Assignment:
+        """The decision that gives every token its K experts; `kept` is kept in it."""
+        return assign(
+            index, gates, num_experts, shape=self.shape, positions=self.positions, **{"group": self.group} | kept
+        )
+
+    def assign_where(self, chosen: Bool[Tensor, "T E"], weight: Float[Tensor, "T E"], **kept: Any) -> Assignment:
+        """The decision that gives every token the experts that are marked; `kept` is kept in it."""
+        return assign_where(chosen, weight, shape=self.shape, positions=self.positions, group=self.group, **kept)
+
+    def members(self) -> list[Int[Tensor, "N"]]:
+        """The tokens of each group, in order."""
+        _, group, sizes = self.group.unique(return_inverse=True, return_counts=True)
+        return list(group.argsort(stable=True).split(sizes.tolist()))
+
+    def keys(self, context: Context, name: str, size: int) -> Int[Tensor, "T"]:
+        """What the input `name` of the model, (B, N) or (B,), says of each token or of its sequence.
+
+        Raises:
+            ValueError: the model was not given it, it fits neither tokens nor sequences, or a key is not below `size`.
+        """
+        given = context.inputs.get(name)
+        if given is None:
+            raise ValueError(f"this router looks up {name!r}, but the model was called without it")
+        if given.numel() == math.prod(self.shape):
+            keys = given.flatten() if self.positions is None else given.flatten()[self.positions]
+        elif given.dim() == 1 and len(given) > int(self.group.max()):
+            keys = given[self.group]
+        else:
+            raise ValueError(
+                f"{name!r} has shape {tuple(given.shape)}, which fits neither the tokens {self.shape} of the layer nor "
+                "their sequences"
+            )
+        if not 0 <= int(keys.min()) <= int(keys.max()) < size:
+            raise ValueError(f"{name!r} has keys from {int(keys.min())} to {int(keys.max())}, the table has {size}")
+        return keys
+
+
+def real_tokens(x: Float[Tensor, "... D"], context: Context) -> Tokens:
+    """The tokens of x that are not padding."""
+    tokens, group = x.reshape(-1, x.shape[-1]), context.groups(x.shape[:-1]).to(x.device)
     positions = context.real(tokens.shape[0])
-    return (tokens if positions is None else tokens[positions]), positions
+    if positions is None:
+        return Tokens(tokens, x.shape[:-1], None, group)
+    return Tokens(tokens[positions], x.shape[:-1], positions, group[positions])
 
 
 def project(

@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from moeify.context import Context
 from moeify.registry import register
 from moeify.routers.base import Router, project, real_tokens
-from moeify.routing import Assignment, assign
+from moeify.routing import Assignment
 
 Score = Callable[[Tensor], Tensor]
 
@@ -114,7 +114,8 @@ class TopK(Router):
         init_std: float = 0.02,
     ) -> None:
         super().__init__()
-        _check_choice(k, num_experts, normalize, groups)
+        check_k(k, num_experts, normalize)
+        _check_groups(groups, num_experts, k)
         self.num_experts = num_experts
         self.k = k
         self.score = score
@@ -132,23 +133,21 @@ class TopK(Router):
 
     def forward(self, x: Float[Tensor, "... D"], context: Context) -> Assignment:
         """Route every real token, or every group of tokens, to its k best experts."""
-        tokens, positions = real_tokens(x, context)
-        group = context.groups(x.shape[:-1]).to(x.device)
-        if positions is not None:
-            group = group[positions]
-        if self.per == "group":
-            names, group = group.unique(return_inverse=True)
-            tokens = _mean(tokens.float(), group, names.numel())
-        logits = project(self._jittered(tokens), self.weight, self.bias)
+        tokens = real_tokens(x, context)
+        if self.per == "token":
+            logits, scores, index, gates = self.decide(tokens.x)
+            return tokens.assign(index, gates, self.num_experts, logits=logits, scores=scores)
+        names, group = tokens.group.unique(return_inverse=True)
+        logits, scores, index, gates = self.decide(_mean(tokens.x.float(), group, len(names)))
+        return tokens.assign(index[group], gates[group], self.num_experts, logits=logits, scores=scores, group=names)
+
+    def decide(
+        self, units: Float[Tensor, "L D"]
+    ) -> tuple[Float[Tensor, "L E"], Float[Tensor, "L E"], Int[Tensor, "L K"], Float[Tensor, "L K"]]:
+        """Logits, scores, chosen experts and their weights for tokens, or for the means of groups."""
+        logits = project(self._jittered(units), self.weight, self.bias)
         scores = self.score(logits)
-        index, gates = self.choose(logits, scores)
-        if self.per == "group":
-            index, gates = index[group], gates[group]
-            group = torch.arange(logits.shape[0], device=x.device)
-        return assign(
-            index, gates, self.num_experts,
-            shape=x.shape[:-1], positions=positions, logits=logits, scores=scores, group=group,
-        )  # fmt: skip
+        return logits, scores, *self.choose(logits, scores)
 
     def choose(
         self, logits: Float[Tensor, "T E"], scores: Float[Tensor, "T E"]
@@ -181,7 +180,12 @@ def _mean(tokens: Float[Tensor, "T D"], group: Int[Tensor, "T"], groups: int) ->
     return total / group.bincount(minlength=groups).unsqueeze(1)
 
 
-def _check_choice(k: int, num_experts: int, normalize: bool, groups: Groups | None) -> None:
+def check_k(k: int, num_experts: int, normalize: bool) -> None:
+    """Refuse a number of experts per token that is not there, or that gives the router no gradient.
+
+    Raises:
+        ValueError: k outside 1..E; k = 1 with normalised weights.
+    """
     if not 1 <= k <= num_experts:
         raise ValueError(f"k={k} experts per token out of {num_experts} experts; choose 1 <= k <= {num_experts}")
     if k == 1 and normalize and num_experts > 1:
@@ -189,6 +193,9 @@ def _check_choice(k: int, num_experts: int, normalize: bool, groups: Groups | No
             "k=1 with normalised weights: every weight is the constant 1, so the router gets no gradient and never "
             "learns; pass normalize=False (Switch) or k=2"
         )
+
+
+def _check_groups(groups: Groups | None, num_experts: int, k: int) -> None:
     if groups is not None:
         if not 1 <= groups.keep <= groups.count:
             raise ValueError(f"a token cannot use {groups.keep} of {groups.count} groups; choose 1 <= keep <= count")

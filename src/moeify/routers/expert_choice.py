@@ -1,0 +1,58 @@
+"""Expert choice: experts take tokens, instead of tokens taking experts."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from moeify.context import Context
+from moeify.registry import register
+from moeify.routers.base import Router, project, real_tokens
+from moeify.routing import Assignment
+
+
+@register("router", "expert_choice")
+class ExpertChoice(Router):
+    """Every expert takes the `factor · N / E` tokens it scores highest in each group of N (arXiv 2202.09368, eqs. 1-3).
+
+    Perfectly balanced by construction; a token is taken by 0 to E experts. A token's chance depends on the other
+    tokens of its group, later ones included: not for decoders.
+
+    Args:
+        width: D.
+        num_experts: E.
+        factor: experts per token on average.
+        per: whether experts choose within each sequence or image (`group`), or among all tokens (`batch`).
+        init_std: standard deviation of the projection's initialisation.
+
+    Raises:
+        ValueError: a factor that is not between 0 and E.
+    """
+
+    causal = False
+
+    def __init__(
+        self, width: int, num_experts: int, *, factor: float = 2.0, per: str = "group", init_std: float = 0.02
+    ) -> None:
+        super().__init__()
+        if not 0 < factor <= num_experts:
+            raise ValueError(f"factor={factor} experts per token out of {num_experts}; choose 0 < factor <= E")
+        if per not in ("group", "batch"):
+            raise ValueError(f"experts choose per 'group' or per 'batch', not per {per!r}")
+        self.num_experts, self.factor, self.per = num_experts, factor, per
+        self.weight = nn.Parameter(torch.randn(num_experts, width) * init_std)
+
+    def forward(self, x: Float[Tensor, "... D"], context: Context) -> Assignment:
+        """Let every expert take its tokens among the real ones."""
+        tokens = real_tokens(x, context)
+        logits = project(tokens.x, self.weight)
+        scores = logits.softmax(-1)
+        chosen = torch.zeros_like(scores, dtype=torch.bool)
+        for members in tokens.members() if self.per == "group" else [torch.arange(len(scores), device=x.device)]:
+            slots = min(len(members), max(1, math.ceil(self.factor * len(members) / self.num_experts)))
+            taken = scores.detach()[members].topk(slots, dim=0).indices  # (slots, E)
+            chosen[members[taken], torch.arange(self.num_experts, device=x.device)] = True
+        return tokens.assign_where(chosen, scores, logits=logits, scores=scores)

@@ -1,0 +1,62 @@
+"""GShard: the second expert by chance, in proportion to its weight."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from moeify.context import Context
+from moeify.registry import register
+from moeify.routers.base import Router, project, real_tokens
+from moeify.routers.topk import check_k
+from moeify.routing import Assignment
+
+
+@register("router", "gshard")
+class GShard(Router):
+    """Two experts per token, the second only with probability min(1, g_2 / threshold) (GShard, algorithm 1).
+
+    The weights are normalised before the second choice is dropped, and the first is not scaled up for it. Put
+    `capacity` with priority "choice" around it for GShard's buffers.
+
+    Args:
+        width: D.
+        num_experts: E.
+        threshold: weight from which on the second expert is always used; mesh and ST-MoE use 0.2.
+        eval_random: whether evaluation draws as well; otherwise it uses both experts.
+        init_std: standard deviation of the projection's initialisation.
+
+    Raises:
+        ValueError: fewer than two experts.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        num_experts: int,
+        *,
+        threshold: float = 0.2,
+        eval_random: bool = False,
+        init_std: float = 0.02,
+    ) -> None:
+        super().__init__()
+        check_k(2, num_experts, normalize=True)
+        self.num_experts, self.threshold, self.eval_random = num_experts, threshold, eval_random
+        self.k = 2
+        self.weight = nn.Parameter(torch.randn(num_experts, width) * init_std)
+
+    def forward(self, x: Float[Tensor, "... D"], context: Context) -> Assignment:
+        """Route every real token to its first and, by chance, its second expert."""
+        tokens = real_tokens(x, context)
+        logits = project(tokens.x, self.weight)
+        scores = logits.softmax(-1)
+        top = scores.topk(2, dim=-1)
+        gates = top.values / (top.values.sum(-1, keepdim=True) + 1e-9)
+        if not (self.training or self.eval_random):
+            return tokens.assign(top.indices, gates, self.num_experts, logits=logits, scores=scores)
+        second = torch.rand_like(gates[:, 1]) < gates[:, 1] / self.threshold
+        kept = torch.stack([torch.ones_like(second), second], dim=1)
+        chosen = torch.zeros_like(scores, dtype=torch.bool).scatter(-1, top.indices, kept)
+        weight = torch.zeros_like(scores).scatter(-1, top.indices, gates)
+        return tokens.assign_where(chosen, weight, logits=logits, scores=scores)

@@ -1,0 +1,82 @@
+"""Token choice under noise: near-ties are decided by chance, and an expert's load becomes differentiable."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from moeify.context import Context
+from moeify.registry import register
+from moeify.routers.base import Router, project, real_tokens
+from moeify.routers.topk import check_k
+from moeify.routing import Assignment
+
+
+@register("router", "noisy")
+class NoisyTopK(Router):
+    """The k experts of the largest noisy logits (Shazeer et al. 2017, eqs. 3-5 and appendix A; V-MoE, eq. 1).
+
+        H(x) = x W + ε · σ(x),   ε ~ N(0, 1) in training, 0 in evaluation
+        σ(x) = softplus(x W_noise)  if `noise` is "learned", else the constant `noise`
+        g    = softmax(the k largest of H)          with order="select"   (Shazeer)
+        g    = the k largest of softmax(H)          with order="softmax"  (V-MoE)
+
+    The decision keeps the expected load, Σ_x P(x W_j + another draw of the noise stays among the k largest), whose
+    CV² `moeify.losses.load` is a loss with a gradient.
+
+    Args:
+        width: D.
+        num_experts: E.
+        k: experts per token; below E, or there is no threshold to stay above.
+        noise: standard deviation of the noise; V-MoE uses 1 / E.
+        order: whether the softmax is over the chosen logits, or over all before the choice.
+
+    Raises:
+        ValueError: k outside 1..E, or k = 1 with the softmax over the one chosen logit.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        num_experts: int,
+        *,
+        k: int = 2,
+        noise: float | Literal["learned"] = "learned",
+        order: Literal["select", "softmax"] = "select",
+    ) -> None:
+        super().__init__()
+        check_k(k, num_experts, normalize=order == "select")
+        self.num_experts, self.k, self.noise, self.order = num_experts, k, noise, order
+        self.preserving = order == "select"
+        self.weight = nn.Parameter(torch.zeros(num_experts, width))
+        self.noise_weight = nn.Parameter(torch.zeros(num_experts, width)) if noise == "learned" else None
+
+    def forward(self, x: Float[Tensor, "... D"], context: Context) -> Assignment:
+        """Route every real token by its noisy logits."""
+        tokens = real_tokens(x, context)
+        clean = project(tokens.x, self.weight)
+        std = self._std(tokens.x, clean)
+        noisy = clean + torch.randn_like(clean) * std if self.training else clean
+        scores = noisy.softmax(-1)
+        top = noisy.topk(self.k, dim=-1)
+        gates = top.values.softmax(-1) if self.order == "select" else scores.gather(-1, top.indices)
+        load = self._load(clean, noisy, std) if self.training and self.k < self.num_experts else None
+        return tokens.assign(top.indices, gates, self.num_experts, logits=clean, scores=scores, load=load)
+
+    def _std(self, tokens: Float[Tensor, "T D"], clean: Float[Tensor, "T E"]) -> Float[Tensor, "T E"]:
+        if self.noise_weight is None:
+            return torch.full_like(clean, float(self.noise))
+        return F.softplus(project(tokens, self.noise_weight))
+
+    def _load(
+        self, clean: Float[Tensor, "T E"], noisy: Float[Tensor, "T E"], std: Float[Tensor, "T E"]
+    ) -> Float[Tensor, "E"]:
+        """Σ_x Φ((x W_j - the k-th largest of the other noisy logits) / σ_j)."""
+        top = noisy.topk(self.k + 1, dim=-1).values
+        inside = noisy >= top[:, self.k - 1 : self.k]
+        threshold = torch.where(inside, top[:, self.k : self.k + 1], top[:, self.k - 1 : self.k])
+        return torch.special.ndtr((clean - threshold) / std).sum(0)
