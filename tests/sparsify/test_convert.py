@@ -28,7 +28,7 @@ def hooks(model):
 
 
 REFUSED = {
-    "copies under Switch weights": ("llama", Recipe(router=SWITCH), r"TopK weights that do not sum to 1.*normalize=True"),
+    "copies under Switch weights": ("llama", Recipe(router=SWITCH), "do not sum to 1.*normalize=True"),
     "copies under OLMoE weights": ("llama", Recipe(router=partial(TopK, normalize=False)), "do not sum to 1"),
     "copies under scaled weights": ("llama", Recipe(router=partial(TopK, scale=2.5)), "do not sum to 1"),
     "copies beside a dense network": ("llama", Recipe(shared=dense), "count it twice.*experts=fresh"),
@@ -38,11 +38,11 @@ REFUSED = {
     "looking ahead in GPT-2": ("gpt2", Recipe(router=PER_GROUP), "is in a decoder"),
     "looking ahead in OPT": ("opt", Recipe(router=PER_GROUP), "is in a decoder"),
     "looking ahead in the decoder of T5": ("t5", Recipe(router=PER_GROUP), r"decoder\.block\.0.* is in a decoder"),
-    "looking ahead in the decoder of BART": ("bart", Recipe(router=PER_GROUP), r"decoder\.layers\.0.* is in a decoder"),
+    "looking ahead in the decoder of BART": ("bart", Recipe(router=PER_GROUP), "decoder.* is in a decoder"),
     "looking ahead in the decoder of Whisper": ("whisper", Recipe(router=PER_GROUP), "is in a decoder"),
-    "parts that do not divide": ("llama", Recipe(num_experts=5, experts=splits), "cannot be split into 5 equal experts"),
+    "parts that do not divide": ("llama", Recipe(num_experts=5, experts=splits), "cannot be split into 5"),
     "a pattern without a match": ("llama", Recipe(where=named("nothing like it")), "nothing matches"),
-    "modules that are no network": ("llama", Recipe(where=modules("self_attn$")), r"self_attn \(LlamaAttention\) cannot be"),
+    "modules that are no network": ("llama", Recipe(where=modules("self_attn$")), "cannot be an expert"),
 }  # fmt: skip
 
 
@@ -242,7 +242,7 @@ def test_a_trained_model_survives_copying_and_is_kept_from_switch_weights(monkey
         before = model(ids).logits
         with pytest.raises(ValueError, match="do not sum to 1"):
             sparsify(model, Recipe(num_experts=4, router=SWITCH), verbose=False)
-        with pytest.raises(ValueError, match="172 hidden units cannot be split into 8 equal experts.*: 2, 4"):
+        with pytest.raises(ValueError, match=r"172 hidden units cannot be split into 8 equal experts.*: 2, 4"):
             sparsify(model, Recipe(num_experts=8, experts=splits), verbose=False)
         sparsify(model, COPIES, verbose=False)
         assert (model(ids).logits - before).abs().max() <= 2e-5

@@ -46,7 +46,7 @@ class Recipe:
     shared: Callable[[nn.Module, int], nn.Module | None] = nothing
 
     def __post_init__(self) -> None:
-        if not isinstance(self.num_experts, int) or self.num_experts < 1:
+        if type(self.num_experts) is not int or self.num_experts < 1:
             raise ValueError(f"num_experts must be a whole number from 1 on, got {self.num_experts!r}")
 
     def to_dict(self) -> dict[str, Any]:
@@ -68,7 +68,7 @@ class Recipe:
         known = [field.name for field in dataclasses.fields(cls)]
         for key in values:
             if key not in known:
-                raise ValueError(f"a recipe has no field {key!r}; it has: {', '.join(known)}")
+                raise ValueError(f"a recipe has no field {key!r}; {registry._suggest(key, known)}")
         return cls(**{k: v if k == "num_experts" else registry.decode(k, v) for k, v in values.items()})
 
 
@@ -82,9 +82,8 @@ def read_recipe(source: str | Path) -> Recipe:
     path = Path(source)
     if path.suffix not in (".json", ".toml"):
         if str(source) not in recipes:
-            raise ValueError(
-                f"no recipe is called {str(source)!r}; known are {', '.join(recipes)}, or give a .json or .toml file"
-            )
+            near = registry._suggest(str(source), list(recipes))
+            raise ValueError(f"no recipe, .json or .toml file is called {str(source)!r}; {near}")
         return recipes[str(source)]
     if not path.is_file():
         raise FileNotFoundError(f"the recipe file {path} does not exist")

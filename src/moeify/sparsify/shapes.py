@@ -76,8 +76,8 @@ class Site:
             if accepts(self.dense, width):
                 return width
         raise ValueError(
-            f"{self.name} ({type(self.dense).__name__}) cannot be an expert: it does not take one tensor of rows (R, D), "
-            f"tried with D = {', '.join(map(str, widths))}; leave it out of where=..."
+            f"{self.name} ({type(self.dense).__name__}) cannot be an expert: it does not take a tensor of rows (R, D) "
+            f"alone, tried with D = {', '.join(map(str, widths))}; leave it out of where=..."
         )
 
     @property

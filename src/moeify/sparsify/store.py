@@ -64,9 +64,9 @@ def load(folder: str | Path, model: nn.Module | None = None, recipe: Recipe | No
     """
     folder = Path(folder)
     description = _read_json(folder / "config.json")
-    for key in ("moeify", "recipe", "model"):
-        if key not in description:
-            raise ValueError(f"{folder / 'config.json'} has no {key!r}: it was not written by moeify.save")
+    for key, kind in (("moeify", str), ("recipe", dict), ("model", dict)):
+        if not isinstance(description.get(key), kind):
+            raise ValueError(f"{folder / 'config.json'} has no {key!r}: it was not written by moeify.sparsify.save")
     if model is None:
         model = _build(description["model"], folder)
     sparsify(model, Recipe.from_dict(description["recipe"]) if recipe is None else recipe, verbose=False)
@@ -77,12 +77,13 @@ def load(folder: str | Path, model: nn.Module | None = None, recipe: Recipe | No
 def _build(description: dict[str, Any], folder: Path) -> nn.Module:
     import transformers
 
-    name = description["class"].removeprefix("transformers.")
+    saved = str(description.get("class"))
+    name = saved.removeprefix("transformers.")
     architecture = getattr(transformers, name, None) if "config" in description else None
     known = isinstance(architecture, type) and issubclass(architecture, transformers.PreTrainedModel)
     if not known or architecture.config_class is None:
         raise ValueError(
-            f"{folder} holds a {description['class']}, which is not a model of transformers; build the dense model "
+            f"{folder} holds a {saved}, which is not a model of transformers; build the dense model "
             "yourself and pass it: load(folder, model=...)"
         )
     return architecture(architecture.config_class.from_dict(description["config"]))
@@ -131,15 +132,10 @@ def _read_tensors(folder: Path) -> dict[str, Tensor]:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    if (folder / _INDEX).is_file():
-        files = sorted(set(_read_json(folder / _INDEX).get("weight_map", {}).values()))
-    else:
-        files = [_WEIGHTS]
+    files = _listed(folder / _INDEX) if (folder / _INDEX).is_file() else [_WEIGHTS]
     tensors: dict[str, Tensor] = {}
     for file in files:
         path = folder / file
-        if path.resolve().parent != folder.resolve():
-            raise ValueError(f"{folder / _INDEX} names the file {file!r}, which is outside the checkpoint folder")
         if not path.is_file():
             raise FileNotFoundError(f"the checkpoint {folder} has no file {file}")
         try:
@@ -149,10 +145,25 @@ def _read_tensors(folder: Path) -> dict[str, Tensor]:
     return tensors
 
 
+def _listed(index: Path) -> list[str]:
+    """The files that an index names, all in its own folder."""
+    names = _read_json(index).get("weight_map")
+    if not isinstance(names, dict) or not names or not all(isinstance(file, str) for file in names.values()):
+        raise ValueError(f"{index} has no 'weight_map' from tensors to files")
+    files = sorted(set(names.values()))
+    for file in files:
+        if Path(file).name != file:
+            raise ValueError(f"{index} names the file {file!r}, which is outside the checkpoint folder")
+    return files
+
+
 def _read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"there is no {path.name} in {path.parent}: it is not a checkpoint of moeify")
     try:
-        return json.loads(path.read_text())
+        values = json.loads(path.read_text())
     except ValueError as error:
         raise ValueError(f"{path} is not valid JSON: {error}") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} must hold a mapping, not a {type(values).__name__}")
+    return values

@@ -1,0 +1,155 @@
+"""Recipes as files: what is written is read back, and what cannot be read is answered with what can."""
+
+import json
+import re
+from functools import partial
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from moeify.routers import Groups, TopK, sigmoid, softmax, sqrt_softplus
+from moeify.sparsify import (
+    Recipe,
+    copies,
+    dense,
+    every,
+    ffn,
+    fresh,
+    frozen,
+    gated,
+    last,
+    modules,
+    named,
+    nothing,
+    odd,
+    read_recipe,
+    recipes,
+    sparsify,
+    splits,
+)  # fmt: skip
+from moeify.sparsify.make import clustered, importance, random
+from plain_models import sparse_layers
+from tiny_models import causal_lm, inputs
+
+any_recipe = st.builds(
+    Recipe,
+    where=st.sampled_from([ffn, odd, every(3), last(2), named(r"\.1\."), modules("mlp$")]),
+    num_experts=st.integers(1, 64),
+    router=st.builds(
+        partial,
+        st.just(TopK),
+        k=st.integers(1, 8),
+        score=st.sampled_from([softmax, sigmoid, sqrt_softplus]),
+        groups=st.sampled_from([None, Groups(4, 2), Groups(8, 1, reduce="top2", fill=0.0)]),
+        scale=st.floats(0.5, 2.5),
+    ),
+    experts=st.sampled_from(
+        [copies, partial(copies, noise=0.1), partial(fresh, granularity=4, zero=True), splits]
+        + [partial(splits, split=split) for split in (random, clustered, importance)]
+    ),
+    shared=st.sampled_from([nothing, dense, frozen, gated]),
+)
+
+
+@given(recipe=any_recipe)
+def test_a_recipe_survives_json(recipe):
+    written = recipe.to_dict()
+    assert Recipe.from_dict(json.loads(json.dumps(written))).to_dict() == written
+
+
+@pytest.mark.parametrize("name", recipes)
+@pytest.mark.parametrize("suffix", ["json", "toml"])
+def test_a_named_recipe_survives_a_file(name, suffix, tmp_path):
+    path = tmp_path / f"recipe.{suffix}"
+    written = recipes[name].to_dict()
+    path.write_text(json.dumps(written) if suffix == "json" else toml(written))
+    assert read_recipe(path).to_dict() == written
+    assert read_recipe(name) is recipes[name]
+
+
+def toml(values: dict) -> str:
+    def inline(value):
+        if isinstance(value, dict):
+            return "{" + ", ".join(f"{key} = {inline(part)}" for key, part in value.items()) + "}"
+        return "-inf" if value == float("-inf") else json.dumps(value)
+
+    return "\n".join(f"{key} = {inline(value)}" for key, value in values.items())
+
+
+@pytest.mark.parametrize("name", recipes)
+def test_a_named_recipe_makes_a_model_that_learns_the_same_after_its_file(name):
+    recipe = Recipe.from_dict(json.loads(json.dumps(recipes[name].to_dict())))
+    states = []
+    for each in (recipes[name], recipe):
+        torch.manual_seed(0)
+        model = sparsify(causal_lm("llama"), each, verbose=False)
+        model(**inputs(model)).loss.backward()
+        assert all(layer.router_weight.grad.any() for layer in map(Layer, sparse_layers(model).values()))
+        states.append(model.state_dict())
+    for key, value in states[0].items():
+        assert torch.equal(value, states[1][key]), key
+
+
+class Layer:
+    """A sparse layer by the weight of its router, wherever that is."""
+
+    def __init__(self, layer) -> None:
+        self.router_weight = next(parameter for parameter in layer.router.parameters() if parameter.dim() == 2)
+
+
+def test_a_file_may_leave_out_what_stays_as_it_is():
+    assert Recipe.from_dict({}) == Recipe()
+    assert Recipe.from_dict({"num_experts": 4, "router": "topk"}) == Recipe(num_experts=4)
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"experts_number": 4}, "no field 'experts_number'; did you mean "),
+        ({"routers": "topk"}, "no field 'routers'; did you mean 'router'"),
+        ({"colour": "red"}, "no field 'colour'; known are: where, num_experts, router, experts, shared"),
+        ({"experts": "copy"}, "no experts is called 'copy'; did you mean 'copies'"),
+        ({"router": {"name": "topk", "kk": 2}}, "router 'topk' has no option 'kk'; did you mean 'k'"),
+        ({"router": {"name": "topk", "score": "sigmoidal"}}, "no score is called 'sigmoidal'; did you mean 'sigmoid'"),
+        ({"experts": {"name": "splits", "split": "clusters"}}, "did you mean 'clustered'"),
+        ({"where": {"name": "every", "m": 2}}, "where 'every' has no option 'm'"),
+        ({"router": 3}, "router must be a name or a mapping"),
+        ({"router": {"k": 3}}, "router must be a name or a mapping with a 'name'"),
+        ({"num_experts": "many"}, "num_experts must be a whole number from 1 on, got 'many'"),
+        ({"num_experts": 0}, "num_experts must be a whole number from 1 on, got 0"),
+        ({"num_experts": True}, "num_experts must be a whole number"),
+    ],
+)  # fmt: skip
+def test_what_a_file_says_wrongly_is_answered_with_what_was_meant(values, words):
+    with pytest.raises(ValueError, match=re.escape(words)):
+        Recipe.from_dict(values)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "kind", "words"),
+    [
+        ("a.json", "{", ValueError, "cannot be read"),
+        ("a.json", "[1]", ValueError, "must hold a table of recipe fields, not a list"),
+        ("a.toml", "= 3", ValueError, "cannot be read"),
+        ("a.toml", None, FileNotFoundError, "does not exist"),
+        ("mixtrall", None, ValueError, "file is called 'mixtrall'; did you mean 'mixtral'"),
+    ],
+)
+def test_an_unreadable_recipe_is_named(name, content, kind, words, tmp_path):
+    source = tmp_path / name if "." in name else name
+    if content is not None:
+        source.write_text(content)
+    with pytest.raises(kind, match=words):
+        read_recipe(source)
+
+
+def test_parts_of_ones_own_work_in_code_and_are_refused_by_files():
+    class Mine(TopK):
+        pass
+
+    recipe = Recipe(num_experts=4, router=Mine, where=lambda model: ffn(model)[:1])
+    assert len(sparse_layers(sparsify(causal_lm("llama"), recipe, verbose=False))) == 1
+    with pytest.raises(ValueError, match=r"has no name, so a file cannot refer to it; .*moeify\.register\('where'"):
+        recipe.to_dict()
