@@ -23,7 +23,7 @@ class SparseArguments:
         z: weight of the z-loss, or its schedule; 0 turns it off.
         controller: a rule of `moeify.balance` that moves the routers' selection biases after every step.
         dropout: the expert dropout, or its schedule; None leaves the experts as they are.
-        progress: show one line of progress in a terminal, in the place of the Trainer's bar.
+        progress: show one line of progress in a terminal, and a few lines elsewhere, in the place of the Trainer's bar.
 
     Raises:
         ValueError: a negative weight, or an unknown scope.

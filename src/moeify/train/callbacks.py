@@ -92,12 +92,14 @@ class SaveOnSignal(TrainerCallback):
             name = "another rank's signal" if self.received is None else signal.Signals(self.received).name
             print(
                 f"moeify: stopped by {name} after step {state.global_step} of {state.max_steps}, saved in "
-                f"{args.output_dir}; go on with trainer.train(resume_from_checkpoint=True)"
+                f"{args.output_dir}; go on with trainer.train(resume_from_checkpoint=True) or, on the command line, --resume"
             )
 
 
 class ProgressLine(TrainerCallback):
-    """One line in a terminal: steps, time left, loss, balance, dead experts, tokens per second."""
+    """Steps, loss, balance, dead experts, tokens per second: in a terminal one line that changes, else about ten."""
+
+    lines = 10
 
     def __init__(self, console: Console | None = None) -> None:
         self.console = Console(stderr=True) if console is None else console
@@ -106,7 +108,8 @@ class ProgressLine(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Show the line, on the first rank and in a terminal only."""
+        """Show the line, if this is the first rank and a terminal."""
+        self.shown = state.global_step
         if self.console.is_terminal and state.is_world_process_zero:
             columns = (
                 MofNCompleteColumn(),
@@ -132,8 +135,14 @@ class ProgressLine(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         """Show the latest numbers."""
-        if self.bar is not None and logs and "loss" in logs:
+        if not (logs and "loss" in logs and state.is_world_process_zero):
+            return
+        step, total = state.global_step, state.max_steps
+        if self.bar is not None:
             self.bar.update(self.task, description=line(logs))
+        elif step * self.lines // total > self.shown * self.lines // total:
+            self.shown = step
+            print(f"step {step}/{total}  {line(logs)}")
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -150,6 +159,10 @@ class ProgressLine(TrainerCallback):
 
 def line(logs: dict[str, float]) -> str:
     """The numbers of a log entry that say whether all is well."""
-    shown = {"loss": "{:.4f}", "balance": "{:.3f}", "dead_experts_worst": "{:.0f}", "tokens_per_second": "{:,.0f}"}
-    names = {"dead_experts_worst": "dead", "tokens_per_second": "tokens/s"}
-    return "  ".join(f"{names.get(k, k)} {form.format(logs[k])}" for k, form in shown.items() if k in logs)
+    shown = {
+        "loss": "loss {:.4f}",
+        "balance": "balance {:.3f}",
+        "dead_experts_worst": "dead {:.0f}",
+        "tokens_per_second": "{:,.0f} tokens/s",
+    }
+    return "  ".join(form.format(logs[name]) for name, form in shown.items() if name in logs)

@@ -21,7 +21,7 @@ from moeify.train.arguments import SparseArguments, at
 from moeify.train.callbacks import ExpertDropout, ProgressLine, SaveOnSignal
 from moeify.train.checkpointing import enable
 from moeify.train.finite import find, is_finite
-from moeify.train.loss import StepLoss, Watch, count
+from moeify.train.loss import StepLoss, Watch, count, silence_own_loss
 from moeify.train.saving import Saving, bare
 
 
@@ -61,7 +61,7 @@ class SparseTrainerMixin(Saving):
         self.add_callback(self._stopper)
         if self.sparse.dropout is not None:
             self.add_callback(ExpertDropout(self.sparse.dropout))
-        if self.sparse.progress and self._line.console.is_terminal:
+        if self.sparse.progress:
             self.remove_callback(ProgressCallback)
             self.remove_callback(PrinterCallback)
             self.add_callback(self._line)
@@ -101,7 +101,7 @@ class SparseTrainerMixin(Saving):
         """Fetch the micro-batches of a step, and count its tokens over all ranks."""
         batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
         self._batches, self._losses = batches, []
-        total = self._step_loss.begin(batches, device)
+        total = self._step_loss.begin(batches, device, copies=self.get_tp_size())
         self._tokens += total["attention_mask"] or total["input_ids"] or total["rows"]
         transformers.set_seed(_mix(self.args.seed, self.state.global_step, self.args.process_index))
         return batches, items
@@ -112,8 +112,8 @@ class SparseTrainerMixin(Saving):
         """The trainer's own loss, plus this micro-batch's part of the balance loss when training."""
         if not (model.training and self._hooks):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        sizes = count(inputs)
         self._watch.forget()
+        sizes = count(inputs)
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         extra = self._balance(sizes)
         if extra is not None:
@@ -195,7 +195,7 @@ class SparseTrainerMixin(Saving):
                 f"{type(self.model).__name__} is dense, there is nothing to balance; make it sparse with "
                 "moeify.sparsify, or train it as it is with SparseArguments(balance=0)"
             )
-        turned_off = _silence_own_loss(self.model)
+        turned_off = silence_own_loss(self.model)
         if self.is_world_process_zero():
             metrics.forget_after(self._metrics_file, self.state.global_step)
             own = "; the model's own balance loss is turned off, it would count twice" if turned_off else ""
@@ -247,12 +247,3 @@ def _is_sparse(model: nn.Module) -> bool:
     for handle in handles:
         handle.remove()
     return True
-
-
-def _silence_own_loss(model: nn.Module) -> bool:
-    """Turn off the balance loss that transformers adds to the loss of its MoE models: it grows with accumulation."""
-    configs = {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}
-    on = [config for config in configs.values() if getattr(config, "output_router_logits", False)]
-    for config in on:
-        config.output_router_logits = False
-    return bool(on)
