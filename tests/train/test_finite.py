@@ -58,6 +58,11 @@ def test_training_stops_before_the_optimizer_and_names_the_place(tmp_path, build
     assert (tmp_path / "checkpoint-2" / "MANIFEST.json").is_file()
 
 
+def test_a_loss_that_is_not_finite_by_itself_is_named_as_such():
+    ids = torch.randint(3, VOCABULARY, (1, 1))  # nothing to predict: 0 / 0
+    assert find(sparse_llama(), [{"input_ids": ids, "labels": ids}]) == "the output of the model as a whole, its loss"
+
+
 def test_losses_and_gradients_are_judged_together():
     layer = nn.Linear(2, 1)
     assert is_finite([torch.tensor(1.0)], layer)

@@ -38,7 +38,7 @@ def trainer(model, folder, sparse=None, *, kind=SparseTrainer, callbacks=None, *
 def test_balance_is_on_unless_it_is_turned_off_and_the_first_line_says_so(tmp_path, capsys):
     trainer(llama(), tmp_path).train()
     assert "moeify: balance: balance loss (weight 0.01, global scope)\n" in capsys.readouterr().out
-    trainer(llama(), tmp_path, SparseArguments(balance=0)).train()
+    trainer(llama(), tmp_path, SparseArguments(balance=0.0)).train()
     assert "moeify: balance: none, no loss and no controller\n" in capsys.readouterr().out
 
 
@@ -81,7 +81,7 @@ def test_every_layer_is_measured_and_written_with_the_bits_of_loss_and_gradient(
 
 def test_a_controller_moves_the_biases_of_our_models_and_of_native_ones(tmp_path):
     for model in (llama(selection_bias=True), deepseek_v3()):
-        trainer(model, tmp_path, SparseArguments(balance=0, controller=Sign(0.01)), max_steps=1).train()
+        trainer(model, tmp_path, SparseArguments(balance=0.0, controller=Sign(0.01)), max_steps=1).train()
         biases = [b for name, b in model.named_buffers() if name.endswith(("selection_bias", "correction_bias"))]
         assert biases
         assert all(b.abs().max() > 0 for b in biases)
@@ -114,7 +114,7 @@ def test_the_balance_loss_of_a_native_model_is_replaced_not_doubled(tmp_path, ca
 def test_a_dense_model_is_refused_unless_balance_is_off(tmp_path):
     with pytest.raises(ValueError, match="is dense, there is nothing to balance"):
         trainer(causal_lm("llama"), tmp_path).train()
-    trainer(causal_lm("llama"), tmp_path, SparseArguments(balance=0)).train()
+    trainer(causal_lm("llama"), tmp_path, SparseArguments(balance=0.0)).train()
 
 
 def test_a_balance_loss_that_cannot_act_is_an_error_not_a_silence(tmp_path):

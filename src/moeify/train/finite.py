@@ -68,7 +68,9 @@ def _first_module(model: nn.Module, batch: Mapping[str, Any]) -> str | None:
 
         return look
 
-    handles = [m.register_forward_hook(hook(name)) for name, m in model.named_modules() if name]
+    handles = [
+        m.register_forward_hook(hook(name or "the model as a whole, its loss")) for name, m in model.named_modules()
+    ]
     try:
         model(**batch)
     except FloatingPointError as error:

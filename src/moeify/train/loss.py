@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from moeify import losses
 from moeify.routing import Assignment, Routing
@@ -113,11 +113,19 @@ class StepLoss:
     _asked: dict[str, Float[Tensor, "E"]] = field(default_factory=dict)
     _total: dict[str, float] = field(default_factory=dict)
 
-    def begin(self, batches: Sequence[Mapping[str, Any]], device: torch.device | str = "cpu") -> dict[str, float]:
-        """Count what the micro-batches of a step hold, over all ranks."""
+    def begin(
+        self, batches: Sequence[Mapping[str, Any]], device: torch.device | str = "cpu", *, copies: int = 1
+    ) -> dict[str, float]:
+        """Count what the micro-batches of a step hold, over all ranks.
+
+        Args:
+            batches: of this rank.
+            device: where ranks exchange their counts.
+            copies: ranks that are given the same batches, as in tensor parallelism.
+        """
         sizes = [count(batch) for batch in batches]
         here = torch.tensor([sum(size[unit] for size in sizes) for unit in UNITS], dtype=torch.float32, device=device)
-        self._total = dict(zip(UNITS, all_reduce(here).tolist(), strict=True))
+        self._total = dict(zip(UNITS, (all_reduce(here) / copies).tolist(), strict=True))
         self._asked = {}
         return self._total
 
@@ -183,3 +191,12 @@ class StepLoss:
 def _names(decisions: Decisions) -> str:
     names = sorted({name for name, _ in decisions})
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more layers" if len(names) > 3 else "")
+
+
+def silence_own_loss(model: nn.Module) -> bool:
+    """Turn off the balance loss that transformers adds to the loss of its MoE models: it grows with accumulation."""
+    configs = {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}
+    on = [config for config in configs.values() if getattr(config, "output_router_logits", False)]
+    for config in on:
+        config.output_router_logits = False
+    return bool(on)

@@ -23,7 +23,7 @@ class Tally:
     """Sums over the micro-batches since the last log: rows asked, rows served, probabilities, entropies, decisions."""
 
     def __init__(self) -> None:
-        self.layers: dict[str, Float[Tensor, "3*E+2"]] = {}
+        self.layers: dict[str, Float[Tensor, "S"]] = {}
 
     @torch.no_grad()
     def add(self, decisions: Decisions) -> None:
@@ -39,7 +39,7 @@ class Tally:
         return {name: measure(all_reduce(sums[name]).cpu()) for name in sorted(sums)}
 
 
-def _sums(routing: Assignment) -> Float[Tensor, "3*E+2"]:
+def _sums(routing: Assignment) -> Float[Tensor, "S"]:
     demand, counts = routing.demand.float(), routing.counts.float()
     if routing.scores is None:
         return torch.cat([demand, counts, torch.zeros_like(demand), demand.new_zeros(2)])
@@ -48,7 +48,7 @@ def _sums(routing: Assignment) -> Float[Tensor, "3*E+2"]:
     return torch.cat([demand, counts, p.sum(0), entropy.view(1), entropy.new_full((1,), len(p))])
 
 
-def measure(sums: Float[Tensor, "3*E+2"]) -> dict[str, float]:
+def measure(sums: Float[Tensor, "S"]) -> dict[str, float]:
     """The metrics of one layer from its sums.
 
     `load_entropy` and `router_entropy` are divided by log E: 1 is even. `max_vio` is max / mean load - 1 (arXiv
