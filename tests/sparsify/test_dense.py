@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 from moeify.experts.ffn import Glu, Plain
-from moeify.sparsify.dense import DenseFFN, agrees, dropouts, is_linear, matrix, read
+from moeify.sparsify.dense import DenseFFN, dropouts, is_linear, matrix, misfit, read
 from plain_models import Gated, Strange
 
 
@@ -81,9 +81,35 @@ def test_what_computes_something_else_is_not_read(module):
 def test_a_difference_beyond_rounding_is_seen():
     module = Gated()
     reading = read(module, linears(module))
-    assert agrees(module, reading, 8)
+    assert misfit(module, reading, 8) < 64
     reading.down = nn.Linear(12, 8, bias=False)
-    assert not agrees(module, reading, 8)
+    assert misfit(module, reading, 8) > 64
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@given(seed=st.integers(0, 1000))
+def test_gate_and_up_are_told_apart_even_in_half_precision_and_at_small_weights(dtype, seed):
+    torch.manual_seed(seed)
+    module = Gated(16, 32)
+    for linear in linears(module):
+        nn.init.normal_(linear.weight, std=0.02)
+    module.to(dtype)
+    assert read(module, linears(module)).ups[0] is module.beta
+
+
+@pytest.mark.parametrize("act", [nn.GELU(), nn.SiLU(), F.relu])
+def test_an_activation_that_only_code_names_is_found(act):
+    class Hidden(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.up, self.down = nn.Linear(8, 12), nn.Linear(12, 8)
+
+        def forward(self, x):
+            return self.down(act(self.up(x)))
+
+    module = Hidden().bfloat16()
+    x = torch.randn(64)
+    torch.testing.assert_close(read(module, linears(module)).inner(x), act(x))
 
 
 @pytest.mark.parametrize("inner", [0.0, 0.1])

@@ -249,3 +249,12 @@ def test_what_only_the_whole_model_shows_to_be_something_else_is_refused():
     with pytest.raises(ValueError, match=r"1\.up was taken for a feed-forward network"):
         sparsify(model, COPIES, verbose=False)
     assert list(model.state_dict()) == names
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "bert", "t5"])
+def test_half_precision_is_no_excuse(family):
+    model = widened(DENSE[family]()).bfloat16()
+    before = output(model, inputs(model))
+    sparsify(model, COPIES, verbose=False)
+    change = (output(model, inputs(model)) - before).abs().max() / before.abs().max()
+    assert change < 0.05

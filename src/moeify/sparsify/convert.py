@@ -150,8 +150,8 @@ class _Comparison:
 
     def same(self, model: nn.Module) -> bool:
         """Whether the model still computes what it did, but for rounding."""
-        rounding = 1000 * torch.finfo(next(model.parameters()).dtype).eps
-        return self.difference(model) <= rounding * max(1.0, self.before.abs().max().item())
+        rounding = torch.finfo(next(model.parameters()).dtype).eps ** 0.5
+        return self.difference(model) <= rounding * self.before.abs().max().item()
 
 
 def _verify(model: nn.Module, sites: list[Site], compare: _Comparison) -> None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from typing import TypeVar
 
 import torch
 from jaxtyping import Float
@@ -12,6 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from moeify.experts.ffn import Activation, Glu, Plain
+
+Candidate = TypeVar("Candidate")
 
 
 class DenseFFN(nn.Module):
@@ -133,23 +136,37 @@ def read(module: nn.Module, linears: list[nn.Module]) -> DenseFFN | None:
     """
     if linears[0].get_parameter("weight").is_meta:
         return max(readings(module, linears), key=lambda ffn: ffn.hidden, default=None)
-    return next((ffn for ffn in readings(module, linears) if agrees(module, ffn, ffn.width)), None)
+    return closest(readings(module, linears), lambda ffn: misfit(module, ffn, ffn.width))
+
+
+def closest(candidates: Iterable[Candidate], error: Callable[[Candidate], float]) -> Candidate | None:
+    """The candidate of the least error, if that is no more than rounding; half precision cannot tell many apart."""
+    best, least = None, _ROUNDING
+    for candidate in candidates:
+        if (found := error(candidate)) < least:
+            best, least = candidate, found
+        if found == 0:
+            break
+    return best
+
+
+_ROUNDING = 64.0
 
 
 @torch.no_grad()
-def agrees(module: nn.Module, reading: nn.Module, width: int) -> bool:
-    """Whether two modules give the same output in evaluation, to rounding."""
+def misfit(module: nn.Module, reading: nn.Module, width: int) -> float:
+    """How far apart two modules answer in evaluation, in units of the last place; infinity if not comparable."""
     weight = next(module.parameters())
     x = torch.randn(2, 3, width, dtype=weight.dtype, device=weight.device)
     with in_evaluation(module), in_evaluation(reading):
         try:
             expected, actual = module(x), reading(x)
         except (TypeError, ValueError, RuntimeError, AttributeError):  # it wants other arguments: it is no plain FFN
-            return False
+            return torch.inf
     if not isinstance(expected, Tensor) or expected.shape != actual.shape:
-        return False
-    tolerance = 16 * torch.finfo(x.dtype).eps * max(1.0, expected.abs().max().item())
-    return bool((expected - actual).abs().max() <= tolerance)
+        return torch.inf
+    place = torch.finfo(x.dtype).eps * expected.abs().max()
+    return ((expected - actual).abs().max() / place.clamp_min(torch.finfo(x.dtype).tiny)).item()
 
 
 @torch.no_grad()

@@ -20,11 +20,12 @@ from moeify.sparsify.dense import (
     DenseFFN,
     accepts,
     activations,
-    agrees,
+    closest,
     dropouts,
     held_activations,
     is_linear,
     matrix,
+    misfit,
     read,
 )
 
@@ -175,11 +176,15 @@ def _split(name: str, module: nn.Module) -> Site | None:
         (up,), ((down_name, down),) = ups.values(), downs.items()
         if matrix(up).shape != matrix(down).shape[::-1]:
             continue
-        for act in activations(first):
+        acts = activations(first)
+        if up.get_parameter("weight").is_meta:
+            act = acts[0]
+        else:
+            act = closest(acts, lambda act, up=up, first=first: misfit(first, _Composed(up, act), matrix(up).shape[1]))
+        if act is not None:
             dense = DenseFFN([up], down, Plain(act), max(drops, default=0.0))
-            if up.get_parameter("weight").is_meta or agrees(first, _Composed(up, act), dense.width):
-                silenced = (second, down_name, nn.Identity())
-                return Site(f"{name}.{first_name}".lstrip("."), dense, (module, first_name), silenced=(silenced,))
+            silenced = (second, down_name, nn.Identity())
+            return Site(f"{name}.{first_name}".lstrip("."), dense, (module, first_name), silenced=(silenced,))
     return None
 
 
@@ -250,7 +255,7 @@ def _tower(name: str, module: nn.Sequential) -> Site | None:
         return None
     first = next(i for i, part in enumerate(module) if list(part.parameters()))
     silenced = tuple(_silent(module, str(i)) for i in range(first + 1, maps[-1] + 1))
-    dense = nn.Sequential(*module[first : maps[-1] + 1])
+    dense = nn.Sequential(*list(module)[first : maps[-1] + 1])
     return Site(f"{name}.{first}".lstrip("."), dense, (module, str(first)), silenced=silenced)
 
 

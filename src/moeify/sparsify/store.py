@@ -67,9 +67,11 @@ def load(folder: str | Path, model: nn.Module | None = None, recipe: Recipe | No
     for key, kind in (("moeify", str), ("recipe", dict), ("model", dict)):
         if not isinstance(description.get(key), kind):
             raise ValueError(f"{folder / 'config.json'} has no {key!r}: it was not written by moeify.sparsify.save")
+    if recipe is None:
+        recipe = Recipe.from_dict(description["recipe"])
     if model is None:
         model = _build(description["model"], folder)
-    sparsify(model, Recipe.from_dict(description["recipe"]) if recipe is None else recipe, verbose=False)
+    sparsify(model, recipe, verbose=False)
     load_weights(model, folder)
     return model.eval()
 
