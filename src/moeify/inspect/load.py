@@ -68,7 +68,8 @@ def expert_load(model: nn.Module, blocks: Blocks, *, per_domain: int = 16, batch
     """Run a model over some blocks of every domain and count the rows that its experts are asked for.
 
     Raises:
-        ValueError: the model has no sparse layer, or layers with different numbers of experts.
+        ValueError: the model has no sparse layer, none that sends tokens to experts, or layers with different numbers
+            of experts.
     """
     layers: dict[str, dict[str, Tensor]] = {}
     domain = ""
@@ -93,6 +94,8 @@ def expert_load(model: nn.Module, blocks: Blocks, *, per_domain: int = 16, batch
         model.train(training)
         for handle in handles:
             handle.remove()
+    if not layers:
+        raise ValueError("no sparse layer sends its tokens to experts of their own, so there is no load to count")
     if len({len(rows) for seen in layers.values() for rows in seen.values()}) != 1:
         raise ValueError("the sparse layers have different numbers of experts, so they do not fit into one table")
     rows = torch.stack([torch.stack([seen[name] for name in members]) for seen in layers.values()])

@@ -36,7 +36,7 @@ def _line(axis: Any, run: Run, quantity: str, colour: str, label: str | None) ->
 
 
 def draw_load(load: ExpertLoad, file: Path) -> None:
-    """Share of every expert in every layer, and for each domain averaged over layers.
+    """Share of every expert in every layer, and for each domain in the last layer.
 
     Raises:
         ImportError: matplotlib is not installed.
@@ -48,7 +48,9 @@ def draw_load(load: ExpertLoad, file: Path) -> None:
         (axes[0], load.share, load.layers, "by layer"),
         (axes[1], by_domain[-1], load.domains, f"by domain, in {load.layers[-1]}"),
     ):
-        image = axis.imshow(table, aspect="auto", cmap="viridis", vmin=0, vmax=max(3 * even, float(table.max())))
+        image = axis.imshow(
+            table.tolist(), aspect="auto", cmap="viridis", vmin=0, vmax=max(3 * even, float(table.max()))
+        )
         axis.set_yticks(range(len(names)), names, fontsize=8)
         axis.set_xlabel("expert")
         axis.set_title(f"share of rows {title}", fontsize=10)
