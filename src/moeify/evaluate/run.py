@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import ExportableState, PrinterCallback
 
 from moeify.flops import Count, count
 from moeify.train import SparseArguments, SparseTrainer
@@ -36,7 +36,7 @@ class Settings:
         learning_rate: the peak of a cosine with a linear warm-up over the first twentieth of the steps.
         weight_decay: AdamW's.
         seed: of the order of data, of initialisation where a function is asked to build a model, and of dropout.
-        evaluations: how often the validation loss is measured, evenly over the steps.
+        evaluations: how often the validation loss is measured, evenly over the steps, besides once before the first.
         evaluation_blocks: on how many validation blocks at most, taken evenly from all of them.
         sparse: how experts are kept balanced.
         device: where to train: `cpu`, `cuda`, or None for the best there is.
@@ -83,7 +83,7 @@ class Run:
         name: of the arm of a comparison.
         seed: the run's seed.
         count: parameters and FLOPs per token.
-        points: the validation loss over the run.
+        points: the validation loss over the run, from before the first step on.
         domains: validation loss by domain at the end, nats per token.
     """
 
@@ -138,9 +138,8 @@ def train_run(
     is_sparse = getattr(model, "moeify_recipe", None) is not None
     size = count(model, tokens=train.length)
     curve = _Curve(
-        size, settings.batch * train.length, settings, folder / "curve.json",
-        lambda model: validation_loss(model, validation, settings)[0],
-    )  # fmt: skip
+        size, settings.batch * train.length, settings, lambda model: validation_loss(model, validation, settings)[0]
+    )
     options: dict[str, Any] = {
         "output_dir": str(folder),
         "max_steps": settings.steps,
@@ -167,6 +166,7 @@ def train_run(
         sparse=settings.sparse if is_sparse else SparseArguments(balance=0.0, progress=settings.sparse.progress),
         callbacks=[curve, *(callbacks or [])],
     )
+    trainer.remove_callback(PrinterCallback)
     trainer.train(resume_from_checkpoint=resume or None)
     if trainer.state.global_step < settings.steps:
         raise Stopped(f"stopped after step {trainer.state.global_step} of {settings.steps}, saved in {folder}")
@@ -174,22 +174,22 @@ def train_run(
     return Run(name=name, seed=settings.seed, count=size, points=curve.points, domains=domains)
 
 
-class _Curve(TrainerCallback):
-    """Measures the validation loss at even distances, stops the clock while it does, and survives a restart."""
+class _Curve(TrainerCallback, ExportableState):
+    """Measures the validation loss at even distances, stops the clock while it does, and lives in the checkpoints."""
 
-    def __init__(self, size: Count, tokens_per_step: int, settings: Settings, file: Path, loss: Measure) -> None:
+    def __init__(self, size: Count, tokens_per_step: int, settings: Settings, loss: Measure) -> None:
         self.size, self.tokens_per_step, self.settings, self.loss = size, tokens_per_step, settings, loss
-        self.file = file
         self.points: list[Point] = []
         self.seconds = 0.0
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if state.global_step and self.file.is_file():
-            saved = json.loads(self.file.read_text())
-            self.seconds = saved["seconds"]
-            self.points = [Point(**point) for point in saved["points"] if point["step"] <= state.global_step]
+        if state.global_step:
+            saved = cast(dict[str, Any], state.stateful_callbacks)["_Curve"]
+            self.seconds, self.points = saved["seconds"], [Point(**point) for point in saved["points"]]
+        else:
+            self._measure(0, kwargs["model"])
 
     def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
         self.started = time.perf_counter()
@@ -198,13 +198,14 @@ class _Curve(TrainerCallback):
         self.seconds += time.perf_counter() - self.started
         step, total, times = state.global_step, self.settings.steps, self.settings.evaluations
         if step * times // total > (step - 1) * times // total:
-            tokens = step * self.tokens_per_step
-            flops = tokens * self.size.training_flops
-            self.points.append(Point(step, tokens, flops, self.seconds, self.loss(kwargs["model"])))
+            self._measure(step, kwargs["model"])
 
-    def on_save(self, *args: Any, **kwargs: Any) -> None:
-        points = [asdict(point) for point in self.points]
-        self.file.write_text(json.dumps({"seconds": self.seconds, "points": points}))
+    def _measure(self, step: int, model: nn.Module) -> None:
+        tokens = step * self.tokens_per_step
+        self.points.append(Point(step, tokens, tokens * self.size.training_flops, self.seconds, self.loss(model)))
+
+    def state(self) -> dict[str, Any]:
+        return {"seconds": self.seconds, "points": [asdict(point) for point in self.points]}
 
 
 @torch.no_grad()

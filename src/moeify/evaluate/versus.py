@@ -11,12 +11,13 @@ from statistics import fmean, stdev
 from typing import Any, Literal, get_args
 
 import torch
-from safetensors.torch import load_model, save_model
+from safetensors.torch import save_model
 from torch import nn
 
 from moeify.evaluate.run import Run, Settings, train_run
-from moeify.sparsify import Recipe, sparsify
+from moeify.sparsify import Recipe, load_weights, sparsify
 from moeify.train.data import Blocks
+from moeify.train.resume import checkpoints
 
 Axis = Literal["tokens", "flops", "seconds"]
 
@@ -74,7 +75,9 @@ class Versus:
         """Plain values for JSON."""
         return {
             "at_equal": {d.axis: {k: v for k, v in vars(d).items() if k != "axis"} for d in self.differences},
-            "runs": [run.to_dict() for run in (*self.sparse, *self.dense)],
+            "runs": [
+                {"tokens_per_second": run.tokens_per_second, **run.to_dict()} for run in (*self.sparse, *self.dense)
+            ],
         }
 
 
@@ -94,7 +97,7 @@ def loss_at(run: Run, axis: Axis, budget: float) -> float:
         start, end = getattr(before, axis), getattr(after, axis)
         if start <= budget <= end:
             share = (budget - start) / (end - start)
-            return before.loss + share * (after.loss - before.loss)
+            return (1 - share) * before.loss + share * after.loss
     return run.points[-1].loss
 
 
@@ -140,13 +143,15 @@ def versus(
             done = place / "run.json"
             if resume and done.is_file():
                 run = Run.from_dict(json.loads(done.read_text()))
-                load_model(model, place / "model.safetensors")
+                load_weights(model, place)
             else:
                 tell(f"training the {name} model, seed {seed}")
-                begun = resume and any(place.glob("checkpoint-*"))
+                begun = resume and bool(checkpoints(place))
                 run = train_run(name, model, train, validation, place, replace(settings, seed=seed), resume=begun)
                 save_model(model, str(place / "model.safetensors"))
-                done.write_text(json.dumps(run.to_dict()))
+                finished = place / "run.json.tmp"
+                finished.write_text(json.dumps(run.to_dict()))
+                finished.replace(done)
             arms[name].append(run)
             keep(name, model)
     return Versus(**arms)
