@@ -15,7 +15,8 @@ from transformers import TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from moeify.balance import Control, control
-from moeify.record import observe
+from moeify.moe import MoE
+from moeify.record import native_layers, observe
 from moeify.train import metrics
 from moeify.train.arguments import SparseArguments, at
 from moeify.train.callbacks import ExpertDropout, ProgressLine, SaveOnSignal
@@ -46,6 +47,8 @@ class SparseTrainerMixin(Saving):
 
     def __init__(self, *args: Any, sparse: SparseArguments | None = None, **kwargs: Any) -> None:
         self.sparse = SparseArguments() if sparse is None else sparse
+        model = args[0] if args else kwargs.get("model")
+        self._silenced = isinstance(model, nn.Module) and silence_own_loss(model)  # before a trainer relies on it
         super().__init__(*args, **kwargs)
         if self.args.n_gpu > 1:
             raise ValueError("nn.DataParallel copies the routers in every step; use torchrun, one process per GPU")
@@ -195,10 +198,10 @@ class SparseTrainerMixin(Saving):
                 f"{type(self.model).__name__} is dense, there is nothing to balance; make it sparse with "
                 "moeify.sparsify, or train it as it is with SparseArguments(balance=0)"
             )
-        turned_off = silence_own_loss(self.model)
+        self._silenced = silence_own_loss(self.model) or self._silenced
         if self.is_world_process_zero():
             metrics.forget_after(self._metrics_file, self.state.global_step)
-            own = "; the model's own balance loss is turned off, it would count twice" if turned_off else ""
+            own = "; the model's own balance loss is turned off, it would count twice" if self._silenced else ""
             print(f"moeify: {self.sparse.describe()}{own}")
         self._since = time.perf_counter()
 
@@ -240,10 +243,4 @@ def _mix(seed: int, step: int, rank: int) -> int:
 
 
 def _is_sparse(model: nn.Module) -> bool:
-    try:
-        handles = observe(model, lambda name, routing: None)
-    except ValueError:
-        return False
-    for handle in handles:
-        handle.remove()
-    return True
+    return any(isinstance(module, MoE) for module in model.modules()) or any(True for _ in native_layers(model))
