@@ -63,6 +63,8 @@ class Assignment(Routing):
         choice: which of its token's K choices a row is, best first.
         index: the K experts that every routed token asked for, if each asked for the same number.
         gates: the weights in the order of `index`.
+        affinity: how strongly every expert answered every token, of routers that ask all experts first.
+        answers: the experts' answers to the rows, of routers that have asked for them already.
     """
 
     source: Int[Tensor, "R"]
@@ -72,6 +74,8 @@ class Assignment(Routing):
     choice: Int[Tensor, "R"] | None = None
     index: Int[Tensor, "T K"] | None = None
     gates: Float[Tensor, "T K *G"] | None = None
+    affinity: Float[Tensor, "L E"] | None = None
+    answers: Float[Tensor, "R O"] | None = None
 
     @property
     def expert(self) -> Int[Tensor, "R"]:
@@ -97,13 +101,21 @@ class Mixture(Routing):
     Attributes:
         into: weight of every token in every slot; the slots of one expert lie side by side.
         out_of: weight of every slot in every token.
+        source: the token at each place of a group, as an index into the flattened tokens; places that fill up a short
+            group have no weight. None where the tokens are laid out by group.
+        shape: the leading shape of the tokens, padding included; with `source` only.
     """
 
     into: Float[Tensor, "*B N S"]
     out_of: Float[Tensor, "*B N S"]
+    source: Int[Tensor, "*B N"] | None = None
+    shape: tuple[int, ...] = ()
 
     def dispatch(self, x: Float[Tensor, "... D"]) -> Float[Tensor, "R D"]:
         """Average the tokens into slots, and put the slots of one expert from all groups together."""
+        if self.source is not None:
+            tokens = x.reshape(-1, x.shape[-1]).index_select(0, self.source.flatten())
+            x = tokens.view(*self.source.shape, x.shape[-1])
         with torch.autocast(x.device.type, enabled=False):
             slots = torch.einsum("...ns,...nd->...sd", self.into, x.float())
         by_group = slots.reshape(-1, *slots.shape[-2:]).unflatten(1, (self.counts.shape[0], -1))  # (B, E, S / E, D)
@@ -115,7 +127,11 @@ class Mixture(Routing):
         by_expert = rows.float().view(experts, -1, slots // experts, rows.shape[-1])  # (E, B, S / E, O)
         by_group = by_expert.transpose(0, 1).reshape(*batch, slots, rows.shape[-1])
         with torch.autocast(rows.device.type, enabled=False):
-            return torch.einsum("...ns,...so->...no", self.out_of, by_group).to(rows.dtype)
+            y = torch.einsum("...ns,...so->...no", self.out_of, by_group)
+        if self.source is not None:
+            out = y.new_zeros(math.prod(self.shape), y.shape[-1])
+            y = out.index_add(0, self.source.flatten(), y.flatten(0, -2)).view(*self.shape, y.shape[-1])
+        return y.to(rows.dtype)
 
 
 def assign(
@@ -167,7 +183,7 @@ def assign(
 
 def assign_where(
     chosen: Bool[Tensor, "T E"],
-    weight: Float[Tensor, "T E"],
+    weight: Float[Tensor, "T E *G"],
     *,
     shape: tuple[int, ...] | None = None,
     positions: Int[Tensor, "T"] | None = None,
@@ -189,7 +205,8 @@ def assign_where(
         load: kept in the decision.
     """
     expert, token = chosen.t().nonzero(as_tuple=True)
-    best_first = weight.detach().masked_fill(~chosen, float("-inf")).argsort(dim=-1, descending=True, stable=True)
+    worth = weight.detach().flatten(2).sum(-1) if weight.dim() > 2 else weight.detach()
+    best_first = worth.masked_fill(~chosen, float("-inf")).argsort(dim=-1, descending=True, stable=True)
     counts = chosen.sum(0)
     return Assignment(
         counts=counts,
@@ -213,8 +230,14 @@ def per_token(factor: float, tokens: int, num_experts: int, k: int) -> int:
 
 @register("capacity", "choices")
 def per_choice(factor: float, tokens: int, num_experts: int, k: int) -> int:
-    """ceil(factor · k · T / E): every choice is counted (Megatron-Core, V-MoE)."""
+    """ceil(factor · k · T / E): every choice is counted (Megatron-Core)."""
     return math.ceil(factor * k * tokens / num_experts)
+
+
+@register("capacity", "choices_by_4")
+def per_choice_by_4(factor: float, tokens: int, num_experts: int, k: int) -> int:
+    """ceil(factor · k · T / E), rounded up to a multiple of 4 (V-MoE): far more than the factor for few tokens."""
+    return 4 * math.ceil(per_choice(factor, tokens, num_experts, k) / 4)
 
 
 @register("capacity", "double")
@@ -265,6 +288,7 @@ def limit(
         source=source,
         weight=weight,
         choice=None if routing.choice is None else routing.choice[kept],
+        answers=None if routing.answers is None else routing.answers[kept],
     )
 
 

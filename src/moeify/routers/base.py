@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 from moeify.context import Context
 from moeify.routing import Assignment, Routing, assign, assign_where
@@ -30,6 +30,13 @@ class Router(nn.Module, ABC):
     @abstractmethod
     def forward(self, x: Float[Tensor, "... D"], context: Context) -> Routing:
         """Route the real tokens among x."""
+
+    def attach(self, experts: Any) -> None:
+        """Take hold of the layer's experts, before its first forward pass; a router that only reads tokens need not.
+
+        `MoE` calls it of its router and of every router inside it. Keep the experts where PyTorch does not look for
+        parameters, as in `self._experts = (experts,)`: they are the layer's.
+        """
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Router:
         """Move, but never round: buffers of a router (a selection bias, say) stay in fp32."""
@@ -66,25 +73,38 @@ class Tokens:
             index, gates, num_experts, shape=self.shape, positions=self.positions, **{"group": self.group} | kept
         )
 
-    def assign_where(self, chosen: Bool[Tensor, "T E"], weight: Float[Tensor, "T E"], **kept: Any) -> Assignment:
+    def assign_where(self, chosen: Bool[Tensor, "T E"], weight: Float[Tensor, "T E *G"], **kept: Any) -> Assignment:
         """The decision that gives every token the experts that are marked; `kept` is kept in it."""
-        return assign_where(chosen, weight, shape=self.shape, positions=self.positions, group=self.group, **kept)
+        return assign_where(chosen, weight, shape=self.shape, positions=self.positions, **{"group": self.group} | kept)
 
     def members(self) -> list[Int[Tensor, "N"]]:
         """The tokens of each group, in order."""
         _, group, sizes = self.group.unique(return_inverse=True, return_counts=True)
         return list(group.argsort(stable=True).split(sizes.tolist()))
 
-    def keys(self, context: Context, name: str, size: int) -> Int[Tensor, "T"]:
+    def by_group(self) -> tuple[Int[Tensor, "B N"], Bool[Tensor, "B N"]]:
+        """The tokens of each group as rows of one table, and which entries of it are tokens, not filling."""
+        if self.positions is None:
+            table = self.group.argsort(stable=True).view(-1, int(self.group.bincount()[0]))
+            return table, torch.ones_like(table, dtype=torch.bool)
+        members = self.members()
+        table = pad_sequence(members, batch_first=True)
+        sizes = torch.tensor([len(tokens) for tokens in members], device=table.device)
+        return table, torch.arange(table.shape[1], device=table.device) < sizes.unsqueeze(1)
+
+    def keys(self, context: Context, name: str) -> Int[Tensor, "T"]:
         """What the input `name` of the model, (B, N) or (B,), says of each token or of its sequence.
 
         Raises:
-            ValueError: the model was not given it, it fits neither tokens nor sequences, or a key is not below `size`.
+            ValueError: the model was not given it, or it fits neither tokens nor sequences.
         """
         given = context.inputs.get(name)
         if given is None:
-            raise ValueError(f"this router looks up {name!r}, but the model was called without it")
-        if given.numel() == math.prod(self.shape):
+            raise ValueError(
+                f"this router looks up {name!r}, but the model was called without it; it was given: "
+                f"{', '.join(context.inputs) or 'nothing'}"
+            )
+        if given.shape == self.shape or (given.numel(),) == self.shape:
             keys = given.flatten() if self.positions is None else given.flatten()[self.positions]
         elif given.dim() == 1 and len(given) > int(self.group.max()):
             keys = given[self.group]
@@ -93,9 +113,7 @@ class Tokens:
                 f"{name!r} has shape {tuple(given.shape)}, which fits neither the tokens {self.shape} of the layer nor "
                 "their sequences"
             )
-        if not 0 <= int(keys.min()) <= int(keys.max()) < size:
-            raise ValueError(f"{name!r} has keys from {int(keys.min())} to {int(keys.max())}, the table has {size}")
-        return keys
+        return keys.long()
 
 
 def real_tokens(x: Float[Tensor, "... D"], context: Context) -> Tokens:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
@@ -9,6 +11,7 @@ from torch import Tensor, nn
 from moeify.context import Context
 from moeify.registry import register
 from moeify.routers.base import Router, project, real_tokens
+from moeify.routers.topk import check_k
 from moeify.routing import Assignment
 
 
@@ -23,29 +26,39 @@ class Lookup(Router):
         width: D.
         num_experts: E.
         key: the name of the model's input to look up, of shape (B, N) or (B,).
-        size: number of different keys, such as the size of the vocabulary.
+        size: entries of the table; a key beyond it is taken modulo `size`, as hash tables do.
         k: experts per key.
         learned: learn the weights: sqrt(softplus) of a projection, normalised; otherwise they are 1 / k.
 
     Raises:
-        ValueError: k outside 1..E; in `forward`, an input that the model was not given or a key beyond the table.
+        ValueError: k outside 1..E; an empty table; k = 1 with learned weights, which normalised are the constant 1; in
+            `forward`, an input that the model was not given, or that fits neither tokens nor sequences.
     """
 
+    preserving = True
+
     def __init__(
-        self, width: int, num_experts: int, *, key: str = "input_ids", size: int, k: int = 1, learned: bool = False
+        self,
+        width: int,
+        num_experts: int,
+        *,
+        key: str = "input_ids",
+        size: int = 65536,
+        k: int = 1,
+        learned: bool = False,
     ) -> None:
         super().__init__()
-        if not 1 <= k <= num_experts:
-            raise ValueError(f"k={k} experts per key out of {num_experts}; choose 1 <= k <= {num_experts}")
+        check_k(k, num_experts, normalize=learned)
+        if size < 1:
+            raise ValueError(f"a table of size={size} has no entry to look up; choose size >= 1")
         self.num_experts, self.key, self.k = num_experts, key, k
-        self.preserving = True
         self.register_buffer("table", balanced_table(size, num_experts, k))
         self.weight = nn.Parameter(torch.randn(num_experts, width) * 0.02) if learned else None
 
     def forward(self, x: Float[Tensor, "... D"], context: Context) -> Assignment:
         """Route every real token to the experts of its key."""
         tokens = real_tokens(x, context)
-        index = self.table[tokens.keys(context, self.key, len(self.table))]  # (T, k)
+        index = self.table[tokens.keys(context, self.key) % len(self.table)]  # (T, k)
         if self.weight is None:
             gates = torch.full(index.shape, 1 / self.k, device=x.device)
             return tokens.assign(index, gates, self.num_experts)
@@ -57,8 +70,9 @@ class Lookup(Router):
 
 
 def balanced_table(size: int, num_experts: int, k: int) -> Int[Tensor, "size k"]:
-    """k different experts for every key, each expert equally often, drawn once at random."""
-    first = torch.randperm(size) % num_experts
-    steps = torch.stack([torch.randperm(num_experts - 1)[: k - 1] for _ in range(size)]) + 1 if k > 1 else None
-    others = [] if steps is None else [(first.unsqueeze(1) + steps) % num_experts]
-    return torch.cat([first.unsqueeze(1), *others], dim=1)
+    """k different experts for every key, drawn at random, so that among any first n keys all are equally frequent."""
+    blocks = math.ceil(size / num_experts)
+    first = torch.rand(blocks, num_experts).argsort(-1).unsqueeze(-1)  # of E keys each takes another expert
+    step = 1 + torch.rand(blocks, 1, num_experts - 1).argsort(-1)[..., : k - 1]
+    table = torch.cat([first, (first + step) % num_experts], dim=-1)  # (blocks, E, k)
+    return table.flatten(0, 1)[:size]

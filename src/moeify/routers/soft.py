@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from moeify.context import Context
 from moeify.registry import register
-from moeify.routers.base import Router
+from moeify.routers.base import Router, project, real_tokens
 from moeify.routing import Mixture
 
 
@@ -18,36 +18,41 @@ from moeify.routing import Mixture
 class Soft(Router):
     """D = softmax over tokens, C = softmax over slots, of s · x̂ · μ̂ (Soft MoE, arXiv 2308.00951, eqs. 1-3 and 2.3).
 
-    Nothing is sorted, chosen or dropped, so nothing needs balancing. x̂ and μ̂ are normalised over the width for the
-    logits only; padding is masked out of D.
+    Nothing is sorted, chosen or dropped, so nothing needs balancing. x̂ and μ̂ are normalised over the width, for the
+    logits only. Tokens are mixed with those of their own sequence or image; padding gives nothing and gets nothing.
 
     Args:
         width: D.
         num_experts: E.
         slots: slots per expert, p.
+
+    Raises:
+        ValueError: fewer than one slot.
     """
 
     causal = False
 
     def __init__(self, width: int, num_experts: int, *, slots: int = 1) -> None:
         super().__init__()
+        if slots < 1:
+            raise ValueError(f"an expert with {slots} slots reads nothing; choose slots=1 or more")
         self.num_experts, self.slots = num_experts, slots
         self.queries = nn.Parameter(torch.randn(num_experts * slots, width) / math.sqrt(width))
-        self.scale = nn.Parameter(torch.ones(()))
+        self.scale = nn.Parameter(torch.ones(1))  # not a scalar, which FSDP cannot shard
 
     def forward(self, x: Float[Tensor, "... D"], context: Context) -> Mixture:
-        """Mix the tokens of every group (the axis before the width) into the slots, and back."""
-        with torch.autocast(x.device.type, enabled=False):
-            logits = self.scale.float() * _unit(x.float()) @ _unit(self.queries.float()).t()  # (*B, N, S)
-        out_of = logits.softmax(-1)
-        mask = context.token_mask
-        if mask is not None:
-            logits = logits.masked_fill(~mask.view(*x.shape[:-1], 1), float("-inf"))
-            out_of = out_of * mask.view(*x.shape[:-1], 1)
-        into = logits.softmax(-2)
-        groups = math.prod(x.shape[:-2])
-        counts = torch.full((self.num_experts,), groups * self.slots, device=x.device)
-        return Mixture(counts=counts, into=into, out_of=out_of)
+        """Mix the real tokens of every group into the slots, and back."""
+        tokens = real_tokens(x, context)
+        table, real = tokens.by_group()  # (B, N)
+        logits = self.scale.float() * project(_unit(tokens.x.float()), _unit(self.queries.float()))[table]  # (B, N, S)
+        filling = ~real.unsqueeze(-1)
+        return Mixture(
+            counts=torch.full((self.num_experts,), len(table) * self.slots, device=x.device),
+            into=logits.masked_fill(filling, float("-inf")).softmax(-2),
+            out_of=logits.softmax(-1).masked_fill(filling, 0),
+            source=table if tokens.positions is None else tokens.positions[table],
+            shape=tokens.shape,
+        )
 
 
 def _unit(v: Float[Tensor, "... D"]) -> Float[Tensor, "... D"]:
