@@ -26,12 +26,12 @@ class Cosine(Router):
         width: D.
         num_experts: E.
         k: experts per token.
-        dimensions: of the sphere, E / 2 if not given.
+        dimensions: of the space around the sphere, E / 2 if not given.
         temperature: τ at initialisation.
         normalize: divide a token's weights by their sum.
 
     Raises:
-        ValueError: k outside 1..E; k = 1 with normalised weights.
+        ValueError: k outside 1..E; k = 1 with normalised weights; no dimension, or a temperature that is not positive.
     """
 
     def __init__(
@@ -47,17 +47,20 @@ class Cosine(Router):
         super().__init__()
         check_k(k, num_experts, normalize)
         dimensions = max(2, num_experts // 2) if dimensions is None else dimensions
+        if dimensions < 1 or temperature <= 0:
+            raise ValueError(f"dimensions={dimensions} and temperature={temperature} must be positive")
         self.num_experts, self.k, self.normalize = num_experts, k, normalize
         self.preserving = normalize
-        self.project = nn.Parameter(torch.randn(dimensions, width) / math.sqrt(width))
-        self.experts = nn.Parameter(F.normalize(torch.randn(num_experts, dimensions), dim=-1))
-        self.log_temperature = nn.Parameter(torch.tensor(math.log(temperature)))
+        self.projection = nn.Parameter(torch.randn(dimensions, width) / math.sqrt(width))
+        self.embedding = nn.Parameter(F.normalize(torch.randn(num_experts, dimensions), dim=-1))
+        self.log_temperature = nn.Parameter(torch.tensor([math.log(temperature)]))
 
     def forward(self, x: Float[Tensor, "... D"], context: Context) -> Assignment:
         """Route every real token to the experts that point its way."""
         tokens = real_tokens(x, context)
-        directions = F.normalize(project(tokens.x, self.project), dim=-1)
-        logits = project(directions, F.normalize(self.experts.float(), dim=-1)) / self.log_temperature.float().exp()
+        directions = F.normalize(project(tokens.x, self.projection), dim=-1)
+        cosines = project(directions, F.normalize(self.embedding.float(), dim=-1))
+        logits = cosines / self.log_temperature.float().exp()
         scores = logits.softmax(-1)
         top = scores.topk(self.k, dim=-1)
         gates = top.values / top.values.sum(-1, keepdim=True) if self.normalize else top.values

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Literal
 
 import torch
 from jaxtyping import Float
@@ -18,8 +19,8 @@ from moeify.routing import Assignment
 class ExpertChoice(Router):
     """Every expert takes the `factor · N / E` tokens it scores highest in each group of N (arXiv 2202.09368, eqs. 1-3).
 
-    Perfectly balanced by construction; a token is taken by 0 to E experts. A token's chance depends on the other
-    tokens of its group, later ones included: not for decoders.
+    That number is rounded up. Perfectly balanced by construction; a token is taken by 0 to E experts. A token's chance
+    depends on the other tokens of its group, later ones included: not for decoders.
 
     Args:
         width: D.
@@ -35,7 +36,13 @@ class ExpertChoice(Router):
     causal = False
 
     def __init__(
-        self, width: int, num_experts: int, *, factor: float = 2.0, per: str = "group", init_std: float = 0.02
+        self,
+        width: int,
+        num_experts: int,
+        *,
+        factor: float = 2.0,
+        per: Literal["group", "batch"] = "group",
+        init_std: float = 0.02,
     ) -> None:
         super().__init__()
         if not 0 < factor <= num_experts:
@@ -52,7 +59,7 @@ class ExpertChoice(Router):
         scores = logits.softmax(-1)
         chosen = torch.zeros_like(scores, dtype=torch.bool)
         for members in tokens.members() if self.per == "group" else [torch.arange(len(scores), device=x.device)]:
-            slots = min(len(members), max(1, math.ceil(self.factor * len(members) / self.num_experts)))
+            slots = math.ceil(self.factor * len(members) / self.num_experts)
             taken = scores.detach()[members].topk(slots, dim=0).indices  # (slots, E)
             chosen[members[taken], torch.arange(self.num_experts, device=x.device)] = True
         return tokens.assign_where(chosen, scores, logits=logits, scores=scores)

@@ -28,7 +28,7 @@ class GShard(Router):
         init_std: standard deviation of the projection's initialisation.
 
     Raises:
-        ValueError: fewer than two experts.
+        ValueError: fewer than two experts, or a threshold that is not positive.
     """
 
     def __init__(
@@ -42,8 +42,9 @@ class GShard(Router):
     ) -> None:
         super().__init__()
         check_k(2, num_experts, normalize=True)
+        if threshold <= 0:
+            raise ValueError(f"threshold={threshold} is never reached; to use both experts always take TopK(k=2)")
         self.num_experts, self.threshold, self.eval_random = num_experts, threshold, eval_random
-        self.k = 2
         self.weight = nn.Parameter(torch.randn(num_experts, width) * init_std)
 
     def forward(self, x: Float[Tensor, "... D"], context: Context) -> Assignment:

@@ -25,18 +25,19 @@ class NoisyTopK(Router):
         g    = softmax(the k largest of H)          with order="select"   (Shazeer)
         g    = the k largest of softmax(H)          with order="softmax"  (V-MoE)
 
-    The decision keeps the expected load, Σ_x P(x W_j + another draw of the noise stays among the k largest), whose
-    CV² `moeify.losses.load` is a loss with a gradient.
+    In training, and for k < E, the decision keeps the expected load, Σ_x P(another draw of ε_j leaves H_j among the k
+    largest), whose CV², `moeify.losses.load`, is a loss with a gradient.
 
     Args:
         width: D.
         num_experts: E.
-        k: experts per token; below E, or there is no threshold to stay above.
+        k: experts per token.
         noise: standard deviation of the noise; V-MoE uses 1 / E.
         order: whether the softmax is over the chosen logits, or over all before the choice.
 
     Raises:
-        ValueError: k outside 1..E, or k = 1 with the softmax over the one chosen logit.
+        ValueError: k outside 1..E; k = 1 with the softmax over the one chosen logit; a constant noise that is not
+            positive.
     """
 
     def __init__(
@@ -50,6 +51,8 @@ class NoisyTopK(Router):
     ) -> None:
         super().__init__()
         check_k(k, num_experts, normalize=order == "select")
+        if noise != "learned" and noise <= 0:
+            raise ValueError(f"noise={noise} is no standard deviation; choose noise > 0, or TopK for none")
         self.num_experts, self.k, self.noise, self.order = num_experts, k, noise, order
         self.preserving = order == "select"
         self.weight = nn.Parameter(torch.zeros(num_experts, width))
@@ -59,24 +62,29 @@ class NoisyTopK(Router):
         """Route every real token by its noisy logits."""
         tokens = real_tokens(x, context)
         clean = project(tokens.x, self.weight)
-        std = self._std(tokens.x, clean)
-        noisy = clean + torch.randn_like(clean) * std if self.training else clean
+        noisy, load = self._disturb(clean, tokens.x) if self.training else (clean, None)
         scores = noisy.softmax(-1)
         top = noisy.topk(self.k, dim=-1)
         gates = top.values.softmax(-1) if self.order == "select" else scores.gather(-1, top.indices)
-        load = self._load(clean, noisy, std) if self.training and self.k < self.num_experts else None
         return tokens.assign(top.indices, gates, self.num_experts, logits=clean, scores=scores, load=load)
 
-    def _std(self, tokens: Float[Tensor, "T D"], clean: Float[Tensor, "T E"]) -> Float[Tensor, "T E"]:
+    def _disturb(
+        self, clean: Float[Tensor, "T E"], tokens: Float[Tensor, "T D"]
+    ) -> tuple[Float[Tensor, "T E"], Float[Tensor, "E"] | None]:
+        """The noisy logits, and the load to expect of them."""
         if self.noise_weight is None:
-            return torch.full_like(clean, float(self.noise))
-        return F.softplus(project(tokens, self.noise_weight))
+            std = torch.full_like(clean, float(self.noise))
+        else:
+            std = F.softplus(project(tokens, self.noise_weight))
+        noisy = clean + torch.randn_like(clean) * std
+        return noisy, expected_load(clean, noisy, std, self.k) if self.k < self.num_experts else None
 
-    def _load(
-        self, clean: Float[Tensor, "T E"], noisy: Float[Tensor, "T E"], std: Float[Tensor, "T E"]
-    ) -> Float[Tensor, "E"]:
-        """Σ_x Φ((x W_j - the k-th largest of the other noisy logits) / σ_j)."""
-        top = noisy.topk(self.k + 1, dim=-1).values
-        inside = noisy >= top[:, self.k - 1 : self.k]
-        threshold = torch.where(inside, top[:, self.k : self.k + 1], top[:, self.k - 1 : self.k])
-        return torch.special.ndtr((clean - threshold) / std).sum(0)
+
+def expected_load(
+    clean: Float[Tensor, "T E"], noisy: Float[Tensor, "T E"], std: Float[Tensor, "T E"], k: int
+) -> Float[Tensor, "E"]:
+    """Σ_x Φ((x W_j - the k-th largest of the other noisy logits) / σ_j(x)), for k < E."""
+    top = noisy.topk(k + 1, dim=-1).values
+    kth, next_one = top[:, k - 1 : k], top[:, k : k + 1]
+    others_kth = torch.where(noisy >= kth, next_one, kth)
+    return torch.special.ndtr((clean - others_kth) / std.clamp_min(1e-6)).sum(0)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -24,7 +26,7 @@ class Sinkhorn(Router):
         width: D.
         num_experts: E.
         k: experts per token.
-        tolerance: mean change of a marginal at which the iteration ends.
+        tolerance: mean relative change of a marginal's factor at which the iteration ends.
         init_std: standard deviation of the projection's initialisation.
 
     Raises:
@@ -51,14 +53,21 @@ class Sinkhorn(Router):
         return tokens.assign(index, scores.gather(-1, index), self.num_experts, logits=logits, scores=scores)
 
 
-def plan(logits: Float[Tensor, "T E"], tolerance: float) -> Float[Tensor, "T E"]:
-    """diag(d0) exp(z) diag(d1) with rows that sum to 1 / T and columns that sum to 1 / E."""
-    cost = (logits - logits.max()).exp()
-    tokens, experts = cost.shape
-    d0, d1 = torch.ones_like(cost[:, 0]), torch.ones_like(cost[0])
-    change = float("inf")
-    while change > tolerance:
-        d0 = 1 / tokens / (cost @ d1 + 1e-8)
-        new = 1 / experts / (d0 @ cost + 1e-8)
-        change, d1 = (new - d1).abs().mean().item(), new
-    return d0.unsqueeze(1) * cost * d1
+def plan(logits: Float[Tensor, "T E"], tolerance: float, iterations: int = 1000) -> Float[Tensor, "T E"]:
+    """exp(z + f + g), where f makes every row sum to 1 / T and g every column to 1 / E, found by turns.
+
+    In logarithms nothing overflows, and the tolerance is relative.
+
+    Args:
+        logits: z.
+        tolerance: mean change of g at which the turns end.
+        iterations: of turns at most; each brings the rows closer, and the columns are exact after each.
+    """
+    tokens, experts = logits.shape
+    g = torch.zeros_like(logits[0])
+    for _ in range(iterations):
+        f = -(logits + g).logsumexp(1, keepdim=True) - math.log(tokens)
+        before, g = g, -(logits + f).logsumexp(0) - math.log(experts)
+        if (g - before).abs().mean() <= tolerance:
+            break
+    return (logits + f + g).exp()

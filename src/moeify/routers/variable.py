@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from moeify.context import Context
 from moeify.registry import register
@@ -51,11 +52,10 @@ class TopP(Router):
 
 
 def nucleus(probability: Float[Tensor, "T E"], p: float, max_k: int) -> Bool[Tensor, "T E"]:
-    """The likeliest experts whose predecessors have not yet reached p: always at least one, at most `max_k`."""
-    ordered, experts = probability.sort(dim=-1, descending=True)
-    before = ordered.cumsum(-1) - ordered
+    """The likeliest experts whose predecessors do not exceed p together: at least one, at most `max_k`."""
+    ordered, experts = probability.sort(dim=-1, descending=True, stable=True)
+    before = F.pad(ordered.cumsum(-1)[:, :-1], (1, 0))  # the first has no predecessors
     inside = (before <= p) & (torch.arange(probability.shape[-1], device=probability.device) < max_k)
-    inside[:, 0] = True
     return torch.zeros_like(inside).scatter(-1, experts, inside)
 
 
@@ -68,10 +68,15 @@ class Threshold(Router):
         num_experts: E.
         threshold: what a sigmoid score has to exceed.
         init_std: standard deviation of the projection's initialisation.
+
+    Raises:
+        ValueError: a threshold outside [0, 1).
     """
 
     def __init__(self, width: int, num_experts: int, *, threshold: float = 0.5, init_std: float = 0.02) -> None:
         super().__init__()
+        if not 0 <= threshold < 1:
+            raise ValueError(f"threshold={threshold} splits no sigmoid scores; choose 0 <= threshold < 1")
         self.num_experts, self.threshold = num_experts, threshold
         self.weight = nn.Parameter(torch.randn(num_experts, width) * init_std)
 
