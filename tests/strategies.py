@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from moeify import Assignment, Context, MoE, assign
 from moeify.experts import FFN
-from moeify.routers import TopK
+from moeify.routers import Router, TopK
 
 seeds = st.integers(0, 2**20)
 
@@ -51,7 +51,7 @@ def layer(width: int = 8, num_experts: int = 4, hidden: int = 6, *, router=TopK,
 def sharpen(module: nn.Module) -> None:
     """Give routers weights of unit variance, so that near ties are rare."""
     for part in module.modules():
-        if isinstance(part, TopK):
+        if isinstance(part, Router) and isinstance(getattr(part, "weight", None), nn.Parameter):
             nn.init.normal_(part.weight)
 
 

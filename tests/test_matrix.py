@@ -7,10 +7,13 @@ import pytest
 import torch
 from torch import nn
 
-from moeify import Context, MoE, kernels
+from moeify import MoE, kernels
 from moeify.backends import compose
 from moeify.experts import FFN, Blocks, ClampedGlu, Each, Glu, Identity, Plain, Zero
-from moeify.routers import Capacity, Groups, TopK, sigmoid, sqrt_softplus
+from moeify.routers import (
+    Capacity, Cosine, ExpertChoice, Groups, GShard, Lookup, NoisyTopK, ReLU, Sinkhorn, Soft, Threshold, TopK, TopP,
+    sigmoid, sqrt_softplus,
+)  # fmt: skip
 from strategies import agree, sharpen
 
 D, E = 8, 4
@@ -24,6 +27,18 @@ ROUTERS = {
     "per group": partial(TopK, D, E, per="group"),
     "capacity": lambda: Capacity(TopK(D, E), factor=0.7),
     "priority": lambda: Capacity(TopK(D, E), factor=0.7, priority="score", overflow="renormalize"),
+    "noisy": partial(NoisyTopK, D, E),
+    "v-moe": partial(NoisyTopK, D, E, noise=1 / E, order="softmax"),
+    "gshard": partial(GShard, D, E),
+    "cosine": partial(Cosine, D, E, k=2, dimensions=3),
+    "top-p": partial(TopP, D, E),
+    "threshold": partial(Threshold, D, E),
+    "relu": partial(ReLU, D, E),
+    "expert choice": partial(ExpertChoice, D, E),
+    "soft": partial(Soft, D, E, slots=2),
+    "sinkhorn": partial(Sinkhorn, D, E, k=2),
+    "hash": partial(Lookup, D, E, size=12),
+    "learned hash": partial(Lookup, D, E, size=5, k=3, learned=True),
 }
 EXPERTS = {
     "swiglu": partial(FFN, E, D, 6),
@@ -32,7 +47,8 @@ EXPERTS = {
     "each": lambda: Each([nn.Sequential(nn.Linear(D, 3 + e), nn.Tanh(), nn.Linear(3 + e, D)) for e in range(E)]),
     "blocks": lambda: Blocks([FFN(1, D, 12), FFN(1, D, 2, inner=Glu(nn.functional.gelu)), Identity(), Zero()]),
 }
-DROPPING = {"capacity", "priority"}
+UNEVEN = {"capacity", "priority", "gshard", "top-p", "threshold", "relu", "expert choice", "soft"}
+IDS = torch.arange(12).view(3, 4)
 BACKENDS = ["compose", "gather", "auto"]
 DTYPES = {torch.float32: 1e-5, torch.float64: 1e-5, torch.bfloat16: 6e-2}
 
@@ -44,17 +60,20 @@ DTYPES = {torch.float32: 1e-5, torch.float64: 1e-5, torch.bfloat16: 6e-2}
 def test_every_combination_is_its_definition(router, experts, backend, dtype, monkeypatch):
     moe = MoE(ROUTERS[router](), EXPERTS[experts](), backend=backend).to(dtype)
     sharpen(moe)
+    moe.context.inputs["input_ids"] = IDS
     exact = deepcopy(moe).double()
     x = torch.randn(3, 4, D, dtype=dtype, requires_grad=True)
     x64 = x.detach().double().requires_grad_()
-    if router in DROPPING and backend == "gather":
+    if router in UNEVEN and backend == "gather":
         with pytest.raises(ValueError, match="'gather' cannot run this layer"):
             moe(x)
         return
 
+    torch.manual_seed(1)
     y = moe(x)
     monkeypatch.setattr("moeify.experts.ffn.grouped_linear", kernels.naive_grouped_linear)
-    slow = compose(x64, exact.router(x64, Context()), exact.experts)
+    torch.manual_seed(1)
+    slow = compose(x64, exact.router(x64, moe.context), exact.experts)
     assert y.dtype == dtype
     agree(y, [x, *moe.parameters()], slow, [x64, *exact.parameters()], rtol=DTYPES[dtype], atol=DTYPES[dtype])
 
@@ -63,6 +82,7 @@ def test_every_combination_is_its_definition(router, experts, backend, dtype, mo
 @pytest.mark.parametrize("router", ROUTERS)
 def test_every_parameter_gets_a_finite_gradient(router, experts):
     moe = MoE(ROUTERS[router](), EXPERTS[experts]())
+    moe.context.inputs["input_ids"] = IDS
     moe(torch.randn(3, 4, D)).square().sum().backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in moe.parameters())
     assert all(p.grad.count_nonzero() for p in moe.router.parameters())
