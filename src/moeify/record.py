@@ -1,11 +1,11 @@
-"""See every routing decision of a model, in sparse layers of ours and in the MoE models that transformers ships."""
+"""See every routing decision of a model, ours or one that transformers ships, and give decisions back."""
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, Int
@@ -14,7 +14,7 @@ from torch.utils.hooks import RemovableHandle
 
 from moeify.context import Context, recomputing
 from moeify.moe import MoE
-from moeify.routers import sigmoid, softmax, sqrt_softplus
+from moeify.routers import Replay, sigmoid, softmax, sqrt_softplus
 from moeify.routing import Assignment, Routing, assign
 
 Observer = Callable[[str, Routing], None]
@@ -68,6 +68,41 @@ def observe(model: nn.Module, observer: Observer) -> list[RemovableHandle]:
             "mixture-of-experts model of transformers"
         )
     return handles
+
+
+@contextmanager
+def replay(
+    model: nn.Module, *decisions: dict[str, Routing], weights: Literal["recorded", "recomputed"] = "recorded"
+) -> Iterator[None]:
+    """Route every sparse layer of ours as was recorded, one dict of `record` per forward pass.
+
+    With activation checkpointing, run the backward pass inside as well: it repeats the forward pass.
+
+    Args:
+        model: the model, or one whose layers have the same names.
+        decisions: what `record` collected, in the order of the forward passes.
+        weights: `recorded`, or `recomputed` from the router's scores of today, see `moeify.routers.Replay`.
+
+    Raises:
+        ValueError: the model has no sparse layer of ours, or one of which nothing was recorded.
+    """
+    layers = {name: moe for name, moe in model.named_modules() if isinstance(moe, MoE)}
+    if not layers:
+        raise ValueError(f"{type(model).__name__} has no sparse layer of moeify whose decisions could be replayed")
+    if missing := [name for name in layers if any(name not in recorded for recorded in decisions)]:
+        raise ValueError(f"no decision was recorded for {', '.join(missing)}; run a whole forward pass under record()")
+    routers = {name: moe.router for name, moe in layers.items()}
+    replays = {
+        name: Replay(router, [recorded[name] for recorded in decisions], weights=weights)
+        for name, router in routers.items()
+    }
+    try:
+        for name, moe in layers.items():
+            moe.router = replays[name]
+        yield
+    finally:
+        for name, moe in layers.items():
+            moe.router = routers[name]
 
 
 def _observe_router(name: str, observer: Observer) -> Callable[..., None]:

@@ -4,15 +4,20 @@ from moeify.routers.base import Router, Tokens, project, real_tokens
 from moeify.routers.capacity import Capacity
 from moeify.routers.cosine import Cosine
 from moeify.routers.expert_choice import ExpertChoice
+from moeify.routers.frozen import Frozen
+from moeify.routers.gates import MultiGate, SparseMultiGate
 from moeify.routers.gshard import GShard
 from moeify.routers.lookup import Lookup
 from moeify.routers.noisy import NoisyTopK
+from moeify.routers.replay import Replay
 from moeify.routers.sinkhorn import Sinkhorn
 from moeify.routers.soft import Soft
+from moeify.routers.sparsemixer import SparseMixer
 from moeify.routers.topk import Groups, TopK, sigmoid, softmax, sqrt_softplus
 from moeify.routers.variable import ReLU, Threshold, TopP
 
 __all__ = [
-    "Capacity", "Cosine", "ExpertChoice", "GShard", "Groups", "Lookup", "NoisyTopK", "ReLU", "Router", "Sinkhorn",
-    "Soft", "Threshold", "Tokens", "TopK", "TopP", "project", "real_tokens", "sigmoid", "softmax", "sqrt_softplus",
+    "Capacity", "Cosine", "ExpertChoice", "Frozen", "GShard", "Groups", "Lookup", "MultiGate", "NoisyTopK", "ReLU",
+    "Replay", "Router", "Sinkhorn", "Soft", "SparseMixer", "SparseMultiGate", "Threshold", "Tokens", "TopK", "TopP",
+    "project", "real_tokens", "sigmoid", "softmax", "sqrt_softplus",
 ]  # fmt: skip

@@ -159,10 +159,14 @@ class TopK(Router):
         if self.groups is not None:
             choice = self.groups(choice)
         index = choice.topk(self.k, dim=-1).indices
+        return index, self.weigh(scores, index)
+
+    def weigh(self, scores: Float[Tensor, "T E"], index: Int[Tensor, "T K"]) -> Float[Tensor, "T K"]:
+        """The weights of chosen experts."""
         gates = scores.gather(-1, index)
         if self.normalize:
             gates = gates / (gates.sum(-1, keepdim=True) + 1e-20)
-        return index, gates * self.scale
+        return gates * self.scale
 
     def _jittered(self, tokens: Float[Tensor, "T D"]) -> Float[Tensor, "T D"]:
         if not self.training or self.jitter == 0.0:

@@ -1,0 +1,87 @@
+"""Routing as it was recorded: for reinforcement learning, for comparing runs, and for finding what went wrong."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import fields, replace
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from moeify.context import Context, recomputing
+from moeify.routers.base import Router, real_tokens
+from moeify.routers.topk import TopK
+from moeify.routing import Assignment, Routing
+
+
+class Replay(Router):
+    """Gives back recorded decisions, one per forward pass (R3, arXiv 2510.11370).
+
+    A forward pass that activation checkpointing repeats gets the latest decision again. `moeify.record.replay` puts
+    this in the place of every router of a model.
+
+    Args:
+        router: the router that decided then.
+        decisions: what it decided, in the order of the forward passes.
+        weights: `recorded` gives the weights back as constants; `recomputed` keeps the recorded experts and weighs
+            them by the router's own scores of today, through which the router learns.
+
+    Raises:
+        ValueError: recomputed weights for a router other than a `TopK` that decides token by token; in `forward`, more
+            passes than decisions, or tokens of another shape than the recorded ones.
+    """
+
+    def __init__(
+        self,
+        router: Router,
+        decisions: Sequence[Routing],
+        *,
+        weights: Literal["recorded", "recomputed"] = "recorded",
+    ) -> None:
+        super().__init__()
+        if weights == "recomputed" and not (isinstance(router, TopK) and router.per == "token"):
+            raise ValueError(
+                f"only a TopK that decides token by token can weigh recorded choices anew, and this is a "
+                f"{type(router).__name__}; use weights='recorded'"
+            )
+        self.router = router
+        self.decisions = [detached(decision) for decision in decisions]
+        self.weights = weights
+        self.given = 0
+        self.causal, self.preserving = router.causal, router.preserving
+
+    def forward(self, x: Float[Tensor, "... D"], context: Context) -> Routing:
+        """The next recorded decision."""
+        decision = self._next()
+        if isinstance(decision, Assignment) and decision.shape != tuple(x.shape[:-1]):
+            raise ValueError(
+                f"the recorded decision is for tokens of shape {tuple(decision.shape)}, and the layer was given "
+                f"{tuple(x.shape[:-1])}; replay the inputs that were recorded"
+            )
+        return decision if self.weights == "recorded" else self._reweighed(decision, x, context)
+
+    def _next(self) -> Routing:
+        if not (recomputing() and self.given):
+            if self.given == len(self.decisions):
+                raise ValueError(f"all {self.given} recorded decisions have been replayed; record one per forward pass")
+            self.given += 1
+        return self.decisions[self.given - 1]
+
+    def _reweighed(self, decision: Routing, x: Float[Tensor, "... D"], context: Context) -> Assignment:
+        assert isinstance(decision, Assignment)
+        assert isinstance(self.router, TopK)
+        assert decision.index is not None
+        assert decision.choice is not None
+        tokens = real_tokens(x, context)
+        logits, scores, *_ = self.router.decide(tokens.x)
+        gates = self.router.weigh(scores, decision.index)
+        token = decision.source if tokens.positions is None else torch.searchsorted(tokens.positions, decision.source)
+        return replace(decision, weight=gates[token, decision.choice], gates=gates, logits=logits, scores=scores)
+
+
+def detached(routing: Routing) -> Routing:
+    """A decision without the autograd graph that made it."""
+    values = {field.name: getattr(routing, field.name) for field in fields(routing)}
+    return replace(routing, **{name: v.detach() for name, v in values.items() if isinstance(v, Tensor)})
