@@ -1,0 +1,125 @@
+"""MH-MoE: every token is cut into sub-tokens, which are routed each for itself and merged again."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from moeify.context import Context
+from moeify.experts.ffn import FFN, Glu, Inner
+from moeify.moe import MoE
+from moeify.routers.base import Router
+from moeify.routers.topk import TopK
+
+
+class MultiHead(nn.Module):
+    """y = W_merge · moe(cut(W_head x)): h sub-tokens of width D / h per token (MH-MoE, arXiv 2404.15045).
+
+    Capacity, losses and statistics of the inner layer are over sub-tokens. Its padding, and whatever else the context
+    says of a token, holds for all sub-tokens of that token.
+
+    Args:
+        moe: the inner layer, on tokens of width D / h.
+        width: D.
+        heads: h.
+        context: what the model was called with.
+
+    Raises:
+        ValueError: h does not divide D.
+    """
+
+    def __init__(self, moe: MoE, width: int, heads: int, *, context: Context | None = None) -> None:
+        super().__init__()
+        if heads < 1 or width % heads:
+            raise ValueError(f"a width of {width} cannot be cut into {heads} heads; choose a number that divides it")
+        self.heads = heads
+        self.context = Context() if context is None else context
+        self.head, self.merge = nn.Linear(width, width), nn.Linear(width, width)
+        self.moe = moe
+        nn.init.xavier_uniform_(self.head.weight, gain=1 / math.sqrt(2))
+        nn.init.xavier_uniform_(self.merge.weight)
+        nn.init.zeros_(self.merge.bias)
+
+    def forward(self, x: Float[Tensor, "... N D"]) -> Float[Tensor, "... N D"]:
+        """Cut, route and merge."""
+        self._tell(tokens=x.shape[:-1].numel())
+        return self.merge(self._turned(self._merged(self.moe(self._cut(self._turned(self.head(x)))))))
+
+    def _turned(self, x: Tensor) -> Tensor:
+        """Sequences before tokens, (B, N, D), and back: the sub-tokens of a token lie side by side in its sequence."""
+        return x if self.context.batch_first or x.dim() < 3 else x.transpose(0, 1)
+
+    def _cut(self, x: Float[Tensor, "... N D"]) -> Float[Tensor, "... M d"]:
+        return x.unflatten(-1, (self.heads, -1)).flatten(-3, -2)
+
+    def _merged(self, y: Float[Tensor, "... M d"]) -> Float[Tensor, "... N D"]:
+        return y.unflatten(-2, (-1, self.heads)).flatten(-2)
+
+    def _tell(self, tokens: int) -> None:
+        """Fill the inner context: what holds for a token holds for its h sub-tokens."""
+        inner = self.moe.context
+        inner.clear()
+        for name, value in self.context.inputs.items():
+            of_tokens = value.dim() > 1 and value.shape[:2].numel() == tokens
+            inner.inputs[name] = value.repeat_interleave(self.heads, dim=1) if of_tokens else value
+        if self.context.token_mask is not None:
+            self.context.real(tokens)
+            mask = self.context.token_mask if self.context.batch_first else self.context.token_mask.T
+            inner.mask(mask.repeat_interleave(self.heads, dim=1))
+
+    def extra_repr(self) -> str:
+        """The number of heads."""
+        return f"heads={self.heads}"
+
+
+_SWIGLU = Glu(F.silu)
+
+
+def multi_head(
+    width: int,
+    num_experts: int,
+    hidden: int,
+    *,
+    heads: int,
+    k: int = 2,
+    router: Callable[..., Router] = TopK,
+    inner: Inner = _SWIGLU,
+    context: Context | None = None,
+) -> MultiHead:
+    """A `MultiHead` that costs what k of `num_experts` experts of width `hidden` cost without it (arXiv 2411.16205).
+
+    The two linear maps are paid for by narrower experts: H' = H - 2 D / (k · m), with m the matrices of an expert, so
+    that 2 D² + h · k · m · H' · D / h = k · m · H · D. An expert on D / h is h times smaller, so there are
+    E' = (E · m · H · D - 2 D²) / (m · H' · D / h) of them, rounded, for as many parameters. The router's own work,
+    E · D, becomes E' · D.
+
+    Args:
+        width: D.
+        num_experts: E of the layer that is matched.
+        hidden: H of the layer that is matched.
+        heads: h.
+        k: experts per sub-token, and per token of the layer that is matched.
+        router: makes a router from width, number of experts and `k`.
+        inner: the nonlinearity of the experts.
+        context: what the model was called with.
+
+    Raises:
+        ValueError: h does not divide D, or experts too narrow to pay for the two maps.
+    """
+    matrices = inner.maps + 1
+    narrow = round(hidden - 2 * width / (k * matrices))
+    if narrow < 1:
+        raise ValueError(
+            f"{k} experts of width {hidden} cost less than the two maps of width {width}; take more or wider experts"
+        )
+    if heads < 1 or width % heads:
+        raise ValueError(f"a width of {width} cannot be cut into {heads} heads; choose a number that divides it")
+    part = width // heads
+    count = round((num_experts * matrices * hidden - 2 * width) * width / (matrices * narrow * part))
+    return MultiHead(
+        MoE(router(part, count, k=k), FFN(count, part, narrow, inner=inner)), width, heads, context=context
+    )
