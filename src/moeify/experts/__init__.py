@@ -2,6 +2,7 @@
 
 from moeify.experts.base import Experts
 from moeify.experts.blocks import Blocks, Each, Identity, Zero
+from moeify.experts.constant import Constant
 from moeify.experts.ffn import FFN, ClampedGlu, Glu, Plain
 
-__all__ = ["FFN", "Blocks", "ClampedGlu", "Each", "Experts", "Glu", "Identity", "Plain", "Zero"]
+__all__ = ["FFN", "Blocks", "ClampedGlu", "Constant", "Each", "Experts", "Glu", "Identity", "Plain", "Zero"]

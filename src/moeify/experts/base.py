@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 
+import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
@@ -16,6 +17,11 @@ class Experts(nn.Module, ABC):
     """
 
     num_experts: int
+
+    @property
+    def costs(self) -> Float[Tensor, "E"]:
+        """What a row costs at each expert, relative to the dearest; read by `moeify.losses.cost`."""
+        return torch.ones(self.num_experts)
 
     @abstractmethod
     def forward(self, rows: Float[Tensor, "R D"], counts: Int[Tensor, "E"]) -> Float[Tensor, "R O"]:

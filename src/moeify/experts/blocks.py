@@ -43,11 +43,22 @@ class Blocks(Experts):
         self._sizes = [bank.num_experts for bank in banks]
         self.num_experts = sum(self._sizes)
 
+    @property
+    def costs(self) -> Float[Tensor, "E"]:
+        """Every bank's costs, in proportion to the parameters of one of its experts."""
+        work = torch.cat([_size(bank) * bank.costs for bank in self.banks])
+        return work / work.max().clamp_min(1)
+
     def forward(self, rows: Float[Tensor, "R D"], counts: Int[Tensor, "E"]) -> Float[Tensor, "R O"]:
         """Give every bank the rows of its experts."""
         by_bank = counts.split(self._sizes)
         parts = rows.split([int(c.sum()) for c in by_bank])
         return torch.cat([bank(part, c) for bank, part, c in zip(self.banks, parts, by_bank, strict=True)])
+
+
+def _size(bank: Experts) -> float:
+    """The parameters of one of its experts."""
+    return sum(p.numel() for p in bank.parameters()) / bank.num_experts
 
 
 class Identity(Experts):
@@ -56,6 +67,11 @@ class Identity(Experts):
     def __init__(self, num_experts: int = 1) -> None:
         super().__init__()
         self.num_experts = num_experts
+
+    @property
+    def costs(self) -> Float[Tensor, "E"]:
+        """Zero."""
+        return torch.zeros(self.num_experts)
 
     def forward(self, rows: Float[Tensor, "R D"], counts: Int[Tensor, "E"]) -> Float[Tensor, "R D"]:
         """Return the rows."""
@@ -74,6 +90,11 @@ class Zero(Experts):
         super().__init__()
         self.num_experts = num_experts
         self.width_out = width_out
+
+    @property
+    def costs(self) -> Float[Tensor, "E"]:
+        """Zero."""
+        return torch.zeros(self.num_experts)
 
     def forward(self, rows: Float[Tensor, "R D"], counts: Int[Tensor, "E"]) -> Float[Tensor, "R O"]:
         """Return zeros."""

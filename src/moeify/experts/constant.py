@@ -1,0 +1,40 @@
+"""Experts that answer with a learned vector."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from moeify.experts.base import Experts
+from moeify.kernels import grouped_linear
+
+
+class Constant(Experts):
+    """Experts that answer α₁·x + α₂·v, with (α₁, α₂) = softmax(W_c x) (MoE++, arXiv 2410.07348).
+
+    They cost next to nothing, as `Identity` and `Zero` do; put them beside a bank of `FFN`s in `Blocks`.
+
+    Args:
+        num_experts: E.
+        width: D.
+    """
+
+    def __init__(self, num_experts: int, width: int) -> None:
+        super().__init__()
+        self.num_experts = num_experts
+        self.weight = nn.Parameter(torch.empty(num_experts, 2, width).uniform_(-1, 1) / math.sqrt(width))
+        self.vector = nn.Parameter(torch.randn(num_experts, width))
+
+    @property
+    def costs(self) -> Float[Tensor, "E"]:
+        """Zero."""
+        return torch.zeros(self.num_experts)
+
+    def forward(self, rows: Float[Tensor, "R D"], counts: Int[Tensor, "E"]) -> Float[Tensor, "R D"]:
+        """Mix every row with the vector of its expert."""
+        own, other = grouped_linear(rows, self.weight, counts).softmax(-1).unsqueeze(-1).unbind(1)  # each (R, 1)
+        vector = torch.repeat_interleave(self.vector, counts, dim=0, output_size=rows.shape[0])
+        return own * rows + other * vector
