@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-from functools import wraps
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +11,17 @@ from moeify.cli.train import train
 _DEFAULTS = {"seeds": 3, "output": Path("runs/compare")}
 
 
-@wraps(train)
-def _train_over_seeds(**options: Any) -> None:
+def compare(**options: Any) -> None:
+    """Train a sparse model and its dense twin over several seeds, and say by how much they differ.
+
+    Takes the options of `moeify train`; only the defaults of --seeds and --output are others.
+    """
     train(**options)
 
 
-compare = _train_over_seeds
 vars(compare)["__signature__"] = inspect.Signature(
-    [p.replace(default=_DEFAULTS.get(p.name, p.default)) for p in inspect.signature(train).parameters.values()]
+    [
+        p.replace(default=_DEFAULTS.get(p.name, p.default))
+        for p in inspect.signature(train, eval_str=True).parameters.values()
+    ]
 )
-compare.__doc__ = """Train a sparse model and its dense twin over several seeds, and say by how much they differ.
-
-Takes the options of `moeify train`; only the defaults of --seeds and --output are others.
-"""

@@ -5,8 +5,11 @@ from __future__ import annotations
 import json
 import os
 import platform
+import resource
+import sys
+import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +20,8 @@ from rich.table import Table
 from torch import nn
 
 import moeify
-from moeify.cli.text import load_tokenizer, sample, save_tokenizer
-from moeify.evaluate.run import Settings
+from moeify.cli.text import load_dense, load_tokenizer, sample, save_tokenizer
+from moeify.evaluate.run import Settings, Stopped
 from moeify.evaluate.versus import Versus, versus
 from moeify.inspect.load import ExpertLoad, expert_load
 from moeify.inspect.page import comparison_rows, load_rows, size_rows, write_report
@@ -80,11 +83,18 @@ class Job:
             ValueError: the folder holds another run; or whatever data, model or recipe refuse.
             moeify.evaluate.run.Stopped: a signal ended it; `resume` goes on.
         """
-        console = Console()
-        _prepare(self.output, self.resume)
+        try:
+            return self._run()
+        except (Stopped, KeyboardInterrupt) as stop:
+            raise Stopped(f"{stop or 'interrupted'}; go on with the same command and --resume") from None
+
+    def _run(self) -> Versus:
+        started = time.perf_counter()
+        console = Console(soft_wrap=True, markup=False, highlight=False)
+        self._prepare()
         tokenizer = ByteTokenizer() if self.model is None else load_tokenizer(self.model)
         corpus = build_corpus() if self.data is None else read_texts(self.data)
-        console.print(str(corpus) if self.data is None else f"data: {self.data}", highlight=False)
+        console.print(str(corpus) if self.data is None else f"data: {self.data}")
         train, validation = blocks(corpus, tokenizer, self.length)
         models: dict[str, nn.Module] = {}
         result = versus(
@@ -96,13 +106,46 @@ class Job:
         load = expert_load(models["sparse"], validation)
         samples = {name: [sample(model, tokenizer, prompt) for prompt in PROMPTS] for name, model in models.items()}
         facts = self._facts(getattr(corpus, "sha256", None), train.length * len(train))
-        self._write(result, load, samples, facts)
+        cost = {"seconds": time.perf_counter() - started, "peak_memory_bytes": _peak_memory()}
+        facts["whole job"] = f"{cost['seconds']:,.0f} s, at most {cost['peak_memory_bytes'] / 2**20:,.0f} MiB of memory"
+        self._write(result, load, samples, facts, cost)
         self._show(console, result, load, samples)
         return result
 
+    def _prepare(self) -> None:
+        """Make the folder, or see that what lies in it is this job begun."""
+        output, begun = self.output, self.output / "job.json"
+        if output.exists() and not output.is_dir():
+            raise ValueError(f"{output} is a file; name a folder for the run")
+        if output.is_dir() and any(output.iterdir()) and not self.resume:
+            raise ValueError(f"{output} is not empty; pass --resume to go on with it, or another --output")
+        output.mkdir(parents=True, exist_ok=True)
+        if not os.access(output, os.W_OK):
+            raise ValueError(f"{output} cannot be written to; name another --output")
+        ours = json.loads(json.dumps(self._decisive()))
+        theirs = json.loads(begun.read_text()) if begun.is_file() else ours
+        others = [
+            f"{name} {theirs.get(name)!r} instead of {value!r}"
+            for name, value in ours.items()
+            if theirs.get(name) != value
+        ]
+        if others:
+            raise ValueError(
+                f"{output} was begun with {', '.join(others)}; go on with its own options, or in another --output"
+            )
+        begun.write_text(json.dumps(ours, indent=2) + "\n")
+
+    def _decisive(self) -> dict[str, Any]:
+        """What decides the numbers that come out, by name; a job that goes on must have the same."""
+        settings = {name: value for name, value in vars(self.settings).items() if name not in ("sparse", "device")}
+        balance = {name: value for name, value in vars(self.settings.sparse).items() if name != "progress"}
+        job = {"model": self.model, "data": self.data, "length": self.length, "recipe": self.recipe.to_dict()}
+        return job | asdict(self.shape) | settings | balance
+
     def _builder(self, tokenizer: Tokenizer) -> Callable[[], nn.Module]:
         if self.model is not None:
-            return lambda: transformers.AutoModelForCausalLM.from_pretrained(self.model, dtype=torch.float32)
+            name = self.model
+            return lambda: load_dense(name, dtype=torch.float32)
         size = self.shape
         config = transformers.LlamaConfig(
             vocab_size=ByteTokenizer.vocab_size, hidden_size=size.width, intermediate_size=size.hidden,
@@ -132,8 +175,15 @@ class Job:
             "threads": torch.get_num_threads(),
         }
 
-    def _write(self, result: Versus, load: ExpertLoad, samples: dict[str, list[str]], facts: dict[str, Any]) -> None:
-        summary = {"facts": facts, **result.to_dict(), "experts": load.to_dict(), "samples": samples}
+    def _write(
+        self,
+        result: Versus,
+        load: ExpertLoad,
+        samples: dict[str, list[str]],
+        facts: dict[str, Any],
+        cost: dict[str, float],
+    ) -> None:
+        summary = {"facts": facts, "job": cost, **result.to_dict(), "experts": load.to_dict(), "samples": samples}
         (self.output / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
         metrics = self.output / f"sparse-{self.settings.seed}" / "metrics.jsonl"
         (self.output / "metrics.jsonl").write_bytes(metrics.read_bytes())
@@ -149,7 +199,7 @@ class Job:
     def _show(self, console: Console, result: Versus, load: ExpertLoad, samples: dict[str, list[str]]) -> None:
         for name, texts in samples.items():
             console.rule(f"the {name} model writes")
-            console.print("\n---\n".join(texts), markup=False, highlight=False)
+            console.print("\n---\n".join(texts))
         for title, (heading, rows) in (
             ("size and speed", size_rows(result)),
             ("experts", load_rows(load)),
@@ -159,8 +209,8 @@ class Job:
             for row in rows:
                 shown.add_row(*row)
             console.print(shown)
-        console.print(verdict(result), highlight=False)
-        console.print(f"everything is in {self.output}; open {self.output / 'report.html'}", highlight=False)
+        console.print(verdict(result))
+        console.print(f"everything is in {self.output}; open {self.output / 'report.html'}")
 
 
 def verdict(result: Versus) -> str:
@@ -174,11 +224,6 @@ def verdict(result: Versus) -> str:
     return "; ".join(sentences) + "."
 
 
-def _prepare(output: Path, resume: bool) -> None:
-    if output.exists() and not output.is_dir():
-        raise ValueError(f"{output} is a file; name a folder for the run")
-    if output.is_dir() and any(output.iterdir()) and not resume:
-        raise ValueError(f"{output} is not empty; pass --resume to go on with it, or another --output")
-    output.mkdir(parents=True, exist_ok=True)
-    if not os.access(output, os.W_OK):
-        raise ValueError(f"{output} cannot be written to; name another --output")
+def _peak_memory() -> int:
+    """Bytes of main memory that the process has held at most."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

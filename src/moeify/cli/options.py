@@ -14,20 +14,24 @@ from moeify.evaluate.run import Settings
 from moeify.sparsify import Recipe, read_recipe
 from moeify.train import SparseArguments
 
-Model = Annotated[str | None, typer.Option(help="A local or hub model to start from [default: a small Llama]")]
+_RECIPE = "A named recipe (see `moeify recipes`) or a .json/.toml file"
+
+Model = Annotated[str | None, typer.Option(help="A local or hub model to start from", show_default="a small Llama")]
 Data = Annotated[
     str | None,
-    typer.Option(help="Text, .jsonl, .parquet, a folder or a hub data set [default: text of Python and torch]"),
-]
-RecipeName = Annotated[
-    str | None,
     typer.Option(
-        "--recipe",
-        help="A named recipe (see `moeify recipes`) or a .json/.toml file [default: matched; with --model: mixtral]",
+        help="Text, .jsonl, .parquet, a folder or a hub data set",
+        show_default="the text that came with Python and torch",
     ),
 ]
-NumExperts = Annotated[int | None, typer.Option("--experts", min=1, help="Number of experts [default: the recipe's]")]
-TopKExperts = Annotated[int | None, typer.Option("--k", min=1, help="Experts per token [default: the recipe's]")]
+RecipeName = Annotated[str, typer.Option("--recipe", help=_RECIPE)]
+RecipeNameOrNone = Annotated[
+    str | None, typer.Option("--recipe", help=_RECIPE, show_default="matched; mixtral for a --model")
+]
+NumExperts = Annotated[
+    int | None, typer.Option("--experts", min=1, help="Number of experts", show_default="the recipe's")
+]
+TopKExperts = Annotated[int | None, typer.Option("--k", min=1, help="Experts per token", show_default="the recipe's")]
 Output = Annotated[Path, typer.Option(help="The run's folder")]
 Steps = Annotated[int, typer.Option(min=1, help="Optimizer steps of each model")]
 Batch = Annotated[int, typer.Option(min=1, help="Blocks per step")]
@@ -38,26 +42,26 @@ WeightDecay = Annotated[float, typer.Option(min=0, help="Weight decay of AdamW")
 Balance = Annotated[float, typer.Option(min=0, help="Weight of the balance loss; 0 turns it off")]
 Scope = Annotated[str, typer.Option(help="Scope of the balance loss: global, sequence or batch")]
 Z = Annotated[float, typer.Option("--z", min=0, help="Weight of the router z-loss")]
-Dropout = Annotated[float | None, typer.Option(min=0, max=1, help="Dropout inside the experts")]
+Dropout = Annotated[float | None, typer.Option(min=0, max=1, help="Dropout inside the experts", show_default="none")]
 Seed = Annotated[int, typer.Option(help="The first seed")]
 Seeds = Annotated[int, typer.Option(min=1, help="Pairs of runs, each with its own seed")]
-Evaluations = Annotated[int, typer.Option(min=2, help="How often the validation loss is measured")]
+Evaluations = Annotated[int, typer.Option(min=1, help="How often the validation loss is measured after the start")]
 Width = Annotated[int, typer.Option(min=8, help="Width of the small Llama")]
 Layers = Annotated[int, typer.Option(min=1, help="Layers of the small Llama")]
 Heads = Annotated[int, typer.Option(min=1, help="Attention heads of the small Llama")]
 Hidden = Annotated[int, typer.Option(min=1, help="FFN width of the small Llama")]
-Device = Annotated[str | None, typer.Option(help="cpu or cuda [default: the best there is]")]
+Device = Annotated[str | None, typer.Option(help="cpu or cuda", show_default="the best there is")]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on with a stopped run in the output folder")]
-Progress = Annotated[bool, typer.Option(help="Show a line of progress in a terminal")]
+Progress = Annotated[bool, typer.Option(help="Show the progress of training")]
 
 
-def choose_recipe(name: str | None, default: str, num_experts: int | None, k: int | None) -> Recipe:
+def choose_recipe(name: str, num_experts: int | None, k: int | None) -> Recipe:
     """The recipe that the options name, with the number of experts and k that they ask for.
 
     Raises:
         ValueError: an unknown recipe, or k for a router that has none.
     """
-    recipe = read_recipe(name or default)
+    recipe = read_recipe(name)
     if num_experts is not None:
         recipe = replace(recipe, num_experts=num_experts)
     return recipe if k is None else replace(recipe, router=_with_k(recipe.router, k))
@@ -88,7 +92,7 @@ def make_job(o: dict[str, Any]) -> Job:
     )
     return Job(
         output=o["output"],
-        recipe=choose_recipe(o["recipe"], "mixtral" if o["model"] else "matched", o["experts"], o["k"]),
+        recipe=choose_recipe(o["recipe"] or ("mixtral" if o["model"] else "matched"), o["experts"], o["k"]),
         settings=Settings(
             steps=o["steps"], batch=o["batch"], accumulate=o["accumulate"], learning_rate=o["learning_rate"],
             weight_decay=o["weight_decay"], seed=o["seed"], evaluations=min(o["evaluations"], o["steps"]),

@@ -5,13 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-import transformers
 import typer
 from rich.console import Console
 from rich.table import Table
 
 from moeify.cli import options as o
-from moeify.cli.text import load_tokenizer, save_tokenizer
+from moeify.cli.text import load_dense, load_tokenizer, save_tokenizer
 from moeify.sparsify import recipes, save
 from moeify.sparsify import sparsify as make_sparse
 
@@ -19,20 +18,16 @@ from moeify.sparsify import sparsify as make_sparse
 def sparsify(
     model: Annotated[str, typer.Argument(help="A local or hub model of transformers")],
     output: Annotated[Path, typer.Argument(help="The folder to write")],
-    recipe: o.RecipeName = None,
+    recipe: o.RecipeName = "mixtral",
     experts: o.NumExperts = None,
     k: o.TopKExperts = None,
     architecture: Annotated[
         str, typer.Option(help="How to load it: AutoModelForCausalLM, AutoModel, or another class of transformers")
     ] = "AutoModelForCausalLM",
 ) -> None:
-    """Make a dense model sparse and save it with its tokenizer; `moeify.load` and `moeify generate` read it."""
-    chosen = o.choose_recipe(recipe, "mixtral", experts, k)
-    loader = getattr(transformers, architecture, None)
-    if loader is None or not hasattr(loader, "from_pretrained"):
-        raise ValueError(f"transformers has no model class {architecture!r}")
-    dense = loader.from_pretrained(model)
-    save(make_sparse(dense, chosen), output)
+    """Make a dense model sparse and save it with its tokenizer; `moeify generate` and `moeify.load` read it."""
+    chosen = o.choose_recipe(recipe, experts, k)
+    save(make_sparse(load_dense(model, architecture), chosen), output)
     try:
         save_tokenizer(load_tokenizer(model), output)
     except ValueError:

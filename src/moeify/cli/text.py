@@ -1,4 +1,4 @@
-"""Tokenizers and generated text for the command line."""
+"""Models, tokenizers and generated text for the command line."""
 
 from __future__ import annotations
 
@@ -8,8 +8,24 @@ from typing import Any
 
 import torch
 import transformers
+from safetensors import SafetensorError
 
 from moeify.train.data import ByteTokenizer, Tokenizer
+
+
+def load_dense(model: str, architecture: str = "AutoModelForCausalLM", **options: Any) -> Any:
+    """A local or hub model of transformers; `options` are those of its `from_pretrained`.
+
+    Raises:
+        ValueError: transformers has no such class, or the model cannot be had or read.
+    """
+    loader = getattr(transformers, architecture, None)
+    if not hasattr(loader, "from_pretrained"):
+        raise ValueError(f"transformers has no model class {architecture!r}")
+    try:
+        return loader.from_pretrained(model, **options)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise ValueError(f"no model {model!r} could be loaded: {_first_line(error)}") from None
 
 
 def load_tokenizer(model: str) -> Any:
@@ -21,7 +37,11 @@ def load_tokenizer(model: str) -> Any:
     try:
         return transformers.AutoTokenizer.from_pretrained(model)
     except (OSError, ValueError) as error:
-        raise ValueError(f"no model or tokenizer {model!r} could be loaded: {str(error).splitlines()[0]}") from None
+        raise ValueError(f"no model or tokenizer {model!r} could be loaded: {_first_line(error)}") from None
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0]
 
 
 def save_tokenizer(tokenizer: Any, folder: Path) -> None:
@@ -43,8 +63,10 @@ def sample(
     """The prompt and what the model writes after it.
 
     Raises:
-        ValueError: a prompt without tokens, or a temperature below 0.
+        ValueError: a model that does not write, a prompt without tokens, or a temperature below 0.
     """
+    if not hasattr(model, "generate"):
+        raise ValueError(f"a {type(model).__name__} does not write text; moeify generate needs a causal language model")
     ids = tokenizer.encode(prompt)
     if not ids:
         raise ValueError("the prompt is empty; give at least one character")

@@ -10,7 +10,7 @@ from moeify.cli import options as o
 def train(
     model: o.Model = None,
     data: o.Data = None,
-    recipe: o.RecipeName = None,
+    recipe: o.RecipeNameOrNone = None,
     experts: o.NumExperts = None,
     k: o.TopKExperts = None,
     output: o.Output = Path("runs/train"),

@@ -1,0 +1,38 @@
+"""`moeify doctor` describes the machine that it runs on."""
+
+from __future__ import annotations
+
+import importlib.util
+import platform
+
+import torch
+
+import moeify as package
+from command_line import moeify
+from moeify.backends import BACKENDS
+
+
+def rows(out):
+    return [[cell.strip() for cell in line.split("│")[1:-1]] for line in out.splitlines() if "│" in line]
+
+
+def test_versions_and_processor_are_those_of_this_machine():
+    ended = moeify("doctor")
+    assert (ended.code, ended.err) == (0, "")
+    found = {row[0]: row[1] for row in rows(ended.out) if row[0]}
+    assert found["moeify"] == package.__version__
+    assert found["python"] == platform.python_version()
+    assert found["torch"] == torch.__version__
+    assert found["vector instructions"] == torch.backends.cpu.get_cpu_capability()
+
+
+def test_a_missing_package_comes_with_the_extra_that_brings_it(monkeypatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "matplotlib" else find(name, *a))
+    assert "missing matplotlib: pip install 'moeify[report]'" in " ".join(moeify("doctor").out.split())
+
+
+def test_a_kernel_and_a_backend_are_named_for_every_dtype():
+    found = [row for row in rows(moeify("doctor").out) if row[0] == "cpu"]
+    assert [row[1] for row in found] == ["float32", "bfloat16"]
+    assert all(row[2] and row[3] in BACKENDS | {"compose": None} for row in found)

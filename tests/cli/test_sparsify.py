@@ -1,0 +1,64 @@
+"""`moeify sparsify` and `moeify recipes`."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
+
+from command_line import moeify
+from moeify.sparsify import load, recipes
+from tiny_models import bert, causal_lm
+
+JSON = '{"num_experts": 3, "router": {"name": "topk", "k": 2, "normalize": false}, "experts": "fresh"}'
+TOML = 'num_experts = 3\nexperts = "fresh"\n[router]\nname = "topk"\nk = 2\nnormalize = false\n'
+
+
+def test_by_default_a_model_becomes_copies_that_compute_what_it_did(tmp_path, llama):
+    ended = moeify("sparsify", llama, tmp_path / "sparse")
+    assert ended.code == 0
+    assert ended.out.endswith(f"moeify: saved in {tmp_path / 'sparse'}\n")
+    sparse, dense, ids = (
+        load(tmp_path / "sparse"),
+        AutoModelForCausalLM.from_pretrained(llama),
+        torch.arange(3, 9)[None],
+    )
+    assert sparse.model.layers[0].mlp.experts.num_experts == 8
+    assert torch.allclose(sparse(ids).logits, dense.eval()(ids).logits, atol=1e-5)
+    assert AutoTokenizer.from_pretrained(tmp_path / "sparse").encode("def") == [3]
+
+
+@pytest.mark.parametrize(("name", "text"), [("recipe.json", JSON), ("recipe.toml", TOML)])
+def test_recipes_are_read_from_files(tmp_path, llama, name, text):
+    (tmp_path / name).write_text(text)
+    ended = moeify("sparsify", llama, tmp_path / "sparse", "--recipe", tmp_path / name)
+    assert ended.code == 0, ended.err
+    router = load(tmp_path / "sparse").model.layers[1].mlp.router
+    assert (router.num_experts, router.k, router.normalize) == (3, 2, False)
+
+
+def test_a_model_without_tokenizer_is_saved_with_a_word(tmp_path):
+    causal_lm("llama").save_pretrained(tmp_path / "dense")
+    ended = moeify("sparsify", tmp_path / "dense", tmp_path / "sparse", "--experts", 4, "--k", 2)
+    assert ended.code == 0
+    assert "moeify: the model has no tokenizer, so none was saved\n" in ended.out
+    assert json.loads((tmp_path / "sparse" / "config.json").read_text())["recipe"]["num_experts"] == 4
+
+
+def test_other_architectures_are_named(tmp_path):
+    bert().save_pretrained(tmp_path / "dense")
+    ended = moeify("sparsify", tmp_path / "dense", tmp_path / "sparse", "--architecture", "AutoModel")
+    assert ended.code == 0, ended.err
+    assert type(load(tmp_path / "sparse")) is type(AutoModel.from_pretrained(tmp_path / "dense"))
+    ended = moeify("generate", tmp_path / "sparse")
+    assert ended.code == 2
+    assert ended.err.startswith("moeify: error: ")
+
+
+def test_every_recipe_is_listed_with_its_experts():
+    ended = moeify("recipes")
+    assert ended.code == 0
+    rows = [[cell.strip() for cell in line.split("│")] for line in ended.out.splitlines() if "│" in line]
+    assert {row[1]: row[2] for row in rows if row[1]} == {name: str(r.num_experts) for name, r in recipes.items()}
