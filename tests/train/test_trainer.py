@@ -11,7 +11,7 @@ import torch
 import transformers
 from transformers import TrainerCallback, TrainingArguments
 
-from moeify.balance import Sign
+from moeify.balance import Quantile, Sign
 from moeify.routers.topk import TopK
 from moeify.sparsify import Recipe, load, sparsify
 from moeify.train import SparseArguments, SparseTrainer, SparseTrainerMixin
@@ -143,10 +143,12 @@ def test_reentrant_checkpointing_is_refused_however_it_was_turned_on(tmp_path):
         trainer(model, tmp_path).train()
 
 
-def test_checkpointing_changes_neither_losses_nor_counts(tmp_path):
-    logs = []
+@pytest.mark.parametrize("build", [partial(llama, selection_bias=True), mixtral, deepseek_v3])
+def test_checkpointing_changes_neither_losses_nor_counts(tmp_path, build):
+    logs, controller = [], None if build is mixtral else Quantile()
     for on in (False, True):
-        run = trainer(llama(), tmp_path / str(on), activation_checkpointing=on)
+        sparse = SparseArguments(z=1e-3, controller=controller)
+        run = trainer(build(), tmp_path / str(on), sparse, activation_checkpointing=on)
         run.train()
         logs.append([(e["loss"], e["load_entropy"]) for e in run.state.log_history[:-1]])
     assert torch.allclose(torch.tensor(logs[0]), torch.tensor(logs[1]), rtol=1e-5)

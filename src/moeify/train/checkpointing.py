@@ -22,50 +22,53 @@ _SELECT = {aten.topk.default, aten.sort.default, aten.sort.stable, aten.max.dim}
 _WHICH = {aten.argmax.default, aten.argmin.default}
 
 
+Choices = dict[tuple, list[Tensor]]
+"""The indices chosen by each kind of operation, in order. Kinds are kept apart because hooks that watch a layer choose
+too, in its first forward pass only."""
+
+
 class _Keep(TorchDispatchMode):
     """The first forward pass: remember every choice."""
 
-    def __init__(self, choices: list[Tensor]) -> None:
+    def __init__(self, choices: Choices) -> None:
         super().__init__()
         self.choices = choices
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        if func in _SELECT:
-            self.choices.append(out[1].clone())
-        elif func in _WHICH:
-            self.choices.append(out.clone())
+        if func in _SELECT or func in _WHICH:
+            index = out[1] if func in _SELECT else out
+            self.choices.setdefault((func, index.shape), []).append(index.clone())
         return out
 
 
 class _Replay(TorchDispatchMode):
     """The repeated forward pass: make every choice again as it was made, with the values of now."""
 
-    def __init__(self, choices: list[Tensor]) -> None:
+    def __init__(self, choices: Choices) -> None:
         super().__init__()
         self.choices = choices
 
     def __enter__(self) -> _Replay:
-        self.at = 0
+        self.left = {kind: iter(kept) for kind, kept in self.choices.items()}
         return super().__enter__()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
         if func in _SELECT:
-            kept = self._next(out[1])
+            kept = self._next(func, out[1])
             return _gather(args[0], kept, _dim(func, args, kwargs), like=out[0]), kept
-        return self._next(out) if func in _WHICH else out
+        return self._next(func, out) if func in _WHICH else out
 
-    def _next(self, now: Tensor) -> Tensor:
-        if self.at == len(self.choices) or self.choices[self.at].shape != now.shape:
+    def _next(self, func: Any, now: Tensor) -> Tensor:
+        kept = next(self.left.get((func, now.shape), iter(())), None)
+        if kept is None:
             raise RuntimeError(
                 "a checkpointed layer makes other choices when it is repeated than it made first: its control flow "
                 "depends on something that changed in between, such as a counter; leave that layer out of checkpointing"
             )
-        kept = self.choices[self.at].clone()
-        self.at += 1
-        return kept
+        return kept.clone()
 
 
 def _dim(func: Any, args: tuple, kwargs: dict[str, Any]) -> int:
@@ -89,7 +92,7 @@ def keep_decisions() -> tuple[AbstractContextManager, AbstractContextManager]:
     Raises:
         RuntimeError: in backward, a layer that chooses more often, or among another number, than in its forward pass.
     """
-    choices: list[Tensor] = []
+    choices: Choices = {}
     return _Keep(choices), _Replay(choices)
 
 
