@@ -49,6 +49,9 @@ class MoE(nn.Module):
         self.backend = backend
         self.context = Context() if context is None else context
         self.name = name
+        for part in router.modules():
+            if isinstance(part, Router):
+                part.attach(experts)
 
     def forward(self, x: Float[Tensor, "... D"]) -> Float[Tensor, "..."]:
         """Route the tokens, run their experts, and add the shared module's answer."""

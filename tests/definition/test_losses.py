@@ -83,3 +83,103 @@ def test_z_is_the_mean_squared_logsumexp():
     routing = decision()
     slow = sum(log(sum(exp(z) for z in row)) ** 2 for row in routing.logits.tolist()) / (B * N)
     assert losses.z(routing).item() == pytest.approx(slow, rel=1e-5)
+
+
+def test_balance_of_groups_is_deepseek_v2_equations_26_to_28():
+    routing, leaf, leaf64 = scores_of(decision())
+    p, groups = slow_probability(leaf64), [range(0, 3), range(3, 6)]
+    tokens = B * N
+    f = [sum(float(j in row) for row in routing.index.tolist()) * E / (K * tokens) for j in range(E)]
+    slow = 0.0
+    for group in groups:
+        slow = slow + sum(f[j] for j in group) / len(group) * sum(p_t[j] for p_t in p for j in group) / tokens
+    agree(losses.group_balance(routing, 2), [leaf], slow, [leaf64])
+
+
+def test_groups_must_divide_the_experts():
+    with pytest.raises(ValueError, match="cannot be divided into 4 groups"):
+        losses.group_balance(decision(), 4)
+
+
+def slow_entropy(p):
+    return -sum(p_j * p_j.log() for p_j in p)
+
+
+def test_local_entropy_is_the_mean_entropy_of_the_tokens_of_a_modality():
+    routing, leaf, leaf64 = scores_of(decision())
+    of = torch.arange(B * N) % 3 == 0
+    p = [row for row, chosen in zip(slow_probability(leaf64), of, strict=True) if chosen]
+    slow = sum(slow_entropy(row) for row in p) / len(p)
+    agree(losses.local_entropy(routing, of), [leaf], slow, [leaf64])
+
+
+@pytest.mark.parametrize("experts", [None, 5.5])
+def test_global_entropy_is_what_the_mean_lacks_of_the_entropy_of_so_many_experts(experts):
+    routing, leaf, leaf64 = scores_of(decision())
+    of = torch.arange(B * N) % 3 == 0
+    p = [row for row, chosen in zip(slow_probability(leaf64), of, strict=True) if chosen]
+    slow = log(experts or E) - slow_entropy([sum(column) / len(p) for column in zip(*p, strict=True)])
+    assert slow > 0
+    agree(losses.global_entropy(routing, of, experts), [leaf], slow, [leaf64])
+    assert losses.global_entropy(routing, of, experts=1.1) == 0
+
+
+def test_a_modality_that_is_not_there_costs_nothing():
+    routing, leaf, _ = scores_of(decision())
+    none = torch.zeros(B * N, dtype=torch.bool)
+    for loss in (losses.local_entropy, losses.global_entropy):
+        value = loss(routing, none)
+        value.backward()
+        assert value == 0
+    assert leaf.grad.count_nonzero() == 0
+
+
+def test_an_expert_that_is_certain_has_no_entropy_and_a_finite_gradient():
+    scores = torch.eye(E, requires_grad=True)
+    routing = replace(decision(), scores=scores)
+    losses.local_entropy(routing).backward()
+    assert losses.local_entropy(routing) == 0
+    assert scores.grad.isfinite().all()
+
+
+def test_orthogonality_is_the_mean_squared_cosine_of_different_rows():
+    weight = torch.randn(E, D, requires_grad=True)
+    w = weight.detach().double().requires_grad_()
+    pairs = [(i, j) for i in range(E) for j in range(E) if i != j]
+    slow = sum((w[i] @ w[j] / (w[i].norm() * w[j].norm())) ** 2 for i, j in pairs) / len(pairs)
+    agree(losses.orthogonality(weight), [weight], slow, [w])
+    assert losses.orthogonality(torch.eye(4)) == 0
+
+
+def test_cosine_of_answers_is_the_mean_over_shared_tokens():
+    answers = torch.randn(7, 3, D, requires_grad=True)
+    a = answers.detach().double().requires_grad_()
+    slow = torch.stack(
+        [
+            torch.stack([sum(t[i] @ t[j] / (t[i].norm() * t[j].norm()) for t in a) / len(a) for j in range(3)])
+            for i in range(3)
+        ]
+    )
+    agree(losses.cosine(answers), [answers], slow, [a])
+
+
+def test_linear_cka_is_its_ratio_of_frobenius_norms():
+    answers = torch.randn(7, 3, D, requires_grad=True)
+    a = answers.detach().double().requires_grad_()
+    y = [a[:, i] - a[:, i].mean(0) for i in range(3)]
+    norm = [[(y[i].T @ y[j]).square().sum() for j in range(3)] for i in range(3)]
+    slow = torch.stack(
+        [torch.stack([norm[i][j] / (norm[i][i] * norm[j][j]).sqrt() for j in range(3)]) for i in range(3)]
+    )
+    agree(losses.linear_cka(answers), [answers], slow, [a])
+
+
+def test_linear_cka_does_not_see_rotations_scales_and_shifts():
+    y = torch.randn(20, D)
+    turned = 3 * y @ torch.linalg.qr(torch.randn(D, D)).Q + 1
+    assert losses.linear_cka(torch.stack([y, turned], dim=1))[0, 1].item() == pytest.approx(1, abs=1e-5)
+
+
+def test_similarity_is_the_mean_over_pairs_of_different_experts():
+    assert losses.similarity(torch.tensor([[9.0, 1.0, 2.0], [1.0, 9.0, 3.0], [2.0, 3.0, 9.0]])) == 2
+    assert losses.similarity(torch.tensor([[9.0]])) == 0

@@ -28,6 +28,10 @@ class Plain:
         """Apply the activation."""
         return self.act(up)
 
+    def activated(self, up: Float[Tensor, "E M D"]) -> Float[Tensor, "E H D"]:
+        """The part of the first map that the activation is applied to: all of it."""
+        return up
+
 
 @dataclass(frozen=True)
 class Glu:
@@ -40,6 +44,10 @@ class Glu:
         """Gate the second half by the activated first half."""
         gate, up = gate_up.chunk(2, dim=-1)
         return self.act(gate) * up
+
+    def activated(self, gate_up: Float[Tensor, "E M D"]) -> Float[Tensor, "E H D"]:
+        """The part of the first map that the activation is applied to: the first half."""
+        return gate_up.chunk(2, dim=1)[0]
 
 
 @dataclass(frozen=True)
@@ -55,6 +63,10 @@ class ClampedGlu:
         gate = gate_up[..., ::2].clamp(max=self.limit)
         up = gate_up[..., 1::2].clamp(-self.limit, self.limit)
         return (up + 1) * gate * torch.sigmoid(self.alpha * gate)
+
+    def activated(self, gate_up: Float[Tensor, "E M D"]) -> Float[Tensor, "E H D"]:
+        """The part of the first map that the activation is applied to: the even rows."""
+        return gate_up[:, ::2]
 
 
 Inner = Plain | Glu | ClampedGlu
@@ -105,6 +117,11 @@ class FFN(Experts):
     def up(self) -> tuple[Float[Tensor, "E M D"], Float[Tensor, "E M"] | None]:
         """Weight and bias of the first map, whatever its name."""
         return self.get_parameter(self._up), self._parameters[f"{self._up}_bias"]
+
+    @property
+    def activated(self) -> Float[Tensor, "E H D"]:
+        """The weight of what goes into the activation."""
+        return self.inner.activated(self.up[0])
 
     @property
     def down(self) -> tuple[Float[Tensor, "E O H"], Float[Tensor, "E O"] | None]:

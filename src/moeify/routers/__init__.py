@@ -2,6 +2,7 @@
 
 from moeify.routers.base import Router, Tokens, project, real_tokens
 from moeify.routers.capacity import Capacity
+from moeify.routers.competition import Compete, compete
 from moeify.routers.cosine import Cosine
 from moeify.routers.expert_choice import ExpertChoice
 from moeify.routers.frozen import Frozen
@@ -17,7 +18,7 @@ from moeify.routers.topk import Groups, TopK, sigmoid, softmax, sqrt_softplus
 from moeify.routers.variable import ReLU, Threshold, TopP
 
 __all__ = [
-    "Capacity", "Cosine", "ExpertChoice", "Frozen", "GShard", "Groups", "Lookup", "MultiGate", "NoisyTopK", "ReLU",
-    "Replay", "Router", "Sinkhorn", "Soft", "SparseMixer", "SparseMultiGate", "Threshold", "Tokens", "TopK", "TopP",
-    "project", "real_tokens", "sigmoid", "softmax", "sqrt_softplus",
+    "Capacity", "Compete", "Cosine", "ExpertChoice", "Frozen", "GShard", "Groups", "Lookup", "MultiGate", "NoisyTopK",
+    "ReLU", "Replay", "Router", "Sinkhorn", "Soft", "SparseMixer", "SparseMultiGate", "Threshold", "Tokens", "TopK",
+    "TopP", "compete", "project", "real_tokens", "sigmoid", "softmax", "sqrt_softplus",
 ]  # fmt: skip

@@ -1,12 +1,10 @@
-"""Controllers: balance without a loss, by a bias that moves an expert's chance to be chosen but never its weight.
+"""A controller watches the decisions of every forward pass and moves biases once, after the optimizer's step.
 
-A controller watches the decisions of every forward pass and moves the biases once, after the optimizer's step: inside
-`forward`, recomputation would route differently.
+Inside `forward`, recomputation would route differently.
 """
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,94 +13,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from moeify.balance.rules import Rule
 from moeify.moe import MoE
 from moeify.record import native_layers, observe
-from moeify.registry import register
 from moeify.routers.topk import TopK
 from moeify.routing import Assignment, Routing
-
-
-class Rule(ABC):
-    """How the bias of one layer follows from what was observed of it since the last step."""
-
-    @abstractmethod
-    def observe(
-        self, routing: Assignment, unbiased: Float[Tensor, "L E"] | None, bias: Float[Tensor, "E"]
-    ) -> dict[str, Tensor]:
-        """What to add up over the micro-batches and ranks of a step.
-
-        Args:
-            routing: the decision.
-            unbiased: what the experts were chosen by, before the bias was added: scores, or logits.
-            bias: the bias that the decision was made with.
-        """
-
-    @abstractmethod
-    def move(self, bias: Float[Tensor, "E"], seen: dict[str, Tensor]) -> Float[Tensor, "E"]:
-        """The new bias."""
-
-
-@register("controller", "sign")
-@dataclass(frozen=True)
-class Sign(Rule):
-    """b_j ← b_j + rate · sign(mean load - load_j): loss-free balancing (arXiv 2408.15664, algorithm 1; DeepSeek-V3).
-
-    Attributes:
-        rate: DeepSeek-V3 uses 1e-3 over hundreds of thousands of steps; short runs want 1e-2.
-    """
-
-    rate: float = 1e-3
-
-    def observe(
-        self, routing: Assignment, unbiased: Float[Tensor, "L E"] | None, bias: Float[Tensor, "E"]
-    ) -> dict[str, Tensor]:
-        """The rows asked of each expert."""
-        return {"load": routing.demand.float()}
-
-    def move(self, bias: Float[Tensor, "E"], seen: dict[str, Tensor]) -> Float[Tensor, "E"]:
-        """One step towards the underloaded experts."""
-        load = seen["load"]
-        return bias + self.rate * torch.sign(load.mean() - load)
-
-
-@register("controller", "quantile")
-@dataclass(frozen=True)
-class Quantile(Rule):
-    """The bias that would have balanced the last batch: a quantile over its tokens (J. Su 2026, kexue.fm 11619).
-
-    With β = -b: α_i is the (k+1)-th largest of s_i - β over experts, and β_j the (T·k/E + 1)-th largest of
-    s_ij - α_i over tokens. Averaged over the micro-batches of a step.
-
-    Attributes:
-        ema: share of the old bias that is kept.
-    """
-
-    ema: float = 0.0
-
-    def observe(
-        self, routing: Assignment, unbiased: Float[Tensor, "L E"] | None, bias: Float[Tensor, "E"]
-    ) -> dict[str, Tensor]:
-        """The balancing bias of this micro-batch, and that it is one.
-
-        Raises:
-            ValueError: the decision keeps no scores or has no fixed k, or every expert is chosen anyway.
-        """
-        if unbiased is None or routing.index is None:
-            raise ValueError("quantile balancing needs a router that keeps its scores and chooses k experts per token")
-        s = unbiased.detach().float()
-        decisions, num_experts = s.shape
-        k = routing.index.shape[1]
-        if k >= num_experts:
-            raise ValueError(f"quantile balancing needs k < E, and every token already uses all {num_experts} experts")
-        alpha = (s + bias).topk(k + 1, dim=-1).values[:, -1:]
-        rank = min(decisions * k // num_experts + 1, decisions)
-        beta = (s - alpha).topk(rank, dim=0).values[-1]
-        return {"bias": -beta, "batches": torch.ones((), device=s.device)}
-
-    def move(self, bias: Float[Tensor, "E"], seen: dict[str, Tensor]) -> Float[Tensor, "E"]:
-        """The average of what the micro-batches wanted, centred: a common shift of the bias chooses nothing."""
-        wanted = seen["bias"] / seen["batches"]
-        return self.ema * bias + (1 - self.ema) * (wanted - wanted.mean())
 
 
 @dataclass(frozen=True)
@@ -135,11 +50,13 @@ class Control:
         rule: how biases move.
         biases: the bias of every controlled layer, by the layer's name.
         active: set to False to freeze the biases.
+        memory: what the rule keeps of every layer between steps, by the layer's name; saved with a checkpoint.
     """
 
     rule: Rule
     biases: dict[str, Bias]
     active: bool = True
+    memory: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     seen: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     handles: list[Any] = field(default_factory=list)
 
@@ -162,7 +79,7 @@ class Control:
                 for value in seen.values():
                     torch.distributed.all_reduce(value)
             bias = self.biases[name].value
-            bias.copy_(self.rule.move(bias.float(), seen))
+            bias.copy_(self.rule.move(bias.float(), seen, self.memory.setdefault(name, {})))
         self.seen.clear()
 
     def remove(self) -> None:

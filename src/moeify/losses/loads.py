@@ -1,7 +1,4 @@
-"""Balance losses as plain functions of a routing decision.
-
-Each is of one layer; average them over layers. Padding is not part of a decision, so it is not part of a loss.
-"""
+"""Losses that spread the rows evenly over the experts."""
 
 from __future__ import annotations
 
@@ -61,6 +58,25 @@ def balance(routing: Assignment, scope: Scope = "batch", demand: Num[Tensor, "E"
     return num_experts * (f[group] * p).sum(-1).mean()
 
 
+def group_balance(routing: Assignment, groups: int) -> Float[Tensor, ""]:
+    """`balance` of groups of neighbouring experts, such as those of one device (DeepSeek-V2, eqs. 26-28).
+
+    1.0 is perfect. The gradient flows through P only.
+
+    Args:
+        routing: a decision with scores.
+        groups: number of groups, of equal size.
+
+    Raises:
+        ValueError: no scores, or experts that cannot be divided into so many groups.
+    """
+    p = probability(routing)
+    if groups < 1 or p.shape[-1] % groups:
+        raise ValueError(f"{p.shape[-1]} experts cannot be divided into {groups} groups of equal size")
+    f = share(routing).view(groups, -1).sum(-1)
+    return groups * (f * p.mean(0).view(groups, -1).sum(-1)).sum()
+
+
 def importance(routing: Assignment) -> Float[Tensor, ""]:
     """CV² of the summed weights of each expert; 0 for perfect balance (Shazeer et al. 2017, eq. 7)."""
     weight = routing.weight.float().flatten(1).sum(-1) if routing.weight.dim() > 1 else routing.weight.float()
@@ -75,33 +91,6 @@ def load(routing: Assignment) -> Float[Tensor, ""]:
     return cv_squared(routing.demand.float() if routing.load is None else routing.load)
 
 
-def l1(routing: Assignment, k: float) -> Float[Tensor, ""]:
-    """E · Σ_j c_j / (L·k) · mean_l s_lj: scores made small, the more so the more an expert is used (ReMoE, eq. 10).
-
-    Args:
-        routing: a decision with scores.
-        k: the number of experts per token that is aimed at.
-
-    Raises:
-        ValueError: the decision keeps no scores.
-    """
-    if routing.scores is None:
-        raise ValueError("this router keeps no scores, so they cannot be made small")
-    decisions, num_experts = routing.scores.shape
-    return num_experts * (routing.demand / (decisions * k) * routing.scores.mean(0)).sum()
-
-
 def cv_squared(v: Float[Tensor, "E"]) -> Float[Tensor, ""]:
     """Variance over squared mean."""
     return v.var(correction=0) / (v.mean() ** 2 + 1e-10)
-
-
-def z(routing: Routing) -> Float[Tensor, ""]:
-    """Mean over decisions of logsumexp(logits)², which keeps router logits small (ST-MoE, eq. 5).
-
-    Raises:
-        ValueError: the decision keeps no logits.
-    """
-    if routing.logits is None:
-        raise ValueError("this router computes no logits, so it has no z-loss")
-    return routing.logits.logsumexp(-1).square().mean()

@@ -1,0 +1,11 @@
+"""Controllers: a bias moves an expert's chance to be chosen but never its weight, or the weight of a loss moves.
+
+`control` moves the biases of a model by a `Rule` after every optimizer step; `SparsityTarget` moves the weight of a
+loss.
+"""
+
+from moeify.balance.control import Bias, Control, control
+from moeify.balance.rules import SMEBU, Proportional, Quantile, Rule, Sign
+from moeify.balance.sparsity import SparsityTarget
+
+__all__ = ["SMEBU", "Bias", "Control", "Proportional", "Quantile", "Rule", "Sign", "SparsityTarget", "control"]

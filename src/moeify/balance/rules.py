@@ -1,0 +1,182 @@
+"""Rules: how the selection bias of a layer follows from the rows that its experts were asked for."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from moeify.registry import register
+from moeify.routing import Assignment
+
+
+class Rule(ABC):
+    """How the bias of one layer follows from what was observed of it since the last step."""
+
+    @abstractmethod
+    def observe(
+        self, routing: Assignment, unbiased: Float[Tensor, "L E"] | None, bias: Float[Tensor, "E"]
+    ) -> dict[str, Tensor]:
+        """What to add up over the micro-batches and ranks of a step.
+
+        Args:
+            routing: the decision.
+            unbiased: what the experts were chosen by, before the bias was added: scores, or logits.
+            bias: the bias that the decision was made with.
+        """
+
+    @abstractmethod
+    def move(self, bias: Float[Tensor, "E"], seen: dict[str, Tensor], memory: dict[str, Tensor]) -> Float[Tensor, "E"]:
+        """The new bias.
+
+        Args:
+            bias: the bias that the step was made with.
+            seen: the sums of what was observed.
+            memory: what the rule keeps of this layer between steps, such as a momentum: empty before the first step,
+                written in place, saved with a checkpoint.
+        """
+
+
+@register("controller", "sign")
+@dataclass(frozen=True)
+class Sign(Rule):
+    """b_j ← b_j + rate · sign(mean load - load_j): loss-free balancing (arXiv 2408.15664, algorithm 1; DeepSeek-V3).
+
+    Attributes:
+        rate: DeepSeek-V3 uses 1e-3 over hundreds of thousands of steps; short runs want 1e-2.
+    """
+
+    rate: float = 1e-3
+
+    def observe(
+        self, routing: Assignment, unbiased: Float[Tensor, "L E"] | None, bias: Float[Tensor, "E"]
+    ) -> dict[str, Tensor]:
+        """The rows asked of each expert."""
+        return {"load": routing.demand.float()}
+
+    def move(self, bias: Float[Tensor, "E"], seen: dict[str, Tensor], memory: dict[str, Tensor]) -> Float[Tensor, "E"]:
+        """One step towards the underloaded experts."""
+        load = seen["load"]
+        return bias + self.rate * torch.sign(load.mean() - load)
+
+
+@register("controller", "quantile")
+@dataclass(frozen=True)
+class Quantile(Rule):
+    """The bias that would have balanced the last batch: a quantile over its tokens (J. Su 2026, kexue.fm 11619).
+
+    With β = -b: α_i is the (k+1)-th largest of s_i - β over experts, and β_j the (T·k/E + 1)-th largest of
+    s_ij - α_i over tokens. Averaged over the micro-batches of a step.
+
+    Attributes:
+        ema: share of the old bias that is kept.
+    """
+
+    ema: float = 0.0
+
+    def observe(
+        self, routing: Assignment, unbiased: Float[Tensor, "L E"] | None, bias: Float[Tensor, "E"]
+    ) -> dict[str, Tensor]:
+        """The balancing bias of this micro-batch, and that it is one.
+
+        Raises:
+            ValueError: the decision keeps no scores or has no fixed k, or every expert is chosen anyway.
+        """
+        if unbiased is None or routing.index is None:
+            raise ValueError("quantile balancing needs a router that keeps its scores and chooses k experts per token")
+        s = unbiased.detach().float()
+        decisions, num_experts = s.shape
+        k = routing.index.shape[1]
+        if k >= num_experts:
+            raise ValueError(f"quantile balancing needs k < E, and every token already uses all {num_experts} experts")
+        alpha = (s + bias).topk(k + 1, dim=-1).values[:, -1:]
+        rank = min(decisions * k // num_experts + 1, decisions)
+        beta = (s - alpha).topk(rank, dim=0).values[-1]
+        return {"bias": -beta, "batches": torch.ones((), device=s.device)}
+
+    def move(self, bias: Float[Tensor, "E"], seen: dict[str, Tensor], memory: dict[str, Tensor]) -> Float[Tensor, "E"]:
+        """The average of what the micro-batches wanted, centred: a common shift of the bias chooses nothing."""
+        wanted = seen["bias"] / seen["batches"]
+        return self.ema * bias + (1 - self.ema) * (wanted - wanted.mean())
+
+
+@register("controller", "proportional")
+@dataclass(frozen=True)
+class Proportional(Rule):
+    """b_j ← b_j + rate · (wanted share - share_j): the P of a PID controller (LongCat-Flash, arXiv 2509.01322).
+
+    The share is of all rows. With experts that cost nothing (`Zero`, `Identity`) behind the `real` ones, each real
+    expert is wanted by k / (K · real) of the rows, which holds the real experts per token at k on average; the biases
+    of the free ones stay.
+
+    Attributes:
+        rate: shares are of the size of 1 / E, so the rate that moves a bias by 1e-3 grows with E.
+        real: how many experts, the first ones, do work; all if not given.
+        k: real experts per token that are aimed at; all K choices if not given.
+    """
+
+    rate: float = 1e-2
+    real: int | None = None
+    k: float | None = None
+
+    def observe(
+        self, routing: Assignment, unbiased: Float[Tensor, "L E"] | None, bias: Float[Tensor, "E"]
+    ) -> dict[str, Tensor]:
+        """The rows asked of each expert, and the tokens that asked.
+
+        Raises:
+            ValueError: more real experts than there are, or a k for a decision without a fixed number of choices.
+        """
+        if self.real is not None and not 1 <= self.real <= len(bias):
+            raise ValueError(f"real={self.real} experts out of {len(bias)}; choose 1 <= real <= {len(bias)}")
+        if routing.index is None:
+            if self.k is not None:
+                raise ValueError("a wanted number of real experts needs a router that chooses K experts per token")
+            return {"load": routing.demand.float()}
+        return {"load": routing.demand.float(), "tokens": routing.demand.new_tensor(len(routing.index)).float()}
+
+    def move(self, bias: Float[Tensor, "E"], seen: dict[str, Tensor], memory: dict[str, Tensor]) -> Float[Tensor, "E"]:
+        """One step towards the wanted shares."""
+        load = seen["load"]
+        rows = load.sum().clamp_min(1)
+        real = len(load) if self.real is None else self.real
+        wanted = 1.0 if self.k is None else self.k * seen["tokens"] / rows  # k / K
+        error = wanted / real - load / rows
+        return bias + self.rate * torch.where(torch.arange(len(load), device=load.device) < real, error, 0.0)
+
+
+@register("controller", "smebu")
+@dataclass(frozen=True)
+class SMEBU(Rule):
+    """Soft-clamped momentum: b_j ← b_j + m_j (Arcee Trinity Large, arXiv 2602.17004).
+
+        v_j = (mean load - load_j) / mean load
+        δ_j = rate · tanh(κ v_j), minus its mean
+        m_j ← β m_j + (1 - β) δ_j
+
+    Attributes:
+        rate: the largest step, λ.
+        kappa: how soon the step saturates.
+        beta: share of the momentum that is kept.
+    """
+
+    rate: float = 5e-4
+    kappa: float = 2.0
+    beta: float = 0.5
+
+    def observe(
+        self, routing: Assignment, unbiased: Float[Tensor, "L E"] | None, bias: Float[Tensor, "E"]
+    ) -> dict[str, Tensor]:
+        """The rows asked of each expert."""
+        return {"load": routing.demand.float()}
+
+    def move(self, bias: Float[Tensor, "E"], seen: dict[str, Tensor], memory: dict[str, Tensor]) -> Float[Tensor, "E"]:
+        """One step of the momentum, which is kept in the layer's memory."""
+        load = seen["load"]
+        delta = self.rate * torch.tanh(self.kappa * (load.mean() - load) / load.mean())
+        momentum = memory.get("momentum", torch.zeros_like(delta)).to(delta.device)
+        memory["momentum"] = self.beta * momentum + (1 - self.beta) * (delta - delta.mean())
+        return bias + memory["momentum"]

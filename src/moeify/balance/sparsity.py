@@ -1,0 +1,67 @@
+"""The weight of a loss that holds the number of experts per token where it is wanted."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from moeify.routing import Routing
+
+
+@dataclass
+class SparsityTarget:
+    """λ ← λ · factor where more than k of E experts run, λ / factor where fewer do (ReMoE, arXiv 2412.14711, eq. 8).
+
+    The weight of `moeify.losses.l1`. By hand, `observe` every decision of a step, then `step`:
+
+        weight = SparsityTarget(k=2)
+        loss = task + weight.value * l1(routing, k=2)
+
+    or in the trainer, `SparseArguments(losses=[(SparsityTarget(k=2), partial(l1, k=2))])`, which also saves it.
+
+    Attributes:
+        k: experts per token that are aimed at, on average over layers, tokens, micro-batches and ranks.
+        factor: how much the weight changes per step.
+        value: the weight, λ.
+
+    Raises:
+        ValueError: a k, factor or weight that cannot steer.
+    """
+
+    k: float
+    factor: float = 1.2
+    value: float = 1e-8
+    _seen: Tensor = field(default_factory=lambda: torch.zeros(2), repr=False)
+
+    def __post_init__(self) -> None:
+        if not (self.k > 0 and self.factor > 1 and self.value > 0):
+            raise ValueError(
+                f"k={self.k}, factor={self.factor}, value={self.value}: the weight is steered only with k > 0, "
+                "factor > 1 and value > 0"
+            )
+
+    def __call__(self, step: int) -> float:
+        """The weight, as a schedule; it depends on what was observed and not on the step."""
+        return self.value
+
+    @torch.no_grad()
+    def observe(self, routing: Routing) -> None:
+        """Count the rows and tokens of one decision."""
+        decisions = routing.scores if routing.logits is None else routing.logits
+        if decisions is None:
+            raise ValueError("this router keeps neither logits nor scores, so how sparse it is cannot be told")
+        seen = torch.stack([routing.counts.sum().float(), routing.counts.new_tensor(len(decisions)).float()])
+        self._seen = self._seen.to(seen.device) + seen
+
+    def step(self) -> None:
+        """Move the weight by what all ranks saw, and forget it; nothing seen moves nothing."""
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.all_reduce(self._seen)
+        rows, tokens = self._seen.tolist()
+        self._seen = torch.zeros_like(self._seen)
+        if rows > self.k * tokens:
+            self.value *= self.factor
+        elif rows < self.k * tokens:
+            self.value /= self.factor

@@ -1,0 +1,81 @@
+"""Losses on what the router computes, whoever is chosen: its size, its entropy."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from moeify.losses.loads import probability
+from moeify.routing import Assignment, Routing
+
+
+def z(routing: Routing) -> Float[Tensor, ""]:
+    """Mean over decisions of logsumexp(logits)², which keeps router logits small (ST-MoE, eq. 5).
+
+    Raises:
+        ValueError: the decision keeps no logits.
+    """
+    if routing.logits is None:
+        raise ValueError("this router computes no logits, so it has no z-loss")
+    return routing.logits.logsumexp(-1).square().mean()
+
+
+def l1(routing: Assignment, k: float) -> Float[Tensor, ""]:
+    """E · Σ_j c_j / (L·k) · mean_l s_lj: scores made small, the more so the more an expert is used (ReMoE, eq. 10).
+
+    Args:
+        routing: a decision with scores.
+        k: the number of experts per token that is aimed at.
+
+    Raises:
+        ValueError: the decision keeps no scores.
+    """
+    if routing.scores is None:
+        raise ValueError("this router keeps no scores, so they cannot be made small")
+    decisions, num_experts = routing.scores.shape
+    return num_experts * (routing.demand / (decisions * k) * routing.scores.mean(0)).sum()
+
+
+def local_entropy(routing: Routing, of: Bool[Tensor, "L"] | None = None) -> Float[Tensor, ""]:
+    """Mean over decisions of H(p_l), in nats: made small, every token is sure of its experts (LIMoE, arXiv 2206.02770).
+
+    Args:
+        routing: a decision with scores.
+        of: the decisions that count, such as those of one modality; all if not given. None marked gives 0.
+
+    Raises:
+        ValueError: the decision keeps no scores.
+    """
+    p = _of(probability(routing), of)
+    return _entropy(p).sum() / max(1, len(p))
+
+
+def global_entropy(
+    routing: Routing, of: Bool[Tensor, "L"] | None = None, experts: float | None = None
+) -> Float[Tensor, ""]:
+    """max(0, log S - H(mean_l p_l)), in nats: made small, at least S experts are in use (LIMoE, arXiv 2206.02770).
+
+    Args:
+        routing: a decision with scores.
+        of: the decisions that count, such as those of one modality; all if not given. None marked gives 0.
+        experts: S, all experts if not given.
+
+    Raises:
+        ValueError: the decision keeps no scores.
+    """
+    p = _of(probability(routing), of)
+    if len(p) == 0:
+        return p.sum()
+    wanted = math.log(p.shape[-1] if experts is None else experts)
+    return (wanted - _entropy(p.mean(0))).clamp_min(0)
+
+
+def _of(p: Float[Tensor, "L E"], of: Bool[Tensor, "L"] | None) -> Float[Tensor, "M E"]:
+    return p if of is None else p[of]
+
+
+def _entropy(p: Float[Tensor, "... E"]) -> Float[Tensor, "..."]:
+    return -torch.special.xlogy(p, p.clamp_min(torch.finfo(p.dtype).tiny)).sum(-1)

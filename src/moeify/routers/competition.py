@@ -1,0 +1,107 @@
+"""CompeteSMoE: now and then all experts run, the loudest win, and the router learns to foresee them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from moeify.context import Context
+from moeify.registry import register
+from moeify.routers.base import Router, project, real_tokens
+from moeify.routers.topk import check_k
+from moeify.routing import Assignment
+
+
+@register("router", "compete")
+class Compete(Router):
+    """CompeteSMoE v2 (arXiv 2505.13380): softmax top-k with normalised weights, and competitions in between.
+
+    In a competition the affinity of an expert is the mean of softplus over its answer, the k experts of the greatest
+    affinity win, and their weights are their affinities, normalised. Which layers compete in a step is said by
+    `compete`; the trainer of `moeify.train` calls it. Evaluation never competes. The decision of a competition keeps
+    `affinity` and `answers`, from which `moeify.losses.distillation` and `diversity` teach router and experts, and
+    the winners do not run again.
+
+    Args:
+        width: D.
+        num_experts: E.
+        k: experts per token.
+        rate: the share of training steps in which the layer competes; 0.07 is the paper's for pre-training.
+        most: how many layers of a model may compete in the same step.
+        init_std: standard deviation of the projection's initialisation.
+
+    Raises:
+        ValueError: k outside 2..E; a rate outside 0..1; in `forward`, a competition without experts.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        num_experts: int,
+        *,
+        k: int = 2,
+        rate: float = 0.07,
+        most: int = 3,
+        init_std: float = 0.02,
+    ) -> None:
+        super().__init__()
+        check_k(k, num_experts, normalize=True)
+        if not 0 <= rate <= 1:
+            raise ValueError(f"rate={rate} is no share of the training steps; choose 0 <= rate <= 1")
+        self.num_experts, self.k, self.rate, self.most = num_experts, k, rate, most
+        self.preserving = True
+        self.competes = False
+        self.weight = nn.Parameter(torch.randn(num_experts, width) * init_std)
+        self._experts: tuple[Any, ...] = ()
+
+    def attach(self, experts: Any) -> None:
+        """Take hold of the experts that compete."""
+        self._experts = (experts,)
+
+    def forward(self, x: Float[Tensor, "... D"], context: Context) -> Assignment:
+        """Route every real token to k experts: those that win, or those that the router foresees."""
+        tokens = real_tokens(x, context)
+        logits = project(tokens.x, self.weight)
+        scores = logits.softmax(-1)
+        if not (self.training and self.competes):
+            index, gates = best(scores, self.k)
+            return tokens.assign(index, gates, self.num_experts, logits=logits, scores=scores)
+        if not self._experts:
+            raise ValueError("this router was never given the experts that compete; put it into a MoE, or attach them")
+        answers = self._experts[0].answers(tokens.x)
+        affinity = F.softplus(answers.float()).mean(-1)  # (T, E)
+        index, gates = best(affinity, self.k)
+        routing = tokens.assign(index, gates, self.num_experts, logits=logits, scores=scores)
+        row = index.flatten().argsort(stable=True)  # rows are sorted by expert
+        return replace(routing, affinity=affinity, answers=answers[row // self.k, index.flatten()[row]])
+
+    def extra_repr(self) -> str:
+        """How many experts, and how often they compete."""
+        return f"experts={self.num_experts}, k={self.k}, rate={self.rate}"
+
+
+def best(worth: Float[Tensor, "T E"], k: int) -> tuple[Int[Tensor, "T K"], Float[Tensor, "T K"]]:
+    """The k experts worth most to every token, and their worth divided by its sum."""
+    worth, index = worth.topk(k, dim=-1)
+    return index, worth / worth.sum(-1, keepdim=True)
+
+
+def compete(model: nn.Module, step: int, *, seed: int = 0) -> list[Compete]:
+    """Say which layers of a model compete in a training step, and return their routers.
+
+    Every `Compete` flips its own coin; if more than `most` come up, those with the lowest draws compete. (The authors'
+    code moves the surplus to neighbouring steps; here it is dropped, so that a draw is a function of seed and step
+    alone, the same on every rank, in every micro-batch, when a step is recomputed and when a run is resumed.)
+    """
+    routers = [part for part in model.modules() if isinstance(part, Compete)]
+    coin = torch.Generator().manual_seed(seed * 1_000_003 + step)
+    draw = torch.rand(len(routers), generator=coin)
+    place = draw.argsort().argsort()
+    for i, router in enumerate(routers):
+        router.competes = bool(draw[i] < router.rate and place[i] < router.most)
+    return [router for router in routers if router.competes]
