@@ -9,12 +9,30 @@ from torch import nn
 
 from moeify import MoE, kernels
 from moeify.backends import compose
-from moeify.experts import FFN, Blocks, ClampedGlu, Each, Glu, Identity, Plain, Zero
+from moeify.experts import FFN, Blocks, ClampedGlu, Constant, Each, Glu, Identity, Plain, Zero
 from moeify.routers import (
-    Capacity, Cosine, ExpertChoice, Groups, GShard, Lookup, NoisyTopK, ReLU, Sinkhorn, Soft, Threshold, TopK, TopP,
-    sigmoid, sqrt_softplus,
-)  # fmt: skip
-from strategies import agree, sharpen
+    Capacity,
+    Cosine,
+    ExpertChoice,
+    Frozen,
+    Groups,
+    GShard,
+    Lookup,
+    MultiGate,
+    NoisyTopK,
+    ReLU,
+    Replay,
+    Sinkhorn,
+    Soft,
+    SparseMixer,
+    SparseMultiGate,
+    Threshold,
+    TopK,
+    TopP,
+    sigmoid,
+    sqrt_softplus,
+)
+from strategies import agree, route, sharpen
 
 D, E = 8, 4
 
@@ -39,6 +57,12 @@ ROUTERS = {
     "sinkhorn": partial(Sinkhorn, D, E, k=2),
     "hash": partial(Lookup, D, E, size=12),
     "learned hash": partial(Lookup, D, E, size=5, k=3, learned=True),
+    "mmoe": partial(MultiGate, D, E, gates=2),
+    "ple": partial(MultiGate, D, E, gates=2, private=1),
+    "bounded union": partial(SparseMultiGate, D, E, gates=2, k=2, union=3),
+    "sparsemixer": partial(SparseMixer, D, E, k=3, epsilon=1.0),
+    "frozen": partial(Frozen, D, E, k=3),
+    "replay": lambda: Replay(TopK(D, E), [route(TopK(D, E), torch.randn(3, 4, D))], weights="recomputed"),
 }
 EXPERTS = {
     "swiglu": partial(FFN, E, D, 6),
@@ -46,8 +70,10 @@ EXPERTS = {
     "clamped": partial(FFN, E, D, 6, inner=ClampedGlu(), bias=True),
     "each": lambda: Each([nn.Sequential(nn.Linear(D, 3 + e), nn.Tanh(), nn.Linear(3 + e, D)) for e in range(E)]),
     "blocks": lambda: Blocks([FFN(1, D, 12), FFN(1, D, 2, inner=Glu(nn.functional.gelu)), Identity(), Zero()]),
+    "constant": lambda: Blocks([FFN(2, D, 6), Constant(2, D)]),
 }
 UNEVEN = {"capacity", "priority", "gshard", "top-p", "threshold", "relu", "expert choice", "soft"}
+UNEVEN |= {"mmoe", "ple", "bounded union"}
 IDS = torch.arange(12).view(3, 4)
 BACKENDS = ["compose", "gather", "auto"]
 DTYPES = {torch.float32: 1e-5, torch.float64: 1e-5, torch.bfloat16: 6e-2}

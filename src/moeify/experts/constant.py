@@ -35,6 +35,7 @@ class Constant(Experts):
 
     def forward(self, rows: Float[Tensor, "R D"], counts: Int[Tensor, "E"]) -> Float[Tensor, "R D"]:
         """Mix every row with the vector of its expert."""
-        own, other = grouped_linear(rows, self.weight, counts).softmax(-1).unsqueeze(-1).unbind(1)  # each (R, 1)
+        logits = grouped_linear(rows, self.weight, counts)
+        own, other = logits.float().softmax(-1).unsqueeze(-1).unbind(1)  # each (R, 1)
         vector = torch.repeat_interleave(self.vector, counts, dim=0, output_size=rows.shape[0])
-        return own * rows + other * vector
+        return (own * rows + other * vector).to(rows.dtype)
