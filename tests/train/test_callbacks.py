@@ -6,6 +6,7 @@ import io
 import json
 import math
 import re
+from functools import partial
 
 import pytest
 import torch
@@ -15,10 +16,11 @@ from rich.console import Console
 from transformers import TrainerCallback, TrainingArguments
 
 from moeify.experts import FFN
+from moeify.routers import Frozen
 from moeify.routing import assign, limit
-from moeify.schedule import linear
+from moeify.schedule import constant, linear
 from moeify.sparsify import Recipe, sparsify
-from moeify.train import ExpertDropout, ProgressLine, SparseArguments, SparseTrainer
+from moeify.train import ExpertDropout, KSchedule, ProgressLine, SparseArguments, SparseTrainer
 from moeify.train.metrics import Tally, append, exact, forget_after, summarize
 from tiny_models import VOCABULARY, causal_lm, mixtral
 
@@ -57,6 +59,20 @@ def test_expert_dropout_follows_its_schedule(tmp_path):
 def test_expert_dropout_without_experts_of_ours_is_an_error(tmp_path):
     with pytest.raises(ValueError, match="MixtralForCausalLM has no experts of moeify"):
         train(mixtral(), tmp_path, ExpertDropout(0.1))
+
+
+def test_k_follows_its_schedule_up_to_all_experts(tmp_path):
+    model = sparsify(causal_lm("llama"), Recipe(num_experts=4, router=partial(Frozen, k=1)), verbose=False)
+    seen = Seen(lambda model: {m.k for m in model.modules() if isinstance(m, Frozen)})
+    train(model, tmp_path, seen, KSchedule(linear(1, 4, 3)))
+    assert seen.values == [{1}, {2}, {3}, {4}]
+
+
+def test_a_k_that_cannot_be_set_is_an_error(tmp_path):
+    with pytest.raises(ValueError, match="wants k=5 at step 0, and a router has 4 experts"):
+        train(llama(), tmp_path, KSchedule(constant(5)))
+    with pytest.raises(ValueError, match="MixtralForCausalLM has no router with a k to set"):
+        train(mixtral(), tmp_path, KSchedule(constant(1)))
 
 
 def test_a_scheduled_balance_weight_reaches_the_gradient(tmp_path):

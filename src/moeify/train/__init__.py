@@ -1,13 +1,13 @@
 """Train sparse models: data, losses and the bridge to the Transformers trainer."""
 
 from moeify.train.arguments import SparseArguments
-from moeify.train.callbacks import ExpertDropout, ProgressLine, SaveOnSignal
+from moeify.train.callbacks import ExpertDropout, KSchedule, ProgressLine, SaveOnSignal
 from moeify.train.checkpointing import keep_decisions
 from moeify.train.data import Blocks, ByteTokenizer, Texts, blocks, read_texts
 from moeify.train.loss import StepLoss
 from moeify.train.trainer import SparseTrainer, SparseTrainerMixin
 
 __all__ = [
-    "Blocks", "ByteTokenizer", "ExpertDropout", "ProgressLine", "SaveOnSignal", "SparseArguments", "SparseTrainer",
-    "SparseTrainerMixin", "StepLoss", "Texts", "blocks", "keep_decisions", "read_texts",
+    "Blocks", "ByteTokenizer", "ExpertDropout", "KSchedule", "ProgressLine", "SaveOnSignal", "SparseArguments",
+    "SparseTrainer", "SparseTrainerMixin", "StepLoss", "Texts", "blocks", "keep_decisions", "read_texts",
 ]  # fmt: skip

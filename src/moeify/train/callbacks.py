@@ -12,6 +12,7 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from moeify.experts import FFN
+from moeify.routers import GShard, Lookup, Router
 from moeify.schedule import Schedule
 from moeify.train.arguments import at
 from moeify.train.loss import anywhere
@@ -45,6 +46,45 @@ class ExpertDropout(TrainerCallback):
         """Set the step's dropout."""
         for experts in self.experts:
             experts.dropout.p = at(self.p, state.global_step)
+
+
+class KSchedule(TrainerCallback):
+    """Sets how many experts a token asks, by a schedule over optimizer steps, rounded (SMoE-Dropout: k grows to E).
+
+    It sets the `k` of every router of ours that has one to set, which `GShard` and `Lookup` have not.
+
+    Raises:
+        ValueError: when training begins, a model without such a router; in training, a k outside 1..E.
+    """
+
+    def __init__(self, k: Schedule) -> None:
+        self.k = k
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Find the routers."""
+        model: nn.Module = kwargs["model"]
+        self.routers: list[Any] = [
+            module
+            for module in model.modules()
+            if isinstance(module, Router) and "k" in vars(module) and not isinstance(module, (GShard, Lookup))
+        ]
+        if not self.routers:
+            raise ValueError(f"a schedule of k was asked for, but {type(model).__name__} has no router with a k to set")
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Set the step's k."""
+        k = round(self.k(state.global_step))
+        for router in self.routers:
+            if not 1 <= k <= router.num_experts:
+                raise ValueError(
+                    f"the schedule wants k={k} at step {state.global_step}, and a router has {router.num_experts} "
+                    "experts; choose a schedule between 1 and that"
+                )
+            router.k = k
 
 
 class SaveOnSignal(TrainerCallback):
