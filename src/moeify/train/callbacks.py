@@ -132,7 +132,7 @@ class SaveOnSignal(TrainerCallback):
             name = "another rank's signal" if self.received is None else signal.Signals(self.received).name
             print(
                 f"moeify: stopped by {name} after step {state.global_step} of {state.max_steps}, saved in "
-                f"{args.output_dir}; go on with trainer.train(resume_from_checkpoint=True) or, on the command line, --resume"
+                f"{args.output_dir}; go on with train(resume_from_checkpoint=True) or, on the command line, --resume"
             )
 
 
