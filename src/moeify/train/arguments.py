@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal, get_args
 
+from torch import Tensor
+
 from moeify.balance import Rule
+from moeify.routing import Routing
 from moeify.schedule import Schedule
 
 Scope = Literal["global", "batch", "sequence"]
+Loss = Callable[[Routing], Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,6 +27,9 @@ class SparseArguments:
             `sequence`: each sequence by itself. `batch`: each micro-batch by itself, whose gradient then depends on
             how the step is cut into micro-batches.
         z: weight of the z-loss, or its schedule; 0 turns it off.
+        losses: further losses of a decision, each with its weight, a schedule or a `moeify.balance.SparsityTarget`:
+            `[(1e-3, distillation), (SparsityTarget(k=2), partial(l1, k=2))]`. Averaged over layers, and over
+            micro-batches and ranks by their tokens.
         controller: a rule of `moeify.balance` that moves the routers' selection biases after every step.
         dropout: the expert dropout, or its schedule; None leaves the experts as they are.
         progress: show one line of progress in a terminal, and a few lines elsewhere, in the place of the Trainer's bar.
@@ -32,6 +41,7 @@ class SparseArguments:
     balance: float | Schedule = 1e-2
     scope: Scope = "global"
     z: float | Schedule = 0.0
+    losses: Sequence[tuple[float | Schedule, Loss]] = ()
     controller: Rule | None = None
     dropout: float | Schedule | None = None
     progress: bool = True
@@ -51,6 +61,8 @@ class SparseArguments:
             forces.append(f"balance loss (weight {_show(self.balance)}, {self.scope} scope)")
         if self.z != 0:
             forces.append(f"z-loss (weight {_show(self.z)})")
+        for weight, loss in self.losses:
+            forces.append(f"{_name(loss)} (weight {_show(weight)})")
         if self.controller is not None:
             forces.append(f"controller {self.controller}")
         return "balance: " + (" + ".join(forces) or "none, no loss and no controller")
@@ -63,3 +75,8 @@ def at(value: float | Schedule, step: int) -> float:
 
 def _show(value: float | Schedule) -> str:
     return "scheduled" if callable(value) else f"{value:g}"
+
+
+def _name(loss: Loss) -> str:
+    function = loss.func if isinstance(loss, partial) else loss
+    return getattr(function, "__name__", type(function).__name__)

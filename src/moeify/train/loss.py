@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from moeify import losses
 from moeify.routing import Assignment, Routing
-from moeify.train.arguments import Scope
+from moeify.train.arguments import Loss, Scope
 
 Decisions = Sequence[tuple[str, Routing]]
 UNITS = ("attention_mask", "decoder_attention_mask", "input_ids", "labels", "rows")
@@ -159,6 +159,10 @@ class StepLoss:
             raise ValueError(f"a z-loss was asked for, but none of {_names(decisions)} keeps logits; pass z=0")
         return self._mean([losses.z(r) * self._part(made, sizes) for r, made in known])
 
+    def further(self, loss: Loss, decisions: Decisions, sizes: Mapping[str, int]) -> Float[Tensor, ""]:
+        """This micro-batch's part of the mean over layers and micro-batches of another loss of a decision."""
+        return self._mean([loss(routing) * self._part(_made(routing), sizes) for _, routing in decisions])
+
     @torch.no_grad()
     def add(self, decisions: Decisions) -> None:
         """Remember what this micro-batch asked of the experts, for the f of the next step."""
@@ -186,6 +190,11 @@ class StepLoss:
     @staticmethod
     def _mean(parts: list[Tensor]) -> Float[Tensor, ""]:
         return torch.stack([part.to(parts[0].device) for part in parts]).mean()
+
+
+def _made(routing: Routing) -> int:
+    """How many decisions of tokens or groups a routing holds, 0 if it does not tell."""
+    return next((len(kept) for kept in (routing.logits, routing.scores) if kept is not None), 0)
 
 
 def _names(decisions: Decisions) -> str:

@@ -68,6 +68,7 @@ class Saving(_Trainer):
             state.save_optimizer(bare(self.optimizer), self.model, folder)
             state.write_json(folder / "scheduler.json", self.lr_scheduler.state_dict())
             save_file({name: t.cpu() for name, t in self._step_loss.demand.items()}, folder / "sparse.safetensors")
+            state.save_balance(self._control, self.targets, folder)
             if (scaler := getattr(self.accelerator, "scaler", None)) is not None:
                 state.write_json(folder / "scaler.json", scaler.state_dict())
         kept = self.state.stateful_callbacks
@@ -127,6 +128,7 @@ class Saving(_Trainer):
         state.load_optimizer(bare(self.optimizer), self.model, folder)
         self.lr_scheduler.load_state_dict(json.loads((folder / "scheduler.json").read_text(encoding="utf-8")))
         self._step_loss.demand = load_file(folder / "sparse.safetensors")
+        state.load_balance(self._control, self.targets, folder)
 
     def _load_scaler(self, checkpoint: str | None) -> None:
         if checkpoint is not None and (file := Path(checkpoint) / "scaler.json").is_file():

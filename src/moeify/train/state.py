@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,11 @@ from huggingface_hub import save_torch_state_dict
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from moeify.balance import Control, SparsityTarget
 from moeify.sparsify import save
 
 OPTIMIZER = "optimizer"
+BALANCE = "balance.safetensors"
 
 
 def save_weights(model: nn.Module, folder: Path) -> None:
@@ -79,6 +82,36 @@ def load_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, folder: P
         groups.append({k: _as(v, live.get(k)) for k, v in group.items()} | {"params": list(range(start, stop))})
         start = stop
     optimizer.load_state_dict({"state": {place[name]: s for name, s in state.items()}, "param_groups": groups})
+
+
+def save_balance(control: Control | None, targets: Sequence[SparsityTarget], folder: Path) -> None:
+    """Write what controllers remember between steps beside the biases, which the model holds."""
+    memory = {} if control is None else control.memory
+    tensors = {f"{layer}|{key}": value.cpu() for layer, kept in memory.items() for key, value in kept.items()}
+    weights = torch.tensor([target.value for target in targets], dtype=torch.float64)
+    save_file(tensors | {"weights": weights}, folder / BALANCE)
+
+
+def load_balance(control: Control | None, targets: Sequence[SparsityTarget], folder: Path) -> None:
+    """Read it back.
+
+    Raises:
+        ValueError: the run was saved with another number of loss weights that adapt.
+    """
+    tensors = load_file(folder / BALANCE)
+    weights = tensors.pop("weights").tolist()
+    if len(weights) != len(targets):
+        raise ValueError(
+            f"the checkpoint {folder} holds {len(weights)} adaptive loss weights, and this run has {len(targets)}; "
+            "give SparseArguments(losses=...) the SparsityTargets that the run began with"
+        )
+    for target, value in zip(targets, weights, strict=True):
+        target.value = value
+    if control is not None:
+        control.memory = {}
+        for name, value in tensors.items():
+            layer, _, key = name.rpartition("|")
+            control.memory.setdefault(layer, {})[key] = value
 
 
 def _as(value: Any, live: Any) -> Any:

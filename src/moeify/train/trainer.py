@@ -14,9 +14,10 @@ from torch.utils.hooks import RemovableHandle
 from transformers import TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from moeify.balance import Control, control
+from moeify.balance import Control, SparsityTarget, control
 from moeify.moe import MoE
 from moeify.record import native_layers, observe
+from moeify.routers import compete
 from moeify.train import metrics
 from moeify.train.arguments import SparseArguments, at
 from moeify.train.callbacks import ExpertDropout, ProgressLine, SaveOnSignal
@@ -72,7 +73,13 @@ class SparseTrainerMixin(Saving):
     @property
     def watches(self) -> bool:
         """Whether anything is asked for that needs the routers' decisions."""
-        return self.sparse.balance != 0 or self.sparse.z != 0 or self.sparse.controller is not None
+        asked = self.sparse
+        return asked.balance != 0 or asked.z != 0 or bool(asked.losses) or asked.controller is not None
+
+    @property
+    def targets(self) -> list[SparsityTarget]:
+        """The loss weights that follow what the routers do."""
+        return [weight for weight, _ in self.sparse.losses if isinstance(weight, SparsityTarget)]
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """Train, or go on from a checkpoint: True for the newest that can be trusted, or the path of one.
@@ -134,6 +141,12 @@ class SparseTrainerMixin(Saving):
             parts.append(weight * self._step_loss.balance(decisions, sizes))
         if (weight := at(self.sparse.z, step)) != 0:
             parts.append(weight * self._step_loss.z(decisions, sizes))
+        for force, loss in self.sparse.losses:
+            if (weight := at(force, step)) != 0:
+                parts.append(weight * self._step_loss.further(loss, decisions, sizes))
+        for target in self.targets:
+            for _, routing in decisions:
+                target.observe(routing)
         self._step_loss.add(decisions)
         self._tally.add(decisions)
         return sum(parts) * (self.accelerator.num_processes // self.get_tp_size()) if parts else None
@@ -233,8 +246,13 @@ class _Steps(TrainerCallback):
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         transformers.set_seed(_mix(args.seed, int(state.epoch or 0), -1))  # the order of data, on all ranks alike
 
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        compete(self.trainer.model, state.global_step, seed=args.seed)
+
     def on_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         self.trainer._step_loss.end()
+        for target in self.trainer.targets:
+            target.step()
 
 
 def _mix(seed: int, step: int, rank: int) -> int:
