@@ -71,3 +71,12 @@ def test_running_a_probe_leaves_modes_and_random_numbers_alone():
     assert torch.equal(probe.run(model), probe.run(model))
     assert torch.equal(torch.rand(3), expected)
     assert all(part.training for part in model.modules())
+
+
+def test_keyword_arguments_without_names_are_not_waited_for():
+    class Open(Block):
+        def forward(self, x, **options):
+            assert not options
+            return super().forward(x)
+
+    assert len(find_probe(Open(Gated())).args) == 1

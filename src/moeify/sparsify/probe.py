@@ -64,7 +64,8 @@ def _guesses(model: nn.Module) -> Iterator[Probe]:
         yield Probe(kwargs=inputs)
         for name in inputs:
             yield Probe(kwargs={name: inputs[name]})
-    required = [p for p in inspect.signature(model.forward).parameters.values() if p.default is p.empty]
+    given = inspect.signature(model.forward).parameters.values()
+    required = [p for p in given if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
     sizes = [part.num_embeddings for part in model.modules() if isinstance(part, nn.Embedding)]
     for shape in ((2, 8), (8,)) if sizes else ():
         yield Probe((torch.randint(min(sizes), shape),) * len(required))
@@ -89,6 +90,8 @@ def _named_inputs(model: nn.Module, config: Any) -> Iterator[tuple[str, Tensor]]
         height, width = size if isinstance(size, tuple | list) else (size, size)
         frames = [frames] if (frames := getattr(vision, "num_frames", None)) else []
         yield "pixel_values", torch.randn(1, *frames, getattr(vision, "num_channels", 3), height, width)
+    if "input_values" in accepted:
+        yield "input_values", torch.randn(1, 4000)
     if "input_features" in accepted and hasattr(config, "num_mel_bins"):
         yield "input_features", torch.randn(1, config.num_mel_bins, 2 * config.max_source_positions)
 
