@@ -86,7 +86,7 @@ class Job:
         try:
             return self._run()
         except (Stopped, KeyboardInterrupt) as stop:
-            raise Stopped(f"{stop or 'interrupted'}; go on with the same command and --resume") from None
+            raise Stopped(f"{str(stop) or 'interrupted'}; go on with the same command and --resume") from None
 
     def _run(self) -> Versus:
         started = time.perf_counter()
@@ -117,13 +117,14 @@ class Job:
         output, begun = self.output, self.output / "job.json"
         if output.exists() and not output.is_dir():
             raise ValueError(f"{output} is a file; name a folder for the run")
-        if output.is_dir() and any(output.iterdir()) and not self.resume:
+        used = output.is_dir() and any(path != begun for path in output.iterdir())
+        if used and not self.resume:
             raise ValueError(f"{output} is not empty; pass --resume to go on with it, or another --output")
         output.mkdir(parents=True, exist_ok=True)
         if not os.access(output, os.W_OK):
             raise ValueError(f"{output} cannot be written to; name another --output")
         ours = json.loads(json.dumps(self._decisive()))
-        theirs = json.loads(begun.read_text()) if begun.is_file() else ours
+        theirs = json.loads(begun.read_text()) if used and begun.is_file() else ours
         others = [
             f"{name} {theirs.get(name)!r} instead of {value!r}"
             for name, value in ours.items()
