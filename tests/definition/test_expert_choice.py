@@ -26,7 +26,7 @@ def slow_expert_choice(tokens, weight, factor):
     return [{j: scores[t][j] for j in range(E) if t in taken[j]} for t in range(len(tokens))]
 
 
-@pytest.mark.parametrize("factor", [0.5, 1.0, 2.0, 4])
+@pytest.mark.parametrize("factor", [0.5, 1.0, 2.0, 4.0])
 @pytest.mark.parametrize("per", ["group", "batch"])
 def test_expert_choice_is_its_equations(per, factor):
     moe = MoE(ExpertChoice(D, E, factor=factor, per=per), Each([nn.Linear(D, 3, bias=False) for _ in range(E)]))

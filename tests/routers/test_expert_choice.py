@@ -34,7 +34,7 @@ def test_a_token_may_be_taken_by_no_expert_and_by_all():
     router.weight.data = torch.tensor([[1.0], [-1.0]])
     routing = route(router, torch.tensor([[[5.0], [5.1], [-5.0], [-5.1]]]))
     assert routing.counts.tolist() == [2, 2]
-    everywhere = ExpertChoice(8, 4, factor=4)
+    everywhere = ExpertChoice(8, 4, factor=4.0)
     assert route(everywhere, torch.randn(1, 6, 8)).counts.tolist() == [6] * 4
     router.weight.data.zero_()
     assert route(router, torch.randn(1, 6, 1)).source.unique().numel() == 3  # ties: both take the same
@@ -43,7 +43,7 @@ def test_a_token_may_be_taken_by_no_expert_and_by_all():
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"factor": 0}, "factor=0 experts per token out of 4"),
+        ({"factor": 0.0}, "factor=0.0 experts per token out of 4"),
         ({"factor": 4.5}, "choose 0 < factor <= E"),
         ({"per": "token"}, "not per 'token'"),
     ],

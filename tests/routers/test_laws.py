@@ -11,8 +11,19 @@ from moeify import Context, losses
 from moeify.experts import FFN
 from moeify.moe import MoE
 from moeify.routers import (
-    Capacity, Cosine, ExpertChoice, GShard, Lookup, NoisyTopK, ReLU, Sinkhorn, Soft, Threshold, TopK, TopP,
-)  # fmt: skip
+    Capacity,
+    Cosine,
+    ExpertChoice,
+    GShard,
+    Lookup,
+    NoisyTopK,
+    ReLU,
+    Sinkhorn,
+    Soft,
+    Threshold,
+    TopK,
+    TopP,
+)
 from strategies import gradients, masks, seeds, sharpen
 
 D, E = 8, 4

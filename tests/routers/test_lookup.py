@@ -77,7 +77,7 @@ def test_generation_looks_up_the_new_token_alone():
 
 
 def test_a_key_that_was_not_given_is_named_with_those_that_were():
-    with pytest.raises(ValueError, match="looks up 'input_ids', .* without it; it was given: inputs_embeds"):
+    with pytest.raises(ValueError, match="without it; it was given: inputs_embeds"):
         look_up(Lookup(8, 4), (2, 3), inputs_embeds=torch.randn(2, 3, 8))
 
 

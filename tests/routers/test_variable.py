@@ -66,7 +66,7 @@ def test_a_layer_of_tokens_without_a_positive_gate_answers_nothing_and_has_finit
     y, routing = moe(x), route(moe.router, x)
     assert routing.counts.sum() == 0
     assert y.count_nonzero() == 0
-    loss = y.sum() + losses.balance(routing) + losses.l1(routing, 1)
+    loss = y.sum() + losses.balance(routing) + losses.l1(routing, 1.0)
     loss.backward()
     assert loss.item() == 0
     assert x.grad.isfinite().all()
@@ -84,7 +84,7 @@ def test_the_l1_loss_makes_gates_small_and_sooner_those_of_busy_experts():
     routing = route(router, torch.rand(200, 4))
     scores = routing.scores
     scores.retain_grad()
-    losses.l1(routing, k=1).backward()
+    losses.l1(routing, k=1.0).backward()
     busy, sometimes, never = scores.grad.mean(0).tolist()
     assert busy > sometimes > 0
     assert never == 0
