@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import cast
 
 import torch
 from jaxtyping import Float, Int
@@ -46,7 +47,7 @@ class Blocks(Experts):
     @property
     def costs(self) -> Float[Tensor, "E"]:
         """Every bank's costs, in proportion to the parameters of one of its experts."""
-        work = torch.cat([_size(bank) * bank.costs for bank in self.banks])
+        work = torch.cat([_size(bank) * bank.costs for bank in cast(Iterable[Experts], self.banks)])
         return work / work.max().clamp_min(1)
 
     def forward(self, rows: Float[Tensor, "R D"], counts: Int[Tensor, "E"]) -> Float[Tensor, "R O"]:

@@ -1,0 +1,28 @@
+"""Balance for experts that cost different amounts of work."""
+
+from __future__ import annotations
+
+from jaxtyping import Float
+from torch import Tensor
+
+from moeify.losses.loads import probability, share
+from moeify.routing import Assignment
+
+
+def cost(routing: Assignment, costs: Float[Tensor, "E"]) -> Float[Tensor, ""]:
+    """E · Σ_j c_j · f_j · P_j with c relative to its mean: the P-Penalty of HMoE (arXiv 2408.10681).
+
+    It is `balance` for equal costs; for others its gradient moves tokens to cheap experts. MoE++ (arXiv 2410.07348)
+    weighs experts without computation by τ instead of 0, so that they are balanced too:
+    `cost(routing, experts.costs.clamp(min=0.75))`.
+
+    Args:
+        routing: a decision with scores.
+        costs: what a row costs at each expert, such as `experts.costs`; not all zero.
+
+    Raises:
+        ValueError: the decision keeps no scores.
+    """
+    p = probability(routing)
+    c = costs.to(p) / costs.to(p).mean()
+    return len(c) * (c * share(routing) * p.mean(0)).sum()
