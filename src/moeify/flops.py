@@ -15,6 +15,7 @@ from fractions import Fraction
 from torch import Tensor, nn
 
 from moeify.moe import MoE
+from moeify.multihead import MultiHead
 from moeify.record import native_layers, stacked_experts
 
 Shares = defaultdict[nn.Module, Fraction]
@@ -75,14 +76,14 @@ def count(model: nn.Module, tokens: int | None = None) -> Count:
     Raises:
         ValueError: a MoE layer of transformers that does not say how many experts a token asks.
     """
-    shares = _shares(model)
+    shares, passes = _shares(model), _passes(model)
     held: dict[Tensor, Fraction] = {}
     flops, dense_flops = Fraction(0), 0
     for module in model.modules():
-        share = shares.get(module, Fraction(1))
+        share, times = shares.get(module, Fraction(1)), passes.get(module, 1)
         for parameter in module.parameters(recurse=False):
-            held[parameter] = max(share, held.get(parameter, Fraction(0)))
-        work = 2 * sum(matrix.numel() for matrix in _matrices(module, module in shares))
+            held[parameter] = max(min(share * times, Fraction(1)), held.get(parameter, Fraction(0)))
+        work = 2 * times * sum(matrix.numel() for matrix in _matrices(module, module in shares))
         if tokens is not None:
             work += _attention(module, tokens)
         flops += work * share
@@ -110,6 +111,12 @@ def _shares(model: nn.Module) -> Shares:
         for part in experts.modules():
             shares[part] *= share
     return shares
+
+
+def _passes(model: nn.Module) -> dict[nn.Module, int]:
+    """How often one token passes a module: h times inside a multi-head layer, in h parts; once elsewhere."""
+    layers = [module for module in model.modules() if isinstance(module, MultiHead)]
+    return {part: layer.heads for layer in layers for part in layer.moe.modules()}
 
 
 def _our_experts(model: nn.Module) -> Iterator[tuple[nn.Module, Fraction]]:

@@ -7,6 +7,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from moeify import Context, MoE, kernels, record
 from moeify.experts import FFN, Plain
+from moeify.flops import count
 from moeify.multihead import MultiHead, multi_head
 from moeify.routers import Lookup, TopK
 from strategies import agree, doubled, layer
@@ -96,6 +97,8 @@ def test_a_matched_layer_costs_what_the_plain_one_costs(monkeypatch):
         return counter.get_total_flops() - 2 * tokens * width * routers
 
     assert flops(matched, matched.moe.experts.num_experts) == flops(plain, experts)
+    assert count(matched).flops == flops(matched, 0) / tokens
+    assert count(matched).dense_flops == 2 * (2 * width**2 + 4 * sum(p.numel() for p in matched.moe.parameters()))
     sizes = [sum(p.numel() for p in model.parameters()) for model in (plain, matched)]
     assert sizes[1] == pytest.approx(sizes[0], rel=0.05)
 

@@ -84,16 +84,21 @@ class SparseMultiGate(Router):
         check_k(k, int(sees[0].sum()), normalize=True)
         if union < gates:
             raise ValueError(f"a union of {union} experts has no room for the first choice of each of {gates} gates")
-        self.num_experts, self.gates, self.k, self.union = num_experts, gates, k, min(union, num_experts)
+        self.num_experts, self.gates, self.per_gate, self.union = num_experts, gates, k, min(union, num_experts)
         self.register_buffer("sees", sees, persistent=False)
         self.weight = xavier(gates, num_experts, width)
+
+    @property
+    def k(self) -> int:
+        """Experts that one token asks at most, of all gates together."""
+        return min(self.union, self.gates * self.per_gate)
 
     def forward(self, x: Float[Tensor, "... D"], context: Context) -> Assignment:
         """Route every real token to the experts that its gates agree on."""
         tokens = real_tokens(x, context)
         logits = gate_logits(tokens, self.weight, self.sees)
         scores = logits.softmax(-1)
-        asked = among(scores, self.k)
+        asked = among(scores, self.per_gate)
         kept = self._united(scores.detach() * asked, among(scores, 1).any(1))
         weight = scores * (asked & kept.unsqueeze(1))  # (T, G, E)
         weight = weight / weight.sum(-1, keepdim=True)
@@ -106,7 +111,7 @@ class SparseMultiGate(Router):
 
     def extra_repr(self) -> str:
         """How many experts each gate, and all of them, may ask."""
-        return f"experts={self.num_experts}, gates={self.gates}, k={self.k}, union={self.union}"
+        return f"experts={self.num_experts}, gates={self.gates}, per_gate={self.per_gate}, union={self.union}"
 
 
 def visible(num_experts: int, gates: int, private: int) -> Bool[Tensor, "G E"]:
