@@ -17,6 +17,7 @@ from moeify import registry
 from moeify.experts.base import Experts
 from moeify.routers.base import Router
 from moeify.routers.capacity import capacity
+from moeify.routers.sparsemixer import SparseMixer
 from moeify.routers.topk import Groups, TopK, sigmoid
 from moeify.routing import per_token
 from moeify.sparsify.find import Where, ffn, odd
@@ -117,6 +118,7 @@ recipes: dict[str, Recipe] = {
         shared=dense,
     ),
     "olmoe": Recipe(num_experts=16, router=partial(TopK, k=4, normalize=False), experts=partial(fresh, granularity=4)),
+    "phi": Recipe(num_experts=16, router=partial(SparseMixer, k=2), experts=fresh),
     "qwen3": Recipe(num_experts=32, router=partial(TopK, k=4), experts=partial(fresh, granularity=4)),
 }
 """Recipes by the name of the model that they follow, at sizes for a small dense model.
