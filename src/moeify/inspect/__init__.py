@@ -1,6 +1,23 @@
-"""Look at what a sparse model does: expert load, pictures, and a report to read in a browser."""
+"""Look at what a sparse model does: expert load, collapse, causality, pictures, and a report to read in a browser."""
 
+from moeify.inspect.causality import Causality, Leak, check_causality
+from moeify.inspect.collapse import (
+    answer_similarity,
+    effective_rank,
+    margin,
+    overlap,
+    participation_ratio,
+    redundancy,
+    representation_collapse,
+    switched,
+    weight_cosine,
+    without_first,
+)
 from moeify.inspect.load import ExpertLoad, expert_load
 from moeify.inspect.page import write_report
 
-__all__ = ["ExpertLoad", "expert_load", "write_report"]
+__all__ = [
+    "Causality", "ExpertLoad", "Leak", "answer_similarity", "check_causality", "effective_rank", "expert_load",
+    "margin", "overlap", "participation_ratio", "redundancy", "representation_collapse", "switched", "weight_cosine",
+    "without_first", "write_report",
+]  # fmt: skip

@@ -1,0 +1,162 @@
+"""Whether a sparse layer looks ahead: one token is replaced, and the earlier ones are watched."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from moeify.context import Context
+from moeify.moe import MoE
+from moeify.record import native_layers, record
+from moeify.routing import Assignment, Routing
+from moeify.sparsify.dense import fixed_randomness
+from moeify.sparsify.probe import as_probe, find_probe
+
+
+@dataclass(frozen=True)
+class Leak:
+    """A token of which something changed because another token was replaced.
+
+    Attributes:
+        what: whether its experts and their weights changed, or only what the layer answered it.
+        token: the sequence and the position of the token that changed.
+        by: the sequence and the position of the token that was replaced.
+    """
+
+    what: Literal["decision", "output"]
+    token: tuple[int, int]
+    by: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Causality:
+    """What was found of one layer; true if no token depends on a later one of its sequence.
+
+    Attributes:
+        future: a token that changed with a later one of its own sequence: training leaks, generation differs.
+        others: a token that changed with one of another sequence: what a sequence gets depends on its batch.
+    """
+
+    future: Leak | None = None
+    others: Leak | None = None
+
+    def __bool__(self) -> bool:
+        return self.future is None
+
+
+@torch.no_grad()
+def check_causality(model: nn.Module, tokens: Any = None, *, tries: int = 4) -> dict[str, Causality]:
+    """Replace every token of every sparse layer's input, one at a time, and see which other tokens change.
+
+    Each layer is looked at alone, on the input that it gets in the model, so that a leak has the name of its layer and
+    attention has no part in it. Leaks are found by trying: a capacity that is never reached leaks nothing. The model
+    is taken in the mode that it is in, for routers differ between training and evaluation, and with the same random
+    numbers in every run. Layers of ours and of transformers; of the latter, and of dense mixtures, only outputs.
+
+    Args:
+        model: a sparse model.
+        tokens: an input (a tensor, a tuple of arguments or a mapping), of two or more sequences for `others` to mean
+            anything; by default one is guessed.
+        tries: how often each token is replaced, by noise and by enlarged copies of other tokens in turn.
+
+    Raises:
+        ValueError: the model has no sparse layer, or no input for it could be guessed.
+    """
+    layers: dict[str, nn.Module] = {name: m for name, m in model.named_modules() if isinstance(m, MoE)}
+    layers |= {name: model.get_submodule(name) for name, _ in native_layers(model)}
+    if not layers:
+        raise ValueError(f"{type(model).__name__} has no sparse layer whose causality could be checked")
+    probe = find_probe(model) if tokens is None else as_probe(tokens)
+    if probe is None:
+        raise ValueError(f"no input for {type(model).__name__} could be guessed; pass tokens")
+    calls: dict[str, tuple[tuple, dict[str, Any]]] = {}
+    hooks = [layer.register_forward_pre_hook(_keep(name, calls), with_kwargs=True) for name, layer in layers.items()]
+    try:
+        with fixed_randomness(model):
+            model(*probe.args, **(probe.kwargs or {}))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    with fixed_randomness(model):
+        return {name: _check(layers[name], *call, tries) for name, call in calls.items()}
+
+
+def _keep(name: str, calls: dict[str, tuple[tuple, dict[str, Any]]]) -> Callable[..., None]:
+    def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        calls[name] = (args, kwargs)
+
+    return hook
+
+
+def _check(layer: nn.Module, args: tuple, kwargs: dict[str, Any], tries: int) -> Causality:
+    x = args[0] if args else next(iter(kwargs.values()))
+
+    def run(x: Tensor) -> list[Tensor]:
+        given = ((x, *args[1:]), kwargs) if args else ((), {**kwargs, next(iter(kwargs)): x})
+        with fixed_randomness(layer), record(layer) as decisions:
+            y = layer(*given[0], **given[1])
+        y = y if isinstance(y, Tensor) else next(part for part in y if isinstance(part, Tensor))
+        return [_table(decisions[""], len(group)), y.reshape(len(group), -1).float()]
+
+    context = layer.context if isinstance(layer, MoE) else Context()
+    group = context.groups(x.shape[:-1]).to(x.device)
+    position = _places(group)
+    before = run(x)
+    real = context.real(len(group))
+    future: Leak | None = None
+    others: Leak | None = None
+    for token in range(len(group)) if real is None else real.tolist():
+        by = (int(group[token]), int(position[token]))
+        for attempt in range(tries):
+            changed = x.clone().reshape(-1, x.shape[-1])
+            changed[token] = _other(changed, token, attempt)
+            after = run(changed.view(x.shape))
+            for what, a, b in zip(("decision", "output"), before, after, strict=True):
+                differs = _differs(a, b, x.dtype)
+                earlier = differs & (group == group[token]) & (position < position[token])
+                elsewhere = differs & (group != group[token])
+                future = future or _leak(what, earlier, group, position, by)
+                others = others or _leak(what, elsewhere, group, position, by)
+        if future and others:
+            break
+    return Causality(future, others)
+
+
+def _places(group: Int[Tensor, "T"]) -> Int[Tensor, "T"]:
+    """How many tokens of its own group come before each token."""
+    same = group.unsqueeze(0) == group.unsqueeze(1)
+    return same.tril(-1).sum(-1)
+
+
+def _other(tokens: Float[Tensor, "T D"], token: int, attempt: int) -> Float[Tensor, "D"]:
+    if attempt % 2 == 0:
+        return torch.randn_like(tokens[token]) * tokens.std()
+    return 2 * tokens[int(torch.randint(len(tokens), ()))]
+
+
+def _table(routing: Routing, tokens: int) -> Float[Tensor, "T W"]:
+    """The weight of every expert at every token, none for decisions that are no assignments."""
+    if not isinstance(routing, Assignment):
+        return torch.zeros(tokens, 0, device=routing.counts.device)
+    weight = routing.weight.float().flatten(1) if routing.weight.dim() > 1 else routing.weight.float().unsqueeze(1)
+    table = weight.new_zeros(tokens, len(routing.counts), weight.shape[1])
+    return table.index_put((routing.source, routing.expert), weight, accumulate=True).flatten(1)
+
+
+def _differs(a: Float[Tensor, "T W"], b: Float[Tensor, "T W"], dtype: torch.dtype) -> Bool[Tensor, "T"]:
+    largest = float(a.abs().max()) if a.numel() else 0.0
+    return ((a - b).abs() > 64 * torch.finfo(dtype).eps * max(1.0, largest)).any(-1)
+
+
+def _leak(
+    what: Any, changed: Bool[Tensor, "T"], group: Int[Tensor, "T"], position: Int[Tensor, "T"], by: tuple[int, int]
+) -> Leak | None:
+    if not changed.any():
+        return None
+    first = int(changed.nonzero()[0])
+    return Leak(what, (int(group[first]), int(position[first])), by)
