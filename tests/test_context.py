@@ -65,6 +65,18 @@ def test_a_decoder_routes_no_padding(llama, mask):
     assert seen == [real(mask)]
 
 
+def test_a_mask_that_is_added_to_scores_is_read_as_one():
+    module, context = Masked(), Context()
+    context.watch([module])
+    module(torch.ones(2, 5, dtype=torch.long), attention_mask=(1.0 - LEFT.float()) * -10_000.0)
+    assert context.positions.tolist() == LEFT.flatten().nonzero().squeeze(1).tolist()
+
+
+class Masked(nn.Module):
+    def forward(self, input_ids, attention_mask=None):
+        return input_ids
+
+
 def test_embeddings_count_like_words(llama):
     model, moe = llama
     seen = watched_tokens(moe)

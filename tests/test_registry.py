@@ -38,13 +38,13 @@ def test_what_is_written_as_json_is_read_back(kind, thing):
 
 
 def test_options_given_by_position_are_written_too():
-    @register("where", "deeper")
+    @register("split", "deeper")
     def deeper(depth, step, name):
         return depth, step, name
 
-    written = encode("where", partial(deeper, 3, step=2))
+    written = encode("split", partial(deeper, 3, step=2))
     assert written == {"name": "deeper", "depth": 3, "step": 2}
-    assert decode("where", written)(name="mlp") == (3, 2, "mlp")
+    assert decode("split", written)(name="mlp") == (3, 2, "mlp")
 
 
 def test_a_name_alone_is_enough():
@@ -100,3 +100,8 @@ def test_ones_own_dataclass_is_written_with_its_options():
         rate: float = 0.0
 
     assert decode("controller", encode("controller", Still(2.0))) == Still(2.0)
+
+
+def test_what_a_thing_is_called_with_is_no_option_of_a_file():
+    with pytest.raises(ValueError, match="router 'topk' has no option 'width'"):
+        decode("router", {"name": "topk", "width": 8})

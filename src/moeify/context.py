@@ -116,6 +116,8 @@ class Context:
             if mask is None:
                 self.mask(None)
             elif isinstance(mask, Tensor) and mask.dim() == 2:
+                if mask.is_floating_point() and (mask < 0).any():  # added to scores: 0 for a token, -10000 for padding
+                    mask = mask >= 0
                 if tokens is None:
                     self.mask(mask)
                 elif mask.shape[0] == tokens.shape[0] and mask.shape[1] >= tokens.shape[1]:

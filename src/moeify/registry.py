@@ -13,6 +13,8 @@ from functools import partial
 from typing import Any
 
 _BY_NAME: dict[str, dict[str, Callable]] = {}
+_GIVEN = {"router": 2, "experts": 2, "shared": 2, "where": 1}
+"""How many leading arguments things of a kind are called with, which a file therefore cannot set."""
 
 
 def register(kind: str, name: str) -> Callable[[Any], Any]:
@@ -45,10 +47,11 @@ def lookup(kind: str, name: str) -> Callable:
     try:
         return _BY_NAME[kind][name]
     except KeyError:
-        raise ValueError(f"no {kind} is called {name!r}; {_suggest(name, names(kind))}") from None
+        raise ValueError(f"no {kind} is called {name!r}; {suggest(name, names(kind))}") from None
 
 
-def _suggest(name: str, known: list[str]) -> str:
+def suggest(name: str, known: list[str]) -> str:
+    """What somebody who wrote `name` may have meant, for an error message."""
     near = difflib.get_close_matches(name, known)
     return f"did you mean {' or '.join(map(repr, near))}?" if near else f"known are: {', '.join(known) or 'none'}"
 
@@ -104,7 +107,7 @@ def decode(kind: str, value: Any) -> Any:
 
 
 def _check_options(kind: str, name: str, thing: Callable, options: dict[str, Any]) -> None:
-    known = list(inspect.signature(thing).parameters)
+    known = list(inspect.signature(thing).parameters)[_GIVEN.get(kind, 0) :]
     for key in options:
         if key not in known:
-            raise ValueError(f"{kind} {name!r} has no option {key!r}; {_suggest(key, known)}")
+            raise ValueError(f"{kind} {name!r} has no option {key!r}; {suggest(key, known)}")
