@@ -173,10 +173,8 @@ def test_ctrl_c_saves_says_how_to_go_on_and_the_end_is_the_same(tmp_path, text, 
     folder = tmp_path / "run"
     code, err = interrupt(signal.SIGINT, text, folder, "sparse-0/metrics.jsonl")
     assert code == 130
-    assert re.fullmatch(
-        rf"moeify: stopped after step \d+ of 40, saved in {folder}/(sparse|dense)-0; go on with the same command and --resume",
-        err.strip(),
-    )
+    stopped = rf"moeify: stopped after step \d+ of 40, saved in {folder}/(sparse|dense)-0"
+    assert re.fullmatch(f"{stopped}; go on with the same command and --resume\n", err)
     assert moeify("train", *LONG, "--data", text, "--output", folder, "--resume").code == 0
     assert losses(folder) == whole
 
