@@ -12,6 +12,7 @@ from moeify.backends import compose
 from moeify.experts import FFN, Blocks, ClampedGlu, Constant, Each, Glu, Identity, Plain, Zero
 from moeify.routers import (
     Capacity,
+    Compete,
     Cosine,
     ExpertChoice,
     Frozen,
@@ -49,6 +50,7 @@ ROUTERS = {
     "v-moe": partial(NoisyTopK, D, E, noise=1 / E, order="softmax"),
     "gshard": partial(GShard, D, E),
     "cosine": partial(Cosine, D, E, k=2, dimensions=3),
+    "compete": partial(Compete, D, E),
     "top-p": partial(TopP, D, E),
     "threshold": partial(Threshold, D, E),
     "relu": partial(ReLU, D, E),
