@@ -33,7 +33,7 @@ BIASED = Recipe(num_experts=4, router=partial(TopK, score=sigmoid, selection_bia
 
 def sparse(family: str = "llama", recipe: Recipe = COPIES) -> nn.Module:
     """A sparse model whose experts have gone their own ways."""
-    model = sparsify(DENSE[family](), recipe, verbose=False)
+    model = sparsify(DENSE[family](), recipe, verbose=False, allow_noncausal=True)
     return widened(model).eval()
 
 
