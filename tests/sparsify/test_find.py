@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from moeify.experts import Each
-from moeify.sparsify import Recipe, chosen, every, ffn, fresh, last, modules, named, odd, sparsify
+from moeify.sparsify import Recipe, chosen, every, ffn, fresh, last, last_half, modules, named, odd, sparsify
 from plain_models import Block, Gated, Strange, blocks, sparse_layers
 from tiny_models import DENSE, SPARSE, causal_lm, t5, widened
 
@@ -36,6 +36,7 @@ def test_every_feed_forward_network_is_found_by_default():
         (last(1), [3]),
         (last(2), [2, 3]),
         (last(9), [0, 1, 2, 3]),
+        (last_half, [2, 3]),
         (named(r"layers\.[02]\."), [0, 2]),
         (modules(r"mlp$"), [0, 1, 2, 3]),
         (modules(r"layers\.3\.mlp"), [3]),
@@ -46,7 +47,7 @@ def test_layers_are_chosen_as_said(where, layers):
     assert names(where, llama()) == mlps(*layers)
 
 
-@pytest.mark.parametrize("where", [every(2), odd, last(1)])
+@pytest.mark.parametrize("where", [every(2), odd, last(1), last_half])
 def test_choices_count_in_every_stack_of_its_own(where):
     found = names(where, t5(num_layers=2))
     assert found == ["encoder.block.1.layer.1.DenseReluDense", "decoder.block.1.layer.2.DenseReluDense"]

@@ -30,8 +30,10 @@ from moeify.sparsify import (
     splits,
 )  # fmt: skip
 from moeify.sparsify.make import clustered, importance, random
-from plain_models import sparse_layers
-from tiny_models import causal_lm, inputs
+from plain_models import output, sparse_layers
+from tiny_models import DENSE, causal_lm, inputs
+
+FOR_ENCODERS = {"gshard", "vmoe", "soft", "expert_choice"}
 
 any_recipe = st.builds(
     Recipe,
@@ -84,19 +86,30 @@ def test_a_named_recipe_makes_a_model_that_learns_the_same_after_its_file(name):
     states = []
     for each in (recipes[name], recipe):
         torch.manual_seed(0)
-        model = sparsify(causal_lm("llama"), each, verbose=False)
-        model(**inputs(model)).loss.backward()
-        assert all(layer.router_weight.grad.any() for layer in map(Layer, sparse_layers(model).values()))
+        model = sparsify(DENSE["bert" if name in FOR_ENCODERS else "llama"](), each, verbose=False)
+        output(model, inputs(model)).square().sum().backward()
+        for layer in sparse_layers(model).values():
+            assert all(parameter.grad.any() for parameter in layer.router.parameters())
         states.append(model.state_dict())
     for key, value in states[0].items():
         assert torch.equal(value, states[1][key]), key
 
 
-class Layer:
-    """A sparse layer by the weight of its router, wherever that is."""
+@pytest.mark.parametrize("name", sorted(FOR_ENCODERS))
+def test_a_recipe_that_looks_at_later_tokens_is_refused_by_decoders(name):
+    assert not recipes[name].router(8, recipes[name].num_experts).causal
+    with pytest.raises(ValueError, match=r"is in a decoder, .* looking at later tokens"):
+        sparsify(causal_lm("llama"), recipes[name], verbose=False)
+    assert sparse_layers(sparsify(causal_lm("llama"), recipes[name], verbose=False, allow_noncausal=True))
 
-    def __init__(self, layer) -> None:
-        self.router_weight = next(parameter for parameter in layer.router.parameters() if parameter.dim() == 2)
+
+@pytest.mark.parametrize("name", sorted(recipes.keys() - FOR_ENCODERS))
+def test_the_other_recipes_look_at_no_later_token(name):
+    torch.manual_seed(0)
+    model = sparsify(causal_lm("llama"), recipes[name], verbose=False)
+    ids = torch.randint(3, 200, (1, 12))
+    other = torch.cat([ids[:, :6], torch.randint(3, 200, (1, 6))], dim=1)
+    torch.testing.assert_close(model(ids).logits[:, :6], model(other).logits[:, :6], rtol=1e-3, atol=1e-4)
 
 
 def test_a_file_may_leave_out_what_stays_as_it_is():

@@ -2,7 +2,7 @@
 
 from moeify.sparsify.convert import sparsify
 from moeify.sparsify.dense import DenseFFN
-from moeify.sparsify.find import Site, chosen, every, ffn, last, modules, named, odd
+from moeify.sparsify.find import Site, chosen, every, ffn, last, last_half, modules, named, odd
 from moeify.sparsify.make import copies, fresh, splits
 from moeify.sparsify.recipe import Recipe, read_recipe, recipes
 from moeify.sparsify.shared import dense, frozen, gated, nothing
@@ -10,6 +10,6 @@ from moeify.sparsify.store import load, load_weights, save
 
 __all__ = [
     "DenseFFN", "Recipe", "Site", "chosen", "copies", "dense", "every", "ffn", "fresh", "frozen", "gated", "last",
-    "load", "load_weights", "modules", "named", "nothing", "odd", "read_recipe", "recipes", "save",
+    "last_half", "load", "load_weights", "modules", "named", "nothing", "odd", "read_recipe", "recipes", "save",
     "sparsify", "splits",
 ]  # fmt: skip

@@ -89,6 +89,12 @@ def _last(model: nn.Module, n: int) -> list[Site]:
     return [site for sites in _by_stack(ffn(model)) for site in sites[-n:]]
 
 
+@register("where", "last_half")
+def last_half(model: nn.Module) -> list[Site]:
+    """The last half of the feed-forward networks of each stack, the middle one included (Soft MoE)."""
+    return [site for sites in _by_stack(ffn(model)) for site in sites[len(sites) // 2 :]]
+
+
 def named(regex: str) -> Where:
     """The feed-forward networks whose name matches."""
     return partial(_named, regex=regex)

@@ -17,10 +17,17 @@ from moeify import registry
 from moeify.experts.base import Experts
 from moeify.routers.base import Router
 from moeify.routers.capacity import capacity
+from moeify.routers.cosine import Cosine
+from moeify.routers.expert_choice import ExpertChoice
+from moeify.routers.gshard import GShard
+from moeify.routers.lookup import Lookup
+from moeify.routers.noisy import NoisyTopK
+from moeify.routers.soft import Soft
 from moeify.routers.sparsemixer import SparseMixer
 from moeify.routers.topk import Groups, TopK, sigmoid
-from moeify.routing import per_token
-from moeify.sparsify.find import Where, ffn, odd
+from moeify.routers.variable import ReLU, TopP
+from moeify.routing import double, per_choice_by_4, per_token
+from moeify.sparsify.find import Where, ffn, last, last_half, odd
 from moeify.sparsify.make import copies, fresh
 from moeify.sparsify.shared import dense, nothing
 
@@ -30,7 +37,8 @@ class Recipe:
     """How to make a dense model sparse. Every field but the number is a function or a class; your own will do.
 
     Attributes:
-        where: the model's sites for sparse layers: `ffn`, `every(2)`, `last(2)`, `odd`, `named(regex)`, `chosen(...)`.
+        where: the model's sites for sparse layers: `ffn`, `every(2)`, `last(2)`, `last_half`, `odd`, `named(regex)`,
+            `chosen(...)`.
         num_experts: E.
         router: makes a router from width and number of experts: `partial(TopK, k=2)`.
         experts: makes experts from the dense module: `copies`, `splits`, `fresh`.
@@ -69,7 +77,7 @@ class Recipe:
         known = [field.name for field in dataclasses.fields(cls)]
         for key in values:
             if key not in known:
-                raise ValueError(f"a recipe has no field {key!r}; {registry._suggest(key, known)}")
+                raise ValueError(f"a recipe has no field {key!r}; {registry.suggest(key, known)}")
         return cls(**{k: v if k == "num_experts" else registry.decode(k, v) for k, v in values.items()})
 
 
@@ -83,7 +91,7 @@ def read_recipe(source: str | Path) -> Recipe:
     path = Path(source)
     if path.suffix not in (".json", ".toml"):
         if str(source) not in recipes:
-            near = registry._suggest(str(source), list(recipes))
+            near = registry.suggest(str(source), list(recipes))
             raise ValueError(f"no recipe, .json or .toml file is called {str(source)!r}; {near}")
         return recipes[str(source)]
     if not path.is_file():
@@ -120,9 +128,38 @@ recipes: dict[str, Recipe] = {
     "olmoe": Recipe(num_experts=16, router=partial(TopK, k=4, normalize=False), experts=partial(fresh, granularity=4)),
     "phi": Recipe(num_experts=16, router=partial(SparseMixer, k=2), experts=fresh),
     "qwen3": Recipe(num_experts=32, router=partial(TopK, k=4), experts=partial(fresh, granularity=4)),
+    "gshard": Recipe(
+        where=odd,
+        router=partial(capacity, router=GShard, factor=1.25, eval_factor=2.0, capacity=per_token, priority="choice"),
+        experts=fresh,
+    ),
+    "xmoe": Recipe(
+        where=odd,
+        num_experts=16,
+        router=partial(capacity, router=Cosine, factor=1.0, eval_factor=1.0, capacity=double),
+        experts=fresh,
+    ),
+    "vmoe": Recipe(
+        where=last(2),
+        router=partial(
+            capacity,
+            router=partial(NoisyTopK, k=2, noise=1 / 8, order="softmax"),
+            factor=1.05,
+            eval_factor=4.0,
+            capacity=per_choice_by_4,
+            priority="choice",
+        ),
+        experts=fresh,
+    ),
+    "soft": Recipe(where=last_half, num_experts=16, router=Soft, experts=fresh),
+    "expert_choice": Recipe(where=odd, router=partial(ExpertChoice, factor=2.0), experts=fresh),
+    "topp": Recipe(num_experts=16, router=partial(TopP, p=0.4), experts=partial(fresh, granularity=2)),
+    "remoe": Recipe(router=ReLU, experts=fresh),
+    "hash": Recipe(router=Lookup, experts=fresh),
 }
 """Recipes by the name of the model that they follow, at sizes for a small dense model.
 
 `matched` follows none: new experts half as wide as the dense network, of which a token uses two, so that sparse and
-dense model cost the same FLOPs per token.
+dense model cost the same FLOPs per token. `gshard`, `vmoe`, `soft` and `expert_choice` look at later tokens and are for
+encoders; `hash` reads the model's `input_ids`.
 """
