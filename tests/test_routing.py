@@ -1,4 +1,5 @@
 from copy import deepcopy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from hypothesis import strategies as st
 from moeify import Mixture, assign, limit
 from moeify.backends import compose
 from moeify.experts import Each
+from moeify.routing import assign_where
 from strategies import agree, assignments, choices, seeds
 
 # Assignment
@@ -76,6 +78,41 @@ def test_answers_are_summed_in_fp32():
     assert y.item() == torch.tensor(1.0039, dtype=torch.bfloat16).item()
 
 
+@given(choices())
+def test_a_table_of_who_uses_whom_is_the_decision_that_lists_it(choice):
+    index, gates, num_experts = choice
+    chosen = torch.zeros(len(index), num_experts, dtype=torch.bool).scatter(1, index, True)
+    weight = torch.rand(len(index), num_experts).scatter(1, index, gates)
+    listed, table = assign(index, gates, num_experts), assign_where(chosen, weight)
+    assert torch.equal(table.source, listed.source)
+    assert torch.equal(table.weight, listed.weight)
+    assert torch.equal(table.counts, listed.counts)
+    assert table.shape == listed.shape
+    assert table.index is None
+
+
+@given(st.integers(1, 12), st.integers(1, 6), seeds)
+def test_choices_of_a_table_are_numbered_from_the_largest_weight_on(tokens, num_experts, seed):
+    torch.manual_seed(seed)
+    chosen = torch.rand(tokens, num_experts) < 0.5
+    weight = torch.randn(tokens, num_experts)
+    routing = assign_where(chosen, weight)
+    for token in range(tokens):
+        rows = (routing.source == token).nonzero().flatten()
+        by_choice = rows[routing.choice[rows].argsort()]
+        assert routing.choice[by_choice].tolist() == list(range(int(chosen[token].sum())))
+        assert torch.equal(routing.weight[by_choice], weight[token][chosen[token]].sort(descending=True).values)
+
+
+def test_a_table_may_be_empty_and_leave_tokens_out():
+    nobody = assign_where(torch.zeros(2, 3, dtype=torch.bool), torch.ones(2, 3))
+    assert nobody.combine(nobody.dispatch(torch.ones(2, 4))).count_nonzero() == 0
+    chosen = torch.tensor([[False, True], [True, True]])
+    routing = assign_where(chosen, torch.ones(2, 2), shape=(2, 2), positions=torch.tensor([1, 2]))
+    assert routing.source.tolist() == [2, 1, 2]
+    assert routing.combine(torch.ones(3, 1)).flatten().tolist() == [0.0, 1.0, 2.0, 0.0]
+
+
 @given(assignments(), st.integers(1, 4))
 def test_a_wide_limit_changes_nothing(routing, more):
     limited = limit(routing, int(routing.counts.max()) + more, priority="score")
@@ -109,6 +146,17 @@ def test_a_mixture_is_soft_moe(slots, batch):
     answers = torch.stack([exact[s // slots](mixed[..., s, :]) for s in range(e * slots)], dim=-2)
     slow = torch.einsum("...ns,...so->...no", out_of64, answers)
     agree(compose(x, routing, experts), [x, into, out_of], slow, leaves)
+
+
+def test_a_mixture_finds_its_tokens_where_they_lie():
+    x, order = torch.randn(2, 5, 4), torch.randperm(10)
+    routing = soft(x, 2, 3)
+    y = routing.combine(routing.dispatch(x).tanh())
+    scattered = torch.empty(10, 4)
+    scattered[order] = x.flatten(0, 1)
+    elsewhere = replace(routing, source=order.view(2, 5), shape=(10,))
+    assert torch.equal(elsewhere.dispatch(scattered), routing.dispatch(x))
+    assert torch.equal(elsewhere.combine(elsewhere.dispatch(scattered).tanh())[order], y.flatten(0, 1))
 
 
 def test_a_mixture_of_ones_is_one():

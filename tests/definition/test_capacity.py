@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from moeify import assign, limit
 from moeify.routers import Capacity, TopK
-from moeify.routing import double, per_choice, per_token
+from moeify.routing import double, per_choice, per_choice_by_4, per_token
 from strategies import agree, choices, route, sharpen
 
 
@@ -27,6 +27,11 @@ def test_switch_gives_an_expert_at_least_four_slots():
 
 def test_megatron_rounds_slots_up():
     assert per_choice(1.0, 10, 4, 1) == 3
+
+
+def test_v_moe_rounds_slots_up_to_a_multiple_of_four():
+    assert [per_choice_by_4(1.05, tokens, 8, 2) for tokens in (8, 16, 392)] == [4, 8, 104]
+    assert per_choice_by_4(1.0, 4096, 64, 2) == 128
 
 
 def slow_limit(index, gates, num_experts, slots, priority, overflow):
@@ -111,7 +116,7 @@ def test_padding_takes_no_slot_and_makes_none():
     assert torch.equal(route(router, x, mask).counts, route(router, x[mask]).counts)
 
 
-@pytest.mark.parametrize("formula", [per_token, per_choice, double])
+@pytest.mark.parametrize("formula", [per_token, per_choice, per_choice_by_4, double])
 def test_slots_count_tokens_also_where_a_group_decides_once(formula):
     router = Capacity(TopK(4, 2, k=1, normalize=False, per="group"), factor=1.0, capacity=formula)
     x = torch.ones(4, 8, 4)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from moeify import assign, losses
-from moeify.routers import Capacity, TopK, sigmoid
+from moeify.routers import Capacity, ReLU, TopK, sigmoid
 from strategies import agree, route, sharpen
 
 B, N, D, E, K = 3, 4, 5, 6, 2
@@ -77,6 +77,16 @@ def test_load_counts_the_rows_that_were_asked_for_before_any_were_dropped():
     assert routing.counts.sum() < 8
     assert losses.load(routing).item() == pytest.approx(1.0)  # counts 8 and 0: mean 4, deviation 4
     assert losses.share(routing).sum() == 1
+
+
+def test_l1_is_remoes_equation_10():
+    router = ReLU(D, E)
+    sharpen(router)
+    routing, leaf, leaf64 = scores_of(route(router, torch.randn(B, N, D)))
+    tokens = B * N
+    used = [sum(float(leaf64[t, j] > 0) for t in range(tokens)) for j in range(E)]
+    slow = E * sum(used[j] / (tokens * K) * sum(leaf64[t, j] for t in range(tokens)) / tokens for j in range(E))
+    agree(losses.l1(routing, K), [leaf], slow, [leaf64])
 
 
 def test_z_is_the_mean_squared_logsumexp():
