@@ -19,14 +19,14 @@ def share(routing: Assignment) -> Float[Tensor, "E"]:
 
 
 def probability(routing: Routing) -> Float[Tensor, "L E"]:
-    """P_lj: each decision's scores, normalised to sum to 1 (they do for softmax; not for sigmoid).
+    """P_lj: each decision's scores, normalised to sum to 1 (they do for softmax; not for sigmoid); all zeros stay zeros.
 
     Raises:
         ValueError: the decision keeps no scores.
     """
     if routing.scores is None:
         raise ValueError("this router keeps no scores, so there is nothing to balance by a loss; try a controller")
-    return routing.scores / routing.scores.sum(-1, keepdim=True)
+    return routing.scores / routing.scores.sum(-1, keepdim=True).clamp_min(1e-20)
 
 
 def balance(routing: Assignment, scope: Scope = "batch", demand: Num[Tensor, "E"] | None = None) -> Float[Tensor, ""]:
