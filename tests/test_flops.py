@@ -206,12 +206,19 @@ def test_a_state_space_model_pays_nothing_for_a_longer_sequence():
     assert count(model, tokens=4096) == count(model)
 
 
+class ExpertsWithoutK(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.up_proj, self.down_proj = nn.Parameter(torch.zeros(2, 4, 4)), nn.Parameter(torch.zeros(2, 4, 4))
+
+    def forward(self, hidden_states, top_k_index, top_k_weights):
+        return hidden_states
+
+
 def test_a_native_layer_that_does_not_say_its_k_is_refused():
-    experts = nn.Module()
-    experts.up_proj, experts.down_proj = nn.Parameter(torch.zeros(2, 4, 4)), nn.Parameter(torch.zeros(2, 4, 4))
     model = nn.Module()
     model.mlp = nn.Module()
-    model.mlp.experts = experts
+    model.mlp.experts = ExpertsWithoutK()
     with pytest.raises(ValueError, match=r"how many experts a token asks in mlp: .* set `top_k`"):
         count(model)
 

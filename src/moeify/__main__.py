@@ -1,0 +1,5 @@
+"""`python -m moeify` is the command line."""
+
+from moeify.cli import main
+
+main()
