@@ -134,6 +134,14 @@ def test_a_router_outside_of_a_layer_says_that_it_lacks_the_experts():
         router(torch.randn(T, D), Context())
 
 
+def test_a_router_inside_another_is_given_the_experts_too():
+    experts = FFN(E, D, 4)
+    moe = MoE(Capacity(Compete(D, E), factor=2.0), experts)
+    moe.router.router.competes = True
+    assert moe.router.router._experts == (experts,)
+    assert moe.router(torch.randn(T, D), moe.context).affinity.shape == (T, E)
+
+
 def test_a_copy_of_a_layer_competes_with_its_own_experts_and_saves_them_once():
     moe = layer()
     twin = deepcopy(moe)

@@ -95,7 +95,7 @@ def test_z_is_the_mean_squared_logsumexp():
     assert losses.z(routing).item() == pytest.approx(slow, rel=1e-5)
 
 
-def test_balance_of_groups_is_deepseek_v2_equations_26_to_28():
+def test_balance_of_groups_is_mean_load_times_summed_probability_of_every_group():
     routing, leaf, leaf64 = scores_of(decision())
     p, groups = slow_probability(leaf64), [range(0, 3), range(3, 6)]
     tokens = B * N

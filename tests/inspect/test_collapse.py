@@ -20,10 +20,11 @@ from moeify.inspect import (
     weight_cosine,
     without_first,
 )
+from moeify.record import native_layers
 from moeify.routers import TopK
 from moeify.sparsify import Recipe, copies, sparsify
 from strategies import layer, route
-from tiny_models import causal_lm
+from tiny_models import causal_lm, mixtral
 
 D, E, T = 8, 4, 10
 
@@ -87,6 +88,15 @@ def test_experts_are_one_and_the_same_after_upcycling():
     for moe in model.modules():
         if isinstance(moe, MoE):
             torch.testing.assert_close(weight_cosine(moe.experts), torch.ones(3, 3))
+
+
+def test_the_stacked_experts_of_transformers_have_cosines_too():
+    model = mixtral()
+    name, (_, experts) = next(native_layers(model))
+    assert name == "model.layers.0.mlp"
+    vector = [torch.cat([p[e].detach().flatten() for p in experts.parameters()]) for e in (0, 1)]
+    expected = torch.nn.functional.cosine_similarity(*vector, dim=0)
+    torch.testing.assert_close(weight_cosine(experts)[0, 1], expected)
 
 
 def test_experts_of_different_sizes_have_no_cosine():

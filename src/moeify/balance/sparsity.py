@@ -12,7 +12,7 @@ from moeify.routing import Routing
 
 @dataclass
 class SparsityTarget:
-    """λ ← λ · factor where more than k of E experts run, λ / factor where fewer do (ReMoE, arXiv 2412.14711, eq. 8).
+    """λ ← λ · factor where more than k of E experts run, λ / factor where fewer do (ReMoE, arXiv 2412.14711).
 
     The weight of `moeify.losses.l1`. By hand, `observe` every decision of a step, then `step`:
 

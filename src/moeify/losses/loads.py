@@ -19,7 +19,7 @@ def share(routing: Assignment) -> Float[Tensor, "E"]:
 
 
 def probability(routing: Routing) -> Float[Tensor, "L E"]:
-    """P_lj: each decision's scores, normalised to sum to 1 (they do for softmax; not for sigmoid); all zeros stay zeros.
+    """P_lj: each decision's scores, normalised to sum to 1 (softmax does, sigmoid does not); all zeros stay zeros.
 
     Raises:
         ValueError: the decision keeps no scores.
@@ -59,7 +59,7 @@ def balance(routing: Assignment, scope: Scope = "batch", demand: Num[Tensor, "E"
 
 
 def group_balance(routing: Assignment, groups: int) -> Float[Tensor, ""]:
-    """`balance` of groups of neighbouring experts, such as those of one device (DeepSeek-V2, eqs. 26-28).
+    """`balance` of groups of neighbouring experts, such as those of one device (DeepSeek-V2, arXiv 2405.04434).
 
     1.0 is perfect. The gradient flows through P only.
 
