@@ -65,6 +65,7 @@ class Assignment(Routing):
         gates: the weights in the order of `index`.
         affinity: how strongly every expert answered every token, of routers that ask all experts first.
         answers: the experts' answers to the rows, of routers that have asked for them already.
+        rest: what every token, padding included, gets beside its rows, of routers that speak for the other experts.
     """
 
     source: Int[Tensor, "R"]
@@ -76,6 +77,14 @@ class Assignment(Routing):
     gates: Float[Tensor, "T K *G"] | None = None
     affinity: Float[Tensor, "L E"] | None = None
     answers: Float[Tensor, "R O"] | None = None
+    rest: Float[Tensor, "all O"] | None = None
+
+    @property
+    def tokens(self) -> int:
+        """The number of tokens that were routed."""
+        if self.index is not None:
+            return len(self.index)
+        return math.prod(self.shape) if self.group is None else len(self.group)
 
     @property
     def expert(self) -> Int[Tensor, "R"]:
@@ -90,7 +99,7 @@ class Assignment(Routing):
         """Add `weight · row` to the token of each row; gates, if any, become an axis before the width."""
         gates = self.weight.shape[1:]
         weighted = rows.float().view(-1, *[1] * len(gates), rows.shape[-1]) * self.weight.float().unsqueeze(-1)
-        out = weighted.new_zeros(math.prod(self.shape), *gates, rows.shape[-1])
+        out = weighted.new_zeros(math.prod(self.shape), *gates, rows.shape[-1]) if self.rest is None else self.rest
         return out.index_add(0, self.source, weighted).view(*self.shape, *gates, rows.shape[-1]).to(rows.dtype)
 
 
@@ -248,7 +257,7 @@ def double(factor: float, tokens: int, num_experts: int, k: int) -> int:
 
 Slots = Callable[[float, int, int, int], int]
 Priority = Literal["position", "choice", "score"]
-Overflow = Literal["zero", "renormalize"]
+Overflow = Literal["zero", "renormalize", "next"]
 
 
 def limit(
@@ -262,9 +271,14 @@ def limit(
         priority: who is kept: the earliest tokens (`position`), all first choices before any second choice and then
             the earliest (`choice`; GShard), or the largest weights (`score`; V-MoE's batch priority).
         overflow: `zero` leaves the other weights of a token as they are, `renormalize` scales them to the old sum.
+            `next` lets every row that was dropped ask the next best expert of its token, in rounds, until it finds
+            room or has asked them all (No-Token-Left-Behind; Switch, appendix B); in every round, those are served
+            first who come first by `priority`. Its weight w changes as the score does, to w · s_new / s_old: right for
+            weights in proportion to the scores.
 
     Raises:
-        ValueError: fewer than one slot, or several weights per row.
+        ValueError: fewer than one slot, or several weights per row; `next` without a score of every token for every
+            expert.
     """
     if slots < 1:
         raise ValueError(f"a capacity of {slots} slots drops every token; give each expert at least one slot")
@@ -273,8 +287,10 @@ def limit(
             f"a capacity needs one weight per row to say which rows matter, and this router gave "
             f"{routing.weight[0].numel()} gates; leave the capacity out"
         )
-    place = _place_in_expert(routing, priority)
-    kept = place < slots
+    turns = _turns(routing, priority)
+    if overflow == "next":
+        return _to_the_next(routing, slots, turns)
+    kept = _place(routing.expert, turns) < slots
     weight = routing.weight[kept]
     source = routing.source[kept]
     if overflow == "renormalize":
@@ -292,15 +308,74 @@ def limit(
     )
 
 
-def _place_in_expert(routing: Assignment, priority: Priority) -> Int[Tensor, "R"]:
-    """Each row's place in the queue of its expert, 0 for the first that is served."""
-    rows = torch.arange(routing.source.shape[0], device=routing.source.device)
-    start = (routing.counts.cumsum(0) - routing.counts)[routing.expert]
+def dropped(routing: Assignment) -> tuple[float, float]:
+    """The share of the rows asked for that a capacity dropped, and the share of the routed tokens without any row."""
+    rows = len(routing.source) / max(1, int(routing.demand.sum()))
+    return 1 - rows, 1 - len(routing.source.unique()) / max(1, routing.tokens)
+
+
+def _turns(routing: Assignment, priority: Priority) -> Int[Tensor, "R"]:
+    """The rows in the order in which they are served."""
     if priority == "position":
-        return rows - start
+        return routing.source.argsort(stable=True)
     key = -routing.weight.detach() if priority == "score" else routing.choice
     if key is None:
         raise ValueError("priority='choice' needs a decision that knows which choice each row is; build it by `assign`")
-    by_key = key.argsort(stable=True)
-    served = by_key[routing.expert[by_key].argsort(stable=True)]
-    return torch.empty_like(rows).scatter(0, served, rows) - start
+    return key.argsort(stable=True)
+
+
+def _place(expert: Int[Tensor, "R"], turns: Int[Tensor, "R"]) -> Int[Tensor, "R"]:
+    """Each row's place in the queue of its expert, 0 for the first that is served."""
+    served = turns[expert[turns].argsort(stable=True)]
+    queue = torch.arange(len(served), device=served.device)
+    first = torch.searchsorted(expert[served], expert[served])
+    return torch.empty_like(served).scatter(0, served, queue - first)
+
+
+def _to_the_next(routing: Assignment, slots: int, turns: Int[Tensor, "R"]) -> Assignment:
+    token, scores = _decision_of_rows(routing), routing.scores
+    assert scores is not None
+    asked, best_first = routing.expert, scores.detach().argsort(dim=-1, descending=True, stable=True)
+    tried = torch.zeros_like(scores, dtype=torch.bool)
+    tried[token, asked] = True
+    served = _place(asked, turns) < slots
+    for _ in range(scores.shape[1]):
+        waiting = turns[~served[turns]]
+        untried = best_first[~tried.gather(1, best_first)]  # token after token
+        left = (~tried).sum(1)
+        turn = _place(token[waiting], torch.arange(len(waiting), device=waiting.device))  # a token may wait twice
+        asks = turn < left[token[waiting]]
+        waiting, turn = waiting[asks], turn[asks]
+        if len(waiting) == 0:
+            break
+        expert = untried[(left.cumsum(0) - left)[token[waiting]] + turn]
+        asked = asked.scatter(0, waiting, expert)
+        tried[token[waiting], expert] = True
+        room = slots - asked[served].bincount(minlength=scores.shape[1])
+        found = _place(expert, torch.arange(len(expert), device=expert.device)) < room[expert]
+        served = served.scatter(0, waiting, found)
+    kept = served.nonzero().squeeze(1)
+    kept = kept[routing.source[kept].argsort(stable=True)]
+    kept = kept[asked[kept].argsort(stable=True)]
+    new, old = scores[token[kept], asked[kept]], scores[token[kept], routing.expert[kept]]
+    moved = asked[kept] != routing.expert[kept]
+    ratio = torch.where(moved, new / torch.where(moved, old, 1.0), 1.0)
+    return replace(
+        routing,
+        counts=asked[kept].bincount(minlength=scores.shape[1]),
+        source=routing.source[kept],
+        weight=routing.weight[kept] * ratio,
+        choice=None if routing.choice is None else routing.choice[kept],
+        answers=None,
+    )
+
+
+def _decision_of_rows(routing: Assignment) -> Int[Tensor, "R"]:
+    """Which row of the scores belongs to each row of the decision."""
+    if routing.scores is not None and len(routing.scores) == routing.tokens:
+        if routing.tokens == math.prod(routing.shape):
+            return routing.source
+        positions, token = routing.source.unique(return_inverse=True)
+        if len(positions) == routing.tokens:
+            return token
+    raise ValueError("overflow='next' needs a router that scores all experts for every token, and chooses for each")

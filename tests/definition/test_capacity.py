@@ -5,9 +5,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moeify import assign, limit
-from moeify.routers import Capacity, TopK
-from moeify.routing import double, per_choice, per_choice_by_4, per_token
+from moeify import Context, assign, limit
+from moeify.routers import Capacity, Lookup, TopK
+from moeify.routing import double, dropped, per_choice, per_choice_by_4, per_token
 from strategies import agree, choices, route, sharpen
 
 
@@ -70,6 +70,80 @@ def test_a_limit_serves_the_front_of_every_queue(priority, overflow, choice, slo
     agree(weights(limited, num_experts), [gates], slow, [gates64])
     assert limited.counts.tolist() == (slow > 0).sum(0).tolist()
     assert limited.demand.tolist() == index.flatten().bincount(minlength=num_experts).tolist()
+
+
+def slow_next(scores, k, slots, priority):
+    """(T, E): tokens knock at their next best expert, round after round, as long as one has room."""
+    tokens, experts = scores.shape
+    best = [sorted(range(experts), key=lambda e, t=t: -scores[t, e].item()) for t in range(tokens)]
+    total = [sum(scores[t, e] for e in best[t][:k]) for t in range(tokens)]
+    turn = {
+        "position": lambda row: (row[0], row[2]),
+        "choice": lambda row: (row[1], row[2], row[0]),
+        "score": lambda row: (-(scores[row[0], row[2]] / total[row[0]]).item(), row[2], row[0]),
+    }[priority]
+    rows = sorted([(t, c, best[t][c]) for t in range(tokens) for c in range(k)], key=turn)
+    asks, served, tried = {row: row[2] for row in rows}, {}, [set(best[t][:k]) for t in range(tokens)]
+    while asks:
+        for row in [row for row in rows if row in asks]:
+            if list(served.values()).count(asks[row]) < slots:
+                served[row] = asks.pop(row)
+        for row in [row for row in rows if row in asks]:
+            del asks[row]
+            if untried := [e for e in best[row[0]] if e not in tried[row[0]]]:
+                asks[row] = untried[0]
+                tried[row[0]].add(untried[0])
+    out = torch.zeros(tokens, experts, dtype=scores.dtype)
+    for (t, _, _), e in served.items():
+        out[t, e] = scores[t, e] / total[t]
+    return out
+
+
+@pytest.mark.parametrize("priority", ["position", "choice", "score"])
+@given(choices(), st.integers(1, 5))
+def test_a_dropped_row_goes_to_the_next_best_expert_with_room(priority, choice, slots):
+    index, _, num_experts = choice
+    scores = torch.rand(len(index), num_experts).add(0.1).requires_grad_()
+    index = scores.topk(index.shape[1]).indices
+    gates = scores.gather(1, index) / scores.gather(1, index).sum(1, keepdim=True)
+    limited = limit(assign(index, gates, num_experts, scores=scores), slots, priority=priority, overflow="next")
+    scores64 = scores.detach().double().requires_grad_()
+    slow = slow_next(scores64, index.shape[1], slots, priority)
+    agree(weights(limited, num_experts), [scores], slow, [scores64])
+    assert limited.counts.tolist() == (slow > 0).sum(0).tolist()
+    assert (limited.expert.diff() >= 0).all()
+
+
+def test_no_token_is_left_behind_while_there_is_room():
+    router = Capacity(TopK(4, 4, k=1, normalize=False), factor=1.0, overflow="next")
+    limited = route(router, torch.ones(2, 8, 4))
+    assert limited.counts.tolist() == [4, 4, 4, 4]
+    assert dropped(limited) == (0, 0)
+    assert not router.causal
+
+
+def test_padding_is_not_sent_to_the_next_expert():
+    router = Capacity(TopK(4, 3, k=2), factor=0.8, overflow="next")
+    sharpen(router)
+    x, mask = torch.randn(2, 6, 4), torch.arange(12).view(2, 6) % 3 > 0
+    padded, alone = route(router, x, mask), route(router, x[mask])
+    assert torch.equal(padded.source, mask.flatten().nonzero().squeeze(1)[alone.source])
+    assert torch.equal(padded.counts, alone.counts)
+
+
+@pytest.mark.parametrize("router", [TopK(4, 2, k=1, normalize=False, per="group"), Lookup(4, 2)])
+def test_who_does_not_score_every_token_cannot_send_it_on(router):
+    context = Context()
+    context.inputs["input_ids"] = torch.zeros(3, 5, dtype=torch.int64)
+    with pytest.raises(ValueError, match="needs a router that scores all experts for every token"):
+        Capacity(router, factor=0.5, overflow="next")(torch.randn(3, 5, 4), context)
+
+
+def test_what_is_dropped_is_counted_in_rows_and_in_tokens():
+    index = torch.tensor([[0, 1], [0, 1], [0, 2], [0, 1]])
+    routing = limit(assign(index, torch.rand(4, 2), 3), 1)
+    assert dropped(routing) == pytest.approx((5 / 8, 2 / 4))
+    assert dropped(assign(index, torch.rand(4, 2), 3)) == (0, 0)
 
 
 def test_who_is_kept_is_said_by_the_priority():

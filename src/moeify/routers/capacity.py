@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 
 from jaxtyping import Float
@@ -24,7 +23,8 @@ class Capacity(Router):
         eval_factor: capacity factor in evaluation.
         capacity: the formula that turns a factor into slots: papers disagree by more than a factor of two.
         priority: who is kept, see `moeify.routing.limit`.
-        overflow: what happens to the other weights of a token that lost a row, see `moeify.routing.limit`.
+        overflow: what happens to a token that lost a row, see `moeify.routing.limit`; with `next` the room that an
+            earlier token finds depends on later ones.
     """
 
     def __init__(
@@ -44,14 +44,14 @@ class Capacity(Router):
         self.capacity = capacity
         self.priority: Priority = priority
         self.overflow: Overflow = overflow
-        self.causal = router.causal and priority == "position"
+        self.causal = router.causal and priority == "position" and overflow != "next"
 
     def forward(self, x: Float[Tensor, "... D"], context: Context) -> Assignment:
         """Decide as the inner router does, then keep at most the capacity of every expert."""
         routing = self.router(x, context)
-        tokens, k = _asked(routing)
+        k = max(1, round(routing.source.shape[0] / routing.tokens))  # on average, where the number varies
         factor = self.factor if self.training else self.eval_factor
-        slots = self.capacity(factor, tokens, routing.counts.shape[0], k)
+        slots = self.capacity(factor, routing.tokens, routing.counts.shape[0], k)
         return limit(routing, slots, priority=self.priority, overflow=self.overflow)
 
 
@@ -72,12 +72,3 @@ def capacity(
         router(width, num_experts),
         factor=factor, eval_factor=eval_factor, capacity=capacity, priority=priority, overflow=overflow,
     )  # fmt: skip
-
-
-def _asked(routing: Assignment) -> tuple[int, int]:
-    """The tokens that were routed, and the experts that each asked for (on average, where the number varies)."""
-    if routing.index is not None:
-        tokens, k = routing.index.shape
-        return tokens, k
-    tokens = math.prod(routing.shape) if routing.group is None else len(routing.group)
-    return tokens, max(1, round(routing.source.shape[0] / tokens))
