@@ -1,0 +1,156 @@
+"""Our answers to the inputs that `claims/independent.py` gives to its peers, under the names of their answers."""
+
+from __future__ import annotations
+
+import itertools
+from functools import partial
+from unittest.mock import patch
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from moeify import MoE, losses
+from moeify.experts import FFN, Glu, Plain
+from moeify.losses.loads import cv_squared
+from moeify.routers import Capacity, ExpertChoice, GShard, NoisyTopK, Router, Soft
+from moeify.routing import Assignment, Mixture, per_choice_by_4, per_token
+
+B, N, D, E, H, SLOTS = 3, 32, 16, 4, 24, 2
+Values = dict[str, Tensor]
+
+
+def inputs() -> Values:
+    torch.manual_seed(0)
+    grid = itertools.product([0.5, 1.0, 1.05, 1.25, 2.0, 4.0], [16, 49, 197, 1024], [2, 8, 32], [1, 2, 3, 4])
+    return {
+        "x": torch.randn(B, N, D), "direction": torch.randn(B, N, D), "mask": torch.rand(B, N) < 0.7,
+        "router": torch.randn(E, D) * 0.5, "noise": torch.randn(N, E), "draws": torch.rand(B, N),
+        "slots": torch.randn(E, SLOTS, D), "scale": torch.tensor(3.0),
+        "up": torch.randn(E, H, D) * 0.2, "up_bias": torch.randn(E, H), "down": torch.randn(E, D, H) * 0.2,
+        "down_bias": torch.randn(E, D),
+        "gate_up": torch.randn(E, 2 * H, D) * 0.2, "gate_up_bias": torch.randn(E, 2 * H),
+        "capacity": torch.tensor(list(grid), dtype=torch.float64),
+    }  # fmt: skip
+
+
+def run(moe: MoE, x: Tensor, direction: Tensor, named: dict[str, str]) -> tuple[Assignment | Mixture, Values]:
+    """The decision; output and gradients under the peer's names, given the name of each of our parameters there."""
+    seen = []
+    moe.router.register_forward_hook(lambda module, args, routing: seen.append(routing))
+    x = x.clone().requires_grad_()
+    y = moe(x)
+    leaves = {"x": x} | {theirs: moe.get_parameter(ours) for theirs, ours in named.items()}
+    found = torch.autograd.grad((y * direction[: len(y)]).sum(), list(leaves.values()))
+    return seen[0], {"y": y} | {f"grad {name}": g for name, g in zip(leaves, found, strict=True)}
+
+
+def build(router: Router, experts: FFN, **values: Tensor) -> MoE:
+    moe = MoE(router, experts, backend="compose").train()
+    with torch.no_grad():
+        for name, value in values.items():
+            parameter = moe.get_parameter(name.replace("__", "."))
+            parameter.copy_(value.reshape(parameter.shape))
+    return moe
+
+
+def table(routing: Assignment) -> Tensor:
+    """The weight of every expert for every token, (B, N, E)."""
+    weights = torch.zeros(routing.shape.numel(), E)
+    return weights.index_put((routing.source, routing.expert), routing.weight).view(*routing.shape, E)
+
+
+def against_vmoe(given: Values) -> Values:
+    """Our answers under the names of `peers/vmoe_jax.py`; after a bar, how else the quantity can be had."""
+    noisy = partial(NoisyTopK, D, E, noise=1 / E, order="softmax")
+    limited = partial(Capacity, factor=0.7, capacity=per_choice_by_4, priority="choice")
+    routers = {
+        "top-2": limited(noisy(k=2)),
+        "top-1": limited(noisy(k=1), factor=0.5),
+        "top-1 batch priority": limited(noisy(k=1), factor=0.5, priority="score"),
+        "top-2 batch priority": limited(noisy(k=2), priority="score"),
+        "top-2 of groups": limited(noisy(k=2)),
+        "noisy top-2": limited(noisy(k=2)),
+        "expert choice": ExpertChoice(D, E, factor=1.7),
+        "expert choice by 4": ExpertChoice(D, E, factor=1.7),
+    }
+    answers: Values = {}
+    experts = partial(FFN, E, D, H, inner=Plain(F.gelu))
+    stacked = {"experts__up_proj": given["up"], "experts__down_proj": given["down"]}
+    names = {"up": "experts.up_proj", "down": "experts.down_proj"}
+    for case, router in routers.items():
+        inner = "router.router.weight" if isinstance(router, Capacity) else "router.weight"
+        moe = build(router, experts(), **{inner.replace(".", "__"): given["router"]}, **stacked)
+        moe.train(case == "noisy top-2")
+        if isinstance(router, Capacity):
+            router.eval_factor = router.factor
+        x = given["x"] if case.startswith("expert choice") or case.endswith("groups") else given["x"][:1]
+        with patch("torch.randn_like", return_value=given["noise"]):
+            routing, found = run(moe, x, given["direction"], names | {"router": inner})
+        answers |= {f"{case}/weights": table(routing)} | {f"{case}/{name}": value for name, value in found.items()}
+        if case in ("top-1", "noisy top-2"):
+            first = torch.bincount(routing.scores.argmax(-1), minlength=E)
+            answers[f"{case}/gshard_loss"] = losses.balance(routing)
+            answers[f"{case}/gshard_loss | balance(demand=first choices)"] = losses.balance(routing, demand=first)
+            answers[f"{case}/importance_loss"] = losses.importance(routing)
+            answers[f"{case}/importance_loss | cv² of the noiseless softmax"] = cv_squared(
+                routing.logits.softmax(-1).sum(0)
+            )
+        if case == "noisy top-2":
+            answers[f"{case}/load_loss"] = losses.load(routing)
+
+    mixing = {"router__queries": given["slots"], "router__scale": given["scale"]}
+    moe = build(Soft(D, E, slots=SLOTS), experts(), **mixing, **stacked)
+    names |= {"slots": "router.queries", "scale": "router.scale"}
+    for case in ("soft", "soft as shipped"):
+        routing, found = run(moe, given["x"], given["direction"], names)
+        answers |= {f"{case}/into": routing.into, f"{case}/out_of": routing.out_of}
+        answers |= {f"{case}/{name}": value for name, value in found.items()}
+    answers["capacity"] = torch.tensor([
+        per_choice_by_4(factor, int(tokens), int(experts), int(k))
+        for factor, tokens, experts, k in given["capacity"].tolist()
+    ])  # fmt: skip
+    return answers
+
+
+def against_lucidrains(given: Values) -> Values:
+    """Our answers under the names of `peers/lucidrains.py`."""
+    answers: Values = {}
+    soft = build(
+        Soft(D, E, slots=SLOTS), FFN(E, D, H, inner=Plain(F.gelu), bias=True),
+        router__queries=given["slots"], router__scale=torch.tensor(float(D)),
+        experts__up_proj=given["up"], experts__up_proj_bias=given["up_bias"],
+        experts__down_proj=given["down"], experts__down_proj_bias=given["down_bias"],
+    )  # fmt: skip
+    for case, mask in (("soft", None), ("soft with padding", given["mask"])):
+        x = given["x"].clone().requires_grad_()
+        soft.context.mask(mask)
+        real = slice(None) if mask is None else mask
+        y = soft(F.normalize(x, dim=-1) * D**0.5)[real]
+        leaves = {"x": x, "slots": soft.router.queries, "up": soft.experts.up_proj}
+        found = torch.autograd.grad((y * given["direction"][real]).sum(), list(leaves.values()))
+        answers |= {f"{case}/y": y} | {f"{case}/grad {name}": g for name, g in zip(leaves, found, strict=True)}
+    soft.context.clear()
+    answers["soft/y | of the tokens as they are"] = soft(given["x"])
+
+    names = {"router": "router.router.weight", "gate_up": "experts.gate_up_proj"}
+    for case in ("top-2", "top-2 straight-through", "top-2 of groups"):
+        moe = build(
+            Capacity(GShard(D, E), factor=0.8, capacity=per_token, priority="choice"),
+            FFN(E, D, H, inner=Glu(F.gelu), bias=True),
+            router__router__weight=given["router"],
+            experts__gate_up_proj=given["gate_up"], experts__gate_up_proj_bias=given["gate_up_bias"],
+            experts__down_proj=given["down"], experts__down_proj_bias=given["down_bias"],
+        )  # fmt: skip
+        x = given["x"] if case.endswith("groups") else given["x"][:1]
+        with patch("torch.rand_like", return_value=given["draws"][: len(x)].flatten()):
+            routing, found = run(moe, x, given["direction"], names)
+        answers |= {f"{case}/{name}": value for name, value in found.items()} | {f"{case}/z": losses.z(routing)}
+        if case == "top-2":
+            first = torch.bincount(routing.scores.argmax(-1), minlength=E)
+            answers[f"{case}/balance"] = losses.balance(routing)
+            answers[f"{case}/balance | balance(demand=first choices)"] = losses.balance(routing, demand=first)
+            kept = torch.bincount(routing.expert[routing.choice == 0], minlength=E)
+            share = kept.sum() / len(routing.scores)
+            answers[f"{case}/balance | first choices kept, per token"] = share * losses.balance(routing, demand=kept)
+    return answers
