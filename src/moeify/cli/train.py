@@ -14,7 +14,7 @@ def train(
     experts: o.NumExperts = None,
     k: o.TopKExperts = None,
     output: o.Output = Path("runs/train"),
-    steps: o.Steps = 500,
+    steps: o.Steps = 400,
     batch: o.Batch = 16,
     accumulate: o.Accumulate = 1,
     length: o.Length = 128,
