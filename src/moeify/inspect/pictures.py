@@ -25,6 +25,11 @@ def draw_losses(versus: Versus, file: Path) -> None:
                 _line(axis, run, quantity, colour, run.name if i == 0 else None)
         axis.set_xlabel(label)
         axis.grid(alpha=0.3)
+    runs = [*versus.sparse, *versus.dense]
+    lowest, highest = min(run.points[-1].loss for run in runs), max(run.points[1].loss for run in runs)
+    margin = max(0.01, 0.05 * (highest - lowest))
+    for axis in axes:  # the fall from chance to the first measured loss would hide all that comes after
+        axis.set_ylim(lowest - margin, highest + margin)
     axes[0].set_ylabel("validation loss (nats per token)")
     axes[0].legend()
     figure.savefig(file, dpi=120)
