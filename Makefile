@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 
-.PHONY: demo test check bench claims docs clean
+.PHONY: demo test check bench gpu claims docs clean
 
 demo: $(VENV)/.test
 	$(BIN)/moeify train --output runs/demo
@@ -21,8 +21,11 @@ check: $(VENV)/.dev
 bench: $(VENV)/.test
 	$(BIN)/python benchmarks/run.py
 
+gpu: $(VENV)/.test
+	$(BIN)/python -m pytest tests/test_gpu.py
+	$(BIN)/python benchmarks/run.py --device cuda --tokens 1 16 256 4096 32768
+
 claims: $(VENV)/.test
-	$(BIN)/python -m pytest tests -m slow
 	for claim in claims/*.py; do $(BIN)/python $$claim || exit 1; done
 
 docs: $(VENV)/.dev
