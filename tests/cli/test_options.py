@@ -10,8 +10,9 @@ import pytest
 import typer
 
 from command_line import moeify
+from moeify.balance import Sign
 from moeify.cli import app
-from moeify.cli.options import choose_recipe
+from moeify.cli.options import choose_controller, choose_recipe
 from moeify.routers.topk import TopK
 from moeify.sparsify import recipes
 
@@ -72,3 +73,13 @@ def test_k_is_put_into_the_router_and_leaves_its_other_options():
     assert router.func is TopK
     assert router.keywords["k"] == 8
     assert router.keywords["scale"] == 2.5
+
+
+def test_a_controller_is_a_name_or_json():
+    assert choose_controller("sign") == Sign()
+    assert choose_controller('{"name": "sign", "rate": 0.01}') == Sign(rate=0.01)
+    assert choose_controller(None) is None
+    with pytest.raises(ValueError, match="did you mean 'sign'"):
+        choose_controller("sgn")
+    with pytest.raises(ValueError, match="not valid JSON"):
+        choose_controller('{"name": ')

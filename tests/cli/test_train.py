@@ -77,6 +77,12 @@ def test_every_named_recipe_for_decoders_trains(tmp_path, text, recipe):
     assert summary(tmp_path / "run")["facts"]["steps"] == 2
 
 
+def test_a_controller_moves_the_selection_biases(tmp_path, text):
+    options = ["--recipe", "deepseek", "--controller", "sign", "--steps", 2, "--data", text, "--output", tmp_path / "run"]
+    assert moeify("train", *TINY, *options).code == 0
+    assert load(tmp_path / "run" / "model").model.layers[0].mlp.router.selection_bias.abs().max() > 0
+
+
 def test_experts_and_k_change_the_recipe(tmp_path, text):
     options = ["--experts", 5, "--k", 3, "--steps", 1, "--data", text, "--output", tmp_path / "run"]
     assert moeify("train", *TINY, *options).code == 0

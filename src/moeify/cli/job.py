@@ -123,7 +123,7 @@ class Job:
         output.mkdir(parents=True, exist_ok=True)
         if not os.access(output, os.W_OK):
             raise ValueError(f"{output} cannot be written to; name another --output")
-        ours = json.loads(json.dumps(self._decisive()))
+        ours = json.loads(json.dumps(self._decisive(), default=repr))
         theirs = json.loads(begun.read_text()) if used and begun.is_file() else ours
         others = [
             f"{name} {theirs.get(name)!r} instead of {value!r}"

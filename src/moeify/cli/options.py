@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -9,8 +10,10 @@ from typing import Annotated, Any
 
 import typer
 
+from moeify.balance import Rule
 from moeify.cli.job import Job, Shape
 from moeify.evaluate.run import Settings
+from moeify.registry import decode
 from moeify.sparsify import Recipe, read_recipe
 from moeify.train import SparseArguments
 
@@ -42,6 +45,12 @@ WeightDecay = Annotated[float, typer.Option(min=0, help="Weight decay of AdamW")
 Balance = Annotated[float, typer.Option(min=0, help="Weight of the balance loss; 0 turns it off")]
 Scope = Annotated[str, typer.Option(help="Scope of the balance loss: global, sequence or batch")]
 Z = Annotated[float, typer.Option("--z", min=0, help="Weight of the router z-loss")]
+Controller = Annotated[
+    str | None,
+    typer.Option(
+        help='What moves selection biases: a name, or JSON such as {"name": "sign", "rate": 0.01}', show_default="none"
+    ),
+]
 Dropout = Annotated[float | None, typer.Option(min=0, max=1, help="Dropout inside the experts", show_default="none")]
 Seed = Annotated[int, typer.Option(help="The first seed")]
 Seeds = Annotated[int, typer.Option(min=1, help="Pairs of runs, each with its own seed")]
@@ -75,6 +84,20 @@ def _with_k(router: Any, k: int) -> Any:
     return partial(maker, **options | {"k": k})
 
 
+def choose_controller(text: str | None) -> Rule | None:
+    """The controller that a name or a JSON mapping asks for.
+
+    Raises:
+        ValueError: an unknown name or option, or broken JSON.
+    """
+    if text is None:
+        return None
+    try:
+        return decode("controller", json.loads(text) if text.startswith("{") else text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"--controller {text!r} is not valid JSON: {error}") from None
+
+
 def make_job(o: dict[str, Any]) -> Job:
     """A job from the options of `train` and `compare`.
 
@@ -88,8 +111,9 @@ def make_job(o: dict[str, Any]) -> Job:
     if o["device"] not in (None, "cpu", "cuda"):
         raise ValueError(f"--device must be cpu or cuda, got {o['device']!r}")
     sparse = SparseArguments(
-        balance=o["balance"], scope=o["scope"], z=o["z"], dropout=o["dropout"], progress=o["progress"]
-    )
+        balance=o["balance"], scope=o["scope"], z=o["z"], controller=choose_controller(o["controller"]),
+        dropout=o["dropout"], progress=o["progress"],
+    )  # fmt: skip
     return Job(
         output=o["output"],
         recipe=choose_recipe(o["recipe"] or ("mixtral" if o["model"] else "matched"), o["experts"], o["k"]),

@@ -23,6 +23,7 @@ def train(
     balance: o.Balance = 0.01,
     scope: o.Scope = "global",
     z: o.Z = 0.0,
+    controller: o.Controller = None,
     dropout: o.Dropout = None,
     seed: o.Seed = 0,
     seeds: o.Seeds = 1,
