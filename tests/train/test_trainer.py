@@ -111,6 +111,21 @@ def test_the_balance_loss_of_a_native_model_is_replaced_not_doubled(tmp_path, ca
     assert "the model's own balance loss is turned off" in capsys.readouterr().out
 
 
+def test_a_trainer_that_asks_the_model_for_its_balance_loss_asks_no_more(tmp_path, capsys):
+    class Asking(transformers.Trainer):  # as those of TRL do
+        aux_loss_enabled = True
+
+        def compute_loss(self, model, inputs, *args, **kwargs):
+            assert not self.aux_loss_enabled
+            return super().compute_loss(model, inputs, *args, **kwargs)
+
+    class SparseAsking(SparseTrainerMixin, Asking):
+        pass
+
+    trainer(mixtral(), tmp_path, kind=SparseAsking).train()
+    assert "the model's own balance loss is turned off" in capsys.readouterr().out
+
+
 def test_a_dense_model_is_refused_unless_balance_is_off(tmp_path):
     with pytest.raises(ValueError, match="is dense, there is nothing to balance"):
         trainer(causal_lm("llama"), tmp_path).train()

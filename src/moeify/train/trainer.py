@@ -51,6 +51,8 @@ class SparseTrainerMixin(Saving):
         model = args[0] if args else kwargs.get("model")
         self._silenced = isinstance(model, nn.Module) and silence_own_loss(model)  # before a trainer relies on it
         super().__init__(*args, **kwargs)
+        if getattr(self, "aux_loss_enabled", False):  # trainers of TRL ask the model for its own balance loss
+            self.aux_loss_enabled, self._silenced = False, True
         if self.args.n_gpu > 1:
             raise ValueError("nn.DataParallel copies the routers in every step; use torchrun, one process per GPU")
         self.args.logging_nan_inf_filter = False  # would show a NaN as the average of the losses before it
