@@ -2,6 +2,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import library
 
 from moeify.kernels import grouped_linear, naive_grouped_linear
 from strategies import agree, gradients, seeds
@@ -116,4 +117,4 @@ def test_the_operators_keep_the_promises_of_custom_operators(operator):
     counts = torch.tensor([2, 0, 3])
     rows = torch.randn(5, 4, requires_grad=True)
     other = torch.randn(3, 6, 4) if operator == "grouped_matmul" else torch.randn(5, 6)
-    torch.library.opcheck(getattr(torch.ops.moeify, operator), (rows, other, counts))
+    library.opcheck(getattr(torch.ops.moeify, operator), (rows, other, counts))

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, library
 from torch.nn import functional as F
 
 
@@ -38,7 +38,7 @@ def grouped_linear(
     return out + torch.repeat_interleave(bias.to(dtype), counts, dim=0, output_size=rows.shape[0])
 
 
-@torch.library.custom_op(
+@library.custom_op(
     "moeify::grouped_matmul", mutates_args=(), schema="(Tensor rows, Tensor weight, Tensor counts) -> Tensor"
 )
 def grouped_matmul(rows: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
@@ -58,7 +58,7 @@ def _(rows: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
     return rows.new_empty(rows.shape[0], weight.shape[1])
 
 
-@torch.library.custom_op(
+@library.custom_op(
     "moeify::grouped_outer", mutates_args=(), schema="(Tensor left, Tensor right, Tensor counts) -> Tensor"
 )
 def grouped_outer(left: Tensor, right: Tensor, counts: Tensor) -> Tensor:
