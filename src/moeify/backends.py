@@ -55,6 +55,8 @@ def _cannot_gather(x: Tensor, routing: Routing, experts: Experts) -> str | None:
         return "it needs the same number of experts for every token"
     if routing.source.shape[0] != math.prod(routing.shape) * routing.index.shape[1]:
         return "it needs every row of every token, and some are padding or were dropped"
+    if routing.rest is not None:
+        return "it adds up rows only, and this router also speaks for experts that were not asked"
     if routing.weight.dim() > 1:
         return "it needs one weight per row, and the router gave several gates"
     return None

@@ -24,6 +24,7 @@ class Context:
         token_mask: True where a token is real, None where every token is.
         positions: the real tokens as indices into the flattened tokens, None where every token is real.
         inputs: the tensors that the outermost module was called with, by argument name.
+        decisions: what routers decided in this pass for layers after theirs to read, by router.
         batch_first: whether tokens are laid out as (B, N, D); torch's own transformer layers may use (N, B, D).
     """
 
@@ -35,6 +36,7 @@ class Context:
         self.token_mask: Bool[Tensor, "B N"] | None = None
         self.positions: Int[Tensor, "T"] | None = None
         self.inputs: dict[str, Tensor] = {}
+        self.decisions: dict[nn.Module, Any] = {}
         self.batch_first = True
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Context:

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from moeify.balance.rules import Rule
 from moeify.moe import MoE
 from moeify.record import native_layers, observe
-from moeify.routers.topk import TopK
 from moeify.routing import Assignment, Routing
 
 
@@ -118,7 +117,7 @@ def _biases(model: nn.Module) -> Iterator[tuple[str, Bias]]:
     for name, moe in model.named_modules():
         if isinstance(moe, MoE):
             for router in moe.router.modules():
-                if isinstance(router, TopK) and router.selection_bias is not None:
+                if router._buffers.get("selection_bias") is not None:
                     yield name, Bias(router, "selection_bias")
     for name, (_, experts) in native_layers(model):
         for owner in _outside(experts, model.get_submodule(name)):

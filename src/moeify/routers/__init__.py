@@ -4,13 +4,17 @@ from moeify.routers.base import Router, Tokens, project, real_tokens
 from moeify.routers.capacity import Capacity
 from moeify.routers.competition import Compete, compete
 from moeify.routers.cosine import Cosine
+from moeify.routers.default_vector import DefaultVector
 from moeify.routers.expert_choice import ExpertChoice
+from moeify.routers.expert_threshold import ExpertThreshold
 from moeify.routers.frozen import Frozen
 from moeify.routers.gates import MultiGate, SparseMultiGate
 from moeify.routers.gshard import GShard
 from moeify.routers.lookup import Lookup
 from moeify.routers.noisy import NoisyTopK
+from moeify.routers.once import Follow, Once
 from moeify.routers.replay import Replay
+from moeify.routers.residual import Residual
 from moeify.routers.sinkhorn import Sinkhorn
 from moeify.routers.soft import Soft
 from moeify.routers.sparsemixer import SparseMixer
@@ -18,7 +22,8 @@ from moeify.routers.topk import Groups, TopK, sigmoid, softmax, sqrt_softplus
 from moeify.routers.variable import ReLU, Threshold, TopP
 
 __all__ = [
-    "Capacity", "Compete", "Cosine", "ExpertChoice", "Frozen", "GShard", "Groups", "Lookup", "MultiGate", "NoisyTopK",
-    "ReLU", "Replay", "Router", "Sinkhorn", "Soft", "SparseMixer", "SparseMultiGate", "Threshold", "Tokens", "TopK",
-    "TopP", "compete", "project", "real_tokens", "sigmoid", "softmax", "sqrt_softplus",
+    "Capacity", "Compete", "Cosine", "DefaultVector", "ExpertChoice", "ExpertThreshold", "Follow", "Frozen", "GShard",
+    "Groups", "Lookup", "MultiGate", "NoisyTopK", "Once", "ReLU", "Replay", "Residual", "Router", "Sinkhorn", "Soft",
+    "SparseMixer", "SparseMultiGate", "Threshold", "Tokens", "TopK", "TopP", "compete", "project", "real_tokens",
+    "sigmoid", "softmax", "sqrt_softplus",
 ]  # fmt: skip

@@ -38,6 +38,14 @@ class Router(nn.Module, ABC):
         parameters, as in `self._experts = (experts,)`: they are the layer's.
         """
 
+    def follow(self, previous: Router) -> Router:
+        """Work together with the router of the sparse layer before in the same stack, or let another take this place.
+
+        `sparsify` calls it of every router but the first of a stack, and puts in place what it returns; such routers
+        leave their decisions in `context.decisions`. A router that decides alone returns itself.
+        """
+        return self
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Router:
         """Move, but never round: buffers of a router (a selection bias, say) stay in fp32."""
         exact = {name: buffer for name, buffer in self.named_buffers(recurse=False) if buffer.is_floating_point()}

@@ -46,6 +46,12 @@ class Capacity(Router):
         self.overflow: Overflow = overflow
         self.causal = router.causal and priority == "position" and overflow != "next"
 
+    def follow(self, previous: Router) -> Router:
+        """Let the inner router follow the one inside the layer before."""
+        assert isinstance(previous, Capacity)
+        self.router = self.router.follow(previous.router)
+        return self
+
     def forward(self, x: Float[Tensor, "... D"], context: Context) -> Assignment:
         """Decide as the inner router does, then keep at most the capacity of every expert."""
         routing = self.router(x, context)

@@ -1,0 +1,54 @@
+"""The rule that moves the cut-offs of experts that choose their tokens by a threshold."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from moeify.balance.rules import Rule
+from moeify.registry import register
+from moeify.routing import Assignment
+
+
+@register("controller", "cut_off")
+@dataclass(frozen=True)
+class CutOff(Rule):
+    """c_j ← ema · c_j + (1 - ema) · the (factor · T / E)-th largest score of expert j, and b = -c (arXiv 2603.11535).
+
+    That is the score at which expert choice would have cut off its tokens, averaged over the micro-batches and ranks of
+    a step. For `moeify.routers.ExpertThreshold`. The first step takes the cut-offs as they are.
+
+    Attributes:
+        factor: experts per token on average.
+        ema: share of the old cut-offs that is kept.
+    """
+
+    factor: float = 2.0
+    ema: float = 0.99
+
+    def observe(
+        self, routing: Assignment, unbiased: Float[Tensor, "L E"] | None, bias: Float[Tensor, "E"]
+    ) -> dict[str, Tensor]:
+        """The cut-offs of this micro-batch, and that it is one.
+
+        Raises:
+            ValueError: the decision keeps no scores, or more experts per token are wanted than there are.
+        """
+        if unbiased is None:
+            raise ValueError("cut-offs need a router that keeps its scores")
+        tokens, num_experts = unbiased.shape
+        if not 0 < self.factor <= num_experts:
+            raise ValueError(f"factor={self.factor} experts per token out of {num_experts}; choose 0 < factor <= E")
+        rank = max(1, round(self.factor * tokens / num_experts))
+        cut_off = unbiased.detach().float().topk(rank, dim=0).values[-1]
+        return {"cut_off": cut_off, "batches": torch.ones((), device=cut_off.device)}
+
+    def move(self, bias: Float[Tensor, "E"], seen: dict[str, Tensor], memory: dict[str, Tensor]) -> Float[Tensor, "E"]:
+        """The average of what the micro-batches cut off, mixed into the old cut-offs."""
+        wanted = -seen["cut_off"] / seen["batches"]
+        kept = self.ema if "steps" in memory else 0.0
+        memory["steps"] = memory.get("steps", torch.zeros(())) + 1
+        return kept * bias + (1 - kept) * wanted

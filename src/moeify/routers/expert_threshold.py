@@ -1,0 +1,40 @@
+"""Expert choice for decoders: experts take the tokens that they would have taken from the last batches."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from moeify.context import Context
+from moeify.registry import register
+from moeify.routers.base import Router, project, real_tokens
+from moeify.routing import Assignment
+
+
+@register("router", "expert_threshold")
+class ExpertThreshold(Router):
+    """Every expert takes the tokens whose score reaches its cut-off: s_j = sigmoid(w_j · x) >= c_j (arXiv 2603.11535).
+
+    The weights are the scores. A decision depends on its token alone, so it is causal; a token is taken by 0 to E
+    experts. The cut-offs are a buffer, `selection_bias` = -c, which starts at -0.5; `moeify.balance.CutOff` moves it to
+    where each expert takes its share.
+
+    Args:
+        width: D.
+        num_experts: E.
+        init_std: standard deviation of the projection's initialisation.
+    """
+
+    def __init__(self, width: int, num_experts: int, *, init_std: float = 0.02) -> None:
+        super().__init__()
+        self.num_experts = num_experts
+        self.weight = nn.Parameter(torch.randn(num_experts, width) * init_std)
+        self.register_buffer("selection_bias", torch.full((num_experts,), -0.5))
+
+    def forward(self, x: Float[Tensor, "... D"], context: Context) -> Assignment:
+        """Give every real token to the experts whose cut-off it reaches."""
+        tokens = real_tokens(x, context)
+        logits = project(tokens.x, self.weight)
+        scores = logits.sigmoid()
+        return tokens.assign_where(scores + self.selection_bias >= 0, scores, logits=logits, scores=scores)

@@ -1,0 +1,72 @@
+"""Gating residuals: a router also reads what the router of the layer before computed."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from moeify.context import Context
+from moeify.registry import register
+from moeify.routers.base import Router, project, real_tokens
+from moeify.routers.topk import check_k
+from moeify.routing import Assignment
+
+
+@register("router", "residual")
+class Residual(Router):
+    """z = W x + W_res z', with z' the logits of the layer before; then softmax, top k, normalised (MoE++, 2410.07348).
+
+    `sparsify` links the layers of a stack; the first has no W_res. The gradient flows on into the earlier routers.
+
+    Args:
+        width: D.
+        num_experts: E.
+        k: experts per token.
+        init_std: standard deviation of the initialisation of W and W_res.
+
+    Raises:
+        ValueError: k outside 2..E; in `forward`, if the layer before has not decided yet, or for other tokens.
+    """
+
+    def __init__(self, width: int, num_experts: int, *, k: int = 2, init_std: float = 0.02) -> None:
+        super().__init__()
+        check_k(k, num_experts, normalize=True)
+        self.num_experts, self.k, self.init_std = num_experts, k, init_std
+        self.preserving = True
+        self.weight = nn.Parameter(torch.randn(num_experts, width) * init_std)
+        self.register_parameter("residual", None)
+        self._previous: tuple[Router, ...] = ()
+
+    def follow(self, previous: Router) -> Router:
+        """Read the logits of this router too."""
+        self._previous = (previous,)  # not a submodule: it belongs to its own layer
+        self.residual = nn.Parameter(
+            self.weight.new_empty(self.num_experts, self.num_experts).normal_(0, self.init_std)
+        )
+        return self
+
+    def forward(self, x: Float[Tensor, "... D"], context: Context) -> Assignment:
+        """Route every real token by its own logits and those of the layer before."""
+        tokens = real_tokens(x, context)
+        logits = project(tokens.x, self.weight)
+        for previous in self._previous:
+            logits = logits + project(self._logits(previous, context, len(tokens.x)), self.residual)
+        scores = logits.softmax(-1)
+        gates, index = scores.topk(self.k, dim=-1)
+        gates = gates / gates.sum(-1, keepdim=True)
+        context.decisions[self] = routing = tokens.assign(index, gates, self.num_experts, logits=logits, scores=scores)
+        return routing
+
+    def _logits(self, previous: Router, context: Context, tokens: int) -> Float[Tensor, "T E"]:
+        decided = context.decisions.get(previous)
+        if decided is None or len(decided.logits) != tokens:
+            raise ValueError(
+                "the sparse layer before has not routed these tokens in this forward pass; run the whole model, with "
+                "one context for its layers"
+            )
+        return decided.logits
+
+    def extra_repr(self) -> str:
+        """Experts per token, and whether there is a layer before."""
+        return f"experts={self.num_experts}, k={self.k}, residual={bool(self._previous)}"
