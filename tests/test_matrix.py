@@ -9,20 +9,24 @@ from torch import nn
 
 from moeify import MoE, kernels
 from moeify.backends import compose
-from moeify.experts import FFN, Blocks, ClampedGlu, Constant, Each, Glu, Identity, Plain, Zero
+from moeify.experts import FFN, Blocks, ClampedGlu, Constant, Each, Glu, Identity, Masked, Plain, Zero
 from moeify.routers import (
     Capacity,
     Compete,
     Cosine,
+    DefaultVector,
     ExpertChoice,
+    ExpertThreshold,
     Frozen,
     Groups,
     GShard,
     Lookup,
     MultiGate,
     NoisyTopK,
+    Once,
     ReLU,
     Replay,
+    Residual,
     Sinkhorn,
     Soft,
     SparseMixer,
@@ -64,6 +68,11 @@ ROUTERS = {
     "bounded union": partial(SparseMultiGate, D, E, gates=2, k=2, union=3),
     "sparsemixer": partial(SparseMixer, D, E, k=3, epsilon=1.0),
     "frozen": partial(Frozen, D, E, k=3),
+    "default vector": partial(DefaultVector, D, E),
+    "expert threshold": partial(ExpertThreshold, D, E),
+    "once": lambda: Once(TopK(D, E)),
+    "residual": partial(Residual, D, E),
+    "next": lambda: Capacity(TopK(D, E), factor=0.7, overflow="next"),
     "replay": lambda: Replay(TopK(D, E), [route(TopK(D, E), torch.randn(3, 4, D))], weights="recomputed"),
 }
 EXPERTS = {
@@ -72,10 +81,11 @@ EXPERTS = {
     "clamped": partial(FFN, E, D, 6, inner=ClampedGlu(), bias=True),
     "each": lambda: Each([nn.Sequential(nn.Linear(D, 3 + e), nn.Tanh(), nn.Linear(3 + e, D)) for e in range(E)]),
     "blocks": lambda: Blocks([FFN(1, D, 12), FFN(1, D, 2, inner=Glu(nn.functional.gelu)), Identity(), Zero()]),
+    "masked": lambda: Masked(FFN(E, D, 6), 0.4).eval(),  # its draws would differ where a router asks the experts
     "constant": lambda: Blocks([FFN(2, D, 6), Constant(2, D)]),
 }
 UNEVEN = {"capacity", "priority", "gshard", "top-p", "threshold", "relu", "expert choice", "soft"}
-UNEVEN |= {"mmoe", "ple", "bounded union"}
+UNEVEN |= {"default vector", "expert threshold", "next", "mmoe", "ple", "bounded union"}
 IDS = torch.arange(12).view(3, 4)
 BACKENDS = ["compose", "gather", "auto"]
 DTYPES = {torch.float32: 1e-5, torch.float64: 1e-5, torch.bfloat16: 6e-2}

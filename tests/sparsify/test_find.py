@@ -32,6 +32,7 @@ def test_every_feed_forward_network_is_found_by_default():
         (every(1), [0, 1, 2, 3]),
         (every(2), [1, 3]),
         (every(3), [2]),
+        (every(9), [3]),
         (odd, [1, 3]),
         (last(1), [3]),
         (last(2), [2, 3]),

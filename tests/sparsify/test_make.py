@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
 
-from moeify.experts.ffn import Glu, Plain
-from moeify.sparsify import DenseFFN, copies, fresh, splits
+from moeify.experts import FFN, Constant, Glu, Identity, Masked, Plain, Zero
+from moeify.sparsify import DenseFFN, copies, fresh, masked, splits, with_free
 from moeify.sparsify.make import clustered, importance, random
 
 SPLITS = [random, clustered, importance]
@@ -197,3 +197,43 @@ def test_making_experts_leaves_the_dense_network_as_it_was(make):
         for parameter in experts.parameters():
             parameter.add_(1)
     assert all(torch.equal(value, before[name]) for name, value in dense.state_dict().items())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_small_experts_are_drawn_by_their_fan_in_and_cut_off(dtype):
+    experts = fresh(network(width=64, hidden=256).to(dtype), 4, variance=0.1)
+    for weight, fan_in in ((experts.gate_up_proj, 64), (experts.down_proj, 256)):
+        std = (0.1 / fan_in) ** 0.5
+        assert weight.dtype == dtype
+        assert weight.abs().max() <= 2 * std * 1.01
+        assert weight.float().std().item() == pytest.approx(0.88 * std, rel=0.03)  # the tails are missing
+
+
+def test_masked_experts_are_what_they_mask():
+    dense, x = network(), torch.randn(7, 6, dtype=torch.float64)
+    experts = masked(dense, 3, experts=copies, p=0.3)
+    assert isinstance(experts, Masked)
+    assert experts.p == 0.3
+    torch.testing.assert_close(answers(experts.eval(), x), dense(x).expand(3, -1, -1))
+
+
+@given(dense=networks)
+def test_free_experts_come_last_and_answer_nothing_the_token_or_a_vector(dense):
+    if dense.width_out != 6:
+        with pytest.raises(ValueError, match="answer in the width they read"):
+            with_free(dense, 8)
+        return
+    experts = with_free(dense, 8)
+    assert [type(bank) for bank in experts.banks] == [FFN, Zero, Identity, Constant]
+    x = torch.randn(7, 6, dtype=torch.float64)
+    said = answers(experts, x)
+    assert said.dtype == torch.float64
+    assert not said[4].any()
+    assert torch.equal(said[5], x)
+    assert not torch.allclose(said[6], said[7])
+
+
+def test_all_experts_but_the_free_ones_work():
+    assert [bank.num_experts for bank in with_free(network(), 6, zero=0, copy=3, constant=0).banks] == [3, 3]
+    with pytest.raises(ValueError, match="leave none of 4 that works"):
+        with_free(network(), 4)

@@ -4,5 +4,6 @@ from moeify.experts.base import Experts
 from moeify.experts.blocks import Blocks, Each, Identity, Zero
 from moeify.experts.constant import Constant
 from moeify.experts.ffn import FFN, ClampedGlu, Glu, Plain
+from moeify.experts.masked import Masked
 
-__all__ = ["FFN", "Blocks", "ClampedGlu", "Constant", "Each", "Experts", "Glu", "Identity", "Plain", "Zero"]
+__all__ = ["FFN", "Blocks", "ClampedGlu", "Constant", "Each", "Experts", "Glu", "Identity", "Masked", "Plain", "Zero"]

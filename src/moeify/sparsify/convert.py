@@ -14,7 +14,7 @@ from moeify.context import Context
 from moeify.flops import count
 from moeify.moe import MoE
 from moeify.sparsify.dense import DenseFFN, fixed_randomness
-from moeify.sparsify.make import copies
+from moeify.sparsify.make import copies, masked
 from moeify.sparsify.probe import Probe, as_probe, find_probe
 from moeify.sparsify.recipe import Recipe
 from moeify.sparsify.report import Report
@@ -52,7 +52,7 @@ def sparsify(
     if compare is not None:
         _verify(model, sites, compare)
     contexts = {site.stack: Context() for site in sites}
-    layers = [_layer(site, recipe, contexts[site.stack]) for site in sites]
+    layers = _layers(sites, recipe, contexts)
     _refuse(model, sites, layers, recipe, allow_noncausal)
 
     undo = [site.install(layer) for site, layer in zip(sites, layers, strict=True)]
@@ -75,10 +75,20 @@ def sparsify(
     return model
 
 
-def _layer(site: Site, recipe: Recipe, context: Context) -> MoE:
+def _layers(sites: list[Site], recipe: Recipe, contexts: dict[str, Context]) -> list[MoE]:
+    latest: dict[str, MoE] = {}
+    layers = []
+    for site in sites:
+        latest[site.stack] = _layer(site, recipe, contexts[site.stack], latest.get(site.stack))
+        layers.append(latest[site.stack])
+    return layers
+
+
+def _layer(site: Site, recipe: Recipe, context: Context, previous: MoE | None) -> MoE:
     like = next(site.dense.parameters())
     with torch.device(like.device):
-        router = recipe.router(site.width, recipe.num_experts).to(like.dtype)
+        router = recipe.router(site.width, recipe.num_experts)
+        router = (router if previous is None else router.follow(previous.router)).to(like.dtype)
         experts = recipe.experts(site.dense, recipe.num_experts)
         shared = recipe.shared(site.dense, site.width)
     layer = MoE(router, experts, shared, context=context, name=site.name)
@@ -109,7 +119,8 @@ def _refuse(model: nn.Module, sites: list[Site], layers: list[MoE], recipe: Reci
 
 
 def _options(maker: Callable) -> tuple[Callable, dict[str, Any]]:
-    return (maker.func, maker.keywords) if isinstance(maker, partial) else (maker, {})
+    made, options = (maker.func, maker.keywords) if isinstance(maker, partial) else (maker, {})
+    return _options(options["experts"]) if made is masked and "experts" in options else (made, options)
 
 
 def _is_copy(recipe: Recipe) -> bool:

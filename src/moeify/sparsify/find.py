@@ -62,14 +62,14 @@ def _refuse_doubtful(model: nn.Module, sites: list[Site], doubtful: list[str]) -
 
 
 def every(n: int) -> Where:
-    """Every n-th feed-forward network of each stack: the n-th, the 2n-th, ..."""
+    """Every n-th feed-forward network of each stack: the n-th, the 2n-th, ...; of a stack of fewer, the last."""
     return partial(_every, n=n)
 
 
 @register("where", "every")
 def _every(model: nn.Module, n: int) -> list[Site]:
     _at_least_one("every", n)
-    return [site for sites in _by_stack(ffn(model)) for site in sites[n - 1 :: n]]
+    return [site for sites in _by_stack(ffn(model)) for site in sites[n - 1 :: n] or sites[-1:]]
 
 
 @register("where", "odd")

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
 from moeify.experts.base import Experts
-from moeify.experts.blocks import Each
+from moeify.experts.blocks import Blocks, Each, Identity, Zero
+from moeify.experts.constant import Constant
 from moeify.experts.ffn import FFN
+from moeify.experts.masked import Masked
 from moeify.registry import register
 from moeify.sparsify.dense import DenseFFN
 
@@ -88,7 +91,13 @@ def splits(
 @register("experts", "fresh")
 @torch.no_grad()
 def fresh(
-    dense: nn.Module, num_experts: int, *, granularity: int = 1, hidden: int | None = None, zero: bool = False
+    dense: nn.Module,
+    num_experts: int,
+    *,
+    granularity: int = 1,
+    hidden: int | None = None,
+    variance: float | None = None,
+    zero: bool = False,
 ) -> Experts:
     """New experts of the dense network's kind, drawn with the standard deviation of its weights; biases start at 0.
 
@@ -97,13 +106,15 @@ def fresh(
         num_experts: E.
         granularity: divides the hidden width: m times finer experts (DeepSeekMoE).
         hidden: the hidden width itself.
+        variance: s; draw every matrix from a normal distribution of standard deviation sqrt(s / columns), cut off at
+            twice that, instead. Switch found s = 0.1 to be stable (arXiv 2101.03961, section 2.4).
         zero: start with a down map of zeros, so that the layer starts as its shared module alone.
 
     Raises:
         ValueError: sizes for a module that is no `DenseFFN`; a granularity that does not divide H.
     """
     if not isinstance(dense, DenseFFN):
-        if granularity != 1 or hidden is not None or zero:
+        if granularity != 1 or hidden is not None or variance is not None or zero:
             raise ValueError(f"sizes need a feed-forward network, and this is a {type(dense).__name__}")
         each = Each(copy.deepcopy(dense) for _ in range(num_experts))
         for part in each.modules():
@@ -114,12 +125,75 @@ def fresh(
         raise ValueError(f"a granularity of {granularity} does not divide the {dense.hidden} hidden units")
     experts = _like(dense, num_experts, dense.hidden // granularity if hidden is None else hidden)
     for (weight, bias), old in ((experts.up, dense.up_weight), (experts.down, dense.down_weight)):
-        weight.normal_(0.0, old.float().std().item() if not old.is_meta else 0.02)
+        if variance is None:
+            weight.normal_(0.0, old.float().std().item() if not old.is_meta else 0.02)
+        else:
+            std = (variance / weight.shape[-1]) ** 0.5
+            weight.copy_(
+                nn.init.trunc_normal_(torch.empty_like(weight, dtype=torch.float32), 0, std, -2 * std, 2 * std)
+            )
         if bias is not None:
             bias.zero_()
     if zero:
         experts.down[0].zero_()
     return experts
+
+
+@register("experts", "masked")
+def masked(
+    dense: nn.Module,
+    num_experts: int,
+    *,
+    experts: Callable[[nn.Module, int], Experts] = fresh,
+    p: float = 0.2,
+) -> Experts:
+    """Experts whose answers are dropped with probability p in training (NLLB): `Masked` around what `experts` makes.
+
+    Args:
+        dense: the dense module.
+        num_experts: E.
+        experts: makes the experts.
+        p: probability that an answer is dropped.
+    """
+    return Masked(experts(dense, num_experts), p)
+
+
+@register("experts", "with_free")
+def with_free(
+    dense: nn.Module,
+    num_experts: int,
+    *,
+    experts: Callable[[nn.Module, int], Experts] = fresh,
+    zero: int = 1,
+    copy: int = 1,
+    constant: int = 2,
+) -> Experts:
+    """The last experts cost nothing: they answer 0, the token itself, or a learned vector (MoE++, arXiv 2410.07348).
+
+    Args:
+        dense: a `DenseFFN` that answers in the width that it reads.
+        num_experts: E, the free ones included.
+        experts: makes the others.
+        zero: how many `Zero` experts.
+        copy: how many `Identity` experts.
+        constant: how many `Constant` experts.
+
+    Raises:
+        ValueError: no expert is left that works, or a module that is no `DenseFFN` of one width.
+    """
+    free = zero + copy + constant
+    if free >= num_experts:
+        raise ValueError(f"{free} free experts leave none of {num_experts} that works; take more experts")
+    if not isinstance(dense, DenseFFN) or dense.width != dense.width_out:
+        raise ValueError(
+            "free experts answer in the width they read, so they need a feed-forward network that does too"
+        )
+    like = dense.down_weight
+    with torch.device(like.device):
+        banks = [(Zero, zero), (Identity, copy), (partial(Constant, width=dense.width), constant)]
+        return Blocks(
+            [experts(dense, num_experts - free), *(bank(count).to(like.dtype) for bank, count in banks if count)]
+        )
 
 
 def _like(dense: DenseFFN, num_experts: int, hidden: int) -> FFN:

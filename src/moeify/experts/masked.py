@@ -1,0 +1,48 @@
+"""Experts whose answers are masked in training."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from moeify.experts.base import Experts
+
+
+class Masked(Experts):
+    """Drops whole answers in training: a row becomes 0 with probability p, and 1 / (1 - p) times itself otherwise.
+
+    Expert output masking (NLLB, arXiv 2207.04672, section 6.2.1): a token loses none, some or all of its experts. In
+    expectation nothing changes, so evaluation takes the answers as they are.
+
+    Args:
+        experts: whose answers are masked.
+        p: probability that an answer is dropped; NLLB uses 0.2.
+
+    Raises:
+        ValueError: p outside [0, 1).
+    """
+
+    def __init__(self, experts: Experts, p: float = 0.2) -> None:
+        super().__init__()
+        if not 0 <= p < 1:
+            raise ValueError(f"p={p} is no probability to drop an answer with; choose 0 <= p < 1")
+        self.experts, self.p = experts, p
+        self.num_experts = experts.num_experts
+
+    @property
+    def costs(self) -> Float[Tensor, "E"]:
+        """Those of the experts."""
+        return self.experts.costs
+
+    def forward(self, rows: Float[Tensor, "R D"], counts: Int[Tensor, "E"]) -> Float[Tensor, "R O"]:
+        """Answer, and mask the answers in training."""
+        answers = self.experts(rows, counts)
+        if not self.training or self.p == 0:
+            return answers
+        kept = torch.rand(len(rows), 1, device=rows.device) >= self.p
+        return answers * kept / (1 - self.p)
+
+    def extra_repr(self) -> str:
+        """The probability."""
+        return f"p={self.p}"
