@@ -1,0 +1,26 @@
+"""What the router is told to choose."""
+
+from __future__ import annotations
+
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.nn import functional as F
+
+from moeify.routing import Routing
+
+
+def supervision(routing: Routing, target: Int[Tensor, "B"]) -> Float[Tensor, ""]:
+    """Mean over decisions of the cross-entropy of softmax(z) with the wanted expert (Mobile V-MoE, arXiv 2309.04354).
+
+    Args:
+        routing: a decision with logits.
+        target: the wanted expert of every sequence or image, for all decisions in it.
+
+    Raises:
+        ValueError: the decision keeps no logits, or does not know its sequences.
+    """
+    if routing.logits is None or routing.group is None:
+        raise ValueError(
+            "only a router that keeps its logits and the sequence of every decision can be told what to do"
+        )
+    return F.cross_entropy(routing.logits, target.to(routing.logits.device)[routing.group])

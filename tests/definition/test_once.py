@@ -1,0 +1,136 @@
+"""Routers of one stack that work together: one decision for all (Mobile V-MoE), gating residuals (MoE++)."""
+
+from functools import partial
+
+import pytest
+import torch
+from torch import nn
+
+from moeify import Context, MoE, Recipe, record, sparsify
+from moeify.experts import Each
+from moeify.flops import count
+from moeify.losses import supervision
+from moeify.routers import Capacity, Follow, Once, Residual, TopK
+from moeify.routers.once import once
+from moeify.sparsify import fresh, last
+from moeify.train.checkpointing import enable
+from strategies import agree, doubled, gradients, route, sharpen
+from tiny_models import DENSE, causal_lm, inputs
+
+T, D, E = 7, 6, 4
+PER_IMAGE = partial(once, router=partial(TopK, k=1, normalize=False, per="group"))
+
+
+def routers(model: nn.Module) -> list[nn.Module]:
+    return [layer.router for layer in model.modules() if isinstance(layer, MoE)]
+
+
+def test_the_first_layer_decides_for_all_images_and_layers():
+    recipe = Recipe(where=last(2), num_experts=E, router=PER_IMAGE, experts=fresh)
+    model = sparsify(DENSE["vit"](), recipe, verbose=False)
+    first, second = routers(model)
+    assert isinstance(first, Once)
+    assert isinstance(second, Follow)
+    assert not list(second.parameters())
+    for seed in range(2):
+        with record(model) as decisions:
+            model(**inputs(model, seed=seed)).loss.backward()
+        one, other = decisions.values()
+        assert one is other
+        assert one.logits.shape == (2, E)
+    assert first.router.weight.grad.any()
+
+
+def test_followers_of_followers_follow_the_first():
+    leader = Once(TopK(D, E))
+    follower = Once(TopK(D, E)).follow(Once(TopK(D, E)).follow(leader))
+    assert follower.leader is leader
+    assert (follower.k, follower.causal, follower.preserving) == (2, True, True)
+
+
+def test_a_stack_that_decides_once_costs_what_it_costs_to_decide_everywhere():
+    each, together = (
+        sparsify(DENSE["vit"](), Recipe(num_experts=E, router=router, experts=fresh), verbose=False)
+        for router in (partial(TopK, per="group"), partial(once, router=partial(TopK, per="group")))
+    )
+    assert count(each).flops - count(together).flops == 2 * 32 * E  # one router less
+
+
+@pytest.mark.parametrize("inner", [Once(TopK(D, E)), Residual(D, E)])
+def test_a_layer_before_that_has_not_decided_is_missed(inner):
+    router = type(inner)(TopK(D, E)) if isinstance(inner, Once) else type(inner)(D, E)
+    with pytest.raises(ValueError, match="in this forward pass; run the whole model"):
+        route(router.follow(inner), torch.randn(T, D))
+
+
+def test_other_tokens_cannot_follow():
+    leader, context = Once(TopK(D, E)), Context()
+    leader(torch.randn(T, D), context)
+    with pytest.raises(ValueError, match="let layers of different shapes decide for themselves"):
+        Follow(leader)(torch.randn(T + 1, D), context)
+
+
+@pytest.mark.parametrize("k", [2, 3])
+def test_a_router_adds_what_the_one_before_computed(k):
+    context = Context()
+    maps = [Each([nn.Linear(D, D, bias=False) for _ in range(E)]) for _ in range(2)]
+    first = MoE(Residual(D, E, k=k), maps[0], context=context)
+    second = MoE(Residual(D, E, k=k).follow(first.router), maps[1], context=context)
+    both = nn.Sequential(first, second)
+    sharpen(both)
+    nn.init.normal_(second.router.residual)
+    x = torch.randn(T, D, requires_grad=True)
+    p, x64 = doubled(both), x.detach().double().requires_grad_()
+    slow = []
+    for token in x64:
+        before = None
+        for i in range(2):
+            z = p[f"{i}.router.weight"] @ token
+            if before is not None:
+                z = z + p["1.router.residual"] @ before
+            best = sorted(range(E), key=lambda j, z=z: -z[j].item())[:k]
+            total = sum(torch.exp(z[j]) for j in best)
+            token = sum(torch.exp(z[j]) / total * (p[f"{i}.experts.experts.{j}.weight"] @ token) for j in best)
+            before = z
+        slow.append(token)
+    agree(both(x), [x, *both.parameters()], torch.stack(slow), [x64, *p.values()])
+
+
+def test_a_capacity_around_them_keeps_the_link():
+    first, second = Capacity(Residual(D, E), factor=1.0), Capacity(Residual(D, E), factor=1.0)
+    context, x = Context(), torch.randn(T, D)
+    first(x, context)
+    linked = second.follow(first)
+    assert linked.router.residual is not None
+    assert linked(x, context).counts.max() <= 4
+
+
+@pytest.mark.parametrize("router", [partial(once, router=TopK), Residual])
+def test_recomputation_reads_the_layer_before_as_it_was(router):
+    found = []
+    for repeat in (False, True):
+        torch.manual_seed(0)
+        recipe = Recipe(num_experts=E, router=router, experts=fresh)
+        model = sparsify(causal_lm("llama", num_hidden_layers=3), recipe, verbose=False).train()
+        if repeat:
+            enable(model)
+        model(**inputs(model)).loss.backward()
+        found.append([p.grad for p in model.parameters()])
+        assert all(p.grad.any() for router in routers(model) for p in router.parameters())
+    for plain, repeated in zip(*found, strict=True):
+        torch.testing.assert_close(repeated, plain, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("per", ["token", "group"])
+def test_supervision_is_the_cross_entropy_with_the_wanted_expert(per):
+    router, x, target = TopK(D, E, per=per), torch.randn(3, 5, D), torch.tensor([2, 0, 3])
+    loss = supervision(route(router, x), target)
+    weight = router.weight.detach().double().requires_grad_()
+    slow = torch.zeros((), dtype=torch.float64)
+    units = [image.mean(0, keepdim=True) if per == "group" else image for image in x.double()]
+    for image, wanted in zip(units, target.tolist(), strict=True):
+        for unit in image:
+            z = [w @ unit for w in weight]
+            slow = slow - torch.log(torch.exp(z[wanted]) / sum(torch.exp(z_j) for z_j in z)) / sum(map(len, units))
+    torch.testing.assert_close(loss.double(), slow)
+    torch.testing.assert_close(gradients(loss, [router.weight])[0].double(), gradients(slow, [weight])[0])
