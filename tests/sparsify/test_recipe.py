@@ -33,7 +33,7 @@ from moeify.sparsify.make import clustered, importance, random
 from plain_models import output, sparse_layers
 from tiny_models import DENSE, causal_lm, inputs
 
-FOR_ENCODERS = {"gshard", "vmoe", "soft", "expert_choice"}
+FOR_ENCODERS = {"gshard", "stmoe", "nllb", "base", "vmoe", "mobile_vmoe", "soft", "expert_choice"}
 
 any_recipe = st.builds(
     Recipe,

@@ -17,18 +17,23 @@ from moeify import registry
 from moeify.experts.base import Experts
 from moeify.routers.base import Router
 from moeify.routers.capacity import capacity
+from moeify.routers.competition import Compete
 from moeify.routers.cosine import Cosine
 from moeify.routers.expert_choice import ExpertChoice
+from moeify.routers.frozen import Frozen
 from moeify.routers.gshard import GShard
 from moeify.routers.lookup import Lookup
 from moeify.routers.noisy import NoisyTopK
+from moeify.routers.once import once
+from moeify.routers.residual import Residual
+from moeify.routers.sinkhorn import Sinkhorn
 from moeify.routers.soft import Soft
 from moeify.routers.sparsemixer import SparseMixer
 from moeify.routers.topk import Groups, TopK, sigmoid
 from moeify.routers.variable import ReLU, TopP
 from moeify.routing import double, per_choice_by_4, per_token
-from moeify.sparsify.find import Where, ffn, last, last_half, odd
-from moeify.sparsify.make import copies, fresh
+from moeify.sparsify.find import Where, every, ffn, last, last_half, odd
+from moeify.sparsify.make import copies, fresh, masked, with_free
 from moeify.sparsify.shared import dense, nothing
 
 
@@ -156,10 +161,32 @@ recipes: dict[str, Recipe] = {
     "topp": Recipe(num_experts=16, router=partial(TopP, p=0.4), experts=partial(fresh, granularity=2)),
     "remoe": Recipe(router=ReLU, experts=fresh),
     "hash": Recipe(router=Lookup, experts=fresh),
+    "stmoe": Recipe(
+        where=every(4),
+        router=partial(capacity, router=GShard, factor=1.25, eval_factor=2.0, capacity=per_token, priority="choice"),
+        experts=partial(fresh, variance=0.1),
+    ),
+    "nllb": Recipe(
+        where=every(4),
+        router=partial(
+            capacity, router=partial(TopK, k=2), factor=1.0, eval_factor=4.0, capacity=double, priority="choice"
+        ),
+        experts=partial(masked, experts=fresh, p=0.2),
+    ),
+    "base": Recipe(router=Sinkhorn, experts=fresh),
+    "smoe_dropout": Recipe(num_experts=16, router=partial(Frozen, k=8), experts=fresh),
+    "competesmoe": Recipe(num_experts=32, router=partial(Compete, k=4), experts=partial(fresh, granularity=4)),
+    "moepp": Recipe(num_experts=12, router=partial(Residual, k=2), experts=with_free),
+    "mobile_vmoe": Recipe(
+        where=last(2),
+        num_experts=10,
+        router=partial(once, router=partial(TopK, k=1, normalize=False, per="group")),
+        experts=fresh,
+    ),
 }
 """Recipes by the name of the model that they follow, at sizes for a small dense model.
 
 `matched` follows none: new experts half as wide as the dense network, of which a token uses two, so that sparse and
-dense model cost the same FLOPs per token. `gshard`, `vmoe`, `soft` and `expert_choice` look at later tokens and are for
-encoders; `hash` reads the model's `input_ids`.
+dense model cost the same FLOPs per token. `gshard`, `stmoe`, `nllb`, `base`, `vmoe`, `mobile_vmoe`, `soft` and
+`expert_choice` look at later tokens and are for encoders; `hash` reads the model's `input_ids`.
 """
