@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from moeify.cli import options as o
 from moeify.cli.text import load_dense, load_tokenizer, save_tokenizer
@@ -37,7 +37,8 @@ def sparsify(
 
 def list_recipes() -> None:
     """List the named recipes."""
-    table = Table("recipe", "experts", "router", "made by", "shared", "where")
+    whole = [Column(heading, no_wrap=True) for heading in ("recipe", "experts")]
+    table = Table(*whole, "router", "made by", "shared", "where")
     for name, recipe in recipes.items():
         values = recipe.to_dict()
         parts = [_brief(values[key]) for key in ("router", "experts", "shared", "where")]
