@@ -14,10 +14,13 @@ from moeify.routers import (
     Capacity,
     Cosine,
     ExpertChoice,
+    ExpertThreshold,
     GShard,
     Lookup,
     NoisyTopK,
+    Once,
     ReLU,
+    Residual,
     Sinkhorn,
     Soft,
     Threshold,
@@ -40,6 +43,12 @@ TOKEN_BY_TOKEN = {
     "relu with capacity": lambda *sizes: Capacity(
         ReLU(*sizes), factor=0.5, eval_factor=0.5, priority="score", overflow="renormalize"
     ),
+    "capacity that sends on": lambda *sizes: Capacity(
+        TopK(*sizes, k=1, normalize=False), factor=1.0, eval_factor=1.0, overflow="next"
+    ),
+    "expert threshold": ExpertThreshold,
+    "residual": Residual,
+    "once": lambda *sizes: Once(TopK(*sizes)),
     "expert choice of the batch": partial(ExpertChoice, per="batch"),
     "sinkhorn": Sinkhorn,
     "hash": partial(Lookup, size=7),
