@@ -25,9 +25,6 @@ TOLERANCE = 1e-5
 LIBRARIES = "lucidrains"
 
 EXPLAINED = {
-    "vmoe top-2 batch priority": "V-MoE serves first choices first, in the order of each token's largest weight; "
-    "priority='score' serves rows in the order of their own weights",
-    "vmoe top-2 of groups": "V-MoE bounds rows per expert and group, Capacity per expert and batch",
     "vmoe expert choice by 4": "V-MoE's default rounds slots up to a multiple of 4, ExpertChoice up to a whole number",
     "vmoe soft as shipped": "the shipped dispatcher casts rows to bfloat16",
     "vmoe top-1 importance_loss": "V-MoE sums the softmax over all experts, losses.importance the weights of the rows",
@@ -35,7 +32,6 @@ EXPLAINED = {
     "vmoe noisy top-2 load_loss": "V-MoE compares with the k-th largest logit, its own included; Shazeer's with others",
     "vmoe noisy top-2 gshard_loss": "GShard counts first choices, losses.balance every choice",
     "lucidrains top-2 straight-through gradients": "a second gradient reaches the router through the dispatched rows",
-    "lucidrains top-2 of groups": "mesh bounds rows per expert and sequence, Capacity per expert and batch",
     "lucidrains top-2 balance": "the peer counts first choices that were kept, losses.balance every choice asked for",
     "lucidrains top-2 balance | balance(demand=first choices)": "the peer's mask of first choices is changed in place "
     "when rows are dropped, so it counts those that were kept",

@@ -9,8 +9,8 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from moeify.flops import Count, count
 from moeify.experts import FFN, Blocks, Each, Glu, Identity, Plain, Zero
+from moeify.flops import Count, count
 from moeify.moe import MoE
 from moeify.routers import Capacity, TopK
 

@@ -6,10 +6,10 @@ import pytest
 
 from moeify import registry
 from moeify.balance import Quantile, Sign
+from moeify.capacity import double
 from moeify.registry import decode, encode, lookup, names, register
 from moeify.routers import Groups, TopK, sigmoid, softmax
 from moeify.routers.capacity import capacity
-from moeify.routing import double
 
 
 @pytest.fixture(autouse=True)

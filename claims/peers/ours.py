@@ -11,10 +11,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from moeify import MoE, losses
+from moeify.capacity import per_choice_by_4, per_token
 from moeify.experts import FFN, Glu, Plain
 from moeify.losses.loads import cv_squared
 from moeify.routers import Capacity, ExpertChoice, GShard, NoisyTopK, Router, Soft
-from moeify.routing import Assignment, Mixture, per_choice_by_4, per_token
+from moeify.routing import Assignment, Mixture
 
 B, N, D, E, H, SLOTS = 3, 32, 16, 4, 24, 2
 Values = dict[str, Tensor]
@@ -67,9 +68,9 @@ def against_vmoe(given: Values) -> Values:
     routers = {
         "top-2": limited(noisy(k=2)),
         "top-1": limited(noisy(k=1), factor=0.5),
-        "top-1 batch priority": limited(noisy(k=1), factor=0.5, priority="score"),
-        "top-2 batch priority": limited(noisy(k=2), priority="score"),
-        "top-2 of groups": limited(noisy(k=2)),
+        "top-1 batch priority": limited(noisy(k=1), factor=0.5, priority="batch"),
+        "top-2 batch priority": limited(noisy(k=2), priority="batch"),
+        "top-2 of groups": limited(noisy(k=2), per="group"),
         "noisy top-2": limited(noisy(k=2)),
         "expert choice": ExpertChoice(D, E, factor=1.7),
         "expert choice by 4": ExpertChoice(D, E, factor=1.7),
@@ -136,7 +137,7 @@ def against_lucidrains(given: Values) -> Values:
     names = {"router": "router.router.weight", "gate_up": "experts.gate_up_proj"}
     for case in ("top-2", "top-2 straight-through", "top-2 of groups"):
         moe = build(
-            Capacity(GShard(D, E), factor=0.8, capacity=per_token, priority="choice"),
+            Capacity(GShard(D, E), factor=0.8, capacity=per_token, priority="choice", per="group"),
             FFN(E, D, H, inner=Glu(F.gelu), bias=True),
             router__router__weight=given["router"],
             experts__gate_up_proj=given["gate_up"], experts__gate_up_proj_bias=given["gate_up_bias"],

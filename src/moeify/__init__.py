@@ -2,11 +2,12 @@
 
 __version__ = "0.1.0"
 
+from moeify.capacity import limit
 from moeify.context import Context
 from moeify.moe import MoE
 from moeify.record import record
 from moeify.registry import register
-from moeify.routing import Assignment, Mixture, Routing, assign, limit
+from moeify.routing import Assignment, Mixture, Routing, assign
 from moeify.sparsify import Recipe, load, save, sparsify
 
 __all__ = [

@@ -78,7 +78,18 @@ def test_every_named_recipe_for_decoders_trains(tmp_path, text, recipe):
 
 
 def test_a_controller_moves_the_selection_biases(tmp_path, text):
-    options = ["--recipe", "deepseek", "--controller", "sign", "--steps", 2, "--data", text, "--output", tmp_path / "run"]
+    options = [
+        "--recipe",
+        "deepseek",
+        "--controller",
+        "sign",
+        "--steps",
+        2,
+        "--data",
+        text,
+        "--output",
+        tmp_path / "run",
+    ]
     assert moeify("train", *TINY, *options).code == 0
     assert load(tmp_path / "run" / "model").model.layers[0].mlp.router.selection_bias.abs().max() > 0
 

@@ -1,13 +1,15 @@
 """Capacity against a queue in front of every expert."""
 
+import math
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from moeify import Context, assign, limit
+from moeify.capacity import double, dropped, per_choice, per_choice_by_4, per_token
 from moeify.routers import Capacity, Lookup, TopK
-from moeify.routing import double, dropped, per_choice, per_choice_by_4, per_token
 from strategies import agree, choices, route, sharpen
 
 
@@ -41,6 +43,7 @@ def slow_limit(index, gates, num_experts, slots, priority, overflow):
     turn = {
         "position": lambda row: row[0],
         "choice": lambda row: (row[1], row[0]),
+        "batch": lambda row: (row[1], -gates[row[0]].max().item()),
         "score": lambda row: -row[3].item(),
     }[priority]
     queues = {e: sorted((row for row in rows if row[2] == e), key=turn)[:slots] for e in range(num_experts)}
@@ -56,11 +59,12 @@ def slow_limit(index, gates, num_experts, slots, priority, overflow):
 
 def weights(routing, num_experts):
     """(T, E): the weight with which every token reaches every expert."""
-    return torch.zeros(*routing.shape, num_experts).index_put((routing.source, routing.expert), routing.weight)
+    tokens = math.prod(routing.shape)
+    return torch.zeros(tokens, num_experts).index_put((routing.source, routing.expert), routing.weight)
 
 
 @pytest.mark.parametrize("overflow", ["zero", "renormalize"])
-@pytest.mark.parametrize("priority", ["position", "choice", "score"])
+@pytest.mark.parametrize("priority", ["position", "choice", "batch", "score"])
 @given(choices(), st.integers(1, 5))
 def test_a_limit_serves_the_front_of_every_queue(priority, overflow, choice, slots):
     index, gates, num_experts = choice
@@ -80,6 +84,7 @@ def slow_next(scores, k, slots, priority):
     turn = {
         "position": lambda row: (row[0], row[2]),
         "choice": lambda row: (row[1], row[2], row[0]),
+        "batch": lambda row: (row[1], -(max(scores[row[0]]) / total[row[0]]).item(), row[2], row[0]),
         "score": lambda row: (-(scores[row[0], row[2]] / total[row[0]]).item(), row[2], row[0]),
     }[priority]
     rows = sorted([(t, c, best[t][c]) for t in range(tokens) for c in range(k)], key=turn)
@@ -99,7 +104,7 @@ def slow_next(scores, k, slots, priority):
     return out
 
 
-@pytest.mark.parametrize("priority", ["position", "choice", "score"])
+@pytest.mark.parametrize("priority", ["position", "choice", "batch", "score"])
 @given(choices(), st.integers(1, 5))
 def test_a_dropped_row_goes_to_the_next_best_expert_with_room(priority, choice, slots):
     index, _, num_experts = choice
@@ -203,3 +208,30 @@ def test_only_a_capacity_that_serves_by_position_is_causal():
     assert not Capacity(inner, priority="choice").causal
     assert not Capacity(inner, priority="score").causal
     assert not Capacity(TopK(4, 4, per="group")).causal
+
+
+@pytest.mark.parametrize("priority", ["position", "choice", "batch", "score"])
+def test_a_capacity_per_group_is_a_capacity_of_each_group_alone(priority):
+    router = Capacity(TopK(4, 3), factor=0.7, priority=priority, per="group").eval()
+    sharpen(router)
+    x = torch.randn(2, 6, 4)
+    together = weights(route(router, x), 3)
+    alone = torch.cat([weights(route(router, sequence[None]), 3) for sequence in x])
+    torch.testing.assert_close(together, alone)
+
+
+def test_a_capacity_per_group_leaves_padding_out_of_both_rows_and_slots():
+    router = Capacity(TopK(4, 3), factor=0.5, eval_factor=0.5, per="group").eval()
+    sharpen(router)
+    x, mask = torch.randn(2, 6, 4), torch.tensor([[1, 1, 1, 1, 1, 1], [0, 1, 1, 1, 1, 0]]).bool()
+    padded = weights(route(router, x, mask), 3)
+    assert not padded[~mask.flatten()].any()
+    torch.testing.assert_close(padded[:6], weights(route(router, x[:1]), 3))
+
+
+def test_a_capacity_per_group_needs_groups_and_does_not_look_for_room_elsewhere():
+    routing = assign(torch.zeros(3, 1, dtype=torch.long), torch.ones(3, 1), 2)
+    with pytest.raises(ValueError, match="knows the group of every token"):
+        limit(routing, 1, per="group")
+    with pytest.raises(ValueError, match="cannot be limited per group"):
+        limit(routing, 1, per="group", overflow="next")

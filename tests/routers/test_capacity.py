@@ -6,8 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moeify import assign
+from moeify.capacity import per_choice
 from moeify.routers import Capacity, Router, TopK
-from moeify.routing import per_choice
 from strategies import route, seeds, sharpen
 
 

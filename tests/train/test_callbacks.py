@@ -15,9 +15,10 @@ from hypothesis import strategies as st
 from rich.console import Console
 from transformers import TrainerCallback, TrainingArguments
 
+from moeify.capacity import limit
 from moeify.experts import FFN
 from moeify.routers import Frozen
-from moeify.routing import assign, limit
+from moeify.routing import assign
 from moeify.schedule import constant, linear
 from moeify.sparsify import Recipe, sparsify
 from moeify.train import ExpertDropout, KSchedule, ProgressLine, SparseArguments, SparseTrainer

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Literal
 
 from jaxtyping import Float
 from torch import Tensor
 
+from moeify.capacity import Overflow, Priority, Slots, limit, per_choice
 from moeify.context import Context
 from moeify.registry import register
 from moeify.routers.base import Router
 from moeify.routers.topk import TopK
-from moeify.routing import Assignment, Overflow, Priority, Slots, limit, per_choice
+from moeify.routing import Assignment
 
 
 class Capacity(Router):
@@ -22,9 +24,10 @@ class Capacity(Router):
         factor: capacity factor in training.
         eval_factor: capacity factor in evaluation.
         capacity: the formula that turns a factor into slots: papers disagree by more than a factor of two.
-        priority: who is kept, see `moeify.routing.limit`.
-        overflow: what happens to a token that lost a row, see `moeify.routing.limit`; with `next` the room that an
+        priority: who is kept, see `moeify.capacity.limit`.
+        overflow: what happens to a token that lost a row, see `moeify.capacity.limit`; with `next` the room that an
             earlier token finds depends on later ones.
+        per: whether an expert's slots are for the whole batch, or for each sequence or image (`group`).
     """
 
     def __init__(
@@ -36,6 +39,7 @@ class Capacity(Router):
         capacity: Slots = per_choice,
         priority: Priority = "position",
         overflow: Overflow = "zero",
+        per: Literal["batch", "group"] = "batch",
     ) -> None:
         super().__init__()
         self.router = router
@@ -44,6 +48,7 @@ class Capacity(Router):
         self.capacity = capacity
         self.priority: Priority = priority
         self.overflow: Overflow = overflow
+        self.per: Literal["batch", "group"] = per
         self.causal = router.causal and priority == "position" and overflow != "next"
 
     def follow(self, previous: Router) -> Router:
@@ -57,8 +62,14 @@ class Capacity(Router):
         routing = self.router(x, context)
         k = max(1, round(routing.source.shape[0] / routing.tokens))  # on average, where the number varies
         factor = self.factor if self.training else self.eval_factor
-        slots = self.capacity(factor, routing.tokens, routing.counts.shape[0], k)
-        return limit(routing, slots, priority=self.priority, overflow=self.overflow)
+        slots = self.capacity(factor, self._scope(routing), routing.counts.shape[0], k)
+        return limit(routing, slots, priority=self.priority, overflow=self.overflow, per=self.per)
+
+    def _scope(self, routing: Assignment) -> int:
+        """The tokens that a capacity is for: those of the batch, or of the largest group."""
+        if self.per == "batch" or routing.group is None:
+            return routing.tokens
+        return int(routing.group.unique(return_counts=True)[1].max())
 
 
 @register("router", "capacity")
@@ -72,9 +83,11 @@ def capacity(
     capacity: Slots = per_choice,
     priority: Priority = "position",
     overflow: Overflow = "zero",
+    per: Literal["batch", "group"] = "batch",
 ) -> Capacity:
     """A `Capacity` around the router that `router(width, num_experts)` makes, for recipes."""
     return Capacity(
         router(width, num_experts),
         factor=factor, eval_factor=eval_factor, capacity=capacity, priority=priority, overflow=overflow,
+        per=per,
     )  # fmt: skip

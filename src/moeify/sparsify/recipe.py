@@ -14,6 +14,7 @@ from typing import Any
 from torch import nn
 
 from moeify import registry
+from moeify.capacity import double, per_choice_by_4, per_token
 from moeify.experts.base import Experts
 from moeify.routers.base import Router
 from moeify.routers.capacity import capacity
@@ -31,7 +32,6 @@ from moeify.routers.soft import Soft
 from moeify.routers.sparsemixer import SparseMixer
 from moeify.routers.topk import Groups, TopK, sigmoid
 from moeify.routers.variable import ReLU, TopP
-from moeify.routing import double, per_choice_by_4, per_token
 from moeify.sparsify.find import Where, every, ffn, last, last_half, odd
 from moeify.sparsify.make import copies, fresh, masked, with_free
 from moeify.sparsify.shared import dense, nothing

@@ -1,0 +1,191 @@
+"""Capacity: how many rows an expert accepts, and what becomes of the others."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Literal
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from moeify.registry import register
+from moeify.routing import Assignment
+
+
+@register("capacity", "tokens")
+def per_token(factor: float, tokens: int, num_experts: int, k: int) -> int:
+    """round(factor · T / E), at least 4: second choices are not counted (Switch, ST-MoE, mesh)."""
+    return max(4, round(factor * tokens / num_experts))
+
+
+@register("capacity", "choices")
+def per_choice(factor: float, tokens: int, num_experts: int, k: int) -> int:
+    """ceil(factor · k · T / E): every choice is counted (Megatron-Core)."""
+    return math.ceil(factor * k * tokens / num_experts)
+
+
+@register("capacity", "choices_by_4")
+def per_choice_by_4(factor: float, tokens: int, num_experts: int, k: int) -> int:
+    """ceil(factor · k · T / E), rounded up to a multiple of 4 (V-MoE): far more than the factor for few tokens."""
+    return 4 * math.ceil(per_choice(factor, tokens, num_experts, k) / 4)
+
+
+@register("capacity", "double")
+def double(factor: float, tokens: int, num_experts: int, k: int) -> int:
+    """factor · 2 · ceil(T / E), whatever k is (fairseq's top-2, NLLB)."""
+    return math.ceil(factor * 2 * math.ceil(tokens / num_experts))
+
+
+Slots = Callable[[float, int, int, int], int]
+Priority = Literal["position", "choice", "batch", "score"]
+Overflow = Literal["zero", "renormalize", "next"]
+
+
+def limit(
+    routing: Assignment,
+    slots: int,
+    *,
+    priority: Priority = "position",
+    overflow: Overflow = "zero",
+    per: Literal["batch", "group"] = "batch",
+) -> Assignment:
+    """Keep at most `slots` rows per expert; a dropped token is a row that is not there.
+
+    Args:
+        routing: a decision with one weight per row.
+        slots: capacity of each expert in rows, see `per_token`, `per_choice` and `double` for the usual formulas.
+        priority: who is kept: the earliest tokens (`position`), all first choices before any second choice and then
+            the earliest (`choice`; GShard), all first choices before any second and then the tokens with the
+            largest weight of their own (`batch`; V-MoE's batch priority), or the largest weights (`score`).
+        overflow: `zero` leaves the other weights of a token as they are, `renormalize` scales them to the old sum.
+            `next` lets every row that was dropped ask the next best expert of its token, in rounds, until it finds
+            room or has asked them all (No-Token-Left-Behind; Switch, appendix B); in every round, those are served
+            first who come first by `priority`. Its weight w changes as the score does, to w · s_new / s_old: right for
+            weights in proportion to the scores.
+        per: whether slots are for all rows of an expert, or for those of each sequence or image (`group`; mesh, V-MoE).
+
+    Raises:
+        ValueError: fewer than one slot, or several weights per row; `next` without a score of every token for every
+            expert, or per group; per group without a group of every token.
+    """
+    if slots < 1:
+        raise ValueError(f"a capacity of {slots} slots drops every token; give each expert at least one slot")
+    if routing.weight.dim() > 1:
+        raise ValueError(
+            f"a capacity needs one weight per row to say which rows matter, and this router gave "
+            f"{routing.weight[0].numel()} gates; leave the capacity out"
+        )
+    turns = _turns(routing, priority)
+    if overflow == "next":
+        if per == "group":
+            raise ValueError("overflow='next' looks for room in the whole batch; it cannot be limited per group")
+        return _to_the_next(routing, slots, turns)
+    kept = _place(routing.expert if per == "batch" else _expert_and_group(routing), turns) < slots
+    weight = routing.weight[kept]
+    source = routing.source[kept]
+    if overflow == "renormalize":
+        tokens = math.prod(routing.shape)
+        before = weight.new_zeros(tokens).index_add(0, routing.source, routing.weight)
+        after = weight.new_zeros(tokens).index_add(0, source, weight)
+        weight = weight * (before / after.clamp_min(torch.finfo(weight.dtype).tiny))[source]
+    return replace(
+        routing,
+        counts=routing.expert[kept].bincount(minlength=len(routing.counts)),
+        source=source,
+        weight=weight,
+        choice=None if routing.choice is None else routing.choice[kept],
+        answers=None if routing.answers is None else routing.answers[kept],
+    )
+
+
+def dropped(routing: Assignment) -> tuple[float, float]:
+    """The share of the rows asked for that a capacity dropped, and the share of the routed tokens without any row."""
+    rows = len(routing.source) / max(1, int(routing.demand.sum()))
+    return 1 - rows, 1 - len(routing.source.unique()) / max(1, routing.tokens)
+
+
+def _turns(routing: Assignment, priority: Priority) -> Int[Tensor, "R"]:
+    """The rows in the order in which they are served."""
+    if priority == "position":
+        return routing.source.argsort(stable=True)
+    best = -routing.weight.detach()
+    if priority == "score":
+        return best.argsort(stable=True)
+    if routing.choice is None:
+        raise ValueError(
+            f"priority={priority!r} needs a decision that knows which choice each row is; build it by `assign`"
+        )
+    if priority == "choice":
+        return routing.choice.argsort(stable=True)
+    largest = best.new_zeros(math.prod(routing.shape)).scatter_reduce(0, routing.source, best, "amin")
+    turns = largest[routing.source].argsort(stable=True)
+    return turns[routing.choice[turns].argsort(stable=True)]
+
+
+def _expert_and_group(routing: Assignment) -> Int[Tensor, "R"]:
+    """A number for every expert in every group."""
+    if routing.group is None or len(routing.group) != routing.tokens:
+        raise ValueError("a capacity per group needs a decision that knows the group of every token it routed")
+    groups = routing.group[_decision_of_rows(routing)]
+    return routing.expert * (int(routing.group.max()) + 1) + groups
+
+
+def _place(expert: Int[Tensor, "R"], turns: Int[Tensor, "R"]) -> Int[Tensor, "R"]:
+    """Each row's place in the queue of its expert, 0 for the first that is served."""
+    served = turns[expert[turns].argsort(stable=True)]
+    queue = torch.arange(len(served), device=served.device)
+    first = torch.searchsorted(expert[served], expert[served])
+    return torch.empty_like(served).scatter(0, served, queue - first)
+
+
+def _to_the_next(routing: Assignment, slots: int, turns: Int[Tensor, "R"]) -> Assignment:
+    scores = routing.scores
+    if scores is None or len(scores) != routing.tokens:
+        raise ValueError("overflow='next' needs a router that scores all experts for every token")
+    token = _decision_of_rows(routing)
+    asked, best_first = routing.expert, scores.detach().argsort(dim=-1, descending=True, stable=True)
+    tried = torch.zeros_like(scores, dtype=torch.bool)
+    tried[token, asked] = True
+    served = _place(asked, turns) < slots
+    for _ in range(scores.shape[1]):
+        waiting = turns[~served[turns]]
+        untried = best_first[~tried.gather(1, best_first)]  # token after token
+        left = (~tried).sum(1)
+        turn = _place(token[waiting], torch.arange(len(waiting), device=waiting.device))  # a token may wait twice
+        asks = turn < left[token[waiting]]
+        waiting, turn = waiting[asks], turn[asks]
+        if len(waiting) == 0:
+            break
+        expert = untried[(left.cumsum(0) - left)[token[waiting]] + turn]
+        asked = asked.scatter(0, waiting, expert)
+        tried[token[waiting], expert] = True
+        room = slots - asked[served].bincount(minlength=scores.shape[1])
+        found = _place(expert, torch.arange(len(expert), device=expert.device)) < room[expert]
+        served = served.scatter(0, waiting, found)
+    kept = served.nonzero().squeeze(1)
+    kept = kept[routing.source[kept].argsort(stable=True)]
+    kept = kept[asked[kept].argsort(stable=True)]
+    new, old = scores[token[kept], asked[kept]], scores[token[kept], routing.expert[kept]]
+    moved = asked[kept] != routing.expert[kept]
+    ratio = torch.where(moved, new / torch.where(moved, old, 1.0), 1.0)
+    return replace(
+        routing,
+        counts=asked[kept].bincount(minlength=scores.shape[1]),
+        source=routing.source[kept],
+        weight=routing.weight[kept] * ratio,
+        choice=None if routing.choice is None else routing.choice[kept],
+        answers=None,
+    )
+
+
+def _decision_of_rows(routing: Assignment) -> Int[Tensor, "R"]:
+    """Which of the routed tokens each row reads."""
+    if routing.tokens == math.prod(routing.shape):
+        return routing.source
+    positions, token = routing.source.unique(return_inverse=True)
+    if len(positions) != routing.tokens:
+        raise ValueError("some routed tokens have no expert, so it is not known which of the tokens these are")
+    return token
