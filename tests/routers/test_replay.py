@@ -8,7 +8,7 @@ from torch.utils.checkpoint import checkpoint
 from moeify import Context, MoE, record
 from moeify.experts import FFN
 from moeify.record import replay
-from moeify.routers import Capacity, Replay, Soft, TopK
+from moeify.routers import Capacity, DefaultVector, Replay, Soft, TopK
 from strategies import agree, layer, route, sharpen
 
 D = 8
@@ -27,7 +27,7 @@ def perturb(model):
                 p.add_(torch.randn_like(p))
 
 
-@pytest.mark.parametrize("router", [TopK, Soft, lambda *a, **o: Capacity(TopK(*a, **o), factor=0.6)])
+@pytest.mark.parametrize("router", [TopK, Soft, DefaultVector, lambda *a, **o: Capacity(TopK(*a, **o), factor=0.6)])
 def test_a_replay_repeats_the_output_to_the_bit_whatever_became_of_the_routers(router):
     model, x = network(router), torch.randn(2, 5, D)
     with record(model) as decisions:
@@ -37,6 +37,19 @@ def test_a_replay_repeats_the_output_to_the_bit_whatever_became_of_the_routers(r
     with replay(model, decisions):
         assert torch.equal(model(x), before)
     assert not torch.equal(model(x), before)
+
+
+def test_experts_that_a_router_had_asked_answer_anew_and_learn():
+    model, x = network(DefaultVector), torch.randn(2, 5, D)
+    with record(model) as decisions:
+        before = model(x)
+    with replay(model, decisions):
+        model(x).sum().backward()
+        assert all(p.grad.any() for moe in (model[0], model[2]) for p in moe.experts.parameters())
+        with torch.no_grad():
+            model[2].experts.down_proj.mul_(2)
+    with replay(model, decisions):
+        assert not torch.equal(model(x), before)
 
 
 def test_several_forward_passes_are_replayed_in_their_order():

@@ -82,6 +82,7 @@ class Replay(Router):
 
 
 def detached(routing: Routing) -> Routing:
-    """A decision without the autograd graph that made it."""
+    """A decision without the autograd graph that made it, and without answers: experts give those of today."""
     values = {field.name: getattr(routing, field.name) for field in fields(routing)}
-    return replace(routing, **{name: v.detach() for name, v in values.items() if isinstance(v, Tensor)})
+    plain = replace(routing, **{name: v.detach() for name, v in values.items() if isinstance(v, Tensor)})
+    return replace(plain, answers=None) if isinstance(plain, Assignment) else plain
