@@ -11,7 +11,7 @@ from rich.table import Column, Table
 
 from moeify.cli import options as o
 from moeify.cli.text import load_dense, load_tokenizer, save_tokenizer
-from moeify.sparsify import recipes, save
+from moeify.sparsify import catalogue, save
 from moeify.sparsify import sparsify as make_sparse
 
 
@@ -36,18 +36,10 @@ def sparsify(
 
 
 def list_recipes() -> None:
-    """List the named recipes."""
+    """List the named recipes: what they make, who proposed it, whether decoders may have it, and whose layout it is."""
     whole = [Column(heading, no_wrap=True) for heading in ("recipe", "experts")]
-    table = Table(*whole, "router", "made by", "shared", "where")
-    for name, recipe in recipes.items():
-        values = recipe.to_dict()
-        parts = [_brief(values[key]) for key in ("router", "experts", "shared", "where")]
-        table.add_row(name, str(values["num_experts"]), *parts)
+    table = Table(*whole, "what it makes", "source", "decoders", "layout of")
+    for name, entry in catalogue.items():
+        decoders = "yes" if entry.causal else "no"
+        table.add_row(name, str(entry.recipe.num_experts), entry.line, entry.source, decoders, entry.family or "-")
     Console().print(table)
-
-
-def _brief(value: object) -> str:
-    if not isinstance(value, dict):
-        return str(value)
-    options = ", ".join(f"{key}={_brief(v)}" for key, v in value.items() if key != "name")
-    return f"{value['name']}({options})"

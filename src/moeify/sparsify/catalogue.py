@@ -1,0 +1,273 @@
+"""Recipes that have a name: those of the literature, at sizes for a small dense model."""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from moeify import registry
+from moeify.capacity import double, per_choice_by_4, per_token
+from moeify.routers.capacity import capacity
+from moeify.routers.competition import Compete
+from moeify.routers.cosine import Cosine
+from moeify.routers.expert_choice import ExpertChoice
+from moeify.routers.frozen import Frozen
+from moeify.routers.gshard import GShard
+from moeify.routers.lookup import Lookup
+from moeify.routers.noisy import NoisyTopK
+from moeify.routers.once import once
+from moeify.routers.residual import Residual
+from moeify.routers.sinkhorn import Sinkhorn
+from moeify.routers.soft import Soft
+from moeify.routers.sparsemixer import SparseMixer
+from moeify.routers.topk import Groups, TopK, sigmoid
+from moeify.routers.variable import ReLU, TopP
+from moeify.sparsify.find import every, last, last_half, odd
+from moeify.sparsify.make import fresh, masked, with_free
+from moeify.sparsify.recipe import Recipe
+from moeify.sparsify.shared import dense
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A named recipe and what a list says of it.
+
+    Attributes:
+        line: what it makes, in a line.
+        source: the paper, or `-`.
+        family: the models of transformers whose layout its sparse layers have, None if no family has it.
+        recipe: the recipe.
+    """
+
+    line: str
+    source: str
+    family: str | None
+    recipe: Recipe
+
+    @property
+    def causal(self) -> bool:
+        """Whether its router looks at no later token, and so may stand in a decoder."""
+        return self.recipe.router(8, self.recipe.num_experts).causal
+
+
+catalogue: dict[str, Entry] = {
+    "matched": Entry(
+        "8 experts half as wide, top-2: as many FLOPs per token as the dense twin",
+        "-",
+        "Mixtral",
+        Recipe(router=partial(TopK, k=2), experts=partial(fresh, granularity=2)),
+    ),
+    "mixtral": Entry(
+        "every FFN copied into 8 experts, top-2, weights that sum to 1",
+        "arXiv 2401.04088, 2212.05055",
+        "Mixtral",
+        Recipe(router=partial(TopK, k=2)),
+    ),
+    "switch": Entry(
+        "top-1 with capacity in every other layer",
+        "arXiv 2101.03961",
+        None,
+        Recipe(
+            where=odd,
+            router=partial(
+                capacity,
+                router=partial(TopK, k=1, normalize=False, jitter=0.01),
+                factor=1.25,
+                eval_factor=2.0,
+                capacity=per_token,
+            ),
+            experts=fresh,
+        ),
+    ),
+    "deepseek": Entry(
+        "fine experts beside a shared one, sigmoid scores, groups, a bias",
+        "arXiv 2412.19437",
+        "DeepSeek-V3",
+        Recipe(
+            num_experts=32,
+            router=partial(
+                TopK, k=4, score=sigmoid, selection_bias=True, groups=Groups(4, 2, reduce="top2"), scale=2.5
+            ),
+            experts=partial(fresh, granularity=4),
+            shared=dense,
+        ),
+    ),
+    "olmoe": Entry(
+        "fine experts, top-4, softmax weights as they are",
+        "arXiv 2409.02060",
+        "OLMoE",
+        Recipe(num_experts=16, router=partial(TopK, k=4, normalize=False), experts=partial(fresh, granularity=4)),
+    ),
+    "phi": Entry(
+        "sampled top-2 with SparseMixer gradients",
+        "arXiv 2409.12136",
+        "PhiMoE",
+        Recipe(num_experts=16, router=partial(SparseMixer, k=2), experts=fresh),
+    ),
+    "qwen3": Entry(
+        "fine experts, top-4, weights that sum to 1",
+        "arXiv 2505.09388",
+        "Qwen3-MoE",
+        Recipe(num_experts=32, router=partial(TopK, k=4), experts=partial(fresh, granularity=4)),
+    ),
+    "gshard": Entry(
+        "a random second expert, capacity in every other layer",
+        "arXiv 2006.16668",
+        None,
+        Recipe(
+            where=odd,
+            router=partial(
+                capacity, router=GShard, factor=1.25, eval_factor=2.0, capacity=per_token, priority="choice"
+            ),
+            experts=fresh,
+        ),
+    ),
+    "xmoe": Entry(
+        "cosine routing on a small sphere, top-1",
+        "arXiv 2204.09179",
+        None,
+        Recipe(
+            where=odd,
+            num_experts=16,
+            router=partial(capacity, router=Cosine, factor=1.0, eval_factor=1.0, capacity=double),
+            experts=fresh,
+        ),
+    ),
+    "vmoe": Entry(
+        "noisy top-2 with capacity in the last two layers",
+        "arXiv 2106.05974",
+        None,
+        Recipe(
+            where=last(2),
+            router=partial(
+                capacity,
+                router=partial(NoisyTopK, k=2, noise=1 / 8, order="softmax"),
+                factor=1.05,
+                eval_factor=4.0,
+                capacity=per_choice_by_4,
+                priority="choice",
+            ),
+            experts=fresh,
+        ),
+    ),
+    "soft": Entry(
+        "slots that mix all tokens, in the last half of the layers",
+        "arXiv 2308.00951",
+        None,
+        Recipe(where=last_half, num_experts=16, router=Soft, experts=fresh),
+    ),
+    "expert_choice": Entry(
+        "experts take their tokens, in every other layer",
+        "arXiv 2202.09368",
+        None,
+        Recipe(where=odd, router=partial(ExpertChoice, factor=2.0), experts=fresh),
+    ),
+    "topp": Entry(
+        "as many experts as reach a probability of 0.4",
+        "arXiv 2403.07652",
+        None,
+        Recipe(num_experts=16, router=partial(TopP, p=0.4), experts=partial(fresh, granularity=2)),
+    ),
+    "remoe": Entry(
+        "ReLU gates; steer their number with l1 and SparsityTarget",
+        "arXiv 2412.14711",
+        None,
+        Recipe(router=ReLU, experts=fresh),
+    ),
+    "hash": Entry(
+        "experts looked up by token id; no router to train",
+        "arXiv 2106.04426",
+        None,
+        Recipe(router=Lookup, experts=fresh),
+    ),
+    "stmoe": Entry(
+        "GShard routing in every fourth layer, small init; train with a z-loss of 1e-3",
+        "arXiv 2202.08906",
+        None,
+        Recipe(
+            where=every(4),
+            router=partial(
+                capacity, router=GShard, factor=1.25, eval_factor=2.0, capacity=per_token, priority="choice"
+            ),
+            experts=partial(fresh, variance=0.1),
+        ),
+    ),
+    "nllb": Entry(
+        "top-2 in every fourth layer, a fifth of the answers masked",
+        "arXiv 2207.04672",
+        None,
+        Recipe(
+            where=every(4),
+            router=partial(
+                capacity, router=partial(TopK, k=2), factor=1.0, eval_factor=4.0, capacity=double, priority="choice"
+            ),
+            experts=partial(masked, experts=fresh, p=0.2),
+        ),
+    ),
+    "base": Entry(
+        "even assignment by Sinkhorn iterations, top-1",
+        "arXiv 2103.16716",
+        None,
+        Recipe(router=Sinkhorn, experts=fresh),
+    ),
+    "smoe_dropout": Entry(
+        "a frozen random router; let k grow with KSchedule",
+        "arXiv 2303.01610",
+        None,
+        Recipe(num_experts=16, router=partial(Frozen, k=8), experts=fresh),
+    ),
+    "competesmoe": Entry(
+        "all experts compete now and then, the router learns who wins",
+        "arXiv 2505.13380",
+        None,
+        Recipe(num_experts=32, router=partial(Compete, k=4), experts=partial(fresh, granularity=4)),
+    ),
+    "moepp": Entry(
+        "FFN, zero, copy and constant experts; gating residuals",
+        "arXiv 2410.07348",
+        None,
+        Recipe(num_experts=12, router=partial(Residual, k=2), experts=with_free),
+    ),
+    "mobile_vmoe": Entry(
+        "one decision per image for the last two layers",
+        "arXiv 2309.04354",
+        None,
+        Recipe(
+            where=last(2),
+            num_experts=10,
+            router=partial(once, router=partial(TopK, k=1, normalize=False, per="group")),
+            experts=fresh,
+        ),
+    ),
+}
+"""Named recipes. `matched` follows no paper: it is the fair comparison with a dense twin."""
+
+recipes: dict[str, Recipe] = {name: entry.recipe for name, entry in catalogue.items()}
+"""The recipes alone, by name."""
+
+
+def read_recipe(source: str | Path) -> Recipe:
+    """A named recipe, or one from a .json or .toml file.
+
+    Raises:
+        ValueError: neither a known name nor a readable recipe file.
+        FileNotFoundError: the file is not there.
+    """
+    path = Path(source)
+    if path.suffix not in (".json", ".toml"):
+        if str(source) not in recipes:
+            near = registry.suggest(str(source), list(recipes))
+            raise ValueError(f"no recipe, .json or .toml file is called {str(source)!r}; {near}")
+        return recipes[str(source)]
+    if not path.is_file():
+        raise FileNotFoundError(f"the recipe file {path} does not exist")
+    try:
+        values = json.loads(path.read_text()) if path.suffix == ".json" else tomllib.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} cannot be read: {error}") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} must hold a table of recipe fields, not a {type(values).__name__}")
+    return Recipe.from_dict(values)
