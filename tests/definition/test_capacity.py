@@ -127,6 +127,14 @@ def test_no_token_is_left_behind_while_there_is_room():
     assert not router.causal
 
 
+def test_a_later_token_may_take_the_room_that_an_earlier_one_would_have_found():
+    scores = torch.tensor([[0.9, 0.5], [0.8, 0.6], [0.1, 0.7]])
+    alone = assign(torch.tensor([[0], [0]]), scores[:2, :1], 2, scores=scores[:2])
+    later = assign(torch.tensor([[0], [0], [1]]), torch.tensor([[0.9], [0.8], [0.7]]), 2, scores=scores)
+    assert limit(alone, 1, overflow="next").source.tolist() == [0, 1]
+    assert limit(later, 1, overflow="next").source.tolist() == [0, 2]
+
+
 def test_padding_is_not_sent_to_the_next_expert():
     router = Capacity(TopK(4, 3, k=2), factor=0.8, overflow="next")
     sharpen(router)

@@ -44,7 +44,7 @@ TOKEN_BY_TOKEN = {
         ReLU(*sizes), factor=0.5, eval_factor=0.5, priority="score", overflow="renormalize"
     ),
     "capacity that sends on": lambda *sizes: Capacity(
-        TopK(*sizes, k=1, normalize=False), factor=1.0, eval_factor=1.0, overflow="next"
+        TopK(*sizes, k=1, normalize=False), eval_factor=0.6, priority="score", overflow="next"
     ),
     "expert threshold": ExpertThreshold,
     "residual": Residual,
