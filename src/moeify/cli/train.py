@@ -18,7 +18,7 @@ def train(
     batch: o.Batch = 16,
     accumulate: o.Accumulate = 1,
     length: o.Length = 128,
-    learning_rate: o.LearningRate = 4e-3,
+    learning_rate: o.LearningRate = 1.2e-3,
     weight_decay: o.WeightDecay = 0.1,
     balance: o.Balance = 0.01,
     scope: o.Scope = "global",

@@ -58,7 +58,7 @@ catalogue: dict[str, Entry] = {
         "8 experts half as wide, top-2: as many FLOPs per token as the dense twin",
         "-",
         "Mixtral",
-        Recipe(router=partial(TopK, k=2), experts=partial(fresh, granularity=2)),
+        Recipe(router=partial(TopK, k=2, scale=2.0), experts=partial(fresh, granularity=2)),
     ),
     "mixtral": Entry(
         "every FFN copied into 8 experts, top-2, weights that sum to 1",
@@ -243,7 +243,12 @@ catalogue: dict[str, Entry] = {
         ),
     ),
 }
-"""Named recipes. `matched` follows no paper: it is the fair comparison with a dense twin."""
+"""Named recipes.
+
+`matched` follows no paper: it is the fair comparison with a dense twin. Two halves of a dense FFN are added up there,
+so the two experts' answers count twice under weights that sum to 1; without that scale the sparse layers start, and
+stay, too quiet.
+"""
 
 recipes: dict[str, Recipe] = {name: entry.recipe for name, entry in catalogue.items()}
 """The recipes alone, by name."""
