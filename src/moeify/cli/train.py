@@ -20,7 +20,7 @@ def train(
     length: o.Length = 128,
     learning_rate: o.LearningRate = 1.2e-3,
     weight_decay: o.WeightDecay = 0.1,
-    balance: o.Balance = 0.01,
+    balance: o.Balance = 0.002,
     scope: o.Scope = "global",
     z: o.Z = 0.0,
     controller: o.Controller = None,
