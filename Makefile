@@ -6,7 +6,7 @@ BIN    := $(VENV)/bin
 .PHONY: demo test check bench gpu claims docs clean
 
 demo: $(VENV)/.test
-	$(BIN)/moeify train --output runs/demo
+	$(BIN)/moeify train --output runs/demo --resume
 
 test: $(VENV)/.test
 	$(BIN)/python -m pytest tests
