@@ -79,7 +79,7 @@ catalogue: dict[str, Entry] = {
                 eval_factor=2.0,
                 capacity=per_token,
             ),
-            experts=fresh,
+            experts=partial(fresh, variance=0.1),
         ),
     ),
     "deepseek": Entry(
