@@ -68,7 +68,7 @@ def checked(monkeypatch):
 
 @pytest.mark.usefixtures("checked")
 def test_a_wrong_backend_is_caught_when_checking(monkeypatch):
-    wrong = Backend(lambda *args: compose(*args) + 0.1, lambda *args: None, lambda x: True)
+    wrong = Backend(lambda *args: compose(*args) + 0.1, lambda *call: None, lambda *call: True)
     monkeypatch.setitem(BACKENDS, "wrong", wrong)
     with pytest.raises(RuntimeError, match=r"'wrong' differs from the definition by 0\.1"):
         MoE(TopK(4, 2), Identity(2), backend="wrong")(torch.randn(3, 4))

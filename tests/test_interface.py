@@ -13,7 +13,8 @@ from transformers import AutoConfig, PreTrainedModel
 
 from moeify import Context, MoE, backends
 from moeify.experts import FFN, ClampedGlu, Glu, Identity, Plain
-from moeify.interface import moeify_experts, use_moeify_experts, use_transformers_backends
+from moeify.interface import NativeExperts, moeify_experts, use_moeify_experts, use_transformers_backends
+from moeify.kernels import grouped_linear
 from moeify.routers import Capacity, TopK
 from tiny_models import SPARSE, causal_lm, deepseek_v3, inputs, mixtral
 
@@ -34,6 +35,11 @@ UNUSUAL = {
     "transposed, with biases": (
         "openai_privacy_filter.OpenAIPrivacyFilterExperts",
         "openai_privacy_filter",
+        {"intermediate_size": 16, "num_local_experts": EXPERTS, "num_experts_per_tok": K},
+    ),
+    "interleaved": (
+        "gpt_oss.GptOssExperts",
+        "gpt_oss",
         {"intermediate_size": 16, "num_local_experts": EXPERTS, "num_experts_per_tok": K},
     ),
     "with a norm behind": (
@@ -167,6 +173,28 @@ def test_generation_is_the_same_by_moeify():
     torch.testing.assert_close(use_moeify_experts(model).generate(**prompt), expected)
 
 
+STACKED = {
+    "without a gate": "Plain",
+    "transposed": "Glu",
+    "transposed, with biases": None,  # clamped as GPT-OSS does, but gate and up lie side by side
+    "interleaved": "ClampedGlu",
+    "with a norm behind": None,
+}
+
+
+@pytest.mark.parametrize("kind", PRESENT)
+def test_what_unusual_experts_compute_is_told_to_kernels(kind: str):
+    experts = NativeExperts(_experts(kind).eval())
+    stacked = experts.stacked
+    assert (stacked and type(stacked.inner).__name__) == STACKED[kind]
+    if stacked is not None:
+        rows, counts = torch.randn(8, 32), torch.tensor([3, 0, 1, 4])
+        hidden = stacked.inner(grouped_linear(rows, stacked.up, counts, stacked.up_bias))
+        torch.testing.assert_close(
+            grouped_linear(hidden, stacked.down, counts, stacked.down_bias), experts(rows, counts)
+        )
+
+
 def test_a_dense_model_has_nothing_to_compute_by_moeify():
     with pytest.raises(ValueError, match="make a dense model sparse"):
         use_moeify_experts(causal_lm("llama"))
@@ -178,10 +206,12 @@ INNERS = {"glu": (SWIGLU, False), "plain": (Plain(F.gelu), False), "clamped": (C
 
 
 @pytest.fixture(autouse=True)
-def _only_our_backends(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(backends, "BACKENDS", dict(backends.BACKENDS))
-    monkeypatch.setattr("moeify.interface.BACKENDS", backends.BACKENDS)
+def _their_backends_for_one_test():
+    ours = dict(backends.BACKENDS)
     use_transformers_backends()
+    yield
+    backends.BACKENDS.clear()
+    backends.BACKENDS.update(ours)
 
 
 def _layer(backend: str, *, inner=SWIGLU, bias: bool = False, dtype=torch.float32, **sizes: int) -> MoE:
@@ -265,5 +295,5 @@ def test_rows_that_are_not_aligned_are_refused_by_grouped_mm():
 
 
 def test_auto_takes_none_of_their_functions():
-    chosen = [backends.BACKENDS[name].chosen(torch.zeros(1)) for name in THEIRS]
+    chosen = [backends.BACKENDS[name].chosen(torch.zeros(1), None, None) for name in THEIRS]
     assert chosen == [False, False]

@@ -11,16 +11,18 @@ from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
 from typing import Any, TypeVar
+from weakref import WeakKeyDictionary
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from moeify import backends
 from moeify.backends import BACKENDS, Backend
 from moeify.experts import FFN, Experts
-from moeify.experts.ffn import Glu
 from moeify.kernels import grouped_linear
+from moeify.kernels.stacked import ClampedGlu, Glu, Inner, Plain, Stacked
 from moeify.routing import Assignment, Routing, assign
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -92,6 +94,19 @@ class NativeExperts(Experts):
         self.native = native
         self.num_experts: int = native.num_experts  # pyrefly: ignore[bad-assignment]
 
+    @property
+    def stacked(self) -> Stacked | None:
+        """Its weights, if all that its experts compute is `down(inner(up(row)))` with a nonlinearity of ours."""
+        n: Any = self.native
+        inner = _inner(n)
+        if inner is None or getattr(n, "has_post_expert_norm", False):
+            return None
+        (up, up_bias), (down, down_bias) = (
+            self._map("gate_up_proj" if n.has_gate else "up_proj"),
+            self._map("down_proj"),
+        )
+        return Stacked(up, up_bias, down, down_bias, inner)
+
     def forward(self, rows: Float[Tensor, "R D"], counts: Int[Tensor, "E"]) -> Float[Tensor, "R O"]:
         """Up, gate or activation, down, and the norm that some families put behind."""
         n: Any = self.native
@@ -103,10 +118,27 @@ class NativeExperts(Experts):
         return n.post_expert_norm(answers) if getattr(n, "has_post_expert_norm", False) else answers
 
     def _linear(self, name: str, rows: Float[Tensor, "R D"], counts: Int[Tensor, "E"]) -> Float[Tensor, "R O"]:
+        weight, bias = self._map(name)
+        return grouped_linear(rows, weight, counts, bias)
+
+    def _map(self, name: str) -> tuple[Float[Tensor, "E O D"], Float[Tensor, "E O"] | None]:
         n: Any = self.native
         weight = getattr(n, name)
-        bias = getattr(n, f"{name}_bias") if n.has_bias else None
-        return grouped_linear(rows, weight.transpose(1, 2) if n.is_transposed else weight, counts, bias)
+        return weight.transpose(1, 2) if n.is_transposed else weight, getattr(n, f"{name}_bias") if n.has_bias else None
+
+
+_INNER: WeakKeyDictionary[nn.Module, Inner | None] = WeakKeyDictionary()
+
+
+def _inner(native: Any) -> Inner | None:
+    """The nonlinearity of transformers' experts, told by what it computes; None for one that is none of ours."""
+    if native not in _INNER:
+        act = getattr(native, "act_fn", F.silu)
+        theirs, ours = (native._apply_gate, [ClampedGlu(), Glu(act)]) if native.has_gate else (act, [Plain(act)])
+        x = torch.linspace(-12, 12, 96, dtype=torch.float64).view(4, 24)
+        with torch.no_grad():
+            _INNER[native] = next((inner for inner in ours if torch.allclose(theirs(x), inner(x))), None)
+    return _INNER[native]
 
 
 def use_transformers_backends() -> list[str]:
@@ -121,7 +153,7 @@ def use_transformers_backends() -> list[str]:
         BACKENDS[f"transformers/{name}"] = Backend(
             partial(_run_theirs, ALL_EXPERTS_FUNCTIONS[name]),
             _grouped_mm_cannot if name == "grouped_mm" else _theirs_cannot,
-            chosen=lambda x: False,
+            chosen=lambda *call: False,
         )
     return ["transformers/grouped_mm", "transformers/batched_mm"]
 

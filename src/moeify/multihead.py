@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from moeify.context import Context
-from moeify.experts.ffn import FFN, Glu, Inner
+from moeify.experts.ffn import FFN
+from moeify.kernels.stacked import Glu, Inner
 from moeify.moe import MoE
 from moeify.routers.base import Router
 from moeify.routers.topk import TopK

@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
-from moeify.experts.ffn import Glu, Plain
+from moeify.experts import Glu, Plain
 from moeify.sparsify.dense import DenseFFN, dropouts, is_linear, matrix, misfit, read
 from plain_models import Gated, Strange
 

@@ -3,7 +3,8 @@
 from moeify.experts.base import Experts
 from moeify.experts.blocks import Blocks, Each, Identity, Zero
 from moeify.experts.constant import Constant
-from moeify.experts.ffn import FFN, ClampedGlu, Glu, Plain
+from moeify.experts.ffn import FFN
 from moeify.experts.masked import Masked
+from moeify.kernels.stacked import ClampedGlu, Glu, Plain
 
 __all__ = ["FFN", "Blocks", "ClampedGlu", "Constant", "Each", "Experts", "Glu", "Identity", "Masked", "Plain", "Zero"]

@@ -8,6 +8,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from moeify.kernels.stacked import Stacked
+
 
 class Experts(nn.Module, ABC):
     """A bank of experts.
@@ -22,6 +24,11 @@ class Experts(nn.Module, ABC):
     def costs(self) -> Float[Tensor, "E"]:
         """What a row costs at each expert, relative to the dearest; read by `moeify.losses.cost`."""
         return torch.ones(self.num_experts)
+
+    @property
+    def stacked(self) -> Stacked | None:
+        """The weights of all experts, for kernels that run whole experts; None of experts that are no plain FFNs."""
+        return None
 
     @abstractmethod
     def forward(self, rows: Float[Tensor, "R D"], counts: Int[Tensor, "E"]) -> Float[Tensor, "R O"]:

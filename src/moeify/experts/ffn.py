@@ -3,73 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from moeify.experts.base import Experts
 from moeify.kernels import grouped_linear
-
-Activation = Callable[[Tensor], Tensor]
-
-
-@dataclass(frozen=True)
-class Plain:
-    """`act(up)`: the nonlinearity of an FFN with two linear maps."""
-
-    act: Activation
-    maps = 1
-
-    def __call__(self, up: Float[Tensor, "R H"]) -> Float[Tensor, "R H"]:
-        """Apply the activation."""
-        return self.act(up)
-
-    def activated(self, up: Float[Tensor, "E M D"]) -> Float[Tensor, "E H D"]:
-        """The part of the first map that the activation is applied to: all of it."""
-        return up
-
-
-@dataclass(frozen=True)
-class Glu:
-    """`act(gate) · up`: the gated nonlinearity; SwiGLU for silu, GEGLU for gelu (Shazeer 2020)."""
-
-    act: Activation
-    maps = 2
-
-    def __call__(self, gate_up: Float[Tensor, "R M"]) -> Float[Tensor, "R H"]:
-        """Gate the second half by the activated first half."""
-        gate, up = gate_up.chunk(2, dim=-1)
-        return self.act(gate) * up
-
-    def activated(self, gate_up: Float[Tensor, "E M D"]) -> Float[Tensor, "E H D"]:
-        """The part of the first map that the activation is applied to: the first half."""
-        return gate_up.chunk(2, dim=1)[0]
-
-
-@dataclass(frozen=True)
-class ClampedGlu:
-    """`(up + 1) · gate · sigmoid(alpha · gate)` with clamped parts, gate and up interleaved (GPT-OSS)."""
-
-    alpha: float = 1.702
-    limit: float = 7.0
-    maps = 2
-
-    def __call__(self, gate_up: Float[Tensor, "R M"]) -> Float[Tensor, "R H"]:
-        """Gate the odd columns by the even ones."""
-        gate = gate_up[..., ::2].clamp(max=self.limit)
-        up = gate_up[..., 1::2].clamp(-self.limit, self.limit)
-        return (up + 1) * gate * torch.sigmoid(self.alpha * gate)
-
-    def activated(self, gate_up: Float[Tensor, "E M D"]) -> Float[Tensor, "E H D"]:
-        """The part of the first map that the activation is applied to: the even rows."""
-        return gate_up[:, ::2]
-
-
-Inner = Plain | Glu | ClampedGlu
+from moeify.kernels.stacked import SWIGLU, Inner, Stacked
 
 
 class FFN(Experts):
@@ -94,7 +35,7 @@ class FFN(Experts):
         width: int,
         hidden: int,
         *,
-        inner: Inner = Glu(F.silu),
+        inner: Inner = SWIGLU,
         bias: bool = False,
         width_out: int | None = None,
         dropout: float = 0.0,
@@ -127,6 +68,13 @@ class FFN(Experts):
     def down(self) -> tuple[Float[Tensor, "E O H"], Float[Tensor, "E O"] | None]:
         """Weight and bias of the last map."""
         return self.get_parameter("down_proj"), self._parameters["down_proj_bias"]
+
+    @property
+    def stacked(self) -> Stacked | None:
+        """Its weights, unless hidden units are dropped now."""
+        if self.training and self.dropout.p > 0:
+            return None
+        return Stacked(*self.up, *self.down, self.inner)
 
     def forward(self, rows: Float[Tensor, "R D"], counts: Int[Tensor, "E"]) -> Float[Tensor, "R O"]:
         """`down(inner(up(rows)))`, each row by its own expert."""

@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from moeify.experts.ffn import Activation, Glu, Plain
+from moeify.kernels.stacked import Activation, Glu, Plain, gelu_tanh
 
 Candidate = TypeVar("Candidate")
 
@@ -88,11 +88,6 @@ def matrix(linear: nn.Module) -> Float[Tensor, "O D"]:
     """The matrix of a linear map, outputs first."""
     weight = linear.get_parameter("weight")
     return weight.t() if _is_conv1d(linear) else weight
-
-
-def gelu_tanh(x: Tensor) -> Tensor:
-    """GELU by its tanh approximation."""
-    return F.gelu(x, approximate="tanh")
 
 
 _USUAL_ACTIVATIONS: tuple[Activation, ...] = (F.silu, F.gelu, gelu_tanh, F.relu, torch.tanh, torch.sigmoid)

@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from moeify.experts.ffn import Plain
+from moeify.kernels.stacked import Plain
 from moeify.sparsify.dense import (
     DenseFFN,
     accepts,

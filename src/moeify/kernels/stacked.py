@@ -1,0 +1,114 @@
+"""What a kernel for whole experts reads: stacked weights of E feed-forward networks, and the nonlinearity between."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn import functional as F
+
+Activation = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Plain:
+    """`act(up)`: the nonlinearity of an FFN with two linear maps."""
+
+    act: Activation
+    maps = 1
+
+    def __call__(self, up: Float[Tensor, "R H"]) -> Float[Tensor, "R H"]:
+        """Apply the activation."""
+        return self.act(up)
+
+    def activated(self, up: Float[Tensor, "E M D"]) -> Float[Tensor, "E H D"]:
+        """The part of the first map that the activation is applied to: all of it."""
+        return up
+
+
+@dataclass(frozen=True)
+class Glu:
+    """`act(gate) · up`: the gated nonlinearity; SwiGLU for silu, GEGLU for gelu (Shazeer 2020)."""
+
+    act: Activation
+    maps = 2
+
+    def __call__(self, gate_up: Float[Tensor, "R M"]) -> Float[Tensor, "R H"]:
+        """Gate the second half by the activated first half."""
+        gate, up = gate_up.chunk(2, dim=-1)
+        return self.act(gate) * up
+
+    def activated(self, gate_up: Float[Tensor, "E M D"]) -> Float[Tensor, "E H D"]:
+        """The part of the first map that the activation is applied to: the first half."""
+        return gate_up.chunk(2, dim=1)[0]
+
+
+@dataclass(frozen=True)
+class ClampedGlu:
+    """`(up + 1) · gate · sigmoid(alpha · gate)` with clamped parts, gate and up interleaved (GPT-OSS)."""
+
+    alpha: float = 1.702
+    limit: float = 7.0
+    maps = 2
+
+    def __call__(self, gate_up: Float[Tensor, "R M"]) -> Float[Tensor, "R H"]:
+        """Gate the odd columns by the even ones."""
+        gate = gate_up[..., ::2].clamp(max=self.limit)
+        up = gate_up[..., 1::2].clamp(-self.limit, self.limit)
+        return (up + 1) * gate * torch.sigmoid(self.alpha * gate)
+
+    def activated(self, gate_up: Float[Tensor, "E M D"]) -> Float[Tensor, "E H D"]:
+        """The part of the first map that the activation is applied to: the even rows."""
+        return gate_up[:, ::2]
+
+
+Inner = Plain | Glu | ClampedGlu
+SWIGLU = Glu(F.silu)
+
+
+@dataclass(frozen=True)
+class Stacked:
+    """E feed-forward networks `down(inner(up(row)))` of one size.
+
+    Attributes:
+        up: the first map; gate and up map side by side if `inner` is gated.
+        up_bias: its bias.
+        down: the last map.
+        down_bias: its bias.
+        inner: the nonlinearity.
+    """
+
+    up: Float[Tensor, "E M D"]
+    up_bias: Float[Tensor, "E M"] | None
+    down: Float[Tensor, "E O H"]
+    down_bias: Float[Tensor, "E O"] | None
+    inner: Inner
+
+
+def relu2(x: Tensor) -> Tensor:
+    """max(x, 0)²."""
+    return F.relu(x).square()
+
+
+def gelu_tanh(x: Tensor) -> Tensor:
+    """GELU by its tanh approximation."""
+    return F.gelu(x, approximate="tanh")
+
+
+KNOWN: dict[str, Activation] = {
+    "silu": F.silu, "gelu": F.gelu, "gelu_tanh": gelu_tanh, "relu": F.relu, "relu2": relu2,
+}  # fmt: skip
+"""The activations that kernels have a name for."""
+
+
+def name_of(act: Activation) -> str | None:
+    """The name of an activation, told by what it computes; None for one that no kernel knows."""
+    if isinstance(act, torch.nn.Module) and next(act.parameters(), None) is not None:
+        return None
+    x = torch.linspace(-6, 6, 97, dtype=torch.float64)
+    with torch.no_grad():
+        y = act(x.clone())
+    return next((name for name, known in KNOWN.items() if y.shape == x.shape and torch.allclose(known(x), y)), None)
