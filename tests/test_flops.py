@@ -9,10 +9,15 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from moeify.experts import FFN, Blocks, Each, Glu, Identity, Plain, Zero
+from moeify import Recipe, sparsify
+from moeify.experts import FFN, Blocks, Constant, Each, Glu, Identity, Plain, Zero
 from moeify.flops import Count, count
 from moeify.moe import MoE
-from moeify.routers import Capacity, TopK
+from moeify.multihead import MultiHead
+from moeify.routers import Capacity, ExpertChoice, ReLU, Router, Soft, TopK, TopP
+from moeify.sparsify import fresh, last_half, recipes
+from test_matrix import IDS as MATRIX_IDS
+from test_matrix import ROUTERS, D, E
 
 MIXTRAL = partial(
     hf.MixtralConfig, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
@@ -79,6 +84,38 @@ def test_latent_attention_has_queries_wider_than_its_values():
     model = on_meta(hf.DeepseekV3ForCausalLM, DEEPSEEK())
     attention = count(model, tokens=4096).flops - count(model).flops
     assert attention == 61 * 2 * 128 * (192 + 128) * 4096
+
+
+def test_zero_experts_are_chosen_and_cost_nothing():
+    """12 of 512 FFN and 256 zero experts: 8 FFN experts on average (LongCat-Flash, 560 B, about 27 B active)."""
+    model = on_meta(hf.LongcatFlashForCausalLM, hf.LongcatFlashConfig())
+    counted = count(model)
+    unused = 28 * 256 * 2 * 2048 * 6144  # transformers stacks first maps for the zero experts, without a second one
+    assert (counted.parameters - unused) / 1e9 == pytest.approx(560, rel=2e-3)
+    assert counted.flops / 2e9 == pytest.approx(27, rel=6e-3)
+    ffn = 3 * 2048 * 6144
+    assert counted.dense_flops - counted.flops == 2 * 28 * (512 - 8) * ffn
+
+
+@pytest.mark.parametrize(
+    ("width", "layers", "heads", "parameters", "dense", "sparse"),
+    [(384, 12, 6, 933, 9.2, 8.6), (768, 12, 12, 3700, 35.1, 32.0), (1024, 24, 16, 13100, 122.9, 111.1)],
+    ids=["S/16", "B/16", "L/16"],
+)
+def test_soft_moe_costs_what_is_published(width, layers, heads, parameters, dense, sparse):
+    """128 experts of one slot in the last half of a ViT for JFT, GFLOPs per image of 196 patches (arXiv 2308.00951)."""
+    config = hf.ViTConfig(
+        hidden_size=width, intermediate_size=4 * width, num_hidden_layers=layers, num_attention_heads=heads
+    )
+    model, patches, head = on_meta(partial(hf.ViTModel, add_pooling_layer=False), config), 196, 29593 * (width + 1)
+
+    def per_image(model):
+        return (count(model, tokens=patches).flops * patches + 2 * head) / 1e9
+
+    assert per_image(model) == pytest.approx(dense, rel=6e-3)
+    sparsify(model, Recipe(where=last_half, num_experts=128, router=Soft, experts=fresh), verbose=False)
+    assert (count(model).parameters + head) / 1e6 == pytest.approx(parameters, rel=3e-3)
+    assert per_image(model) == pytest.approx(sparse, rel=6e-3)
 
 
 TOKENS = 12
@@ -150,6 +187,70 @@ def test_experts_that_are_modules_run_what_is_counted():
     assert count(layer).flops * 10 == measured(layer, x=torch.randn(10, 8))
 
 
+AT_MOST = ["top-p", "threshold", "relu", "expert threshold", "bounded union"]
+CHEAPER = ["per group", "noisy"]  # one decision per image; noise in training only
+
+
+@pytest.mark.parametrize("name", [name for name in ROUTERS if name not in AT_MOST + CHEAPER])
+def test_a_layer_runs_what_is_counted_whatever_its_router(name):
+    layer = MoE(ROUTERS[name](), Each(nn.Linear(D, D) for _ in range(E)))
+    layer.context.inputs["input_ids"] = MATRIX_IDS
+    assert count(layer, tokens=4).flops * 12 == measured(layer, x=torch.randn(3, 4, D))
+
+
+@pytest.mark.parametrize("name", AT_MOST)
+def test_where_the_number_of_experts_varies_the_most_is_counted(name):
+    layer = MoE(ROUTERS[name](), Each(nn.Linear(D, D) for _ in range(E)))
+    assert count(layer, tokens=4).flops * 12 >= measured(layer, x=torch.randn(3, 4, D))
+    assert count(MoE(TopP(D, E, max_k=2), FFN(E, D, 6))).flops == count(MoE(TopK(D, E), FFN(E, D, 6))).flops
+    assert count(MoE(ReLU(D, E), FFN(E, D, 6))).flops == count(MoE(ReLU(D, E), FFN(E, D, 6))).dense_flops
+
+
+@settings(max_examples=30, deadline=None)
+@given(slots=st.integers(1, 3), tokens=st.integers(1, 40), heads=st.sampled_from([1, 2]))
+def test_soft_experts_read_slots_however_many_the_tokens_are(slots, tokens, heads):
+    """E · p rows per image, and 2 · 2 · E · p · D FLOPs per token to mix them and back; logits as many as one way."""
+    soft = MoE(Soft(8, 4, slots=slots), FFN(4, 8, 12))
+    layer = MultiHead(soft, 8 * heads, heads)
+    rows, length = 4 * slots, heads * tokens
+    maps = 2 * (8 * heads) ** 2 * 2
+    per_image = tokens * maps + length * 3 * 2 * rows * 8 + rows * 2 * 3 * 8 * 12
+    assert count(layer, tokens=tokens).flops == round(per_image / tokens)
+    active = min(1, heads * rows / length / 4) * 4 * 3 * 8 * 12
+    others = sum(p.numel() for part in (layer.head, layer.merge, soft.router) for p in part.parameters())
+    assert count(layer, tokens=tokens).active_parameters == round(active + others)
+
+
+def test_soft_experts_have_as_many_slots_as_tokens_where_these_are_not_counted():
+    soft, top = MoE(Soft(8, 4, slots=2), FFN(4, 8, 12)), MoE(TopK(8, 4, k=1, normalize=False), FFN(4, 8, 12))
+    assert count(soft).flops - 3 * 2 * 8 * 8 == count(top).flops - 2 * 4 * 8
+    assert count(soft).flops == count(soft, tokens=8).flops
+
+
+def test_expert_choice_costs_its_factor_and_what_is_rounded_up():
+    layer = MoE(ExpertChoice(8, 4, factor=1.5), FFN(4, 8, 12))
+    one, router = 2 * 3 * 8 * 12, 2 * 4 * 8
+    assert count(layer).flops == count(layer, tokens=16).flops == 1.5 * one + router
+    assert count(layer, tokens=6).flops == 4 * 3 / 6 * one + router  # 2.25 of six, rounded up
+    batch = MoE(ExpertChoice(8, 4, factor=1.5, per="batch"), FFN(4, 8, 12))
+    assert count(batch, tokens=6).flops == count(layer).flops
+
+
+class Deep(Router):
+    """A router of one's own, which says nothing of its rows."""
+
+    def forward(self, x, context):
+        raise NotImplementedError
+
+
+@pytest.mark.parametrize(
+    ("router", "rows"), [(Deep(), 4), (Capacity(TopK(8, 4, k=3)), 3), (Capacity(Capacity(ExpertChoice(8, 4))), 2)]
+)
+def test_a_router_asks_all_experts_unless_it_or_one_inside_it_says_otherwise(router, rows):
+    counted = count(MoE(router, FFN(4, 8, 12)))
+    assert counted.dense_flops - counted.flops == (4 - rows) * 2 * 3 * 8 * 12
+
+
 @settings(max_examples=30, deadline=None)
 @given(width=st.integers(1, 16), hidden=st.integers(1, 16), gated=st.booleans())
 def test_one_expert_counts_as_its_dense_network_plus_the_router(width, hidden, gated):
@@ -177,6 +278,21 @@ def test_identity_and_zero_experts_cost_nothing():
     layer = MoE(TopK(8, 4, k=2), Blocks([ffn, Identity(), Zero()]))
     assert count(layer).flops == 2 * (3 * 8 * 12 + 4 * 8)  # two of four experts: on average one network
     assert count(layer).active_parameters == 3 * 8 * 12 + 4 * 8
+
+
+def test_constant_experts_cost_the_two_numbers_that_they_compute():
+    layer = MoE(TopK(8, 4, k=2), Blocks([FFN(2, 8, 12), Constant(2, 8)]))
+    assert count(layer).flops == 2 * (3 * 8 * 12 + 2 * 8 + 4 * 8)
+
+
+def test_the_recipe_of_moepp_costs_its_share_of_ffn_experts():
+    layers = [hf.LlamaConfig(intermediate_size=48, num_key_value_heads=2, vocab_size=64, **SMALL)]
+    model = sparsify(hf.LlamaForCausalLM(*layers), recipes["moepp"], verbose=False)
+    moe = next(part for part in model.modules() if isinstance(part, MoE))
+    ffn, free = moe.experts.banks[0], sum(bank.num_experts for bank in list(moe.experts.banks)[1:])
+    rows = 2 * ffn.num_experts / (ffn.num_experts + free)
+    constants = sum(2 * bank.weight.numel() for bank in moe.experts.modules() if isinstance(bank, Constant)) * 2 / 12
+    assert count(moe).flops == round(rows * 2 * 3 * 32 * ffn.hidden + constants + 2 * moe.router.weight.numel())
 
 
 def test_a_sparse_layer_among_experts_multiplies_the_shares():

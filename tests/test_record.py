@@ -290,3 +290,16 @@ def test_our_checkpointed_layers_are_recorded_once_even_if_the_observer_computes
     y = model(torch.randn(2, 5, 8, requires_grad=True)).square().sum()
     (y + sum(losses["0.inner"] + losses["1.inner"])).backward()
     assert [len(losses[name]) for name in ("0.inner", "1.inner")] == [1, 1]
+
+
+def test_zero_experts_of_longcat_are_among_the_experts():
+    model = causal_lm(
+        "longcat_flash", num_hidden_layers=2, num_key_value_heads=4, ffn_hidden_size=48, q_lora_rank=8, kv_lora_rank=8, qk_nope_head_dim=8,
+        qk_rope_head_dim=8, head_dim=8, v_head_dim=8, moe_topk=6, n_routed_experts=4, zero_expert_num=2,
+        expert_ffn_hidden_size=16,
+    )  # fmt: skip
+    with record(model) as decisions:
+        model(**inputs(model))
+    (routing,) = decisions.values()
+    assert (routing.counts == routing.tokens).all()
+    assert len(routing.counts) == routing.scores.shape[-1] == 6

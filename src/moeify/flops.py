@@ -1,8 +1,10 @@
 """Parameters and FLOPs, total and active, read off the module tree: nothing runs, so the meta device is enough.
 
-active = sum over parameters of size · share        share = k / E in experts, 1 elsewhere
+active = sum over parameters of size · share        share = rows per token / E in experts, 1 elsewhere
 FLOPs  = sum over matrices of 2 · size · share      a token multiplies every matrix once
        + sum over attentions of 2 · heads · (query width + value width) · tokens
+
+Rows per token are what the router says: k, the factor of expert choice, or E · p slots over N tokens (Soft MoE).
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from torch import Tensor, nn
 from moeify.moe import MoE
 from moeify.multihead import MultiHead
 from moeify.record import native_layers, stacked_experts
+from moeify.routers.base import Router
 
 Shares = defaultdict[nn.Module, Fraction]
 
@@ -35,7 +38,7 @@ class Count:
 
     Attributes:
         parameters: all parameters; tied ones count once.
-        active_parameters: parameters that one token uses: k / E of the experts' and all others.
+        active_parameters: parameters that one token uses: rows per token / E of the experts' and all others.
         flops: FLOPs of one token's forward pass.
         dense_flops: the same if every expert ran.
     """
@@ -64,26 +67,32 @@ def count(model: nn.Module, tokens: int | None = None) -> Count:
     A FLOP is a multiplication or an addition. Matrices are counted; lookups, norms, activations and the moving of
     rows are free. Every module is taken to be passed once per token: in encoder-decoders by one token on either side,
     in vision models by one patch, and a pooler or classifier, which runs once per sequence, as if it ran once per
-    token. Experts weigh k / E each, which for experts of different sizes is their mean; capacity drops nothing. A
-    router without a `k` counts as one that asks every expert, and so does a native layer whose experts are not stacked
-    (Switch, NLLB, DBRX, JetMoE).
+    token. Experts are taken to be asked equally often, so that among experts of different sizes a row costs their mean,
+    and among zero, copy and FFN experts the FFN experts' share. How many rows a token gets its router says by
+    `Router.rows_per_token`: k (capacity drops nothing, and nobody competes), the factor of expert choice, E · p / N for
+    Soft MoE (1 if `tokens` is not given), and at most that many where the number varies: `max_k` of `TopP`, and all
+    experts of `Threshold`, `ReLU` and `ExpertThreshold`. A native layer whose experts are not stacked (Switch, NLLB,
+    DBRX, JetMoE) counts as one that asks all.
 
     Args:
         model: any model, on any device.
-        tokens: length of the sequence; if given, attention's scores and values are added as if every token attended
-            to all of it: causal masks and windows save nothing.
+        tokens: N, the length of the sequence or image; if given, attention's scores and values are added as if every
+            token attended to all of it: causal masks and windows save nothing.
 
     Raises:
         ValueError: a MoE layer of transformers that does not say how many experts a token asks.
     """
-    shares, passes = _shares(model), _passes(model)
+    passes = _passes(model)
+    shares = _shares(model, passes, tokens)
     held: dict[Tensor, Fraction] = {}
-    flops, dense_flops = Fraction(0), 0
+    flops, dense_flops = Fraction(0), Fraction(0)
     for module in model.modules():
         share, times = shares.get(module, Fraction(1)), passes.get(module, 1)
         for parameter in module.parameters(recurse=False):
-            held[parameter] = max(min(share * times, Fraction(1)), held.get(parameter, Fraction(0)))
-        work = 2 * times * sum(matrix.numel() for matrix in _matrices(module, module in shares))
+            active = min(share * times, Fraction(1)) * _used(module, parameter)
+            held[parameter] = max(active, held.get(parameter, Fraction(0)))
+        work = 2 * sum(matrix.numel() * _used(module, matrix) for matrix in _matrices(module, module in shares))
+        work = times * (work + _mixing(module))
         if tokens is not None:
             work += _attention(module, tokens)
         flops += work * share
@@ -92,7 +101,7 @@ def count(model: nn.Module, tokens: int | None = None) -> Count:
         parameters=sum(parameter.numel() for parameter in held),
         active_parameters=round(sum(parameter.numel() * share for parameter, share in held.items())),
         flops=round(flops),
-        dense_flops=dense_flops,
+        dense_flops=round(dense_flops),
     )
 
 
@@ -104,10 +113,10 @@ def human(number: float, billion: str = "B") -> str:
     return f"{number} "
 
 
-def _shares(model: nn.Module) -> Shares:
-    """The share of its work that one token asks of every module inside experts, k / E; nested layers multiply."""
+def _shares(model: nn.Module, passes: dict[nn.Module, int], tokens: int | None) -> Shares:
+    """The share of its work that one token asks of every module inside experts; nested layers multiply."""
     shares: Shares = defaultdict(lambda: Fraction(1))
-    for experts, share in [*_our_experts(model), *_native_experts(model)]:
+    for experts, share in [*_our_experts(model, passes, tokens), *_native_experts(model)]:
         for part in experts.modules():
             shares[part] *= share
     return shares
@@ -119,12 +128,14 @@ def _passes(model: nn.Module) -> dict[nn.Module, int]:
     return {part: layer.heads for layer in layers for part in layer.moe.modules()}
 
 
-def _our_experts(model: nn.Module) -> Iterator[tuple[nn.Module, Fraction]]:
+def _our_experts(
+    model: nn.Module, passes: dict[nn.Module, int], tokens: int | None
+) -> Iterator[tuple[nn.Module, Fraction]]:
     for moe in model.modules():
         if isinstance(moe, MoE):
             num_experts = moe.experts.num_experts
-            k = next((k for part in moe.router.modules() if (k := _number(part, ("k",)))), num_experts)
-            yield moe.experts, Fraction(k) / num_experts
+            rows = moe.router.rows_per_token(None if tokens is None else tokens * passes.get(moe, 1))
+            yield moe.experts, Fraction(num_experts if rows is None else rows) / num_experts
 
 
 def _native_experts(model: nn.Module) -> Iterator[tuple[nn.Module, Fraction]]:
@@ -140,12 +151,30 @@ def _native_experts(model: nn.Module) -> Iterator[tuple[nn.Module, Fraction]]:
 
 
 def _matrices(module: nn.Module, in_experts: bool) -> Iterator[Tensor]:
-    """What a token is multiplied by: weights of two dimensions or more, and whatever experts stack as (E, ., .)."""
+    """What a token is multiplied by: weights of two dimensions or more, and whatever experts stack as (E, ., .).
+
+    A router's tables are all matrices, whatever they are called, unless they hold no real numbers.
+    """
     if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
+        return
+    if isinstance(module, Router):
+        tables = (*module.parameters(recurse=False), *module.buffers(recurse=False))
+        yield from (table for table in tables if table.dim() >= 2 and table.is_floating_point())
         return
     for name, parameter in module.named_parameters(recurse=False):
         if (parameter.dim() >= 2 and "weight" in name) or (parameter.dim() >= 3 and in_experts):
             yield parameter
+
+
+def _used(module: nn.Module, parameter: Tensor) -> Fraction:
+    """The share of a parameter that tokens meet: LongCat stacks first maps, but no second, for zero experts."""
+    down = module._parameters.get("down_proj")
+    answering = 0 if down is None or down.dim() < 3 else len(down)
+    return Fraction(answering, len(parameter)) if 0 < answering < len(parameter) else Fraction(1)
+
+
+def _mixing(module: nn.Module) -> int:
+    return module.mixing_flops if isinstance(module, Router) else 0
 
 
 def _attention(module: nn.Module, tokens: int) -> int:

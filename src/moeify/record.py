@@ -134,10 +134,10 @@ def native_layers(model: nn.Module) -> Iterator[tuple[str, tuple[nn.Module | Non
 
 
 def stacked_experts(module: nn.Module) -> int:
-    """The number of experts that a module of transformers holds in stacked weights, 0 if it holds none."""
+    """The number of experts that a module of transformers stacks, zero experts included, 0 if it stacks none."""
     down = module._parameters.get("down_proj")
-    has_up = any(name in module._parameters for name in ("gate_up_proj", "up_proj"))
-    return down.shape[0] if down is not None and down.dim() == 3 and has_up else 0
+    up = next((module._parameters[name] for name in ("gate_up_proj", "up_proj") if name in module._parameters), None)
+    return up.shape[0] if up is not None and down is not None and down.dim() == 3 else 0
 
 
 def _takes_choices(experts: nn.Module) -> bool:

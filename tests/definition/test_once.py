@@ -45,7 +45,7 @@ def test_followers_of_followers_follow_the_first():
     leader = Once(TopK(D, E))
     follower = Once(TopK(D, E)).follow(Once(TopK(D, E)).follow(leader))
     assert follower.leader is leader
-    assert (follower.k, follower.causal, follower.preserving) == (2, True, True)
+    assert (follower.rows_per_token(), follower.causal, follower.preserving) == (2, True, True)
 
 
 def test_a_stack_that_decides_once_costs_what_it_costs_to_decide_everywhere():

@@ -46,6 +46,23 @@ class Router(nn.Module, ABC):
         """
         return self
 
+    def rows_per_token(self, tokens: int | None = None) -> float | None:
+        """Rows that the experts answer per token in evaluation, by which `moeify.flops` counts; None for E.
+
+        On average where it is known, the most there can be where it is not: by default k, of this router or of the
+        first one inside it.
+
+        Args:
+            tokens: N, the length of a sequence or image, if it is known.
+        """
+        inside = (part.rows_per_token(tokens) for part in self.children() if isinstance(part, Router))
+        return getattr(self, "k", None) or next(inside, None)
+
+    @property
+    def mixing_flops(self) -> int:
+        """FLOPs per token beside the router's matrices: 0 where a row is a copy of its token."""
+        return 0
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Router:
         """Move, but never round: buffers of a router (a selection bias, say) stay in fp32."""
         exact = {name: buffer for name, buffer in self.named_buffers(recurse=False) if buffer.is_floating_point()}

@@ -59,7 +59,16 @@ class ExpertChoice(Router):
         scores = logits.softmax(-1)
         chosen = torch.zeros_like(scores, dtype=torch.bool)
         for members in tokens.members() if self.per == "group" else [torch.arange(len(scores), device=x.device)]:
-            slots = math.ceil(self.factor * len(members) / self.num_experts)
-            taken = scores.detach()[members].topk(slots, dim=0).indices  # (slots, E)
+            taken = scores.detach()[members].topk(self.slots(len(members)), dim=0).indices  # (slots, E)
             chosen[members[taken], torch.arange(self.num_experts, device=x.device)] = True
         return tokens.assign_where(chosen, scores, logits=logits, scores=scores)
+
+    def slots(self, tokens: int) -> int:
+        """How many of so many tokens every expert takes."""
+        return math.ceil(self.factor * tokens / self.num_experts)
+
+    def rows_per_token(self, tokens: int | None = None) -> float:
+        """The factor, or what rounding makes of it in a group of so many tokens."""
+        if tokens is None or self.per == "batch":
+            return self.factor
+        return self.num_experts * self.slots(tokens) / tokens

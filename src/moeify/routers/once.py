@@ -59,11 +59,9 @@ class Follow(Router):
         """The router that decides."""
         return self._leader[0]
 
-    @property
-    def k(self) -> int | None:
-        """Experts per token, if the leader has a number of them."""
-        numbers = (getattr(part, "k", None) for part in self.leader.modules())
-        return next((k for k in numbers if isinstance(k, int)), None)
+    def rows_per_token(self, tokens: int | None = None) -> float | None:
+        """Those of the leader."""
+        return self.leader.rows_per_token(tokens)
 
     def forward(self, x: Float[Tensor, "... D"], context: Context) -> Routing:
         """The leader's decision."""

@@ -54,6 +54,15 @@ class Soft(Router):
             shape=tokens.shape,
         )
 
+    def rows_per_token(self, tokens: int | None = None) -> float:
+        """E · p / N; 1 where N is not known, for slots are meant to be as many as tokens."""
+        return 1.0 if tokens is None else self.num_experts * self.slots / tokens
+
+    @property
+    def mixing_flops(self) -> int:
+        """A token is added to every slot, and every slot to it."""
+        return 2 * 2 * self.queries.numel()
+
 
 def _unit(v: Float[Tensor, "... D"]) -> Float[Tensor, "... D"]:
     return v * torch.rsqrt(v.square().sum(-1, keepdim=True) + 1e-6)

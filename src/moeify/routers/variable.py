@@ -50,6 +50,10 @@ class TopP(Router):
         chosen = nucleus(scores.detach(), self.p, self.max_k)
         return tokens.assign_where(chosen, scores, logits=logits, scores=scores)
 
+    def rows_per_token(self, tokens: int | None = None) -> float:
+        """`max_k`, the most there can be."""
+        return self.max_k
+
 
 def nucleus(probability: Float[Tensor, "T E"], p: float, max_k: int) -> Bool[Tensor, "T E"]:
     """The likeliest experts whose predecessors do not exceed p together: at least one, at most `max_k`."""
