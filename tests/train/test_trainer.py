@@ -12,7 +12,7 @@ import transformers
 from transformers import TrainerCallback, TrainingArguments
 
 from moeify.balance import Quantile, Sign
-from moeify.routers.topk import TopK
+from moeify.routers import Frozen, TopK
 from moeify.sparsify import Recipe, load, sparsify
 from moeify.train import SparseArguments, SparseTrainer, SparseTrainerMixin
 from tiny_models import VOCABULARY, causal_lm, deepseek_v3, mixtral
@@ -133,7 +133,7 @@ def test_a_dense_model_is_refused_unless_balance_is_off(tmp_path):
 
 
 def test_a_balance_loss_that_cannot_act_is_an_error_not_a_silence(tmp_path):
-    model = llama()
+    model = sparsify(causal_lm("llama"), Recipe(num_experts=4, router=Frozen), verbose=False)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     model.lm_head.weight.requires_grad_(True)

@@ -4,10 +4,12 @@ from moeify.train.arguments import SparseArguments
 from moeify.train.callbacks import ExpertDropout, KSchedule, ProgressLine, SaveOnSignal
 from moeify.train.checkpointing import keep_decisions
 from moeify.train.data import Blocks, ByteTokenizer, Texts, blocks, read_texts
+from moeify.train.freeze import freeze, trainable, unfreeze
 from moeify.train.loss import StepLoss
 from moeify.train.trainer import SparseTrainer, SparseTrainerMixin
 
 __all__ = [
     "Blocks", "ByteTokenizer", "ExpertDropout", "KSchedule", "ProgressLine", "SaveOnSignal", "SparseArguments",
-    "SparseTrainer", "SparseTrainerMixin", "StepLoss", "Texts", "blocks", "keep_decisions", "read_texts",
+    "SparseTrainer", "SparseTrainerMixin", "StepLoss", "Texts", "blocks", "freeze", "keep_decisions", "read_texts",
+    "trainable", "unfreeze",
 ]  # fmt: skip

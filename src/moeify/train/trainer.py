@@ -23,6 +23,7 @@ from moeify.train.arguments import SparseArguments, at
 from moeify.train.callbacks import ExpertDropout, ProgressLine, SaveOnSignal
 from moeify.train.checkpointing import enable
 from moeify.train.finite import find, is_finite
+from moeify.train.freeze import require_learning_routers
 from moeify.train.loss import StepLoss, Watch, count, silence_own_loss
 from moeify.train.saving import Saving, bare
 
@@ -207,6 +208,8 @@ class SparseTrainerMixin(Saving):
         self._begin_checkpointing()
         self._unhook()
         if _is_sparse(self.model):
+            if self.sparse.balance != 0 or self.sparse.z != 0:
+                require_learning_routers(self.model)
             self._hooks = observe(self.model, self._watch.observe)
         elif self.watches:
             raise ValueError(
