@@ -111,11 +111,31 @@ def test_ema_keeps_a_share_of_the_old_bias():
     torch.testing.assert_close(ends[1], 0.75 * start + 0.25 * ends[0])
 
 
-def test_checkpointing_is_counted_once():
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointing_is_counted_once(reentrant):
     model, optimizer = balanced_by()
     running = control(model, optimizer, Sign())
-    checkpoint(model, torch.randn(T, D, requires_grad=True), use_reentrant=False).sum().backward()
-    assert running.seen["0"]["load"].sum() == T * K
+    for passes in (1, 2):
+        checkpoint(model, torch.randn(T, D, requires_grad=True), use_reentrant=reentrant).sum().backward()
+        assert running.seen["0"]["load"].sum() == passes * T * K
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointing_moves_biases_as_training_without_it_does(reentrant):
+    x, ends = torch.randn(T, D, requires_grad=True), []
+    for repeat in (False, True):
+        torch.manual_seed(0)
+        model, optimizer = balanced_by()
+        control(model, optimizer, Sign())
+        for _ in range(3):
+            with torch.no_grad():
+                model(x)  # a model that generates between its steps
+            y = checkpoint(model, x, use_reentrant=reentrant) if repeat else model(x)
+            y.sum().backward()
+            optimizer.step()
+        ends.append(model[0].router.selection_bias.clone())
+    assert ends[0].any()
+    torch.testing.assert_close(ends[1], ends[0], rtol=0, atol=0)
 
 
 def test_evaluation_moves_nothing():

@@ -109,13 +109,15 @@ def test_micro_batches_move_a_bias_once_by_what_they_saw_together():
         torch.testing.assert_close(bias, RATE * torch.sign(loads[name].mean() - loads[name]))
 
 
-def test_recomputed_layers_are_counted_once():
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_recomputed_layers_are_counted_once(reentrant: bool):
     biases = []
     for checkpointed in (False, True):
         model = glm4_moe()
         if checkpointed:
             enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
-            enable({"use_reentrant": False})
+            enable({"use_reentrant": reentrant})
+            model.enable_input_require_grads()
         controlled, _ = _controlled(model)
         _backward(model, _skewed())
         biases.append({name: seen["load"] for name, seen in controlled.seen.items()})
@@ -195,6 +197,21 @@ def test_biases_of_a_model_in_bf16_are_moved_in_fp32():
         assert (gate.e_score_correction_bias - 1.0).abs().max().item() == pytest.approx(3e-3, rel=1e-3)
 
 
+def test_a_model_that_is_cast_later_is_moved_in_fp32_again():
+    model = glm4_moe()
+    gates = [module for module in model.modules() if hasattr(module, "e_score_correction_bias")]
+    _, optimizer = _controlled(model, Sign(1e-3))
+    model.to(torch.bfloat16)
+    for gate in gates:
+        gate.e_score_correction_bias.fill_(1.0)
+        assert gate.e_score_correction_bias.dtype == torch.bfloat16
+    for _ in range(3):
+        _backward(model, _skewed())
+        optimizer.step()
+    for gate in gates:
+        assert (gate.e_score_correction_bias - 1.0).abs().max().item() == pytest.approx(3e-3, rel=1e-3)
+
+
 def test_a_moved_bias_is_saved_with_the_model(tmp_path: Path):
     model = glm4_moe()
     controlled, optimizer = _controlled(model)
@@ -233,3 +250,8 @@ def test_two_processes_move_a_bias_by_what_both_saw(tmp_path: Path):
         assert (load_0[name] != load_1[name]).any()
         together = load_0[name] + load_1[name]
         torch.testing.assert_close(bias, RATE * torch.sign(together.mean() - together))
+
+
+def test_quantile_refuses_native_routers_that_limit_tokens_to_groups():
+    with pytest.raises(ValueError, match=r"router of model\.layers\.\d\.mlp limits them to some groups"):
+        _controlled(deepseek_v3(n_group=4, topk_group=2), Quantile())

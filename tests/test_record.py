@@ -294,8 +294,8 @@ def test_our_checkpointed_layers_are_recorded_once_even_if_the_observer_computes
 
 def test_zero_experts_of_longcat_are_among_the_experts():
     model = causal_lm(
-        "longcat_flash", num_hidden_layers=2, num_key_value_heads=4, ffn_hidden_size=48, q_lora_rank=8, kv_lora_rank=8, qk_nope_head_dim=8,
-        qk_rope_head_dim=8, head_dim=8, v_head_dim=8, moe_topk=6, n_routed_experts=4, zero_expert_num=2,
+        "longcat_flash", num_hidden_layers=2, num_key_value_heads=4, ffn_hidden_size=48, q_lora_rank=8, kv_lora_rank=8,
+        qk_nope_head_dim=8, qk_rope_head_dim=8, v_head_dim=8, moe_topk=6, n_routed_experts=4, zero_expert_num=2,
         expert_ffn_hidden_size=16,
     )  # fmt: skip
     with record(model) as decisions:

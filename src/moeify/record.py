@@ -40,14 +40,19 @@ def record(model: nn.Module) -> Iterator[dict[str, Routing]]:
             handle.remove()
 
 
-def observe(model: nn.Module, observer: Observer) -> list[RemovableHandle]:
+def observe(model: nn.Module, observer: Observer, *, repeated: bool = False) -> list[RemovableHandle]:
     """Call `observer(layer name, decision)` for every decision until the returned handles are removed.
+
+    Args:
+        model: a model with sparse layers, ours or native ones.
+        observer: what is called.
+        repeated: also for the forward passes that activation checkpointing repeats.
 
     Raises:
         ValueError: the model has no sparse layer.
     """
     handles = [
-        moe.router.register_forward_hook(_observe_router(name, observer))
+        moe.router.register_forward_hook(_observe_router(name, observer, repeated))
         for name, moe in model.named_modules()
         if isinstance(moe, MoE)
     ]
@@ -58,10 +63,9 @@ def observe(model: nn.Module, observer: Observer) -> list[RemovableHandle]:
         for name, (router, experts) in native.items():
             latest: dict[str, Tensor] = {}
             if router is not None:
-                handles.append(router.register_forward_hook(_keep_logits(latest)))
-            handles.append(
-                experts.register_forward_pre_hook(_observe_native(name, latest, context, observer), with_kwargs=True)
-            )
+                handles.append(router.register_forward_hook(_keep_logits(latest, repeated)))
+            hook = _observe_native(name, latest, context, observer, repeated)
+            handles.append(experts.register_forward_pre_hook(hook, with_kwargs=True))
     if not handles:
         raise ValueError(
             f"{type(model).__name__} has no sparse layer to record; make it sparse with moeify.sparsify, or pass a "
@@ -105,9 +109,9 @@ def replay(
             moe.router = routers[name]
 
 
-def _observe_router(name: str, observer: Observer) -> Callable[..., None]:
+def _observe_router(name: str, observer: Observer, repeated: bool) -> Callable[..., None]:
     def hook(module: nn.Module, args: tuple, routing: Routing) -> None:
-        if not recomputing():
+        if repeated or not recomputing():
             with _apart():
                 observer(name, routing)
 
@@ -148,17 +152,19 @@ def _routes(module: nn.Module, num_experts: int) -> bool:
     return any(p.dim() == 2 and p.shape[0] == num_experts for p in module.parameters())
 
 
-def _keep_logits(latest: dict[str, Tensor]) -> Callable[..., None]:
+def _keep_logits(latest: dict[str, Tensor], repeated: bool) -> Callable[..., None]:
     def hook(module: nn.Module, args: tuple, output: Any) -> None:
-        if not recomputing():
+        if repeated or not recomputing():
             latest["logits"] = output[0] if isinstance(output, tuple) else output
 
     return hook
 
 
-def _observe_native(name: str, latest: dict[str, Tensor], context: Context, observer: Observer) -> Callable[..., None]:
+def _observe_native(
+    name: str, latest: dict[str, Tensor], context: Context, observer: Observer, repeated: bool
+) -> Callable[..., None]:
     def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        if recomputing():
+        if recomputing() and not repeated:
             return
         given = dict(zip(_EXPERTS_ARGUMENTS, args, strict=False)) | kwargs
         index, gates = _choices(given)

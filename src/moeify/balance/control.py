@@ -5,6 +5,7 @@ Inside `forward`, recomputation would route differently.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,6 +15,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from moeify.balance.rules import Rule
+from moeify.context import recomputing
 from moeify.moe import MoE
 from moeify.record import native_layers, observe
 from moeify.routing import Assignment, Routing
@@ -36,6 +38,11 @@ class Bias:
         """The bias, wherever the model has been moved since."""
         return getattr(self.owner, self.name)
 
+    def exact(self) -> Float[Tensor, "E"]:
+        """The bias in fp32, from now on, whatever the model has been cast to: bf16 would lose steps of 1e-3."""
+        self.value.data = self.value.data.float()
+        return self.value
+
     def unbiased(self, routing: Routing) -> Float[Tensor, "L E"] | None:
         """What the bias is added to: logits for a `TopK` that selects by them, scores otherwise."""
         return routing.logits if getattr(self.owner, "select", "score") == "logit" else routing.scores
@@ -57,17 +64,34 @@ class Control:
     active: bool = True
     memory: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     seen: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    postponed: Counter[str] = field(default_factory=Counter)
     handles: list[Any] = field(default_factory=list)
 
     def observe(self, name: str, routing: Routing) -> None:
         """Add what one forward pass in training tells of one layer."""
-        if not self.active or name not in self.biases or not torch.is_grad_enabled():
+        if not self.active or name not in self.biases or not self._counts(name):
             return
         assert isinstance(routing, Assignment)
         bias = self.biases[name]
         for key, value in self.rule.observe(routing, bias.unbiased(routing), bias.value).items():
             layer = self.seen.setdefault(name, {})
             layer[key] = layer[key] + value if key in layer else value.clone()
+
+    def _counts(self, name: str) -> bool:
+        """Whether a pass is one in training: with gradients, and once, the second time if the first was without.
+
+        Re-entrant activation checkpointing is without gradients at first, as generation is, which never comes back.
+        """
+        if not torch.is_grad_enabled():
+            self.postponed[name] += 1
+            return False
+        if not recomputing():
+            self.postponed[name] = 0
+            return True
+        if not self.postponed[name]:
+            return False
+        self.postponed[name] -= 1
+        return True
 
     @torch.no_grad()
     def step(self, *_: Any) -> None:
@@ -77,9 +101,10 @@ class Control:
             if torch.distributed.is_available() and torch.distributed.is_initialized():
                 for value in seen.values():
                     torch.distributed.all_reduce(value)
-            bias = self.biases[name].value
-            bias.copy_(self.rule.move(bias.float(), seen, self.memory.setdefault(name, {})))
+            bias = self.biases[name].exact()
+            bias.copy_(self.rule.move(bias, seen, self.memory.setdefault(name, {})))
         self.seen.clear()
+        self.postponed.clear()
 
     def remove(self) -> None:
         """Stop observing and moving."""
@@ -91,8 +116,9 @@ def control(model: nn.Module, optimizer: torch.optim.Optimizer, rule: Rule) -> C
     """Balance a model by moving its routers' selection biases after every optimizer step.
 
     Works on our routers built with `selection_bias=True`, and on native models of transformers whose layers have an
-    `e_score_correction_bias` or `expert_bias`, which transformers itself never moves; rounded ones become fp32. Only
-    forward passes in training, with gradients, are counted. On several processes all must train the same layers.
+    `e_score_correction_bias` or `expert_bias`, which transformers itself never moves; rounded ones become fp32, now
+    and in every step. Only forward passes in training, with gradients, are counted, once each where activation
+    checkpointing repeats them. On several processes all must train the same layers.
 
     Raises:
         ValueError: no router of the model has a selection bias.
@@ -103,13 +129,18 @@ def control(model: nn.Module, optimizer: torch.optim.Optimizer, rule: Rule) -> C
             f"no router of {type(model).__name__} has a selection bias to move; build them with selection_bias=True, "
             "as in router=partial(TopK, selection_bias=True)"
         )
+    for bias in biases.values():
+        bias.exact()
     control = Control(rule, biases)
 
     def observe_training(name: str, routing: Routing) -> None:
         if model.training:
             control.observe(name, routing)
 
-    control.handles = [*observe(model, observe_training), optimizer.register_step_post_hook(control.step)]
+    control.handles = [
+        *observe(model, observe_training, repeated=True),
+        optimizer.register_step_post_hook(control.step),
+    ]
     return control
 
 
@@ -122,8 +153,6 @@ def _biases(model: nn.Module) -> Iterator[tuple[str, Bias]]:
     for name, (_, experts) in native_layers(model):
         for owner in _outside(experts, model.get_submodule(name)):
             for key in _NATIVE_BIASES & (owner._buffers.keys() | owner._parameters.keys()):
-                bias = getattr(owner, key)
-                bias.data = bias.data.float()  # steps of 1e-3 would be lost in bf16
                 yield name, Bias(owner, key)
 
 
