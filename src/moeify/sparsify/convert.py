@@ -14,7 +14,7 @@ from moeify.context import Context
 from moeify.flops import count
 from moeify.moe import MoE
 from moeify.sparsify.dense import DenseFFN, fixed_randomness
-from moeify.sparsify.make import copies, masked
+from moeify.sparsify.make import copies, masked, merged
 from moeify.sparsify.probe import Probe, as_probe, find_probe
 from moeify.sparsify.recipe import Recipe
 from moeify.sparsify.report import Report
@@ -45,10 +45,18 @@ def sparsify(
         ValueError: nothing to make sparse; a module that is not understood; copied experts with weights that do not sum
             to 1; a non-causal router in a decoder; and whatever router, experts and shared refuse.
     """
+    report = convert(model, recipe, probe=probe, allow_noncausal=allow_noncausal)
+    if verbose:
+        report.show()
+    return model
+
+
+def convert(model: nn.Module, recipe: Recipe, *, probe: Any = None, allow_noncausal: bool = False) -> Report:
+    """`sparsify`, without printing what was done."""
     dense_count = count(model)
     with fixed_randomness(model):
         sites = recipe.where(model)
-        compare = _Comparison.of(model, find_probe(model) if probe is None else as_probe(probe))
+        compare = Comparison.of(model, find_probe(model) if probe is None else as_probe(probe))
     if compare is not None:
         _verify(model, sites, compare)
     contexts = {site.stack: Context() for site in sites}
@@ -69,10 +77,7 @@ def sparsify(
         _undo(undo)
         raise
     vars(model)["moeify_recipe"] = recipe
-    if verbose:
-        report = Report(sites=sites, layers=layers, before=dense_count, after=count(model), difference=difference)
-        report.show()
-    return model
+    return Report(sites=sites, layers=layers, before=dense_count, after=count(model), difference=difference)
 
 
 def _layers(sites: list[Site], recipe: Recipe, contexts: dict[str, Context]) -> list[MoE]:
@@ -125,7 +130,7 @@ def _options(maker: Callable) -> tuple[Callable, dict[str, Any]]:
 
 def _is_copy(recipe: Recipe) -> bool:
     maker, options = _options(recipe.experts)
-    return maker is copies and options.get("scale", 1.0) == 1.0
+    return maker in (copies, merged) and options.get("scale", 1.0) == 1.0
 
 
 def _keeps_function(recipe: Recipe, layers: list[MoE]) -> bool:
@@ -145,14 +150,15 @@ def _in_decoder(model: nn.Module, site: Site) -> bool:
 
 
 @dataclass(frozen=True)
-class _Comparison:
+class Comparison:
     """A model's output on a probe before any change, to compare later outputs with."""
 
     probe: Probe
     before: Tensor
 
     @classmethod
-    def of(cls, model: nn.Module, probe: Probe | None) -> _Comparison | None:
+    def of(cls, model: nn.Module, probe: Probe | None) -> Comparison | None:
+        """Run a model as it is, if there is a probe."""
         return None if probe is None else cls(probe, probe.run(model))
 
     def difference(self, model: nn.Module) -> float:
@@ -165,7 +171,7 @@ class _Comparison:
         return self.difference(model) <= rounding * self.before.abs().max().item()
 
 
-def _verify(model: nn.Module, sites: list[Site], compare: _Comparison) -> None:
+def _verify(model: nn.Module, sites: list[Site], compare: Comparison) -> None:
     """Replace every FFN by our reading of it: the model must not change.
 
     Raises:
@@ -181,7 +187,7 @@ def _verify(model: nn.Module, sites: list[Site], compare: _Comparison) -> None:
     )
 
 
-def _same_with(model: nn.Module, sites: list[Site], compare: _Comparison) -> bool:
+def _same_with(model: nn.Module, sites: list[Site], compare: Comparison) -> bool:
     undo = [site.install(site.dense) for site in sites]
     try:
         return compare.same(model)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
@@ -48,6 +48,23 @@ def copies(dense: nn.Module, num_experts: int, *, noise: float = 0.0, drop: floa
         if weight.dim() > 1 and not name.endswith("bias"):  # biases are stacked too
             weight.add_(torch.randn_like(weight) * weight.std() * noise)
     return experts
+
+
+@register("experts", "merged")
+def merged(dense: nn.Module, num_experts: int, *, names: Sequence[str] = ()) -> Experts:
+    """One expert per model: copies of the dense network, which `merge_models` and `load` then overwrite.
+
+    Args:
+        dense: a `DenseFFN`, or any module from (R, D) to (R, O).
+        num_experts: E.
+        names: the models' names, in the order of the experts.
+
+    Raises:
+        ValueError: not one name per expert.
+    """
+    if len(names) != num_experts:
+        raise ValueError(f"{num_experts} experts of {len(names)} models ({', '.join(names)}); give one name per expert")
+    return copies(dense, num_experts)
 
 
 @register("experts", "splits")

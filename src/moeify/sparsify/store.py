@@ -134,17 +134,27 @@ def _read_tensors(folder: Path) -> dict[str, Tensor]:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    files = _listed(folder / _INDEX) if (folder / _INDEX).is_file() else [_WEIGHTS]
     tensors: dict[str, Tensor] = {}
-    for file in files:
-        path = folder / file
-        if not path.is_file():
-            raise FileNotFoundError(f"the checkpoint {folder} has no file {file}")
+    for path in weight_files(folder):
         try:
             tensors.update(load_file(path))
         except SafetensorError as error:
             raise ValueError(f"{path} is damaged or not a safetensors file: {error}") from None
     return tensors
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The files that hold the weights of a checkpoint: those that its index names, or the only one.
+
+    Raises:
+        FileNotFoundError: one of them is missing.
+        ValueError: the index is damaged or names a file outside the folder.
+    """
+    files = _listed(folder / _INDEX) if (folder / _INDEX).is_file() else [_WEIGHTS]
+    for file in files:
+        if not (folder / file).is_file():
+            raise FileNotFoundError(f"the checkpoint {folder} has no file {file}")
+    return [folder / file for file in files]
 
 
 def _listed(index: Path) -> list[str]:
