@@ -8,7 +8,7 @@ from moeify.moe import MoE
 from moeify.record import record
 from moeify.registry import register
 from moeify.routing import Assignment, Mixture, Routing, assign
-from moeify.sparsify import Recipe, load, save, sparsify
+from moeify.sparsify import Recipe, load, merge_models, save, sparsify
 
 __all__ = [
     "Assignment",
@@ -20,6 +20,7 @@ __all__ = [
     "assign",
     "limit",
     "load",
+    "merge_models",
     "record",
     "register",
     "save",
