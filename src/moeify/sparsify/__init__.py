@@ -4,13 +4,16 @@ from moeify.sparsify.catalogue import catalogue, read_recipe, recipes
 from moeify.sparsify.convert import sparsify
 from moeify.sparsify.dense import DenseFFN
 from moeify.sparsify.find import Site, chosen, every, ffn, last, last_half, modules, named, odd
-from moeify.sparsify.make import copies, fresh, masked, splits, with_free
+from moeify.sparsify.make import copies, fresh, masked, merged, splits, with_free
+from moeify.sparsify.merge import merge_models
+from moeify.sparsify.prompts import expert_names, route_by_examples, through
 from moeify.sparsify.recipe import Recipe
 from moeify.sparsify.shared import dense, frozen, gated, nothing
 from moeify.sparsify.store import load, load_weights, save
 
 __all__ = [
-    "DenseFFN", "Recipe", "Site", "catalogue", "chosen", "copies", "dense", "every", "ffn", "fresh", "frozen", "gated",
-    "last", "last_half", "load", "load_weights", "masked", "modules", "named", "nothing", "odd", "read_recipe",
-    "recipes", "save", "sparsify", "splits", "with_free",
+    "DenseFFN", "Recipe", "Site", "catalogue", "chosen", "copies", "dense", "every", "expert_names", "ffn", "fresh",
+    "frozen", "gated", "last", "last_half", "load", "load_weights", "masked", "merge_models", "merged", "modules",
+    "named", "nothing", "odd", "read_recipe", "recipes", "route_by_examples", "save", "sparsify", "splits",
+    "through", "with_free",
 ]  # fmt: skip
