@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from moeify import MoE, assign, losses, record
-from moeify.balance import SMEBU, Proportional, SparsityTarget, control
+from moeify.balance import PID, SMEBU, Proportional, SparsityTarget, control
 from moeify.experts import FFN, Blocks, Identity, Zero
 from moeify.routers import ReLU, TopK, sigmoid
 
@@ -61,6 +61,44 @@ def test_proportional_holds_the_number_of_real_experts_per_token():
     assert sum(real[-10:]) / 10 == pytest.approx(2.5, abs=0.1)
 
 
+def test_pid_is_its_three_terms_step_by_step():
+    rate, integral, derivative, real, k_real = 0.3, 0.2, 0.7, 10, 2.5
+    model, optimizer = lopsided()
+    running = control(model, optimizer, PID(rate, integral, derivative, real, k_real))
+    bias, errors = [0.0] * E, []
+    for _ in range(4):
+        load = step(model, optimizer)
+        errors.append([k_real / K / real - load[j] / (K * T) if j < real else 0.0 for j in range(E)])
+        before = errors[-2] if len(errors) > 1 else errors[-1]
+        for j in range(E):
+            total = sum(error[j] for error in errors)
+            bias[j] += rate * (errors[-1][j] + integral * total + derivative * (errors[-1][j] - before[j]))
+        assert model[0].router.selection_bias.tolist() == pytest.approx(bias, abs=1e-6)
+    assert {value.dtype for value in running.memory["0"].values()} == {torch.float32}
+
+
+def test_pid_without_its_other_terms_is_proportional():
+    found = []
+    for rule in (PID(0.5, real=10), Proportional(0.5, real=10)):
+        torch.manual_seed(0)
+        model, optimizer = lopsided()
+        control(model, optimizer, rule)
+        for _ in range(3):
+            step(model, optimizer)
+        found.append(model[0].router.selection_bias)
+    assert torch.equal(*found)
+
+
+def test_an_error_that_stays_has_no_derivative_and_a_growing_integral():
+    rule, memory = PID(rate=1.0, integral=0.5, derivative=100.0), {}
+    seen = {"load": torch.tensor([3.0, 1.0])}
+    bias = torch.zeros(2)
+    for n in range(1, 5):
+        moved = rule.move(bias, seen, memory)
+        assert (moved - bias).tolist() == pytest.approx([-0.25 * (1 + 0.5 * n), 0.25 * (1 + 0.5 * n)])
+        bias = moved
+
+
 def test_more_real_experts_than_there_are_is_refused():
     model, optimizer = lopsided()
     control(model, optimizer, Proportional(real=E + 1))
@@ -93,7 +131,7 @@ def test_layers_have_momenta_of_their_own():
     assert not torch.equal(running.memory["0"]["momentum"], running.memory["1"]["momentum"])
 
 
-@pytest.mark.parametrize("rule", [Proportional(rate=1.0), SMEBU(rate=0.02)])
+@pytest.mark.parametrize("rule", [Proportional(rate=1.0), PID(1.0, 0.01, 0.5), SMEBU(rate=0.02)])
 def test_a_lopsided_router_is_balanced_in_sixty_steps(rule):
     model, optimizer = lopsided()
     control(model, optimizer, rule)

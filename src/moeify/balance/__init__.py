@@ -6,9 +6,11 @@ loss.
 
 from moeify.balance.control import Bias, Control, control
 from moeify.balance.cutoff import CutOff
-from moeify.balance.rules import SMEBU, Proportional, Quantile, Rule, Sign
+from moeify.balance.pid import PID, Proportional
+from moeify.balance.rules import SMEBU, Quantile, Rule, Sign
 from moeify.balance.sparsity import SparsityTarget
 
 __all__ = [
-    "SMEBU", "Bias", "Control", "CutOff", "Proportional", "Quantile", "Rule", "Sign", "SparsityTarget", "control",
+    "PID", "SMEBU", "Bias", "Control", "CutOff", "Proportional", "Quantile", "Rule", "Sign", "SparsityTarget",
+    "control",
 ]  # fmt: skip

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from jaxtyping import Float
@@ -14,7 +15,13 @@ from moeify.routing import Assignment
 
 
 class Rule(ABC):
-    """How the bias of one layer follows from what was observed of it since the last step."""
+    """How the bias of one layer follows from what was observed of it since the last step.
+
+    Attributes:
+        needs_all: whether the rule is right only where a token may use every expert; `control` refuses it elsewhere.
+    """
+
+    needs_all: ClassVar[bool] = False
 
     @abstractmethod
     def observe(
@@ -69,13 +76,15 @@ class Quantile(Rule):
     """The bias that would have balanced the last batch: a quantile over its tokens (J. Su 2026, kexue.fm 11619).
 
     With β = -b: α_i is the (k+1)-th largest of s_i - β over experts, and β_j the (T·k/E + 1)-th largest of
-    s_ij - α_i over tokens. Averaged over the micro-batches of a step.
+    s_ij - α_i over tokens. Averaged over the micro-batches of a step. A token of group-limited routing wants experts
+    that it cannot have, and α does not know; such routers are refused.
 
     Attributes:
         ema: share of the old bias that is kept.
     """
 
     ema: float = 0.0
+    needs_all: ClassVar[bool] = True
 
     def observe(
         self, routing: Assignment, unbiased: Float[Tensor, "L E"] | None, bias: Float[Tensor, "E"]
@@ -101,51 +110,6 @@ class Quantile(Rule):
         """The average of what the micro-batches wanted, centred: a common shift of the bias chooses nothing."""
         wanted = seen["bias"] / seen["batches"]
         return self.ema * bias + (1 - self.ema) * (wanted - wanted.mean())
-
-
-@register("controller", "proportional")
-@dataclass(frozen=True)
-class Proportional(Rule):
-    """b_j ← b_j + rate · (wanted share - share_j): the P of a PID controller (LongCat-Flash, arXiv 2509.01322).
-
-    The share is of all rows. With experts that cost nothing (`Zero`, `Identity`) behind the `real` ones, each real
-    expert is wanted by k / (K · real) of the rows, which holds the real experts per token at k on average; the biases
-    of the free ones stay.
-
-    Attributes:
-        rate: shares are of the size of 1 / E, so the rate that moves a bias by 1e-3 grows with E.
-        real: how many experts, the first ones, do work; all if not given.
-        k: real experts per token that are aimed at; all K choices if not given.
-    """
-
-    rate: float = 1e-2
-    real: int | None = None
-    k: float | None = None
-
-    def observe(
-        self, routing: Assignment, unbiased: Float[Tensor, "L E"] | None, bias: Float[Tensor, "E"]
-    ) -> dict[str, Tensor]:
-        """The rows asked of each expert, and the tokens that asked.
-
-        Raises:
-            ValueError: more real experts than there are, or a k for a decision without a fixed number of choices.
-        """
-        if self.real is not None and not 1 <= self.real <= len(bias):
-            raise ValueError(f"real={self.real} experts out of {len(bias)}; choose 1 <= real <= {len(bias)}")
-        if routing.index is None:
-            if self.k is not None:
-                raise ValueError("a wanted number of real experts needs a router that chooses K experts per token")
-            return {"load": routing.demand.float()}
-        return {"load": routing.demand.float(), "tokens": routing.demand.new_tensor(len(routing.index)).float()}
-
-    def move(self, bias: Float[Tensor, "E"], seen: dict[str, Tensor], memory: dict[str, Tensor]) -> Float[Tensor, "E"]:
-        """One step towards the wanted shares."""
-        load = seen["load"]
-        rows = load.sum().clamp_min(1)
-        real = len(load) if self.real is None else self.real
-        wanted = 1.0 if self.k is None else self.k * seen["tokens"] / rows  # k / K
-        error = wanted / real - load / rows
-        return bias + self.rate * torch.where(torch.arange(len(load), device=load.device) < real, error, 0.0)
 
 
 @register("controller", "smebu")

@@ -1,0 +1,109 @@
+"""Rules that move biases by the shares of the rows that experts lack: a PID controller, and its P alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from moeify.balance.rules import Rule
+from moeify.registry import register
+from moeify.routing import Assignment
+
+
+@register("controller", "proportional")
+@dataclass(frozen=True)
+class Proportional(Rule):
+    """b_j ← b_j + rate · e_j with e_j = wanted share - share_j: the P of a PID controller (LongCat-Flash, 2509.01322).
+
+    The share is of all rows. With experts that cost nothing (`Zero`, `Identity`) behind the `real` ones, each real
+    expert is wanted by k / (K · real) of the rows, which holds the real experts per token at k on average; the biases
+    of the free ones stay.
+
+    Attributes:
+        rate: shares are of the size of 1 / E, so the rate that moves a bias by 1e-3 grows with E.
+        real: how many experts, the first ones, do work; all if not given.
+        k: real experts per token that are aimed at; all K choices if not given.
+    """
+
+    rate: float = 1e-2
+    real: int | None = None
+    k: float | None = None
+
+    def observe(
+        self, routing: Assignment, unbiased: Float[Tensor, "L E"] | None, bias: Float[Tensor, "E"]
+    ) -> dict[str, Tensor]:
+        """The rows asked of each expert, and the tokens that asked.
+
+        Raises:
+            ValueError: more real experts than there are, or a k for a decision without a fixed number of choices.
+        """
+        if self.real is not None and not 1 <= self.real <= len(bias):
+            raise ValueError(f"real={self.real} experts out of {len(bias)}; choose 1 <= real <= {len(bias)}")
+        if routing.index is None:
+            if self.k is not None:
+                raise ValueError("a wanted number of real experts needs a router that chooses K experts per token")
+            return {"load": routing.demand.float()}
+        return {"load": routing.demand.float(), "tokens": routing.demand.new_tensor(len(routing.index)).float()}
+
+    def lack(self, seen: dict[str, Tensor]) -> Float[Tensor, "E"]:
+        """e: the share of the rows that each expert lacks; 0 for free ones."""
+        load = seen["load"]
+        rows = load.sum().clamp_min(1)
+        real = len(load) if self.real is None else self.real
+        wanted = 1.0 if self.k is None else self.k * seen["tokens"] / rows  # k / K
+        error = wanted / real - load / rows
+        return torch.where(torch.arange(len(load), device=load.device) < real, error, 0.0)
+
+    def move(self, bias: Float[Tensor, "E"], seen: dict[str, Tensor], memory: dict[str, Tensor]) -> Float[Tensor, "E"]:
+        """One step towards the wanted shares."""
+        return bias + self.rate * self.lack(seen)
+
+
+@register("controller", "pid")
+@dataclass(frozen=True)
+class PID(Rule):
+    """b_j ← b_j + rate · (e_j + integral · Σ e_j + derivative · (e_j - e_j')), e as in `Proportional`.
+
+    The sum is over all steps up to this one, e' is of the step before; the first step has no derivative. LongCat-Flash
+    (arXiv 2509.01322) speaks of a PID controller and gives its P alone; the other two terms are control theory's.
+    b itself is a sum, so that the P already ends an error that stays. Where loads follow biases at once, both other
+    terms widen the swings about balance; the integral catches up with loads that drift.
+
+    Attributes:
+        rate: as of `Proportional`.
+        integral: weight of the sum of errors.
+        derivative: weight of the change of the error.
+        real: as of `Proportional`.
+        k: as of `Proportional`.
+    """
+
+    rate: float = 1e-2
+    integral: float = 0.0
+    derivative: float = 0.0
+    real: int | None = None
+    k: float | None = None
+
+    @property
+    def _proportional(self) -> Proportional:
+        return Proportional(self.rate, self.real, self.k)
+
+    def observe(
+        self, routing: Assignment, unbiased: Float[Tensor, "L E"] | None, bias: Float[Tensor, "E"]
+    ) -> dict[str, Tensor]:
+        """What `Proportional` observes.
+
+        Raises:
+            ValueError: what `Proportional` refuses.
+        """
+        return self._proportional.observe(routing, unbiased, bias)
+
+    def move(self, bias: Float[Tensor, "E"], seen: dict[str, Tensor], memory: dict[str, Tensor]) -> Float[Tensor, "E"]:
+        """One step of the controller; the sum and the last error are kept in the layer's memory, in fp32."""
+        error = self._proportional.lack(seen)
+        total = memory.get("total", torch.zeros_like(error)).to(error.device) + error
+        change = error - memory.get("error", error).to(error.device)
+        memory["total"], memory["error"] = total, error
+        return bias + self.rate * (error + self.integral * total + self.derivative * change)
