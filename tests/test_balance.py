@@ -7,8 +7,8 @@ from torch.utils.checkpoint import checkpoint
 
 from moeify import MoE, record
 from moeify.balance import Quantile, Sign, control
-from moeify.experts import Identity
-from moeify.routers import Capacity, TopK, sigmoid
+from moeify.experts import FFN, Identity
+from moeify.routers import Capacity, Groups, TopK, sigmoid
 from strategies import layer, sharpen
 
 D, E, K, T = 8, 16, 4, 512
@@ -219,3 +219,17 @@ def test_quantile_balances_choices_by_logit():
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
     control(model, optimizer, Quantile())
     assert max(steps(model, optimizer, 5)[3:]) < 0.35
+
+
+@pytest.mark.parametrize("groups", [Groups(4, 2), Groups(2, 1, reduce="top2")])
+def test_quantile_refuses_routers_that_limit_tokens_to_groups(groups):
+    model = nn.Sequential(MoE(TopK(8, 8, groups=groups, selection_bias=True), FFN(8, 8, 4)))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    with pytest.raises(ValueError, match=r"router of 0 limits them to some groups, .*; use Sign\(\)"):
+        control(model, optimizer, Quantile())
+    assert control(model, optimizer, Sign()).biases
+
+
+def test_groups_that_are_all_kept_limit_nobody():
+    model = nn.Sequential(MoE(TopK(8, 8, groups=Groups(4, 4), selection_bias=True), FFN(8, 8, 4)))
+    assert control(model, torch.optim.SGD(model.parameters(), lr=0.0), Quantile()).biases

@@ -47,6 +47,13 @@ class Bias:
         """What the bias is added to: logits for a `TopK` that selects by them, scores otherwise."""
         return routing.logits if getattr(self.owner, "select", "score") == "logit" else routing.scores
 
+    @property
+    def grouped(self) -> bool:
+        """Whether a token may use the experts of some groups only; native routers say so in numbers."""
+        groups = getattr(self.owner, "groups", None)
+        count, keep = (groups.count, groups.keep) if groups else (getattr(self.owner, g, 1) for g in _NATIVE_GROUPS)
+        return keep < count
+
 
 @dataclass
 class Control:
@@ -121,13 +128,19 @@ def control(model: nn.Module, optimizer: torch.optim.Optimizer, rule: Rule) -> C
     checkpointing repeats them. On several processes all must train the same layers.
 
     Raises:
-        ValueError: no router of the model has a selection bias.
+        ValueError: no router of the model has a selection bias; a rule that cannot do with group-limited routing.
     """
     biases = dict(_biases(model))
     if not biases:
         raise ValueError(
             f"no router of {type(model).__name__} has a selection bias to move; build them with selection_bias=True, "
             "as in router=partial(TopK, selection_bias=True)"
+        )
+    grouped = [name for name, bias in biases.items() if bias.grouped]
+    if rule.needs_all and grouped:
+        raise ValueError(
+            f"{type(rule).__name__} reckons with tokens that may use every expert, and the router of {grouped[0]} "
+            "limits them to some groups, so its biases would not balance; use Sign() or Proportional(), or no groups"
         )
     for bias in biases.values():
         bias.exact()
@@ -157,6 +170,7 @@ def _biases(model: nn.Module) -> Iterator[tuple[str, Bias]]:
 
 
 _NATIVE_BIASES = {"e_score_correction_bias", "expert_bias"}
+_NATIVE_GROUPS = ("num_group", "topk_group")
 
 
 def _outside(experts: nn.Module, block: nn.Module) -> Iterator[nn.Module]:
