@@ -72,6 +72,7 @@ ROUTERS = {
     "expert threshold": partial(ExpertThreshold, D, E),
     "once": lambda: Once(TopK(D, E)),
     "residual": partial(Residual, D, E),
+    "moe++": partial(Residual, D, E, k=3, silent=1, hidden=6),
     "next": lambda: Capacity(TopK(D, E), factor=0.7, overflow="next"),
     "replay": lambda: Replay(TopK(D, E), [route(TopK(D, E), torch.randn(3, 4, D))], weights="recomputed"),
 }

@@ -96,6 +96,34 @@ def test_a_router_adds_what_the_one_before_computed(k):
     agree(both(x), [x, *both.parameters()], torch.stack(slow), [x64, *p.values()])
 
 
+@pytest.mark.parametrize(("silent", "k"), [(1, 2), (2, 2), (1, 3)])
+def test_a_silent_expert_takes_no_weight_and_a_hidden_layer_bends_the_map(silent, k):
+    router = Residual(D, E, k=k, silent=silent, hidden=5)
+    sharpen(router)
+    nn.init.normal_(router.hidden)
+    moe = MoE(router, Each([nn.Linear(D, D, bias=False) for _ in range(E)]))
+    x = torch.randn(40, D, requires_grad=True)
+    p, x64 = doubled(moe), x.detach().double().requires_grad_()
+    slow, lost = [], 0
+    for token in x64:
+        z = p["router.weight"] @ torch.tanh(p["router.hidden"] @ token)
+        best = sorted(range(E), key=lambda j, z=z: -z[j].item())[:k]
+        speaking = [j for j in best if j < E - silent]
+        lost += not speaking
+        total = sum(torch.exp(z[j]) for j in speaking)
+        slow.append(
+            sum((torch.exp(z[j]) / total * (p[f"experts.experts.{j}.weight"] @ token) for j in speaking), 0 * token)
+        )
+    assert (lost > 0) == (silent == k)
+    assert router.preserving == (silent < k)
+    agree(moe(x), [x, *moe.parameters()], torch.stack(slow), [x64, *p.values()])
+
+
+def test_all_experts_cannot_be_silent():
+    with pytest.raises(ValueError, match="leaves none that answers"):
+        Residual(D, E, silent=E)
+
+
 def test_a_capacity_around_them_keeps_the_link():
     first, second = Capacity(Residual(D, E), factor=1.0), Capacity(Residual(D, E), factor=1.0)
     context, x = Context(), torch.randn(T, D)

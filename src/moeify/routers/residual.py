@@ -19,22 +19,35 @@ class Residual(Router):
 
     `sparsify` links the layers of a stack; the first has no W_res. The gradient flows on into the earlier routers.
 
+    As in the authors' code (SkyworkAI/MoE-plus-plus), the weight of an expert that answers nothing is taken away before
+    the others are normalised, and the map of x may be W tanh(V x).
+
     Args:
         width: D.
         num_experts: E.
         k: experts per token.
-        init_std: standard deviation of the initialisation of W and W_res.
+        silent: how many experts, the last ones, answer nothing; their weights become 0.
+        hidden: rows of V; 0 for a map without it. The authors take 8 E.
+        init_std: standard deviation of the initialisation of W, V and W_res.
 
     Raises:
-        ValueError: k outside 2..E; in `forward`, if the layer before has not decided yet, or for other tokens.
+        ValueError: k outside 2..E; no expert that answers; in `forward`, if the layer before has not decided yet, or
+            for other tokens.
     """
 
-    def __init__(self, width: int, num_experts: int, *, k: int = 2, init_std: float = 0.02) -> None:
+    def __init__(
+        self, width: int, num_experts: int, *, k: int = 2, silent: int = 0, hidden: int = 0, init_std: float = 0.02
+    ) -> None:
         super().__init__()
         check_k(k, num_experts, normalize=True)
-        self.num_experts, self.k, self.init_std = num_experts, k, init_std
-        self.preserving = True
-        self.weight = nn.Parameter(torch.randn(num_experts, width) * init_std)
+        if not 0 <= silent < num_experts:
+            raise ValueError(
+                f"silent={silent} of {num_experts} experts leaves none that answers; choose 0 <= silent < E"
+            )
+        self.num_experts, self.k, self.silent, self.init_std = num_experts, k, silent, init_std
+        self.preserving = silent < k
+        self.weight = nn.Parameter(torch.randn(num_experts, hidden or width) * init_std)
+        self.hidden = nn.Parameter(torch.randn(hidden, width) * init_std) if hidden else None
         self.register_parameter("residual", None)
         self._previous: tuple[Router, ...] = ()
 
@@ -49,12 +62,14 @@ class Residual(Router):
     def forward(self, x: Float[Tensor, "... D"], context: Context) -> Assignment:
         """Route every real token by its own logits and those of the layer before."""
         tokens = real_tokens(x, context)
-        logits = project(tokens.x, self.weight)
+        read = tokens.x if self.hidden is None else project(tokens.x, self.hidden).tanh()
+        logits = project(read, self.weight)
         for previous in self._previous:
             logits = logits + project(self._logits(previous, context, len(tokens.x)), self.residual)
         scores = logits.softmax(-1)
         gates, index = scores.topk(self.k, dim=-1)
-        gates = gates / gates.sum(-1, keepdim=True)
+        gates = gates.masked_fill(index >= self.num_experts - self.silent, 0.0)
+        gates = gates / gates.sum(-1, keepdim=True).clamp_min(torch.finfo(gates.dtype).tiny)
         context.decisions[self] = routing = tokens.assign(index, gates, self.num_experts, logits=logits, scores=scores)
         return routing
 

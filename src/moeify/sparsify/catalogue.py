@@ -226,10 +226,10 @@ catalogue: dict[str, Entry] = {
         Recipe(num_experts=32, router=partial(Compete, k=4), experts=partial(fresh, granularity=4)),
     ),
     "moepp": Entry(
-        "FFN, zero, copy and constant experts; gating residuals",
+        "FFN, constant, copy and zero experts; gating residuals",
         "arXiv 2410.07348",
         None,
-        Recipe(num_experts=12, router=partial(Residual, k=2), experts=with_free),
+        Recipe(num_experts=12, router=partial(Residual, k=2, silent=1, hidden=96), experts=with_free),
     ),
     "mobile_vmoe": Entry(
         "one decision per image for the last two layers",

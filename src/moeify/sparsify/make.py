@@ -185,7 +185,7 @@ def with_free(
     copy: int = 1,
     constant: int = 2,
 ) -> Experts:
-    """The last experts cost nothing: they answer 0, the token itself, or a learned vector (MoE++, arXiv 2410.07348).
+    """The last experts cost nothing: they answer a learned vector, the token, or 0, in this order (MoE++, 2410.07348).
 
     Args:
         dense: a `DenseFFN` that answers in the width that it reads.
@@ -207,7 +207,7 @@ def with_free(
         )
     like = dense.down_weight
     with torch.device(like.device):
-        banks = [(Zero, zero), (Identity, copy), (partial(Constant, width=dense.width), constant)]
+        banks = [(partial(Constant, width=dense.width), constant), (Identity, copy), (Zero, zero)]
         return Blocks(
             [experts(dense, num_experts - free), *(bank(count).to(like.dtype) for bank, count in banks if count)]
         )
