@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from moeify.context import Context
 from moeify.flops import count
 from moeify.moe import MoE
+from moeify.routers import Router
+from moeify.sparsify.causal import refuse_causal_calls, says_causal
 from moeify.sparsify.dense import DenseFFN, fixed_randomness
 from moeify.sparsify.make import copies, masked, merged
 from moeify.sparsify.probe import Probe, as_probe, find_probe
@@ -32,7 +34,8 @@ def sparsify(
     """Put sparse layers where a model has feed-forward networks; returns the same model.
 
     What is found is checked first: with the readings of its feed-forward networks in their places, the model must
-    compute what it computed. A call that raises leaves the model as it was.
+    compute what it computed. A call that raises leaves the model as it was. Under a non-causal router, a model whose
+    layers do not say whether they are a decoder's raises as soon as one is called with a causal mask.
 
     Args:
         model: any module: of transformers, or plain PyTorch.
@@ -64,6 +67,8 @@ def convert(model: nn.Module, recipe: Recipe, *, probe: Any = None, allow_noncau
     _refuse(model, sites, layers, recipe, allow_noncausal)
 
     undo = [site.install(layer) for site, layer in zip(sites, layers, strict=True)]
+    if not (layers[0].router.causal or allow_noncausal):
+        undo += _listen_for_decoders(model, sites, layers[0].router)
     for stack, context in contexts.items():
         undo += [handle.remove for handle in context.watch(_above(model, stack))]
     try:
@@ -115,12 +120,29 @@ def _refuse(model: nn.Module, sites: list[Site], layers: list[MoE], recipe: Reci
         )
     if not router.causal and not allow_noncausal:
         for site in sites:
-            if _in_decoder(model, site):
-                raise ValueError(
-                    f"{site.name} is in a decoder, and {type(router).__name__} decides by looking at later tokens: "
-                    "training would leak the future and generation would differ; choose a causal router, or pass "
-                    "allow_noncausal=True"
-                )
+            if says_causal(_layer_of(model, site)):
+                raise ValueError(_looks_ahead(site, router))
+
+
+def _listen_for_decoders(model: nn.Module, sites: list[Site], router: Router) -> list[Callable[[], None]]:
+    """Raise in the first call that shows one of the stacks to be a decoder; the comparison is such a call."""
+    first = {site.stack: site for site in reversed(sites)}
+    return [
+        handle.remove
+        for site in first.values()
+        for handle in refuse_causal_calls(_layer_of(model, site), _looks_ahead(site, router))
+    ]
+
+
+def _layer_of(model: nn.Module, site: Site) -> nn.Module:
+    return model.get_submodule(site.layer) if site.layer else model
+
+
+def _looks_ahead(site: Site, router: Router) -> str:
+    return (
+        f"{site.name} is in a decoder, and {type(router).__name__} decides by looking at later tokens: training would "
+        "leak the future and generation would differ; choose a causal router, or pass allow_noncausal=True"
+    )
 
 
 def _options(maker: Callable) -> tuple[Callable, dict[str, Any]]:
@@ -136,17 +158,6 @@ def _is_copy(recipe: Recipe) -> bool:
 def _keeps_function(recipe: Recipe, layers: list[MoE]) -> bool:
     _, options = _options(recipe.experts)
     return _is_copy(recipe) and layers[0].router.preserving and not options.get("noise") and not options.get("drop")
-
-
-def _in_decoder(model: nn.Module, site: Site) -> bool:
-    """Whether the site's own layer attends to earlier tokens only, by what its attention says of itself."""
-    layer = model.get_submodule(site.layer) if site.layer else model
-    return any(
-        getattr(part, "is_causal", False) is True
-        or getattr(part, "is_decoder", False) is True
-        or isinstance(part, nn.TransformerDecoderLayer)
-        for part in layer.modules()
-    )
 
 
 @dataclass(frozen=True)

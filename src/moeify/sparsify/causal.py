@@ -1,0 +1,58 @@
+"""Whether the layer around a sparse layer looks at earlier tokens only: by its own word, or by its masks."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+
+def says_causal(layer: nn.Module) -> bool:
+    """Whether a layer attends to earlier tokens only, by what its attention says of itself."""
+    return any(
+        getattr(part, "is_causal", False) is True
+        or getattr(part, "is_decoder", False) is True
+        or isinstance(part, nn.TransformerDecoderLayer)
+        for part in layer.modules()
+    )
+
+
+def refuse_causal_calls(layer: nn.Module, reason: str) -> list[RemovableHandle]:
+    """Raise `reason` as soon as a layer, or attention in it, is called with `is_causal=True` or a causal mask.
+
+    Some layers learn only then that they are in a decoder: those of CLIP's text model and of `nn.TransformerEncoder`.
+    """
+    heard = [part for part in layer.modules() if part is layer or "Attention" in type(part).__name__]
+    hook = partial(_refuse, reason)  # not a closure, which could not be pickled with the model
+    return [part.register_forward_pre_hook(hook, with_kwargs=True) for part in heard]
+
+
+def _refuse(reason: str, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+    if kwargs.get("is_causal") is True or any(map(_hides_the_future, (*args, *kwargs.values()))):
+        raise ValueError(reason)
+
+
+def _hides_the_future(value: Any) -> bool:
+    if not isinstance(value, Tensor) or value.dim() < 2 or not 1 < value.shape[-1] == value.shape[-2]:
+        return False
+    return not torch.compiler.is_compiling() and is_causal_mask(value)
+
+
+def is_causal_mask(mask: Bool[Tensor, "... N N"] | Float[Tensor, "... N N"]) -> bool:
+    """Whether a mask lets tokens look at themselves and earlier ones, but never at later ones.
+
+    Masks of floats are added to scores. Of bools, torch marks what is hidden and transformers what is seen, so that
+    only the difference between later tokens and the others tells. Padding after a first token is no causal mask.
+    """
+    if mask.dtype is not torch.bool:
+        if not mask.is_floating_point():
+            return False
+        mask = mask < -1e4
+    later = torch.ones(mask.shape[-2:], dtype=torch.bool, device=mask.device).triu(1)
+    future, present, past = mask[..., later], mask.diagonal(dim1=-2, dim2=-1)[..., 1:], mask[..., later.mT]
+    hidden = future.flatten()[0]
+    return bool((future == hidden).all() & (present != hidden).any() & (past != hidden).any())
