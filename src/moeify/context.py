@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -24,11 +25,13 @@ class Context:
         token_mask: True where a token is real, None where every token is.
         positions: the real tokens as indices into the flattened tokens, None where every token is real.
         inputs: the tensors that the outermost module was called with, by argument name.
+        given: tensors that are inputs of every pass though the outermost module does not take them, see `given`.
         decisions: what routers decided in this pass for layers after theirs to read, by router.
         batch_first: whether tokens are laid out as (B, N, D); torch's own transformer layers may use (N, B, D).
     """
 
     def __init__(self) -> None:
+        self.given: dict[str, Tensor] = {}
         self.clear()
 
     def clear(self) -> None:
@@ -95,7 +98,7 @@ class Context:
     def _read_root(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         self.clear()
         given = _by_name(module, args, kwargs)
-        self.inputs = {name: value for name, value in given.items() if isinstance(value, Tensor)}
+        self.inputs = {name: value for name, value in given.items() if isinstance(value, Tensor)} | self.given
         for name, value in self.inputs.items():
             if value.numel() == 0:
                 raise ValueError(
@@ -127,6 +130,37 @@ class Context:
         for name in _HIDING & given.keys():  # (B, N): True for padding
             hidden = given[name]
             self.mask(None if hidden is None else ~hidden.bool() if self.batch_first else ~hidden.bool().T)
+
+
+@contextmanager
+def given(model: nn.Module, **inputs: Tensor | Sequence[int]) -> Iterator[None]:
+    """Let routers look up what the model's forward does not take: the task of a sequence, its cluster, a modality.
+
+        with given(model, task=[2, 0]):
+            model.generate(prompts)
+
+    Args:
+        model: it, or a model around it, is called inside.
+        inputs: one number per token, (B, N), or per sequence, (B,); with beams, per beam.
+
+    Raises:
+        ValueError: the model has no sparse layer of ours that could look at them.
+    """
+    contexts = {id(c): c for module in model.modules() if isinstance(c := getattr(module, "context", None), Context)}
+    if not contexts:
+        raise ValueError(
+            f"{type(model).__name__} has no sparse layer of moeify, so nothing in it can look up {', '.join(inputs)}"
+        )
+    device = next((parameter.device for parameter in model.parameters()), None)
+    tensors = {name: torch.as_tensor(value, device=device) for name, value in inputs.items()}
+    before = [(context, context.given) for context in contexts.values()]
+    try:
+        for context, outer in before:
+            context.given = outer | tensors
+        yield
+    finally:
+        for context, outer in before:
+            context.given = outer
 
 
 _HIDING = {"src_key_padding_mask", "tgt_key_padding_mask"}

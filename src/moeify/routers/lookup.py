@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import inspect
 import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from moeify.context import Context
+from moeify.context import Context, given
 from moeify.registry import register
 from moeify.routers.base import Router, project, real_tokens
 from moeify.routers.topk import check_k
@@ -76,3 +80,22 @@ def balanced_table(size: int, num_experts: int, k: int) -> Int[Tensor, "size k"]
     step = 1 + torch.rand(blocks, 1, num_experts - 1).argsort(-1)[..., : k - 1]
     table = torch.cat([first, (first + step) % num_experts], dim=-1)  # (blocks, E, k)
     return table.flatten(0, 1)[:size]
+
+
+def columns(model: nn.Module) -> set[str]:
+    """What the routers of a model look up, each by the name in its attribute `key`, and no forward in it takes."""
+    asked = {str(part.key) for part in model.modules() if isinstance(part, Router) and hasattr(part, "key")}
+    kinds = {type(module) for module in model.modules()} if asked else set()
+    return asked - {name for kind in kinds for name in inspect.signature(kind.forward).parameters}
+
+
+@contextmanager
+def routed(model: nn.Module, batch: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """The batch without the columns that only routers read; these are given to the routers inside."""
+    looked_up = {name: batch[name] for name in columns(model) & batch.keys()}
+    rest = {name: value for name, value in batch.items() if name not in looked_up}
+    if not looked_up:
+        yield rest
+        return
+    with given(model, **looked_up):
+        yield rest

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from moeify.context import given
+from moeify.routers.lookup import columns
 from moeify.sparsify.dense import fixed_randomness, in_evaluation, is_linear, matrix
 
 
@@ -22,9 +25,19 @@ class Probe:
 
     @torch.no_grad()
     def run(self, model: nn.Module) -> Tensor:
-        """The model's main output in evaluation, in fp32; models that draw random numbers draw the same every time."""
-        with in_evaluation(model), fixed_randomness(model):
+        """The model's main output in evaluation, in fp32; models that draw random numbers draw the same every time.
+
+        Routers that look up what the probe does not tell, a task, look up 0.
+        """
+        with in_evaluation(model), fixed_randomness(model), self._untold(model):
             return _main(model(*self.args, **(self.kwargs or {}))).float()
+
+    def _untold(self, model: nn.Module) -> AbstractContextManager[None]:
+        names = columns(model) - (self.kwargs or {}).keys()
+        if not names:
+            return nullcontext()
+        first = next(value for value in (*self.args, *(self.kwargs or {}).values()) if isinstance(value, Tensor))
+        return given(model, **dict.fromkeys(names, torch.zeros(len(first), dtype=torch.int64)))
 
 
 def as_probe(given: Any) -> Probe:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from moeify.routers.lookup import routed
 from moeify.train.loss import all_reduce
 
 
@@ -72,7 +73,8 @@ def _first_module(model: nn.Module, batch: Mapping[str, Any]) -> str | None:
         m.register_forward_hook(hook(name or "the model as a whole, its loss")) for name, m in model.named_modules()
     ]
     try:
-        model(**batch)
+        with routed(model, batch) as inputs:
+            model(**inputs)
     except FloatingPointError as error:
         found.append(str(error))
     finally:

@@ -22,20 +22,22 @@ from moeify.train import metrics
 from moeify.train.arguments import SparseArguments, at
 from moeify.train.callbacks import ExpertDropout, ProgressLine, SaveOnSignal
 from moeify.train.checkpointing import enable
+from moeify.train.columns import Columns
 from moeify.train.finite import find, is_finite
 from moeify.train.freeze import require_learning_routers
 from moeify.train.loss import StepLoss, Watch, count, silence_own_loss
 from moeify.train.saving import Saving, bare
 
 
-class SparseTrainerMixin(Saving):
+class SparseTrainerMixin(Columns, Saving):
     """Everything that a trainer of transformers needs to learn about experts; put it in front of any of them.
 
         class SparseSFTTrainer(SparseTrainerMixin, trl.SFTTrainer): ...
 
     Adds a balance loss whose gradient is the same however a step is cut into micro-batches, ranks and padding (see
     `moeify.train.loss`), controllers, routing metrics, activation checkpointing that keeps decisions, checkpoints
-    that bring the experts back, and a halt before a non-finite step. The logged `loss` stays the task's loss.
+    that bring the experts back, columns of the data for routers to look up, and a halt before a non-finite step. The
+    logged `loss` stays the task's loss.
 
     Args:
         args: what the trainer takes.

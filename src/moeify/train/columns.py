@@ -1,0 +1,32 @@
+"""The part of the trainer that brings columns of a dataset to the routers that look them up."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from moeify.routers.lookup import columns, routed
+
+_Trainer: Any = object  # at run time a trainer of transformers stands behind the mixin
+
+
+class Columns(_Trainer):
+    """Keeps the columns that routers look up, and gives them to the routers in the place of the model's forward."""
+
+    def _set_signature_columns_if_needed(self) -> None:
+        """Keep these columns wherever the trainer removes unused ones."""
+        super()._set_signature_columns_if_needed()
+        known = self._signature_columns
+        self._signature_columns = known + sorted(columns(self.model) - set(known))
+
+    def training_step(self, model: nn.Module, inputs: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """Forward and backward, which may repeat the forward, with what the routers look up."""
+        with routed(self.model, inputs) as rest:
+            return super().training_step(model, rest, *args, **kwargs)
+
+    def prediction_step(self, model: nn.Module, inputs: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """Forward, or generation, with what the routers look up."""
+        with routed(self.model, inputs) as rest:
+            return super().prediction_step(model, rest, *args, **kwargs)
