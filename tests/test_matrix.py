@@ -13,10 +13,12 @@ from moeify.experts import FFN, Blocks, ClampedGlu, Constant, Each, Glu, Identit
 from moeify.routers import (
     Capacity,
     Compete,
+    Conditional,
     Cosine,
     DefaultVector,
     ExpertChoice,
     ExpertThreshold,
+    FinalMask,
     Frozen,
     Groups,
     GShard,
@@ -73,6 +75,8 @@ ROUTERS = {
     "once": lambda: Once(TopK(D, E)),
     "residual": partial(Residual, D, E),
     "moe++": partial(Residual, D, E, k=3, silent=1, hidden=6),
+    "final mask": lambda: FinalMask(TopK(D, E), 0.4),
+    "conditional": lambda: Conditional(TopK(D, E - 1), D, p=0.3),
     "next": lambda: Capacity(TopK(D, E), factor=0.7, overflow="next"),
     "replay": lambda: Replay(TopK(D, E), [route(TopK(D, E), torch.randn(3, 4, D))], weights="recomputed"),
 }
@@ -86,7 +90,7 @@ EXPERTS = {
     "constant": lambda: Blocks([FFN(2, D, 6), Constant(2, D)]),
 }
 UNEVEN = {"capacity", "priority", "gshard", "top-p", "threshold", "relu", "expert choice", "soft"}
-UNEVEN |= {"default vector", "expert threshold", "next", "mmoe", "ple", "bounded union"}
+UNEVEN |= {"default vector", "expert threshold", "next", "final mask", "mmoe", "ple", "bounded union"}
 IDS = torch.arange(12).view(3, 4)
 BACKENDS = ["compose", "gather", "auto"]
 DTYPES = {torch.float32: 1e-5, torch.float64: 1e-5, torch.bfloat16: 6e-2}

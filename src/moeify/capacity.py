@@ -84,21 +84,13 @@ def limit(
             raise ValueError("overflow='next' looks for room in the whole batch; it cannot be limited per group")
         return _to_the_next(routing, slots, turns)
     kept = _place(routing.expert if per == "batch" else _expert_and_group(routing), turns) < slots
-    weight = routing.weight[kept]
-    source = routing.source[kept]
-    if overflow == "renormalize":
-        tokens = math.prod(routing.shape)
-        before = weight.new_zeros(tokens).index_add(0, routing.source, routing.weight)
-        after = weight.new_zeros(tokens).index_add(0, source, weight)
-        weight = weight * (before / after.clamp_min(torch.finfo(weight.dtype).tiny))[source]
-    return replace(
-        routing,
-        counts=routing.expert[kept].bincount(minlength=len(routing.counts)),
-        source=source,
-        weight=weight,
-        choice=None if routing.choice is None else routing.choice[kept],
-        answers=None if routing.answers is None else routing.answers[kept],
-    )
+    served = routing.only(kept)
+    if overflow == "zero":
+        return served
+    weight, tokens = served.weight, math.prod(routing.shape)
+    before = weight.new_zeros(tokens).index_add(0, routing.source, routing.weight)
+    after = weight.new_zeros(tokens).index_add(0, served.source, weight)
+    return replace(served, weight=weight * (before / after.clamp_min(torch.finfo(weight.dtype).tiny))[served.source])
 
 
 def dropped(routing: Assignment) -> tuple[float, float]:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -90,6 +90,17 @@ class Assignment(Routing):
     def dispatch(self, x: Float[Tensor, "... D"]) -> Float[Tensor, "R D"]:
         """Gather the token that each row reads."""
         return x.reshape(-1, x.shape[-1])[self.source]
+
+    def only(self, kept: Bool[Tensor, "R"]) -> Assignment:
+        """The decision without the other rows; what was asked for stays as it was."""
+        return replace(
+            self,
+            counts=self.expert[kept].bincount(minlength=len(self.counts)),
+            source=self.source[kept],
+            weight=self.weight[kept],
+            choice=None if self.choice is None else self.choice[kept],
+            answers=None if self.answers is None else self.answers[kept],
+        )
 
     def combine(self, rows: Float[Tensor, "R O"]) -> Float[Tensor, "..."]:
         """Add `weight · row` to the token of each row; gates, if any, become an axis before the width."""

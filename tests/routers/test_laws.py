@@ -12,6 +12,7 @@ from moeify.experts import FFN
 from moeify.moe import MoE
 from moeify.routers import (
     Capacity,
+    Conditional,
     Cosine,
     ExpertChoice,
     ExpertThreshold,
@@ -48,6 +49,7 @@ TOKEN_BY_TOKEN = {
     ),
     "expert threshold": ExpertThreshold,
     "residual": Residual,
+    "conditional": lambda width, experts: Conditional(Capacity(TopK(width, experts - 1), factor=0.7), width),
     "once": lambda *sizes: Once(TopK(*sizes)),
     "expert choice of the batch": partial(ExpertChoice, per="batch"),
     "sinkhorn": Sinkhorn,

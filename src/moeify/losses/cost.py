@@ -1,4 +1,4 @@
-"""Balance for experts that cost different amounts of work."""
+"""What experts cost: balance for different amounts of work, and how much may be spent on sparse ones at all."""
 
 from __future__ import annotations
 
@@ -26,3 +26,17 @@ def cost(routing: Assignment, costs: Float[Tensor, "E"]) -> Float[Tensor, ""]:
     p = probability(routing)
     c = costs.to(p) / costs.to(p).mean()
     return len(c) * (c * share(routing) * p.mean(0)).sum()
+
+
+def budget(routing: Assignment, share: float) -> Float[Tensor, ""]:
+    """|mean G - share|: the sparse experts are used as much as wanted beside the dense one (NLLB, arXiv 2207.04672).
+
+    G is what the gate of a `Conditional` router gives them. The authors' code takes the mean over all layers before the
+    absolute value; this is of one layer.
+
+    Args:
+        routing: a decision of a `Conditional` router: its last expert weighs 1 - G.
+        share: p, the mean G that is aimed at.
+    """
+    dense = routing.weight * (routing.expert == len(routing.counts) - 1)
+    return (1 - dense.sum() / max(1, routing.tokens) - share).abs()

@@ -11,6 +11,7 @@ from moeify.routers.frozen import Frozen
 from moeify.routers.gates import MultiGate, SparseMultiGate
 from moeify.routers.gshard import GShard
 from moeify.routers.lookup import Lookup
+from moeify.routers.nllb import Conditional, FinalMask
 from moeify.routers.noisy import NoisyTopK
 from moeify.routers.once import Follow, Once
 from moeify.routers.replay import Replay
@@ -22,8 +23,8 @@ from moeify.routers.topk import Groups, TopK, sigmoid, softmax, sqrt_softplus
 from moeify.routers.variable import ReLU, Threshold, TopP
 
 __all__ = [
-    "Capacity", "Compete", "Cosine", "DefaultVector", "ExpertChoice", "ExpertThreshold", "Follow", "Frozen", "GShard",
-    "Groups", "Lookup", "MultiGate", "NoisyTopK", "Once", "ReLU", "Replay", "Residual", "Router", "Sinkhorn", "Soft",
-    "SparseMixer", "SparseMultiGate", "Threshold", "Tokens", "TopK", "TopP", "compete", "project", "real_tokens",
-    "sigmoid", "softmax", "sqrt_softplus",
+    "Capacity", "Compete", "Conditional", "Cosine", "DefaultVector", "ExpertChoice", "ExpertThreshold", "FinalMask",
+    "Follow", "Frozen", "GShard", "Groups", "Lookup", "MultiGate", "NoisyTopK", "Once", "ReLU", "Replay", "Residual",
+    "Router", "Sinkhorn", "Soft", "SparseMixer", "SparseMultiGate", "Threshold", "Tokens", "TopK", "TopP", "compete",
+    "project", "real_tokens", "sigmoid", "softmax", "sqrt_softplus",
 ]  # fmt: skip

@@ -1,0 +1,165 @@
+"""Against overfitting, around any router: final outputs are masked, or a dense expert takes over (NLLB).
+
+The masks of single experts' answers are `moeify.experts.Masked`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from moeify.context import Context
+from moeify.registry import register
+from moeify.routers.base import Router, Tokens, project, real_tokens
+from moeify.routers.topk import TopK
+from moeify.routing import Assignment
+
+
+class FinalMask(Router):
+    """Drops everything that a token gets from its experts with probability p, and scales it by 1 / (1 - p) otherwise.
+
+    Final output masking, FOM (NLLB, arXiv 2207.04672): to mask Σ_j g_j E_j(x) is to mask the g_j, so a masked token has
+    no rows, and they cost nothing. In training only. What the inner router asked for stays in `demand`, `index` and
+    `scores`, by which losses and controllers go.
+
+    Args:
+        router: the router whose decisions are masked; it must give `Assignment`s.
+        p: probability that a token is masked.
+
+    Raises:
+        ValueError: p outside [0, 1).
+    """
+
+    def __init__(self, router: Router, p: float = 0.2) -> None:
+        super().__init__()
+        _check(p)
+        self.router, self.p = router, p
+        self.causal, self.preserving = router.causal, router.preserving
+
+    def follow(self, previous: Router) -> Router:
+        """Let the inner router follow the one inside the layer before."""
+        assert isinstance(previous, FinalMask)
+        self.router = self.router.follow(previous.router)
+        return self
+
+    def forward(self, x: Float[Tensor, "... D"], context: Context) -> Assignment:
+        """Decide as the inner router does, then mask tokens in training."""
+        routing = self.router(x, context)
+        if not self.training or self.p == 0:
+            return routing
+        tokens = real_tokens(x, context)
+        _, kept = _everywhere(torch.rand(len(tokens.x), device=x.device) >= self.p, tokens)
+        rest = None if routing.rest is None else routing.rest * kept.unsqueeze(1) / (1 - self.p)
+        masked = routing.only(kept[routing.source])
+        return replace(masked, weight=masked.weight / (1 - self.p), rest=rest)
+
+    def extra_repr(self) -> str:
+        """The probability."""
+        return f"p={self.p}"
+
+
+class Conditional(Router):
+    """y = (1 - G(x)) · E_E(x) + G(x) · Σ_{j<E} g_j E_j(x), G(x) = sigmoid(w·x + b) (conditional MoE routing, NLLB).
+
+    The last expert is the dense one: every token asks it, and the inner router chooses among the others. As in the
+    authors' code (fairseq, branch nllb), a G that is dropped leaves the dense expert alone, and others are scaled up,
+    even beyond 1. `moeify.losses.budget` holds the mean of G where it is wanted.
+
+    Args:
+        router: the router of the E - 1 other experts; it must give `Assignment`s of one weight per row, and hold no
+            experts.
+        width: D.
+        p: probability that G is dropped.
+        init_std: standard deviation of the initialisation of w.
+
+    Raises:
+        ValueError: p outside [0, 1).
+    """
+
+    def __init__(self, router: Router, width: int, *, p: float = 0.0, init_std: float = 0.02) -> None:
+        super().__init__()
+        _check(p)
+        self.router, self.p = router, p
+        self.causal, self.preserving = router.causal, router.preserving
+        self.weight = nn.Parameter(torch.randn(1, width) * init_std)
+        self.bias = nn.Parameter(torch.zeros(1))
+
+    def follow(self, previous: Router) -> Router:
+        """Let the inner router follow the one inside the layer before."""
+        assert isinstance(previous, Conditional)
+        self.router = self.router.follow(previous.router)
+        return self
+
+    def rows_per_token(self, tokens: int | None = None) -> float | None:
+        """One more than those of the inner router."""
+        inner = self.router.rows_per_token(tokens)
+        return None if inner is None else inner + 1
+
+    def forward(self, x: Float[Tensor, "... D"], context: Context) -> Assignment:
+        """Decide as the inner router does, then weigh its experts against the dense one."""
+        routing, tokens = self.router(x, context), real_tokens(x, context)
+        g = F.dropout(project(tokens.x, self.weight, self.bias).sigmoid().squeeze(-1), self.p, self.training)
+        positions, gates = _everywhere(g, tokens)
+        every, dense = routing.counts.new_tensor([len(g)]), len(routing.counts)
+        k = dense if routing.index is None else routing.index.shape[1]
+        return replace(
+            routing,
+            counts=torch.cat([routing.counts, every]),
+            demand=torch.cat([routing.demand, every]),
+            source=torch.cat([routing.source, positions]),
+            weight=torch.cat([gates[routing.source] * routing.weight, 1 - g]),
+            choice=None if routing.choice is None else F.pad(routing.choice, (0, len(g)), value=k),
+            logits=_beside(routing.logits, torch.finfo(g.dtype).min),  # nobody chooses the dense one
+            scores=_beside(routing.scores, 0.0),
+            index=_beside(routing.index, dense),
+            gates=None if routing.gates is None else torch.stack([*(g * routing.gates.t()), 1 - g], dim=1),
+        )
+
+    def extra_repr(self) -> str:
+        """The probability that the gate is dropped."""
+        return f"p={self.p}"
+
+
+def _everywhere(value: Tensor, tokens: Tokens) -> tuple[Int[Tensor, "T"], Tensor]:
+    """Where the real tokens lie, and their values among 0 for padding."""
+    everywhere = torch.arange(math.prod(tokens.shape), device=value.device)
+    positions = everywhere if tokens.positions is None else tokens.positions
+    return positions, value.new_zeros(len(everywhere)).index_put((positions,), value)
+
+
+def _beside(columns: Tensor | None, value: float) -> Tensor | None:
+    """One more column, of the same value everywhere."""
+    return None if columns is None else F.pad(columns, (0, 1), value=value)
+
+
+def _check(p: float) -> None:
+    if not 0 <= p < 1:
+        raise ValueError(f"p={p} is no probability to drop with; choose 0 <= p < 1")
+
+
+@register("router", "final_mask")
+def final_mask(
+    width: int, num_experts: int, *, router: Callable[[int, int], Router] = TopK, p: float = 0.2
+) -> FinalMask:
+    """A `FinalMask` around the router that `router(width, num_experts)` makes, for recipes."""
+    return FinalMask(router(width, num_experts), p)
+
+
+@register("router", "conditional")
+def conditional(
+    width: int, num_experts: int, *, router: Callable[[int, int], Router] = TopK, p: float = 0.0
+) -> Conditional:
+    """A `Conditional` around a router of all experts but the last, which is the dense one; for recipes.
+
+    Raises:
+        ValueError: fewer than two experts.
+    """
+    if num_experts < 2:
+        raise ValueError("the last expert is the dense one, so that at least two are needed; take more experts")
+    return Conditional(router(width, num_experts - 1), width, p=p)
