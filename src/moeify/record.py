@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from contextvars import ContextVar
 from typing import Any, Literal
 
 import torch
@@ -19,6 +20,7 @@ from moeify.routing import Assignment, Routing, assign
 
 Observer = Callable[[str, Routing], None]
 _EXPERTS_ARGUMENTS = ("hidden_states", "top_k_index", "top_k_weights")
+_looking_away: ContextVar[bool] = ContextVar("looking_away", default=False)
 
 
 @contextmanager
@@ -109,6 +111,16 @@ def replay(
             moe.router = routers[name]
 
 
+@contextmanager
+def looking_away() -> Iterator[None]:
+    """Call experts of transformers without anything being recorded, for no router has decided it."""
+    before = _looking_away.set(True)
+    try:
+        yield
+    finally:
+        _looking_away.reset(before)
+
+
 def _observe_router(name: str, observer: Observer, repeated: bool) -> Callable[..., None]:
     def hook(module: nn.Module, args: tuple, routing: Routing) -> None:
         if repeated or not recomputing():
@@ -164,19 +176,18 @@ def _observe_native(
     name: str, latest: dict[str, Tensor], context: Context, observer: Observer, repeated: bool
 ) -> Callable[..., None]:
     def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        if recomputing() and not repeated:
+        if (recomputing() and not repeated) or _looking_away.get():
             return
-        given = dict(zip(_EXPERTS_ARGUMENTS, args, strict=False)) | kwargs
-        index, gates = _choices(given)
+        index, gates = choices((*args, *kwargs.values()))
         with _apart():
             observer(name, native_routing(index, gates, stacked_experts(module), latest.pop("logits", None), context))
 
     return hook
 
 
-def _choices(given: dict[str, Any]) -> tuple[Tensor, Tensor]:
+def choices(arguments: Iterable[Any]) -> tuple[Tensor, Tensor]:
     """Index and weights among the arguments of native experts: families call them by different names."""
-    tensors = [value for value in given.values() if isinstance(value, Tensor)]
+    tensors = [value for value in arguments if isinstance(value, Tensor)]
     index = next(t for t in tensors if not t.is_floating_point())
     gates = next(t for t in tensors if t.is_floating_point() and t.shape == index.shape)
     return index, gates
