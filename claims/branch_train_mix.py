@@ -1,0 +1,196 @@
+"""Branch-Train-MiX (arXiv 2403.07816, section 4): experts trained apart beat one model trained on the same data.
+
+A small byte-level model learns four domains of real text for a while and is branched; each branch goes on with one
+domain alone. The branches are then merged into one sparse model (top-2), whose router, or the whole of which, learns
+a little from all four. Against it: each branch alone, the mean of the branches' weights, and the base model trained on
+with all four domains at equal tokens and at equal training FLOPs (counted as if routers alone cost a full backward
+pass). "Own expert" is what the merged model would do if it were told the domain.
+
+    python claims/branch_train_mix.py   3 seeds, about 4 minutes each; appends to claims/results/branch_train_mix.csv
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import gzip
+import json
+from collections.abc import Callable, Iterator
+from statistics import fmean, stdev
+
+import torch
+import transformers
+from results import append
+from torch import Tensor, nn
+
+from moeify import losses, merge_models, record
+from moeify.flops import count
+from moeify.sparsify import through
+from moeify.train import ByteTokenizer, Texts, blocks
+from moeify.train.data import Blocks
+from moeify.train.freeze import freeze
+from moeify.train.research import data_file
+
+DOMAINS = ("novel", "math", "code_python", "docs_fr")
+CAP, LENGTH, BATCH = 900_000, 128, 16
+BASE, BRANCH, MIX = 1000, 120, 100
+BASE_RATE, RATE, BALANCE = 2e-3, 1e-3, 1e-2
+
+Batches = Callable[[torch.Generator], Tensor]
+
+
+def text() -> tuple[Blocks, Blocks]:
+    parts = []
+    for part in ("train", "validation"):
+        documents: dict[str, list[str]] = {domain: [] for domain in DOMAINS}
+        sizes = dict.fromkeys(DOMAINS, 0)
+        with gzip.open(data_file(f"text-domains/{part}.jsonl.gz"), "rt") as lines:
+            for row in map(json.loads, lines):
+                domain = row["domain"]
+                if domain in sizes and sizes[domain] < CAP:
+                    documents[domain].append(row["text"])
+                    sizes[domain] += len(row["text"].encode())
+        parts.append(documents)
+    return blocks(Texts(*parts), ByteTokenizer(), LENGTH)
+
+
+def of_domain(data: Blocks, domain: str) -> Tensor:
+    """All blocks of a domain, (blocks, LENGTH)."""
+    return data.input_ids[data.domain == data.domains.index(domain)].long()
+
+
+def drawn(*domains: Tensor) -> Batches:
+    """Batches with as many blocks of each domain, at random."""
+
+    def draw(dice: torch.Generator) -> Tensor:
+        share = BATCH // len(domains)
+        return torch.cat([ids[torch.randint(len(ids), (share,), generator=dice)] for ids in domains])
+
+    return draw
+
+
+def dense() -> nn.Module:
+    config = transformers.LlamaConfig(
+        vocab_size=ByteTokenizer.vocab_size, hidden_size=64, intermediate_size=256, num_hidden_layers=3,
+        num_attention_heads=2, num_key_value_heads=2, tie_word_embeddings=True,
+    )  # fmt: skip
+    return transformers.LlamaForCausalLM(config)
+
+
+def train(model: nn.Module, batches: Batches, steps: int, seed: int, rate: float = RATE) -> nn.Module:
+    """AdamW with a short warm-up and a linear decay to nothing; returns the model."""
+    dice = torch.Generator().manual_seed(seed)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=rate, weight_decay=0.1)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, steps, pct_start=0.05, anneal_strategy="linear")
+    model.train()
+    for _ in range(steps):
+        _loss(model, batches(dice)).backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+    return model
+
+
+def _loss(model: nn.Module, ids: Tensor) -> Tensor:
+    if not hasattr(model, "moeify_recipe"):
+        return model(input_ids=ids, labels=ids).loss
+    with record(model) as decisions:
+        task = model(input_ids=ids, labels=ids).loss
+    return task + BALANCE * torch.stack([losses.balance(routing) for routing in decisions.values()]).mean()
+
+
+@torch.no_grad()
+def held_out(model: nn.Module, ids: Tensor) -> float:
+    model.eval()
+    return fmean(model(input_ids=part, labels=part).loss.item() for part in ids.split(32))
+
+
+@torch.no_grad()
+def own_share(model: nn.Module, unseen: dict[str, Tensor]) -> float:
+    """The share of held-out tokens whose first choice is the expert of their domain, mean over layers and domains."""
+    shares = []
+    for e, ids in enumerate(unseen.values()):
+        with record(model.eval()) as decisions:
+            model(input_ids=ids[:64])
+        shares += [(routing.logits.argmax(-1) == e).float().mean().item() for routing in decisions.values()]
+    return fmean(shares)
+
+
+def average(models: list[nn.Module]) -> nn.Module:
+    mean = copy.deepcopy(models[0])
+    with torch.no_grad():
+        for target, *values in zip(mean.parameters(), *(m.parameters() for m in models), strict=True):
+            target.copy_(torch.stack(values).mean(0))
+    return mean
+
+
+def arms(seed: int, learnt: dict[str, Tensor]) -> Iterator[tuple[str, nn.Module, int]]:
+    """Every arm: its name, its model, and the steps that were trained for it after the base."""
+    torch.manual_seed(seed)
+    everything = drawn(*learnt.values())
+    base = train(dense(), everything, BASE, seed, BASE_RATE)
+    yield "base", base, 0
+    branches = {}
+    for domain, ids in learnt.items():
+        branches[domain] = train(copy.deepcopy(base), drawn(ids), BRANCH, seed + 100)
+        yield f"branch {domain}", branches[domain], BRANCH
+    apart = BRANCH * len(DOMAINS)
+    yield "mean of the branches", average(list(branches.values())), apart
+
+    examples = {domain: list(ids[:8].split(1)) for domain, ids in learnt.items()}
+    yield "merged, random router", merge_models(branches, verbose=False), apart
+    for rest, given in (("mean", None), ("base", base)):
+        model = merge_models(branches, base=given, router_init=examples, verbose=False)
+        yield f"merged, rest {rest}, router from examples", model, apart
+        routed = copy.deepcopy(model)
+        freeze(routed, "base", "experts", verbose=False)
+        yield f"merged, rest {rest}, router trained", train(routed, everything, MIX, seed + 200), apart + MIX
+    whole = train(merge_models(branches, router_init=examples, verbose=False), everything, MIX, seed + 200)
+    yield "merged, rest mean, all trained", whole, apart + MIX
+
+    ratio = count(whole, LENGTH).flops / count(base, LENGTH).flops
+    for name, steps in (("tokens", apart + MIX), ("FLOPs", apart + round(MIX * ratio))):
+        yield f"dense, equal {name}", train(copy.deepcopy(base), everything, steps, seed + 300), steps
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    train_part, validation = text()
+    learnt = {domain: of_domain(train_part, domain) for domain in DOMAINS}
+    unseen = {domain: of_domain(validation, domain)[:256] for domain in DOMAINS}
+    ends: dict[str, list[float]] = {}
+
+    def report(arm: str, seed: int, steps: int, found: dict[str, float], model: nn.Module, share: str) -> None:
+        mean = fmean(found.values())
+        ends.setdefault(arm, []).append(mean)
+        counted = count(model)
+        append("branch_train_mix", {
+            "arm": arm, "seed": seed, "steps_after_base": steps, "tokens_after_base": steps * BATCH * LENGTH,
+            "parameters": counted.parameters, "active_parameters": counted.active_parameters,
+            **{f"loss_{domain}": f"{loss:.4f}" for domain, loss in found.items()}, "loss_mean": f"{mean:.4f}",
+            "own_expert_first": share,
+        })  # fmt: skip
+        told = "  ".join(f"{loss:.3f}" for loss in found.values())
+        print(f"seed {seed}  {arm:42} {mean:.4f}   {told}  {share}", flush=True)
+
+    for seed in options.seeds:
+        for arm, model, steps in arms(seed, learnt):
+            found = {domain: held_out(model, ids) for domain, ids in unseen.items()}
+            is_sparse = hasattr(model, "moeify_recipe")
+            report(arm, seed, steps, found, model, f"{own_share(model, unseen):.3f}" if is_sparse else "")
+            if arm == "merged, rest mean, router from examples":
+                found = {}
+                for domain, ids in unseen.items():
+                    with through(model, domain):
+                        found[domain] = held_out(model, ids)
+                report("merged, rest mean, own expert", seed, steps, found, model, "1.000")
+    for arm, values in ends.items():
+        print(f"{arm}: {fmean(values):.4f}" + (f" ± {stdev(values):.4f}" if len(values) > 1 else ""))
+
+
+if __name__ == "__main__":
+    main()
