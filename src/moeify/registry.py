@@ -13,7 +13,7 @@ from functools import partial
 from typing import Any
 
 _BY_NAME: dict[str, dict[str, Callable]] = {}
-_GIVEN = {"router": 2, "experts": 2, "shared": 2, "where": 1}
+_GIVEN = {"router": 2, "experts": 2, "shared": 2, "after": 2, "where": 1}
 """How many leading arguments things of a kind are called with, which a file therefore cannot set."""
 
 

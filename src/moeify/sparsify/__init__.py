@@ -1,5 +1,6 @@
 """Dense model -> sparse model: find its feed-forward networks, make experts, put sparse layers in their place."""
 
+from moeify.sparsify.after import sandwich
 from moeify.sparsify.catalogue import catalogue, read_recipe, recipes
 from moeify.sparsify.convert import sparsify
 from moeify.sparsify.dense import DenseFFN
@@ -14,6 +15,6 @@ from moeify.sparsify.store import load, load_weights, save
 __all__ = [
     "DenseFFN", "Recipe", "Site", "catalogue", "chosen", "copies", "dense", "every", "expert_names", "ffn", "fresh",
     "frozen", "gated", "last", "last_half", "load", "load_weights", "masked", "merge_models", "merged", "modules",
-    "named", "nothing", "odd", "read_recipe", "recipes", "route_by_examples", "save", "sparsify", "splits",
-    "through", "with_free",
+    "named", "nothing", "odd", "read_recipe", "recipes", "route_by_examples", "sandwich", "save", "sparsify",
+    "splits", "through", "with_free",
 ]  # fmt: skip

@@ -25,6 +25,7 @@ from moeify.routers.soft import Soft
 from moeify.routers.sparsemixer import SparseMixer
 from moeify.routers.topk import Groups, TopK, sigmoid
 from moeify.routers.variable import ReLU, TopP
+from moeify.sparsify.after import sandwich
 from moeify.sparsify.find import every, last, last_half, odd
 from moeify.sparsify.make import fresh, masked, with_free
 from moeify.sparsify.recipe import Recipe
@@ -184,7 +185,7 @@ catalogue: dict[str, Entry] = {
         Recipe(router=Lookup, experts=fresh),
     ),
     "stmoe": Entry(
-        "GShard routing in every fourth layer, small init; train with a z-loss of 1e-3",
+        "GShard routing in every fourth layer, a dense FFN behind it, small init; train with a z-loss of 1e-3",
         "arXiv 2202.08906",
         None,
         Recipe(
@@ -193,6 +194,7 @@ catalogue: dict[str, Entry] = {
                 capacity, router=GShard, factor=1.25, eval_factor=2.0, capacity=per_token, priority="choice"
             ),
             experts=partial(fresh, variance=0.1),
+            after=partial(sandwich, variance=0.1),
         ),
     ),
     "nllb": Entry(

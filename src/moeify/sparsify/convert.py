@@ -14,6 +14,7 @@ from moeify.context import Context
 from moeify.flops import count
 from moeify.moe import MoE
 from moeify.routers import Router
+from moeify.sparsify.after import append
 from moeify.sparsify.causal import refuse_causal_calls, says_causal
 from moeify.sparsify.dense import DenseFFN, fixed_randomness
 from moeify.sparsify.make import copies, masked, merged
@@ -21,6 +22,7 @@ from moeify.sparsify.probe import Probe, as_probe, find_probe
 from moeify.sparsify.recipe import Recipe
 from moeify.sparsify.report import Report
 from moeify.sparsify.shapes import Site
+from moeify.sparsify.shared import nothing
 
 
 def sparsify(
@@ -46,7 +48,7 @@ def sparsify(
 
     Raises:
         ValueError: nothing to make sparse; a module that is not understood; copied experts with weights that do not sum
-            to 1; a non-causal router in a decoder; and whatever router, experts and shared refuse.
+            to 1; a non-causal router in a decoder; and whatever router, experts, shared and after refuse.
     """
     report = convert(model, recipe, probe=probe, allow_noncausal=allow_noncausal)
     if verbose:
@@ -64,9 +66,12 @@ def convert(model: nn.Module, recipe: Recipe, *, probe: Any = None, allow_noncau
         _verify(model, sites, compare)
     contexts = {site.stack: Context() for site in sites}
     layers = _layers(sites, recipe, contexts)
+    followed = _followed(model, sites, recipe)
     _refuse(model, sites, layers, recipe, allow_noncausal)
 
     undo = [site.install(layer) for site, layer in zip(sites, layers, strict=True)]
+    for layer, following in followed:
+        undo += append(layer, following)
     if not (layers[0].router.causal or allow_noncausal):
         undo += _listen_for_decoders(model, sites, layers[0].router)
     for stack, context in contexts.items():
@@ -103,6 +108,20 @@ def _layer(site: Site, recipe: Recipe, context: Context, previous: MoE | None) -
         shared = recipe.shared(site.dense, site.width)
     layer = MoE(router, experts, shared, context=context, name=site.name)
     return layer.train(site.training)
+
+
+def _followed(model: nn.Module, sites: list[Site], recipe: Recipe) -> list[tuple[nn.Module, nn.Module]]:
+    """The layers in which sparse ones stand, and what follows each."""
+    found = []
+    for site in {site.layer: site for site in sites}.values():
+        following = recipe.after(site.dense, site.width)
+        if following is not None and not site.layer:
+            raise ValueError(
+                f"{site.name} stands in no numbered layer, so that nothing can follow it; use after=nothing"
+            )
+        if following is not None:
+            found.append((model.get_submodule(site.layer), following.train(site.training)))
+    return found
 
 
 def _refuse(model: nn.Module, sites: list[Site], layers: list[MoE], recipe: Recipe, allow_noncausal: bool) -> None:
@@ -157,7 +176,8 @@ def _is_copy(recipe: Recipe) -> bool:
 
 def _keeps_function(recipe: Recipe, layers: list[MoE]) -> bool:
     _, options = _options(recipe.experts)
-    return _is_copy(recipe) and layers[0].router.preserving and not options.get("noise") and not options.get("drop")
+    same = not options.get("noise") and not options.get("drop") and recipe.after is nothing
+    return same and _is_copy(recipe) and layers[0].router.preserving
 
 
 @dataclass(frozen=True)

@@ -142,13 +142,7 @@ def fresh(
         raise ValueError(f"a granularity of {granularity} does not divide the {dense.hidden} hidden units")
     experts = _like(dense, num_experts, dense.hidden // granularity if hidden is None else hidden)
     for (weight, bias), old in ((experts.up, dense.up_weight), (experts.down, dense.down_weight)):
-        if variance is None:
-            weight.normal_(0.0, old.float().std().item() if not old.is_meta else 0.02)
-        else:
-            std = (variance / weight.shape[-1]) ** 0.5
-            weight.copy_(
-                nn.init.trunc_normal_(torch.empty_like(weight, dtype=torch.float32), 0, std, -2 * std, 2 * std)
-            )
+        draw(weight, old, variance)
         if bias is not None:
             bias.zero_()
     if zero:
@@ -211,6 +205,15 @@ def with_free(
         return Blocks(
             [experts(dense, num_experts - free), *(bank(count).to(like.dtype) for bank, count in banks if count)]
         )
+
+
+def draw(weight: Tensor, like: Tensor, variance: float | None) -> None:
+    """Draw a matrix, or a stack of them, with the standard deviation of another, or by its columns (see `fresh`)."""
+    if variance is None:
+        weight.normal_(0.0, like.float().std().item() if not like.is_meta else 0.02)
+    else:
+        std = (variance / weight.shape[-1]) ** 0.5
+        weight.copy_(nn.init.trunc_normal_(torch.empty_like(weight, dtype=torch.float32), 0, std, -2 * std, 2 * std))
 
 
 def _like(dense: DenseFFN, num_experts: int, hidden: int) -> FFN:

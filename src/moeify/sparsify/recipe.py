@@ -29,6 +29,7 @@ class Recipe:
         router: makes a router from width and number of experts: `partial(TopK, k=2)`.
         experts: makes experts from the dense module: `copies`, `splits`, `fresh`.
         shared: makes what stands beside the experts: `nothing`, `dense`, `frozen`, `gated`.
+        after: makes what follows the layer that a sparse one stands in: `nothing`, `sandwich`.
 
     Raises:
         ValueError: no expert at all.
@@ -39,6 +40,7 @@ class Recipe:
     router: Callable[[int, int], Router] = TopK
     experts: Callable[[nn.Module, int], Experts] = copies
     shared: Callable[[nn.Module, int], nn.Module | None] = nothing
+    after: Callable[[nn.Module, int], nn.Module | None] = nothing
 
     def __post_init__(self) -> None:
         if type(self.num_experts) is not int or self.num_experts < 1:
