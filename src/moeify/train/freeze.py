@@ -136,8 +136,8 @@ def require_learning_routers(model: nn.Module) -> None:
     if routers and routers[0].trained == 0:
         raise ValueError(
             "a balance or z-loss was asked for, but all routers are frozen: it could only bend the layers before them. "
-            "Pass SparseArguments(balance=0, z=0), or unfreeze(model, 'router'); if those layers are what you want to move, "
-            "pass the loss as one of SparseArguments(losses=[(weight, moeify.losses.balance)])"
+            "Pass SparseArguments(balance=0, z=0), or unfreeze(model, 'router'); if those layers are what should move, "
+            "give the loss among the others, SparseArguments(losses=[(weight, moeify.losses.balance)])"
         )
 
 
