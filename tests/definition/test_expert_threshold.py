@@ -19,8 +19,8 @@ def layer() -> MoE:
     return moe
 
 
-def scores(router: ExpertThreshold, x: torch.Tensor) -> list[list[float]]:
-    return torch.sigmoid(x @ router.weight.T).tolist()
+def logits(router: ExpertThreshold, x: torch.Tensor) -> list[list[float]]:
+    return (x @ router.weight.T).tolist()
 
 
 def step(moe: MoE, controller, *batches: torch.Tensor) -> None:
@@ -31,15 +31,20 @@ def step(moe: MoE, controller, *batches: torch.Tensor) -> None:
 
 def test_a_token_goes_to_every_expert_whose_cut_off_it_reaches():
     moe = layer()
-    cut_off = [0.3, 0.5, 0.8, 0.99]
+    cut_off = [-0.8, 0.0, 0.5, 3.0]
     moe.router.selection_bias.copy_(-torch.tensor(cut_off))
     x = torch.randn(T, D, requires_grad=True)
     p, x64 = doubled(moe), x.detach().double().requires_grad_()
     slow = []
     for token in x64:
-        s = [1 / (1 + torch.exp(-(w @ token))) for w in p["router.weight"]]
-        chosen = [j for j in range(E) if s[j] >= cut_off[j]]
-        slow.append(sum((s[j] * (p[f"experts.experts.{j}.weight"] @ token) for j in chosen), start=0 * token[:3]))
+        z = [w @ token for w in p["router.weight"]]
+        chosen = [j for j in range(E) if z[j] >= cut_off[j]]
+        slow.append(
+            sum(
+                (1 / (1 + torch.exp(-z[j])) * (p[f"experts.experts.{j}.weight"] @ token) for j in chosen),
+                start=0 * token[:3],
+            )
+        )
     agree(moe(x), [x, *moe.parameters()], torch.stack(slow), [x64, *p.values()])
 
 
@@ -47,25 +52,24 @@ def test_a_token_goes_to_every_expert_whose_cut_off_it_reaches():
 def test_after_a_step_an_expert_takes_what_expert_choice_would_take(factor):
     moe, x = layer(), torch.randn(T, D)
     step(moe, control(moe, torch.optim.SGD(moe.parameters()), CutOff(factor)), x)
-    s, routing = scores(moe.router, x), route(moe.router, x)
+    z, routing = logits(moe.router, x), route(moe.router, x)
     taken = round(factor * T / E)
     for j in range(E):
-        expected = sorted(sorted(range(T), key=lambda t, j=j: -s[t][j])[:taken])
+        expected = sorted(sorted(range(T), key=lambda t, j=j: -z[t][j])[:taken])
         assert routing.source[routing.expert == j].tolist() == expected
 
 
 def test_cut_offs_follow_the_batches_slowly():
     moe = layer()
     controller = control(moe, torch.optim.SGD(moe.parameters()), CutOff(1.0, ema=0.9))
-    expected = None
-    for _ in range(3):
+    mean = [0.0] * E
+    for n in range(1, 4):
         batches = torch.randn(2, T, D)
-        one, other = (scores(moe.router, x) for x in batches)
-        cut_off = [[sorted((row[j] for row in s), reverse=True)[T // E - 1] for s in (one, other)] for j in range(E)]
-        mean = [sum(pair) / 2 for pair in cut_off]
-        expected = mean if expected is None else [0.9 * e + 0.1 * m for e, m in zip(expected, mean, strict=True)]
+        one, other = (logits(moe.router, x) for x in batches)
+        cut_off = [[sorted((row[j] for row in z), reverse=True)[T // E - 1] for z in (one, other)] for j in range(E)]
+        mean = [0.9 * m + 0.1 * sum(pair) / 2 for m, pair in zip(mean, cut_off, strict=True)]
         step(moe, controller, *batches)
-        assert moe.router.selection_bias.tolist() == pytest.approx([-c for c in expected], abs=1e-6)
+        assert moe.router.selection_bias.tolist() == pytest.approx([-m / (1 - 0.9**n) for m in mean], abs=1e-5)
 
 
 def test_a_decision_depends_on_its_token_alone():

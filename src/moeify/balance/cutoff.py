@@ -16,10 +16,11 @@ from moeify.routing import Assignment
 @register("controller", "cut_off")
 @dataclass(frozen=True)
 class CutOff(Rule):
-    """c_j ← ema · c_j + (1 - ema) · the (factor · T / E)-th largest score of expert j, and b = -c (arXiv 2603.11535).
+    """m_j ← ema · m_j + (1 - ema) · the (factor · T / E)-th largest logit of expert j; -b_j = c_j = m_j / (1 - ema^n).
 
-    That is the score at which expert choice would have cut off its tokens, averaged over the micro-batches and ranks of
-    a step. For `moeify.routers.ExpertThreshold`. The first step takes the cut-offs as they are.
+    That is the logit at which expert choice would have cut off its tokens, averaged over the micro-batches and ranks of
+    a step. n is the number of steps: the correction of a mean that started at 0, as in the code of Expert Threshold
+    (arXiv 2603.11535). For `moeify.routers.ExpertThreshold`. The first step takes the cut-offs as they are.
 
     Attributes:
         factor: experts per token on average.
@@ -35,10 +36,10 @@ class CutOff(Rule):
         """The cut-offs of this micro-batch, and that it is one.
 
         Raises:
-            ValueError: the decision keeps no scores, or more experts per token are wanted than there are.
+            ValueError: the decision keeps no logits, or more experts per token are wanted than there are.
         """
         if unbiased is None:
-            raise ValueError("cut-offs need a router that keeps its scores")
+            raise ValueError("cut-offs need a router that keeps its logits")
         tokens, num_experts = unbiased.shape
         if not 0 < self.factor <= num_experts:
             raise ValueError(f"factor={self.factor} experts per token out of {num_experts}; choose 0 < factor <= E")
@@ -48,7 +49,7 @@ class CutOff(Rule):
 
     def move(self, bias: Float[Tensor, "E"], seen: dict[str, Tensor], memory: dict[str, Tensor]) -> Float[Tensor, "E"]:
         """The average of what the micro-batches cut off, mixed into the old cut-offs."""
-        wanted = -seen["cut_off"] / seen["batches"]
-        kept = self.ema if "steps" in memory else 0.0
-        memory["steps"] = memory.get("steps", torch.zeros(())) + 1
-        return kept * bias + (1 - kept) * wanted
+        n = int(memory.get("steps", 0)) + 1
+        memory["steps"] = torch.tensor(float(n))
+        kept = self.ema * (1 - self.ema ** (n - 1)) / (1 - self.ema**n)
+        return kept * bias - (1 - kept) * seen["cut_off"] / seen["batches"]

@@ -14,11 +14,12 @@ from moeify.routing import Assignment
 
 @register("router", "expert_threshold")
 class ExpertThreshold(Router):
-    """Every expert takes the tokens whose score reaches its cut-off: s_j = sigmoid(w_j · x) >= c_j (arXiv 2603.11535).
+    """Every expert takes the tokens whose logit reaches its cut-off, z_j = w_j · x >= c_j, with weight sigmoid(z_j).
 
-    The weights are the scores. A decision depends on its token alone, so it is causal; a token is taken by 0 to E
-    experts. The cut-offs are a buffer, `selection_bias` = -c, which starts at -0.5; `moeify.balance.CutOff` moves it to
-    where each expert takes its share.
+    Expert Threshold (arXiv 2603.11535), with cut-offs on logits and the sigmoid as in the authors' code, which by default
+    also divides the weights by the number of experts that took the token. A decision depends on its token alone, so it
+    is causal; a token is taken by 0 to E experts. The cut-offs are a buffer, `selection_bias` = -c, which starts at 0;
+    `moeify.balance.CutOff` moves it to where each expert takes its share.
 
     Args:
         width: D.
@@ -26,15 +27,17 @@ class ExpertThreshold(Router):
         init_std: standard deviation of the projection's initialisation.
     """
 
+    select = "logit"  # what controllers add the bias to
+
     def __init__(self, width: int, num_experts: int, *, init_std: float = 0.02) -> None:
         super().__init__()
         self.num_experts = num_experts
         self.weight = nn.Parameter(torch.randn(num_experts, width) * init_std)
-        self.register_buffer("selection_bias", torch.full((num_experts,), -0.5))
+        self.register_buffer("selection_bias", torch.zeros(num_experts))
 
     def forward(self, x: Float[Tensor, "... D"], context: Context) -> Assignment:
         """Give every real token to the experts whose cut-off it reaches."""
         tokens = real_tokens(x, context)
         logits = project(tokens.x, self.weight)
         scores = logits.sigmoid()
-        return tokens.assign_where(scores + self.selection_bias >= 0, scores, logits=logits, scores=scores)
+        return tokens.assign_where(logits + self.selection_bias >= 0, scores, logits=logits, scores=scores)
