@@ -61,7 +61,8 @@ def balance(routing: Assignment, scope: Scope = "batch", demand: Num[Tensor, "E"
 def group_balance(routing: Assignment, groups: int) -> Float[Tensor, ""]:
     """`balance` of groups of neighbouring experts, such as those of one device (DeepSeek-V2, arXiv 2405.04434).
 
-    1.0 is perfect. The gradient flows through P only.
+    Σ_i f'_i P'_i over groups, with f'_i the mean of E f_j and P'_i the sum of P_j over the experts of a group (eqs.
+    26-28, there for every sequence, here over the batch). 1.0 is perfect. The gradient flows through P only.
 
     Args:
         routing: a decision with scores.

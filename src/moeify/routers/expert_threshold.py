@@ -16,10 +16,10 @@ from moeify.routing import Assignment
 class ExpertThreshold(Router):
     """Every expert takes the tokens whose logit reaches its cut-off, z_j = w_j · x >= c_j, with weight sigmoid(z_j).
 
-    Expert Threshold (arXiv 2603.11535), with cut-offs on logits and the sigmoid as in the authors' code, which by default
-    also divides the weights by the number of experts that took the token. A decision depends on its token alone, so it
-    is causal; a token is taken by 0 to E experts. The cut-offs are a buffer, `selection_bias` = -c, which starts at 0;
-    `moeify.balance.CutOff` moves it to where each expert takes its share.
+    Expert Threshold (arXiv 2603.11535), with cut-offs on logits and the sigmoid as in the authors' code, which by
+    default also divides the weights by the number of experts that took the token. A decision depends on its token
+    alone, so it is causal; a token is taken by 0 to E experts. The cut-offs are a buffer, `selection_bias` = -c, which
+    starts at 0; `moeify.balance.CutOff` moves it to where each expert takes its share.
 
     Args:
         width: D.
