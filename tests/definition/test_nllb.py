@@ -161,6 +161,11 @@ def test_what_drops_everything_is_refused(around, p):
         around(TopK(D, E), p=p)
 
 
+def test_a_selection_bias_is_refused_where_every_token_asks_one_expert():
+    with pytest.raises(ValueError, match=r"moved by the loads of all experts.*balance by a loss"):
+        Conditional(TopK(D, E - 1, selection_bias=True), D)
+
+
 def test_one_expert_cannot_be_dense_and_sparse():
     with pytest.raises(ValueError, match="at least two are needed"):
         conditional(D, 1)

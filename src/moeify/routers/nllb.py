@@ -79,12 +79,17 @@ class Conditional(Router):
         init_std: standard deviation of the initialisation of w.
 
     Raises:
-        ValueError: p outside [0, 1).
+        ValueError: p outside [0, 1); a router with a selection bias.
     """
 
     def __init__(self, router: Router, width: int, *, p: float = 0.0, init_std: float = 0.02) -> None:
         super().__init__()
         _check(p)
+        if any(part._buffers.get("selection_bias") is not None for part in router.modules()):
+            raise ValueError(
+                "a selection bias is moved by the loads of all experts, and here one of them is asked by every token; "
+                "balance by a loss instead, with selection_bias=False"
+            )
         self.router, self.p = router, p
         self.causal, self.preserving = router.causal, router.preserving
         self.weight = nn.Parameter(torch.randn(1, width) * init_std)
