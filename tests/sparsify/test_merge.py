@@ -293,6 +293,10 @@ def test_what_makes_no_sense_is_refused_with_the_way_out():
         merge(models, router_init={"0": [tokens()], "1": [tokens()]}, base=models[0])
     with pytest.raises(ValueError, match="there is no expert 'x'; there are: 0, 1"), through(merge(models), "x"):
         pass
+    with pytest.raises(ValueError, match="has no sparse layer"), through(models[0], 0):
+        pass
+    with pytest.raises(ValueError, match="no example for the expert '0'; give a list"):
+        merge(models, router_init={"0": {"input_ids": tokens()}, "1": {"input_ids": tokens()}})
     with pytest.raises(ValueError, match="have no names"):
         expert_names(models[0])
 

@@ -26,7 +26,7 @@ from moeify.sparsify.probe import as_probe, find_probe
 from moeify.sparsify.prompts import route_by_examples
 from moeify.sparsify.recipe import Recipe
 from moeify.sparsify.shapes import Site
-from moeify.sparsify.sources import Names, Source, build, refuse_unlike, source, tensors
+from moeify.sparsify.sources import Names, Source, build, refuse_unlike, source_of, tensors
 
 Model = nn.Module | str | Path
 
@@ -65,7 +65,7 @@ def merge_models(
     if router_init is not None and router_init.keys() != named.keys():
         raise ValueError(f"router_init has examples for {sorted(router_init)}, and the models are {sorted(named)}")
     model = build(next(iter(named.values())) if base is None else base)
-    sources = [source(name, given, model) for name, given in named.items()]
+    sources = [source_of(name, given, model) for name, given in named.items()]
     for each in sources:
         refuse_unlike(each, model)
 

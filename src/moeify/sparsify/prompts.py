@@ -35,7 +35,7 @@ def through(model: nn.Module, expert: int | str) -> Iterator[None]:
     """Send every real token to one expert, by number or by name, with weight 1, whatever the routers decide.
 
     Raises:
-        ValueError: no such expert.
+        ValueError: no such expert, or no sparse layer at all.
     """
     layers = _layers(model)
     known: list[int | str] = list(range(layers[0].experts.num_experts))
@@ -64,9 +64,9 @@ def route_by_examples(model: nn.Module, examples: Mapping[str, Sequence[Any]]) -
         c   = mean of m_e over the experts
         w_e = m_e - c without its part along c, scaled to length 1
 
-    This is how mergekit-moe's `hidden` mode uses prompts, with three differences: the router's own input is averaged,
-    behind the norm; a domain's tokens pass the experts that they will be routed to; and what all domains have in common
-    is taken out, so that the mean token has a logit of 0 with every expert.
+    This is mergekit-moe's `hidden_avg` mode with three differences: the router's own input is averaged, behind the norm
+    and without padding; a domain's tokens pass the experts that they will be routed to; and what all domains have in
+    common is taken out, so that the mean token has a logit of 0 with every expert.
 
     Args:
         model: what `merge_models` returned.
@@ -77,8 +77,8 @@ def route_by_examples(model: nn.Module, examples: Mapping[str, Sequence[Any]]) -
     """
     names = expert_names(model)
     for name in names:
-        if not examples.get(name):
-            raise ValueError(f"there is no example for the expert {name!r}")
+        if not isinstance(examples.get(name), list | tuple) or not examples[name]:
+            raise ValueError(f"there is no example for the expert {name!r}; give a list of inputs for every expert")
     rows = {layer: _rows(layer) for layer in _layers(model)}
     means = [_means(model, e, list(rows), examples[name]) for e, name in enumerate(names)]
     for layer, weight in rows.items():
@@ -92,7 +92,10 @@ def route_by_examples(model: nn.Module, examples: Mapping[str, Sequence[Any]]) -
 
 
 def _layers(model: nn.Module) -> list[MoE]:
-    return [part for part in model.modules() if isinstance(part, MoE)]
+    layers = [part for part in model.modules() if isinstance(part, MoE)]
+    if not layers:
+        raise ValueError(f"this {type(model).__name__} has no sparse layer; make one with merge_models or sparsify")
+    return layers
 
 
 def _rows(layer: MoE) -> nn.Parameter:

@@ -87,7 +87,7 @@ class Checkpoint(Source):
             return tensors.get_tensor(stored)
 
 
-def source(name: str, model: nn.Module | str | Path, like: nn.Module) -> Source:
+def source_of(name: str, model: nn.Module | str | Path, like: nn.Module) -> Source:
     """The source that a user means by a module or a path."""
     return Loaded(name, model) if isinstance(model, nn.Module) else Checkpoint(name, model, like)
 
