@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import TrainingArguments
 
-from moeify.balance import SMEBU, SparsityTarget
+from moeify.balance import PID, SMEBU, SparsityTarget
 from moeify.losses import distillation, diversity, l1, local_entropy
 from moeify.routers import Compete, ReLU, TopK
 from moeify.sparsify import Recipe, fresh, sparsify
@@ -77,17 +77,18 @@ def test_another_number_of_adaptive_weights_than_was_saved_is_refused(tmp_path):
         train(llama(ReLU), tmp_path, other, resume=True)
 
 
-def test_the_momentum_of_a_controller_is_resumed(tmp_path):
+@pytest.mark.parametrize(("rule", "kept"), [(SMEBU(rate=0.01), "momentum"), (PID(integral=0.1), "total")])
+def test_the_memory_of_a_controller_is_resumed(rule, kept, tmp_path):
     router = partial(TopK, selection_bias=True)
-    sparse = SparseArguments(controller=SMEBU(rate=0.01))
+    sparse = SparseArguments(controller=rule)
     whole = train(llama(router), tmp_path / "whole", sparse)
     train(llama(router), tmp_path / "parts", sparse, save_strategy="steps", save_steps=3)
     again = train(llama(router), tmp_path / "parts", sparse, resume=str(tmp_path / "parts" / "checkpoint-3"))
     for one, other in zip(whole.model.buffers(), again.model.buffers(), strict=True):
         assert torch.equal(one, other)
-    memory = whole._control.memory["model.layers.0.mlp"]["momentum"]
+    memory = whole._control.memory["model.layers.0.mlp"][kept]
     assert memory.abs().max() > 0
-    assert torch.equal(memory, again._control.memory["model.layers.0.mlp"]["momentum"])
+    assert torch.equal(memory, again._control.memory["model.layers.0.mlp"][kept])
 
 
 def test_layers_compete_in_training_and_the_router_learns_to_foresee_them(tmp_path):
