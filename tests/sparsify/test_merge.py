@@ -13,7 +13,8 @@ from transformers import TrainingArguments
 
 from moeify import MoE, Recipe, load, merge_models, record, save
 from moeify.routers import Frozen, TopK
-from moeify.sparsify import expert_names, fresh, load_weights, modules, route_by_examples, through
+from moeify.sparsify import expert_names, fresh, load_weights, modules, route_by_examples, sparsify, through
+from moeify.sparsify import merged as merged_experts
 from moeify.train import SparseTrainer
 from moeify.train.freeze import freeze
 from plain_models import Block, Gated, Tied, encoder, output, sparse_layers
@@ -283,6 +284,8 @@ def test_what_makes_no_sense_is_refused_with_the_way_out():
         merge(models, Recipe(experts=fresh))
     with pytest.raises(ValueError, match=r"do not sum to 1.*normalise"):
         merge(models, Recipe(router=partial(TopK, normalize=False)))
+    with pytest.raises(ValueError, match=r"8 experts of 2 models \(a, b\); give one name per expert"):
+        sparsify(models[0], Recipe(experts=partial(merged_experts, names=["a", "b"])))
     with pytest.raises(ValueError, match="no model to merge"):
         merge([])
     with pytest.raises(ValueError, match=r"examples for \['a'\], and the models are \['0', '1'\]"):
