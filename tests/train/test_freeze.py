@@ -10,6 +10,7 @@ import torch
 from transformers import TrainingArguments
 
 from moeify import Recipe, sparsify
+from moeify.losses import balance
 from moeify.routers import Lookup
 from moeify.sparsify import dense, fresh
 from moeify.train import SparseArguments, SparseTrainer, freeze, trainable, unfreeze
@@ -155,7 +156,8 @@ def test_a_balance_loss_on_frozen_routers_is_refused(name, tmp_path):
     for sparse in (SparseArguments(), SparseArguments(balance=0, z=1e-3)):
         with pytest.raises(ValueError, match="all routers are frozen"):
             trainer(model, tmp_path, sparse).train()
-    trainer(model, tmp_path, SparseArguments(balance=0)).train()
+    for sparse in (SparseArguments(balance=0), SparseArguments(balance=0, losses=[(1e-2, balance)])):
+        trainer(model, tmp_path, sparse).train()
 
 
 def test_training_with_a_frozen_part_goes_on_from_a_checkpoint(tmp_path):

@@ -48,7 +48,7 @@ class Trainable:
     rows: tuple[Share, ...]
 
     def __getitem__(self, part: str) -> Share:
-        return next(row for row in self.rows if row.part == part)
+        return {row.part: row for row in self.rows}[part]
 
     @property
     def parts(self) -> tuple[str, ...]:
@@ -132,8 +132,8 @@ def require_learning_routers(model: nn.Module) -> None:
     Raises:
         ValueError: the model's routers have parameters, and none of these learns.
     """
-    routers = [row for row in trainable(model).rows if row.part == "router"]
-    if routers and routers[0].trained == 0:
+    table = trainable(model)
+    if "router" in table.parts and table["router"].trained == 0:
         raise ValueError(
             "a balance or z-loss was asked for, but all routers are frozen: it could only bend the layers before them. "
             "Pass SparseArguments(balance=0, z=0), or unfreeze(model, 'router'); if those layers are what should move, "
