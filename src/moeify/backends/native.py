@@ -1,0 +1,136 @@
+"""The backend of the native kernel: a whole layer in one call, on a CPU, where no gradient is needed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from moeify.experts.base import Experts
+from moeify.experts.quantized import Quantized
+from moeify.kernels import native
+from moeify.kernels.packing import cached, may_pack
+from moeify.kernels.stacked import ClampedGlu, Glu, Inner, Plain, name_of
+from moeify.routing import Assignment, Routing
+
+WORTH_COMPILING = 2**18
+"""Numbers in the first maps of all experts from which on `auto` takes the kernel: below, all is over in no time."""
+LONG = {torch.float32: 128, torch.bfloat16: 32}
+"""Rows per expert from which on the library's products are faster than the kernel's loops, by dtype; measured."""
+
+
+@dataclass(frozen=True)
+class _Maps:
+    """The two maps of all experts as the kernel reads them."""
+
+    up: Tensor
+    up_bias: Tensor | None
+    up_scales: Tensor | None
+    down: Tensor
+    down_bias: Tensor | None
+    down_scales: Tensor | None
+    hidden: int
+    group: int
+    inner: Inner
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        found = [self.up, self.up_bias, self.up_scales, self.down, self.down_bias, self.down_scales]
+        return [tensor for tensor in found if tensor is not None]
+
+
+def _maps(experts: Experts) -> _Maps | None:
+    if isinstance(experts, Quantized):
+        up, down = experts.up, experts.down
+        return _Maps(
+            up.weight, up.bias, up.scales, down.weight, down.bias, down.scales, experts.hidden, up.group, experts.inner
+        )
+    s = experts.stacked
+    if s is None:
+        return None
+    up, down = (_by_rows(weight, experts) for weight in (s.up, s.down))
+    return _Maps(up, s.up_bias, None, down, s.down_bias, None, s.down.shape[2], 0, s.inner)
+
+
+def _by_rows(weight: Float[Tensor, "E O D"], experts: Experts) -> Float[Tensor, "E O D"]:
+    """The weight, or of one that is stored transposed a copy that is not, if copies are allowed."""
+    if weight.stride(-1) == 1 or torch.compiler.is_compiling() or weight.is_inference() or not may_pack(experts):
+        return weight
+    owner = weight if weight._base is None else weight._base
+    return cached(owner, "native", [weight], weight.detach().contiguous)
+
+
+def run(x: Float[Tensor, "... D"], routing: Routing, experts: Experts) -> Tensor:
+    """Compute the layer by the native kernel."""
+    assert isinstance(routing, Assignment)
+    maps = _maps(experts)
+    assert maps is not None
+    y = torch.ops.moeify.native_layer(
+        x.reshape(-1, x.shape[-1]), routing.source, routing.weight, routing.counts, routing.rest,
+        maps.up, maps.up_bias, maps.up_scales, maps.down, maps.down_bias, maps.down_scales,
+        maps.hidden, maps.group, *_words(maps.inner),
+    )  # fmt: skip
+    return y.view(*routing.shape, y.shape[-1])
+
+
+def refuse(x: Tensor, routing: Routing, experts: Experts) -> str | None:
+    """Why the native kernel cannot serve a call, None if it can."""
+    if x.device.type != "cpu":
+        return f"it runs on a CPU, and the tokens are on {x.device.type}"
+    if not isinstance(routing, Assignment):
+        return f"it needs an Assignment, and the router gave a {type(routing).__name__}"
+    if routing.weight.dim() > 1:
+        return "it needs one weight per row, and the router gave several gates"
+    maps = _maps(experts)
+    if maps is None:
+        return f"it needs stacked or quantised experts without dropout, and these are {type(experts).__name__}"
+    if isinstance(maps.inner, Plain | Glu) and name_of(maps.inner.act) is None:
+        return f"it does not know the activation {maps.inner.act}"
+    if any(type(tensor) not in (Tensor, nn.Parameter) for tensor in (x, *maps.tensors)):
+        return f"it reads weights that lie whole in memory, and these are {type(maps.up).__name__}"
+    if experts._forward_hooks or experts._forward_pre_hooks:
+        return "it runs the experts' weights without calling the experts, and hooks on them wait for a call"
+    if torch.is_autocast_enabled("cpu"):
+        return "it does not follow autocast"
+    if x.dtype not in (torch.float32, torch.bfloat16):
+        return f"it computes in fp32 and bf16, and the tokens are {x.dtype}"
+    if reason := _wrong_dtype(x, maps):
+        return reason
+    if any(tensor.stride(-1) != 1 for tensor in (maps.up, maps.down)):
+        return "it reads weights row by row, and these are stored transposed; moeify.kernels.packing.pack allows a copy"
+    if torch.is_grad_enabled() and any(t.requires_grad for t in [x, routing.weight, *maps.tensors]):
+        return "it has no gradient, and one is needed; call it under torch.no_grad()"
+    return _unavailable()
+
+
+def _wrong_dtype(x: Tensor, maps: _Maps) -> str | None:
+    quantised = maps.up_scales is not None
+    floats = [maps.up_bias, maps.down_bias, *([] if quantised else [maps.up, maps.down])]
+    other = next((t.dtype for t in floats if t is not None and t.dtype != x.dtype), None)
+    return None if other is None else f"it needs one dtype, and the tokens are {x.dtype} and the experts {other}"
+
+
+def chosen(x: Tensor, routing: Routing, experts: Experts) -> bool:
+    """Whether there is enough to do, and the segments are short enough, for the kernel to be the fastest."""
+    if x.device.type != "cpu" or not isinstance(routing, Assignment):
+        return False
+    maps = _maps(experts)
+    if maps is None or maps.up.numel() < WORTH_COMPILING:
+        return False
+    return maps.up_scales is not None or routing.source.shape[0] < LONG.get(x.dtype, 0) * experts.num_experts
+
+
+def _words(inner: Inner) -> tuple[str, str, float, float]:
+    """A nonlinearity as the kernel is told of it."""
+    if isinstance(inner, ClampedGlu):
+        return "clamped", "silu", inner.alpha, inner.limit
+    name = name_of(inner.act)
+    assert name is not None
+    return ("glu" if isinstance(inner, Glu) else "plain"), name, 0.0, 0.0
+
+
+@torch.compiler.assume_constant_result
+def _unavailable() -> str | None:
+    return native.why_not()

@@ -1,0 +1,127 @@
+"""Compile the kernel by the system's compiler at first use, keep it in the user's cache, and load it."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import logging
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+import torch
+
+LEVELS: dict[str, list[str]] = {
+    "avx512_bf16": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512bf16", "-mfma"],
+    "avx512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma"],
+    "avx2": ["-mavx2", "-mfma"],
+    "neon": [],
+    "portable": [],
+}
+"""The instruction sets that the kernel is written for, best first, and how a compiler is told."""
+
+_FLAGS = ["-O3", "-std=c++17", "-fPIC", "-shared", "-fno-math-errno", "-w"]
+_SOURCES = sorted(path for path in Path(__file__).parent.iterdir() if path.suffix in (".cpp", ".h"))
+
+
+class Unavailable(RuntimeError):
+    """The kernel cannot be had on this machine; the message says why."""
+
+
+def levels() -> list[str]:
+    """The instruction sets that this processor can run, best first."""
+    has = torch.backends.cpu.get_cpu_capability()
+    wide = has.startswith("AVX512")
+    runs = {
+        "avx512_bf16": wide and torch.cpu._is_avx512_bf16_supported(),
+        "avx512": wide,
+        "avx2": wide or has == "AVX2",
+        "neon": platform.machine() in ("aarch64", "arm64"),
+        "portable": True,
+    }
+    return [level for level in LEVELS if runs[level]]
+
+
+def why_not() -> str | None:
+    """Why the kernel cannot be had, None if it can; compiles it if need be."""
+    try:
+        library()
+    except Unavailable as reason:
+        return str(reason)
+    return None
+
+
+def library() -> ctypes.CDLL:
+    """The compiled kernel for the setting `MOEIFY_NATIVE`: `0` for none, the name of a level, or the best one.
+
+    Raises:
+        Unavailable: it is switched off, there is no compiler, or it fails.
+    """
+    setting = os.environ.get("MOEIFY_NATIVE", "1")
+    if setting == "0":
+        raise Unavailable("it is switched off by MOEIFY_NATIVE=0")
+    level = levels()[0] if setting == "1" else setting
+    if level not in levels():
+        raise Unavailable(
+            f"MOEIFY_NATIVE={level} is no instruction set of this processor; it has {', '.join(levels())}"
+        )
+    outcome = _load(level, os.environ.get("CXX"))
+    if isinstance(outcome, str):
+        raise Unavailable(outcome)
+    return outcome
+
+
+@functools.cache
+def _load(level: str, chosen: str | None) -> ctypes.CDLL | str:
+    """The kernel for one level, or why there is none; tried once in a process."""
+    compiler = next(
+        (path for name in ([chosen] if chosen else ["c++", "g++", "clang++"]) if (path := _find(name))), None
+    )
+    if compiler is None:
+        tried = f"CXX={chosen} is not found" if chosen else "none of c++, g++ and clang++ is found"
+        return f"it is compiled at first use and {tried}; install a C++ compiler or set CXX"
+    try:
+        return ctypes.CDLL(str(_compiled(level, compiler)))
+    except (OSError, subprocess.SubprocessError) as error:
+        return f"it could not be compiled by {' '.join(compiler)}: {_last_words(error)}"
+
+
+def _find(command: str) -> list[str] | None:
+    """A command with its options, if there is such a program."""
+    words = command.split()
+    return words if words and shutil.which(words[0]) else None
+
+
+def _compiled(level: str, compiler: list[str]) -> Path:
+    """The file of the compiled kernel; written whole, so that processes may race for it."""
+    version = subprocess.run([*compiler, "--version"], capture_output=True, text=True, check=True).stdout
+    content = b"\0".join(path.read_bytes() for path in _SOURCES)
+    what = repr((version, compiler, platform.machine(), level, LEVELS[level], _FLAGS)).encode()
+    name = f"layer-{level}-{hashlib.sha256(what + content).hexdigest()[:16]}.so"
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "moeify"
+    file = folder / name
+    if not file.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        logging.getLogger(__name__).info("compiling %s; this takes some seconds, once", file)
+        with tempfile.TemporaryDirectory(dir=folder) as here:
+            made = Path(here) / name
+            _compile([*compiler, *_FLAGS, *LEVELS[level], str(Path(__file__).parent / "layer.cpp"), "-o", str(made)])
+            made.replace(file)
+    return file
+
+
+def _compile(command: list[str]) -> None:
+    """Compile, with OpenMP where the compiler knows it."""
+    try:
+        subprocess.run([*command, "-fopenmp"], capture_output=True, text=True, check=True)
+    except subprocess.CalledProcessError:
+        subprocess.run(command, capture_output=True, text=True, check=True)
+
+
+def _last_words(error: Exception) -> str:
+    said = getattr(error, "stderr", None) or str(error)
+    return next((line for line in said.splitlines() if "error" in line), said.strip().splitlines()[-1])

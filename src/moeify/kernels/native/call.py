@@ -1,0 +1,129 @@
+"""The kernel as an operator of torch."""
+
+from __future__ import annotations
+
+import ctypes
+from ctypes import c_float, c_int32, c_int64, c_void_p
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from moeify.kernels.native.build import library
+from moeify.kernels.stacked import KNOWN
+
+FORMATS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2, torch.uint8: 3}
+"""How weights are stored, by dtype; uint8 holds two weights of 4 bits."""
+INNER = ["plain", "glu", "clamped"]
+_ACTIVATIONS = list(KNOWN)
+
+
+class _Stack(ctypes.Structure):
+    _fields_ = (
+        ("data", c_void_p), ("scales", c_void_p), ("bias", c_void_p),
+        ("expert_stride", c_int64), ("row_stride", c_int64), ("bias_stride", c_int64),
+        ("format", c_int32), ("group", c_int32),
+    )  # fmt: skip
+
+
+class _Call(ctypes.Structure):
+    _fields_ = (
+        ("x", c_void_p), ("x_stride", c_int64), ("tokens", c_int64), ("rows", c_int64),
+        ("source", c_void_p), ("weight", c_void_p), ("counts", c_void_p),
+        ("experts", c_int64), ("width", c_int64), ("hidden", c_int64), ("width_out", c_int64),
+        ("up", _Stack), ("down", _Stack),
+        ("inner", c_int32), ("activation", c_int32), ("alpha", c_float), ("limit", c_float),
+        ("y", c_void_p), ("threads", c_int32),
+    )  # fmt: skip
+
+
+_OPERATORS = torch.library.Library("moeify", "FRAGMENT")
+_OPERATORS.define(
+    "native_layer(Tensor x, Tensor source, Tensor weight, Tensor counts, Tensor? rest, Tensor up, Tensor? up_bias, "
+    "Tensor? up_scales, Tensor down, Tensor? down_bias, Tensor? down_scales, int hidden, int group, str inner, "
+    "str activation, float alpha, float limit) -> Tensor"
+)
+
+
+def native_layer(
+    x: Float[Tensor, "T D"],
+    source: Int[Tensor, "R"],
+    weight: Float[Tensor, "R"],
+    counts: Int[Tensor, "E"],
+    rest: Float[Tensor, "T O"] | None,
+    up: Tensor,
+    up_bias: Float[Tensor, "E M"] | None,
+    up_scales: Float[Tensor, "E M *groups"] | None,
+    down: Tensor,
+    down_bias: Float[Tensor, "E O"] | None,
+    down_scales: Float[Tensor, "E O *groups"] | None,
+    hidden: int,
+    group: int,
+    inner: str,
+    activation: str,
+    alpha: float,
+    limit: float,
+) -> Float[Tensor, "T O"]:
+    """Every token's weighted sum of its experts' answers, and the rest.
+
+    Args:
+        x: tokens, in fp32 or bf16; the answer has their dtype.
+        source: the token of every row.
+        weight: the weight of every row.
+        counts: the rows of every expert.
+        rest: what every token gets beside.
+        up: (E, M, D) of the dtype of x, or as `moeify.experts.quantized` stores it.
+        up_bias: its bias, of the dtype of x.
+        up_scales: its scales.
+        down: (E, O, H), likewise.
+        down_bias: its bias.
+        down_scales: its scales.
+        hidden: H.
+        group: the weights of a row that share a scale, where they are of 4 bits.
+        inner: "plain", "glu" or "clamped".
+        activation: a name of `moeify.kernels.stacked.KNOWN`.
+        alpha: of "clamped".
+        limit: of "clamped".
+
+    Raises:
+        ValueError: the decision does not fit the tokens.
+        Unavailable: there is no kernel.
+    """
+    tokens, width = x.shape
+    x = x if x.stride(-1) == 1 else x.contiguous()
+    y = torch.zeros(tokens, down.shape[1]) if rest is None else rest.to(torch.float32, copy=True).contiguous()
+    weight, source, counts = weight.float().contiguous(), source.contiguous(), counts.contiguous()
+    call = _Call(
+        x.data_ptr(), x.stride(0), tokens, len(source), source.data_ptr(), weight.data_ptr(), counts.data_ptr(),
+        len(counts), width, hidden, down.shape[1],
+        _stack(up, up_bias, up_scales, group), _stack(down, down_bias, down_scales, group),
+        INNER.index(inner), _ACTIVATIONS.index(activation), alpha, limit, y.data_ptr(), torch.get_num_threads(),
+    )  # fmt: skip
+    if library().moeify_layer(ctypes.byref(call), x.dtype == torch.bfloat16):
+        raise ValueError(
+            f"a decision over {len(source)} rows does not fit {tokens} tokens: counts or sources are wrong"
+        )
+    return y.to(x.dtype)
+
+
+def _stack(weight: Tensor, bias: Tensor | None, scales: Tensor | None, group: int) -> _Stack:
+    return _Stack(
+        weight.data_ptr(),
+        None if scales is None else scales.data_ptr(),
+        None if bias is None else bias.data_ptr(),
+        weight.stride(0),
+        weight.stride(1),
+        0 if bias is None else bias.stride(0),
+        FORMATS[weight.dtype],
+        group,
+    )
+
+
+_OPERATORS.impl("native_layer", native_layer, "CPU")
+
+
+@torch.library.register_fake("moeify::native_layer", lib=_OPERATORS)
+def _(x: Tensor, *arguments: object) -> Tensor:
+    down = arguments[7]
+    assert isinstance(down, Tensor)
+    return x.new_empty(x.shape[0], down.shape[1])

@@ -1,0 +1,112 @@
+// Dot products of C neighbouring weight rows with M activations, all of length K: the inner loop of everything.
+#pragma once
+#include "vectors.h"
+
+constexpr int COLUMNS = 4;  // weight rows that share the loads of the activations
+#if defined(__AVX512F__)
+constexpr int ROWS = 6;  // activations that share the loads of the weights: 4 x 6 sums and 4 + 1 operands in 32 registers
+#elif defined(__AVX2__)
+constexpr int ROWS = 2;
+#else
+constexpr int ROWS = 4;
+#endif
+
+// How numbers are multiplied: as floats, or two bf16 at a time.
+template <class Weight, class X>
+struct Product {
+    static constexpr int step = W;
+    typedef Floats Vector;
+    static INLINE Floats weights(const Weight* p) { return load(p); }
+    static INLINE Floats weights(const Weight* p, int64_t count) { return load_first(p, count); }
+    static INLINE Floats inputs(const X* p) { return load(p); }
+    static INLINE Floats inputs(const X* p, int64_t count) { return load_first(p, count); }
+    static INLINE Floats add(Floats sum, Floats w, Floats x) { return sum + w * x; }
+};
+
+#if defined(__AVX512BF16__)
+template <>
+struct Product<Bf16, Bf16> {
+    static constexpr int step = 32;
+    typedef __m512i Vector;
+    static INLINE Vector inputs(const Bf16* p) { return _mm512_loadu_si512(p); }
+    static INLINE Vector inputs(const Bf16* p, int64_t count) {
+        return _mm512_maskz_loadu_epi16(__mmask32((1ull << count) - 1), p);
+    }
+    static INLINE Vector weights(const Bf16* p) { return inputs(p); }
+    static INLINE Vector weights(const Bf16* p, int64_t count) { return inputs(p, count); }
+    static INLINE Floats add(Floats sum, Vector w, Vector x) {
+        return cast<Floats>(_mm512_dpbf16_ps(cast<__m512>(sum), cast<__m512bh>(w), cast<__m512bh>(x)));
+    }
+};
+#endif
+
+// out[m * out_stride + c] = w[c] · x[m] for c < C, m < M. Row c of the weights begins `w_stride` numbers behind row c - 1.
+// `next` are the weights that will be needed then.
+template <int C, int M, class Weight, class X>
+INLINE void dots(const Weight* w, int64_t w_stride, const Weight* next, const X* const* x, int64_t k, float* out,
+                 int64_t out_stride) {
+    typedef Product<Weight, X> P;
+    Floats sum_of[M][C] = {};
+    int64_t i = 0;
+    for (; i + P::step <= k; i += P::step) {
+        typename P::Vector weights[C];
+#pragma GCC unroll 8
+        for (int c = 0; c < C; c++) {
+            weights[c] = P::weights(w + c * w_stride + i);
+            __builtin_prefetch(next + c * w_stride + i);
+        }
+#pragma GCC unroll 8
+        for (int m = 0; m < M; m++) {
+            const typename P::Vector input = P::inputs(x[m] + i);
+#pragma GCC unroll 8
+            for (int c = 0; c < C; c++) sum_of[m][c] = P::add(sum_of[m][c], weights[c], input);
+        }
+    }
+    if (i < k) {
+#pragma GCC unroll 8
+        for (int m = 0; m < M; m++) {
+            const typename P::Vector input = P::inputs(x[m] + i, k - i);
+#pragma GCC unroll 8
+            for (int c = 0; c < C; c++)
+                sum_of[m][c] = P::add(sum_of[m][c], P::weights(w + c * w_stride + i, k - i), input);
+        }
+    }
+#pragma GCC unroll 8
+    for (int m = 0; m < M; m++) {
+        if (C == 4)
+            sums(sum_of[m][0], sum_of[m][1 % C], sum_of[m][2 % C], sum_of[m][3 % C], out + m * out_stride);
+        else
+            for (int c = 0; c < C; c++) out[m * out_stride + c] = sum(sum_of[m][c]);
+    }
+}
+
+template <int C, class Weight, class X>
+void some_dots(int m, const Weight* w, int64_t w_stride, const Weight* next, const X* const* x, int64_t k, float* out,
+               int64_t out_stride) {
+    switch (m) {
+        case 1: return dots<C, 1>(w, w_stride, next, x, k, out, out_stride);
+        case 2: return dots<C, 2>(w, w_stride, next, x, k, out, out_stride);
+        case 3: return dots<C, (ROWS > 2 ? 3 : 1)>(w, w_stride, next, x, k, out, out_stride);
+        case 4: return dots<C, (ROWS > 2 ? 4 : 1)>(w, w_stride, next, x, k, out, out_stride);
+        case 5: return dots<C, (ROWS > 4 ? 5 : 1)>(w, w_stride, next, x, k, out, out_stride);
+        case 6: return dots<C, (ROWS > 4 ? 6 : 1)>(w, w_stride, next, x, k, out, out_stride);
+    }
+}
+
+// out[m * out_stride + n] = w[n] · x[m] for n < columns, m < rows; `next` are the weights that will be needed then.
+template <class Weight, class X>
+void product(const Weight* w, int64_t w_stride, int columns, const Weight* next, const X* const* x, int rows, int64_t k,
+             float* out, int64_t out_stride) {
+    for (int n = 0; n < columns;) {
+        const int width = columns - n >= COLUMNS ? COLUMNS : 1;
+        const Weight *here = w + n * w_stride, *then = n + width < columns ? here + width * w_stride : next;
+        for (int m = 0; m < rows; m += ROWS) {
+            const int height = rows - m < ROWS ? rows - m : ROWS;
+            if (width == COLUMNS)
+                some_dots<COLUMNS>(height, here, w_stride, then, x + m, k, out + m * out_stride + n, out_stride);
+            else
+                some_dots<1>(height, here, w_stride, then, x + m, k, out + m * out_stride + n, out_stride);
+        }
+        n += width;
+    }
+}

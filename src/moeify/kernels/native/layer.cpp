@@ -1,0 +1,169 @@
+// A whole sparse layer in one call: gather, first map, nonlinearity, last map, weighted sum.
+//
+// Rows are read through pointers, so nothing is gathered. A thread owns output columns, so answers are added up without
+// atomics, always in the order of the rows.
+#include "activations.h"
+#include "maps.h"
+
+#include <algorithm>
+#include <vector>
+
+struct Call {
+    const void* x;
+    int64_t x_stride, tokens, rows;
+    const int64_t* source;  // the token of every row
+    const float* weight;    // the weight of every row
+    const int64_t* counts;  // the rows of every expert
+    int64_t experts, width, hidden, width_out;
+    Stack up, down;
+    int32_t inner, activation;
+    float alpha, limit;
+    float* y;  // (tokens, width_out), added to
+    int32_t threads;
+};
+
+namespace {
+
+constexpr int64_t HIDDEN_BYTES = 4 << 20;  // hidden units kept at once: few enough to stay near, many enough that the
+                                           // weights are read seldom
+struct Segment {
+    int64_t expert, first, rows;
+};
+typedef std::vector<Segment> Chunk;
+
+std::vector<Chunk> chunks_of(const Call& call, int64_t most) {
+    std::vector<Chunk> chunks(1);
+    int64_t row = 0, filled = 0;
+    for (int64_t e = 0; e < call.experts; e++)
+        for (int64_t left = call.counts[e]; left > 0;) {
+            if (filled == most) chunks.emplace_back(), filled = 0;
+            const int64_t rows = std::min(left, most - filled);
+            chunks.back().push_back({e, row, rows});
+            row += rows, left -= rows, filled += rows;
+        }
+    return chunks;
+}
+
+template <class X, template <class> class Map>
+struct Layer {
+    const Call& call;
+    const Map<X> up{call.up}, down{call.down};
+
+    void run() const {
+        const int64_t most = std::max<int64_t>(PANEL, HIDDEN_BYTES / (call.hidden * int64_t(sizeof(X))));
+        const std::vector<Chunk> chunks = chunks_of(call, most);
+        int64_t rows = 0;
+        for (const Segment& s : chunks.front()) rows += s.rows;
+        static thread_local std::vector<X> kept;
+        if (int64_t(kept.size()) < rows * call.hidden) kept.resize(rows * call.hidden);
+        X* hidden = kept.data();
+#pragma omp parallel num_threads(call.threads) if (call.threads > 1)
+        {
+            std::vector<X> room(std::max(2 * Map<X>::room(call.width), Map<X>::room(call.hidden)));
+            for (const Chunk& chunk : chunks) run(chunk, hidden, room.data());
+        }
+    }
+
+    // By all threads together; each of the two loops ends when all threads have ended it.
+    void run(const Chunk& chunk, X* hidden, X* room) const {
+        const int64_t segments = chunk.size();
+        if (segments == 0) return;
+        const int64_t first = chunk.front().first, rows = chunk.back().first + chunk.back().rows - first;
+        const int64_t size = rows > PANEL * segments ? Map<X>::widest : 16;
+        const int64_t blocks = (call.hidden + size - 1) / size, out_blocks = (call.width_out + size - 1) / size;
+#pragma omp for schedule(dynamic)
+        for (int64_t unit = 0; unit < segments * blocks; unit++) {
+            const Segment& s = chunk[unit / blocks];
+            const int64_t column = unit % blocks * size;
+            const int count = int(std::min(size, call.hidden - column));
+            map_up(s, column, count, hidden + (s.first - first) * call.hidden, room);
+        }
+#pragma omp for schedule(dynamic)
+        for (int64_t block = 0; block < out_blocks; block++) {
+            const Columns c = {block * size, 1, int(std::min(size, call.width_out - block * size))};
+            for (int64_t i = 0; i < segments; i++) {
+                const Place next = i + 1 < segments ? Place{chunk[i + 1].expert, c.first}
+                                                    : Place{chunk[0].expert, c.first + c.count};
+                map_down(chunk[i], c, next, hidden + (chunk[i].first - first) * call.hidden, room);
+            }
+        }
+    }
+
+    // hidden[row][column ...] = inner(up(x[source[row]]))
+    void map_up(const Segment& s, int64_t column, int count, X* hidden, X* room) const {
+        const Inner inner = Inner(call.inner);
+        const int step = inner == CLAMPED ? 2 : 1;
+        const Columns gates = {step * column, step, count};
+        const Columns ups = {inner == CLAMPED ? 2 * column + 1 : call.hidden + column, step, count};
+        const Place after = {s.expert, gates.first + step * count}, then = {s.expert, ups.first};
+        alignas(64) float gate[PANEL * BLOCK], up_[PANEL * BLOCK];
+        for (int64_t done = 0; done < s.rows; done += PANEL) {
+            const int rows = int(std::min<int64_t>(PANEL, s.rows - done));
+            const X* x[PANEL];
+            for (int m = 0; m < rows; m++) x[m] = (const X*)call.x + call.source[s.first + done + m] * call.x_stride;
+            multiply(up, {s.expert, gates, inner == PLAIN ? after : then, s.rows, done == 0}, x, rows, call.width, gate,
+                     room);
+            if (inner != PLAIN)
+                multiply(up, {s.expert, ups, after, s.rows, done == 0}, x, rows, call.width, up_,
+                         room + Map<X>::room(call.width));
+            for (int m = 0; m < rows; m++) {
+                X* to = hidden + (done + m) * call.hidden + column;
+                for (int n = 0; n < count; n += W) {
+                    const Floats value = between(inner, Activation(call.activation), call.alpha, call.limit,
+                                                 load(gate + m * BLOCK + n), load(up_ + m * BLOCK + n));
+                    for (int i = 0; i < W && n + i < count; i++) put(to[n + i], value[i]);
+                }
+            }
+        }
+    }
+
+    // y[source[row]][columns] += weight[row] * down(hidden[row])
+    void map_down(const Segment& s, Columns c, Place next, const X* hidden, X* room) const {
+        alignas(64) float out[PANEL * BLOCK];
+        for (int64_t done = 0; done < s.rows; done += PANEL) {
+            const int rows = int(std::min<int64_t>(PANEL, s.rows - done));
+            const X* x[PANEL];
+            for (int m = 0; m < rows; m++) x[m] = hidden + (done + m) * call.hidden;
+            multiply(down, {s.expert, c, next, s.rows, done == 0}, x, rows, call.hidden, out, room);
+            for (int m = 0; m < rows; m++) {
+                const int64_t row = s.first + done + m;
+                float* y = call.y + call.source[row] * call.width_out + c.first;
+                for (int n = 0; n < c.count; n++) y[n] += call.weight[row] * out[m * BLOCK + n];
+            }
+        }
+    }
+
+    static void multiply(const Map<X>& map, const Block& b, const X* const* x, int rows, int64_t k, float* out, X* room) {
+        map.multiply(b, x, rows, k, out, room);
+        if (!map.s.bias) return;
+        const X* bias = (const X*)map.s.bias + b.expert * map.s.bias_stride + b.columns.first;
+        for (int m = 0; m < rows; m++)
+            for (int n = 0; n < b.columns.count; n++) out[m * BLOCK + n] += number(bias[n * b.columns.step]);
+    }
+};
+
+template <class X>
+void run(const Call& call) {
+    if (call.up.format == INT8)
+        Layer<X, Int8>{call}.run();
+    else if (call.up.format == INT4)
+        Layer<X, Int4>{call}.run();
+    else
+        Layer<X, Dense>{call}.run();
+}
+
+}  // namespace
+
+// Returns 0, or 1 for a decision that does not fit the tokens.
+extern "C" int32_t moeify_layer(const Call* call, int32_t is_bf16) {
+    int64_t rows = 0;
+    for (int64_t e = 0; e < call->experts; e++) rows += call->counts[e];
+    bool fits = rows == call->rows;
+    for (int64_t r = 0; r < call->rows; r++) fits &= call->source[r] >= 0 && call->source[r] < call->tokens;
+    if (!fits) return 1;
+    if (is_bf16)
+        run<Bf16>(*call);
+    else
+        run<float>(*call);
+    return 0;
+}

@@ -1,0 +1,119 @@
+// Stacked linear maps, one per expert, by the way their weights are stored.
+#pragma once
+#include "dots.h"
+#include "nibbles.h"
+
+enum Format { FLOAT32, BFLOAT16, INT8, INT4 };
+
+struct Stack {  // as the caller describes it; strides count numbers, of INT4 bytes
+    const void* data;
+    const float* scales;
+    const void* bias;
+    int64_t expert_stride, row_stride, bias_stride;
+    int32_t format, group;  // `group`: the weights of a row that share a scale
+};
+
+constexpr int BLOCK = 64;  // output columns computed together, at most
+constexpr int PANEL = 24;  // rows that share a block of weights, at most
+constexpr int FEW = 4;     // rows for which unpacking weights is not worth while
+
+struct Columns {  // `count` columns of a map: first, first + step, ...
+    int64_t first, step;
+    int count;
+};
+
+struct Place {  // where the columns begin that will be needed next
+    int64_t expert, column;
+};
+
+struct Block {  // what to multiply: columns of one expert with some of its rows
+    int64_t expert;
+    Columns columns;
+    Place next;
+    int64_t rows_of_expert;
+    bool is_new;  // the first panel of rows that meets these columns
+};
+
+// Weights as they are.
+template <class X>
+struct Dense {
+    static constexpr int widest = BLOCK;
+    const Stack& s;
+
+    static int64_t room(int64_t) { return 0; }
+
+    const X* at(int64_t expert, int64_t column) const {
+        return (const X*)s.data + expert * s.expert_stride + column * s.row_stride;
+    }
+    void multiply(const Block& b, const X* const* x, int rows, int64_t k, float* out, X*) const {
+        product(at(b.expert, b.columns.first), b.columns.step * s.row_stride, b.columns.count,
+                at(b.next.expert, b.next.column), x, rows, k, out, BLOCK);
+    }
+};
+
+// Whole numbers of 8 bits, and a scale for every row of weights.
+template <class X>
+struct Int8 {
+    static constexpr int widest = 16;
+    const Stack& s;
+
+    static int64_t room(int64_t k) { return widest * k; }
+
+    const int8_t* at(int64_t expert, int64_t column) const {
+        return (const int8_t*)s.data + expert * s.expert_stride + column * s.row_stride;
+    }
+    void multiply(const Block& b, const X* const* x, int rows, int64_t k, float* out, X* room) const {
+        const Columns& c = b.columns;
+        const int8_t* w = at(b.expert, c.first);
+        if (b.rows_of_expert <= FEW) {
+            product(w, c.step * s.row_stride, c.count, at(b.next.expert, b.next.column), x, rows, k, out, BLOCK);
+        } else {
+            for (int n = 0; b.is_new && n < c.count; n++)
+                for (int64_t i = 0; i < k; i++) put(room[n * k + i], w[n * c.step * s.row_stride + i]);
+            product(room, k, c.count, room, x, rows, k, out, BLOCK);
+        }
+        const float* scales = s.scales + b.expert * (s.expert_stride / s.row_stride);
+        for (int m = 0; m < rows; m++)
+            for (int n = 0; n < c.count; n++) out[m * BLOCK + n] *= scales[c.first + n * c.step];
+    }
+};
+
+// Whole numbers of 4 bits, and a scale for every group of weights in a row.
+template <class X>
+struct Int4 {
+    static constexpr int widest = 16;
+    const Stack& s;
+
+    static int64_t room(int64_t k) { return widest * (k + NIBBLES); }
+
+    void multiply(const Block& b, const X* const* x, int rows, int64_t k, float* out, X* room) const {
+        const Columns& c = b.columns;
+        const int64_t blocks = (k + NIBBLES - 1) / NIBBLES, padded = blocks * NIBBLES, groups = padded / s.group;
+        const int64_t row = b.expert * (s.expert_stride / s.row_stride) + c.first;
+        const uint8_t* w = (const uint8_t*)s.data + row * s.row_stride;
+        const float* scales = s.scales + row * groups;
+        if (b.rows_of_expert > FEW) {
+            for (int n = 0; b.is_new && n < c.count; n++)
+                unpack(w + n * c.step * s.row_stride, scales + n * c.step * groups, s.group, blocks, room + n * padded);
+            product(room, padded, c.count, room, x, rows, k, out, BLOCK);
+            return;
+        }
+        const X* full[FEW];
+        for (int m = 0; m < rows; m++) {
+            full[m] = x[m];
+            if (k == padded) continue;
+            std::memcpy(room + m * padded, x[m], k * sizeof(X));
+            std::memset((void*)(room + m * padded + k), 0, (padded - k) * sizeof(X));
+            full[m] = room + m * padded;
+        }
+        for (int n = 0; n < c.count; n += 2) {
+            const int64_t at = n * c.step, pair = n + 1 < c.count ? c.step : 0;
+            for (int m = 0; m < rows; m++) {
+                float two[2];
+                nibble_dots(w + at * s.row_stride, pair * s.row_stride, scales + at * groups, pair * groups, s.group,
+                            blocks, full[m], two);
+                for (int i = 0; i < (pair ? 2 : 1); i++) out[m * BLOCK + n + i] = two[i];
+            }
+        }
+    }
+};
