@@ -1,4 +1,4 @@
-"""`grouped_linear` for everyday use: torch's grouped matrix product where it fits, one product per expert elsewhere.
+"""`grouped_linear` for everyday use: torch's grouped matrix product where it is fastest, one per expert elsewhere.
 
 The product is one custom operator, so that it can be captured whole by `torch.compile` for every dtype, is
 differentiable without a copy of the weights, and always sees contiguous gradients.
@@ -12,6 +12,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, library
 from torch.nn import functional as F
+
+from moeify.kernels.memory import new_stack
+from moeify.kernels.segments import blocks, group_obstacle, map_rows, outer_rows
 
 
 def grouped_linear(
@@ -44,13 +47,11 @@ def grouped_linear(
 def grouped_matmul(rows: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
     """rows (R, D), weight (E, O, D) -> (R, O): the row times the transposed weight of its expert."""
     rows = rows.contiguous()
-    if _fits_grouped_mm(rows, weight):
+    if rows.is_cuda and _obstacle(rows, weight) is None:
         return F.grouped_mm(rows, weight.transpose(1, 2), offs=counts.cumsum(0, dtype=torch.int32))
-    out = rows.new_empty(rows.shape[0], weight.shape[1])
-    sizes = counts.tolist()
-    for part, matrix, answer in zip(rows.split(sizes), weight.unbind(), out.split(sizes), strict=True):
-        torch.mm(part, matrix.t(), out=answer)
-    return out
+    for block in blocks(counts.tolist()):
+        return map_rows(rows, weight, None, block)
+    return rows.new_empty(0, weight.shape[1])
 
 
 @grouped_matmul.register_fake
@@ -64,12 +65,12 @@ def _(rows: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
 def grouped_outer(left: Tensor, right: Tensor, counts: Tensor) -> Tensor:
     """left (R, O), right (R, D) -> (E, O, D): the sum of outer products over the rows of each expert."""
     left, right = left.contiguous(), right.contiguous()
-    if _fits_grouped_mm(left, right):
+    if left.is_cuda and _obstacle(left, right) is None:
         return F.grouped_mm(left.t(), right, offs=counts.cumsum(0, dtype=torch.int32))
-    out = left.new_empty(counts.shape[0], left.shape[1], right.shape[1])
     sizes = counts.tolist()
-    for a, b, answer in zip(left.split(sizes), right.split(sizes), out.unbind(), strict=True):
-        torch.mm(a.t(), b, out=answer)
+    out = new_stack((len(sizes), left.shape[1], right.shape[1]), sizes, left)
+    for block in blocks(sizes):
+        outer_rows(left, right, out, block)
     return out
 
 
@@ -112,14 +113,10 @@ def explain(rows: Float[Tensor, "R D"], weight: Float[Tensor, "E O D"]) -> str:
     return "torch grouped_mm" if obstacle is None else f"one product per expert ({obstacle})"
 
 
-def _fits_grouped_mm(left: Tensor, right: Tensor) -> bool:
-    return _obstacle(left, right) is None
-
-
 def _obstacle(left: Tensor, right: Tensor) -> str | None:
-    """What keeps torch's grouped product from serving: its limits, and that on a CPU it is no faster."""
+    """What keeps torch's grouped product from serving."""
     if not left.is_cuda:
-        return "as fast on a CPU, for every dtype and size"
+        return group_obstacle(left, right, len(left) // len(right))
     if left.dtype != torch.bfloat16:
         return "grouped_mm wants bf16"
     if torch.cuda.get_device_capability(left.device) < (8, 0):

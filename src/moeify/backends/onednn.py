@@ -1,0 +1,71 @@
+"""Whole experts on a CPU, by the libraries that torch brings along."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from moeify.experts.base import Experts
+from moeify.kernels.layer import infer_layer, run_layer
+from moeify.kernels.onednn import can_pack, packed
+from moeify.kernels.packing import may_pack
+from moeify.kernels.segments import Matrices
+from moeify.kernels.stacked import Stacked
+from moeify.routing import Assignment, Routing
+
+
+def onednn(x: Float[Tensor, "... D"], routing: Routing, experts: Experts, *, keep: bool = True) -> Tensor:
+    """Gather, run and add up the rows of a few experts at a time, by weights that are packed where that is allowed.
+
+    Args:
+        x: the tokens.
+        routing: the decision.
+        experts: the experts.
+        keep: keep the hidden units for the backward pass, or compute them there again.
+    """
+    assert isinstance(routing, Assignment)
+    stacked = experts.stacked
+    assert stacked is not None
+    dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else stacked.up.dtype
+    tokens = x.reshape(-1, x.shape[-1])
+    learned = (x, routing.weight, stacked.up, stacked.up_bias, stacked.down, stacked.down_bias)
+    if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in learned):
+        y = run_layer(tokens, routing.source, routing.weight, routing.counts, stacked, dtype, keep=keep)
+    else:
+        maps = _packed(stacked, dtype) if may_pack(experts) and can_pack(dtype) else None
+        counts = routing.counts.tolist()
+        y = infer_layer(tokens, routing.source, routing.weight, counts, stacked, dtype, packed=maps)
+    return y.view(*routing.shape, y.shape[-1])
+
+
+def _packed(stacked: Stacked, dtype: torch.dtype) -> tuple[Matrices, Matrices] | None:
+    if stacked.up.is_inference() or stacked.down.is_inference():  # they have no version to tell a stale copy by
+        return None
+    return packed(stacked.up, dtype), packed(stacked.down, dtype)
+
+
+def cannot(x: Tensor, routing: Routing, experts: Experts) -> str | None:
+    """Why `onednn` cannot serve a call, None if it can."""
+    if x.device.type != "cpu":
+        return f"it runs on a CPU, and the tokens are on {x.device}"
+    if torch.compiler.is_compiling():
+        return "torch.compile follows the definition and fuses what lies around its products"
+    if not isinstance(routing, Assignment):
+        return f"it needs an Assignment, and the router gave a {type(routing).__name__}"
+    if routing.weight.dim() > 1:
+        return "it needs one weight per row, and the router gave several gates"
+    if routing.rest is not None:
+        return "it adds up rows only, and this router also speaks for experts that were not asked"
+    if (stacked := experts.stacked) is None:
+        return f"it needs the stacked weights of feed-forward experts, and the experts are {type(experts).__name__}"
+    act = getattr(stacked.inner, "act", None)
+    if isinstance(act, nn.Module) and next(act.parameters(), None) is not None:
+        return "it needs a nonlinearity without parameters"
+    if any(type(weight) not in (Tensor, nn.Parameter) for weight in (x, stacked.up, stacked.down)):
+        return f"it reads weights that lie whole in memory, and these are {type(stacked.up).__name__}"
+    if experts._forward_hooks or experts._forward_pre_hooks or experts._backward_hooks:
+        return "it runs the experts' weights without calling the experts, and hooks on them wait for a call"
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        return "it knows no transforms of torch.func"
+    return None

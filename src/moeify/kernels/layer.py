@@ -1,0 +1,183 @@
+"""A whole layer of feed-forward experts on a CPU: gather, up, nonlinearity, down, weigh and add, block by block.
+
+A block is a few hundred rows, so that what lies between x and y stays small and in cache, however many the tokens are.
+The backward pass writes gradients of experts with rows only, and copies no weights.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from moeify.kernels.grouped import grouped_linear
+from moeify.kernels.memory import gradient_of
+from moeify.kernels.segments import Block, Matrices, blocks, map_rows, outer_rows, span
+from moeify.kernels.stacked import Inner, Stacked
+
+_ROWS = 512  # of a block
+
+
+def run_layer(
+    x: Float[Tensor, "T D"],
+    source: Int[Tensor, "R"],
+    weight: Float[Tensor, "R"],
+    counts: Int[Tensor, "E"],
+    stacked: Stacked,
+    dtype: torch.dtype,
+    *,
+    keep: bool = True,
+) -> Float[Tensor, "T O"]:
+    """`y[source] += weight · down(inner(up(x[source])))`, differentiable in the tokens and all weights.
+
+    Args:
+        x: the tokens.
+        source: the token of every row; rows are sorted by expert.
+        weight: what every row's answer is multiplied by.
+        counts: rows of each expert.
+        stacked: the experts.
+        dtype: of the products and of y; rows are added up in fp32.
+        keep: keep what goes into the nonlinearity, (R, M), for the backward pass, or compute it there again.
+    """
+    learned = (x, weight, stacked.up, stacked.up_bias, stacked.down, stacked.down_bias)
+    return _Layer.apply(*learned, source, counts, stacked.inner, dtype, keep)
+
+
+def infer_layer(
+    x: Float[Tensor, "T D"],
+    source: Int[Tensor, "R"],
+    weight: Float[Tensor, "R"],
+    counts: list[int],
+    stacked: Stacked,
+    dtype: torch.dtype,
+    *,
+    packed: tuple[Matrices, Matrices] | None = None,
+    kept: list[Tensor] | None = None,
+) -> Float[Tensor, "T O"]:
+    """`run_layer` without a gradient.
+
+    Args:
+        x: the tokens.
+        source: the token of every row; rows are sorted by expert.
+        weight: what every row's answer is multiplied by.
+        counts: rows of each expert.
+        stacked: the experts.
+        dtype: of the products and of y; rows are added up in fp32.
+        packed: the maps of the experts in an order that is read faster.
+        kept: is given what goes into the nonlinearity, by block.
+    """
+    up, down = packed or (stacked.up, stacked.down)
+    y = x.new_zeros(len(x), stacked.down.shape[1], dtype=_wide(dtype))
+    for block in blocks(counts, _ROWS, whole=kept is not None):
+        token = source[span(block)]
+        before = map_rows(x.index_select(0, token).to(dtype), up, stacked.up_bias, block)
+        answers = map_rows(stacked.inner(before), down, stacked.down_bias, block)
+        y.index_add_(0, token, answers * weight[span(block)].to(y.dtype).unsqueeze(1))
+        if kept is not None:
+            kept.append(before)
+    return y.to(dtype)
+
+
+def define_layer(
+    x: Float[Tensor, "T D"],
+    source: Int[Tensor, "R"],
+    weight: Float[Tensor, "R"],
+    counts: Int[Tensor, "E"],
+    stacked: Stacked,
+    dtype: torch.dtype,
+) -> Float[Tensor, "T O"]:
+    """`run_layer` as autograd follows it step by step."""
+    with torch.autocast(x.device.type, dtype=dtype, enabled=dtype != stacked.up.dtype):
+        before = grouped_linear(x[source], stacked.up, counts, stacked.up_bias)
+        answers = grouped_linear(stacked.inner(before), stacked.down, counts, stacked.down_bias)
+    y = x.new_zeros(len(x), stacked.down.shape[1], dtype=_wide(dtype))
+    return y.index_add(0, source, answers * weight.to(y.dtype).unsqueeze(1)).to(dtype)
+
+
+class _Layer(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, up: Tensor, up_bias: Tensor | None, down: Tensor, down_bias: Tensor | None,
+        source: Tensor, counts: Tensor, inner: Inner, dtype: torch.dtype, keep: bool,
+    ) -> Tensor:  # fmt: skip
+        kept: list[Tensor] | None = [] if keep else None
+        ctx.counts, ctx.inner, ctx.dtype = counts.tolist(), inner, dtype
+        y = infer_layer(x, source, weight, ctx.counts, Stacked(up, up_bias, down, down_bias, inner), dtype, kept=kept)
+        ctx.save_for_backward(x, weight, up, up_bias, down, down_bias, source, counts, *kept or ())
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *gradient: Tensor) -> tuple[Tensor | None, ...]:
+        find = _differentiable_gradients if torch.is_grad_enabled() else _gradients
+        return *find(ctx, *gradient), None, None, None, None, None
+
+
+def _gradients(ctx: Any, gradient: Float[Tensor, "T O"]) -> list[Tensor | None]:
+    saved: Any = ctx.saved_tensors
+    x, weight, up, up_bias, down, down_bias, source, _, *kept = saved
+    for_x, for_weight, for_up, for_up_bias, for_down, for_down_bias = ctx.needs_input_grad[:6]
+    dtype, through_inner = ctx.dtype, for_x or for_up or for_up_bias
+    dx = torch.zeros_like(x, dtype=_wide(dtype)) if for_x else None
+    dweight = torch.empty_like(weight)
+    dup = gradient_of(up, ctx.counts) if for_up else None
+    ddown = gradient_of(down, ctx.counts) if for_down else None
+    dup_bias = torch.zeros_like(up_bias) if for_up_bias else None
+    ddown_bias = torch.zeros_like(down_bias) if for_down_bias else None
+    for number, block in enumerate(blocks(ctx.counts, _ROWS)):
+        token, scale = source[span(block)], weight[span(block)].to(dtype).unsqueeze(1)
+        rows, dy = x.index_select(0, token).to(dtype), gradient.index_select(0, token)
+        before = (kept[number] if kept else map_rows(rows, up, up_bias, block)).detach()
+        with torch.set_grad_enabled(through_inner):
+            hidden = ctx.inner(before.requires_grad_(through_inner))
+        _outer(dy * scale, hidden.detach(), ddown, ddown_bias, block)
+        if not (through_inner or for_weight):
+            continue
+        dhidden = map_rows(dy, down.transpose(1, 2), None, block)
+        dweight[span(block)] = _dot(dhidden, hidden.detach())
+        if down_bias is not None:
+            dweight[span(block)] += map_rows(dy, down_bias.unsqueeze(1), None, block).squeeze(1)
+        if not through_inner:
+            continue
+        (dbefore,) = torch.autograd.grad(hidden, before, dhidden * scale)
+        _outer(dbefore, rows, dup, dup_bias, block)
+        if dx is not None:
+            dx.index_add_(0, token, map_rows(dbefore, up.transpose(1, 2), None, block).to(dx.dtype))
+    return [None if dx is None else dx.to(x.dtype), dweight if for_weight else None, dup, dup_bias, ddown, ddown_bias]
+
+
+def _outer(
+    gradient: Float[Tensor, "B O"],
+    rows: Float[Tensor, "B D"],
+    into: Float[Tensor, "E O D"] | None,
+    into_bias: Float[Tensor, "E O"] | None,
+    block: Block,
+) -> None:
+    """Write the gradients of a map's weight and bias, where they are wanted."""
+    if into is not None:
+        outer_rows(gradient, rows, into, block)
+    if into_bias is not None:
+        ones = gradient.new_ones(len(gradient), 1)
+        outer_rows(gradient, ones, into_bias.unsqueeze(2), block)
+
+
+def _dot(a: Float[Tensor, "B H"], b: Float[Tensor, "B H"]) -> Float[Tensor, "B"]:
+    return (a * b).sum(-1, dtype=_wide(a.dtype))
+
+
+def _differentiable_gradients(ctx: Any, gradient: Float[Tensor, "T O"]) -> list[Tensor | None]:
+    """Gradients that have gradients themselves: those of the definition."""
+    *inputs, source, counts = ctx.saved_tensors[:8]
+    learned: Any = [None if i is None else i.view_as(i) for i in inputs]  # apart: weights may be computed from x
+    x, weight, up, up_bias, down, down_bias = learned
+    y = define_layer(x, source, weight, counts, Stacked(up, up_bias, down, down_bias, ctx.inner), ctx.dtype)
+    needed = ctx.needs_input_grad[:6]
+    wanted = [i for i, need in zip(learned, needed, strict=True) if need]
+    found = iter(torch.autograd.grad(y, wanted, gradient, create_graph=True))
+    return [next(found) if need else None for need in needed]
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    """What rows are added up in."""
+    return torch.promote_types(dtype, torch.float32)

@@ -1,0 +1,127 @@
+"""Matrix products on a CPU by whichever of two libraries is faster there: the BLAS that torch ships, or oneDNN.
+
+In fp32 torch always asks its BLAS, which leaves half of some processors idle; in bf16 and fp16 it asks oneDNN itself.
+Both compute with full precision. Which one serves is measured at first use, not told by the processor's name.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Sequence
+from functools import cache
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from moeify.kernels.packing import cached
+
+LIBRARIES = ("auto", "blas", "onednn")
+_SIZES = (1, 4, 32, 128)  # of the smallest side of a product, at which the libraries are compared
+_MARGIN = 1.1  # oneDNN must be so much faster, so that two runs on one machine rarely choose differently
+
+
+def multiply(left: Float[Tensor, "M K"], right: Float[Tensor, "K N"], out: Float[Tensor, "M N"]) -> None:
+    """Write `left @ right` into `out`; one dtype, any strides.
+
+    Raises:
+        ValueError: `MOEIFY_FP32_GEMM` in the environment is none of `LIBRARIES`.
+    """
+    if left.is_cpu and left.dtype == torch.float32 and left.numel():
+        size = min(*left.shape, right.shape[1])
+        if takes_onednn(size, left_transposed=left.stride(1) != 1, right_transposed=right.stride(1) != 1):
+            out.copy_(linear(left, right.t()))
+            return
+    torch.mm(left, right, out=out)
+
+
+def linear(rows: Float[Tensor, "R D"], weight: Tensor) -> Float[Tensor, "R O"]:
+    """`rows @ weight.T` through oneDNN, the weight (O, D) packed by `packed` or not."""
+    return torch.ops.mkldnn._linear_pointwise(rows, weight, None, "none", [], "")
+
+
+def packed(weight: Float[Tensor, "E O D"], dtype: torch.dtype) -> Sequence[Tensor]:
+    """The matrices of a stack in oneDNN's own order, which few rows are multiplied by twice as fast; a cached copy."""
+    owner = weight if weight._base is None else weight._base
+    made = f"onednn {dtype}, transposed: {not weight.is_contiguous()}"
+    return cached(owner, made, [weight], lambda: [_reorder(matrix.to(dtype)) for matrix in weight.detach()])
+
+
+def _reorder(matrix: Float[Tensor, "O D"]) -> Tensor:
+    return torch.ops.mkldnn._reorder_linear_weight(matrix.contiguous(), 16)
+
+
+@cache
+def available() -> bool:
+    """Whether this build of torch has oneDNN."""
+    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
+def can_pack(dtype: torch.dtype) -> bool:
+    """Whether oneDNN multiplies by packed weights of a dtype on this processor."""
+    if not available() or not torch.backends.mkldnn.enabled:
+        return False
+    native = {
+        torch.float32: lambda: True,
+        torch.bfloat16: torch.ops.mkldnn._is_mkldnn_bf16_supported,
+        torch.float16: torch.ops.mkldnn._is_mkldnn_fp16_supported,
+    }
+    return dtype in native and native[dtype]()
+
+
+def takes_onednn(size: int, *, left_transposed: bool = False, right_transposed: bool = False) -> bool:
+    """Whether a product in fp32 goes through oneDNN.
+
+    Args:
+        size: the smallest side of the product: the rows of one expert.
+        left_transposed: whether the columns, not the rows, of the left matrix lie together in memory.
+        right_transposed: the same of the right matrix.
+
+    Raises:
+        ValueError: `MOEIFY_FP32_GEMM` in the environment is none of `LIBRARIES`.
+    """
+    wish = os.environ.get("MOEIFY_FP32_GEMM", "auto")
+    if wish not in LIBRARIES:
+        raise ValueError(f"MOEIFY_FP32_GEMM={wish!r} is none of the ways to multiply in fp32: {', '.join(LIBRARIES)}")
+    if wish == "blas" or not available() or not torch.backends.mkldnn.enabled:
+        return False
+    if wish == "onednn":
+        return True
+    if torch.are_deterministic_algorithms_enabled():  # a measurement may come out differently tomorrow
+        return False
+    like = next((like for like in _SIZES if size <= 2 * like), _SIZES[-1])
+    return onednn_is_faster(like, left_transposed, right_transposed, torch.get_num_threads())
+
+
+@cache
+@torch.inference_mode()
+def onednn_is_faster(size: int, left_transposed: bool, right_transposed: bool, threads: int) -> bool:
+    """Whether oneDNN beats the BLAS in fp32 on this machine, measured once per process in a few milliseconds.
+
+    Args:
+        size: the smallest side of the product: the rows of one expert.
+        left_transposed: whether the left matrix is transposed, as in the gradient of a weight; size is then K, else M.
+        right_transposed: whether the right matrix is transposed.
+        threads: of torch; they decide too, and tell measurements apart.
+    """
+    m, k = (512, size) if left_transposed else (size, 512)
+    left = torch.ones(k, m).t() if left_transposed else torch.ones(m, k)  # random numbers would move the user's seed
+    right = torch.ones(1024, k).t() if right_transposed else torch.ones(k, 1024)
+    out = torch.empty(m, 1024)
+    blas, onednn = _fastest(
+        lambda: torch.mm(left, right, out=out),
+        lambda: out.copy_(linear(left, right.t())),
+    )
+    return onednn * _MARGIN < blas
+
+
+def _fastest(*ways: Callable[[], object], rounds: int = 9) -> list[float]:
+    """The shortest time of each way, run in turn so that a busy machine troubles all alike; round one warms up."""
+    times: list[list[float]] = [[] for _ in ways]
+    for _ in range(rounds + 1):
+        for way, taken in zip(ways, times, strict=True):
+            start = time.perf_counter()
+            way()
+            taken.append(time.perf_counter() - start)
+    return [min(taken[1:]) for taken in times]

@@ -1,0 +1,119 @@
+"""Products of sorted rows: every expert's rows by its matrix, and the outer products of every expert's rows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import accumulate
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn import functional as F
+
+from moeify.kernels.onednn import linear, multiply, takes_onednn
+
+Matrices = Tensor | Sequence[Tensor]  # (E, O, D), or E packed ones
+Run = tuple[int, int, int]  # an expert, its first row, and the row after its last
+Block = list[Run]  # runs of rising experts, side by side
+
+
+def blocks(counts: Sequence[int], most: int | None = None, *, whole: bool = True) -> Iterator[Block]:
+    """All rows in blocks of at most `most`, experts without rows left out.
+
+    Args:
+        counts: rows of each expert.
+        most: rows of a block, all in one block if not given.
+        whole: let an expert with more rows than that have a block of its own, or cut its rows into equal parts.
+    """
+    most = most or sum(counts)
+    block: Block = []
+    for run in _runs(counts, sum(counts) if whole else most):
+        if block and run[2] - block[0][1] > most:
+            yield block
+            block = []
+        block.append(run)
+    if block:
+        yield block
+
+
+def _runs(counts: Sequence[int], most: int) -> Iterator[Run]:
+    first = 0
+    for expert, count in enumerate(counts):
+        parts = -(-count // most) if count else 0
+        for part in range(parts):
+            yield expert, first + count * part // parts, first + count * (part + 1) // parts
+        first += count
+
+
+def span(block: Block) -> slice:
+    """The rows of a block."""
+    return slice(block[0][1], block[-1][2])
+
+
+def map_rows(
+    rows: Float[Tensor, "B D"], weight: Matrices, bias: Float[Tensor, "E O"] | None, block: Block
+) -> Float[Tensor, "B O"]:
+    """Every row times the transposed matrix of its expert, and its bias; in the dtype of the rows.
+
+    Args:
+        rows: the rows of the block.
+        weight: the matrices of all experts, of any dtype; those of touched experts are cast one at a time.
+        bias: of all experts.
+        block: who reads which rows.
+    """
+    if rows.is_cpu and isinstance(weight, Tensor) and group_obstacle(rows, weight, len(rows) // len(block)) is None:
+        out = _in_one_call(rows, weight, block)
+    else:
+        out = rows.new_empty(len(rows), weight[0].shape[0])
+        for expert, first, last in _within(block):
+            part, answer, matrix = rows[first:last], out[first:last], weight[expert]
+            if matrix.is_mkldnn:
+                answer.copy_(linear(part, matrix))
+            else:
+                multiply(part, matrix.to(rows.dtype).t(), answer)
+    if bias is not None:
+        for expert, first, last in _within(block):
+            out[first:last].add_(bias[expert])
+    return out
+
+
+def outer_rows(
+    left: Float[Tensor, "B O"], right: Float[Tensor, "B D"], into: Float[Tensor, "E O D"], block: Block
+) -> None:
+    """Write the sum of outer products of every expert's rows into its matrix."""
+    for expert, first, last in _within(block):
+        a, b, matrix = left[first:last].t(), right[first:last], into[expert]
+        if matrix.dtype == left.dtype:
+            multiply(a, b, matrix)
+        else:
+            matrix.copy_(a @ b)
+
+
+def group_obstacle(rows: Float[Tensor, "B D"], weight: Float[Tensor, "E O D"], rows_each: int) -> str | None:
+    """What keeps torch's grouped product, which loops in C++, from serving on a CPU."""
+    if rows.dtype != weight.dtype or rows.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return "grouped_mm wants one dtype of fp32, bf16 and fp16"
+    if not (_aligned(rows) and _aligned(weight) and weight.shape[1] * weight.element_size() % 16 == 0):
+        return "grouped_mm wants rows aligned to 16 bytes"
+    if rows.dtype == torch.float32 and takes_onednn(rows_each, right_transposed=weight.stride(2) == 1):
+        return "oneDNN is faster here in fp32"
+    return None
+
+
+def _aligned(stack: Tensor) -> bool:
+    one, other = stack.stride()[-2:]
+    return min(one, other) == 1 and max(one, other) * stack.element_size() % 16 == 0 and stack.data_ptr() % 16 == 0
+
+
+def _in_one_call(rows: Float[Tensor, "B D"], weight: Float[Tensor, "E O D"], block: Block) -> Float[Tensor, "B O"]:
+    low, high = block[0][0], block[-1][0] + 1
+    ends = [0] * (high - low)
+    for expert, _, last in _within(block):
+        ends[expert - low] = last
+    offsets = torch.tensor(list(accumulate(ends, max)), dtype=torch.int32)  # nobody's rows end where they begin
+    return F.grouped_mm(rows, weight[low:high].transpose(1, 2), offs=offsets)
+
+
+def _within(block: Block) -> Iterator[Run]:
+    start = block[0][1]
+    return ((expert, first - start, last - start) for expert, first, last in block)
