@@ -9,7 +9,7 @@ from torch import nn
 
 from moeify import MoE, kernels
 from moeify.backends import compose
-from moeify.experts import FFN, Blocks, ClampedGlu, Constant, Each, Glu, Identity, Masked, Plain, Zero
+from moeify.experts import FFN, Blocks, ClampedGlu, Constant, Each, Glu, Identity, LoRA, LoRAFFN, Masked, Plain, Zero
 from moeify.routers import (
     Capacity,
     Compete,
@@ -80,6 +80,16 @@ ROUTERS = {
     "next": lambda: Capacity(TopK(D, E), factor=0.7, overflow="next"),
     "replay": lambda: Replay(TopK(D, E), [route(TopK(D, E), torch.randn(3, 4, D))], weights="recomputed"),
 }
+
+
+def learned(experts: nn.Module) -> nn.Module:
+    """Low-rank experts start as nothing, and no router learns from that."""
+    for name, parameter in experts.named_parameters():
+        if name.endswith("lora_B"):
+            nn.init.normal_(parameter, std=0.1)
+    return experts
+
+
 EXPERTS = {
     "swiglu": partial(FFN, E, D, 6),
     "plain": partial(FFN, E, D, 6, inner=Plain(nn.functional.gelu), bias=True, width_out=D),
@@ -87,6 +97,10 @@ EXPERTS = {
     "each": lambda: Each([nn.Sequential(nn.Linear(D, 3 + e), nn.Tanh(), nn.Linear(3 + e, D)) for e in range(E)]),
     "blocks": lambda: Blocks([FFN(1, D, 12), FFN(1, D, 2, inner=Glu(nn.functional.gelu)), Identity(), Zero()]),
     "masked": lambda: Masked(FFN(E, D, 6), 0.4).eval(),  # its draws would differ where a router asks the experts
+    "lora": lambda: learned(LoRA(E, D, rank=3, scale=0.5)),
+    "adapted": lambda: learned(
+        LoRAFFN(nn.Linear(D, 12), nn.Linear(6, D), Glu(nn.functional.silu), LoRA(E, D, 12), LoRA(E, 6, D))
+    ),
     "constant": lambda: Blocks([FFN(2, D, 6), Constant(2, D)]),
 }
 UNEVEN = {"capacity", "priority", "gshard", "top-p", "threshold", "relu", "expert choice", "soft"}

@@ -60,6 +60,11 @@ class MoE(nn.Module):
         y = backends.run(self.backend, x, routing, self.experts)
         return y if self.shared is None else y + self.shared(x)
 
+    @property
+    def weight(self) -> Tensor:
+        """The weight of the linear map beside the experts, whose dtype some models read (T5's do)."""
+        return self.shared.weight  # pyrefly: ignore[missing-attribute]
+
     def _require_finite(self, routing: Routing) -> None:
         if torch.compiler.is_compiling() or routing.logits is None:
             return

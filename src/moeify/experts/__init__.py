@@ -4,7 +4,11 @@ from moeify.experts.base import Experts
 from moeify.experts.blocks import Blocks, Each, Identity, Zero
 from moeify.experts.constant import Constant
 from moeify.experts.ffn import FFN
+from moeify.experts.lora import LoRA, LoRAFFN
 from moeify.experts.masked import Masked
 from moeify.kernels.stacked import ClampedGlu, Glu, Plain
 
-__all__ = ["FFN", "Blocks", "ClampedGlu", "Constant", "Each", "Experts", "Glu", "Identity", "Masked", "Plain", "Zero"]
+__all__ = [
+    "FFN", "Blocks", "ClampedGlu", "Constant", "Each", "Experts", "Glu", "Identity", "LoRA", "LoRAFFN", "Masked",
+    "Plain", "Zero",
+]  # fmt: skip

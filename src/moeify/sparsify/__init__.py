@@ -1,10 +1,11 @@
 """Dense model -> sparse model: find its feed-forward networks, make experts, put sparse layers in their place."""
 
+from moeify.sparsify.adapters import lora, lora_ffn
 from moeify.sparsify.after import sandwich
 from moeify.sparsify.catalogue import catalogue, read_recipe, recipes
 from moeify.sparsify.convert import sparsify
 from moeify.sparsify.dense import DenseFFN
-from moeify.sparsify.find import Site, chosen, every, ffn, last, last_half, modules, named, odd
+from moeify.sparsify.find import Site, chosen, every, ffn, last, last_half, linears, modules, named, odd
 from moeify.sparsify.make import copies, fresh, masked, merged, splits, with_free
 from moeify.sparsify.merge import merge_models
 from moeify.sparsify.prompts import expert_names, route_by_examples, through
@@ -14,7 +15,7 @@ from moeify.sparsify.store import load, load_weights, save
 
 __all__ = [
     "DenseFFN", "Recipe", "Site", "catalogue", "chosen", "copies", "dense", "every", "expert_names", "ffn", "fresh",
-    "frozen", "gated", "last", "last_half", "load", "load_weights", "masked", "merge_models", "merged", "modules",
-    "named", "nothing", "odd", "read_recipe", "recipes", "route_by_examples", "sandwich", "save", "sparsify",
-    "splits", "through", "with_free",
+    "frozen", "gated", "last", "last_half", "linears", "load", "load_weights", "lora", "lora_ffn", "masked",
+    "merge_models", "merged", "modules", "named", "nothing", "odd", "read_recipe", "recipes", "route_by_examples",
+    "sandwich", "save", "sparsify", "splits", "through", "with_free",
 ]  # fmt: skip

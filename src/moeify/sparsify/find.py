@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 
 from torch import nn
@@ -12,7 +13,7 @@ from moeify.moe import MoE
 from moeify.record import native_layers
 from moeify.registry import register
 from moeify.sparsify.dense import is_linear
-from moeify.sparsify.shapes import Site, recognise, whole
+from moeify.sparsify.shapes import Site, fast_paths, recognise, whole
 
 Where = Callable[[nn.Module], list[Site]]
 
@@ -122,6 +123,24 @@ def _modules(model: nn.Module, regex: str) -> list[Site]:
     found = [name for name in every_name if re.search(regex, name)]
     outermost = [name for name in found if not any(name.startswith(f"{other}.") for other in found)]
     return _some([whole(model, name) for name in outermost], regex, every_name)
+
+
+def linears(regex: str = "") -> Where:
+    """The linear maps whose name matches, in the numbered layers of a model; for low-rank experts beside each."""
+    return partial(_linears, regex=regex)
+
+
+@register("where", "linears")
+def _linears(model: nn.Module, regex: str = "") -> list[Site]:
+    """Maps that a module computes from their weights, without calling them, are left out: nobody would ask experts."""
+    uncalled = [name for name, part in model.named_modules() if isinstance(part, nn.MultiheadAttention)]
+    names = [
+        name for name, part in model.named_modules() if is_linear(part) and name.rpartition(".")[0] not in uncalled
+    ]
+    sites = [whole(model, name) for name in names]
+    sites = [site for site in sites if site.layer] or sites
+    sites = [replace(site, silenced=tuple(fast_paths(model, site.place[0]))) for site in sites]
+    return _some([site for site in sites if re.search(regex, site.name)], regex, [site.name for site in sites])
 
 
 def _some(sites: list[Site], regex: str, names: list[str]) -> list[Site]:

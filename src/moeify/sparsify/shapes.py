@@ -214,7 +214,7 @@ def _inline(model: nn.Module, name: str, module: nn.Module) -> Site | None:
     dropout = 0.0
     if isinstance(module, nn.TransformerEncoderLayer | nn.TransformerDecoderLayer):
         dropout = module.dropout.p
-        silenced += [_silent(module, "dropout"), *_fast_paths(model, module)]
+        silenced += [_silent(module, "dropout"), *fast_paths(model, module)]
     elif isinstance(probability := getattr(module, "activation_dropout", None), float):
         dropout = probability
         silenced.append((module, "activation_dropout", 0.0))
@@ -222,7 +222,7 @@ def _inline(model: nn.Module, name: str, module: nn.Module) -> Site | None:
     return Site(f"{name}.{up_name}".lstrip("."), dense, (module, up_name), silenced=tuple(silenced))
 
 
-def _fast_paths(model: nn.Module, layer: nn.Module) -> Iterator[tuple[nn.Module, str, Any]]:
+def fast_paths(model: nn.Module, layer: nn.Module) -> Iterator[tuple[nn.Module, str, Any]]:
     """Switches of torch's own transformer that would compute the FFN from the weights it expects to find."""
     if isinstance(layer, nn.TransformerEncoderLayer):
         yield layer, "activation_relu_or_gelu", 0

@@ -20,20 +20,26 @@ def nothing(dense: nn.Module, width: int) -> None:
 @register("shared", "dense")
 def dense(dense: nn.Module, width: int) -> nn.Module:
     """The dense network itself, trained on: a shared expert (DeepSeekMoE)."""
-    return copy.deepcopy(dense)
+    return _in_its_memory(dense)
 
 
 @register("shared", "frozen")
 def frozen(dense: nn.Module, width: int) -> nn.Module:
     """The dense network as it is, not trained: the experts learn what to add to it."""
-    return copy.deepcopy(dense).requires_grad_(False)
+    return _in_its_memory(dense).requires_grad_(False)
 
 
 @register("shared", "gated")
 def gated(dense: nn.Module, width: int) -> nn.Module:
     """The dense network times a learned sigmoid gate per token (Qwen2-MoE)."""
     weight = next(dense.parameters())
-    return GatedShared(copy.deepcopy(dense), width).to(weight.device, weight.dtype)
+    return GatedShared(_in_its_memory(dense), width).to(weight.device, weight.dtype)
+
+
+def _in_its_memory(dense: nn.Module) -> nn.Module:
+    """A copy whose parameters are its own, but lie in the memory of the dense network whose place it takes."""
+    own = {id(p): nn.Parameter(p.detach(), requires_grad=p.requires_grad) for p in dense.parameters()}
+    return copy.deepcopy(dense, own)
 
 
 class GatedShared(nn.Module):

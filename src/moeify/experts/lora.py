@@ -1,0 +1,103 @@
+"""Low-rank experts: what is learned beside a weight that stays as it is."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from moeify.experts.base import Experts
+from moeify.kernels import grouped_linear
+from moeify.kernels.stacked import Inner
+
+
+class LoRA(Experts):
+    """E low-rank maps `s_j · B_j A_j x` (LoRA, arXiv 2106.09685), computed as `B (A x)` for all experts together.
+
+    Beside `shared=frozen` of the linear map they adapt they are the adapters of PHATGOOSE, Arrow, MoCLE and LoRAMoE.
+    Adapters of different ranks share one stack: the smaller ones are filled up with zeros, which changes nothing.
+
+    Args:
+        num_experts: E.
+        width: D.
+        width_out: O, D if not given.
+        rank: r, of the largest.
+        scale: s; `alpha / rank` where a paper gives alpha.
+        dropout: probability of dropping an input in training.
+        names: what the experts are called, in their order; their numbers if not given.
+
+    Attributes:
+        lora_A: (E, r, D).
+        lora_B: (E, O, r); starts at zero, so that the layer starts as the map beside it.
+        scale: s of every expert, (E,) in fp32.
+
+    Raises:
+        ValueError: a rank below 1, or not one name per expert.
+    """
+
+    def __init__(
+        self,
+        num_experts: int,
+        width: int,
+        width_out: int | None = None,
+        *,
+        rank: int = 8,
+        scale: float = 1.0,
+        dropout: float = 0.0,
+        names: tuple[str, ...] | None = None,
+    ) -> None:
+        super().__init__()
+        if rank < 1:
+            raise ValueError(f"a rank of {rank} leaves no adapter; choose a whole number from 1 on")
+        self.names = tuple(map(str, range(num_experts))) if names is None else tuple(names)
+        if len(self.names) != num_experts:
+            raise ValueError(f"{len(self.names)} names for {num_experts} experts; give one name per expert")
+        self.num_experts, self.width, self.rank = num_experts, width, rank
+        self.width_out = width if width_out is None else width_out
+        self.lora_A = nn.Parameter(torch.empty(num_experts, rank, width).uniform_(-1, 1) / math.sqrt(width))
+        self.lora_B = nn.Parameter(torch.zeros(num_experts, self.width_out, rank))
+        self.register_buffer("scale", torch.full((num_experts,), float(scale)))
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, rows: Float[Tensor, "R D"], counts: Int[Tensor, "E"]) -> Float[Tensor, "R O"]:
+        """`s_j · B_j A_j x`, each row by its own expert."""
+        low = grouped_linear(self.dropout(rows), self.lora_A, counts)
+        scale = torch.repeat_interleave(self.scale, counts, output_size=rows.shape[0])
+        return grouped_linear(low * scale.to(low.dtype).unsqueeze(-1), self.lora_B, counts)
+
+    @torch.no_grad()
+    def delta(self, expert: int) -> Float[Tensor, "O D"]:
+        """What one expert adds to the weight beside it: `s · B A`, in fp32."""
+        return self.scale[expert].float() * (self.lora_B[expert].float() @ self.lora_A[expert].float())
+
+    def extra_repr(self) -> str:
+        """Sizes, and who they are."""
+        names = "" if self.names == tuple(map(str, range(self.num_experts))) else f", names={', '.join(self.names)}"
+        return f"experts={self.num_experts}, {self.width} -> {self.rank} -> {self.width_out}{names}"
+
+
+class LoRAFFN(Experts):
+    """E feed-forward networks that are one frozen network with low-rank changes to both its maps (MixLoRA).
+
+        E_j(x) = (W₂ + s B₂ⱼ A₂ⱼ) inner((W₁ + s B₁ⱼ A₁ⱼ) x)                       arXiv 2404.15159, equation 5
+
+    Args:
+        up: the first map of the network, gate and up side by side if `inner` is gated.
+        down: the last map.
+        inner: the nonlinearity.
+        up_lora: what the experts add to the first map.
+        down_lora: what they add to the last.
+    """
+
+    def __init__(self, up: nn.Linear, down: nn.Linear, inner: Inner, up_lora: LoRA, down_lora: LoRA) -> None:
+        super().__init__()
+        self.num_experts = up_lora.num_experts
+        self.up, self.down, self.inner = up, down, inner
+        self.up_lora, self.down_lora = up_lora, down_lora
+
+    def forward(self, rows: Float[Tensor, "R D"], counts: Int[Tensor, "E"]) -> Float[Tensor, "R O"]:
+        """The network, each row with the changes of its own expert."""
+        hidden = self.inner(self.up(rows) + self.up_lora(rows, counts))
+        return self.down(hidden) + self.down_lora(hidden, counts)
