@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from jaxtyping import Float
@@ -104,8 +105,14 @@ KNOWN: dict[str, Activation] = {
 """The activations that kernels have a name for."""
 
 
+@torch.compiler.assume_constant_result
 def name_of(act: Activation) -> str | None:
     """The name of an activation, told by what it computes; None for one that no kernel knows."""
+    return _name_of(act)
+
+
+@lru_cache(maxsize=64)
+def _name_of(act: Activation) -> str | None:
     if isinstance(act, torch.nn.Module) and next(act.parameters(), None) is not None:
         return None
     x = torch.linspace(-6, 6, 97, dtype=torch.float64)

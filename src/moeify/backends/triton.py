@@ -1,0 +1,109 @@
+"""Whole layers by kernels of our own, on a GPU: `moeify.kernels.triton`, imported when the first layer asks for it."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from moeify.experts.base import Experts
+from moeify.kernels.stacked import KNOWN, ClampedGlu, Stacked, name_of
+from moeify.routing import Assignment, Routing
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def sparse_ffn(x: Float[Tensor, "... D"], routing: Routing, experts: Experts) -> Float[Tensor, "... O"]:
+    """Gather, both maps, nonlinearity and weighted sum in four kernels; seven more go backwards."""
+    from moeify.kernels.triton import sparse_ffn
+
+    assert isinstance(routing, Assignment)
+    assert experts.stacked is not None
+    order, begin = visits(routing)
+    decision = routing.source, routing.weight, routing.counts, order, begin
+    y = sparse_ffn(x.reshape(-1, x.shape[-1]), experts.stacked, *decision)
+    return y.view(*x.shape[:-1], y.shape[-1])
+
+
+def visits(routing: Assignment) -> tuple[Int[Tensor, "V"], Int[Tensor, "T+1"]]:
+    """The rows of token t: `order[begin[t] : begin[t + 1]]`, where -1 is a row that is not there.
+
+    Where every token asked for K experts they have K places each, so nothing is sorted.
+    """
+    source, tokens = routing.source, math.prod(routing.shape)
+    if routing.choice is None or routing.index is None:
+        begin = source.new_zeros(tokens + 1).index_add(0, source + 1, torch.ones_like(source)).cumsum(0)
+        return source.argsort(stable=True), begin
+    k = routing.index.shape[1]
+    rows = torch.arange(source.shape[0], device=source.device)
+    order = source.new_full((tokens * k,), -1).scatter(0, source * k + routing.choice, rows)
+    return order, torch.arange(tokens + 1, device=source.device) * k
+
+
+def cannot(x: Float[Tensor, "... D"], routing: Routing, experts: Experts) -> str | None:
+    """Why the kernels cannot serve a call, None if they can."""
+    if not isinstance(routing, Assignment):
+        return f"it needs an Assignment, and the router gave a {type(routing).__name__}"
+    if routing.rest is not None:
+        return "it adds up rows only, and this router also speaks for experts that were not asked"
+    if routing.weight.dim() > 1:
+        return "it needs one weight per row, and the router gave several gates"
+    stacked = experts.stacked
+    if stacked is None:
+        return f"it needs experts that are plain feed-forward networks of one size, not {type(experts).__name__}"
+    if not isinstance(stacked.inner, ClampedGlu) and name_of(stacked.inner.act) is None:
+        return f"it knows the activations {', '.join(KNOWN)}, and {stacked.inner.act} is none of them"
+    dtype = _dtype(x, stacked)
+    if dtype not in DTYPES:
+        return f"it computes in {', '.join(str(d).removeprefix('torch.') for d in DTYPES)}, and the weights are {dtype}"
+    if max(stacked.up[0].numel(), stacked.down[0].numel(), routing.source.shape[0]) >= 2**31:
+        return "it counts rows, and numbers of one expert, in 31 bits"
+    return _missing() or _unfit(x.device)
+
+
+def chosen(x: Float[Tensor, "... D"], routing: Routing, experts: Experts) -> bool:
+    """Whether the kernels are expected to be faster than torch's grouped product with its copies.
+
+    What they save are copies, worth 1 / D + 1 / H of the products' time, up to a factor; what they lose is that
+    CUTLASS multiplies somewhat faster than Triton. They are taken where D · H / (D + H) is at most 1000, which leaves
+    Mixtral's wide experts to torch, and takes fine-grained ones. In dtypes that torch's grouped product does not know,
+    one product per expert and a wait for the counts is what they compete with, so they are always taken.
+    """
+    if not x.is_cuda or experts.stacked is None:
+        return False
+    stacked = experts.stacked
+    (_, width_out, hidden), width = stacked.down.shape, x.shape[-1]
+    width = min(width, width_out)
+    return _dtype(x, stacked) != torch.bfloat16 or width * hidden <= 1000 * (width + hidden)
+
+
+def _dtype(x: Tensor, stacked: Stacked) -> torch.dtype:
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else stacked.up.dtype
+
+
+@torch.compiler.assume_constant_result
+def _missing() -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed; run pip install 'moeify[gpu]'"
+    return None
+
+
+def _unfit(device: torch.device) -> str | None:
+    if device.type != "cuda":
+        return None if _interpreted() else f"it runs on NVIDIA GPUs, and the tokens are on {device.type!r}"
+    if torch.version.hip is not None:
+        return "it has been written for NVIDIA GPUs"
+    if torch.cuda.get_device_capability(device) < (8, 0):
+        return "it needs compute capability 8.0"
+    return None
+
+
+@torch.compiler.assume_constant_result
+def _interpreted() -> bool:
+    from moeify.kernels.triton.launch import INTERPRETED
+
+    return INTERPRETED

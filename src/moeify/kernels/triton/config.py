@@ -1,0 +1,76 @@
+"""Sizes of tiles: a static table, so that a layer starts at once and computes the same on every run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from moeify.kernels.triton.launch import INTERPRETED, power_of_2
+
+Kernel = Literal["product", "hidden", "outer"]
+
+
+@dataclass(frozen=True)
+class Config:
+    """How a grouped product is cut into programs.
+
+    Attributes:
+        m: rows of a tile.
+        n: columns of a tile.
+        k: depth of one step of the sum.
+        warps: warps of a program.
+        stages: steps that are loaded ahead.
+    """
+
+    m: int
+    n: int
+    k: int
+    warps: int
+    stages: int
+
+    def within(self, *, m: int | None = None, n: int, k: int | None = None) -> Config:
+        """No larger than a product of m x n with sums over k: for narrow maps, such as those of low rank."""
+        limits = {"m": m, "n": n, "k": k}
+        sizes = {name: min(getattr(self, name), max(16, power_of_2(x))) for name, x in limits.items() if x is not None}
+        return replace(self, **sizes)
+
+
+def config(kernel: Kernel, x: Tensor, rows_per_expert: int, *widths: int) -> Config:
+    """The sizes for a kernel.
+
+    Args:
+        kernel: rows times weights (`product`), the same with the derivative of the nonlinearity (`hidden`), or sums of
+            outer products of rows (`outer`).
+        x: what it multiplies.
+        rows_per_expert: rows over experts, on average.
+        widths: of the matrices; where 16 does not divide one, rows are loaded number by number.
+    """
+    if INTERPRETED:
+        return Config(16, 32, 32, 4, 2)
+    hopper = x.is_cuda and torch.cuda.get_device_capability(x.device) >= (9, 0)
+    aligned = all(width % 16 == 0 for width in widths)
+    return table("hopper" if hopper else "ampere", kernel, x.dtype, rows_per_expert, aligned)
+
+
+def table(
+    family: Literal["ampere", "hopper"], kernel: Kernel, dtype: torch.dtype, rows_per_expert: int, aligned: bool
+) -> Config:
+    """The static table; rows per expert choose m, as a tile that is half empty computes for nothing.
+
+    Hopper has 228 KB of shared memory and instructions 256 columns wide; Ampere is given what fits in 100 KB, which
+    all of its kind have. fp32 takes twice the room of bf16, and unaligned rows take registers.
+    """
+    if dtype == torch.float32 or not aligned:
+        return Config(64, 64, 32, 4, 2)
+    if kernel == "outer":
+        return Config(128, 256, 64, 8, 5) if family == "hopper" else Config(128, 128, 32, 8, 3)
+    if rows_per_expert <= 24:
+        return Config(16, 64, 128, 4, 4) if family == "hopper" else Config(16, 64, 64, 4, 4)
+    if rows_per_expert <= 96:
+        return Config(64, 128, 64, 4, 4) if family == "hopper" else Config(64, 64, 64, 4, 3)
+    if family == "ampere":
+        return Config(128, 128, 32, 8, 3)
+    return Config(128, 256, 64, 8, 3) if kernel == "product" else Config(128, 128, 64, 8, 4)

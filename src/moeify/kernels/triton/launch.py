@@ -1,0 +1,35 @@
+"""How kernels are started, and what they must be told about the machine."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+
+INTERPRETED = bool(triton.knobs.runtime.interpret)
+"""Whether kernels run in Triton's interpreter, on a CPU; `TRITON_INTERPRET=1` before the import says so."""
+
+
+def launch(kernel: Any, grid: int, *arguments: Any, num_warps: int = 4, num_stages: int = 3, **constants: Any) -> None:
+    """Start `grid` programs of a kernel; none is a launch that is left out, as a GPU refuses an empty one."""
+    if grid > 0:
+        kernel[(grid,)](*arguments, num_warps=num_warps, num_stages=num_stages, **constants)
+
+
+def arithmetic(dtype: torch.dtype) -> dict[str, Any]:
+    """How products of a dtype are computed; fp32 follows `torch.set_float32_matmul_precision`.
+
+    "highest" is three tf32 products on the tensor cores, whose error is that of fp32. The interpreter multiplies in
+    fp32 whatever the dtype, as numpy has no bf16.
+    """
+    exact = torch.get_float32_matmul_precision() == "highest"
+    return {
+        "PRECISION": "ieee" if INTERPRETED else "tf32x3" if exact and dtype == torch.float32 else "tf32",
+        "UPCAST": INTERPRETED,
+    }
+
+
+def power_of_2(size: int) -> int:
+    """The smallest power of two that is not below `size`."""
+    return 1 << max(0, size - 1).bit_length()

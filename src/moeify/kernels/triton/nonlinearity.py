@@ -1,0 +1,85 @@
+"""The nonlinearity between the two maps of an expert, with its derivative, as kernels compute it (fp32)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import triton
+import triton.language as tl
+
+from moeify.kernels.stacked import KNOWN, ClampedGlu, Inner, name_of
+
+
+@dataclass(frozen=True)
+class Nonlinearity:
+    """A nonlinearity as kernels know it.
+
+    Attributes:
+        act: the name of the activation, or "clamped".
+        gated: whether a gate and an up map go in.
+        alpha: of the clamped one.
+        limit: of the clamped one.
+    """
+
+    act: str
+    gated: bool
+    alpha: float = 0.0
+    limit: float = 0.0
+
+
+def nonlinearity(inner: Inner) -> Nonlinearity:
+    """The nonlinearity of experts as kernels know it.
+
+    Raises:
+        ValueError: an activation that no kernel knows.
+    """
+    if isinstance(inner, ClampedGlu):
+        return Nonlinearity("clamped", True, inner.alpha, inner.limit)
+    act = name_of(inner.act)
+    if act is None:
+        raise ValueError(f"no kernel knows the activation {inner.act}; known are {', '.join(KNOWN)}")
+    return Nonlinearity(act, inner.maps == 2)
+
+
+@triton.jit
+def activate(x, ACT: tl.constexpr):
+    """The activation at x, and its derivative."""
+    if ACT == "silu":
+        s = tl.sigmoid(x)
+        y = x * s
+        slope = s * (1 + x * (1 - s))
+    elif ACT == "gelu":
+        phi = 0.5 * (1 + tl.erf(x * 0.7071067811865476))
+        y = x * phi
+        slope = phi + x * 0.3989422804014327 * tl.exp(-0.5 * x * x)
+    elif ACT == "gelu_tanh":
+        s = tl.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))  # (1 + tanh(u / 2)) / 2 is sigmoid(u)
+        y = x * s
+        slope = s + x * s * (1 - s) * 1.5957691216057308 * (1 + 0.134145 * x * x)
+    elif ACT == "relu":
+        y = tl.maximum(x, 0.0)
+        slope = tl.where(x > 0, 1.0, 0.0)
+    else:
+        tl.static_assert(ACT == "relu2")
+        r = tl.maximum(x, 0.0)
+        y = r * r
+        slope = 2 * r
+    return y, slope
+
+
+@triton.jit
+def gated(gate, up, alpha, limit, ACT: tl.constexpr):
+    """The gated nonlinearity, and its derivatives by gate and up."""
+    if ACT == "clamped":
+        g = tl.minimum(gate, limit)
+        u = tl.minimum(tl.maximum(up, -limit), limit)
+        s = tl.sigmoid(alpha * g)
+        y = (u + 1) * g * s
+        by_gate = tl.where(gate <= limit, (u + 1) * s * (1 + alpha * g * (1 - s)), 0.0)
+        by_up = tl.where((up >= -limit) & (up <= limit), g * s, 0.0)
+    else:
+        a, slope = activate(gate, ACT)
+        y = a * up
+        by_gate = slope * up
+        by_up = a
+    return y, by_gate, by_up

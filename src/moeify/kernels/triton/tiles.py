@@ -1,0 +1,63 @@
+"""Tiles: which rows a program of a grouped product computes, told on the device.
+
+Every tile holds at most `block` rows of one expert. How many tiles there are depends on the counts, which the host
+does not know; so it starts as many programs as there could be, ceil(R / block) + E, and those beyond the last tile do
+nothing. Nothing waits for the device, and a CUDA graph captured once serves all decisions with as many rows.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from jaxtyping import Int
+from torch import Tensor
+
+from moeify.kernels.triton.launch import launch
+
+
+def tile_table(counts: Int[Tensor, "E"], rows: int, block: int) -> Int[Tensor, "3 tiles"]:
+    """Expert, first row and end of the rows of every tile; the expert of unused tiles is -1. int32."""
+    tiles = triton.cdiv(rows, block) + counts.shape[0]
+    table = counts.new_empty(3, tiles, dtype=torch.int32)
+    programs = triton.cdiv(tiles, 128)
+    launch(_tile_table, programs, counts, table, counts.shape[0], tiles, BLOCK=block, TILES=128, EXPERTS=32)
+    return table
+
+
+def naive_tile_table(counts: Int[Tensor, "E"], rows: int, block: int) -> Int[Tensor, "3 tiles"]:
+    """The definition of `tile_table`."""
+    tiles, begin = [], 0
+    for expert, count in enumerate(counts.tolist()):
+        tiles += [(expert, first, min(first + block, begin + count)) for first in range(begin, begin + count, block)]
+        begin += count
+    table = torch.full((3, triton.cdiv(rows, block) + len(counts)), -1, dtype=torch.int32)
+    table[:, : len(tiles)] = torch.tensor(tiles, dtype=torch.int32).view(-1, 3).t()
+    return table
+
+
+@triton.jit
+def _tile_table(counts, table, E, tiles, BLOCK: tl.constexpr, TILES: tl.constexpr, EXPERTS: tl.constexpr):
+    tile = tl.program_id(0) * TILES + tl.arange(0, TILES)
+    expert = tl.zeros((TILES,), tl.int32)
+    first = tl.zeros((TILES,), tl.int32)
+    end = tl.zeros((TILES,), tl.int32)
+    total = 0  # tiles of the experts so far
+    for begin in range(0, E, EXPERTS):
+        e = begin + tl.arange(0, EXPERTS)
+        count = tl.load(counts + e, mask=e < E, other=0).to(tl.int32)
+        ends = total + tl.cumsum((count + BLOCK - 1) // BLOCK, 0)
+        starts = ends - (count + BLOCK - 1) // BLOCK
+        before = (ends[None, :] <= tile[:, None]) & (
+            e[None, :] < E
+        )  # (TILES, EXPERTS): experts that are done by this tile
+        mine = (starts[None, :] <= tile[:, None]) & (tile[:, None] < ends[None, :])
+        expert += tl.sum(before.to(tl.int32), 1)
+        rows_before = tl.sum(tl.where(before, count[None, :], 0), 1)
+        first += rows_before + tl.sum(tl.where(mine, (tile[:, None] - starts[None, :]) * BLOCK, 0), 1)
+        end += rows_before + tl.sum(tl.where(mine, count[None, :], 0), 1)
+        total += tl.sum((count + BLOCK - 1) // BLOCK, 0)
+    used = tile < total
+    tl.store(table + tile, tl.where(used, expert, -1), mask=tile < tiles)
+    tl.store(table + tiles + tile, tl.where(used, first, -1), mask=tile < tiles)
+    tl.store(table + 2 * tiles + tile, tl.where(used, tl.minimum(first + BLOCK, end), -1), mask=tile < tiles)

@@ -1,0 +1,65 @@
+"""The weighted sum of every token's rows: gathered by the token, not scattered by the row, so there are no atomics."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from moeify.kernels.triton.launch import launch, power_of_2
+
+
+def total(
+    rows: Float[Tensor, "R O"],
+    weight: Float[Tensor, "R"] | None,
+    order: Int[Tensor, "V"],
+    begin: Int[Tensor, "T+1"],
+) -> Float[Tensor, "T O"]:
+    """Σ weight[r] · rows[r] over the rows r of each token, in fp32 and always in the same order.
+
+    Args:
+        rows: what is added up.
+        weight: of every row, 1 if not given.
+        order: rows token after token; -1 is a row that is not there.
+        begin: where in `order` the rows of each token begin, and the end.
+    """
+    tokens, width = len(begin) - 1, rows.shape[1]
+    block = min(power_of_2(width), 1024)
+    out = rows.new_empty(tokens, width)
+    blocks = triton.cdiv(width, block)
+    launch(_total, tokens * blocks, rows, weight, order, begin, out, width, blocks, BLOCK=block, ROWS=4)
+    return out
+
+
+def naive_total(
+    rows: Float[Tensor, "R O"],
+    weight: Float[Tensor, "R"] | None,
+    order: Int[Tensor, "V"],
+    begin: Int[Tensor, "T+1"],
+) -> Float[Tensor, "T O"]:
+    """The definition of `total`."""
+    weighted = rows.float() if weight is None else rows.float() * weight.float().unsqueeze(1)
+    visits = [part[part >= 0] for part in order.tensor_split(begin[1:-1].cpu())]
+    return torch.stack([weighted[part].sum(0) for part in visits]).to(rows.dtype)
+
+
+@triton.jit
+def _total(rows, weight, order, begin, out, N, blocks, BLOCK: tl.constexpr, ROWS: tl.constexpr):
+    token = (tl.program_id(0) // blocks).to(tl.int64)
+    column = (tl.program_id(0) % blocks) * BLOCK + tl.arange(0, BLOCK)
+    inside = column < N
+    end = tl.load(begin + token + 1)
+    acc = tl.zeros((BLOCK,), tl.float32)
+    for first in range(tl.load(begin + token), end, ROWS):
+        visit = first + tl.arange(0, ROWS)
+        row = tl.load(order + visit, mask=visit < end, other=-1)
+        there = row >= 0
+        y = tl.load(rows + row[:, None] * N + column[None, :], mask=there[:, None] & inside[None, :], other=0.0)
+        if weight is None:
+            acc += tl.sum(y.to(tl.float32), 0)
+        else:
+            w = tl.load(weight + row, mask=there, other=0.0).to(tl.float32)
+            acc += tl.sum(y.to(tl.float32) * w[:, None], 0)
+    tl.store(out + token * N + column, acc.to(out.dtype.element_ty), mask=inside)

@@ -1,0 +1,141 @@
+"""The kernels without a GPU: computed by Triton's interpreter in a process of its own, and compiled to machine code."""
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from moeify.kernels.stacked import SWIGLU, ClampedGlu, Plain
+
+triton = pytest.importorskip("triton")
+
+ROOT = Path(__file__).parents[2]
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+FAMILIES = {"hopper": 90, "ampere": 80}
+SHARED = {"hopper": 228 * 1024, "ampere": 100 * 1024}
+POINTERS = {
+    torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.int64: "*i64", torch.int32: "*i32",
+}  # fmt: skip
+PRODUCTS = {"_product", "_hidden", "_outer"}
+LAYERS = {"swiglu": (SWIGLU, False, False), "gpt-oss": (ClampedGlu(), True, True), "gelu": (Plain(F.gelu), True, False)}
+
+
+def test_the_interpreter_computes_what_the_definitions_say():
+    environment = os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, "-m", "pytest", "tests/kernels/triton", "-q", "-p", "no:cacheprovider"]
+    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout[-4000:]
+
+
+@dataclass(frozen=True)
+class Binary:
+    """What a kernel was compiled to."""
+
+    kernel: str
+    instructions: str
+    stack: int
+    shared: int
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory) -> Callable[[str, str, torch.dtype], list[Binary]]:
+    """All kernels of a layer's forward and backward pass, compiled for a family of GPUs."""
+    folder = tmp_path_factory.mktemp("binaries")
+
+    def compile_layer(layer: str, family: str, dtype: torch.dtype) -> list[Binary]:
+        launches = launches_of(lambda: run_layer(*LAYERS[layer], dtype), family)
+        return [binary(*launch, FAMILIES[family], folder) for launch in launches]
+
+    return compile_layer
+
+
+def run_layer(inner, bias: bool, transposed: bool, dtype: torch.dtype, width: int = 1024, hidden: int = 768) -> None:
+    """A layer forwards and backwards on memory that is never touched."""
+    from moeify.kernels.triton import layer
+    from moeify.kernels.triton.nonlinearity import nonlinearity
+
+    tokens, k, num_experts, n = 4096, 2, 8, nonlinearity(inner)
+
+    def floats(*shape):
+        return torch.empty(shape, dtype=dtype)
+
+    def integers(size):
+        return torch.empty(size, dtype=torch.int64)
+
+    def weight(out, size):
+        return floats(num_experts, size, out).transpose(1, 2) if transposed else floats(num_experts, out, size)
+
+    rows, maps = tokens * k, inner.maps * hidden
+    up, down = weight(maps, width), weight(width, hidden)
+    biases = (floats(num_experts, maps), floats(num_experts, width)) if bias else (None, None)
+    decision = torch.empty(rows), integers(rows), integers(num_experts), integers(rows), integers(tokens + 1)
+    kind = n.act, n.gated, n.alpha, n.limit
+    x, dy, before = floats(tokens, width), floats(tokens, width), floats(rows, maps)
+    layer._forward._init_fn(x, up, biases[0], down, biases[1], *decision, *kind, True)
+    wanted = [True, True, bias, True, bias, True]
+    layer._backward._init_fn(dy, x, before, up, down, biases[1], *decision, *kind, wanted)
+
+
+def launches_of(run: Callable[[], None], family: str) -> list[tuple[Any, tuple, dict]]:
+    """What is launched: kernels, arguments and constants."""
+    from moeify.kernels.triton import layer
+    from moeify.kernels.triton.config import table
+
+    launches = []
+
+    def keep(kernel, *arguments, grid, warmup, **constants):
+        launches.append((kernel, arguments, constants))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(triton.runtime.JITFunction, "run", keep)
+        patch.setattr(layer, "config", lambda kernel, x, rows, *widths: table(family, kernel, x.dtype, rows, True))
+        run()
+    return launches
+
+
+def binary(kernel: Any, arguments: tuple, constants: dict, capability: int, folder: Path) -> Binary:
+    """Compile a launch as Triton would for such arguments."""
+    options = {name: constants[name] for name in ("num_warps", "num_stages")}
+    signature, fixed, attributes = {}, {}, {}
+    for place, parameter in enumerate(kernel.params):
+        value = arguments[place] if place < len(arguments) else constants[parameter.name]
+        is_pointer = isinstance(value, torch.Tensor)
+        if parameter.is_constexpr or value is None or (not is_pointer and value == 1):
+            signature[parameter.name], fixed[(place,)] = "constexpr", value
+            continue
+        signature[parameter.name] = POINTERS[value.dtype] if is_pointer else type_of(value)
+        if is_pointer or (isinstance(value, int) and value % 16 == 0):
+            attributes[(place,)] = [["tt.divisibility", 16]]
+    source = triton.compiler.ASTSource(kernel, signature, fixed, attributes)
+    target = triton.backends.compiler.GPUTarget("cuda", capability, 32)
+    made = triton.compile(source, target=target, options=options)
+    file = folder / "kernel.cubin"
+    file.write_bytes(made.asm["cubin"])
+    usage = subprocess.run([TOOLS / "cuobjdump", "--dump-resource-usage", file], capture_output=True, text=True).stdout
+    stack = int(re.search(r"STACK:(\d+)", usage)[1])
+    return Binary(kernel.__name__, made.asm["ptx"], stack, made.metadata.shared)
+
+
+def type_of(number: float) -> str:
+    if isinstance(number, float):
+        return "fp32"
+    return "i32" if number < 2**31 else "i64"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("layer", LAYERS)
+def test_products_run_on_matrix_units_and_nothing_is_spilled(layer, family, compiled):
+    binaries = compiled(layer, family, torch.bfloat16)
+    assert {b.kernel for b in binaries} >= PRODUCTS
+    matrix = "wgmma.mma_async" if family == "hopper" else "mma.sync"
+    assert not [b.kernel for b in binaries if b.kernel in PRODUCTS and matrix not in b.instructions]
+    assert not [b.kernel for b in binaries if b.stack]
+    assert not [b.kernel for b in binaries if b.shared > SHARED[family]]

@@ -1,0 +1,168 @@
+"""Whole layers by kernels against the definition, and the promises they make."""
+
+from copy import deepcopy
+from itertools import chain
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import library
+from torch.utils.checkpoint import checkpoint
+from transformers.models.gpt_oss.modeling_gpt_oss import GptOssConfig, GptOssExperts
+
+from moeify import MoE, assign, backends
+from moeify.backends import compose
+from moeify.backends.triton import visits
+from moeify.interface import NativeExperts
+from moeify.kernels.stacked import SWIGLU
+from moeify.kernels.triton import sparse_ffn
+from moeify.routers import TopK
+from strategies import agree, choices, gradients, seeds
+from triton_problems import DEVICE, INNER, decisions, experts, moved
+
+pytestmark = pytest.mark.usefixtures("uninitialised_memory_is_nan")
+
+
+def agrees(x, routing, ffn, tolerance=1e-4):
+    leaves = [x, routing.weight, *ffn.parameters()]
+    agree(
+        backends.run("triton", x, routing, ffn), leaves, compose(x, routing, ffn), leaves,
+        rtol=tolerance, atol=tolerance,
+    )  # fmt: skip
+
+
+def tokens(count=11, width=40, dtype=torch.float32):
+    return torch.randn(count, width, device=DEVICE, dtype=dtype, requires_grad=True)
+
+
+@pytest.mark.parametrize("inner", ["gelu", "relu2", "geglu", "clamped"])
+def test_nonlinearities_with_a_bias(inner):
+    agrees(tokens(), decisions()["k choices"], experts(INNER[inner], bias=True))
+
+
+@pytest.mark.parametrize("decision", decisions())
+def test_every_form_of_decision(decision):
+    routing = decisions()[decision]
+    agrees(tokens(*routing.shape), routing, experts(SWIGLU, bias=False))
+
+
+def agrees_as_a_whole(x, routing, ffn, tolerance):
+    """The error of every output and gradient is small beside it; single numbers of half precision may cancel."""
+    exact_x, exact_ffn = x.detach().double().requires_grad_(), deepcopy(ffn).double()
+    y, exact = backends.run("triton", x, routing, ffn), compose(exact_x, routing, exact_ffn)
+    found = [y, *gradients(y.cpu(), [x, routing.weight, *ffn.parameters()])]
+    right = [exact, *gradients(exact.cpu(), [exact_x, routing.weight, *exact_ffn.parameters()])]
+    for a, b in zip(found, right, strict=True):
+        assert (a.double() - b).norm() <= tolerance * b.norm()
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float16, 1e-3), (torch.bfloat16, 2e-2)])
+def test_half_precision(dtype, tolerance):
+    ffn = experts(SWIGLU, bias=True, width_out=40).to(dtype)
+    agrees_as_a_whole(tokens(dtype=dtype), decisions()["k choices"], ffn, tolerance)
+
+
+@settings(max_examples=5)
+@given(
+    choices(max_tokens=5, max_experts=4),
+    st.tuples(*[st.integers(1, 37)] * 3),
+    st.sampled_from(list(INNER)),
+    st.booleans(),
+    seeds,
+)
+def test_any_decision_and_any_widths(choice, widths, inner, bias, seed):
+    torch.manual_seed(seed)
+    width, hidden, width_out = widths
+    ffn = experts(INNER[inner], bias, width=width, hidden=hidden, width_out=width_out, num_experts=choice[2])
+    agrees(tokens(len(choice[0]), width), moved(assign(*choice)), ffn)
+
+
+@pytest.mark.parametrize("frozen", ["tokens", "weights of the decision", "experts"])
+def test_what_is_frozen_gets_no_gradient(frozen):
+    x, routing, ffn = tokens(), decisions()["k choices"], experts(SWIGLU, bias=True)
+    groups = {"tokens": [x], "weights of the decision": [routing.weight], "experts": list(ffn.parameters())}
+    for leaf in groups.pop(frozen):
+        leaf.requires_grad_(False)
+    leaves = [*chain(*groups.values())]
+    agree(backends.run("triton", x, routing, ffn), leaves, compose(x, routing, ffn), leaves, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_tokens_and_what_goes_into_the_nonlinearity_are_all_that_is_kept(bias):
+    x, routing, ffn = tokens(), decisions()["k choices"], experts(SWIGLU, bias)
+    order, begin = visits(routing)
+    known = {t.data_ptr() for t in (routing.weight, routing.source, routing.counts, order, begin, *ffn.parameters())}
+    kept = []
+
+    def keep(tensor):
+        if tensor.data_ptr() not in known:
+            kept.append(tensor.numel() * tensor.element_size())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        sparse_ffn(x, ffn.stacked, routing.source, routing.weight, routing.counts, order, begin)
+    rows = len(routing.source)
+    assert sum(kept) == x.element_size() * (x.numel() + rows * 2 * ffn.hidden)
+
+
+def test_nothing_is_kept_without_a_gradient():
+    x, routing, ffn = tokens(), decisions()["k choices"], experts(SWIGLU, bias=False)
+    kept = []
+    with torch.no_grad(), torch.autograd.graph.saved_tensors_hooks(kept.append, lambda tensor: tensor):
+        backends.run("triton", x, routing, ffn)
+    assert not kept
+
+
+def test_twice_is_the_same_to_the_last_bit():
+    x, routing, ffn = tokens(), decisions()["any number"], experts(SWIGLU, bias=True)
+    leaves = [x, routing.weight, *ffn.parameters()]
+    runs = [backends.run("triton", x, routing, ffn) for _ in range(2)]
+    assert torch.equal(*runs)
+    assert all(map(torch.equal, *(gradients(y.cpu(), leaves) for y in runs)))
+
+
+def test_autocast_computes_in_its_dtype_and_returns_gradients_in_that_of_the_parameters():
+    x, routing, ffn = tokens(), decisions()["k choices"], experts(SWIGLU, bias=True)
+    with torch.autocast(DEVICE, dtype=torch.bfloat16):
+        y = backends.run("triton", x, routing, ffn)
+    assert y.dtype == torch.bfloat16
+    exact = compose(x, routing, ffn)
+    leaves = [x, routing.weight, *ffn.parameters()]
+    for a, b in zip([y, *gradients(y.cpu(), leaves)], [exact, *gradients(exact.cpu(), leaves)], strict=True):
+        assert a is y or a.dtype == b.dtype
+        assert (a.double() - b.double()).norm() <= 2e-2 * b.double().norm()
+
+
+def test_activations_may_be_computed_anew():
+    x, routing, ffn = tokens(), decisions()["k choices"], experts(SWIGLU, bias=False)
+    leaves = [x, routing.weight, *ffn.parameters()]
+    anew = checkpoint(backends.run, "triton", x, routing, ffn, use_reentrant=False)
+    agree(anew, leaves, backends.run("triton", x, routing, ffn), leaves)
+
+
+def test_it_is_captured_whole_by_the_compiler():
+    torch._dynamo.reset()
+    layer = MoE(TopK(40, 4, k=2), experts(SWIGLU, bias=True, width_out=40), backend="triton").to(DEVICE)
+    x = tokens()
+    leaves = [x, *layer.parameters()]
+    agree(torch.compile(layer, fullgraph=True, backend="aot_eager")(x), leaves, layer(x), leaves)
+
+
+def test_the_operators_keep_the_promises_of_custom_operators():
+    x, routing, ffn = tokens(5), decisions(5)["k choices"], experts(SWIGLU, bias=True)
+    decision = routing.weight, routing.source, routing.counts, *visits(routing)
+    library.opcheck(
+        torch.ops.moeify.sparse_ffn,
+        (x, *ffn.up, *ffn.down, *decision, "silu", True, 0.0, 0.0, True),
+        test_utils=("test_schema", "test_autograd_registration", "test_faketensor"),
+    )
+
+
+def test_the_layer_of_a_model_of_transformers_whose_weights_lie_transposed():
+
+    config = GptOssConfig(hidden_size=40, intermediate_size=24, num_local_experts=4, num_experts_per_tok=2)
+    native = GptOssExperts(config).to(DEVICE)
+    for parameter in native.parameters():
+        torch.nn.init.normal_(parameter, std=0.4)
+    agrees(tokens(), decisions()["k choices"], NativeExperts(native))
