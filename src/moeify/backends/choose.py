@@ -8,13 +8,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from moeify.backends import native, plain
+from moeify.backends import native, plain, triton
 from moeify.backends.base import Backend
 from moeify.experts.base import Experts
 from moeify.routing import Routing
 
 BACKENDS: dict[str, Backend] = {
     "answered": Backend(plain.answered, plain.unanswered, chosen=lambda *call: True),
+    "triton": Backend(triton.sparse_ffn, triton.cannot, triton.chosen),
     "native": Backend(native.run, native.refuse, native.chosen),
     "gather": Backend(plain.gather, plain.cannot_gather, chosen=lambda x, *_: x.is_cuda),
     "compose": Backend(plain.compose, refuse=lambda *call: None, chosen=lambda *call: True),
