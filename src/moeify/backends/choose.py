@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+from functools import partial
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from moeify.backends import native, plain, triton
+from moeify.backends import native, onednn, plain, triton
 from moeify.backends.base import Backend
 from moeify.experts.base import Experts
 from moeify.routing import Routing
@@ -17,6 +18,8 @@ BACKENDS: dict[str, Backend] = {
     "answered": Backend(plain.answered, plain.unanswered, chosen=lambda *call: True),
     "triton": Backend(triton.sparse_ffn, triton.cannot, triton.chosen),
     "native": Backend(native.run, native.refuse, native.chosen),
+    "onednn": Backend(onednn.run, onednn.refuse, chosen=lambda x, *_: x.is_cpu),
+    "recompute": Backend(partial(onednn.run, keep=False), onednn.refuse, chosen=lambda *call: False),
     "gather": Backend(plain.gather, plain.cannot_gather, chosen=lambda x, *_: x.is_cuda),
     "compose": Backend(plain.compose, refuse=lambda *call: None, chosen=lambda *call: True),
 }

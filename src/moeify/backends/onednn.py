@@ -15,7 +15,7 @@ from moeify.kernels.stacked import Stacked
 from moeify.routing import Assignment, Routing
 
 
-def onednn(x: Float[Tensor, "... D"], routing: Routing, experts: Experts, *, keep: bool = True) -> Tensor:
+def run(x: Float[Tensor, "... D"], routing: Routing, experts: Experts, *, keep: bool = True) -> Tensor:
     """Gather, run and add up the rows of a few experts at a time, by weights that are packed where that is allowed.
 
     Args:
@@ -45,8 +45,8 @@ def _packed(stacked: Stacked, dtype: torch.dtype) -> tuple[Matrices, Matrices] |
     return packed(stacked.up, dtype), packed(stacked.down, dtype)
 
 
-def cannot(x: Tensor, routing: Routing, experts: Experts) -> str | None:
-    """Why `onednn` cannot serve a call, None if it can."""
+def refuse(x: Tensor, routing: Routing, experts: Experts) -> str | None:
+    """Why this backend cannot serve a call, None if it can."""
     if x.device.type != "cpu":
         return f"it runs on a CPU, and the tokens are on {x.device}"
     if torch.compiler.is_compiling():
@@ -66,6 +66,4 @@ def cannot(x: Tensor, routing: Routing, experts: Experts) -> str | None:
         return f"it reads weights that lie whole in memory, and these are {type(stacked.up).__name__}"
     if experts._forward_hooks or experts._forward_pre_hooks or experts._backward_hooks:
         return "it runs the experts' weights without calling the experts, and hooks on them wait for a call"
-    if torch._C._functorch.peek_interpreter_stack() is not None:
-        return "it knows no transforms of torch.func"
     return None

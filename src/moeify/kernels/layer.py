@@ -71,12 +71,14 @@ def infer_layer(
     up, down = packed or (stacked.up, stacked.down)
     y = x.new_zeros(len(x), stacked.down.shape[1], dtype=_wide(dtype))
     for block in blocks(counts, _ROWS, whole=kept is not None):
-        token = source[span(block)]
+        token, scale = source[span(block)], weight[span(block)].to(y.dtype).unsqueeze(1)
         before = map_rows(x.index_select(0, token).to(dtype), up, stacked.up_bias, block)
-        answers = map_rows(stacked.inner(before), down, stacked.down_bias, block)
-        y.index_add_(0, token, answers * weight[span(block)].to(y.dtype).unsqueeze(1))
         if kept is not None:
             kept.append(before)
+        hidden = stacked.inner(before)
+        del before  # nothing of a block outlives it
+        y.index_add_(0, token, map_rows(hidden, down, stacked.down_bias, block).to(y.dtype).mul_(scale))
+        del hidden
     return y.to(dtype)
 
 
