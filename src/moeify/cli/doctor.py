@@ -19,7 +19,12 @@ from moeify.experts import FFN
 from moeify.kernels import explain
 from moeify.routers import TopK
 
-_EXTRAS = {"data": ("datasets", "pyarrow"), "report": ("matplotlib",)}
+_EXTRAS = {
+    "adapters": ("nevergrad", "peft", "sklearn"),
+    "data": ("datasets", "pyarrow"),
+    "gpu": ("triton",),
+    "report": ("matplotlib",),
+}
 
 
 def doctor() -> None:
