@@ -2,6 +2,7 @@
 #pragma once
 #include "vectors.h"
 
+constexpr int LINE = 64;    // bytes that memory gives at once
 constexpr int COLUMNS = 4;  // weight rows that share the loads of the activations
 #if defined(__AVX512F__)
 constexpr int ROWS = 6;  // activations that share the loads of the weights: 4 x 6 sums and 4 + 1 operands in 32 registers
@@ -38,10 +39,27 @@ struct Product<Bf16, Bf16> {
         return cast<Floats>(_mm512_dpbf16_ps(cast<__m512>(sum), cast<__m512bh>(w), cast<__m512bh>(x)));
     }
 };
+
+template <>
+struct Product<int8_t, Bf16> {  // 8 bits fit into bf16
+    static constexpr int step = 32;
+    typedef __m512i Vector;
+    static INLINE Vector inputs(const Bf16* p) { return _mm512_loadu_si512(p); }
+    static INLINE Vector inputs(const Bf16* p, int64_t count) { return Product<Bf16, Bf16>::inputs(p, count); }
+    static INLINE Vector weights(const int8_t* p) {
+        return cast<__m512i>(_mm512_cvtne2ps_pbh(cast<__m512>(load(p + 16)), cast<__m512>(load(p))));
+    }
+    static INLINE Vector weights(const int8_t* p, int64_t count) {
+        int8_t padded[step] = {};
+        std::memcpy(padded, p, count);
+        return weights(padded);
+    }
+    static INLINE Floats add(Floats sum, Vector w, Vector x) { return Product<Bf16, Bf16>::add(sum, w, x); }
+};
 #endif
 
 // out[m * out_stride + c] = w[c] · x[m] for c < C, m < M. Row c of the weights begins `w_stride` numbers behind row c - 1.
-// `next` are the weights that will be needed then.
+// `next` are the weights that will be needed then; they are fetched in the order of the memory, as it likes best.
 template <int C, int M, class Weight, class X>
 INLINE void dots(const Weight* w, int64_t w_stride, const Weight* next, const X* const* x, int64_t k, float* out,
                  int64_t out_stride) {
@@ -53,7 +71,7 @@ INLINE void dots(const Weight* w, int64_t w_stride, const Weight* next, const X*
 #pragma GCC unroll 8
         for (int c = 0; c < C; c++) {
             weights[c] = P::weights(w + c * w_stride + i);
-            __builtin_prefetch(next + c * w_stride + i);
+            if (c * P::step * sizeof(Weight) % LINE == 0) __builtin_prefetch(next + i * C + c * P::step);
         }
 #pragma GCC unroll 8
         for (int m = 0; m < M; m++) {
@@ -83,7 +101,7 @@ INLINE void dots(const Weight* w, int64_t w_stride, const Weight* next, const X*
 template <int C, class Weight, class X>
 void some_dots(int m, const Weight* w, int64_t w_stride, const Weight* next, const X* const* x, int64_t k, float* out,
                int64_t out_stride) {
-    switch (m) {
+switch (m) {
         case 1: return dots<C, 1>(w, w_stride, next, x, k, out, out_stride);
         case 2: return dots<C, 2>(w, w_stride, next, x, k, out, out_stride);
         case 3: return dots<C, (ROWS > 2 ? 3 : 1)>(w, w_stride, next, x, k, out, out_stride);

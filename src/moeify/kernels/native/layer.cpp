@@ -68,9 +68,10 @@ struct Layer {
     void run(const Chunk& chunk, X* hidden, X* room) const {
         const int64_t segments = chunk.size();
         if (segments == 0) return;
-        const int64_t first = chunk.front().first, rows = chunk.back().first + chunk.back().rows - first;
-        const int64_t size = rows > PANEL * segments ? Map<X>::widest : 16;
-        const int64_t blocks = (call.hidden + size - 1) / size, out_blocks = (call.width_out + size - 1) / size;
+        const int64_t first = chunk.front().first;
+        int64_t most = 0;
+        for (const Segment& s : chunk) most = std::max(most, s.rows);
+        const int64_t size = most > FEW ? Map<X>::widest : BLOCK, blocks = (call.hidden + size - 1) / size;
 #pragma omp for schedule(dynamic)
         for (int64_t unit = 0; unit < segments * blocks; unit++) {
             const Segment& s = chunk[unit / blocks];
@@ -78,14 +79,15 @@ struct Layer {
             const int count = int(std::min(size, call.hidden - column));
             map_up(s, column, count, hidden + (s.first - first) * call.hidden, room);
         }
+        const int64_t shares = call.threads > 1 ? 4 * call.threads : 1, share = (call.width_out + shares - 1) / shares;
 #pragma omp for schedule(dynamic)
-        for (int64_t block = 0; block < out_blocks; block++) {
-            const Columns c = {block * size, 1, int(std::min(size, call.width_out - block * size))};
-            for (int64_t i = 0; i < segments; i++) {
-                const Place next = i + 1 < segments ? Place{chunk[i + 1].expert, c.first}
-                                                    : Place{chunk[0].expert, c.first + c.count};
-                map_down(chunk[i], c, next, hidden + (chunk[i].first - first) * call.hidden, room);
-            }
+        for (int64_t begin = 0; begin < call.width_out; begin += share) {
+            const int64_t end = std::min(begin + share, call.width_out);
+            for (const Segment& s : chunk)
+                for (int64_t column = begin; column < end; column += size) {
+                    const Columns c = {column, 1, int(std::min(size, end - column))};
+                    map_down(s, c, hidden + (s.first - first) * call.hidden, room);
+                }
         }
     }
 
@@ -111,20 +113,20 @@ struct Layer {
                 for (int n = 0; n < count; n += W) {
                     const Floats value = between(inner, Activation(call.activation), call.alpha, call.limit,
                                                  load(gate + m * BLOCK + n), load(up_ + m * BLOCK + n));
-                    for (int i = 0; i < W && n + i < count; i++) put(to[n + i], value[i]);
+                    n + W <= count ? store(to + n, value) : store_first(to + n, value, count - n);
                 }
             }
         }
     }
 
     // y[source[row]][columns] += weight[row] * down(hidden[row])
-    void map_down(const Segment& s, Columns c, Place next, const X* hidden, X* room) const {
+    void map_down(const Segment& s, Columns c, const X* hidden, X* room) const {
         alignas(64) float out[PANEL * BLOCK];
         for (int64_t done = 0; done < s.rows; done += PANEL) {
             const int rows = int(std::min<int64_t>(PANEL, s.rows - done));
             const X* x[PANEL];
             for (int m = 0; m < rows; m++) x[m] = hidden + (done + m) * call.hidden;
-            multiply(down, {s.expert, c, next, s.rows, done == 0}, x, rows, call.hidden, out, room);
+            multiply(down, {s.expert, c, {s.expert, c.first + c.count}, s.rows, done == 0}, x, rows, call.hidden, out, room);
             for (int m = 0; m < rows; m++) {
                 const int64_t row = s.first + done + m;
                 float* y = call.y + call.source[row] * call.width_out + c.first;

@@ -15,7 +15,7 @@ struct Stack {  // as the caller describes it; strides count numbers, of INT4 by
 
 constexpr int BLOCK = 64;  // output columns computed together, at most
 constexpr int PANEL = 24;  // rows that share a block of weights, at most
-constexpr int FEW = 4;     // rows for which unpacking weights is not worth while
+constexpr int FEW = 8;     // rows of an expert for which unpacking its weights is not worth while
 
 struct Columns {  // `count` columns of a map: first, first + step, ...
     int64_t first, step;
@@ -51,6 +51,13 @@ struct Dense {
     }
 };
 
+template <class X>
+void unpack(const int8_t* w, int64_t k, X* out) {
+    int64_t i = 0;
+    for (; i + W <= k; i += W) store(out + i, load(w + i));
+    if (i < k) store_first(out + i, load_first(w + i, k - i), k - i);
+}
+
 // Whole numbers of 8 bits, and a scale for every row of weights.
 template <class X>
 struct Int8 {
@@ -69,7 +76,7 @@ struct Int8 {
             product(w, c.step * s.row_stride, c.count, at(b.next.expert, b.next.column), x, rows, k, out, BLOCK);
         } else {
             for (int n = 0; b.is_new && n < c.count; n++)
-                for (int64_t i = 0; i < k; i++) put(room[n * k + i], w[n * c.step * s.row_stride + i]);
+                unpack(w + n * c.step * s.row_stride, k, room + n * k);
             product(room, k, c.count, room, x, rows, k, out, BLOCK);
         }
         const float* scales = s.scales + b.expert * (s.expert_stride / s.row_stride);
@@ -108,11 +115,17 @@ struct Int4 {
         }
         for (int n = 0; n < c.count; n += 2) {
             const int64_t at = n * c.step, pair = n + 1 < c.count ? c.step : 0;
-            for (int m = 0; m < rows; m++) {
-                float two[2];
-                nibble_dots(w + at * s.row_stride, pair * s.row_stride, scales + at * groups, pair * groups, s.group,
-                            blocks, full[m], two);
-                for (int i = 0; i < (pair ? 2 : 1); i++) out[m * BLOCK + n + i] = two[i];
+            for (int m = 0; m < rows; m += 2) {
+                float sums[2][2];
+                const uint8_t* here = w + at * s.row_stride;
+                if (m + 1 < rows)
+                    nibble_dots<2>(here, pair * s.row_stride, scales + at * groups, pair * groups, s.group, blocks,
+                                   full + m, sums);
+                else
+                    nibble_dots<1>(here, pair * s.row_stride, scales + at * groups, pair * groups, s.group, blocks,
+                                   full + m, sums);
+                for (int i = 0; i < (m + 1 < rows ? 2 : 1); i++)
+                    for (int j = 0; j < (pair ? 2 : 1); j++) out[(m + i) * BLOCK + n + j] = sums[i][j];
             }
         }
     }

@@ -77,10 +77,23 @@ INLINE Floats load_first(const T* p, int64_t count) {  // the rest is zero
 INLINE float number(float x) { return x; }
 INLINE float number(Bf16 x) { return cast<float>(uint32_t(x.bits) << 16); }
 
-INLINE void put(float& to, float x) { to = x; }
-INLINE void put(Bf16& to, float x) {  // to the nearest, ties to even; a NaN stays one
-    const uint32_t bits = cast<uint32_t>(x);
-    to.bits = x != x ? 0x7fc0 : uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+INLINE void store(float* p, Floats x) { std::memcpy(p, &x, sizeof(x)); }
+INLINE void store(Bf16* p, Floats x) {  // to the nearest, ties to even; a NaN stays one
+#if defined(__AVX512BF16__)
+    const __m256bh halves = _mm512_cvtneps_pbh(x);
+#else
+    const Words bits = cast<Words>(x), up = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+    const Words is_nan = cast<Words>(x != x), rounded = (is_nan & 0x7fc0) | (~is_nan & up);
+    const Halves halves = __builtin_convertvector(rounded, Halves);
+#endif
+    std::memcpy(p, &halves, sizeof(halves));
+}
+
+template <class T>
+INLINE void store_first(T* p, Floats x, int64_t count) {
+    T all[W];
+    store(all, x);
+    std::memcpy(p, all, count * sizeof(T));
 }
 
 // Four sums of the elements of four vectors.
@@ -100,8 +113,8 @@ INLINE void sums(Floats a, Floats b, Floats c, Floats d, float* out) {
     vst1q_f32(out, vpaddq_f32(vpaddq_f32(cast<float32x4_t>(a), cast<float32x4_t>(b)),
                               vpaddq_f32(cast<float32x4_t>(c), cast<float32x4_t>(d))));
 #else
-    const Floats all[4] = {a, b, c, d};
-    for (int i = 0; i < 4; i++) out[i] = (all[i][0] + all[i][1]) + (all[i][2] + all[i][3]);
+    const Floats of[4] = {a, b, c, d};
+    for (int i = 0; i < 4; i++) out[i] = (of[i][0] + of[i][1]) + (of[i][2] + of[i][3]);
 #endif
 }
 
