@@ -30,6 +30,7 @@ class Routing(ABC):
         scores: the logits after the score function, unbiased and not yet selected from.
         group: the sequence or image that each decision belongs to.
         load: rows that each expert can expect under the router's noise, with a gradient; of noisy routers only.
+        kind: of what type the sample of each decision is, of routers that are told.
     """
 
     counts: Int[Tensor, "E"]
@@ -37,6 +38,7 @@ class Routing(ABC):
     scores: Float[Tensor, "L E"] | None = None
     group: Int[Tensor, "L"] | None = None
     load: Float[Tensor, "E"] | None = None
+    kind: Int[Tensor, "L"] | None = None
 
     @abstractmethod
     def dispatch(self, x: Float[Tensor, "... D"]) -> Float[Tensor, "R D"]:

@@ -1,5 +1,6 @@
 """Routers: tokens -> `Routing`. One file per family of papers."""
 
+from moeify.routers.all_experts import AllExperts
 from moeify.routers.base import Router, Tokens, project, real_tokens
 from moeify.routers.capacity import Capacity
 from moeify.routers.competition import Compete, compete
@@ -11,6 +12,7 @@ from moeify.routers.frozen import Frozen
 from moeify.routers.gates import MultiGate, SparseMultiGate
 from moeify.routers.gshard import GShard
 from moeify.routers.lookup import Lookup
+from moeify.routers.mocle import Cluster
 from moeify.routers.nllb import Conditional, FinalMask
 from moeify.routers.noisy import NoisyTopK
 from moeify.routers.once import Follow, Once
@@ -23,8 +25,8 @@ from moeify.routers.topk import Groups, TopK, sigmoid, softmax, sqrt_softplus
 from moeify.routers.variable import ReLU, Threshold, TopP
 
 __all__ = [
-    "Capacity", "Compete", "Conditional", "Cosine", "DefaultVector", "ExpertChoice", "ExpertThreshold", "FinalMask",
-    "Follow", "Frozen", "GShard", "Groups", "Lookup", "MultiGate", "NoisyTopK", "Once", "ReLU", "Replay", "Residual",
-    "Router", "Sinkhorn", "Soft", "SparseMixer", "SparseMultiGate", "Threshold", "Tokens", "TopK", "TopP", "compete",
-    "project", "real_tokens", "sigmoid", "softmax", "sqrt_softplus",
+    "AllExperts", "Capacity", "Cluster", "Compete", "Conditional", "Cosine", "DefaultVector", "ExpertChoice",
+    "ExpertThreshold", "FinalMask", "Follow", "Frozen", "GShard", "Groups", "Lookup", "MultiGate", "NoisyTopK", "Once",
+    "ReLU", "Replay", "Residual", "Router", "Sinkhorn", "Soft", "SparseMixer", "SparseMultiGate", "Threshold", "Tokens",
+    "TopK", "TopP", "compete", "project", "real_tokens", "sigmoid", "softmax", "sqrt_softplus",
 ]  # fmt: skip

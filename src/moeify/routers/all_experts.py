@@ -1,0 +1,45 @@
+"""Every token asks every expert, weighed by a softmax: a dense mixture, for experts as cheap as LoRA (LoRAMoE)."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from moeify.context import Context
+from moeify.registry import register
+from moeify.routers.base import Router, project, real_tokens
+from moeify.routing import Assignment
+
+
+@register("router", "all")
+class AllExperts(Router):
+    """ω = softmax(W x);  y = Σ_j ω_j E_j(x) over all experts (LoRAMoE, arXiv 2312.09979).
+
+    The decision keeps the type of the sample that each token is of, where the model is called with one, for
+    `moeify.losses.localized`.
+
+    Args:
+        width: D.
+        num_experts: E.
+        key: the name of the model's input that tells the type, of shape (B,) or (B, N).
+        init_std: standard deviation of the normal initialisation of W.
+    """
+
+    preserving = True
+
+    def __init__(self, width: int, num_experts: int, *, key: str = "task_type", init_std: float = 0.02) -> None:
+        super().__init__()
+        self.num_experts, self.k, self.key = num_experts, num_experts, key
+        self.weight = nn.Parameter(torch.randn(num_experts, width) * init_std)
+
+    def forward(self, x: Float[Tensor, "... D"], context: Context) -> Assignment:
+        """Give every real token to all experts."""
+        tokens = real_tokens(x, context)
+        logits = project(tokens.x, self.weight)
+        scores = logits.softmax(-1)
+        index = torch.arange(self.num_experts, device=x.device).expand(len(scores), -1)
+        routing = tokens.assign(index, scores, self.num_experts, logits=logits, scores=scores)
+        return replace(routing, kind=tokens.keys(context, self.key)) if self.key in context.inputs else routing
