@@ -67,15 +67,11 @@ def convert(model: nn.Module, recipe: Recipe, *, probe: Any = None, allow_noncau
     contexts = {site.stack: Context() for site in sites}
     layers = _layers(sites, recipe, contexts)
     followed = _followed(model, sites, recipe)
-    _refuse(model, sites, layers, recipe, allow_noncausal)
+    _refuse(layers, recipe)
 
-    undo = [site.install(layer) for site, layer in zip(sites, layers, strict=True)]
+    undo = put(model, sites, layers, allow_noncausal=allow_noncausal)
     for layer, following in followed:
         undo += append(layer, following)
-    if not (layers[0].router.causal or allow_noncausal):
-        undo += _listen_for_decoders(model, sites, layers[0].router)
-    for stack, context in contexts.items():
-        undo += [handle.remove for handle in context.watch(_above(model, stack))]
     try:
         difference = None if compare is None else compare.difference(model)
         if compare is not None and _keeps_function(recipe, layers) and not compare.same(model):
@@ -88,6 +84,30 @@ def convert(model: nn.Module, recipe: Recipe, *, probe: Any = None, allow_noncau
         raise
     vars(model)["moeify_recipe"] = recipe
     return Report(sites=sites, layers=layers, before=dense_count, after=count(model), difference=difference)
+
+
+def put(
+    model: nn.Module, sites: list[Site], layers: list[MoE], *, allow_noncausal: bool = False
+) -> list[Callable[[], None]]:
+    """Put sparse layers into their sites, and let their contexts read what the model is called with.
+
+    Returns:
+        What takes all of it back, to be called from the last to the first.
+
+    Raises:
+        ValueError: a router that looks at later tokens in a decoder; the model is as it was.
+    """
+    router = layers[0].router
+    if not router.causal and not allow_noncausal:
+        for site in sites:
+            if says_causal(_layer_of(model, site)):
+                raise ValueError(_looks_ahead(site, router))
+    undo = [site.install(layer) for site, layer in zip(sites, layers, strict=True)]
+    if not router.causal and not allow_noncausal:
+        undo += _listen_for_decoders(model, sites, router)
+    for stack, context in {site.stack: layer.context for site, layer in zip(sites, layers, strict=True)}.items():
+        undo += [handle.remove for handle in context.watch(_above(model, stack))]
+    return undo
 
 
 def _layers(sites: list[Site], recipe: Recipe, contexts: dict[str, Context]) -> list[MoE]:
@@ -124,7 +144,7 @@ def _followed(model: nn.Module, sites: list[Site], recipe: Recipe) -> list[tuple
     return found
 
 
-def _refuse(model: nn.Module, sites: list[Site], layers: list[MoE], recipe: Recipe, allow_noncausal: bool) -> None:
+def _refuse(layers: list[MoE], recipe: Recipe) -> None:
     router = layers[0].router
     if _is_copy(recipe) and not router.preserving and recipe.num_experts > 1:
         raise ValueError(
@@ -137,10 +157,6 @@ def _refuse(model: nn.Module, sites: list[Site], layers: list[MoE], recipe: Reci
             "copied experts beside a shared copy of the same network count it twice; use experts=fresh (with zero=True "
             "the model starts as it was), or shared=nothing"
         )
-    if not router.causal and not allow_noncausal:
-        for site in sites:
-            if says_causal(_layer_of(model, site)):
-                raise ValueError(_looks_ahead(site, router))
 
 
 def _listen_for_decoders(model: nn.Module, sites: list[Site], router: Router) -> list[Callable[[], None]]:
