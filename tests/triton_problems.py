@@ -40,10 +40,10 @@ def decisions(tokens: int = 11, experts: int = 4) -> dict[str, Assignment]:
     index = torch.rand(tokens, experts).topk(2).indices
     gates = torch.rand(tokens, 2)
     chosen = torch.rand(tokens, experts) < 0.4
-    chosen[2] = False
+    chosen[-1:] = False
     found = {
         "k choices": assign(index, gates, experts),
-        "padding": assign(index[:-3], gates[:-3], experts, shape=(tokens,), positions=torch.arange(3, tokens)),
+        "padding": assign(index[1:], gates[1:], experts, shape=(tokens,), positions=torch.arange(tokens - 1)),
         "dropped": limit(assign(index, gates, experts), 3),
         "any number": assign_where(chosen, torch.rand(tokens, experts)),
         "all to one": assign(torch.full_like(index[:, :1], 1), gates[:, :1], experts),

@@ -22,7 +22,8 @@ TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 FAMILIES = {"hopper": 90, "ampere": 80}
 SHARED = {"hopper": 228 * 1024, "ampere": 100 * 1024}
 POINTERS = {
-    torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.int64: "*i64", torch.int32: "*i32",
+    torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32",
+    torch.int64: "*i64", torch.int32: "*i32", torch.int16: "*i16", torch.int8: "*i8",
 }  # fmt: skip
 PRODUCTS = {"_product", "_hidden", "_outer"}
 LAYERS = {"swiglu": (SWIGLU, False, False), "gpt-oss": (ClampedGlu(), True, True), "gelu": (Plain(F.gelu), True, False)}
@@ -139,3 +140,24 @@ def test_products_run_on_matrix_units_and_nothing_is_spilled(layer, family, comp
     assert not [b.kernel for b in binaries if b.kernel in PRODUCTS and matrix not in b.instructions]
     assert not [b.kernel for b in binaries if b.stack]
     assert not [b.kernel for b in binaries if b.shared > SHARED[family]]
+
+
+@pytest.mark.parametrize("bits", [16, 8, 4])
+def test_a_decoder_keeps_all_in_registers(bits, tmp_path):
+    for launch in launches_of(lambda: decode(bits), "hopper"):
+        assert not binary(*launch, FAMILIES["hopper"], tmp_path).stack
+
+
+def decode(bits: int, width: int = 1024, hidden: int = 768, num_experts: int = 8, group: int = 64) -> None:
+    """Two tokens by two experts each, on memory that is never touched."""
+    from moeify.kernels.triton.decode import _decode
+
+    def map_of(out, size):
+        stored = {16: (size, torch.bfloat16), 8: (size, torch.int8), 4: (size // 2, torch.uint8)}
+        columns, dtype = stored[bits]
+        scales = {16: None, 8: torch.empty(num_experts, out), 4: torch.empty(num_experts, out, size // group)}
+        return torch.empty(num_experts, out, columns, dtype=dtype), None, scales[bits]
+
+    index, gates = torch.empty(2, 2, dtype=torch.int64), torch.empty(2, 2)
+    maps = *map_of(2 * hidden, width), *map_of(width, hidden)
+    _decode._init_fn(torch.empty(2, width, dtype=torch.bfloat16), index, gates, *maps, hidden, "silu", True, 0.0, 0.0)

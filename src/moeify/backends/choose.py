@@ -16,6 +16,7 @@ from moeify.routing import Routing
 
 BACKENDS: dict[str, Backend] = {
     "answered": Backend(plain.answered, plain.unanswered, chosen=lambda *call: True),
+    "decode": Backend(triton.decode, triton.cannot_decode, triton.decode_chosen),
     "triton": Backend(triton.sparse_ffn, triton.cannot, triton.chosen),
     "native": Backend(native.run, native.refuse, native.chosen),
     "onednn": Backend(onednn.run, onednn.refuse, chosen=lambda x, *_: x.is_cpu),

@@ -10,7 +10,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from moeify.experts.base import Experts
-from moeify.kernels.stacked import KNOWN, ClampedGlu, Stacked, name_of
+from moeify.experts.quantized import Quantized
+from moeify.kernels.stacked import KNOWN, ClampedGlu, Inner, name_of
 from moeify.routing import Assignment, Routing
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -44,24 +45,10 @@ def visits(routing: Assignment) -> tuple[Int[Tensor, "V"], Int[Tensor, "T+1"]]:
 
 
 def cannot(x: Float[Tensor, "... D"], routing: Routing, experts: Experts) -> str | None:
-    """Why the kernels cannot serve a call, None if they can."""
-    if not isinstance(routing, Assignment):
-        return f"it needs an Assignment, and the router gave a {type(routing).__name__}"
-    if routing.rest is not None:
-        return "it adds up rows only, and this router also speaks for experts that were not asked"
-    if routing.weight.dim() > 1:
-        return "it needs one weight per row, and the router gave several gates"
-    stacked = experts.stacked
-    if stacked is None:
+    """Why `sparse_ffn` cannot serve a call, None if it can."""
+    if experts.stacked is None:
         return f"it needs experts that are plain feed-forward networks of one size, not {type(experts).__name__}"
-    if not isinstance(stacked.inner, ClampedGlu) and name_of(stacked.inner.act) is None:
-        return f"it knows the activations {', '.join(KNOWN)}, and {stacked.inner.act} is none of them"
-    dtype = _dtype(x, stacked)
-    if dtype not in DTYPES:
-        return f"it computes in {', '.join(str(d).removeprefix('torch.') for d in DTYPES)}, and the weights are {dtype}"
-    if max(stacked.up[0].numel(), stacked.down[0].numel(), routing.source.shape[0]) >= 2**31:
-        return "it counts rows, and numbers of one expert, in 31 bits"
-    return _missing() or _unfit(x.device)
+    return _unserved(x, routing, experts)
 
 
 def chosen(x: Float[Tensor, "... D"], routing: Routing, experts: Experts) -> bool:
@@ -77,12 +64,89 @@ def chosen(x: Float[Tensor, "... D"], routing: Routing, experts: Experts) -> boo
     stacked = experts.stacked
     (_, width_out, hidden), width = stacked.down.shape, x.shape[-1]
     width = min(width, width_out)
-    return _dtype(x, stacked) != torch.bfloat16 or width * hidden <= 1000 * (width + hidden)
+    return _dtype(x, experts) != torch.bfloat16 or width * hidden <= 1000 * (width + hidden)
 
 
-def _dtype(x: Tensor, stacked: Stacked) -> torch.dtype:
+def decode(x: Float[Tensor, "... D"], routing: Routing, experts: Experts) -> Float[Tensor, "... O"]:
+    """Read the weights of each visited expert once and in place, for a few tokens and without a gradient."""
+    from moeify.kernels.triton.decode import Matrices, decode
+
+    assert isinstance(routing, Assignment)
+    assert routing.index is not None
+    assert routing.gates is not None
+    tokens = x.reshape(-1, x.shape[-1])
+    if isinstance(experts, Quantized):
+        up, down = (Matrices(map.weight, map.bias, map.scales) for map in (experts.up, experts.down))
+        y = decode(tokens, routing.index, routing.gates, up, down, experts.hidden, experts.inner)
+    else:
+        s = experts.stacked
+        assert s is not None
+        dtype = _dtype(x, experts)
+        up, down = Matrices(s.up.to(dtype), s.up_bias), Matrices(s.down.to(dtype), s.down_bias)
+        y = decode(tokens.to(dtype), routing.index, routing.gates, up, down, s.down.shape[2], s.inner)
+    return y.view(*x.shape[:-1], y.shape[-1])
+
+
+def cannot_decode(x: Float[Tensor, "... D"], routing: Routing, experts: Experts) -> str | None:
+    """Why `decode` cannot serve a call, None if it can."""
+    if experts.stacked is None and not isinstance(experts, Quantized):
+        return f"it needs experts that are plain feed-forward networks of one size, not {type(experts).__name__}"
+    if reason := _unserved(x, routing, experts):
+        return reason
+    assert isinstance(routing, Assignment)
+    if routing.index is None or routing.gates is None or routing.demand is not routing.counts:
+        return "it needs the experts that every token asked for, and some did not get them"
+    if routing.source.shape[0] != math.prod(routing.shape) * routing.index.shape[1]:
+        return "it needs every row of every token, and some are padding or were dropped"
+    trained = (x, routing.weight, *experts.parameters())
+    if torch.is_grad_enabled() and any(t.requires_grad for t in trained):
+        return "it gives no gradient; call it under torch.no_grad()"
+    return None
+
+
+def decode_chosen(x: Float[Tensor, "... D"], routing: Routing, experts: Experts) -> bool:
+    """Whether visits are so few that most experts that are visited are visited once."""
+    return x.is_cuda and isinstance(routing, Assignment) and routing.source.shape[0] <= routing.counts.shape[0]
+
+
+def _unserved(x: Tensor, routing: Routing, experts: Experts) -> str | None:
+    if not isinstance(routing, Assignment):
+        return f"it needs an Assignment, and the router gave a {type(routing).__name__}"
+    if routing.rest is not None:
+        return "it adds up rows only, and this router also speaks for experts that were not asked"
+    if routing.weight.dim() > 1:
+        return "it needs one weight per row, and the router gave several gates"
+    inner = _inner(experts)
+    if not isinstance(inner, ClampedGlu) and name_of(inner.act) is None:
+        return f"it knows the activations {', '.join(KNOWN)}, and {inner.act} is none of them"
+    dtype = _dtype(x, experts)
+    if dtype not in DTYPES:
+        return f"it computes in {', '.join(str(d).removeprefix('torch.') for d in DTYPES)}, and the weights are {dtype}"
+    if routing.source.shape[0] >= 2**31 or max(w[0].numel() for w in _matrices(experts)) >= 2**31:
+        return "it counts rows, and numbers of one expert, in 31 bits"
+    return _missing() or _unfit(x.device)
+
+
+def _inner(experts: Experts) -> Inner:
+    if isinstance(experts, Quantized):
+        return experts.inner
+    assert experts.stacked is not None
+    return experts.stacked.inner
+
+
+def _matrices(experts: Experts) -> tuple[Tensor, Tensor]:
+    if isinstance(experts, Quantized):
+        return experts.up.weight, experts.down.weight
+    assert experts.stacked is not None
+    return experts.stacked.up, experts.stacked.down
+
+
+def _dtype(x: Tensor, experts: Experts) -> torch.dtype:
+    """What is computed in."""
     device = x.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else stacked.up.dtype
+    if torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    return x.dtype if isinstance(experts, Quantized) else _matrices(experts)[0].dtype
 
 
 @torch.compiler.assume_constant_result

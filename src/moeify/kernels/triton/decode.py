@@ -1,0 +1,220 @@
+"""Decoding: a few tokens, where all that takes time is reading the weights of their experts, once and in place.
+
+Every visit of a token to an expert is a vector times two matrices. One kernel makes A = inner(W1 x + b1), a program for
+every few hidden units of every visit; the second adds up Σ w (W2 A + b2), a program for every few outputs of every
+token. There are more programs than a GPU runs at once, so sums need no splitting. Neither rows nor weights are sorted,
+copied or padded, and weights may be whole numbers of 8 or 4 bits (`moeify.experts.quantized`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from jaxtyping import Float, Int
+from torch import Tensor, library
+
+from moeify.kernels.stacked import Inner
+from moeify.kernels.triton.launch import INTERPRETED, launch
+from moeify.kernels.triton.nonlinearity import activate, gated, nonlinearity
+
+UNITS, STEP = (8, 128) if INTERPRETED else (16, 256)
+
+
+@dataclass(frozen=True)
+class Matrices:
+    """A map of all experts, as it is stored.
+
+    Attributes:
+        weight: numbers (E, O, D) in any order, int8 of that shape, or two bytes for four numbers (E, O, bytes).
+        bias: added to it.
+        scales: what numbers are multiplied by: one per row of 8 bits, one per group of 4 bits.
+    """
+
+    weight: Tensor
+    bias: Float[Tensor, "E O"] | None
+    scales: Float[Tensor, "E O *groups"] | None = None
+
+
+def decode(
+    x: Float[Tensor, "T D"],
+    index: Int[Tensor, "T K"],
+    gates: Float[Tensor, "T K"],
+    up: Matrices,
+    down: Matrices,
+    hidden: int,
+    inner: Inner,
+) -> Float[Tensor, "T O"]:
+    """`Σ gates · experts(x)` for few tokens and without a gradient.
+
+    Args:
+        x: tokens, in the dtype that is computed in.
+        index: the experts of every token.
+        gates: their weights.
+        up: the first map.
+        down: the last map.
+        hidden: H.
+        inner: the nonlinearity.
+    """
+    n = nonlinearity(inner)
+    maps = (up.weight, up.bias, up.scales, down.weight, down.bias, down.scales)
+    return torch.ops.moeify.decode(x, index, gates, *maps, hidden, n.act, n.gated, n.alpha, n.limit)
+
+
+@library.custom_op("moeify::decode", mutates_args=())
+def _decode(
+    x: Tensor, index: Tensor, gates: Tensor,
+    up: Tensor, up_bias: Tensor | None, up_scales: Tensor | None,
+    down: Tensor, down_bias: Tensor | None, down_scales: Tensor | None,
+    hidden: int, act: str, gated: bool, alpha: float, limit: float,
+) -> Tensor:  # fmt: skip
+    x, index, gates, up, down = x.contiguous(), index.contiguous(), gates.contiguous(), _words(up), _words(down)
+    (tokens, k), (width, width_out) = index.shape, (x.shape[1], down.shape[1])
+    a, y = x.new_empty(tokens * k, hidden), x.new_empty(tokens, width_out)
+    launch(
+        _visit,
+        tokens * k * triton.cdiv(hidden, UNITS),
+        *(x, index, up, up_bias, up_scales, a, tokens * k, k, hidden, width, *up.stride(), alpha, limit),
+        ACT=act, GATED=gated, **_stored(up, up_scales),
+    )  # fmt: skip
+    launch(
+        _answer,
+        tokens * triton.cdiv(width_out, UNITS),
+        *(a, index, gates, down, down_bias, down_scales, y, tokens, k, width_out, hidden, *down.stride()),
+        **_stored(down, down_scales),
+    )  # fmt: skip
+    return y
+
+
+@_decode.register_fake
+def _(
+    x, index, gates, up, up_bias, up_scales, down, down_bias, down_scales, hidden, act, gated, alpha, limit
+):  # fmt: skip
+    return x.new_empty(len(x), down.shape[1])
+
+
+def _words(weight: Tensor) -> Tensor:
+    """Two bytes as one number; other weights as they are."""
+    return weight.view(torch.int16) if weight.dtype == torch.uint8 else weight
+
+
+def _stored(weight: Tensor, scales: Tensor | None) -> dict[str, int]:
+    """How a map is stored: bits, numbers and scales of a row that share one, and the sizes of tiles."""
+    bits = {torch.int8: 8, torch.int16: 4}.get(weight.dtype, 0)
+    groups = scales.shape[2] if bits == 4 and scales is not None else 1
+    group = 4 * weight.shape[2] // groups if bits == 4 else 1
+    return {"BITS": bits, "GROUP": group, "GROUPS": groups, "UNITS": UNITS, "STEP": STEP}
+
+
+@triton.jit
+def _visit(
+    x, index, weight, bias, scales, a, R, k, H, D, stride_e, stride_m, stride_d, alpha, limit,
+    ACT: tl.constexpr, GATED: tl.constexpr,
+    BITS: tl.constexpr, GROUP: tl.constexpr, GROUPS: tl.constexpr, UNITS: tl.constexpr, STEP: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0) % R  # those who read the same part of the same expert run together
+    unit = (tl.program_id(0) // R) * UNITS + tl.arange(0, UNITS)
+    there = unit < H
+    expert = tl.load(index + row).to(tl.int64)
+    x += (row // k) * D
+    weight += expert * stride_e
+    M = 2 * H if GATED else H
+    first = unit * 2 if ACT == "clamped" else unit
+    p = _times(
+        weight, scales, expert * M + first, first, there, x, D, stride_m, stride_d, BITS, GROUP, GROUPS, UNITS, STEP
+    )
+    if bias is not None:
+        p += tl.load(bias + expert * M + first, mask=there, other=0.0).to(tl.float32)
+    p = p.to(a.dtype.element_ty).to(tl.float32)
+    if GATED:
+        second = first + 1 if ACT == "clamped" else first + H
+        q = _times(
+            weight,
+            scales,
+            expert * M + second,
+            second,
+            there,
+            x,
+            D,
+            stride_m,
+            stride_d,
+            BITS,
+            GROUP,
+            GROUPS,
+            UNITS,
+            STEP,
+        )
+        if bias is not None:
+            q += tl.load(bias + expert * M + second, mask=there, other=0.0).to(tl.float32)
+        h = gated(p, q.to(a.dtype.element_ty).to(tl.float32), alpha, limit, ACT)[0]
+    else:
+        h = activate(p, ACT)[0]
+    tl.store(a + row * H + unit, h.to(a.dtype.element_ty), mask=there)
+
+
+@triton.jit
+def _answer(
+    a, index, gates, weight, bias, scales, y, T, k, N, H, stride_e, stride_o, stride_h,
+    BITS: tl.constexpr, GROUP: tl.constexpr, GROUPS: tl.constexpr, UNITS: tl.constexpr, STEP: tl.constexpr,
+):  # fmt: skip
+    token = tl.program_id(0) % T
+    unit = (tl.program_id(0) // T) * UNITS + tl.arange(0, UNITS)
+    there = unit < N
+    total = tl.zeros((UNITS,), tl.float32)
+    for row in range(token * k, token * k + k):
+        expert = tl.load(index + row).to(tl.int64)
+        answer = _times(
+            weight + expert * stride_e, scales, expert * N + unit, unit, there, a + row * H, H, stride_o, stride_h,
+            BITS, GROUP, GROUPS, UNITS, STEP,
+        )  # fmt: skip
+        if bias is not None:
+            answer += tl.load(bias + expert * N + unit, mask=there, other=0.0).to(tl.float32)
+        total += tl.load(gates + row).to(tl.float32) * answer.to(y.dtype.element_ty).to(tl.float32)
+    tl.store(y + token * N + unit, total.to(y.dtype.element_ty), mask=there)
+
+
+@triton.jit
+def _times(
+    weight, scales, scale_of, row, there, x, K, stride_row, stride_k,
+    BITS: tl.constexpr, GROUP: tl.constexpr, GROUPS: tl.constexpr, UNITS: tl.constexpr, STEP: tl.constexpr,
+):  # fmt: skip
+    """Some rows of a matrix times a vector of K numbers; `scale_of` is where the scales of each row lie."""
+    if BITS == 4:
+        return _times_4(weight, scales, scale_of, row, there, x, K, stride_row, GROUP, GROUPS, UNITS, STEP // 32)
+    acc = tl.zeros((UNITS, STEP), tl.float32)
+    k = tl.arange(0, STEP)
+    weight += (row * stride_row)[:, None] + k[None, :] * stride_k
+    for begin in range(0, K, STEP):
+        inside = begin + k < K
+        w = tl.load(weight, mask=there[:, None] & inside[None, :], other=0).to(tl.float32)
+        acc += w * tl.load(x + begin + k, mask=inside, other=0.0).to(tl.float32)[None, :]
+        weight += STEP * stride_k
+    y = tl.sum(acc, 1)
+    if BITS == 8:
+        y *= tl.load(scales + scale_of, mask=there, other=0.0)
+    return y
+
+
+@triton.jit
+def _times_4(
+    words, scales, scale_of, row, there, x, K, stride_row,
+    GROUP: tl.constexpr, GROUPS: tl.constexpr, UNITS: tl.constexpr, BLOCKS: tl.constexpr,
+):  # fmt: skip
+    """The same for 4 bits: of a block of 128 numbers, word i holds the numbers i, i + 32, i + 64 and i + 96."""
+    acc = tl.zeros((UNITS, BLOCKS, 32), tl.float32)
+    i = tl.arange(0, 32)
+    words += (row * stride_row)[:, None, None] + i[None, None, :]
+    scales += scale_of[:, None] * GROUPS
+    for begin in range(0, tl.cdiv(K, 128), BLOCKS):
+        block = begin + tl.arange(0, BLOCKS)
+        inside = there[:, None] & (block < tl.cdiv(K, 128))[None, :]
+        packed = tl.load(words + 32 * block[None, :, None], mask=inside[:, :, None], other=0).to(tl.int32)
+        for j in tl.static_range(4):
+            place = 128 * block[:, None] + i[None, :] + 32 * j
+            scale = tl.load(scales + (128 * block + 32 * j)[None, :] // GROUP, mask=inside, other=0.0)
+            number = ((packed >> (4 * j)) & 15).to(tl.float32) - 8
+            v = tl.load(x + place, mask=place < K, other=0.0).to(tl.float32)
+            acc += number * (scale[:, :, None] * v[None, :, :])
+    return tl.sum(tl.sum(acc, 2), 1)

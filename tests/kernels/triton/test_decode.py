@@ -1,0 +1,79 @@
+"""Few tokens, weights read in place, against the definition."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers.models.gpt_oss.modeling_gpt_oss import GptOssConfig, GptOssExperts
+
+from moeify import assign, backends
+from moeify.backends import compose
+from moeify.experts.quantized import quantize
+from moeify.interface import NativeExperts
+from moeify.kernels.stacked import SWIGLU, Glu
+from strategies import choices, seeds
+from triton_problems import DEVICE, INNER, decisions, experts
+
+pytestmark = pytest.mark.usefixtures("uninitialised_memory_is_nan")
+
+
+@torch.no_grad()
+def agrees(x, routing, ffn):
+    torch.testing.assert_close(backends.run("decode", x, routing, ffn), compose(x, routing, ffn), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("inner", INNER)
+def test_every_nonlinearity(inner, bias):
+    agrees(torch.randn(3, 40, device=DEVICE), decisions(3)["k choices"], experts(INNER[inner], bias))
+
+
+@settings(max_examples=8)
+@given(choices(max_tokens=3, max_experts=4), st.tuples(*[st.integers(1, 150)] * 3), seeds)
+def test_any_decision_and_any_widths(choice, widths, seed):
+    torch.manual_seed(seed)
+    width, hidden, width_out = widths
+    ffn = experts(SWIGLU, True, width=width, hidden=hidden, width_out=width_out, num_experts=choice[2])
+    index, gates, num_experts = choice
+    routing = assign(index.to(DEVICE), gates.to(DEVICE), num_experts)
+    agrees(torch.randn(len(index), width, device=DEVICE), routing, ffn)
+
+
+@pytest.mark.parametrize(("bits", "group"), [(8, 64), (4, 32), (4, 64)])
+@pytest.mark.parametrize("inner", ["swiglu", "clamped", "gelu"])
+def test_weights_of_few_bits_are_read_as_they_are(inner, bits, group):
+    ffn = quantize(experts(INNER[inner], True, width=150, hidden=40, width_out=33), bits, group)
+    agrees(torch.randn(2, 150, device=DEVICE), decisions(2)["k choices"], ffn)
+
+
+def test_no_tokens():
+    agrees(torch.randn(0, 40, device=DEVICE), decisions()["no token"], experts(SWIGLU, False))
+
+
+def test_weights_that_lie_transposed():
+
+    config = GptOssConfig(hidden_size=40, intermediate_size=24, num_local_experts=4, num_experts_per_tok=2)
+    native = GptOssExperts(config).to(DEVICE)
+    for parameter in native.parameters():
+        torch.nn.init.normal_(parameter, std=0.4)
+    agrees(torch.randn(3, 40, device=DEVICE), decisions(3)["k choices"], NativeExperts(native))
+
+
+def test_it_is_captured_whole_by_the_compiler():
+    torch._dynamo.reset()
+    x, routing, ffn = torch.randn(3, 40, device=DEVICE), decisions(3)["k choices"], experts(Glu(torch.relu), True)
+    with torch.no_grad():
+        call = torch.compile(lambda x: backends.run("decode", x, routing, ffn), fullgraph=True, backend="aot_eager")
+        torch.testing.assert_close(call(x), compose(x, routing, ffn), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("decision", ["padding", "dropped", "any number"])
+def test_a_decision_without_k_rows_for_every_token_is_refused(decision):
+    with torch.no_grad(), pytest.raises(ValueError, match="every token"):
+        backends.run("decode", torch.randn(11, 40, device=DEVICE), decisions()[decision], experts(SWIGLU, False))
+
+
+def test_a_gradient_is_refused():
+    x = torch.randn(3, 40, device=DEVICE, requires_grad=True)
+    with pytest.raises(ValueError, match="gradient"):
+        backends.run("decode", x, decisions(3)["k choices"], experts(SWIGLU, False))
