@@ -109,7 +109,8 @@ def _compiled(level: str, compiler: list[str]) -> Path:
         logging.getLogger(__name__).info("compiling %s; this takes some seconds, once", file)
         with tempfile.TemporaryDirectory(dir=folder) as here:
             made = Path(here) / name
-            _compile([*compiler, *_FLAGS, *LEVELS[level], str(Path(__file__).parent / "layer.cpp"), "-o", str(made)])
+            units = [str(path) for path in _SOURCES if path.suffix == ".cpp"]
+            _compile([*compiler, *_FLAGS, *LEVELS[level], *units, "-o", str(made)])
             made.replace(file)
     return file
 

@@ -3,24 +3,10 @@
 // Rows are read through pointers, so nothing is gathered. A thread owns output columns, so answers are added up without
 // atomics, always in the order of the rows.
 #include "activations.h"
-#include "maps.h"
+#include "call.h"
 
 #include <algorithm>
 #include <vector>
-
-struct Call {
-    const void* x;
-    int64_t x_stride, tokens, rows;
-    const int64_t* source;  // the token of every row
-    const float* weight;    // the weight of every row
-    const int64_t* counts;  // the rows of every expert
-    int64_t experts, width, hidden, width_out;
-    Stack up, down;
-    int32_t inner, activation;
-    float alpha, limit;
-    float* y;  // (tokens, width_out), added to
-    int32_t threads;
-};
 
 namespace {
 
@@ -156,7 +142,6 @@ void run(const Call& call) {
 
 }  // namespace
 
-// Returns 0, or 1 for a decision that does not fit the tokens.
 extern "C" int32_t moeify_layer(const Call* call, int32_t is_bf16) {
     int64_t rows = 0;
     for (int64_t e = 0; e < call->experts; e++) rows += call->counts[e];

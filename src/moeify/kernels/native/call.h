@@ -1,0 +1,20 @@
+// What a whole sparse layer is told.
+#pragma once
+#include "maps.h"
+
+struct Call {
+    const void* x;
+    int64_t x_stride, tokens, rows;
+    const int64_t* source;  // the token of every row
+    const float* weight;    // the weight of every row
+    const int64_t* counts;  // the rows of every expert
+    int64_t experts, width, hidden, width_out;
+    Stack up, down;
+    int32_t inner, activation;
+    float alpha, limit;
+    float* y;  // (tokens, width_out), added to
+    int32_t threads;
+};
+
+// Returns 0, or 1 for a decision that does not fit the tokens.
+extern "C" int32_t moeify_layer(const Call* call, int32_t is_bf16);

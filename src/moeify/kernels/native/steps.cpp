@@ -1,0 +1,213 @@
+// The steps of a decoder, one after another; see steps.h.
+#include "steps.h"
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <vector>
+
+namespace {
+
+// y = x / rms(x) · gain, for every piece of every token.
+void norm(const Step& s, int64_t tokens) {
+    for (int64_t piece = 0; piece < tokens * s.heads; piece++) {
+        const float* x = s.x + piece * s.width;
+        float* y = s.y + piece * s.width;
+        Floats squares = {};
+        int64_t i = 0;
+        for (; i + W <= s.width; i += W) squares += load(x + i) * load(x + i);
+        float total = sum(squares);
+        for (; i < s.width; i++) total += x[i] * x[i];
+        const float factor = 1.f / std::sqrt(total / s.width + s.eps);
+        for (i = 0; i < s.width; i++) y[i] = x[i] * factor * s.gain[i];
+    }
+}
+
+void round(const float* x, int64_t count, float* out) { std::copy(x, x + count, out); }
+void round(const float* x, int64_t count, Bf16* out) {
+    int64_t i = 0;
+    for (; i + W <= count; i += W) store(out + i, load(x + i));
+    if (i < count) store_first(out + i, load_first(x + i, count - i), count - i);
+}
+
+template <class X>
+const X* rounded(const float* x, int64_t count) {
+    static thread_local std::vector<X> kept;
+    if (int64_t(kept.size()) < count) kept.resize(count);
+    round(x, count, kept.data());
+    return kept.data();
+}
+
+// y = map(x) + bias
+template <class X, template <class> class M>
+void linear(const Step& s, int64_t tokens, int threads) {
+    const M<X> map{s.map};
+    const X* inputs = rounded<X>(s.x, tokens * s.width);
+    const int64_t size = tokens > FEW ? M<X>::widest : BLOCK, blocks = (s.width_out + size - 1) / size;
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    {
+        static thread_local std::vector<X> room;
+        if (int64_t(room.size()) < M<X>::room(s.width)) room.resize(M<X>::room(s.width));
+        alignas(64) float out[PANEL * BLOCK];
+#pragma omp for schedule(static)
+        for (int64_t block = 0; block < blocks; block++) {
+            const int64_t column = block * size;
+            const Columns c = {column, 1, int(std::min(size, s.width_out - column))};
+            for (int64_t done = 0; done < tokens; done += PANEL) {
+                const int rows = int(std::min<int64_t>(PANEL, tokens - done));
+                const X* x[PANEL];
+                for (int m = 0; m < rows; m++) x[m] = inputs + (done + m) * s.width;
+                map.multiply({0, c, {0, column + c.count}, tokens, done == 0}, x, rows, s.width, out, room.data());
+                for (int m = 0; m < rows; m++) {
+                    float* y = s.y + (done + m) * s.width_out + column;
+                    for (int n = 0; n < c.count; n++) {
+                        const float bias = s.map.bias ? number(((const X*)s.map.bias)[column + n]) : 0.f;
+                        y[n] = (s.adds ? y[n] : 0.f) + out[m * BLOCK + n] + bias;
+                    }
+                }
+            }
+        }
+    }
+}
+
+template <class X>
+void linear(const Step& s, int64_t tokens, int threads) {
+    if (s.map.format == INT8)
+        linear<X, Int8>(s, tokens, threads);
+    else if (s.map.format == INT4)
+        linear<X, Int4>(s, tokens, threads);
+    else
+        linear<X, Dense>(s, tokens, threads);
+}
+
+// Turn the first numbers of every head by the angle of its token's position; halves are the two coordinates.
+void rotate(const Step& s, const Turn& t) {
+    const int64_t half = t.rotated / 2;
+    for (int64_t token = 0; token < t.tokens; token++) {
+        const float *cos = t.cos + token * t.rotated, *sin = t.sin + token * t.rotated;
+        for (int64_t head = 0; head < s.heads; head++) {
+            float* y = s.y + (token * s.heads + head) * s.width;
+            for (int64_t i = 0; i < half; i++) {
+                const float a = y[i], b = y[i + half];
+                y[i] = a * cos[i] - b * sin[i];
+                y[i + half] = b * cos[i + half] + a * sin[i + half];
+            }
+        }
+    }
+}
+
+void softmax(float* x, int64_t count) {
+    const float most = *std::max_element(x, x + count);
+    float total = 0;
+    for (int64_t i = 0; i < count; i++) total += x[i] = std::exp(x[i] - most);
+    for (int64_t i = 0; i < count; i++) x[i] /= total;
+}
+
+// y = softmax(scale · q kᵀ) v over the positions of a sequence so far, after its new key and value joined them.
+template <class X>
+void attend(const Step& s, const Turn& t, const Room& room) {
+    const int64_t shared = s.heads / s.kv_heads, width = s.width;
+#pragma omp parallel for collapse(2) schedule(static) num_threads(t.threads) if (t.threads > 1)
+    for (int64_t token = 0; token < t.tokens; token++)
+        for (int64_t group = 0; group < s.kv_heads; group++) {
+            const int64_t place = token * room.token_stride + group * room.head_stride;
+            X *keys = (X*)room.keys + place, *values = (X*)room.values + place;
+            round(s.x2 + (token * s.kv_heads + group) * width, width, keys + t.length * width);
+            round(s.x3 + (token * s.kv_heads + group) * width, width, values + t.length * width);
+            const int64_t first = t.first[token], count = t.length + 1 - first, head = token * s.heads + group * shared;
+            static thread_local std::vector<float> kept;
+            if (int64_t(kept.size()) < shared * count) kept.resize(shared * count);
+            float* scores = kept.data();
+            const X* queries = rounded<X>(s.x + head * width, shared * width);
+            std::vector<const X*> x(shared);
+            for (int64_t m = 0; m < shared; m++) x[m] = queries + m * width;
+            const X *key = keys + first * width, *value = values + first * width;
+            product(key, width, int(count), value, x.data(), int(shared), width, scores, count);
+            for (int64_t m = 0; m < shared; m++) {
+                for (int64_t i = 0; i < count; i++) scores[m * count + i] *= s.scale;
+                softmax(scores + m * count, count);
+                float* y = s.y + (head + m) * width;
+                for (int64_t c = 0; c < width; c += W) {
+                    Floats total = {};
+                    const bool whole = c + W <= width;
+                    for (int64_t i = 0; i < count; i++) {
+                        const X* v = value + i * width + c;
+                        total += scores[m * count + i] * (whole ? load(v) : load_first(v, width - c));
+                    }
+                    whole ? store(y + c, total) : store_first(y + c, total, width - c);
+                }
+            }
+        }
+}
+
+// y = act(x) · x2, or act(x)
+void between(const Step& s, int64_t tokens) {
+    const int64_t count = tokens * s.width;
+    const Inner inner = Inner(s.inner);
+    for (int64_t i = 0; i < count; i += W) {
+        const int64_t left = count - i;
+        const bool whole = left >= W;
+        const Floats gate = whole ? load(s.x + i) : load_first(s.x + i, left);
+        const Floats up = inner == PLAIN ? gate : whole ? load(s.x2 + i) : load_first(s.x2 + i, left);
+        const Floats value = between(inner, Activation(s.activation), 0, 0, gate, up);
+        whole ? store(s.y + i, value) : store_first(s.y + i, value, left);
+    }
+}
+
+float score_of(Score score, float logit) {
+    if (score == SIGMOID) return 1.f / (1.f + std::exp(-logit));
+    return std::sqrt(std::max(logit, 0.f) + std::log1p(std::exp(-std::fabs(logit))));
+}
+
+// Token choice, then y += the weighted answers of the chosen experts.
+template <class X>
+int32_t experts(const Step& s, int64_t tokens, int threads) {
+    const int64_t num_experts = s.call->experts, rows = tokens * s.k;
+    std::vector<int64_t> chosen(rows), counts(num_experts), begin(num_experts), source(rows);
+    std::vector<float> gates(rows), weight(rows), scores(num_experts), choice(num_experts);
+    for (int64_t token = 0; token < tokens; token++) {
+        const float* logits = s.x2 + token * num_experts;
+        std::copy(logits, logits + num_experts, scores.begin());
+        if (s.score == SOFTMAX)
+            softmax(scores.data(), num_experts);
+        else
+            for (float& value : scores) value = score_of(Score(s.score), value);
+        for (int64_t e = 0; e < num_experts; e++)
+            choice[e] = (s.by_logit ? logits[e] : scores[e]) + (s.gain ? s.gain[e] : 0.f);
+        float total = 0;
+        for (int64_t i = token * s.k; i < (token + 1) * s.k; i++) {
+            const int64_t e = std::max_element(choice.begin(), choice.end()) - choice.begin();
+            choice[e] = -std::numeric_limits<float>::infinity();
+            chosen[i] = e, gates[i] = scores[e], total += scores[e], counts[e]++;
+        }
+        for (int64_t i = token * s.k; i < (token + 1) * s.k; i++) gates[i] *= s.normalize ? s.scale / total : s.scale;
+    }
+    for (int64_t e = 1; e < num_experts; e++) begin[e] = begin[e - 1] + counts[e - 1];
+    for (int64_t i = 0; i < rows; i++) {
+        const int64_t row = begin[chosen[i]]++;
+        source[row] = i / s.k, weight[row] = gates[i];
+    }
+    Call call = *s.call;
+    call.x = rounded<X>(s.x, tokens * call.width), call.x_stride = call.width;
+    call.tokens = tokens, call.rows = rows, call.threads = threads, call.y = s.y;
+    call.source = source.data(), call.weight = weight.data(), call.counts = counts.data();
+    return moeify_layer(&call, s.is_bf16);
+}
+
+}  // namespace
+
+// Returns 0, or 1 for activations that are no numbers any more.
+extern "C" int32_t moeify_steps(const Turn* turn) {
+    const Turn& t = *turn;
+    const Room* room = t.rooms;
+    for (const Step* s = t.steps; s < t.steps + t.count; s++) switch (Kind(s->kind)) {
+            case NORM: norm(*s, t.tokens); break;
+            case LINEAR: s->is_bf16 ? linear<Bf16>(*s, t.tokens, t.threads) : linear<float>(*s, t.tokens, t.threads); break;
+            case ROTATE: rotate(*s, t); break;
+            case ATTEND: s->is_bf16 ? attend<Bf16>(*s, t, *room) : attend<float>(*s, t, *room); room++; break;
+            case BETWEEN: between(*s, t.tokens); break;
+            case EXPERTS:
+                if (s->is_bf16 ? experts<Bf16>(*s, t.tokens, t.threads) : experts<float>(*s, t.tokens, t.threads)) return 1;
+        }
+    return 0;
+}
