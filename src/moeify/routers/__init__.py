@@ -16,17 +16,20 @@ from moeify.routers.mocle import Cluster
 from moeify.routers.nllb import Conditional, FinalMask
 from moeify.routers.noisy import NoisyTopK
 from moeify.routers.once import Follow, Once
+from moeify.routers.phatgoose import Phatgoose
 from moeify.routers.replay import Replay
 from moeify.routers.residual import Residual
 from moeify.routers.sinkhorn import Sinkhorn
 from moeify.routers.soft import Soft
 from moeify.routers.sparsemixer import SparseMixer
 from moeify.routers.topk import Groups, TopK, sigmoid, softmax, sqrt_softplus
+from moeify.routers.uniform import Uniform
 from moeify.routers.variable import ReLU, Threshold, TopP
 
 __all__ = [
     "AllExperts", "Capacity", "Cluster", "Compete", "Conditional", "Cosine", "DefaultVector", "ExpertChoice",
     "ExpertThreshold", "FinalMask", "Follow", "Frozen", "GShard", "Groups", "Lookup", "MultiGate", "NoisyTopK", "Once",
-    "ReLU", "Replay", "Residual", "Router", "Sinkhorn", "Soft", "SparseMixer", "SparseMultiGate", "Threshold", "Tokens",
-    "TopK", "TopP", "compete", "project", "real_tokens", "sigmoid", "softmax", "sqrt_softplus",
+    "Phatgoose", "ReLU", "Replay", "Residual", "Router", "Sinkhorn", "Soft", "SparseMixer", "SparseMultiGate",
+    "Threshold", "Tokens", "TopK", "TopP", "Uniform", "compete", "project", "real_tokens", "sigmoid", "softmax",
+    "sqrt_softplus",
 ]  # fmt: skip

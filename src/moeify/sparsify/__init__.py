@@ -6,6 +6,7 @@ from moeify.sparsify.catalogue import catalogue, read_recipe, recipes
 from moeify.sparsify.convert import sparsify
 from moeify.sparsify.dense import DenseFFN
 from moeify.sparsify.find import Site, chosen, every, ffn, last, last_half, linears, modules, named, odd
+from moeify.sparsify.gates import load_gates, save_gates, set_gates
 from moeify.sparsify.make import copies, fresh, masked, merged, splits, with_free
 from moeify.sparsify.merge import merge_models
 from moeify.sparsify.prompts import expert_names, route_by_examples, through
@@ -15,7 +16,7 @@ from moeify.sparsify.store import load, load_weights, save
 
 __all__ = [
     "DenseFFN", "Recipe", "Site", "catalogue", "chosen", "copies", "dense", "every", "expert_names", "ffn", "fresh",
-    "frozen", "gated", "last", "last_half", "linears", "load", "load_weights", "lora", "lora_ffn", "masked",
-    "merge_models", "merged", "modules", "named", "nothing", "odd", "read_recipe", "recipes", "route_by_examples",
-    "sandwich", "save", "sparsify", "splits", "through", "with_free",
+    "frozen", "gated", "last", "last_half", "linears", "load", "load_gates", "load_weights", "lora", "lora_ffn",
+    "masked", "merge_models", "merged", "modules", "named", "nothing", "odd", "read_recipe", "recipes",
+    "route_by_examples", "sandwich", "save", "save_gates", "set_gates", "sparsify", "splits", "through", "with_free",
 ]  # fmt: skip

@@ -19,17 +19,19 @@ from moeify.routers.gshard import GShard
 from moeify.routers.lookup import Lookup
 from moeify.routers.noisy import NoisyTopK
 from moeify.routers.once import once
+from moeify.routers.phatgoose import Phatgoose
 from moeify.routers.residual import Residual
 from moeify.routers.sinkhorn import Sinkhorn
 from moeify.routers.soft import Soft
 from moeify.routers.sparsemixer import SparseMixer
 from moeify.routers.topk import Groups, TopK, sigmoid
 from moeify.routers.variable import ReLU, TopP
+from moeify.sparsify.adapters import lora
 from moeify.sparsify.after import sandwich
-from moeify.sparsify.find import every, last, last_half, odd
+from moeify.sparsify.find import every, last, last_half, linears, odd
 from moeify.sparsify.make import fresh, masked, with_free
 from moeify.sparsify.recipe import Recipe
-from moeify.sparsify.shared import dense
+from moeify.sparsify.shared import dense, frozen
 
 
 @dataclass(frozen=True)
@@ -243,6 +245,12 @@ catalogue: dict[str, Entry] = {
             router=partial(once, router=partial(TopK, k=1, normalize=False, per="group")),
             experts=fresh,
         ),
+    ),
+    "phatgoose": Entry(
+        "adapters beside every linear map, top-2 by gates that are trained after them",
+        "arXiv 2402.05859",
+        None,
+        Recipe(where=linears(), router=Phatgoose, experts=partial(lora, rank=16, scale=1 / 16), shared=frozen),
     ),
 }
 """Named recipes.

@@ -1,0 +1,81 @@
+"""Gates of adapters as files and as rows of routers: one vector per module, beside the adapter it belongs to."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from moeify.moe import MoE
+from moeify.routers.phatgoose import Phatgoose
+
+_FILE = "gates.safetensors"
+
+Gates = Mapping[str, Float[Tensor, "D"]]
+"""The gate of one adapter: a vector for the name of every module that it adapts."""
+
+
+def save_gates(gates: Gates, folder: str | Path) -> None:
+    """Write the gate of one adapter to `gates.safetensors`, in the folder of the adapter."""
+    from safetensors.torch import save_file
+
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file({name: vector.detach().cpu().contiguous() for name, vector in gates.items()}, folder / _FILE)
+
+
+def load_gates(folder: str | Path) -> dict[str, Float[Tensor, "D"]]:
+    """Read the gate of one adapter.
+
+    Raises:
+        FileNotFoundError: the folder has no gate.
+    """
+    from safetensors.torch import load_file
+
+    path = Path(folder) / _FILE
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist; make it with train_gates and save_gates")
+    return load_file(path)
+
+
+@torch.no_grad()
+def set_gates(model: nn.Module, pool: Sequence[Gates]) -> None:
+    """Put the gates of a pool of adapters into the routers of a model, in the order of its experts.
+
+    Args:
+        model: with `Phatgoose` routers.
+        pool: the gate of every adapter.
+
+    Raises:
+        ValueError: no such router; not one gate per expert; a gate without a vector, or with one of another width, for
+            one of the modules. Nothing is changed then.
+    """
+    layers = {
+        name: part
+        for name, part in model.named_modules()
+        if isinstance(part, MoE) and isinstance(part.router, Phatgoose)
+    }
+    if not layers:
+        raise ValueError(f"this {type(model).__name__} has no Phatgoose router to put gates into")
+    rows = {layer: _rows(name, layer, pool) for name, layer in layers.items()}
+    for layer, vectors in rows.items():
+        layer.router.get_parameter("weight").copy_(vectors)
+
+
+def _rows(name: str, layer: MoE, pool: Sequence[Gates]) -> Float[Tensor, "E D"]:
+    weight = layer.router.get_parameter("weight")
+    if len(pool) != len(weight):
+        raise ValueError(
+            f"{len(pool)} gates for the {len(weight)} experts of {name}; give one gate per expert, in order"
+        )
+    for number, gates in enumerate(pool):
+        if name not in gates:
+            raise ValueError(f"gate {number} has no vector for {name}; train it on a model adapted in the same places")
+        if gates[name].shape != weight.shape[1:]:
+            raise ValueError(
+                f"gate {number} is {tuple(gates[name].shape)} in {name}, where tokens are {weight.shape[1]} wide"
+            )
+    return torch.stack([gates[name].to(weight) for gates in pool])
