@@ -8,7 +8,7 @@ from moeify.moe import MoE
 from moeify.record import record
 from moeify.registry import register
 from moeify.routing import Assignment, Mixture, Routing, assign
-from moeify.sparsify import Recipe, load, merge_models, save, sparsify
+from moeify.sparsify import Recipe, from_adapters, load, load_adapters, merge_models, save, save_adapters, sparsify
 
 __all__ = [
     "Assignment",
@@ -18,11 +18,14 @@ __all__ = [
     "Recipe",
     "Routing",
     "assign",
+    "from_adapters",
     "limit",
     "load",
+    "load_adapters",
     "merge_models",
     "record",
     "register",
     "save",
+    "save_adapters",
     "sparsify",
 ]  # fmt: skip
