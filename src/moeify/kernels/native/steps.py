@@ -1,0 +1,216 @@
+"""The steps of a decoder for the kernel: what lies between an embedding and the logits, for one token per sequence.
+
+Between steps, numbers are fp32 in buffers (T, width) with one row per sequence. A step reads and writes the memory of
+the tensors it is given, and does not keep them: whoever holds the steps holds the tensors.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from ctypes import c_float, c_int32, c_int64, c_void_p
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from moeify.kernels.native.build import library
+from moeify.kernels.native.call import _ACTIVATIONS, INNER, _Call, _stack, _Stack
+
+SCORES = ["softmax", "sigmoid", "sqrt_softplus"]
+_KINDS = ["norm", "linear", "rotate", "attend", "between", "experts"]
+
+
+class Step(ctypes.Structure):
+    """One step, as the kernel reads it."""
+
+    _fields_ = (
+        ("kind", c_int32), ("is_bf16", c_int32), ("adds", c_int32), ("heads", c_int32), ("kv_heads", c_int32),
+        ("inner", c_int32), ("activation", c_int32),
+        ("score", c_int32), ("by_logit", c_int32), ("normalize", c_int32), ("k", c_int32),
+        ("eps", c_float), ("scale", c_float),
+        ("x", c_void_p), ("x2", c_void_p), ("x3", c_void_p), ("y", c_void_p),
+        ("width", c_int64), ("width_out", c_int64), ("gain", c_void_p), ("map", _Stack), ("call", c_void_p),
+    )  # fmt: skip
+
+
+class Room(ctypes.Structure):
+    """Where the keys and values of one layer lie."""
+
+    _fields_ = (("keys", c_void_p), ("values", c_void_p), ("token_stride", c_int64), ("head_stride", c_int64))
+
+
+class _Turn(ctypes.Structure):
+    _fields_ = (
+        ("steps", c_void_p), ("count", c_int64), ("tokens", c_int64),
+        ("cos", c_void_p), ("sin", c_void_p), ("rotated", c_int64),
+        ("rooms", c_void_p), ("length", c_int64), ("first", c_void_p), ("threads", c_int32),
+    )  # fmt: skip
+
+
+def _step(kind: str, **fields: object) -> Step:
+    pointers = {name: value.data_ptr() if isinstance(value, Tensor) else value for name, value in fields.items()}
+    return Step(kind=_KINDS.index(kind), **pointers)
+
+
+def norm(x: Float[Tensor, "T M"], y: Float[Tensor, "T M"], gain: Float[Tensor, "D"], eps: float) -> Step:
+    """`y = x / rms(x) · gain` for every piece of D numbers."""
+    return _step("norm", x=x, y=y, gain=gain, eps=eps, width=len(gain), heads=x.shape[1] // len(gain))
+
+
+def linear(
+    x: Float[Tensor, "T D"],
+    y: Float[Tensor, "T O"],
+    weight: Tensor,
+    *,
+    scales: Tensor | None = None,
+    group: int = 0,
+    bias: Float[Tensor, "1 O"] | None = None,
+    dtype: torch.dtype,
+    adds: bool = False,
+) -> Step:
+    """`y = W x + bias`, or `y += W x + bias`.
+
+    Args:
+        x: what is mapped.
+        y: where to.
+        weight: (1, O, D) of `dtype`, or as `moeify.experts.quantized` stores it.
+        scales: its scales, if it is of 8 or 4 bits.
+        group: the weights that share a scale, if it is of 4 bits.
+        bias: in `dtype`.
+        dtype: what is multiplied in, fp32 or bf16.
+        adds: add to y.
+    """
+    return _step(
+        "linear", x=x, y=y, width=x.shape[1], width_out=y.shape[1], adds=adds, is_bf16=dtype == torch.bfloat16,
+        map=_stack(weight, bias, scales, group),
+    )  # fmt: skip
+
+
+def rotate(x: Float[Tensor, "T M"], head: int) -> Step:
+    """Turn the heads, of `head` numbers each, by their position's angle; in place."""
+    return _step("rotate", y=x, width=head, heads=x.shape[1] // head)
+
+
+def attend(
+    q: Float[Tensor, "T Q"],
+    k: Float[Tensor, "T V"],
+    v: Float[Tensor, "T V"],
+    y: Float[Tensor, "T Q"],
+    *,
+    head: int,
+    scale: float,
+    dtype: torch.dtype,
+) -> Step:
+    """Append k and v to the layer's room, in its `dtype`, and attend to all that is there; heads of `head` numbers."""
+    return _step(
+        "attend", x=q, x2=k, x3=v, y=y, width=head, scale=scale, is_bf16=dtype == torch.bfloat16,
+        heads=q.shape[1] // head, kv_heads=k.shape[1] // head,
+    )  # fmt: skip
+
+
+def attends(step: Step) -> bool:
+    """Whether a step takes a room."""
+    return step.kind == _KINDS.index("attend")
+
+
+def between(
+    gate: Float[Tensor, "T H"], up: Float[Tensor, "T H"] | None, y: Float[Tensor, "T H"], activation: str
+) -> Step:
+    """`y = act(gate) · up`, or `act(gate)` without up; `activation` is a name of `moeify.kernels.stacked.KNOWN`."""
+    inner = INNER.index("plain" if up is None else "glu")
+    return _step(
+        "between", x=gate, x2=up, y=y, width=gate.shape[1], inner=inner, activation=_ACTIVATIONS.index(activation)
+    )
+
+
+class Experts:
+    """A whole sparse layer as the kernel reads it, for `experts`.
+
+    Args:
+        width: D.
+        up: weight (E, M, D), bias and scales of the first map, as `native_layer` takes them.
+        down: the same of the last map.
+        hidden: H.
+        group: the weights that share a scale, if they are of 4 bits.
+        inner: "plain", "glu" or "clamped".
+        activation: a name of `moeify.kernels.stacked.KNOWN`.
+        alpha: of "clamped".
+        limit: of "clamped".
+    """
+
+    def __init__(
+        self,
+        width: int,
+        up: tuple[Tensor, Tensor | None, Tensor | None],
+        down: tuple[Tensor, Tensor | None, Tensor | None],
+        hidden: int,
+        group: int,
+        inner: str,
+        activation: str,
+        alpha: float,
+        limit: float,
+    ) -> None:
+        self.tensors = up, down
+        self.call = _Call(
+            experts=len(up[0]), width=width, hidden=hidden, width_out=down[0].shape[1],
+            up=_stack(*up, group), down=_stack(*down, group),
+            inner=INNER.index(inner), activation=_ACTIVATIONS.index(activation), alpha=alpha, limit=limit,
+        )  # fmt: skip
+
+
+def experts(
+    x: Float[Tensor, "T D"],
+    logits: Float[Tensor, "T E"],
+    y: Float[Tensor, "T D"],
+    layer: Experts,
+    *,
+    k: int,
+    score: str,
+    by_logit: bool,
+    bias: Float[Tensor, "E"] | None,
+    normalize: bool,
+    scale: float,
+    dtype: torch.dtype,
+) -> Step:
+    """Add the weighted answers of every token's k best experts to y, chosen as `moeify.routers.TopK` does."""
+    return _step(
+        "experts", x=x, x2=logits, y=y, call=ctypes.addressof(layer.call), k=k, score=SCORES.index(score),
+        by_logit=by_logit, gain=bias, normalize=normalize, scale=scale, is_bf16=dtype == torch.bfloat16,
+    )  # fmt: skip
+
+
+def run_steps(
+    steps: Sequence[Step],
+    tokens: int,
+    *,
+    angles: tuple[Float[Tensor, "T A"], Float[Tensor, "T A"]] | None = None,
+    rooms: Sequence[Room] = (),
+    length: int = 0,
+    first: Int[Tensor, "T"] | None = None,
+) -> None:
+    """Run steps in order.
+
+    Args:
+        steps: the steps; a ctypes array of them costs no copy.
+        tokens: T.
+        angles: cosine and sine of every rotated number, fp32.
+        rooms: of each `attend` in turn.
+        length: positions that the rooms hold already.
+        first: the first position of every sequence that is no padding.
+
+    Raises:
+        FloatingPointError: a router met numbers that are not finite.
+        Unavailable: there is no kernel.
+    """
+    listed = steps if isinstance(steps, ctypes.Array) else (Step * len(steps))(*steps)
+    places = (Room * len(rooms))(*rooms)
+    cos, sin = (None, None) if angles is None else angles
+    turn = _Turn(
+        ctypes.addressof(listed), len(listed), tokens,
+        None if cos is None else cos.data_ptr(), None if sin is None else sin.data_ptr(),
+        0 if cos is None else cos.shape[-1],
+        ctypes.addressof(places), length, None if first is None else first.data_ptr(), torch.get_num_threads(),
+    )  # fmt: skip
+    if library().moeify_steps(ctypes.byref(turn)):
+        raise FloatingPointError("a router was given activations that are not finite; the fault lies before it")

@@ -1,0 +1,107 @@
+"""The parts of a decoder, found by the names that Llama gave them and most families kept."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from moeify.serve.quantized import QuantizedLinear
+
+Linear = nn.Linear | QuantizedLinear
+
+
+@dataclass(frozen=True)
+class Layer:
+    """x += o(attention(q, k, v of norm(x))); x += mlp(norm(x)).
+
+    Attributes:
+        attention: has `q_proj`, `k_proj`, `v_proj`, `o_proj`, and `q_norm` and `k_norm` in some families.
+        mlp: a dense network, a sparse block of transformers, or a layer of ours.
+        before_attention: a root-mean-square norm.
+        before_mlp: another.
+    """
+
+    attention: Any
+    mlp: nn.Module
+    before_attention: Any
+    before_mlp: Any
+
+    @property
+    def norms(self) -> list[Any]:
+        """Its norms, those of queries and keys among them."""
+        inside = [getattr(self.attention, name, None) for name in ("q_norm", "k_norm")]
+        return [self.before_attention, self.before_mlp, *(norm for norm in inside if norm is not None)]
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """A model as the kernel sees it: logits = head(norm(layers(embed(ids)))).
+
+    Attributes:
+        embed: tokens to vectors.
+        layers: the layers.
+        norm: the norm behind the last.
+        head: vectors to logits.
+        rotary: positions to cosines and sines.
+        dtype: of the model.
+    """
+
+    embed: nn.Module
+    layers: list[Layer]
+    norm: Any
+    head: Linear
+    rotary: nn.Module
+    dtype: torch.dtype
+
+
+def find_decoder(model: nn.Module) -> Decoder:
+    """The parts of a decoder of Llama's kind.
+
+    Raises:
+        ValueError: a part is missing, is of another kind, or the model is not in fp32 or bf16 on a CPU.
+    """
+    body: Any = getattr(model, "model", None)
+    names = ("embed_tokens", "layers", "norm", "rotary_emb")
+    if body is None or not all(hasattr(body, name) for name in names) or not hasattr(model, "lm_head"):
+        raise _no(model, "it has no lm_head over a model with embed_tokens, layers, norm and rotary_emb")
+    weight = body.embed_tokens.weight
+    if weight.device.type != "cpu" or weight.dtype not in (torch.float32, torch.bfloat16):
+        raise _no(
+            model, f"it is in {weight.dtype} on {weight.device}, and the kernel computes in fp32 or bf16 on a CPU"
+        )
+    layers = [_layer(model, name, layer) for name, layer in body.layers.named_children()]
+    decoder = Decoder(body.embed_tokens, layers, body.norm, model.lm_head, body.rotary_emb, weight.dtype)
+    for norm in [decoder.norm, *(norm for layer in layers for norm in layer.norms)]:
+        if not hasattr(norm, "variance_epsilon") or norm.weight.dim() != 1 or len(list(norm.parameters())) != 1:
+            raise _no(model, f"{type(norm).__name__} is no root-mean-square norm of transformers")
+    return decoder
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether the kernel reads a module's weights itself: a plain linear map, or one that was quantised by us."""
+    return type(module) is QuantizedLinear or (type(module) is nn.Linear and module.weight.stride(1) == 1)
+
+
+def _layer(model: nn.Module, name: str, layer: Any) -> Layer:
+    found = {child: module for child, module in layer.named_children()}
+    attention = found.pop("self_attn", None)
+    wanted = ("mlp", "input_layernorm", "post_attention_layernorm")
+    if attention is None or set(found) != set(wanted):
+        raise _no(model, f"layer {name} is made of {', '.join(dict(layer.named_children()))}, not of Llama's parts")
+    maps = [getattr(attention, f"{letter}_proj", None) for letter in "qkvo"]
+    others = set(dict(attention.named_children())) - {"q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm"}
+    if not all(is_linear(m) for m in maps) or others:
+        raise _no(model, f"the attention of layer {name} is {type(attention).__name__}, not four plain linear maps")
+    if getattr(attention, "sliding_window", None) or getattr(model.config, "sliding_window", None):
+        raise _no(model, f"layer {name} attends to a sliding window")
+    return Layer(attention, *(found[part] for part in wanted[:1]), *(found[part] for part in wanted[1:]))
+
+
+def _no(model: nn.Module, reason: str) -> ValueError:
+    return ValueError(
+        f"{type(model).__name__} cannot be decoded by the kernel: {reason}; models of the kind of Llama, Mixtral and "
+        "Qwen3 can, dense or made sparse by moeify, and any other decodes by model.generate as it is"
+    )

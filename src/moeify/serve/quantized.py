@@ -1,0 +1,66 @@
+"""Modules of 8 and 4 bits in the places of a model's linear maps and experts."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from moeify import backends
+from moeify.experts.quantized import Quantized, Weights
+from moeify.kernels import native
+from moeify.kernels.native import steps
+from moeify.routing import assign
+
+
+class QuantizedLinear(nn.Module):
+    """A linear map whose weights are whole numbers of 8 bits (a scale per row) or 4 bits (a scale per group).
+
+    Args:
+        linear: the map that it stands for.
+        bits: 8 or 4.
+        group: weights that share a scale, 32 or 64; of 4 bits only.
+    """
+
+    def __init__(self, linear: nn.Linear, bits: int, group: int = 64) -> None:
+        super().__init__()
+        has_bias = linear.bias is not None
+        self.map = Weights(1, linear.out_features, linear.in_features, bits, group, has_bias)
+        self.map.fill(linear.weight.unsqueeze(0), linear.bias.unsqueeze(0) if has_bias else None)
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+
+    def forward(self, x: Float[Tensor, "... D"]) -> Float[Tensor, "... O"]:
+        """`W x + bias`, by the native kernel where there is one."""
+        if x.dtype in (torch.float32, torch.bfloat16) and not x.requires_grad and native.why_not() is None:
+            rows = x.reshape(-1, self.in_features).float().contiguous()
+            y = torch.empty(len(rows), self.out_features)
+            bias = None if self.map.bias is None else self.map.bias.to(x.dtype)
+            step = steps.linear(
+                rows, y, self.map.weight, scales=self.map.scales, group=self.map.group, bias=bias, dtype=x.dtype
+            )
+            steps.run_steps([step], len(rows))
+            return y.to(x.dtype).view(*x.shape[:-1], self.out_features)
+        return F.linear(x, self.map.of(0, x.dtype), None if self.map.bias is None else self.map.bias[0].to(x.dtype))
+
+
+class QuantizedExperts(nn.Module):
+    """Quantised experts as a model of transformers calls its own.
+
+    Args:
+        experts: the experts.
+    """
+
+    def __init__(self, experts: Quantized) -> None:
+        super().__init__()
+        self.experts = experts
+
+    def forward(
+        self,
+        hidden_states: Float[Tensor, "T D"],
+        top_k_index: Int[Tensor, "T K"],
+        top_k_weights: Float[Tensor, "T K"],
+    ) -> Float[Tensor, "T D"]:
+        """The weighted answers of every token's experts."""
+        routing = assign(top_k_index, top_k_weights, self.experts.num_experts)
+        return backends.run("auto", hidden_states, routing, self.experts).to(hidden_states.dtype)
