@@ -1,6 +1,7 @@
 """Routers: tokens -> `Routing`. One file per family of papers."""
 
 from moeify.routers.all_experts import AllExperts
+from moeify.routers.arrow import Arrow
 from moeify.routers.base import Router, Tokens, project, real_tokens
 from moeify.routers.capacity import Capacity
 from moeify.routers.competition import Compete, compete
@@ -27,7 +28,7 @@ from moeify.routers.uniform import Uniform
 from moeify.routers.variable import ReLU, Threshold, TopP
 
 __all__ = [
-    "AllExperts", "Capacity", "Cluster", "Compete", "Conditional", "Cosine", "DefaultVector", "ExpertChoice",
+    "AllExperts", "Arrow", "Capacity", "Cluster", "Compete", "Conditional", "Cosine", "DefaultVector", "ExpertChoice",
     "ExpertThreshold", "FinalMask", "Follow", "Frozen", "GShard", "Groups", "Lookup", "MultiGate", "NoisyTopK", "Once",
     "Phatgoose", "ReLU", "Replay", "Residual", "Router", "Sinkhorn", "Soft", "SparseMixer", "SparseMultiGate",
     "Threshold", "Tokens", "TopK", "TopP", "Uniform", "compete", "project", "real_tokens", "sigmoid", "softmax",

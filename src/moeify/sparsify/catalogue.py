@@ -10,6 +10,7 @@ from pathlib import Path
 
 from moeify import registry
 from moeify.capacity import double, per_choice_by_4, per_token
+from moeify.routers.arrow import Arrow
 from moeify.routers.capacity import capacity
 from moeify.routers.competition import Compete
 from moeify.routers.cosine import Cosine
@@ -251,6 +252,12 @@ catalogue: dict[str, Entry] = {
         "arXiv 2402.05859",
         None,
         Recipe(where=linears(), router=Phatgoose, experts=partial(lora, rank=16, scale=1 / 16), shared=frozen),
+    ),
+    "arrow": Entry(
+        "adapters beside every linear map, top-3 by the directions of their weights; no router to train",
+        "arXiv 2405.11157",
+        None,
+        Recipe(where=linears(), router=Arrow, experts=partial(lora, rank=16, scale=1 / 16), shared=frozen),
     ),
 }
 """Named recipes.

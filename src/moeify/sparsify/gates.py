@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from moeify.moe import MoE
 from moeify.routers.phatgoose import Phatgoose
 
-_FILE = "gates.safetensors"
+FILE = "gates.safetensors"
 
 Gates = Mapping[str, Float[Tensor, "D"]]
 """The gate of one adapter: a vector for the name of every module that it adapts."""
@@ -24,7 +24,7 @@ def save_gates(gates: Gates, folder: str | Path) -> None:
 
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    save_file({name: vector.detach().cpu().contiguous() for name, vector in gates.items()}, folder / _FILE)
+    save_file({name: vector.detach().cpu().contiguous() for name, vector in gates.items()}, folder / FILE)
 
 
 def load_gates(folder: str | Path) -> dict[str, Float[Tensor, "D"]]:
@@ -35,7 +35,7 @@ def load_gates(folder: str | Path) -> dict[str, Float[Tensor, "D"]]:
     """
     from safetensors.torch import load_file
 
-    path = Path(folder) / _FILE
+    path = Path(folder) / FILE
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist; make it with train_gates and save_gates")
     return load_file(path)

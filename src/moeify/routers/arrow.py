@@ -1,0 +1,92 @@
+"""Arrow: low-rank experts are chosen by what they react to most, which their weights tell without any training."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from moeify.context import Context
+from moeify.kernels.packing import cached
+from moeify.registry import register
+from moeify.routers.base import Router, project, real_tokens
+from moeify.routers.topk import check_k
+from moeify.routing import Assignment
+
+
+@register("router", "arrow")
+class Arrow(Router):
+    """The k experts whose prototypes a token lies along, with either sign (Arrow, arXiv 2405.11157).
+
+        v_j = the right singular vector of B_j A_j to its largest singular value
+        z_j = |u · v_j| / τ;  i = topk(z, k);  w = softmax(z[i])
+
+    The token u is not normalised, so τ works against the size of activations. Prototypes follow the experts: they are
+    computed anew when A or B have changed, and are in no checkpoint.
+
+    Args:
+        width: D.
+        num_experts: E.
+        k: experts per token.
+        temperature: τ.
+
+    Raises:
+        ValueError: k outside 1..E; a temperature that is not positive; experts that are no LoRA; in `forward`, no
+            experts at all.
+    """
+
+    preserving = True
+
+    def __init__(self, width: int, num_experts: int, *, k: int = 3, temperature: float = 1.0) -> None:
+        super().__init__()
+        check_k(k, num_experts, normalize=False)
+        if temperature <= 0:
+            raise ValueError(f"temperature={temperature} divides similarities; choose temperature > 0")
+        self.width, self.num_experts, self.k, self.temperature = width, num_experts, k, temperature
+        self._experts: tuple[Any, ...] = ()
+
+    def attach(self, experts: Any) -> None:
+        """Take hold of the experts, whose weights are the router."""
+        if not hasattr(experts, "lora_A"):
+            raise ValueError(
+                f"Arrow reads off low-rank maps A and B where an expert points, and {type(experts).__name__} has none; "
+                "use experts=lora, or a router that is trained"
+            )
+        self._experts = (experts,)
+
+    @property
+    def prototypes(self) -> Float[Tensor, "E D"]:
+        """v of every expert, in fp32; its sign means nothing."""
+        if not self._experts:
+            raise ValueError("this router was never given the experts that it reads; put it into a MoE, or attach them")
+        a, b = self._experts[0].lora_A.detach(), self._experts[0].lora_B.detach()
+        return cached(self._experts[0], "prototypes", [a, b], lambda: leading(a, b))
+
+    def forward(self, x: Float[Tensor, "... D"], context: Context) -> Assignment:
+        """Route every real token along the prototypes."""
+        tokens = real_tokens(x, context)
+        logits = project(tokens.x, self.prototypes).abs() / self.temperature
+        best, index = logits.topk(self.k, dim=-1)
+        return tokens.assign(index, best.softmax(-1), self.num_experts, logits=logits, scores=logits.softmax(-1))
+
+    @property
+    def mixing_flops(self) -> int:
+        """A token meets every prototype; they are no parameters, so nobody else counts them."""
+        return 2 * self.num_experts * self.width
+
+    def extra_repr(self) -> str:
+        """Experts per token, and how sharp the choice is."""
+        return f"experts={self.num_experts}, k={self.k}, temperature={self.temperature}"
+
+
+def leading(a: Float[Tensor, "E r D"], b: Float[Tensor, "E O r"]) -> Float[Tensor, "E D"]:
+    """The right singular vector of every B A to its largest singular value, exactly, in fp32.
+
+    With Aᵀ = Q R and B = Q' R' it is Q times that of the small matrix R' Rᵀ; B A itself is never formed.
+    """
+    with torch.autocast(a.device.type, enabled=False):
+        q, r = torch.linalg.qr(a.float().mT)
+        small = torch.linalg.qr(b.float()).R @ r.mT  # (E, r, r)
+        return (q @ torch.linalg.svd(small, full_matrices=False).Vh.mT)[..., 0]
