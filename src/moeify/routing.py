@@ -179,10 +179,9 @@ def assign(
     """
     tokens, k = index.shape
     experts = index.flatten()
-    order = experts.argsort(stable=True)
+    order = experts.sort(stable=True).indices
     source = order // k
-    counts = torch.zeros(num_experts, dtype=torch.int64, device=index.device)
-    counts = counts.scatter_add(0, experts, torch.ones_like(experts))
+    counts = experts.new_zeros(num_experts).scatter_add_(0, experts, torch.ones_like(experts))
     return Assignment(
         counts=counts,
         demand=counts,

@@ -29,6 +29,8 @@ class FFN(Experts):
         dropout: probability of dropping a hidden unit after the nonlinearity (expert dropout of Switch).
     """
 
+    down_proj: nn.Parameter
+
     def __init__(
         self,
         num_experts: int,
@@ -57,7 +59,7 @@ class FFN(Experts):
     @property
     def up(self) -> tuple[Float[Tensor, "E M D"], Float[Tensor, "E M"] | None]:
         """Weight and bias of the first map, whatever its name."""
-        return self.get_parameter(self._up), self._parameters[f"{self._up}_bias"]
+        return getattr(self, self._up), self._parameters[f"{self._up}_bias"]
 
     @property
     def activated(self) -> Float[Tensor, "E H D"]:
@@ -67,7 +69,7 @@ class FFN(Experts):
     @property
     def down(self) -> tuple[Float[Tensor, "E O H"], Float[Tensor, "E O"] | None]:
         """Weight and bias of the last map."""
-        return self.get_parameter("down_proj"), self._parameters["down_proj_bias"]
+        return self.down_proj, self._parameters["down_proj_bias"]
 
     @property
     def stacked(self) -> Stacked | None:
