@@ -60,14 +60,14 @@ def available() -> bool:
 
 def can_pack(dtype: torch.dtype) -> bool:
     """Whether oneDNN multiplies by packed weights of a dtype on this processor."""
-    if not available() or not torch.backends.mkldnn.enabled:
-        return False
-    native = {
-        torch.float32: lambda: True,
-        torch.bfloat16: torch.ops.mkldnn._is_mkldnn_bf16_supported,
-        torch.float16: torch.ops.mkldnn._is_mkldnn_fp16_supported,
-    }
-    return dtype in native and native[dtype]()
+    return available() and bool(torch.backends.mkldnn.enabled) and dtype in _packable()
+
+
+@cache
+def _packable() -> list[torch.dtype]:
+    ops = torch.ops.mkldnn
+    halves = {torch.bfloat16: ops._is_mkldnn_bf16_supported(), torch.float16: ops._is_mkldnn_fp16_supported()}
+    return [torch.float32, *(dtype for dtype, supported in halves.items() if supported)]
 
 
 def takes_onednn(size: int, *, left_transposed: bool = False, right_transposed: bool = False) -> bool:
@@ -105,10 +105,10 @@ def onednn_is_faster(size: int, left_transposed: bool, right_transposed: bool, t
         right_transposed: whether the right matrix is transposed.
         threads: of torch; they decide too, and tell measurements apart.
     """
-    m, k = (512, size) if left_transposed else (size, 512)
+    m, k = (256, size) if left_transposed else (size, 256)
     left = torch.ones(k, m).t() if left_transposed else torch.ones(m, k)  # random numbers would move the user's seed
-    right = torch.ones(1024, k).t() if right_transposed else torch.ones(k, 1024)
-    out = torch.empty(m, 1024)
+    right = torch.ones(512, k).t() if right_transposed else torch.ones(k, 512)
+    out = torch.empty(m, 512)
     blas, onednn = _fastest(
         lambda: torch.mm(left, right, out=out),
         lambda: out.copy_(linear(left, right.t())),
