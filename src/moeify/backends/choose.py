@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from moeify.backends import native, onednn, plain, triton
+from moeify.backends import native, onednn, peers, plain, triton
 from moeify.backends.base import Backend
 from moeify.experts.base import Experts
 from moeify.routing import Routing
@@ -22,6 +22,8 @@ BACKENDS: dict[str, Backend] = {
     "onednn": Backend(onednn.run, onednn.refuse, chosen=lambda x, *_: x.is_cpu),
     "recompute": Backend(partial(onednn.run, keep=False), onednn.refuse, chosen=lambda *call: False),
     "gather": Backend(plain.gather, plain.cannot_gather, chosen=lambda x, *_: x.is_cuda),
+    "liger": Backend(peers.liger, peers.cannot_liger, chosen=lambda *call: False),
+    "sonicmoe": Backend(peers.sonicmoe, peers.cannot_sonicmoe, chosen=lambda *call: False),
     "compose": Backend(plain.compose, refuse=lambda *call: None, chosen=lambda *call: True),
 }
 """Every backend by name; `auto` takes the first that is made for a call and does not refuse it."""

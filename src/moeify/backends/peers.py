@@ -1,0 +1,93 @@
+"""Kernels of others, by name only: `liger` (Liger-Kernel) and `sonicmoe` (SonicMoE, as transformers calls it)."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import math
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from moeify.experts.base import Experts
+from moeify.kernels.stacked import Glu, Stacked, name_of
+from moeify.routing import Assignment, Routing
+
+
+def liger(x: Float[Tensor, "... D"], routing: Routing, experts: Experts) -> Float[Tensor, "... D"]:
+    """Liger's fused layer: gather, both maps and SwiGLU in Triton."""
+    tokens, stacked, routing = _read(x, routing, experts)
+    function = importlib.import_module("liger_kernel.ops").LigerFusedMoEFunction
+    assert routing.index is not None
+    return function.apply(tokens, stacked.up, stacked.down, routing.index.int(), routing.gates).view(x.shape)
+
+
+def cannot_liger(x: Float[Tensor, "... D"], routing: Routing, experts: Experts) -> str | None:
+    """Why `liger` cannot serve a call, None if it can."""
+    if reason := _unserved(x, routing, experts, ("silu",)):
+        return reason
+    assert experts.stacked is not None
+    if experts.stacked.up_bias is not None or experts.stacked.down_bias is not None:
+        return "it knows no biases"
+    return _missing("liger_kernel", "liger-kernel")
+
+
+def sonicmoe(x: Float[Tensor, "... D"], routing: Routing, experts: Experts) -> Float[Tensor, "... D"]:
+    """SonicMoE's fused layer, through transformers."""
+    tokens, stacked, routing = _read(x, routing, experts)
+    assert isinstance(stacked.inner, Glu)
+    theirs: Any = SimpleNamespace(
+        gate_up_proj=stacked.up, gate_up_proj_bias=stacked.up_bias,
+        down_proj=stacked.down, down_proj_bias=stacked.down_bias,
+        num_experts=len(stacked.up), has_gate=True, has_bias=stacked.up_bias is not None, has_post_expert_norm=False,
+        is_transposed=False, is_concatenated=True, config=SimpleNamespace(hidden_act=name_of(stacked.inner.act)),
+    )  # fmt: skip
+    forward = importlib.import_module("transformers.integrations.sonicmoe").sonicmoe_experts_forward
+    return forward(theirs, tokens, routing.index, routing.gates).view(x.shape)
+
+
+def cannot_sonicmoe(x: Float[Tensor, "... D"], routing: Routing, experts: Experts) -> str | None:
+    """Why `sonicmoe` cannot serve a call, None if it can."""
+    if reason := _unserved(x, routing, experts, ("silu", "gelu", "relu")):
+        return reason
+    if reason := _missing("transformers", "transformers"):
+        return reason
+    try:
+        importlib.import_module("transformers.integrations.sonicmoe").is_sonicmoe_loadable(raise_error=True)
+    except ImportError as reason:
+        return str(reason).rstrip(".")
+    return None
+
+
+def _read(x: Tensor, routing: Routing, experts: Experts) -> tuple[Tensor, Stacked, Assignment]:
+    assert isinstance(routing, Assignment)
+    assert experts.stacked is not None
+    return x.reshape(-1, x.shape[-1]), experts.stacked, routing
+
+
+def _unserved(x: Tensor, routing: Routing, experts: Experts, activations: tuple[str, ...]) -> str | None:
+    if not isinstance(routing, Assignment) or routing.index is None or routing.gates is None:
+        return "it needs the K experts of every token"
+    if routing.demand is not routing.counts or routing.rest is not None or routing.gates.dim() > 2:
+        return "it needs the experts that every token asked for with one weight each, and this decision has others"
+    if routing.source.shape[0] != math.prod(routing.shape) * routing.index.shape[1]:
+        return "it needs every row of every token, and some are padding or were dropped"
+    stacked = experts.stacked
+    if stacked is None or not isinstance(stacked.inner, Glu) or name_of(stacked.inner.act) not in activations:
+        return f"it needs experts gated by {' or '.join(activations)}, gate and up map side by side"
+    if not x.is_cuda:
+        return f"it runs on NVIDIA GPUs, and the tokens are on {x.device.type!r}"
+    if x.dtype != stacked.up.dtype or torch.is_autocast_enabled("cuda"):
+        return "it needs tokens and weights of one dtype, outside autocast"
+    if stacked.down.shape[1] != x.shape[-1] or stacked.up.stride(-1) != 1:
+        return "it needs answers as wide as tokens, and weights that do not lie transposed"
+    return None
+
+
+def _missing(module: str, package: str) -> str | None:
+    if importlib.util.find_spec(module) is None:
+        return f"{package} is not installed; run pip install {package}"
+    return None

@@ -1,0 +1,56 @@
+"""Kernels for a GPU on a machine without one: they say why they do not serve a call, and are not imported for it."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from moeify import MoE, assign, backends
+from moeify.experts import FFN, Identity
+from moeify.kernels.stacked import Glu
+from moeify.routers import TopK
+
+X = torch.randn(3, 4)
+KERNELS = ["triton", "decode", "liger", "sonicmoe"]
+
+
+def decision(*gates):
+    return assign(torch.tensor([[0, 1]] * 3), torch.ones(3, 2, *gates), 2)
+
+
+@pytest.mark.parametrize("backend", KERNELS)
+def test_a_layer_on_the_cpu_is_refused_in_words(backend):
+    layer = MoE(TopK(4, 2), FFN(2, 4, 3), backend=backend)
+    with torch.no_grad(), pytest.raises(ValueError, match=r"NVIDIA GPUs|pip install 'moeify\[gpu\]'"):
+        layer(X)
+
+
+@pytest.mark.parametrize("backend", ["triton", "decode"])
+@pytest.mark.parametrize(
+    ("reason", "routing", "experts"),
+    [
+        ("several gates", decision(3), FFN(2, 4, 3)),
+        ("feed-forward networks of one size, not Identity", decision(), Identity(2)),
+        ("knows the activations silu, .* none of them", decision(), FFN(2, 4, 3, inner=Glu(torch.tanh))),
+        ("weights are torch.float64", decision(), FFN(2, 4, 3).double()),
+        ("not FFN", decision(), FFN(2, 4, 3, dropout=0.5)),
+    ],
+)
+def test_what_kernels_do_not_know_is_refused_in_words(backend, reason, routing, experts):
+    with torch.no_grad(), pytest.raises(ValueError, match=f"backend '{backend}' cannot run this layer: .*{reason}"):
+        backends.run(backend, X, routing, experts)
+
+
+@pytest.mark.parametrize("backend", ["liger", "sonicmoe"])
+def test_kernels_of_others_are_only_taken_by_name(backend):
+    assert not backends.BACKENDS[backend].chosen(X, decision(), FFN(2, 4, 3))
+
+
+def test_a_layer_on_the_cpu_imports_no_triton():
+    script = (
+        "import sys, torch; from moeify import MoE; from moeify.experts import FFN; from moeify.routers import TopK;"
+        "MoE(TopK(4, 2), FFN(2, 4, 3))(torch.randn(3, 4));"
+        "assert not [name for name in sys.modules if name.startswith('moeify.kernels.triton')]"
+    )
+    assert subprocess.run([sys.executable, "-c", script], capture_output=True).returncode == 0
