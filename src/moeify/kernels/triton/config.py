@@ -48,8 +48,12 @@ def config(kernel: Kernel, x: Tensor, rows_per_expert: int, *widths: int) -> Con
         rows_per_expert: rows over experts, on average.
         widths: of the matrices; where 16 does not divide one, rows are loaded number by number.
     """
+    from moeify.kernels.triton import autotune
+
     if INTERPRETED:
         return Config(16, 32, 32, 4, 2)
+    if autotune.asked():
+        return autotune.measured(kernel, x.device, x.dtype, rows_per_expert, widths)
     hopper = x.is_cuda and torch.cuda.get_device_capability(x.device) >= (9, 0)
     aligned = all(width % 16 == 0 for width in widths)
     return table("hopper" if hopper else "ampere", kernel, x.dtype, rows_per_expert, aligned)

@@ -1,0 +1,122 @@
+"""Measured sizes of tiles instead of those of the table: asked for by `MOEIFY_AUTOTUNE=1`, kept on disk.
+
+A size is measured once for each GPU, kernel, dtype, widths and power of two of rows per expert, on balanced rows. Runs
+that share the file compute the same; without the variable nothing is measured, and a layer starts at once.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+import triton
+
+from moeify.kernels.triton.config import Config, Kernel
+from moeify.kernels.triton.launch import power_of_2
+
+CANDIDATES: dict[str, list[Config]] = {
+    "product": [
+        Config(128, 256, 64, 8, 3), Config(128, 256, 64, 8, 4), Config(128, 128, 64, 8, 4), Config(128, 128, 64, 4, 3),
+        Config(64, 256, 64, 4, 3), Config(64, 128, 64, 4, 4), Config(16, 64, 128, 4, 4), Config(128, 128, 32, 8, 3),
+    ],
+    "hidden": [
+        Config(128, 128, 64, 8, 4), Config(128, 128, 64, 8, 3), Config(128, 64, 64, 4, 4), Config(64, 128, 64, 4, 4),
+        Config(16, 64, 128, 4, 4), Config(128, 128, 32, 8, 3),
+    ],
+    "outer": [
+        Config(128, 256, 64, 8, 5), Config(256, 128, 64, 8, 5), Config(128, 128, 64, 8, 5), Config(128, 128, 64, 4, 5),
+        Config(128, 128, 32, 8, 3),
+    ],
+}  # fmt: skip
+Measure = Callable[[Config], float]
+
+
+def asked() -> bool:
+    """Whether sizes are to be measured; never while a CUDA graph is captured."""
+    return os.environ.get("MOEIFY_AUTOTUNE") == "1" and not torch.cuda.is_current_stream_capturing()
+
+
+def file() -> Path:
+    """Where measured sizes are kept: `triton.json` in `MOEIFY_CACHE`, else in `~/.cache/moeify`."""
+    return Path(os.environ.get("MOEIFY_CACHE", Path.home() / ".cache" / "moeify")) / "triton.json"
+
+
+def tuned(key: str, candidates: list[Config], measure: Measure) -> Config:
+    """The fastest candidate for a key: as the file says, or else as is measured now and written there.
+
+    Args:
+        key: what the choice depends on.
+        candidates: sizes; those that a GPU has no room for are passed over.
+        measure: milliseconds of a size.
+    """
+    path = file()
+    known = json.loads(path.read_text()) if path.exists() else {}
+    if key not in known:
+        times = {}
+        for candidate in candidates:
+            try:
+                times[candidate] = measure(candidate)
+            except triton.runtime.errors.OutOfResources:
+                continue
+        known[key] = asdict(min(times, key=lambda candidate: times[candidate]))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        written = path.with_suffix(f".{os.getpid()}")
+        written.write_text(json.dumps(known, indent=1, sort_keys=True))
+        written.replace(path)
+    return Config(**known[key])
+
+
+def measured(kernel: Kernel, device: torch.device, dtype: torch.dtype, rows: int, widths: tuple[int, ...]) -> Config:
+    """The measured size for a kernel, `rows` rows per expert and maps (M, D) and, of a layer, (O, H)."""
+    rows = max(1, power_of_2(rows))
+    key = "/".join(map(str, (torch.cuda.get_device_name(device), kernel, dtype, rows, *widths)))
+    return tuned(key, CANDIDATES[kernel], lambda size: milliseconds(trial(kernel, device, dtype, rows, widths, size)))
+
+
+def trial(
+    kernel: Kernel, device: torch.device, dtype: torch.dtype, rows: int, widths: tuple[int, ...], size: Config,
+    num_experts: int = 8,
+) -> Callable[[], object]:  # fmt: skip
+    """A call of a kernel on balanced rows of `num_experts` experts."""
+    from moeify.kernels.triton.hidden import hidden
+    from moeify.kernels.triton.nonlinearity import Nonlinearity
+    from moeify.kernels.triton.outer import outer
+    from moeify.kernels.triton.product import product
+    from moeify.kernels.triton.tiles import tile_table
+
+    def floats(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, device=device, dtype=dtype)
+
+    (m, d), (o, h) = widths[:2], widths[2:] or widths[:2]
+    counts, total = torch.full((num_experts,), rows, device=device), rows * num_experts
+    source, x, dy = torch.randperm(total, device=device), floats(total, d), floats(total, o)
+    table = tile_table(counts, total, size.m)
+    if kernel == "product":
+        weight = floats(num_experts, m, d)
+        return lambda: product(x, source, weight, None, table, total, size)
+    if kernel == "outer":
+        left = floats(total, m)
+        like = floats(num_experts, m, d)
+        return lambda: outer(left, None, x, source, counts, like, size)
+    inner = Nonlinearity("silu", m == 2 * h)
+    weight, down, before = torch.rand(total, device=device), floats(num_experts, o, h), floats(total, m)
+    return lambda: hidden(dy, source, weight, down, before, table, size, inner)
+
+
+def milliseconds(call: Callable[[], object], rounds: int = 9) -> float:
+    """The median time of a call on the GPU, after two that do not count."""
+    times = []
+    for turn in range(rounds + 2):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        call()
+        end.record()
+        torch.cuda.synchronize()
+        if turn > 1:
+            times.append(start.elapsed_time(end))
+    return statistics.median(times)
