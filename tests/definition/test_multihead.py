@@ -91,6 +91,8 @@ def test_a_matched_layer_costs_what_the_plain_one_costs(monkeypatch):
     plain = MoE(TopK(width, experts, k=2), FFN(experts, width, hidden))
     matched = multi_head(width, experts, hidden, heads=4, k=2)
 
+    plain.backend = matched.moe.backend = "compose"  # whose products are counted one by one
+
     def flops(model, routers):
         with FlopCounterMode(display=False) as counter:
             model(torch.randn(1, tokens, width))
