@@ -121,20 +121,24 @@ def attach(model: nn.Module, adapters: Mapping[str, Adapter], pool: Pool, *, all
     Raises:
         ValueError: an adapter that does not fit the model; a router that cannot serve, or looks ahead in a decoder.
     """
-    before = sparse_layers(model)
-    contexts = {whole(model, name).stack: layer.context for name, layer in before.items()}
+    before = adapted(model) if sparse_layers(model) else {}
+    contexts = {whole(model, name).stack: here.layer.context for name, here in before.items()}
     watched = set(contexts)
     latest: dict[str, Router] = {}
     made: list[tuple[Site, MoE]] = []
     for site, experts in _wanted(model, adapters, pool.dropout):
-        layer = before.get(site.name)
-        if layer is None or layer.experts.names != experts.names:
+        old = before.get(site.name)
+        if old is None or old.experts.names != experts.names:
             router = _router(site, experts, pool.router)
             router = router if site.stack not in latest else router.follow(latest[site.stack])
-            layer = _layer(site, experts, router, layer, contexts.setdefault(site.stack, Context()))
-            _open(Adapted(layer, experts, site.dense), adapters)
-            made.append((site, layer))
-        latest[site.stack] = layer.router
+            if old is not None:
+                _grow(old.layer.router, router, _router(site, old.experts, pool.router))
+                _learn_alike(old.experts, experts)
+            made.append((site, _layer(site, experts, router, old, contexts.setdefault(site.stack, Context()))))
+            _open(Adapted(made[-1][1], experts, site.dense), adapters)
+            latest[site.stack] = router
+        else:
+            latest[site.stack] = old.layer.router
     if new := [(site, layer) for site, layer in made if site.stack not in watched]:
         put(model, [site for site, _ in new], [layer for _, layer in new], allow_noncausal=allow_noncausal)
     for site, layer in made:
@@ -143,14 +147,11 @@ def attach(model: nn.Module, adapters: Mapping[str, Adapter], pool: Pool, *, all
     vars(model)["moeify_pool"] = replace(pool, names=tuple(adapters))
 
 
-def _layer(site: Site, experts: LoRA, router: Router, old: MoE | None, context: Context) -> MoE:
-    """A sparse layer; in the place of one that is there already, it begins with what that has learned."""
+def _layer(site: Site, experts: LoRA, router: Router, old: Adapted | None, context: Context) -> MoE:
+    """A sparse layer, beside the same map as the one that is there already."""
+    shared = frozen(site.dense, experts.width) if old is None else old.dense
+    backend = "auto" if old is None else old.layer.backend
     router = router.to(experts.lora_A.dtype)
-    shared, backend = frozen(site.dense, experts.width), "auto"
-    if old is not None:
-        _grow(old.router, router)
-        _grow(old.experts, experts)
-        shared, backend = old.shared, old.backend
     layer = MoE(router, experts, shared, backend=backend, context=context, name=site.name)
     return layer.train(site.training)
 
@@ -182,7 +183,7 @@ def _refuse_unfit(model: nn.Module, parts: Mapping[str, nn.Module], name: str, m
     kind, dense = type(model).__name__, parts.get(module)
     if dense is None:
         near = [other for other in parts if f".{other}".endswith(f".{module}") or f".{module}".endswith(f".{other}")]
-        hint = f" (here it is {near[-1]})" if near[1:] else ""  # the model itself, '', is near to everything
+        hint = f" (here it is {near[-1]})" if near else ""
         raise ValueError(
             f"the adapter {name!r} adapts {module}{hint}, which this {kind} does not have; pass the model that it was "
             "trained on"
@@ -258,11 +259,17 @@ def _open(here: Adapted, adapters: Mapping[str, Adapter]) -> None:
             row.copy_(gate)
 
 
-def _grow(old: nn.Module, new: nn.Module) -> None:
-    """Let a larger module begin with what a smaller one holds."""
-    before, after = old.state_dict(), new.state_dict()
-    for key in before.keys() & after.keys():
-        after[key][tuple(map(slice, before[key].shape))] = before[key]
+@torch.no_grad()
+def _grow(old: nn.Module, new: nn.Module, began: nn.Module) -> None:
+    """Let a larger module begin with what a smaller one has learned: what it holds otherwise than when it `began`."""
+    start, after = began.state_dict(), new.state_dict()
+    for key, learned in old.state_dict().items():
+        if key not in start or not torch.equal(learned, start[key]):
+            after[key][tuple(map(slice, learned.shape))] = learned
+    _learn_alike(old, new)
+
+
+def _learn_alike(old: nn.Module, new: nn.Module) -> None:
     learns = {key: parameter.requires_grad for key, parameter in old.named_parameters()}
     for key, parameter in new.named_parameters():
         parameter.requires_grad_(learns.get(key, True))

@@ -193,7 +193,7 @@ def _show(model: nn.Module, adapters: Mapping[str, Adapter]) -> None:
     """Print the pool, and whose rows of the routers nobody has trained yet."""
     show_pool(model)
     untrained = [name for name, adapter in adapters.items() if not adapter.gates]
-    if untrained and any(here.rows is not None for here in adapted(model).values()):
+    if untrained and any(here.rows is not None and len(here.rows) > 1 for here in adapted(model).values()):
         print(f"no gates in the folders of {', '.join(untrained)}: their rows of the routers are still to be trained")
 
 
