@@ -1,0 +1,43 @@
+"""Balance that tells experts of a sample's type from the others (LoRAMoE)."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from moeify.losses.loads import probability
+from moeify.routing import Routing
+
+
+def localized(routing: Routing, delta: float = 0.1, types: Int[Tensor, "E"] | None = None) -> Float[Tensor, ""]:
+    """CV² of Z_bj = I_bj · Σ_{t in sample b} g_tj, I = 1 + δ where expert j is of sample b's type, 1 - δ elsewhere.
+
+    The localized balancing constraint of LoRAMoE (arXiv 2312.09979). The variance is the unbiased one over all samples
+    and experts, over the squared mean, as in the authors' code; the paper writes σ²(Z) / μ(Z). Padding does not count.
+    It is 0 where Z is the same everywhere, so where experts of the other type weigh (1 + δ) / (1 - δ) times as much as
+    those of the sample's own: a negative δ prefers the own ones.
+
+    Args:
+        routing: a decision of `AllExperts` with the type of each sample.
+        delta: δ, between -1 and 1.
+        types: the type of every expert; by default those of the first half are of type 0, the others of type 1.
+
+    Raises:
+        ValueError: the decision keeps no scores, or does not know its samples and their types.
+    """
+    p = probability(routing)
+    if routing.kind is None or routing.group is None:
+        raise ValueError(
+            "this decision does not know of what type its samples are; route by AllExperts, and call the model inside "
+            "given(model, task_type=...)"
+        )
+    experts = p.shape[-1]
+    types = 2 * torch.arange(experts, device=p.device) // experts if types is None else types.to(p.device)
+    sample = routing.group.unique(return_inverse=True)[1]
+    samples = int(sample.max()) + 1
+    importance = p.new_zeros(samples, experts).index_add(0, sample, p)
+    kind = routing.kind.new_zeros(samples).scatter(0, sample, routing.kind)
+    own = kind.unsqueeze(1) == types
+    z = importance * torch.where(own, 1 + delta, 1 - delta)
+    return z.var() / (z.mean().square() + 1e-10)
