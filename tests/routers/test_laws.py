@@ -20,13 +20,16 @@ from moeify.routers import (
     Lookup,
     NoisyTopK,
     Once,
+    Phatgoose,
     ReLU,
     Residual,
+    Similarity,
     Sinkhorn,
     Soft,
     Threshold,
     TopK,
     TopP,
+    Uniform,
 )
 from strategies import gradients, masks, seeds, sharpen
 
@@ -52,11 +55,18 @@ TOKEN_BY_TOKEN = {
     "conditional": lambda width, experts: Conditional(Capacity(TopK(width, experts - 1), factor=0.7), width),
     "once": lambda *sizes: Once(TopK(*sizes)),
     "expert choice of the batch": partial(ExpertChoice, per="batch"),
+    "phatgoose": Phatgoose,
+    "uniform": Uniform,
     "sinkhorn": Sinkhorn,
     "hash": partial(Lookup, size=7),
     "learned hash": partial(Lookup, size=7, k=2, learned=True),
 }
-BY_GROUP = {"expert choice": ExpertChoice, "soft": partial(Soft, slots=2), "mobile v-moe": partial(TopK, per="group")}
+BY_GROUP = {
+    "similarity": Similarity,
+    "expert choice": ExpertChoice,
+    "soft": partial(Soft, slots=2),
+    "mobile v-moe": partial(TopK, per="group"),
+}
 ROUTERS = TOKEN_BY_TOKEN | BY_GROUP
 
 
@@ -150,7 +160,7 @@ def test_routers_work_in_half_precision_and_decide_in_fp32(name):
     assert routing.scores is None or routing.scores.dtype == torch.float32
 
 
-@pytest.mark.parametrize("name", sorted(ROUTERS.keys() - {"soft", "hash"}))
+@pytest.mark.parametrize("name", sorted(ROUTERS.keys() - {"soft", "hash", "similarity", "uniform"}))
 def test_every_decision_has_a_finite_balance_loss_with_a_gradient(name):
     moe = layer(name)
     moe.context.inputs["input_ids"] = torch.arange(12).view(2, 6)

@@ -20,6 +20,7 @@ from moeify.routers.once import Follow, Once
 from moeify.routers.phatgoose import Phatgoose
 from moeify.routers.replay import Replay
 from moeify.routers.residual import Residual
+from moeify.routers.similarity import Similarity
 from moeify.routers.sinkhorn import Sinkhorn
 from moeify.routers.soft import Soft
 from moeify.routers.sparsemixer import SparseMixer
@@ -30,7 +31,7 @@ from moeify.routers.variable import ReLU, Threshold, TopP
 __all__ = [
     "AllExperts", "Arrow", "Capacity", "Cluster", "Compete", "Conditional", "Cosine", "DefaultVector", "ExpertChoice",
     "ExpertThreshold", "FinalMask", "Follow", "Frozen", "GShard", "Groups", "Lookup", "MultiGate", "NoisyTopK", "Once",
-    "Phatgoose", "ReLU", "Replay", "Residual", "Router", "Sinkhorn", "Soft", "SparseMixer", "SparseMultiGate",
-    "Threshold", "Tokens", "TopK", "TopP", "Uniform", "compete", "project", "real_tokens", "sigmoid", "softmax",
-    "sqrt_softplus",
+    "Phatgoose", "ReLU", "Replay", "Residual", "Router", "Similarity", "Sinkhorn", "Soft", "SparseMixer",
+    "SparseMultiGate", "Threshold", "Tokens", "TopK", "TopP", "Uniform", "compete", "project", "real_tokens", "sigmoid",
+    "softmax", "sqrt_softplus",
 ]  # fmt: skip

@@ -5,6 +5,7 @@ from moeify.sparsify.after import sandwich
 from moeify.sparsify.attach import adapters_of
 from moeify.sparsify.bake import bake, merge_into_dense
 from moeify.sparsify.catalogue import catalogue, read_recipe, recipes
+from moeify.sparsify.centroids import set_centroids
 from moeify.sparsify.convert import sparsify
 from moeify.sparsify.dense import DenseFFN
 from moeify.sparsify.find import Site, chosen, every, ffn, last, last_half, linears, modules, named, odd
@@ -19,9 +20,9 @@ from moeify.sparsify.store import load, load_weights, save
 
 __all__ = [
     "DenseFFN", "Recipe", "Site", "adapters_of", "add_adapter", "bake", "catalogue", "chosen", "copies", "dense",
-    "every", "expert_names", "ffn", "fresh", "from_adapters", "frozen", "gated", "last", "last_half", "linears",
-    "load", "load_adapters", "load_gates", "load_weights", "lora", "lora_ffn", "masked", "merge_into_dense",
-    "merge_models", "merged", "modules", "named", "nothing", "odd", "read_recipe", "recipes", "route_by_examples",
-    "sandwich", "save", "save_adapters", "save_gates", "set_gates", "show_pool", "sparsify", "splits", "through",
+    "every", "expert_names", "ffn", "fresh", "from_adapters", "frozen", "gated", "last", "last_half", "linears", "load",
+    "load_adapters", "load_gates", "load_weights", "lora", "lora_ffn", "masked", "merge_into_dense", "merge_models",
+    "merged", "modules", "named", "nothing", "odd", "read_recipe", "recipes", "route_by_examples", "sandwich", "save",
+    "save_adapters", "save_gates", "set_centroids", "set_gates", "show_pool", "sparsify", "splits", "through",
     "with_free",
 ]  # fmt: skip

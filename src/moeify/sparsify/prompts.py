@@ -80,7 +80,7 @@ def route_by_examples(model: nn.Module, examples: Mapping[str, Sequence[Any]]) -
         if not isinstance(examples.get(name), list | tuple) or not examples[name]:
             raise ValueError(f"there is no example for the expert {name!r}; give a list of inputs for every expert")
     rows = {layer: _rows(layer) for layer in _layers(model)}
-    means = [_means(model, e, list(rows), examples[name]) for e, name in enumerate(names)]
+    means = [mean_inputs(model, e, list(rows), examples[name]) for e, name in enumerate(names)]
     for layer, weight in rows.items():
         mean = torch.stack([of_expert[layer] for of_expert in means])  # (E, D)
         common = mean.mean(0, keepdim=True)
@@ -110,8 +110,12 @@ def _rows(layer: MoE) -> nn.Parameter:
     )
 
 
-def _means(model: nn.Module, e: int, layers: list[MoE], examples: Sequence[Any]) -> dict[MoE, Float[Tensor, "D"]]:
-    """The mean of what every router reads, over all tokens of all examples."""
+def mean_inputs(model: nn.Module, e: int, layers: list[MoE], examples: Sequence[Any]) -> dict[MoE, Float[Tensor, "D"]]:
+    """The mean of what the router of each layer reads, over all real tokens of examples that all go through expert e.
+
+    Raises:
+        ValueError: no such expert; examples that do not reach a layer.
+    """
     totals: dict[nn.Module, Tensor] = {}
     tokens: dict[nn.Module, int] = {}
 

@@ -1,0 +1,84 @@
+"""Routing by likeness: how near the mean of a sequence lies to what each expert was trained on."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn import functional as F
+
+from moeify.context import Context
+from moeify.registry import register
+from moeify.routers.base import Router, project, real_tokens
+from moeify.routers.topk import check_k
+from moeify.routing import Assignment
+
+
+@register("router", "similarity")
+class Similarity(Router):
+    """One decision per sequence, by cosines with a centroid of each expert's own data.
+
+        z_j = cos(mean of u over the sequence, c_j) / τ;  i = topk(z, k);  w = softmax(z[i])
+
+    With k = E experts are merged by similarity, with k = 1 the nearest is retrieved: the baselines of PHATGOOSE
+    (arXiv 2402.05859). Nothing is trained; `moeify.sparsify.set_centroids` computes c from examples.
+
+    Args:
+        width: D.
+        num_experts: E.
+        k: experts per sequence, E if not given.
+        temperature: τ.
+        per: decide once for all tokens of a sequence, or for every token; only the latter looks at no later token.
+
+    Attributes:
+        centroids: c, (E, D) in fp32; random until they are set, and saved with the model.
+
+    Raises:
+        ValueError: k outside 1..E; a temperature that is not positive.
+    """
+
+    preserving = True
+
+    def __init__(
+        self,
+        width: int,
+        num_experts: int,
+        *,
+        k: int | None = None,
+        temperature: float = 1.0,
+        per: Literal["token", "group"] = "group",
+    ) -> None:
+        super().__init__()
+        k = num_experts if k is None else k
+        check_k(k, num_experts, normalize=False)
+        if temperature <= 0:
+            raise ValueError(f"temperature={temperature} divides similarities; choose temperature > 0")
+        self.num_experts, self.k, self.temperature, self.per = num_experts, k, temperature, per
+        self.causal = per == "token"
+        self.register_buffer("centroids", torch.randn(num_experts, width))
+
+    def forward(self, x: Float[Tensor, "... D"], context: Context) -> Assignment:
+        """Route all real tokens of a sequence, or each by itself, to what it is most like."""
+        tokens = real_tokens(x, context)
+        units, names, which = tokens.x.float(), tokens.group, torch.arange(len(tokens.x), device=x.device)
+        if self.per == "group":
+            names, which = tokens.group.unique(return_inverse=True)
+            units = units.new_zeros(len(names), x.shape[-1]).index_add(
+                0, which, units
+            )  # the length of a sum says nothing
+        logits = project(F.normalize(units, dim=-1), F.normalize(self.centroids, dim=-1)) / self.temperature
+        best, index = logits.topk(self.k, dim=-1)
+        return tokens.assign(
+            index[which],
+            best.softmax(-1)[which],
+            self.num_experts,
+            logits=logits,
+            scores=logits.softmax(-1),
+            group=names,
+        )
+
+    def extra_repr(self) -> str:
+        """For whom it decides, and how sharply."""
+        return f"experts={self.num_experts}, k={self.k}, temperature={self.temperature}, per={self.per!r}"
