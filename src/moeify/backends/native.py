@@ -17,8 +17,12 @@ from moeify.routing import Assignment, Routing
 
 WORTH_COMPILING = 2**18
 """Numbers in the first maps of all experts from which on `auto` takes the kernel: below, all is over in no time."""
-LONG = {torch.float32: 128, torch.bfloat16: 32}
-"""Rows per expert from which on the library's products are faster than the kernel's loops, by dtype; measured."""
+LONG = 256
+"""Rows per expert from which on the library's products are as fast as the kernel's loops; measured on Zen 4."""
+LONG_WHERE_PACKED = 64
+"""The same where the library may pack its weights."""
+LONG_WITH_TILES = 8
+"""The same in bf16 where the processor has matrix tiles (AMX), which the kernel does not use; an estimate."""
 
 
 @dataclass(frozen=True)
@@ -119,7 +123,18 @@ def chosen(x: Tensor, routing: Routing, experts: Experts) -> bool:
     maps = _maps(experts)
     if maps is None or maps.up.numel() < WORTH_COMPILING:
         return False
-    return maps.up_scales is not None or routing.source.shape[0] < LONG.get(x.dtype, 0) * experts.num_experts
+    return maps.up_scales is not None or routing.source.shape[0] < _long(x, experts) * experts.num_experts
+
+
+def _long(x: Tensor, experts: Experts) -> int:
+    if x.dtype == torch.bfloat16 and _has_tiles():
+        return LONG_WITH_TILES
+    return LONG_WHERE_PACKED if may_pack(experts) else LONG
+
+
+@torch.compiler.assume_constant_result
+def _has_tiles() -> bool:
+    return torch.cpu._is_amx_tile_supported()
 
 
 def _words(inner: Inner) -> tuple[str, str, float, float]:

@@ -183,6 +183,36 @@ def quantize(experts: Experts, bits: int = 8, group: int = 64) -> Quantized:
     return quantized.train(experts.training)
 
 
+def quantize_experts(model: Model, bits: int = 8, group: int = 64) -> Model:
+    """Quantise all feed-forward experts of a model's sparse layers; in place, layer by layer.
+
+    Routers that hold on to their layer's experts are given the new ones.
+
+    Args:
+        model: a model with layers of `moeify.MoE`.
+        bits: 8 or 4.
+        group: weights that share a scale, 32 or 64; of 4 bits only.
+
+    Raises:
+        ValueError: the model has no experts that can be quantised.
+    """
+    found = [
+        (module, name, child)
+        for module in model.modules()
+        for name, child in module.named_children()
+        if isinstance(child, Experts) and child.stacked is not None
+    ]
+    if not found:
+        raise ValueError(f"{type(model).__name__} has no feed-forward experts to quantise; make it sparse first")
+    for module, name, experts in found:
+        quantized = quantize(experts, bits, group)
+        setattr(module, name, quantized)
+        for part in module.modules():
+            if getattr(part, "_experts", ()) == (experts,):
+                part.attach(quantized)  # pyrefly: ignore[not-callable]
+    return model
+
+
 def _not_zero(scales: Tensor) -> Tensor:
     return torch.where(scales == 0, 1.0, scales)
 

@@ -55,24 +55,30 @@ def why_not() -> str | None:
     return None
 
 
+def explain() -> str:
+    """Which kernel runs on this machine, or why there is none; compiles it if need be."""
+    return f"none: {reason}" if (reason := why_not()) else _level()
+
+
 def library() -> ctypes.CDLL:
     """The compiled kernel for the setting `MOEIFY_NATIVE`: `0` for none, the name of a level, or the best one.
 
     Raises:
         Unavailable: it is switched off, there is no compiler, or it fails.
     """
-    setting = os.environ.get("MOEIFY_NATIVE", "1")
-    if setting == "0":
-        raise Unavailable("it is switched off by MOEIFY_NATIVE=0")
-    level = levels()[0] if setting == "1" else setting
-    if level not in levels():
-        raise Unavailable(
-            f"MOEIFY_NATIVE={level} is no instruction set of this processor; it has {', '.join(levels())}"
-        )
-    outcome = _load(level, os.environ.get("CXX"))
+    outcome = _load(_level(), os.environ.get("CXX"))
     if isinstance(outcome, str):
         raise Unavailable(outcome)
     return outcome
+
+
+def _level() -> str:
+    setting = os.environ.get("MOEIFY_NATIVE", "1")
+    if setting == "0":
+        raise Unavailable("it is switched off by MOEIFY_NATIVE=0")
+    if setting != "1" and setting not in levels():
+        raise Unavailable(f"MOEIFY_NATIVE={setting} is not among the levels of this processor: {', '.join(levels())}")
+    return levels()[0] if setting == "1" else setting
 
 
 @functools.cache
