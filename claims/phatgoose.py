@@ -1,0 +1,429 @@
+"""PHATGOOSE (arXiv 2402.05859, section 4): adapters that were trained apart, composed per token by gates trained after.
+
+One LoRA per domain is trained alone beside every linear map of a frozen base, then a gate per map, all else frozen. The
+adapters are put in one pool and answer their own domains, domains that nobody trained on, and documents whose halves
+are of two domains, under one router after the other. Two bases (stories260K, somebody else's, and a small byte-level
+one that is trained here on other domains) by two collections (pieces of text; instructions, whose answers alone count).
+
+    python claims/phatgoose.py          3 seeds, about 6 minutes per seed and base; appends to
+                                        claims/results/phatgoose.csv and draws claims/results/phatgoose.png
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import gzip
+import json
+import random
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from csv import DictReader
+from dataclasses import dataclass, field
+from functools import partial
+from statistics import fmean, stdev
+
+import torch
+import transformers
+from results import RESULTS, append
+from torch import Tensor, nn
+
+from moeify import MoE, Recipe, record, sparsify
+from moeify.context import given
+from moeify.routers import Arrow, Lookup, Phatgoose, Router, TopK, Uniform
+from moeify.sparsify import frozen, linears, lora, set_gates
+from moeify.train import ByteTokenizer
+from moeify.train.freeze import freeze
+from moeify.train.gates import train_gates
+from moeify.train.research import data_file
+
+GENERAL = ("encyclopedia", "diary", "economics", "biology", "code_rust", "code_go", "docs_pt", "lang_fr")
+CAP, LENGTH, BATCH, RANK = 300_000, 128, 4, 8
+BASE, ADAPTER, GATE = 800, 60, 100
+BASE_RATE, RATE = 2e-3, 5e-3
+
+
+@dataclass(frozen=True)
+class Collection:
+    """Documents by domain: those of the pool, and those that no adapter sees."""
+
+    folder: str
+    test: str
+    column: str
+    own: tuple[str, ...]
+    unseen: tuple[str, ...]
+    blocks: int
+
+    def read(self, part: str, domains: tuple[str, ...]) -> dict[str, list[tuple[str, str]]]:
+        """Of every domain, what is asked and what is answered, in one random order, up to CAP bytes."""
+        found: dict[str, list[tuple[str, str]]] = {domain: [] for domain in domains}
+        with gzip.open(data_file(f"{self.folder}/{part}.jsonl.gz"), "rt") as lines:
+            rows = [row for row in map(json.loads, lines) if row[self.column] in found]
+        random.Random(0).shuffle(rows)
+        sizes = dict.fromkeys(domains, 0)
+        for row in rows:
+            domain = row[self.column]
+            pair = ("", row["text"]) if "text" in row else (row["input"] + "\n", row["target"])
+            if sizes[domain] < CAP:
+                found[domain].append(pair)
+                sizes[domain] += len("".join(pair).encode())
+        return found
+
+
+COLLECTIONS = {
+    "text-domains": Collection(
+        "text-domains", "validation", "domain",
+        ("novel", "philosophy", "math", "code_python", "shell", "docs_fr"), ("drama", "code_java"), 24,
+    ),
+    "instruct-mix": Collection(
+        "instruct-mix", "test", "dataset",
+        ("banking77", "gsm8k", "common_gen", "techdocs_mt", "commonsense_qa", "paws"), ("quartz", "dbpedia_14"), 48,
+    ),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """Token ids and labels, both (blocks, LENGTH); a label of -100 does not count."""
+
+    ids: Tensor
+    labels: Tensor
+
+    def __getitem__(self, index: Tensor | slice) -> Blocks:
+        return Blocks(self.ids[index], self.labels[index])
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+@dataclass(frozen=True)
+class Base:
+    """A dense model and how it reads text."""
+
+    model: nn.Module
+    encode: Callable[[str], list[int]]
+    end: int
+
+    def blocks(self, documents: list[tuple[str, str]]) -> Blocks:
+        ids, labels = [], []
+        for asked, answered in documents:
+            question, answer = self.encode(asked) if asked else [], [*self.encode(answered), self.end]
+            ids += question + answer
+            labels += [-100] * len(question) + answer
+        whole = len(ids) // LENGTH * LENGTH
+        return Blocks(torch.tensor(ids[:whole]).view(-1, LENGTH), torch.tensor(labels[:whole]).view(-1, LENGTH))
+
+
+def stories(seed: int) -> Base:
+    folder = data_file("stories260k/hf/model.safetensors").parent
+    for file in ("config.json", "tokenizer.json"):
+        data_file(f"stories260k/hf/{file}")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    return Base(model, partial(tokenizer.encode, add_special_tokens=False), tokenizer.bos_token_id)
+
+
+def own(seed: int) -> Base:
+    """A model of bytes, trained on domains that are in no pool."""
+    torch.manual_seed(seed)
+    config = transformers.LlamaConfig(
+        vocab_size=ByteTokenizer.vocab_size, hidden_size=96, intermediate_size=256, num_hidden_layers=3,
+        num_attention_heads=4, num_key_value_heads=4, tie_word_embeddings=True,
+    )  # fmt: skip
+    base = Base(transformers.LlamaForCausalLM(config), ByteTokenizer().encode, ByteTokenizer.eos_token_id)
+    text = [base.blocks(documents) for documents in COLLECTIONS["text-domains"].read("train", GENERAL).values()]
+    train(base.model, text, BASE, seed, BASE_RATE, batch=2 * BATCH)
+    return base
+
+
+BASES = {"stories260k": stories, "own": own}
+
+
+def drawn(domains: list[Blocks], steps: int, seed: int, batch: int = BATCH) -> Iterator[dict[str, Tensor]]:
+    """Batches of blocks, each of a domain that is drawn anew."""
+    dice = torch.Generator().manual_seed(seed)
+    for _ in range(steps):
+        chosen = [domains[d] for d in torch.randint(len(domains), (batch,), generator=dice)]
+        at = [int(torch.randint(len(blocks), (), generator=dice)) for blocks in chosen]
+        yield {
+            "input_ids": torch.stack([blocks.ids[i] for blocks, i in zip(chosen, at, strict=True)]),
+            "labels": torch.stack([blocks.labels[i] for blocks, i in zip(chosen, at, strict=True)]),
+        }
+
+
+def train(
+    model: nn.Module, domains: list[Blocks], steps: int, seed: int, rate: float = RATE, batch: int = BATCH
+) -> nn.Module:
+    """AdamW with 6 % of warm-up and a linear decay; returns the model."""
+    learning = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(learning, lr=rate, weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, steps, pct_start=0.06, anneal_strategy="linear")
+    model.train()
+    for examples in drawn(domains, steps, seed, batch):
+        model(**examples).loss.backward()
+        nn.utils.clip_grad_norm_(learning, 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+    return model.eval()
+
+
+def adapted(base: nn.Module, num_experts: int, router: Callable[[int, int], Router] = Uniform) -> nn.Module:
+    """The base with low-rank experts beside every linear map."""
+    experts = partial(lora, rank=RANK)
+    recipe = Recipe(where=linears(), num_experts=num_experts, router=router, experts=experts, shared=frozen)
+    model = sparsify(copy.deepcopy(base), recipe, verbose=False)
+    freeze(model, "base", verbose=False)
+    return model.eval()
+
+
+def layers(model: nn.Module) -> dict[str, MoE]:
+    return {name: module for name, module in model.named_modules() if isinstance(module, MoE)}
+
+
+Join = Callable[[list[Tensor]], Tensor]
+
+
+@torch.no_grad()
+def joined(base: nn.Module, adapters: list[nn.Module], join: Join, router: Callable[[int, int], Router]) -> nn.Module:
+    """One model with the adapters of several: side by side, or averaged."""
+    found = [layers(one) for one in adapters]
+    names = list(found[0])
+    joint = {
+        (name, side): join([one[name].experts.get_parameter(side) for one in found])
+        for name in names
+        for side in ("lora_A", "lora_B")
+    }
+    model = adapted(base, len(joint[names[0], "lora_A"]), router)
+    for name, layer in layers(model).items():
+        for side in ("lora_A", "lora_B"):
+            layer.experts.get_parameter(side).copy_(joint[name, side])
+    return model
+
+
+def mean(tensors: list[Tensor]) -> Tensor:
+    return torch.stack(tensors).mean(0)
+
+
+@torch.no_grad()
+def mean_inputs(model: nn.Module, blocks: Blocks) -> dict[str, Tensor]:
+    """What every adapted map reads on average."""
+    found: dict[str, Tensor] = {}
+
+    def keep(name: str) -> Callable:
+        return lambda _, given: found.update({name: given[0].flatten(0, -2).mean(0)})
+
+    hooks = [layer.register_forward_pre_hook(keep(name)) for name, layer in layers(model).items()]
+    model(input_ids=blocks.ids)
+    for hook in hooks:
+        hook.remove()
+    return found
+
+
+@torch.no_grad()
+def states(base: nn.Module, blocks: Blocks) -> Tensor:
+    """The mean of the last hidden states of every document, (blocks, D)."""
+    return base(input_ids=blocks.ids, output_hidden_states=True).hidden_states[-1].mean(1)
+
+
+@torch.no_grad()
+def held_out(model: nn.Module, blocks: Blocks, task: Tensor | None = None) -> float:
+    """Nats per token that counts; `task` is the expert of each block, or of each token, for routers that look it up."""
+    total, tokens = 0.0, 0
+    for at in torch.arange(len(blocks)).split(32):
+        part = blocks[at]
+        counted = int((part.labels[:, 1:] >= 0).sum())
+        with nullcontext() if task is None else given(model, task=task[at]):
+            total += counted * model(input_ids=part.ids, labels=part.labels).loss.item()
+        tokens += counted
+    return total / tokens
+
+
+@torch.no_grad()
+def own_share(model: nn.Module, own: list[Blocks]) -> float:
+    """The share of tokens whose first choice is the adapter of their domain, mean over maps and domains."""
+    shares = []
+    for e, blocks in enumerate(own):
+        with record(model) as decisions:
+            model(input_ids=blocks.ids[:16])
+        shares += [(routing.logits.argmax(-1) == e).float().mean().item() for routing in decisions.values()]
+    return fmean(shares)
+
+
+@dataclass
+class Found:
+    """The held-out losses of an arm, and the share of its first choices that are a domain's own adapter."""
+
+    own: dict[str, float] = field(default_factory=dict)
+    unseen: dict[str, float] = field(default_factory=dict)
+    mixed: dict[str, float] = field(default_factory=dict)
+    share: float | None = None
+
+
+@dataclass(frozen=True)
+class Tests:
+    """What every arm is asked: blocks by domain, and blocks whose halves are of two domains."""
+
+    own: dict[str, Blocks]
+    unseen: dict[str, Blocks]
+    mixed: dict[str, Blocks]
+
+    @classmethod
+    def of(cls, base: Base, collection: Collection) -> Tests:
+        documents = collection.read(collection.test, collection.own + collection.unseen)
+        cut = {domain: base.blocks(found)[: collection.blocks] for domain, found in documents.items()}
+        half = LENGTH // 2
+        mixed = {}
+        for a, b in zip(collection.own, collection.own[1:] + collection.own[:1], strict=True):
+            rows = slice(min(len(cut[a]), len(cut[b])) // 2)
+            first, second = cut[a][rows], cut[b][rows]
+            mixed[f"{a} + {b}"] = Blocks(
+                torch.cat([first.ids[:, :half], second.ids[:, half:]], 1),
+                torch.cat([first.labels[:, :half], second.labels[:, half:]], 1),
+            )
+        return cls({d: cut[d] for d in collection.own}, {d: cut[d] for d in collection.unseen}, mixed)
+
+    def ask(self, model: nn.Module, task: Callable[[Blocks], Tensor] | None = None) -> Found:
+        found = [
+            {name: held_out(model, blocks, None if task is None else task(blocks)) for name, blocks in group.items()}
+            for group in (self.own, self.unseen, self.mixed)
+        ]
+        return Found(*found)
+
+    def told(self, model: nn.Module, singles: list[Found]) -> Found:
+        """The own adapter of every domain, token by token; for a domain that has none, the best in hindsight."""
+        found = Found()
+        for e, domain in enumerate(self.own):
+            found.own[domain] = singles[e].own[domain]
+        for domain in self.unseen:
+            found.unseen[domain] = min(single.unseen[domain] for single in singles)
+        for e, (name, blocks) in enumerate(self.mixed.items()):
+            task = torch.full_like(blocks.ids, e)
+            task[:, LENGTH // 2 :] = (e + 1) % len(self.own)
+            found.mixed[name] = held_out(model, blocks, task)
+        found.share = 1.0
+        return found
+
+
+def arms(base: Base, collection: Collection, seed: int) -> Iterator[tuple[str, Found]]:
+    """Every way to answer, and what it makes of the tests."""
+    tests = Tests.of(base, collection)
+    learnt = [base.blocks(found) for found in collection.read("train", collection.own).values()]
+    number = len(learnt)
+    yield "base", tests.ask(base.model)
+
+    adapters, gates, activations = [], [], []
+    for e, blocks in enumerate(learnt):
+        torch.manual_seed(1000 * seed + e)
+        adapters.append(train(adapted(base.model, 1), [blocks], ADAPTER, 1000 * seed + e))
+        gates.append(train_gates(adapters[e], drawn([blocks], GATE, 1000 * seed + 100 + e), steps=GATE))
+        activations.append(mean_inputs(adapters[e], blocks[:16]))
+
+    together = partial(joined, base.model, adapters)
+    lookup = together(torch.cat, partial(Lookup, key="task", size=number))
+    for layer in layers(lookup).values():
+        layer.router.table.copy_(torch.arange(number).unsqueeze(1))
+    singles = [tests.ask(lookup, lambda blocks, e=e: torch.full((len(blocks),), e)) for e in range(number)]
+    yield "one adapter, the best on average", min(singles, key=lambda single: fmean(single.own.values()))
+
+    torch.manual_seed(seed)
+    routed = together(torch.cat, partial(TopK, k=2))
+    yield "random router, k=2", asked(tests, routed)
+    yield "merged, mean of A and of B", tests.ask(together(mean, Uniform))
+    yield "uniform, 1/E", tests.ask(together(torch.cat, Uniform))
+
+    centres = torch.stack([states(base.model, blocks[:32]).mean(0) for blocks in learnt])
+
+    def nearest(blocks: Blocks) -> Tensor:
+        """The domain whose mean state is nearest to the document's, by cosine, after the mean of all is taken off."""
+        apart = states(base.model, blocks) - centres.mean(0)
+        return nn.functional.cosine_similarity(apart.unsqueeze(1), centres - centres.mean(0), dim=-1).argmax(-1)
+
+    found = tests.ask(lookup, nearest)
+    found.share = fmean((nearest(blocks) == e).float().mean().item() for e, blocks in enumerate(tests.own.values()))
+    yield "retrieved by mean state", found
+
+    routed = together(torch.cat, partial(Phatgoose, k=2))
+    set_gates(routed, activations)
+    yield "mean activations, k=2", asked(tests, routed)
+    yield "Arrow, k=3", asked(tests, together(torch.cat, Arrow))
+    set_gates(routed, gates)
+    yield "PHATGOOSE, k=2", asked(tests, routed)
+    yield "told the domain", tests.told(lookup, singles)
+
+    torch.manual_seed(1000 * seed + number)
+    multitask = train(adapted(base.model, 1), learnt, ADAPTER * number, 1000 * seed + number)
+    yield "multitask, equal tokens", tests.ask(multitask)
+
+
+def asked(tests: Tests, model: nn.Module) -> Found:
+    found = tests.ask(model)
+    found.share = own_share(model, list(tests.own.values()))
+    return found
+
+
+def draw() -> None:
+    """What every arm gains over the base, mean over the seeds."""
+    from matplotlib.figure import Figure
+
+    with (RESULTS / "phatgoose.csv").open(newline="") as lines:
+        rows = list(DictReader(lines))
+    settings = list(dict.fromkeys((row["base"], row["collection"]) for row in rows))
+    figure = Figure(figsize=(11, 3.6 * -(-len(settings) // 2)), layout="constrained")
+    axes = figure.subplots(-(-len(settings) // 2), 2, squeeze=False).flatten()
+    for axis, setting in zip(axes, settings, strict=False):
+        here = [row for row in rows if (row["base"], row["collection"]) == setting]
+        start = {row["seed"]: row for row in here if row["arm"] == "base"}
+        names = [arm for arm in dict.fromkeys(row["arm"] for row in here) if arm != "base"]
+        for shift, column in zip((0.27, 0, -0.27), ("loss_own", "loss_unseen", "loss_mixed"), strict=True):
+            gains = [
+                [float(start[row["seed"]][column]) - float(row[column]) for row in here if row["arm"] == name]
+                for name in names
+            ]
+            places = [-place + shift for place in range(len(names))]
+            axis.barh(places, [fmean(gain) for gain in gains], 0.27, label=column.removeprefix("loss_"))
+        axis.set_yticks([-place for place in range(len(names))], names, fontsize=8)
+        axis.set(title=", ".join(setting), xlabel="nats per token better than the base")
+        axis.axvline(0, color="black", linewidth=0.8)
+        axis.legend(fontsize=8)
+    figure.savefig(RESULTS / "phatgoose.png", dpi=120)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--bases", nargs="+", default=list(BASES), choices=list(BASES))
+    parser.add_argument("--collections", nargs="+", default=list(COLLECTIONS), choices=list(COLLECTIONS))
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    ends: dict[tuple[str, str, str], list[tuple[float, ...]]] = {}
+    for seed in options.seeds:
+        for name in options.bases:
+            base = BASES[name](seed)
+            for collection in options.collections:
+                for arm, found in arms(base, COLLECTIONS[collection], seed):
+                    groups = (found.own, found.unseen, found.mixed)
+                    means = tuple(fmean(group.values()) for group in groups)
+                    ends.setdefault((name, collection, arm), []).append(means)
+                    share = "" if found.share is None else f"{found.share:.3f}"
+                    append("phatgoose", {
+                        "base": name, "collection": collection, "arm": arm, "seed": seed,
+                        "adapter_steps": ADAPTER, "tokens_per_adapter": ADAPTER * BATCH * LENGTH,
+                        "loss_own": f"{means[0]:.4f}", "loss_unseen": f"{means[1]:.4f}",
+                        "loss_mixed": f"{means[2]:.4f}",
+                        "own_expert_first": share,
+                        "by_domain": "; ".join(f"{d} {loss:.4f}" for group in groups for d, loss in group.items()),
+                    })  # fmt: skip
+                    told = "  ".join(f"{m:.4f}" for m in means)
+                    print(f"{name}, {collection}, seed {seed}  {arm:34} {told}  {share}", flush=True)
+    for (name, collection, arm), values in ends.items():
+        told = "  ".join(
+            f"{fmean(column):.4f}" + (f" ± {stdev(column):.4f}" if len(column) > 1 else "")
+            for column in zip(*values, strict=True)
+        )
+        print(f"{name}, {collection}, {arm:34} {told}")
+    draw()
+
+
+if __name__ == "__main__":
+    main()
