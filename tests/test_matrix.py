@@ -9,7 +9,7 @@ from torch import nn
 
 from moeify import MoE, kernels
 from moeify.backends import compose
-from moeify.experts import FFN, Blocks, ClampedGlu, Constant, Each, Glu, Identity, LoRA, LoRAFFN, Masked, Plain, Zero
+from moeify.experts import FFN, Blocks, ClampedGlu, Constant, Each, Glu, Identity, LoRA, LoRAFFN, Masked, Plain, Zero, quantize
 from moeify.routers import (
     Capacity,
     Compete,
@@ -23,6 +23,7 @@ from moeify.routers import (
     Groups,
     GShard,
     Lookup,
+    MoLE,
     MultiGate,
     NoisyTopK,
     Once,
@@ -80,6 +81,7 @@ ROUTERS = {
     "moe++": partial(Residual, D, E, k=3, silent=1, hidden=6),
     "phatgoose": partial(Phatgoose, D, E),
     "similarity": partial(Similarity, D, E, k=3),
+    "mole": partial(MoLE, D, E),
     "uniform": partial(Uniform, D, E),
     "weights": partial(Uniform, D, E, weights=(0.5, -1.0, 0.0, 2.0)),
     "final mask": lambda: FinalMask(TopK(D, E), 0.4),
@@ -103,6 +105,7 @@ EXPERTS = {
     "clamped": partial(FFN, E, D, 6, inner=ClampedGlu(), bias=True),
     "each": lambda: Each([nn.Sequential(nn.Linear(D, 3 + e), nn.Tanh(), nn.Linear(3 + e, D)) for e in range(E)]),
     "blocks": lambda: Blocks([FFN(1, D, 12), FFN(1, D, 2, inner=Glu(nn.functional.gelu)), Identity(), Zero()]),
+    "quantised": lambda: quantize(FFN(E, D, 6, bias=True), 4),
     "masked": lambda: Masked(FFN(E, D, 6), 0.4).eval(),  # its draws would differ where a router asks the experts
     "lora": lambda: learned(LoRA(E, D, rank=3, scale=0.5)),
     "adapted": lambda: learned(

@@ -8,11 +8,12 @@ from moeify.losses.cost import budget, cost
 from moeify.losses.experts import cosine, erc, linear_cka, orthogonality, proxies, similarity
 from moeify.losses.loads import Scope, balance, cv_squared, group_balance, importance, load, probability, share
 from moeify.losses.localized import localized
+from moeify.losses.product import log_product
 from moeify.losses.scores import global_entropy, l1, local_entropy, z
 from moeify.losses.supervision import supervision
 
 __all__ = [
     "Scope", "balance", "budget", "cosine", "cost", "cv_squared", "distillation", "diversity", "erc", "global_entropy",
-    "group_balance", "importance", "l1", "linear_cka", "load", "local_entropy", "localized", "orthogonality",
-    "probability", "proxies", "share", "similarity", "supervision", "z",
+    "group_balance", "importance", "l1", "linear_cka", "load", "local_entropy", "localized", "log_product",
+    "orthogonality", "probability", "proxies", "share", "similarity", "supervision", "z",
 ]  # fmt: skip

@@ -14,6 +14,7 @@ from moeify.routers.gates import MultiGate, SparseMultiGate
 from moeify.routers.gshard import GShard
 from moeify.routers.lookup import Lookup
 from moeify.routers.mocle import Cluster
+from moeify.routers.mole import MoLE
 from moeify.routers.nllb import Conditional, FinalMask
 from moeify.routers.noisy import NoisyTopK
 from moeify.routers.once import Follow, Once
@@ -30,8 +31,8 @@ from moeify.routers.variable import ReLU, Threshold, TopP
 
 __all__ = [
     "AllExperts", "Arrow", "Capacity", "Cluster", "Compete", "Conditional", "Cosine", "DefaultVector", "ExpertChoice",
-    "ExpertThreshold", "FinalMask", "Follow", "Frozen", "GShard", "Groups", "Lookup", "MultiGate", "NoisyTopK", "Once",
-    "Phatgoose", "ReLU", "Replay", "Residual", "Router", "Similarity", "Sinkhorn", "Soft", "SparseMixer",
+    "ExpertThreshold", "FinalMask", "Follow", "Frozen", "GShard", "Groups", "Lookup", "MoLE", "MultiGate", "NoisyTopK",
+    "Once", "Phatgoose", "ReLU", "Replay", "Residual", "Router", "Similarity", "Sinkhorn", "Soft", "SparseMixer",
     "SparseMultiGate", "Threshold", "Tokens", "TopK", "TopP", "Uniform", "compete", "project", "real_tokens", "sigmoid",
     "softmax", "sqrt_softplus",
 ]  # fmt: skip

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from moeify import registry
 from moeify.capacity import double, per_choice_by_4, per_token
+from moeify.routers.all_experts import AllExperts
 from moeify.routers.arrow import Arrow
 from moeify.routers.capacity import capacity
 from moeify.routers.competition import Compete
@@ -18,6 +19,8 @@ from moeify.routers.expert_choice import ExpertChoice
 from moeify.routers.frozen import Frozen
 from moeify.routers.gshard import GShard
 from moeify.routers.lookup import Lookup
+from moeify.routers.mocle import Cluster
+from moeify.routers.mole import MoLE
 from moeify.routers.noisy import NoisyTopK
 from moeify.routers.once import once
 from moeify.routers.phatgoose import Phatgoose
@@ -27,7 +30,7 @@ from moeify.routers.soft import Soft
 from moeify.routers.sparsemixer import SparseMixer
 from moeify.routers.topk import Groups, TopK, sigmoid
 from moeify.routers.variable import ReLU, TopP
-from moeify.sparsify.adapters import lora
+from moeify.sparsify.adapters import lora, lora_ffn
 from moeify.sparsify.after import sandwich
 from moeify.sparsify.find import every, last, last_half, linears, odd
 from moeify.sparsify.make import fresh, masked, with_free
@@ -56,6 +59,11 @@ class Entry:
         """Whether its router looks at no later token, and so may stand in a decoder."""
         return self.recipe.router(8, self.recipe.num_experts).causal
 
+
+FFN_MAPS = r"(mlp|ffn|feed_forward|DenseReluDense)\.|(fc|linear|lin)_?[12]$|(intermediate|\d\.output)\.dense$"
+"""What the linear maps of feed-forward networks are called in models of transformers and of torch."""
+QUERIES_AND_VALUES = r"\b(q|v|q_proj|v_proj|query|value|q_lin|v_lin)$"
+"""What the linear maps to queries and values are called."""
 
 catalogue: dict[str, Entry] = {
     "matched": Entry(
@@ -258,6 +266,43 @@ catalogue: dict[str, Entry] = {
         "arXiv 2405.11157",
         None,
         Recipe(where=linears(), router=Arrow, experts=partial(lora, rank=16, scale=1 / 16), shared=frozen),
+    ),
+    "mixlora": Entry(
+        "every FFN is 8 of itself with adapters inside, top-2; the attention's adapters are a recipe of their own",
+        "arXiv 2404.15159",
+        None,
+        Recipe(router=partial(TopK, k=2), experts=partial(lora_ffn, rank=16, scale=2.0, dropout=0.05)),
+    ),
+    "loramoe": Entry(
+        "8 adapters beside every linear map of the FFNs, all weighed by a softmax; balance them by losses.localized",
+        "arXiv 2312.09979",
+        None,
+        Recipe(
+            where=linears(FFN_MAPS),
+            router=AllExperts,
+            experts=partial(lora, rank=4, scale=8.0, dropout=0.05),
+            shared=frozen,
+        ),
+    ),
+    "mocle": Entry(
+        "4 adapters by cluster of the instruction and a universal one, beside the maps to queries and values",
+        "arXiv 2312.12379",
+        None,
+        Recipe(
+            where=linears(QUERIES_AND_VALUES),
+            num_experts=5,
+            router=Cluster,
+            experts=partial(lora, rank=8, scale=4.0, dropout=0.1),
+            shared=frozen,
+        ),
+    ),
+    "mole": Entry(
+        "trained adapters beside queries and values, weighed by what all of them answer; train with log_product",
+        "arXiv 2404.13628",
+        None,
+        Recipe(
+            where=linears(r"q(uery|_proj)?$|v(alue|_proj)?$"), num_experts=4, router=MoLE, experts=lora, shared=frozen
+        ),
     ),
 }
 """Named recipes.

@@ -1,0 +1,21 @@
+"""A loss that keeps every expert in a mixture of all of them."""
+
+from __future__ import annotations
+
+from jaxtyping import Float
+from torch import Tensor
+
+from moeify.losses.loads import probability
+from moeify.routing import Routing
+
+
+def log_product(routing: Routing) -> Float[Tensor, ""]:
+    """-log Π_j q̄_j with q̄_j the mean probability of expert j over decisions (MoLE, arXiv 2404.13628).
+
+    E · log E for perfect balance, and without bound where an expert is never asked. The paper takes the mean over the
+    gates of all layers, here over the decisions of each layer.
+
+    Raises:
+        ValueError: the decision keeps no scores.
+    """
+    return -probability(routing).mean(0).clamp_min(1e-20).log().sum()

@@ -1,0 +1,81 @@
+"""MoLE: a gate that reads what the experts answer, to compose adapters that are trained already."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from moeify.context import Context
+from moeify.registry import register
+from moeify.routers.base import Router, project, real_tokens
+from moeify.routing import Assignment
+
+
+@register("router", "mole")
+class MoLE(Router):
+    """Every expert answers, and a learned gate weighs the answers by looking at all of them (arXiv 2404.13628).
+
+        a = normalised(E_1(x) ⊕ ... ⊕ E_E(x))      side by side, mean 0 and variance 1
+        ε = W a
+        g = softmax(ε / τ);  y = Σ_j g_j E_j(x)     W and τ are learned
+
+    The paper flattens the answers to all tokens of an input of fixed length; here every token is gated by itself, as
+    language needs. The decision keeps the answers, so that the experts do not run again.
+
+    Args:
+        width: D.
+        num_experts: E.
+        temperature: τ at the start.
+        init_std: standard deviation of the initialisation of W.
+
+    Attributes:
+        weight: W, (E, E · O); there once the router has its experts.
+
+    Raises:
+        ValueError: a temperature that is not positive; in `forward`, no experts.
+    """
+
+    preserving = True
+
+    def __init__(self, width: int, num_experts: int, *, temperature: float = 1.0, init_std: float = 0.02) -> None:
+        super().__init__()
+        if temperature <= 0:
+            raise ValueError(f"temperature={temperature} divides logits; choose temperature > 0")
+        self.width, self.num_experts, self.k, self.init_std = width, num_experts, num_experts, init_std
+        self.log_temperature = nn.Parameter(torch.tensor([temperature]).log())  # not a scalar, which FSDP cannot shard
+        self.register_parameter("weight", None)
+        self._experts: tuple[Any, ...] = ()
+
+    def attach(self, experts: Any) -> None:
+        """Take hold of the experts, and make W as wide as their answers."""
+        self._experts = (experts,)
+        like = next(experts.parameters(), self.log_temperature)
+        with torch.no_grad():
+            answers = experts.answers(torch.zeros(1, self.width, dtype=like.dtype, device=like.device))
+        if self.weight is None or self.weight.shape[1] != answers.numel():
+            weight = torch.randn(self.num_experts, answers.numel(), device=like.device) * self.init_std
+            self.weight = nn.Parameter(weight.to(like.dtype))
+
+    def forward(self, x: Float[Tensor, "... D"], context: Context) -> Assignment:
+        """Ask all experts about every real token, and weigh what they say."""
+        if self.weight is None:
+            raise ValueError(
+                "this router was never given the experts that it weighs; put it into a MoE, or attach them"
+            )
+        tokens = real_tokens(x, context)
+        answers = self._experts[0].answers(tokens.x)  # (T, E, O)
+        seen = F.layer_norm(answers.float().flatten(1), self.weight.shape[1:])
+        logits = project(seen, self.weight) / self.log_temperature.float().exp()
+        scores = logits.softmax(-1)
+        index = torch.arange(self.num_experts, device=x.device).expand(len(scores), -1)
+        routing = tokens.assign(index, scores, self.num_experts, logits=logits, scores=scores)
+        return replace(routing, answers=answers.transpose(0, 1).flatten(0, 1))  # rows are sorted by expert
+
+    def extra_repr(self) -> str:
+        """How many answers it weighs."""
+        return f"experts={self.num_experts}"
