@@ -20,6 +20,7 @@ from moeify.routers.frozen import Frozen
 from moeify.routers.gshard import GShard
 from moeify.routers.lookup import Lookup
 from moeify.routers.mocle import Cluster
+from moeify.routers.mole import MoLE
 from moeify.routers.noisy import NoisyTopK
 from moeify.routers.once import once
 from moeify.routers.phatgoose import Phatgoose
@@ -293,6 +294,14 @@ catalogue: dict[str, Entry] = {
             router=Cluster,
             experts=partial(lora, rank=8, scale=4.0, dropout=0.1),
             shared=frozen,
+        ),
+    ),
+    "mole": Entry(
+        "trained adapters beside queries and values, weighed by what all of them answer; train with log_product",
+        "arXiv 2404.13628",
+        None,
+        Recipe(
+            where=linears(r"q(uery|_proj)?$|v(alue|_proj)?$"), num_experts=4, router=MoLE, experts=lora, shared=frozen
         ),
     ),
 }
