@@ -178,7 +178,7 @@ def show_pool(model: nn.Module, console: Console | None = None) -> None:
     """Print which adapters are beside which maps."""
     table = Table(title="adapters", title_justify="left")
     for heading in ("linear maps", "of them", "adapters (rank)", "router"):
-        table.add_column(heading, overflow="fold")
+        table.add_column(heading, no_wrap=heading != "adapters (rank)")
     rows: Counter[tuple[str, str, str]] = Counter()
     for module, here in adapted(model).items():
         where = re.sub(r"(?<=\.)\d+(?=\.)", "*", module)
