@@ -13,9 +13,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import gzip
-import json
-import random
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from csv import DictReader
@@ -25,6 +22,7 @@ from statistics import fmean, stdev
 
 import torch
 import transformers
+from documents import BATCH, COLLECTIONS, GENERAL, LENGTH, Base, Blocks, Collection, drawn
 from results import RESULTS, append
 from torch import Tensor, nn
 
@@ -37,81 +35,9 @@ from moeify.train.freeze import freeze
 from moeify.train.gates import train_gates
 from moeify.train.research import data_file
 
-GENERAL = ("encyclopedia", "diary", "economics", "biology", "code_rust", "code_go", "docs_pt", "lang_fr")
-CAP, LENGTH, BATCH, RANK = 300_000, 128, 4, 8
+RANK = 8
 BASE, ADAPTER, GATE = 800, 60, 100
 BASE_RATE, RATE = 2e-3, 5e-3
-
-
-@dataclass(frozen=True)
-class Collection:
-    """Documents by domain: those of the pool, and those that no adapter sees."""
-
-    folder: str
-    test: str
-    column: str
-    own: tuple[str, ...]
-    unseen: tuple[str, ...]
-    blocks: int
-
-    def read(self, part: str, domains: tuple[str, ...]) -> dict[str, list[tuple[str, str]]]:
-        """Of every domain, what is asked and what is answered, in one random order, up to CAP bytes."""
-        found: dict[str, list[tuple[str, str]]] = {domain: [] for domain in domains}
-        with gzip.open(data_file(f"{self.folder}/{part}.jsonl.gz"), "rt") as lines:
-            rows = [row for row in map(json.loads, lines) if row[self.column] in found]
-        random.Random(0).shuffle(rows)
-        sizes = dict.fromkeys(domains, 0)
-        for row in rows:
-            domain = row[self.column]
-            pair = ("", row["text"]) if "text" in row else (row["input"] + "\n", row["target"])
-            if sizes[domain] < CAP:
-                found[domain].append(pair)
-                sizes[domain] += len("".join(pair).encode())
-        return found
-
-
-COLLECTIONS = {
-    "text-domains": Collection(
-        "text-domains", "validation", "domain",
-        ("novel", "philosophy", "math", "code_python", "shell", "docs_fr"), ("drama", "code_java"), 24,
-    ),
-    "instruct-mix": Collection(
-        "instruct-mix", "test", "dataset",
-        ("banking77", "gsm8k", "common_gen", "techdocs_mt", "commonsense_qa", "paws"), ("quartz", "dbpedia_14"), 48,
-    ),
-}  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Blocks:
-    """Token ids and labels, both (blocks, LENGTH); a label of -100 does not count."""
-
-    ids: Tensor
-    labels: Tensor
-
-    def __getitem__(self, index: Tensor | slice) -> Blocks:
-        return Blocks(self.ids[index], self.labels[index])
-
-    def __len__(self) -> int:
-        return len(self.ids)
-
-
-@dataclass(frozen=True)
-class Base:
-    """A dense model and how it reads text."""
-
-    model: nn.Module
-    encode: Callable[[str], list[int]]
-    end: int
-
-    def blocks(self, documents: list[tuple[str, str]]) -> Blocks:
-        ids, labels = [], []
-        for asked, answered in documents:
-            question, answer = self.encode(asked) if asked else [], [*self.encode(answered), self.end]
-            ids += question + answer
-            labels += [-100] * len(question) + answer
-        whole = len(ids) // LENGTH * LENGTH
-        return Blocks(torch.tensor(ids[:whole]).view(-1, LENGTH), torch.tensor(labels[:whole]).view(-1, LENGTH))
 
 
 def stories(seed: int) -> Base:
@@ -137,18 +63,6 @@ def own(seed: int) -> Base:
 
 
 BASES = {"stories260k": stories, "own": own}
-
-
-def drawn(domains: list[Blocks], steps: int, seed: int, batch: int = BATCH) -> Iterator[dict[str, Tensor]]:
-    """Batches of blocks, each of a domain that is drawn anew."""
-    dice = torch.Generator().manual_seed(seed)
-    for _ in range(steps):
-        chosen = [domains[d] for d in torch.randint(len(domains), (batch,), generator=dice)]
-        at = [int(torch.randint(len(blocks), (), generator=dice)) for blocks in chosen]
-        yield {
-            "input_ids": torch.stack([blocks.ids[i] for blocks, i in zip(chosen, at, strict=True)]),
-            "labels": torch.stack([blocks.labels[i] for blocks, i in zip(chosen, at, strict=True)]),
-        }
 
 
 def train(
@@ -271,17 +185,18 @@ class Tests:
     @classmethod
     def of(cls, base: Base, collection: Collection) -> Tests:
         documents = collection.read(collection.test, collection.own + collection.unseen)
-        cut = {domain: base.blocks(found)[: collection.blocks] for domain, found in documents.items()}
-        half = LENGTH // 2
-        mixed = {}
+        cut = {domain: base.blocks(found) for domain, found in documents.items()}
+        own = {domain: cut[domain][: collection.blocks] for domain in collection.own}
+        unseen = {domain: cut[domain][: 3 * collection.blocks] for domain in collection.unseen}
+        mixed, half = {}, LENGTH // 2
         for a, b in zip(collection.own, collection.own[1:] + collection.own[:1], strict=True):
-            rows = slice(min(len(cut[a]), len(cut[b])) // 2)
-            first, second = cut[a][rows], cut[b][rows]
+            rows = slice(collection.blocks // 2)
+            first, second = own[a][rows], own[b][rows]
             mixed[f"{a} + {b}"] = Blocks(
                 torch.cat([first.ids[:, :half], second.ids[:, half:]], 1),
                 torch.cat([first.labels[:, :half], second.labels[:, half:]], 1),
             )
-        return cls({d: cut[d] for d in collection.own}, {d: cut[d] for d in collection.unseen}, mixed)
+        return cls(own, unseen, mixed)
 
     def ask(self, model: nn.Module, task: Callable[[Blocks], Tensor] | None = None) -> Found:
         found = [
