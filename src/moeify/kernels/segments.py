@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from itertools import accumulate
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -65,15 +66,15 @@ def map_rows(
         out = _in_one_call(rows, weight, block)
     else:
         out = rows.new_empty(len(rows), weight[0].shape[0])
-        for expert, first, last in _within(block):
-            part, answer, matrix = rows[first:last], out[first:last], weight[expert]
+        for expert, part, answer in _by_expert(block, rows, out):
+            matrix = weight[expert]
             if matrix.is_mkldnn:
                 answer.copy_(linear(part, matrix))
             else:
                 multiply(part, matrix.to(rows.dtype).t(), answer)
     if bias is not None:
-        for expert, first, last in _within(block):
-            out[first:last].add_(bias[expert])
+        for expert, answer in _by_expert(block, out):
+            answer.add_(bias[expert])
     return out
 
 
@@ -81,12 +82,11 @@ def outer_rows(
     left: Float[Tensor, "B O"], right: Float[Tensor, "B D"], into: Float[Tensor, "E O D"], block: Block
 ) -> None:
     """Write the sum of outer products of every expert's rows into its matrix."""
-    for expert, first, last in _within(block):
-        a, b, matrix = left[first:last].t(), right[first:last], into[expert]
-        if matrix.dtype == left.dtype:
-            multiply(a, b, matrix)
+    for expert, a, b in _by_expert(block, left, right):
+        if into.dtype == left.dtype:
+            multiply(a.t(), b, into[expert])
         else:
-            matrix.copy_(a @ b)
+            into[expert].copy_(a.t() @ b)
 
 
 def group_obstacle(rows: Float[Tensor, "B D"], weight: Float[Tensor, "E O D"], rows_each: int) -> str | None:
@@ -108,12 +108,13 @@ def _aligned(stack: Tensor) -> bool:
 def _in_one_call(rows: Float[Tensor, "B D"], weight: Float[Tensor, "E O D"], block: Block) -> Float[Tensor, "B O"]:
     low, high = block[0][0], block[-1][0] + 1
     ends = [0] * (high - low)
-    for expert, _, last in _within(block):
-        ends[expert - low] = last
+    for expert, _, last in block:
+        ends[expert - low] = last - block[0][1]
     offsets = torch.tensor(list(accumulate(ends, max)), dtype=torch.int32)  # nobody's rows end where they begin
     return F.grouped_mm(rows, weight[low:high].transpose(1, 2), offs=offsets)
 
 
-def _within(block: Block) -> Iterator[Run]:
-    start = block[0][1]
-    return ((expert, first - start, last - start) for expert, first, last in block)
+def _by_expert(block: Block, *rows: Tensor) -> Iterator[tuple[Any, ...]]:
+    """Every expert of a block with its part of each of the rows."""
+    sizes = [last - first for _, first, last in block]
+    return zip((run[0] for run in block), *(tensor.split(sizes) for tensor in rows), strict=True)
