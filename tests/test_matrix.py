@@ -9,7 +9,8 @@ from torch import nn
 
 from moeify import MoE, kernels
 from moeify.backends import compose
-from moeify.experts import FFN, Blocks, ClampedGlu, Constant, Each, Glu, Identity, LoRA, LoRAFFN, Masked, Plain, Zero, quantize
+from moeify.experts import FFN, Blocks, ClampedGlu, Constant, Each, Glu, Identity, LoRA, LoRAFFN, Masked, Plain, Zero
+from moeify.experts.quantized import quantize
 from moeify.routers import (
     Capacity,
     Compete,
@@ -150,6 +151,6 @@ def test_every_combination_is_its_definition(router, experts, backend, dtype, mo
 def test_every_parameter_gets_a_finite_gradient(router, experts):
     moe = MoE(ROUTERS[router](), EXPERTS[experts]())
     moe.context.inputs["input_ids"] = IDS
-    moe(torch.randn(3, 4, D)).square().sum().backward()
+    moe(torch.randn(3, 4, D, requires_grad=True)).square().sum().backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in moe.parameters())
     assert all(p.grad.count_nonzero() for p in moe.router.parameters())
