@@ -11,9 +11,10 @@ from rich.console import Console
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from moeify import MoE, Recipe, from_adapters, load, load_adapters, save, save_adapters, sparsify
+from moeify import MoE, Recipe, from_adapters, load, load_adapters, record, save, save_adapters, sparsify
 from moeify.experts import FFN, LoRA
-from moeify.routers import ExpertChoice, Phatgoose, TopK, Uniform
+from moeify.routers import Arrow, ExpertChoice, Phatgoose, TopK, Uniform
+from moeify.routers.once import once
 from moeify.sparsify import (
     adapters_of,
     add_adapter,
@@ -179,7 +180,7 @@ def test_gates_in_the_folders_become_the_rows_of_the_routers(folders):
         assert all(torch.equal(state(pool(folders), name)[f"{module} gate"], gate) for module, gate in gates.items())
 
 
-@pytest.mark.parametrize("router", [Phatgoose, Uniform, partial(TopK, k=3)])
+@pytest.mark.parametrize("router", [Phatgoose, Uniform, Arrow, partial(TopK, k=3)])
 def test_growing_a_pool_is_making_it_with_one_more(router, folders):
     arriving = {"bio": folders.pop("bio")}
     model = add_adapter(pool(folders, router), "bio", arriving["bio"], verbose=False)
@@ -208,6 +209,20 @@ def test_a_pool_grows_into_maps_that_had_no_adapter(tmp_path, folders):
     assert len({id(layer.context) for layer in layers(model).values()}) == 1
 
 
+def test_one_decision_for_all_maps_needs_the_same_adapters_in_each(folders, tmp_path):
+    decided = partial(once, router=Phatgoose)
+    with pytest.raises(ValueError, match=r"v_proj is adapted by law, med, bio and .*q_proj by law, med, so that one"):
+        pool(folders, decided)
+    alike = {name: make_adapter(tmp_path / f"{name} alike", seed=seed) for seed, name in enumerate("abc")}
+    model = pool({name: alike[name] for name in "ab"}, decided)
+    add_adapter(model, "c", alike["c"], verbose=False)
+    with record(model) as decisions:
+        answer(model)
+    first, *others = (decision.counts.tolist() for decision in decisions.values())
+    assert len(first) == 3
+    assert all(counts == first for counts in others)
+
+
 def adapted_llama(**recipe) -> nn.Module:
     parts = {"where": linears("_proj"), "experts": partial(lora, rank=3), "shared": frozen, "num_experts": 2} | recipe
     model = sparsify(TINY["llama"]().eval(), Recipe(**parts), verbose=False)
@@ -221,7 +236,7 @@ def test_adapters_that_were_trained_as_experts_take_another_among_them(folders):
     assert {layer.experts.names for layer in layers(model).values()} == {("0", "1"), ("0", "1", "law")}
 
 
-@pytest.mark.parametrize("router", [Phatgoose, partial(TopK, k=1, normalize=False, scale=2.0), Uniform])
+@pytest.mark.parametrize("router", [Phatgoose, partial(TopK, k=1, normalize=False, scale=2.0), Arrow])
 def test_a_pool_is_restored_exactly(router, folders, tmp_path):
     model = pool(dict(reversed(folders.items())), router, dropout=0.1)
     save_adapters(model, tmp_path / "pool")

@@ -124,21 +124,21 @@ def attach(model: nn.Module, adapters: Mapping[str, Adapter], pool: Pool, *, all
     before = adapted(model) if sparse_layers(model) else {}
     contexts = {whole(model, name).stack: here.layer.context for name, here in before.items()}
     watched = set(contexts)
-    latest: dict[str, Router] = {}
+    latest: dict[str, Adapted] = {}
     made: list[tuple[Site, MoE]] = []
     for site, experts in _wanted(model, adapters, pool.dropout):
         old = before.get(site.name)
-        if old is None or old.experts.names != experts.names:
-            router = _router(site, experts, pool.router)
-            router = router if site.stack not in latest else router.follow(latest[site.stack])
-            if old is not None:
-                _grow(old.layer.router, router, _router(site, old.experts, pool.router))
-                _learn_alike(old.experts, experts)
-            made.append((site, _layer(site, experts, router, old, contexts.setdefault(site.stack, Context()))))
-            _open(Adapted(made[-1][1], experts, site.dense), adapters)
-            latest[site.stack] = router
-        else:
-            latest[site.stack] = old.layer.router
+        if old is not None and old.experts.names == experts.names:
+            latest[site.stack] = old
+            continue
+        router = _together(site, experts, _router(site, experts, pool.router), latest.get(site.stack))
+        if old is not None:
+            _grow(old.layer.router, router, _router(site, old.experts, pool.router))
+            _learn_alike(old.experts, experts)
+        layer = _layer(site, experts, router, old, contexts.setdefault(site.stack, Context()))
+        latest[site.stack] = Adapted(layer, experts, site.dense)
+        _open(latest[site.stack], adapters)
+        made.append((site, layer))
     if new := [(site, layer) for site, layer in made if site.stack not in watched]:
         put(model, [site for site, _ in new], [layer for _, layer in new], allow_noncausal=allow_noncausal)
     for site, layer in made:
@@ -241,6 +241,18 @@ def _router(site: Site, experts: LoRA, make: MakeRouter) -> Router:
             f"the router of {site.name}, which {', '.join(experts.names)} adapt, cannot be made; choose one that "
             f"serves {experts.num_experts}: {error}"
         ) from None
+
+
+def _together(site: Site, experts: LoRA, router: Router, previous: Adapted | None) -> Router:
+    """The router itself, or one that follows the router of the map before."""
+    following = router if previous is None else router.follow(previous.layer.router)
+    if previous is not None and following is not router and previous.experts.names != experts.names:
+        raise ValueError(
+            f"{site.name} is adapted by {', '.join(experts.names)} and {previous.layer.name} by "
+            f"{', '.join(previous.experts.names)}, so that one decision for both would mean different adapters; give "
+            "every adapter the same target_modules, or let every map decide for itself"
+        )
+    return following
 
 
 @torch.no_grad()
