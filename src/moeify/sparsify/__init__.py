@@ -10,6 +10,7 @@ from moeify.sparsify.convert import sparsify
 from moeify.sparsify.dense import DenseFFN
 from moeify.sparsify.find import Site, chosen, every, ffn, last, last_half, linears, modules, named, odd
 from moeify.sparsify.gates import load_gates, save_gates, set_gates
+from moeify.sparsify.lorahub import compose_adapters, merge_adapters, merge_lora
 from moeify.sparsify.make import copies, fresh, masked, merged, splits, with_free
 from moeify.sparsify.merge import merge_models
 from moeify.sparsify.pool import add_adapter, from_adapters, load_adapters, save_adapters, show_pool
@@ -19,10 +20,10 @@ from moeify.sparsify.shared import dense, frozen, gated, nothing
 from moeify.sparsify.store import load, load_weights, save
 
 __all__ = [
-    "DenseFFN", "Recipe", "Site", "adapters_of", "add_adapter", "bake", "catalogue", "chosen", "copies", "dense",
-    "every", "expert_names", "ffn", "fresh", "from_adapters", "frozen", "gated", "last", "last_half", "linears", "load",
-    "load_adapters", "load_gates", "load_weights", "lora", "lora_ffn", "masked", "merge_into_dense", "merge_models",
-    "merged", "modules", "named", "nothing", "odd", "read_recipe", "recipes", "route_by_examples", "sandwich", "save",
-    "save_adapters", "save_gates", "set_centroids", "set_gates", "show_pool", "sparsify", "splits", "through",
-    "with_free",
+    "DenseFFN", "Recipe", "Site", "adapters_of", "add_adapter", "bake", "catalogue", "chosen", "compose_adapters",
+    "copies", "dense", "every", "expert_names", "ffn", "fresh", "from_adapters", "frozen", "gated", "last", "last_half",
+    "linears", "load", "load_adapters", "load_gates", "load_weights", "lora", "lora_ffn", "masked", "merge_adapters",
+    "merge_into_dense", "merge_lora", "merge_models", "merged", "modules", "named", "nothing", "odd", "read_recipe",
+    "recipes", "route_by_examples", "sandwich", "save", "save_adapters", "save_gates", "set_centroids", "set_gates",
+    "show_pool", "sparsify", "splits", "through", "with_free",
 ]  # fmt: skip
