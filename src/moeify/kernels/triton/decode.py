@@ -20,7 +20,10 @@ from moeify.kernels.stacked import Inner
 from moeify.kernels.triton.launch import INTERPRETED, launch
 from moeify.kernels.triton.nonlinearity import activate, gated, nonlinearity
 
-UNITS, STEP = (8, 128) if INTERPRETED else (16, 256)
+PROGRAMS = 512
+"""Programs that keep a GPU busy: four for each of about 128 multiprocessors."""
+NUMBERS = 1024 if INTERPRETED else 8192
+"""Weights that a program loads at once; three programs of a multiprocessor then have 48 KB of bf16 on their way."""
 
 
 @dataclass(frozen=True)
@@ -73,17 +76,19 @@ def _decode(
     x, index, gates, up, down = x.contiguous(), index.contiguous(), gates.contiguous(), _words(up), _words(down)
     (tokens, k), (width, width_out) = index.shape, (x.shape[1], down.shape[1])
     a, y = x.new_empty(tokens * k, hidden), x.new_empty(tokens, width_out)
+    units = _units(tokens * k * hidden)
     launch(
         _visit,
-        tokens * k * triton.cdiv(hidden, UNITS),
+        tokens * k * triton.cdiv(hidden, units),
         *(x, index, up, up_bias, up_scales, a, tokens * k, k, hidden, width, *up.stride(), alpha, limit),
-        ACT=act, GATED=gated, **_stored(up, up_scales),
+        ACT=act, GATED=gated, **_stored(up, up_scales, units),
     )  # fmt: skip
+    units = _units(tokens * width_out)
     launch(
         _answer,
-        tokens * triton.cdiv(width_out, UNITS),
+        tokens * triton.cdiv(width_out, units),
         *(a, index, gates, down, down_bias, down_scales, y, tokens, k, width_out, hidden, *down.stride()),
-        **_stored(down, down_scales),
+        **_stored(down, down_scales, units),
     )  # fmt: skip
     return y
 
@@ -100,12 +105,17 @@ def _words(weight: Tensor) -> Tensor:
     return weight.view(torch.int16) if weight.dtype == torch.uint8 else weight
 
 
-def _stored(weight: Tensor, scales: Tensor | None) -> dict[str, int]:
-    """How a map is stored: bits, numbers and scales of a row that share one, and the sizes of tiles."""
+def _units(outputs: int) -> int:
+    """Outputs of a program: as many as leave enough programs."""
+    return next((units for units in (16, 8) if outputs >= units * PROGRAMS), 4)
+
+
+def _stored(weight: Tensor, scales: Tensor | None, units: int) -> dict[str, int]:
+    """How a map is stored: bits, numbers of a row that share a scale, and scales of a row; and the sizes of tiles."""
     bits = {torch.int8: 8, torch.int16: 4}.get(weight.dtype, 0)
     groups = scales.shape[2] if bits == 4 and scales is not None else 1
     group = 4 * weight.shape[2] // groups if bits == 4 else 1
-    return {"BITS": bits, "GROUP": group, "GROUPS": groups, "UNITS": UNITS, "STEP": STEP}
+    return {"BITS": bits, "GROUP": group, "GROUPS": groups, "UNITS": units, "STEP": NUMBERS // units}
 
 
 @triton.jit
@@ -182,7 +192,7 @@ def _times(
 ):  # fmt: skip
     """Some rows of a matrix times a vector of K numbers; `scale_of` is where the scales of each row lie."""
     if BITS == 4:
-        return _times_4(weight, scales, scale_of, row, there, x, K, stride_row, GROUP, GROUPS, UNITS, STEP // 32)
+        return _times_4(weight, scales, scale_of, row, there, x, K, stride_row, GROUP, GROUPS, UNITS, STEP // 128)
     acc = tl.zeros((UNITS, STEP), tl.float32)
     k = tl.arange(0, STEP)
     weight += (row * stride_row)[:, None] + k[None, :] * stride_k
