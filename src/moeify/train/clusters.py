@@ -104,7 +104,7 @@ def cluster(instructions: Sequence[str], embed: Embed, count: int = 64, *, seed:
         raise ImportError("k-means needs scikit-learn: pip install 'moeify[adapters]'") from error
     if not 1 <= count <= len(instructions):
         raise ValueError(
-            f"{len(instructions)} instructions cannot be put into {count} clusters; give more, or ask less"
+            f"{len(instructions)} instructions cannot be put into {count} clusters; give more, or ask for fewer"
         )
     points: Any = torch.as_tensor(embed(instructions)).float().cpu().numpy()
     found = KMeans(count, n_init=4, random_state=seed).fit(points)
