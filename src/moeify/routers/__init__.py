@@ -11,6 +11,7 @@ from moeify.routers.expert_choice import ExpertChoice
 from moeify.routers.expert_threshold import ExpertThreshold
 from moeify.routers.frozen import Frozen
 from moeify.routers.gates import MultiGate, SparseMultiGate
+from moeify.routers.given import Given
 from moeify.routers.gshard import GShard
 from moeify.routers.lookup import Lookup
 from moeify.routers.mocle import Cluster
@@ -31,8 +32,8 @@ from moeify.routers.variable import ReLU, Threshold, TopP
 
 __all__ = [
     "AllExperts", "Arrow", "Capacity", "Cluster", "Compete", "Conditional", "Cosine", "DefaultVector", "ExpertChoice",
-    "ExpertThreshold", "FinalMask", "Follow", "Frozen", "GShard", "Groups", "Lookup", "MoLE", "MultiGate", "NoisyTopK",
-    "Once", "Phatgoose", "ReLU", "Replay", "Residual", "Router", "Similarity", "Sinkhorn", "Soft", "SparseMixer",
-    "SparseMultiGate", "Threshold", "Tokens", "TopK", "TopP", "Uniform", "compete", "project", "real_tokens", "sigmoid",
-    "softmax", "sqrt_softplus",
+    "ExpertThreshold", "FinalMask", "Follow", "Frozen", "GShard", "Given", "Groups", "Lookup", "MoLE", "MultiGate",
+    "NoisyTopK", "Once", "Phatgoose", "ReLU", "Replay", "Residual", "Router", "Similarity", "Sinkhorn", "Soft",
+    "SparseMixer", "SparseMultiGate", "Threshold", "Tokens", "TopK", "TopP", "Uniform", "compete", "project",
+    "real_tokens", "sigmoid", "softmax", "sqrt_softplus",
 ]  # fmt: skip

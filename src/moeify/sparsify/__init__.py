@@ -18,12 +18,13 @@ from moeify.sparsify.prompts import expert_names, route_by_examples, through
 from moeify.sparsify.recipe import Recipe
 from moeify.sparsify.shared import dense, frozen, gated, nothing
 from moeify.sparsify.store import load, load_weights, save
+from moeify.sparsify.xlora import XLoRA
 
 __all__ = [
-    "DenseFFN", "Recipe", "Site", "adapters_of", "add_adapter", "bake", "catalogue", "chosen", "compose_adapters",
-    "copies", "dense", "every", "expert_names", "ffn", "fresh", "from_adapters", "frozen", "gated", "last", "last_half",
-    "linears", "load", "load_adapters", "load_gates", "load_weights", "lora", "lora_ffn", "masked", "merge_adapters",
-    "merge_into_dense", "merge_lora", "merge_models", "merged", "modules", "named", "nothing", "odd", "read_recipe",
-    "recipes", "route_by_examples", "sandwich", "save", "save_adapters", "save_gates", "set_centroids", "set_gates",
-    "show_pool", "sparsify", "splits", "through", "with_free",
+    "DenseFFN", "Recipe", "Site", "XLoRA", "adapters_of", "add_adapter", "bake", "catalogue", "chosen",
+    "compose_adapters", "copies", "dense", "every", "expert_names", "ffn", "fresh", "from_adapters", "frozen", "gated",
+    "last", "last_half", "linears", "load", "load_adapters", "load_gates", "load_weights", "lora", "lora_ffn", "masked",
+    "merge_adapters", "merge_into_dense", "merge_lora", "merge_models", "merged", "modules", "named", "nothing", "odd",
+    "read_recipe", "recipes", "route_by_examples", "sandwich", "save", "save_adapters", "save_gates", "set_centroids",
+    "set_gates", "show_pool", "sparsify", "splits", "through", "with_free",
 ]  # fmt: skip

@@ -1,0 +1,74 @@
+"""Weights that come from outside of the layer: somebody else has decided, for every token (X-LoRA)."""
+
+from __future__ import annotations
+
+import math
+
+from jaxtyping import Float
+from torch import Tensor
+
+from moeify.context import Context
+from moeify.registry import register
+from moeify.routers.base import Router, Tokens, real_tokens
+from moeify.routing import Assignment
+
+
+@register("router", "given")
+class Given(Router):
+    """The weights that the model was called with, of every token or sequence, for all layers or for each its own.
+
+        with given(model, adapter_weights=weights):
+            model(...)
+
+    No expert runs for a weight of 0. `moeify.sparsify.XLoRA` computes the weights in a pass of its own.
+
+    Args:
+        width: D; the decision does not look at the tokens.
+        num_experts: E.
+        key: the name of the weights: of each token (B, N, E), or in each layer (B, N, layers, E); of each sequence
+            (B, E); of all experts alike (B,) or a single number.
+
+    Attributes:
+        number: which of the layers this is, for weights of each layer's own.
+
+    Raises:
+        ValueError: in `forward`, weights that the model was not given, or that fit neither tokens nor sequences.
+    """
+
+    def __init__(self, width: int, num_experts: int, *, key: str = "adapter_weights") -> None:
+        super().__init__()
+        self.num_experts, self.k, self.key, self.number = num_experts, num_experts, key, 0
+
+    def forward(self, x: Float[Tensor, "... D"], context: Context) -> Assignment:
+        """Ask of every real token the experts whose weight is not 0."""
+        tokens = real_tokens(x, context)
+        given = context.inputs.get(self.key)
+        if given is None:
+            raise ValueError(
+                f"this router reads {self.key!r}, but the model was called without it; call it under "
+                f"moeify.context.given(model, {self.key}=weights), or through XLoRA"
+            )
+        weights = self._of_tokens(given.float(), tokens)
+        return tokens.assign_where(weights != 0, weights)
+
+    def _of_tokens(self, given: Float[Tensor, "..."], tokens: Tokens) -> Float[Tensor, "T E"]:
+        if given.dim() == 4:
+            given = given[:, :, self.number if given.shape[2] > 1 else 0]
+        sequences = int(tokens.group.max()) + 1
+        if given.dim() == 0:
+            return given.expand(len(tokens.x), self.num_experts)
+        if given.dim() == 1 and len(given) >= sequences:
+            return given[tokens.group].unsqueeze(-1).expand(-1, self.num_experts)
+        if given.dim() == 2 and given.shape[1] == self.num_experts and len(given) >= sequences:
+            return given[tokens.group]
+        flat = given.reshape(-1, given.shape[-1])
+        if given.dim() == 3 and flat.shape == (math.prod(tokens.shape), self.num_experts):
+            return flat if tokens.positions is None else flat[tokens.positions]
+        raise ValueError(
+            f"{self.key!r} has shape {tuple(given.shape)}, which fits neither the tokens {tuple(tokens.shape)} of the "
+            f"layer nor their sequences, each with {self.num_experts} experts"
+        )
+
+    def extra_repr(self) -> str:
+        """What it reads."""
+        return f"experts={self.num_experts}, key={self.key!r}"

@@ -1,0 +1,98 @@
+"""X-LoRA: a first pass without adapters tells, by a small network on its last states, how the second weighs them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import pairwise
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from moeify.context import given
+from moeify.routers.given import Given
+
+
+class XLoRA(nn.Module):
+    """A model with adapters that is asked twice for everything (X-LoRA, arXiv 2402.07148).
+
+        h = last hidden states of the model without its adapters        no gradient
+        g = softmax(MLP(h) / τ)                                          per token, for all layers or for each its own
+        y = W u + Σ_j g_j s_j B_j A_j u                                  in the second pass, in every adapted map
+
+    Args:
+        model: of transformers, with `Given` routers and one number of experts everywhere.
+        width: width of its hidden states.
+        depth: linear maps of the network, with ReLU and dropout in between.
+        hidden: their width.
+        dropout: in between.
+        temperature: τ.
+        layerwise: weights for every layer rather than the same for all.
+        k: how many of the weights are kept for each token; the rest is 0, and these adapters do not run.
+
+    Raises:
+        ValueError: a model without such routers, or with different numbers of experts; a depth below 1; k outside 1..E;
+            in `forward`, a cache of earlier tokens, which one of the two passes would spoil.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        width: int,
+        *,
+        depth: int = 1,
+        hidden: int = 2048,
+        dropout: float = 0.2,
+        temperature: float = 1.0,
+        layerwise: bool = False,
+        k: int | None = None,
+    ) -> None:
+        super().__init__()
+        routers = [part for part in model.modules() if isinstance(part, Given)]
+        sizes = sorted({router.num_experts for router in routers})
+        if len(sizes) != 1:
+            raise ValueError(
+                f"X-LoRA weighs the same experts in every layer, and found {sizes or 'no layer with a Given router'}; "
+                "make the model with router=Given, and adapters that are all in the same places"
+            )
+        if depth < 1:
+            raise ValueError(f"depth={depth} leaves no network; choose depth >= 1")
+        if k is not None and not 1 <= k <= sizes[0]:
+            raise ValueError(f"k={k} of {sizes[0]} experts; choose 1 <= k <= {sizes[0]}")
+        self.keys = {router.key for router in routers}
+        for number, router in enumerate(routers):
+            router.number = number
+        self.model, self.num_experts, self.layers = model, sizes[0], len(routers) if layerwise else 1
+        self.temperature, self.k = temperature, k
+        like = next(model.parameters())
+        widths = [width, *[hidden] * (depth - 1), self.num_experts * self.layers]
+        self.classifier = nn.Sequential(*_network(widths, dropout)).to(like.device, like.dtype)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's answer in the second pass."""
+        if kwargs.get("past_key_values") is not None:
+            raise ValueError("X-LoRA passes the model twice, which a cache does not survive; pass use_cache=False")
+        weights = self.weights(*args, **kwargs)
+        with given(self.model, **dict.fromkeys(self.keys, weights)):
+            return self.model(*args, **kwargs)
+
+    def weights(self, *args: Any, **kwargs: Any) -> Float[Tensor, "B N layers E"]:
+        """What the first pass decides; of one layer where all get the same."""
+        first = {name: value for name, value in kwargs.items() if name != "labels"}
+        first |= {"output_hidden_states": True, "return_dict": True, "use_cache": False}
+        with torch.no_grad(), given(self.model, **dict.fromkeys(self.keys, torch.tensor(0.0))):
+            states = self.model(*args, **first).hidden_states[-1]
+        logits = self.classifier(states).unflatten(-1, (self.layers, self.num_experts))
+        scores = (logits / self.temperature).softmax(-1)
+        if self.k is None:
+            return scores
+        kept = scores.topk(self.k, dim=-1).indices
+        return torch.zeros_like(scores).scatter(-1, kept, scores.gather(-1, kept))
+
+
+def _network(widths: list[int], dropout: float) -> Iterator[nn.Module]:
+    *inner, last = pairwise(widths)
+    for width, width_out in inner:
+        yield from (nn.Linear(width, width_out), nn.ReLU(), nn.Dropout(dropout))
+    yield nn.Linear(*last)
