@@ -467,6 +467,8 @@ def test_what_decides_in_every_map_cannot_be_baked(folders):
         bake(model)
     with pytest.raises(ValueError, match="has FFN experts, which are no low-rank changes"):
         bake(bake(networks("llama")))
+    with pytest.raises(ValueError, match="there is nothing to bake"):
+        bake(TINY["llama"]())
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "t5"])

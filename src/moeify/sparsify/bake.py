@@ -30,10 +30,12 @@ def bake(model: nn.Module) -> nn.Module:
         model: sparse, with one decision per feed-forward network.
 
     Raises:
-        ValueError: a sparse layer with other experts; adapters beside single maps decide in every map for themselves,
+        ValueError: no sparse layer, or one with other experts; adapters beside single maps decide in every map for themselves,
             which no mixture of whole networks does. The model is as it was.
     """
     layers = sparse_layers(model)
+    if not layers:
+        raise ValueError(f"this {type(model).__name__} has no sparse layer, so that there is nothing to bake")
     banks: list[tuple[MoE, FFN]] = []
     for name, layer in layers.items():
         if not isinstance(layer.experts, LoRAFFN):
