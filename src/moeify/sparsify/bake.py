@@ -30,8 +30,8 @@ def bake(model: nn.Module) -> nn.Module:
         model: sparse, with one decision per feed-forward network.
 
     Raises:
-        ValueError: no sparse layer, or one with other experts; adapters beside single maps decide in every map for themselves,
-            which no mixture of whole networks does. The model is as it was.
+        ValueError: no sparse layer, or one with other experts; adapters beside single maps decide in every map for
+            themselves, which no mixture of whole networks does. The model is as it was.
     """
     layers = sparse_layers(model)
     if not layers:
