@@ -188,7 +188,7 @@ def test_experts_that_are_modules_run_what_is_counted():
 
 
 AT_MOST = ["top-p", "threshold", "relu", "expert threshold", "bounded union"]
-CHEAPER = ["per group", "noisy"]  # one decision per image; noise in training only
+CHEAPER = ["per group", "similarity", "noisy"]  # one decision per image or sequence; noise in training only
 
 
 @pytest.mark.parametrize("name", [name for name in ROUTERS if name not in AT_MOST + CHEAPER])
