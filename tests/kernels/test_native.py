@@ -193,12 +193,14 @@ def test_what_the_kernel_cannot_do_it_refuses(reason, call):
         backends.run("native", call["x"], call["routing"], call.get("experts", FFN(2, 4, 3)))
 
 
-def test_a_gradient_autocast_and_hooks_are_refused():
+def test_gradients_autocast_transforms_and_hooks_are_refused():
     x, routing, experts = torch.ones(1, 4), assign(torch.tensor([[0]]), torch.ones(1, 1), 2), FFN(2, 4, 3)
     with pytest.raises(ValueError, match="no gradient"):
         backends.run("native", x, routing, experts)
     with torch.no_grad(), torch.autocast("cpu"), pytest.raises(ValueError, match="autocast"):
         backends.run("native", x, routing, experts)
+    with torch.no_grad(), pytest.raises(ValueError, match=r"torch\.func"):
+        torch.func.vmap(lambda x: backends.run("native", x, routing, experts))(x.unsqueeze(0))
     experts.register_forward_hook(lambda *args: None)
     with torch.no_grad(), pytest.raises(ValueError, match="hooks"):
         backends.run("native", x, routing, experts)

@@ -96,6 +96,8 @@ def refuse(x: Tensor, routing: Routing, experts: Experts) -> str | None:
         return f"it reads weights that lie whole in memory, and these are {type(maps.up).__name__}"
     if experts._forward_hooks or experts._forward_pre_hooks:
         return "it runs the experts' weights without calling the experts, and hooks on them wait for a call"
+    if not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None:
+        return "it knows no transforms of torch.func"
     if torch.is_autocast_enabled("cpu"):
         return "it does not follow autocast"
     if x.dtype not in (torch.float32, torch.bfloat16):

@@ -93,6 +93,7 @@ def native_layer(
     x = x if x.stride(-1) == 1 else x.contiguous()
     y = torch.zeros(tokens, down.shape[1]) if rest is None else rest.to(torch.float32, copy=True).contiguous()
     weight, source, counts = weight.float().contiguous(), source.contiguous(), counts.contiguous()
+    up_bias, down_bias = (None if bias is None else bias.contiguous() for bias in (up_bias, down_bias))
     call = _Call(
         x.data_ptr(), x.stride(0), tokens, len(source), source.data_ptr(), weight.data_ptr(), counts.data_ptr(),
         len(counts), width, hidden, down.shape[1],
