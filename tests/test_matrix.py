@@ -12,7 +12,9 @@ from moeify.backends import compose
 from moeify.experts import FFN, Blocks, ClampedGlu, Constant, Each, Glu, Identity, LoRA, LoRAFFN, Masked, Plain, Zero
 from moeify.experts.quantized import quantize
 from moeify.routers import (
+    AllExperts,
     Capacity,
+    Cluster,
     Compete,
     Conditional,
     Cosine,
@@ -69,6 +71,11 @@ ROUTERS = {
     "soft": partial(Soft, D, E, slots=2),
     "sinkhorn": partial(Sinkhorn, D, E, k=2),
     "hash": partial(Lookup, D, E, size=12),
+    "cluster": partial(Cluster, D, E, key="input_ids", clusters=258, temperature=1.0, dimensions=3),
+    "cluster alone": partial(
+        Cluster, D, E, key="input_ids", clusters=258, temperature=1.0, dimensions=3, universal=False, gate="twice"
+    ),
+    "all": partial(AllExperts, D, E),
     "learned hash": partial(Lookup, D, E, size=5, k=3, learned=True),
     "mmoe": partial(MultiGate, D, E, gates=2),
     "ple": partial(MultiGate, D, E, gates=2, private=1),

@@ -11,6 +11,7 @@ from moeify import Context, losses
 from moeify.experts import FFN
 from moeify.moe import MoE
 from moeify.routers import (
+    AllExperts,
     Capacity,
     Conditional,
     Cosine,
@@ -59,6 +60,7 @@ TOKEN_BY_TOKEN = {
     "uniform": Uniform,
     "sinkhorn": Sinkhorn,
     "hash": partial(Lookup, size=7),
+    "all experts": AllExperts,
     "learned hash": partial(Lookup, size=7, k=2, learned=True),
 }
 BY_GROUP = {

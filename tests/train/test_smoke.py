@@ -13,6 +13,7 @@ from moeify.routers import Replay, Router, TopK, compete
 from moeify.sparsify import fresh, recipes
 from moeify.train.corpus import build_corpus
 from moeify.train.data import ByteTokenizer, blocks
+from plain_models import told
 from test_matrix import ROUTERS, D, E
 
 LENGTH, BATCH, STEPS = 32, 8, 40
@@ -83,7 +84,8 @@ def text() -> tuple[Tensor, Tensor]:
 def loss(model: PreTrainedModel, ids: Tensor, step: int = 0) -> Tensor:
     """Next bytes of a decoder; of an encoder the half that is masked, another one in every step."""
     if isinstance(model, LlamaForCausalLM):
-        return model(input_ids=ids, labels=ids).loss
+        with told(model, len(ids)):
+            return model(input_ids=ids, labels=ids).loss
     hidden = torch.rand(ids.shape, generator=torch.Generator().manual_seed(step)) < 0.5
     return model(input_ids=ids.masked_fill(hidden, MASK), labels=ids.masked_fill(~hidden, -100)).loss
 
