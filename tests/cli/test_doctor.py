@@ -32,7 +32,15 @@ def test_a_missing_package_comes_with_the_extra_that_brings_it(monkeypatch):
     assert "missing matplotlib: pip install 'moeify[report]'" in " ".join(moeify("doctor").out.split())
 
 
-def test_a_kernel_and_a_backend_are_named_for_every_dtype():
-    found = [row for row in rows(moeify("doctor").out) if row[0] == "cpu"]
+def test_a_kernel_and_a_backend_are_named_for_every_dtype_with_and_without_a_gradient():
+    found = [row for row in rows(moeify("doctor").out) if row[:1] == ["cpu"] and len(row) == 5]
     assert [row[1] for row in found] == ["float32", "bfloat16"]
-    assert all(row[2] and row[3] in BACKENDS | {"compose": None} for row in found)
+    assert all(row[2] and row[3] in BACKENDS and row[4] in BACKENDS for row in found)
+
+
+def test_a_backend_that_does_not_serve_says_why_and_what_to_install(monkeypatch):
+    monkeypatch.setenv("MOEIFY_NATIVE", "0")
+    out = moeify("doctor").out
+    words = " ".join(" ".join(row[2] for row in rows(out) if len(row) == 3).split())
+    assert "it is switched off by MOEIFY_NATIVE=0" in words
+    assert "it runs on NVIDIA GPUs" in words

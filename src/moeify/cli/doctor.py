@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import platform
+from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 
 import torch
@@ -16,7 +17,7 @@ import moeify
 from moeify.backends import BACKENDS, choose
 from moeify.context import Context
 from moeify.experts import FFN
-from moeify.kernels import explain
+from moeify.kernels import explain, native
 from moeify.routers import TopK
 
 _EXTRAS = {
@@ -39,17 +40,26 @@ def doctor() -> None:
         "processor", f"{platform.machine()}, {os.cpu_count()} cores; torch uses {torch.get_num_threads()} threads"
     )
     facts.add_row("vector instructions", torch.backends.cpu.get_cpu_capability())
+    facts.add_row("native kernel", escape(native.explain()))
     facts.add_row("GPU", _gpu())
     for extra, packages in _EXTRAS.items():
         missing = [package for package in packages if importlib.util.find_spec(package) is None]
         found = f"missing {', '.join(missing)}: pip install 'moeify[{extra}]'" if missing else "installed"
         facts.add_row(f"extra {extra}", escape(found))
     console.print(facts)
-    kernels = Table("device", "dtype", "grouped_linear", "layer", "refused", title="kernels", title_justify="left")
+    kernels = Table("device", "dtype", "grouped_linear", "training", "inference", title="kernels", title_justify="left")
+    refusals = Table("device", "backend", "why it does not serve", title="backends", title_justify="left")
     for device in ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]:
         for dtype in (torch.float32, torch.bfloat16):
-            kernels.add_row(device, str(dtype).removeprefix("torch."), *_kernels(device, dtype))
+            layer = _Layer(device, dtype)
+            with torch.no_grad():
+                inference = layer.backend()
+            products = explain(layer.x, layer.experts.up[0])
+            kernels.add_row(device, str(dtype).removeprefix("torch."), products, layer.backend(), inference)
+        for name, reason in layer.refusals():
+            refusals.add_row(device, name, escape(reason))
     console.print(kernels)
+    console.print(refusals)
 
 
 def _version(package: str) -> str:
@@ -66,10 +76,21 @@ def _gpu() -> str:
     return f"{torch.cuda.get_device_name()}, compute capability {major}.{minor}"
 
 
-def _kernels(device: str, dtype: torch.dtype) -> tuple[str, str, str]:
-    """What a layer of 8 experts would run: the kernel with its reason, the backend, and who refuses why."""
-    router, experts = TopK(64, 8).to(device, dtype), FFN(8, 64, 128).to(device, dtype)
-    x = torch.randn(16, 64, device=device, dtype=dtype)
-    routing = router(x, Context())
-    refused = [f"{name}: {reason}" for name, b in BACKENDS.items() if (reason := b.refuse(x, routing, experts))]
-    return explain(x, experts.up[0]), choose(x, routing, experts), "; ".join(refused) or "none"
+class _Layer:
+    """A layer of 8 experts, large enough for every backend, and a decision for its tokens."""
+
+    def __init__(self, device: str, dtype: torch.dtype) -> None:
+        self.experts = FFN(8, 256, 512).to(device, dtype)
+        self.x = torch.randn(16, 256, device=device, dtype=dtype)
+        self.routing = TopK(256, 8).to(device, dtype)(self.x, Context())
+
+    def backend(self) -> str:
+        """What `auto` takes."""
+        return choose(self.x, self.routing, self.experts)
+
+    def refusals(self) -> Iterator[tuple[str, str]]:
+        """Every backend that cannot serve it where no gradient is needed, and why."""
+        with torch.no_grad():
+            for name, backend in BACKENDS.items():
+                if reason := backend.refuse(self.x, self.routing, self.experts):
+                    yield name, reason
