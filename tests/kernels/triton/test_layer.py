@@ -1,6 +1,7 @@
 """Whole layers by kernels against the definition, and the promises they make."""
 
 from copy import deepcopy
+from dataclasses import replace
 from itertools import chain
 
 import pytest
@@ -76,6 +77,22 @@ def test_any_decision_and_any_widths(choice, widths, inner, bias, seed):
     width, hidden, width_out = widths
     ffn = experts(INNER[inner], bias, width=width, hidden=hidden, width_out=width_out, num_experts=choice[2])
     agrees(tokens(len(choice[0]), width), moved(assign(*choice)), ffn)
+
+
+def test_strides_do_not_matter():
+    x = torch.randn(40, 11, device=DEVICE).t().requires_grad_()
+    routing = decisions()["k choices"]
+    weight = torch.rand(1, device=DEVICE, requires_grad=True)
+    routing = replace(routing, weight=weight.expand(len(routing.source)))
+    ffn = experts(SWIGLU, bias=True)
+    leaves = [x, weight, *ffn.parameters()]
+    agree(backends.run("triton", x, routing, ffn), leaves, compose(x, routing, ffn), leaves, rtol=1e-4, atol=1e-4)
+    with torch.no_grad():
+        gates = routing.gates[:, :1].expand(-1, 2)
+        routing = replace(routing, gates=gates, weight=gates.reshape(-1)[routing.source * 2])
+        torch.testing.assert_close(
+            backends.run("decode", x, routing, ffn), compose(x, routing, ffn), rtol=1e-4, atol=1e-4
+        )
 
 
 @pytest.mark.parametrize("frozen", ["tokens", "weights of the decision", "experts"])

@@ -17,7 +17,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, library
 
 from moeify.kernels.stacked import Inner
-from moeify.kernels.triton.launch import INTERPRETED, launch
+from moeify.kernels.triton.launch import INTERPRETED, in_order, launch
 from moeify.kernels.triton.nonlinearity import activate, gated, nonlinearity
 
 PROGRAMS = 512
@@ -62,8 +62,9 @@ def decode(
         inner: the nonlinearity.
     """
     n = nonlinearity(inner)
-    maps = (up.weight, up.bias, up.scales, down.weight, down.bias, down.scales)
-    return torch.ops.moeify.decode(x, index, gates, *maps, hidden, n.act, n.gated, n.alpha, n.limit)
+    maps = (up.weight, *in_order(up.bias, up.scales), down.weight, *in_order(down.bias, down.scales))
+    call = (*in_order(x, index, gates), *maps, hidden, n.act, n.gated, n.alpha, n.limit)
+    return torch.ops.moeify.decode(*call)
 
 
 @library.custom_op("moeify::decode", mutates_args=())
@@ -73,7 +74,7 @@ def _decode(
     down: Tensor, down_bias: Tensor | None, down_scales: Tensor | None,
     hidden: int, act: str, gated: bool, alpha: float, limit: float,
 ) -> Tensor:  # fmt: skip
-    x, index, gates, up, down = x.contiguous(), index.contiguous(), gates.contiguous(), _words(up), _words(down)
+    up, down = _words(up), _words(down)
     (tokens, k), (width, width_out) = index.shape, (x.shape[1], down.shape[1])
     a, y = x.new_empty(tokens * k, hidden), x.new_empty(tokens, width_out)
     units = _units(tokens * k * hidden)

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 import triton
+from torch import Tensor
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 """Whether kernels run in Triton's interpreter, on a CPU; `TRITON_INTERPRET=1` before the import says so."""
@@ -33,3 +34,8 @@ def arithmetic(dtype: torch.dtype) -> dict[str, Any]:
 def power_of_2(size: int) -> int:
     """The smallest power of two that is not below `size`."""
     return 1 << max(0, size - 1).bit_length()
+
+
+def in_order(*tensors: Tensor | None) -> list[Tensor | None]:
+    """Tensors whose numbers lie one after another, as kernels read all but weights."""
+    return [None if tensor is None else tensor.contiguous() for tensor in tensors]

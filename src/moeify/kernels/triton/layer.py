@@ -23,6 +23,7 @@ from torch import Tensor, library
 from moeify.kernels.stacked import Stacked
 from moeify.kernels.triton.config import config
 from moeify.kernels.triton.hidden import hidden, weights
+from moeify.kernels.triton.launch import in_order
 from moeify.kernels.triton.nonlinearity import Nonlinearity, nonlinearity
 from moeify.kernels.triton.outer import column_sums, outer
 from moeify.kernels.triton.product import product
@@ -58,13 +59,15 @@ def sparse_ffn(
     device = x.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else experts.up.dtype
     inner = nonlinearity(experts.inner)
-    maps = [None if m is None else m.to(dtype) for m in (experts.up, experts.up_bias, experts.down, experts.down_bias)]
-    differentiable = (x, weight, *(m for m in maps if m is not None))
-    keep = torch.is_grad_enabled() and any(t.requires_grad for t in differentiable)
-    y, _ = torch.ops.moeify.sparse_ffn(
-        *(x.to(dtype), *maps, weight, source, counts, order, begin),
-        *(inner.act, inner.gated, inner.alpha, inner.limit, keep),
+    up, up_bias, down, down_bias = (
+        None if map is None else map.to(dtype) for map in (experts.up, experts.up_bias, experts.down, experts.down_bias)
     )
+    differentiable = (x, weight, up, up_bias, down, down_bias)
+    keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in differentiable)
+    up_bias, down_bias, *decision = in_order(up_bias, down_bias, weight, source, counts, order, begin)
+    kind = inner.act, inner.gated, inner.alpha, inner.limit
+    tokens = x.to(dtype).contiguous()
+    y, _ = torch.ops.moeify.sparse_ffn(tokens, up, up_bias, down, down_bias, *decision, *kind, keep)
     return y
 
 
@@ -74,7 +77,7 @@ def _forward(
     source: Tensor, counts: Tensor, order: Tensor, begin: Tensor,
     act: str, gated: bool, alpha: float, limit: float, keep: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    x, inner, rows = x.contiguous(), Nonlinearity(act, gated, alpha, limit), len(source)
+    inner, rows = Nonlinearity(act, gated, alpha, limit), len(source)
     size = config("product", x, rows // len(counts), *up.shape[1:], *down.shape[1:])
     table = tile_table(counts, rows, size.m)
     a, before = product(x, source, up, up_bias, table, rows, size, inner, keep=keep)
@@ -95,7 +98,7 @@ def _backward(
     act: str, gated: bool, alpha: float, limit: float, wanted: list[bool],
 ) -> list[Tensor]:  # fmt: skip
     """The gradients of x, up, its bias, down, its bias and the weights; those that nobody wants are empty."""
-    dy, x, inner, rows = dy.contiguous(), x.contiguous(), Nonlinearity(act, gated, alpha, limit), len(source)
+    dy, inner, rows = dy.contiguous(), Nonlinearity(act, gated, alpha, limit), len(source)
     for_x, for_up, for_up_bias, for_down, for_down_bias, for_weight = wanted
     widths = *up.shape[1:], *down.shape[1:]
     dx = d_up = d_up_bias = d_down = d_down_bias = d_weight = None
@@ -129,7 +132,7 @@ def _(
 ):  # fmt: skip
     for_x, for_up, for_up_bias, for_down, for_down_bias, for_weight = wanted
     return [
-        torch.empty_like(x, memory_format=torch.contiguous_format) if for_x else x.new_empty(0),
+        torch.empty_like(x) if for_x else x.new_empty(0),
         torch.empty_like(up) if for_up else x.new_empty(0),
         up.new_empty(up.shape[:2]) if for_up_bias else x.new_empty(0),
         torch.empty_like(down) if for_down else x.new_empty(0),

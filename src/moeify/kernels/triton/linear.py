@@ -9,6 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, library
 
 from moeify.kernels.triton.config import config
+from moeify.kernels.triton.launch import in_order
 from moeify.kernels.triton.outer import column_sums, outer
 from moeify.kernels.triton.product import product
 from moeify.kernels.triton.tiles import tile_table
@@ -37,15 +38,16 @@ def grouped_linear(
     """
     device = x.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
-    bias = None if bias is None else bias.to(dtype)
-    return torch.ops.moeify.gathered_linear(x.to(dtype), weight.to(dtype), bias, counts, source)
+    bias, source = in_order(None if bias is None else bias.to(dtype), source)
+    call = x.to(dtype).contiguous(), weight.to(dtype), bias, counts.contiguous(), source
+    return torch.ops.moeify.gathered_linear(*call)
 
 
 @library.custom_op("moeify::gathered_linear", mutates_args=())
 def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, counts: Tensor, source: Tensor | None) -> Tensor:
     rows = len(x) if source is None else len(source)
     size = config("product", x, rows // len(counts), *weight.shape[1:])
-    return product(x.contiguous(), source, weight, bias, tile_table(counts, rows, size.m), rows, size)[0]
+    return product(x, source, weight, bias, tile_table(counts, rows, size.m), rows, size)[0]
 
 
 @_forward.register_fake
@@ -58,7 +60,7 @@ def _backward(
     dy: Tensor, x: Tensor, weight: Tensor, counts: Tensor, source: Tensor | None, wanted: list[bool]
 ) -> list[Tensor]:
     """The gradients of x, weight and bias; those that nobody wants are empty."""
-    dy, x, rows = dy.contiguous(), x.contiguous(), len(dy)
+    dy, rows = dy.contiguous(), len(dy)
     for_x, for_weight, for_bias = wanted
     dx = d_weight = d_bias = None
     if for_x:
