@@ -31,7 +31,7 @@ def test_cluster_conditional_experts_are_the_papers_formula(universal, gate, tra
 
     slow = []
     for b, c in enumerate(cluster):
-        z = p["router.weight"] @ p["router.embedding"][c]
+        z = p["router.weight"] @ p["router.embedding.weight"][c]
         gates = torch.softmax((z + 0.2 * noise[b]) / 0.3, -1)
         i, g = int(gates.argmax()), gates.max()
         change = (g if gate == "once" else g * g) * changed(i)

@@ -64,6 +64,13 @@ def test_only_the_papers_gate_has_weights_that_sum_to_one(gate, total):
     assert torch.allclose(sums, torch.ones(4)) == router.preserving
 
 
+def test_what_stands_in_the_padding_is_never_read():
+    router, mask = Cluster(D, E, clusters=9).eval(), torch.tensor([[1, 1, 0], [1, 0, 0]])
+    padded = decide(router, (2, 3), mask, cluster=[[2, 2, 99], [7, 99, 99]])
+    assert padded.source.sort().values.tolist() == [0, 0, 1, 1, 3, 3]
+    assert torch.equal(padded.gates, decide(router, (1, 3), cluster=[[2, 2, 7]]).gates)
+
+
 def test_what_cannot_be_routed_is_told():
     with pytest.raises(ValueError, match="'cluster' goes from 2 to 9, but the table has the clusters 0 to 8"):
         decide(Cluster(D, E, clusters=9), (2, 3), cluster=[2, 9])

@@ -68,7 +68,7 @@ class Cluster(Router):
         self.temperature, self.noise, self.universal, self.gate = temperature, noise, universal, gate
         self.k = 1 + universal
         self.preserving = universal and gate == "once"
-        self.embedding = nn.Parameter(torch.randn(clusters, dimensions))
+        self.embedding = nn.Embedding(clusters, dimensions)
         bound = 1 / math.sqrt(dimensions)
         self.weight = nn.Parameter(torch.empty(num_experts - universal, dimensions).uniform_(-bound, bound))
 
@@ -78,7 +78,7 @@ class Cluster(Router):
         samples = torch.stack([tokens.group, tokens.keys(context, self.key)])
         (group, cluster), which = samples.unique(dim=1, return_inverse=True)
         self._require_known(cluster)
-        logits = project(self.embedding[cluster], self.weight)
+        logits = project(self.embedding(cluster), self.weight)
         p = (self._disturbed(logits) / self.temperature).softmax(-1)
         certainty, expert = p.max(-1)
         index, gates = [expert], [certainty if self.gate == "once" else certainty.square()]
