@@ -22,7 +22,7 @@ from statistics import fmean, stdev
 
 import torch
 import transformers
-from documents import BATCH, COLLECTIONS, GENERAL, LENGTH, Base, Blocks, Collection, drawn
+from common.documents import BATCH, COLLECTIONS, GENERAL, LENGTH, Base, Blocks, Collection, drawn
 from results import RESULTS, append
 from torch import Tensor, nn
 
