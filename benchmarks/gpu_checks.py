@@ -40,7 +40,7 @@ def check(device: str, backend: str, decoder: str) -> list[str]:
             wrong.append(what)
 
     inners = {name: Plain(act) for name, act in KNOWN.items()} | {"swiglu": SWIGLU, "geglu": Glu(F.gelu)}
-    for dtype, tolerance in {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}.items():
+    for dtype, tolerance in {torch.float32: 5e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}.items():
         for name, inner in (inners | {"clamped": ClampedGlu()}).items():
             for tokens, width, hidden, experts, k in ((700, 256, 192, 8, 2), (300, 250, 99, 40, 3), (3, 64, 48, 8, 2)):
                 goal = Goal(name, tokens, width, hidden, experts, k, inner, bias=name != "swiglu")
@@ -63,7 +63,7 @@ def check(device: str, backend: str, decoder: str) -> list[str]:
         experts = quantize(case.ffn, bits)
         with torch.no_grad():
             right = compose(case.x, case.routing, experts).double()
-            note(f"decode {bits} bits", _error(backends.run(decoder, case.x, case.routing, experts), right), 1e-5)
+            note(f"decode {bits} bits", _error(backends.run(decoder, case.x, case.routing, experts), right), 5e-5)
     return wrong
 
 
