@@ -19,8 +19,12 @@ triton = pytest.importorskip("triton")
 
 ROOT = Path(__file__).parents[2]
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-FAMILIES = {"hopper": 90, "ampere": 80}
-SHARED = {"hopper": 228 * 1024, "ampere": 100 * 1024}
+GPUS = {  # capability, family in the table of sizes, matrix instruction, KB of shared memory
+    "A100": (80, "ampere", "mma.sync", 100),
+    "H100": (90, "hopper", "wgmma.mma_async", 228),
+    "B200": (100, "hopper", "tcgen05.mma", 228),
+    "RTX 5090": (120, "ampere", "mma.sync", 100),
+}
 POINTERS = {
     torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32",
     torch.int64: "*i64", torch.int32: "*i32", torch.int16: "*i16", torch.int8: "*i8",
@@ -49,12 +53,13 @@ class Binary:
 
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory) -> Callable[[str, str, torch.dtype], list[Binary]]:
-    """All kernels of a layer's forward and backward pass, compiled for a family of GPUs."""
+    """All kernels of a layer's forward and backward pass, compiled for a GPU."""
     folder = tmp_path_factory.mktemp("binaries")
 
-    def compile_layer(layer: str, family: str, dtype: torch.dtype) -> list[Binary]:
+    def compile_layer(layer: str, gpu: str, dtype: torch.dtype) -> list[Binary]:
+        capability, family, *_ = GPUS[gpu]
         launches = launches_of(lambda: run_layer(*LAYERS[layer], dtype), family)
-        return [binary(*launch, FAMILIES[family], folder) for launch in launches]
+        return [binary(*launch, capability, folder) for launch in launches]
 
     return compile_layer
 
@@ -132,21 +137,23 @@ def type_of(number: float) -> str:
     return "i32" if number < 2**31 else "i64"
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("layer", LAYERS)
-def test_products_run_on_matrix_units_and_nothing_is_spilled(layer, family, compiled):
-    binaries = compiled(layer, family, torch.bfloat16)
+@pytest.mark.parametrize(
+    ("layer", "gpu"),
+    [*((layer, gpu) for layer in LAYERS for gpu in ("A100", "H100")), ("swiglu", "B200"), ("swiglu", "RTX 5090")],
+)
+def test_products_run_on_matrix_units_and_nothing_is_spilled(layer, gpu, compiled):
+    binaries = compiled(layer, gpu, torch.bfloat16)
     assert {b.kernel for b in binaries} >= PRODUCTS
-    matrix = "wgmma.mma_async" if family == "hopper" else "mma.sync"
+    _, _, matrix, kilobytes = GPUS[gpu]
     assert not [b.kernel for b in binaries if b.kernel in PRODUCTS and matrix not in b.instructions]
     assert not [b.kernel for b in binaries if b.stack]
-    assert not [b.kernel for b in binaries if b.shared > SHARED[family]]
+    assert not [b.kernel for b in binaries if b.shared > 1024 * kilobytes]
 
 
 @pytest.mark.parametrize("bits", [16, 8, 4])
 def test_a_decoder_keeps_all_in_registers(bits, tmp_path):
     for launch in launches_of(lambda: decode(bits), "hopper"):
-        assert not binary(*launch, FAMILIES["hopper"], tmp_path).stack
+        assert not binary(*launch, GPUS["H100"][0], tmp_path).stack
 
 
 def decode(bits: int, width: int = 1024, hidden: int = 768, num_experts: int = 8, group: int = 64) -> None:

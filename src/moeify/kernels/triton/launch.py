@@ -13,9 +13,13 @@ INTERPRETED = bool(triton.knobs.runtime.interpret)
 
 
 def launch(kernel: Any, grid: int, *arguments: Any, num_warps: int = 4, num_stages: int = 3, **constants: Any) -> None:
-    """Start `grid` programs of a kernel; none is a launch that is left out, as a GPU refuses an empty one."""
+    """Start `grid` programs of a kernel on the device of its tensors, the first argument being one.
+
+    A grid of 0 is left out, as a GPU refuses it.
+    """
     if grid > 0:
-        kernel[(grid,)](*arguments, num_warps=num_warps, num_stages=num_stages, **constants)
+        with torch.cuda.device_of(arguments[0]):
+            kernel[(grid,)](*arguments, num_warps=num_warps, num_stages=num_stages, **constants)
 
 
 def arithmetic(dtype: torch.dtype) -> dict[str, Any]:
