@@ -56,6 +56,8 @@ def decisions(tokens: int = 11, experts: int = 4) -> dict[str, Assignment]:
 def moved(decision: Assignment) -> Assignment:
     """The decision on the device, its weights a leaf."""
     tensors = {name: value.to(DEVICE) for name, value in vars(decision).items() if isinstance(value, Tensor)}
+    if decision.demand is decision.counts:
+        tensors["demand"] = tensors["counts"]
     return replace(decision, **tensors | {"weight": tensors["weight"].detach().requires_grad_()})
 
 

@@ -18,7 +18,7 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def sparse_ffn(x: Float[Tensor, "... D"], routing: Routing, experts: Experts) -> Float[Tensor, "... O"]:
-    """Gather, both maps, nonlinearity and weighted sum in four kernels; seven more go backwards."""
+    """A kernel for each map, gather and nonlinearity inside, and one for the weighted sum."""
     from moeify.kernels.triton import sparse_ffn
 
     assert isinstance(routing, Assignment)
@@ -74,16 +74,15 @@ def decode(x: Float[Tensor, "... D"], routing: Routing, experts: Experts) -> Flo
     assert isinstance(routing, Assignment)
     assert routing.index is not None
     assert routing.gates is not None
-    tokens = x.reshape(-1, x.shape[-1])
+    tokens = x.reshape(-1, x.shape[-1]).to(_dtype(x, experts))
     if isinstance(experts, Quantized):
         up, down = (Matrices(map.weight, map.bias, map.scales) for map in (experts.up, experts.down))
         y = decode(tokens, routing.index, routing.gates, up, down, experts.hidden, experts.inner)
     else:
         s = experts.stacked
         assert s is not None
-        dtype = _dtype(x, experts)
-        up, down = Matrices(s.up.to(dtype), s.up_bias), Matrices(s.down.to(dtype), s.down_bias)
-        y = decode(tokens.to(dtype), routing.index, routing.gates, up, down, s.down.shape[2], s.inner)
+        up, down = Matrices(s.up, s.up_bias), Matrices(s.down, s.down_bias)  # of any dtype, so autocast copies nothing
+        y = decode(tokens, routing.index, routing.gates, up, down, s.down.shape[2], s.inner)
     return y.view(*x.shape[:-1], y.shape[-1])
 
 

@@ -46,6 +46,16 @@ def test_weights_of_few_bits_are_read_as_they_are(inner, bits, group):
     agrees(torch.randn(2, 150, device=DEVICE), decisions(2)["k choices"], ffn)
 
 
+def test_autocast_reads_the_weights_as_they_are():
+    x, routing, ffn = torch.randn(3, 40, device=DEVICE), decisions(3)["k choices"], experts(SWIGLU, True)
+    with torch.no_grad():
+        exact = compose(x, routing, ffn)
+        with torch.autocast(DEVICE, dtype=torch.bfloat16):
+            y = backends.run("decode", x, routing, ffn)
+    assert y.dtype == torch.bfloat16
+    assert (y - exact).norm() <= 2e-2 * exact.norm()
+
+
 def test_no_tokens():
     agrees(torch.randn(0, 40, device=DEVICE), decisions()["no token"], experts(SWIGLU, False))
 
