@@ -86,7 +86,7 @@ def is_linear(module: nn.Module) -> bool:
 
 
 def _layer(model: nn.Module, name: str, layer: Any) -> Layer:
-    found = {child: module for child, module in layer.named_children()}
+    found = dict(layer.named_children())
     attention = found.pop("self_attn", None)
     wanted = ("mlp", "input_layernorm", "post_attention_layernorm")
     if attention is None or set(found) != set(wanted):

@@ -12,13 +12,13 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from moeify.experts import Experts
 from moeify.experts.quantized import Quantized, quantize
 from moeify.interface import NativeExperts, use_moeify_experts
 from moeify.kernels import native
 from moeify.moe import MoE
 from moeify.serve.cache import with_room
 from moeify.serve.decoder import Decoder, find_decoder
+from moeify.serve.memory import into_huge_pages
 from moeify.serve.program import Program
 from moeify.serve.quantized import QuantizedExperts, QuantizedLinear
 
@@ -39,10 +39,11 @@ _PLAIN = {
 def fast_decode(model: Model, *, bits: int = 16) -> Model:
     """Decode by one call of the native kernel per token, on a CPU; in place, `model.generate` is used as before.
 
-    Prompts, training, and calls that ask for more than logits (hidden states, hooks) go through the model as it is. With
-    8 or 4 bits its linear maps and experts are replaced by quantised ones, for good; the head keeps 8, routers, norms and
-    embeddings all. The result of a step is compared with the model's own before the model is returned. Call it again
-    when parameters were replaced or cast.
+    Prompts, and calls that ask for more than logits (hidden states, hooks, gradients), go through the model as it is.
+    With 8 or 4 bits its linear maps and experts are replaced by quantised ones, for good; the head keeps 8 bits, and
+    routers, norms and embeddings what they have. In bf16, activations are rounded to 8 bits too where a processor
+    multiplies bytes, for up to eight tokens. The weights move into huge pages. A step is compared with the model's own
+    before the model is returned. Call it again when parameters were replaced or cast.
 
     Args:
         model: a decoder of transformers of the kind of Llama, Mixtral or Qwen3, dense or sparse, or one made sparse
@@ -66,7 +67,9 @@ def fast_decode(model: Model, *, bits: int = 16) -> Model:
             f"the model decodes by torch, which is slower: the native kernel is missing, {reason}", stacklevel=2
         )
         return model
-    decode = _Decode(model, find_decoder(model))
+    decoder = find_decoder(model)
+    into_huge_pages([*(part for layer in decoder.layers for part in (layer.attention, layer.mlp)), decoder.head])
+    decode = _Decode(model, decoder)
     _must_agree(model, decode)
     model.forward = functools.wraps(model.forward)(decode)
     return model
@@ -168,6 +171,6 @@ def _must_agree(model: Any, decode: _Decode) -> None:
     tolerance = _TOLERANCE[decode.decoder.dtype]
     if not error <= tolerance:
         raise ValueError(
-            f"{type(model).__name__} computes something else than its parts say: a step of the kernel differs from its own "
-            f"by {error:.2g} of the logits' length (allowed {tolerance:.2g}); decode it by model.generate as it is"
+            f"{type(model).__name__} computes something else than its parts say: a step of the kernel differs from its "
+            f"own by {error:.2g} of the logits' length (allowed {tolerance:.2g}); decode it by model.generate as it is"
         )

@@ -6,6 +6,8 @@
 #include <limits>
 #include <vector>
 
+#include "bytes.h"
+
 namespace {
 
 // y = x / rms(x) · gain, for every piece of every token.
@@ -28,6 +30,17 @@ void round(const float* x, int64_t count, Bf16* out) {
     int64_t i = 0;
     for (; i + W <= count; i += W) store(out + i, load(x + i));
     if (i < count) store_first(out + i, load_first(x + i, count - i), count - i);
+}
+
+// y = act(gate) · up, or act(gate)
+void between(Inner inner, int32_t activation, const float* gate, const float* up, int64_t count, float* y) {
+    for (int64_t i = 0; i < count; i += W) {
+        const bool whole = count - i >= W;
+        const Floats g = whole ? load(gate + i) : load_first(gate + i, count - i);
+        const Floats u = inner == PLAIN ? g : whole ? load(up + i) : load_first(up + i, count - i);
+        const Floats value = between(inner, Activation(activation), 0, 0, g, u);
+        whole ? store(y + i, value) : store_first(y + i, value, count - i);
+    }
 }
 
 template <class X>
@@ -70,8 +83,61 @@ void linear(const Step& s, int64_t tokens, int threads) {
     }
 }
 
+#if defined(__AVX512BF16__)
+// out = map(x), of one expert, for a few tokens of `width` numbers.
+void multiply_bytes(const Stack& map, int64_t expert, const Rounded& x, int64_t width, int64_t width_out, float* out,
+                    int threads) {
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
+    for (int64_t first = 0; first < width_out; first += BLOCK)
+        byte_products(map, expert, first, std::min<int64_t>(BLOCK, width_out - first), x.tokens.data(),
+                      int(x.tokens.size()), width, out + first, width_out);
+}
+
+void linear_bytes(const Step& s, int64_t tokens, int threads) {
+    static thread_local Rounded x;
+    static thread_local std::vector<float> out;
+    x.round(s.x, tokens, s.width, Format(s.map.format));
+    if (!s.adds) return multiply_bytes(s.map, 0, x, s.width, s.width_out, s.y, threads);
+    out.resize(tokens * s.width_out);
+    multiply_bytes(s.map, 0, x, s.width, s.width_out, out.data(), threads);
+    for (int64_t i = 0; i < tokens * s.width_out; i++) s.y[i] += out[i];
+}
+
+// y[source[row]] += weight[row] · expert(x[source[row]]), for experts that few tokens visit.
+void experts_bytes(const Call& call, const float* x) {
+    static thread_local Rounded inputs, between_;
+    static thread_local std::vector<float> rows, up, hidden, down;
+    const Inner inner = Inner(call.inner);
+    const int64_t maps = inner == PLAIN ? 1 : 2, h = call.hidden;
+    for (int64_t e = 0, row = 0; e < call.experts; row += call.counts[e++]) {
+        const int64_t count = call.counts[e];
+        if (count == 0) continue;
+        rows.resize(count * call.width), up.resize(count * maps * h), hidden.resize(count * h);
+        down.resize(count * call.width_out);
+        for (int64_t m = 0; m < count; m++) {
+            const float* token = x + call.source[row + m] * call.width;
+            std::copy(token, token + call.width, rows.data() + m * call.width);
+        }
+        inputs.round(rows.data(), count, call.width, Format(call.up.format));
+        multiply_bytes(call.up, e, inputs, call.width, maps * h, up.data(), call.threads);
+        for (int64_t m = 0; m < count; m++)
+            between(inner, call.activation, up.data() + m * maps * h, up.data() + (m * maps + maps - 1) * h, h,
+                    hidden.data() + m * h);
+        between_.round(hidden.data(), count, h, Format(call.down.format));
+        multiply_bytes(call.down, e, between_, h, call.width_out, down.data(), call.threads);
+        for (int64_t m = 0; m < count; m++) {
+            float* y = call.y + call.source[row + m] * call.width_out;
+            for (int64_t n = 0; n < call.width_out; n++) y[n] += call.weight[row + m] * down[m * call.width_out + n];
+        }
+    }
+}
+#endif
+
 template <class X>
 void linear(const Step& s, int64_t tokens, int threads) {
+#if defined(__AVX512BF16__)
+    if (s.is_bf16 && takes_bytes(s.map, tokens)) return linear_bytes(s, tokens, threads);
+#endif
     if (s.map.format == INT8)
         linear<X, Int8>(s, tokens, threads);
     else if (s.map.format == INT4)
@@ -140,20 +206,6 @@ void attend(const Step& s, const Turn& t, const Room& room) {
         }
 }
 
-// y = act(x) · x2, or act(x)
-void between(const Step& s, int64_t tokens) {
-    const int64_t count = tokens * s.width;
-    const Inner inner = Inner(s.inner);
-    for (int64_t i = 0; i < count; i += W) {
-        const int64_t left = count - i;
-        const bool whole = left >= W;
-        const Floats gate = whole ? load(s.x + i) : load_first(s.x + i, left);
-        const Floats up = inner == PLAIN ? gate : whole ? load(s.x2 + i) : load_first(s.x2 + i, left);
-        const Floats value = between(inner, Activation(s.activation), 0, 0, gate, up);
-        whole ? store(s.y + i, value) : store_first(s.y + i, value, left);
-    }
-}
-
 float score_of(Score score, float logit) {
     if (score == SIGMOID) return 1.f / (1.f + std::exp(-logit));
     return std::sqrt(std::max(logit, 0.f) + std::log1p(std::exp(-std::fabs(logit))));
@@ -161,7 +213,7 @@ float score_of(Score score, float logit) {
 
 // Token choice, then y += the weighted answers of the chosen experts.
 template <class X>
-int32_t experts(const Step& s, int64_t tokens, int threads) {
+void experts(const Step& s, int64_t tokens, int threads) {
     const int64_t num_experts = s.call->experts, rows = tokens * s.k;
     std::vector<int64_t> chosen(rows), counts(num_experts), begin(num_experts), source(rows);
     std::vector<float> gates(rows), weight(rows), scores(num_experts), choice(num_experts);
@@ -188,16 +240,20 @@ int32_t experts(const Step& s, int64_t tokens, int threads) {
         source[row] = i / s.k, weight[row] = gates[i];
     }
     Call call = *s.call;
-    call.x = rounded<X>(s.x, tokens * call.width), call.x_stride = call.width;
     call.tokens = tokens, call.rows = rows, call.threads = threads, call.y = s.y;
     call.source = source.data(), call.weight = weight.data(), call.counts = counts.data();
-    return moeify_layer(&call, s.is_bf16);
+#if defined(__AVX512BF16__)
+    const int64_t most = *std::max_element(counts.begin(), counts.end());
+    if (s.is_bf16 && call.inner != CLAMPED && takes_bytes(call.up, most) && takes_bytes(call.down, most))
+        return experts_bytes(call, s.x);
+#endif
+    call.x = rounded<X>(s.x, tokens * call.width), call.x_stride = call.width;
+    moeify_layer(&call, s.is_bf16);
 }
 
 }  // namespace
 
-// Returns 0, or 1 for activations that are no numbers any more.
-extern "C" int32_t moeify_steps(const Turn* turn) {
+extern "C" void moeify_steps(const Turn* turn) {
     const Turn& t = *turn;
     const Room* room = t.rooms;
     for (const Step* s = t.steps; s < t.steps + t.count; s++) switch (Kind(s->kind)) {
@@ -205,9 +261,7 @@ extern "C" int32_t moeify_steps(const Turn* turn) {
             case LINEAR: s->is_bf16 ? linear<Bf16>(*s, t.tokens, t.threads) : linear<float>(*s, t.tokens, t.threads); break;
             case ROTATE: rotate(*s, t); break;
             case ATTEND: s->is_bf16 ? attend<Bf16>(*s, t, *room) : attend<float>(*s, t, *room); room++; break;
-            case BETWEEN: between(*s, t.tokens); break;
-            case EXPERTS:
-                if (s->is_bf16 ? experts<Bf16>(*s, t.tokens, t.threads) : experts<float>(*s, t.tokens, t.threads)) return 1;
+            case BETWEEN: between(Inner(s->inner), s->activation, s->x, s->x2, t.tokens * s->width, s->y); break;
+            case EXPERTS: s->is_bf16 ? experts<Bf16>(*s, t.tokens, t.threads) : experts<float>(*s, t.tokens, t.threads);
         }
-    return 0;
 }
