@@ -33,7 +33,7 @@ from moeify.sparsify.make import clustered, importance, random
 from plain_models import output, sparse_layers, told
 from tiny_models import DENSE, causal_lm, inputs
 
-FOR_ENCODERS = {"gshard", "stmoe", "nllb", "base", "vmoe", "mobile_vmoe", "soft", "expert_choice"}
+FOR_ENCODERS = {"gshard", "limoe", "stmoe", "nllb", "base", "vmoe", "mobile_vmoe", "soft", "expert_choice"}
 
 any_recipe = st.builds(
     Recipe,
@@ -86,7 +86,7 @@ def test_a_named_recipe_makes_a_model_that_learns_the_same_after_its_file(name):
     states = []
     for each in (recipes[name], recipe):
         torch.manual_seed(0)
-        model = sparsify(DENSE["bert" if name in FOR_ENCODERS else "llama"](), each, verbose=False)
+        model = sparsify(DENSE["bert" if name in FOR_ENCODERS else "llama"]().train(), each, verbose=False)
         for parameter in (p for key, p in model.named_parameters() if key.endswith("lora_B")):
             torch.nn.init.normal_(parameter)  # adapters start as nothing, and from nothing no router learns
         with told(model, 2):

@@ -15,7 +15,9 @@ from moeify.routers.arrow import Arrow
 from moeify.routers.capacity import capacity
 from moeify.routers.competition import Compete
 from moeify.routers.cosine import Cosine
+from moeify.routers.default_vector import DefaultVector
 from moeify.routers.expert_choice import ExpertChoice
+from moeify.routers.expert_threshold import ExpertThreshold
 from moeify.routers.frozen import Frozen
 from moeify.routers.gshard import GShard
 from moeify.routers.lookup import Lookup
@@ -107,6 +109,27 @@ catalogue: dict[str, Entry] = {
             shared=dense,
         ),
     ),
+    "deepseek_v2": Entry(
+        "fine experts beside a shared one, softmax weights as they are times a scale, groups by their best expert",
+        "arXiv 2405.04434",
+        "DeepSeek-V2",
+        Recipe(
+            num_experts=32,
+            router=partial(TopK, k=4, groups=Groups(4, 2), normalize=False, scale=4.0),
+            experts=partial(fresh, granularity=4),
+            shared=dense,
+        ),
+    ),
+    "longcat": Entry(
+        "experts that answer the token itself, a bias; steer it with Proportional(real=8)",
+        "arXiv 2509.01322",
+        None,
+        Recipe(
+            num_experts=12,
+            router=partial(TopK, k=3, selection_bias=True, normalize=False, scale=2.0),
+            experts=partial(with_free, zero=0, copy=4, constant=0),
+        ),
+    ),
     "olmoe": Entry(
         "fine experts, top-4, softmax weights as they are",
         "arXiv 2409.02060",
@@ -124,6 +147,18 @@ catalogue: dict[str, Entry] = {
         "arXiv 2505.09388",
         "Qwen3-MoE",
         Recipe(num_experts=32, router=partial(TopK, k=4), experts=partial(fresh, granularity=4)),
+    ),
+    "noisy": Entry(
+        "noisy top-4 with learned noise; train with the losses importance and load",
+        "arXiv 1701.06538",
+        None,
+        Recipe(num_experts=16, router=partial(NoisyTopK, k=4), experts=partial(fresh, granularity=2)),
+    ),
+    "default_moe": Entry(
+        "top-2, and a mean answer in place of each expert that is not asked, for the router's gradient",
+        "arXiv 2504.12463",
+        None,
+        Recipe(router=DefaultVector, experts=fresh),
     ),
     "gshard": Entry(
         "a random second expert, capacity in every other layer",
@@ -176,6 +211,29 @@ catalogue: dict[str, Entry] = {
         "arXiv 2202.09368",
         None,
         Recipe(where=odd, router=partial(ExpertChoice, factor=2.0), experts=fresh),
+    ),
+    "expert_threshold": Entry(
+        "experts take tokens above a cut-off of their own; move it with CutOff",
+        "arXiv 2603.11535",
+        None,
+        Recipe(router=ExpertThreshold, experts=fresh),
+    ),
+    "limoe": Entry(
+        "top-1, the surest tokens first, in every other layer; train with the entropies of each modality",
+        "arXiv 2206.02770",
+        None,
+        Recipe(
+            where=odd,
+            router=partial(
+                capacity,
+                router=partial(TopK, k=1, normalize=False),
+                factor=1.0,
+                eval_factor=1.0,
+                capacity=per_token,
+                priority="score",
+            ),
+            experts=fresh,
+        ),
     ),
     "topp": Entry(
         "as many experts as reach a probability of 0.4",
@@ -300,9 +358,7 @@ catalogue: dict[str, Entry] = {
         "trained adapters beside queries and values, weighed by what all of them answer; train with log_product",
         "arXiv 2404.13628",
         None,
-        Recipe(
-            where=linears(r"q(uery|_proj)?$|v(alue|_proj)?$"), num_experts=4, router=MoLE, experts=lora, shared=frozen
-        ),
+        Recipe(where=linears(QUERIES_AND_VALUES), num_experts=4, router=MoLE, experts=lora, shared=frozen),
     ),
 }
 """Named recipes.
