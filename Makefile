@@ -22,7 +22,9 @@ bench: $(VENV)/.test
 	$(BIN)/python benchmarks/run.py
 
 gpu: $(VENV)/.test
-	$(BIN)/python -m pytest tests/test_gpu.py
+	$(BIN)/python -m pip install --quiet --editable '.[gpu]'
+	$(BIN)/python -m pytest tests/test_gpu.py tests/kernels/triton
+	$(BIN)/python benchmarks/gpu.py
 	$(BIN)/python benchmarks/run.py --device cuda --tokens 1 16 256 4096 32768
 
 claims: $(VENV)/.test

@@ -275,6 +275,21 @@ def test_their_functions_refuse_in_words(backend: str, build: Callable[[str], Mo
         build(backend)(torch.randn(3, 8, 32))
 
 
+@pytest.mark.parametrize("backend", THEIRS)
+def test_tokens_that_a_limit_sent_to_other_experts_are_refused_by_their_functions(backend: str):
+    layer = _layer(backend)
+    limited = Capacity(
+        TopK(32, EXPERTS, k=1, normalize=False, init_std=1.0), factor=1.0, eval_factor=1.0, overflow="next"
+    )
+    moe = MoE(limited, layer.experts, backend=backend)
+    x = torch.randn(1, 8, 32)
+    routing = limited(x, moe.context)
+    assert routing.source.shape[0] == 8  # as many rows as without a limit
+    assert routing.counts.tolist() != routing.demand.tolist()
+    with pytest.raises(ValueError, match="a limit has given some tokens to others"):
+        moe(x)
+
+
 def test_padding_is_refused_by_their_functions():
     context = Context()
     context.mask(torch.tensor([[1] * 8, [1] * 5 + [0] * 3]))

@@ -185,6 +185,8 @@ def _as_theirs(ffn: FFN) -> SimpleNamespace:
 def _theirs_cannot(x: Float[Tensor, "... D"], routing: Routing, experts: Experts) -> str | None:
     if reason := BACKENDS["gather"].refuse(x, routing, experts):
         return reason
+    if routing.demand is not routing.counts:  # pyrefly: ignore[missing-attribute]
+        return "it reads the experts that every token asked for, and a limit has given some tokens to others"
     if not isinstance(experts, FFN):
         return f"it needs the stacked weights of an FFN, and the experts are {type(experts).__name__}"
     if experts.width_out != experts.width:

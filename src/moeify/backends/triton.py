@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import math
+import os
 
 import torch
 from jaxtyping import Float, Int
@@ -52,14 +53,16 @@ def cannot(x: Float[Tensor, "... D"], routing: Routing, experts: Experts) -> str
 
 
 def chosen(x: Float[Tensor, "... D"], routing: Routing, experts: Experts) -> bool:
-    """Whether the kernels are expected to be faster than torch's grouped product with its copies.
+    """Whether they are asked for, and expected to be faster than torch's grouped product with its copies.
+
+    No GPU has run them yet, so `auto` takes them only with `MOEIFY_TRITON=1` in the environment.
 
     What they save are copies, worth 1 / D + 1 / H of the products' time, up to a factor; what they lose is that
     CUTLASS multiplies somewhat faster than Triton. They are taken where D · H / (D + H) is at most 1000, which leaves
     Mixtral's wide experts to torch, and takes fine-grained ones. In dtypes that torch's grouped product does not know,
     one product per expert and a wait for the counts is what they compete with, so they are always taken.
     """
-    if not x.is_cuda or experts.stacked is None:
+    if not asked() or not x.is_cuda or experts.stacked is None:
         return False
     stacked = experts.stacked
     (_, width_out, hidden), width = stacked.down.shape, x.shape[-1]
@@ -104,8 +107,16 @@ def cannot_decode(x: Float[Tensor, "... D"], routing: Routing, experts: Experts)
 
 
 def decode_chosen(x: Float[Tensor, "... D"], routing: Routing, experts: Experts) -> bool:
-    """Whether visits are so few that most experts that are visited are visited once."""
-    return x.is_cuda and isinstance(routing, Assignment) and routing.source.shape[0] <= routing.counts.shape[0]
+    """Whether they are asked for, and visits are so few that most experts that are visited are visited once."""
+    return (
+        asked() and x.is_cuda and isinstance(routing, Assignment) and routing.source.shape[0] <= routing.counts.shape[0]
+    )
+
+
+@torch.compiler.assume_constant_result
+def asked() -> bool:
+    """Whether `auto` may take kernels that no GPU has run."""
+    return os.environ.get("MOEIFY_TRITON") == "1"
 
 
 def _unserved(x: Tensor, routing: Routing, experts: Experts) -> str | None:
