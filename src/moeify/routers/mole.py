@@ -18,7 +18,7 @@ from moeify.routing import Assignment
 
 @register("router", "mole")
 class MoLE(Router):
-    """Every expert answers, and a learned gate weighs the answers by looking at all of them (arXiv 2404.13628, eqs. 9-12).
+    """Every expert answers, and a learned gate looks at all answers to weigh them (arXiv 2404.13628, eqs. 9-12).
 
         a = normalised(E_1(x) ⊕ ... ⊕ E_E(x))      side by side, mean 0 and variance 1
         ε = W a
