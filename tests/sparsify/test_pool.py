@@ -1,102 +1,28 @@
 import copy
-import json
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from rich.console import Console
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import nn
 
-from moeify import MoE, Recipe, from_adapters, load, load_adapters, record, save, save_adapters, sparsify
-from moeify.experts import FFN, LoRA
+from adapter_folders import ATTENTION, adapted_llama, answer, fill, layers, make_adapter, make_gates, pool, same, state
+from moeify import Recipe, from_adapters, load_adapters, record, save_adapters, sparsify
+from moeify.experts import LoRA
 from moeify.routers import Arrow, ExpertChoice, Phatgoose, TopK, Uniform
 from moeify.routers.once import once
 from moeify.sparsify import (
     adapters_of,
     add_adapter,
-    bake,
-    dense,
-    ffn,
     frozen,
     linears,
     lora,
-    lora_ffn,
     merge_into_dense,
-    save_gates,
     show_pool,
 )
-from moeify.sparsify.adapter_files import Adapter, LowRank, read_adapter, write_adapter
-from strategies import seeds
-from tiny_models import TINY, inputs
-
-ATTENTION = ["q_proj", "v_proj"]
-
-
-def make_adapter(folder: Path, targets=ATTENTION, rank: int = 2, *, seed: int = 0, base=None, **config) -> Path:
-    """The folder of an adapter of the tiny Llama as PEFT would write it, with random weights."""
-    generator = torch.Generator().manual_seed(seed)
-    tensors = {}
-    for name, part in (TINY["llama"]() if base is None else base).named_modules():
-        if name.rpartition(".")[2] in targets and isinstance(part, nn.Linear):
-            A = torch.randn(rank, part.in_features, generator=generator) * 0.3
-            B = torch.randn(part.out_features, rank, generator=generator) * 0.3
-            tensors |= {f"base_model.model.{name}.lora_{side}.weight": t for side, t in (("A", A), ("B", B))}
-    folder.mkdir(parents=True)
-    settings = {"peft_type": "LORA", "r": rank, "lora_alpha": 4, "bias": "none", "target_modules": targets} | config
-    (folder / "adapter_config.json").write_text(json.dumps(settings))
-    save_file(tensors, folder / "adapter_model.safetensors")
-    return folder
-
-
-def make_gates(folder: Path, seed: int = 0) -> Path:
-    generator = torch.Generator().manual_seed(seed)
-    maps = read_adapter(folder).maps
-    save_gates({name: torch.randn(low.A.shape[1], generator=generator) for name, low in maps.items()}, folder)
-    return folder
-
-
-@pytest.fixture
-def folders(tmp_path) -> dict[str, Path]:
-    """Three adapters with gates: of different ranks, and of maps that overlap in part."""
-    made = {
-        "law": make_adapter(tmp_path / "law", rank=2, seed=1),
-        "med": make_adapter(tmp_path / "med", [*ATTENTION, "down_proj"], rank=4, seed=2),
-        "bio": make_adapter(tmp_path / "bio", ["v_proj", "down_proj"], rank=1, seed=3),
-    }
-    return {name: make_gates(folder, seed) for seed, (name, folder) in enumerate(made.items())}
-
-
-def pool(folders: dict[str, Path], router=Phatgoose, **options) -> nn.Module:
-    return from_adapters(TINY["llama"]().eval(), folders, router, verbose=False, **options)
-
-
-def layers(model: nn.Module) -> dict[str, MoE]:
-    return {name: part for name, part in model.named_modules() if isinstance(part, MoE)}
-
-
-def answer(model: nn.Module) -> Tensor:
-    with torch.no_grad():
-        return model(**inputs(model)).logits
-
-
-def same(actual: Tensor, expected: Tensor) -> None:
-    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-5 * expected.abs().max().item())
-
-
-def state(model: nn.Module, name: str) -> dict[str, Tensor]:
-    """What a pool holds of one adapter."""
-    found = {}
-    for module, layer in layers(model).items():
-        if name in layer.experts.names:
-            e = layer.experts.names.index(name)
-            found |= {f"{module} {key}": t[e] for key, t in layer.experts.state_dict().items()}
-            found[f"{module} gate"] = layer.router.weight[e]
-    return found
-
+from moeify.sparsify.adapter_files import read_adapter
+from tiny_models import TINY
 
 TARGETS = {"llama": ["q_proj", "down_proj"], "gpt2": ["c_attn", "c_fc"], "vit": "all-linear", "t5": ["q", "v", "wo"]}
 
@@ -112,12 +38,6 @@ def test_one_adapter_alone_computes_what_peft_computes(family, rslora, tmp_path)
     ours = from_adapters(TINY[family]().eval(), {"only": tmp_path}, verbose=False)
     same(answer(ours), answer(theirs))
     assert (answer(ours) - answer(TINY[family]().eval())).abs().max() > 0.01
-
-
-def fill(model: nn.Module) -> None:
-    for name, parameter in model.named_parameters():
-        if "lora_" in name:
-            nn.init.normal_(parameter, std=0.3)
 
 
 def test_patterns_of_ranks_and_alphas_are_pefts(tmp_path):
@@ -223,13 +143,6 @@ def test_one_decision_for_all_maps_needs_the_same_adapters_in_each(folders, tmp_
     assert all(counts == first for counts in others)
 
 
-def adapted_llama(**recipe) -> nn.Module:
-    parts = {"where": linears("_proj"), "experts": partial(lora, rank=3), "shared": frozen, "num_experts": 2} | recipe
-    model = sparsify(TINY["llama"]().eval(), Recipe(**parts), verbose=False)
-    fill(model)
-    return model
-
-
 def test_adapters_that_were_trained_as_experts_take_another_among_them(folders):
     model = adapted_llama(router=partial(TopK, k=1, normalize=False))
     add_adapter(model, "law", folders["law"], verbose=False)
@@ -289,149 +202,6 @@ def test_peft_computes_with_saved_adapters_what_each_of_them_adds(family, tmp_pa
         same(answer(theirs), answer(ours))
 
 
-@given(st.lists(st.tuples(st.integers(1, 4), st.floats(0.125, 9, width=32)), min_size=1, max_size=4), seeds)
-def test_an_adapter_comes_back_from_its_files_exactly(tmp_path_factory, sizes, seed):
-    torch.manual_seed(seed)
-    maps = {
-        f"layers.{i}.fc": LowRank(torch.randn(rank, 5), torch.randn(6, rank), scale)
-        for i, (rank, scale) in enumerate(sizes)
-    }
-    folder = tmp_path_factory.mktemp("adapter")
-    write_adapter(Adapter(maps), folder, targets=["fc"], transposed=False, base="")
-    again = read_adapter(folder).maps
-    assert again.keys() == maps.keys()
-    for name, low in maps.items():
-        assert torch.equal(again[name].A, low.A)
-        assert torch.equal(again[name].B, low.B)
-        assert torch.tensor(again[name].scale) == torch.tensor(low.scale)
-
-
-@pytest.mark.parametrize(
-    ("config", "message"),
-    [
-        ({"peft_type": "IA3"}, "adapter of type IA3; only LORA"),
-        ({"use_dora": True}, "DoRA rescales the weight"),
-        ({"bias": "lora_only"}, "changes the base's biases"),
-        ({"modules_to_save": ["lm_head"]}, "replaces whole modules of the base"),
-        ({"trainable_token_indices": [1]}, "changes embeddings"),
-        ({"init_lora_weights": "pissa_niter_4"}, "path_initial_model_for_weight_conversion"),
-        ({"r": 3}, r"q_proj has rank 2 in adapter_model.safetensors and 3 in adapter_config.json"),
-    ],
-)
-def test_adapters_that_are_no_plain_lora_are_refused_in_words(config, message, tmp_path):
-    with pytest.raises(ValueError, match=message):
-        pool({"a": make_adapter(tmp_path / "a", **config)})
-
-
-@pytest.mark.parametrize(
-    ("key", "shape", "message"),
-    [
-        (
-            "base_model.model.model.embed_tokens.lora_embedding_A",
-            (2, 256),
-            "adapts an embedding, which is no linear map",
-        ),
-        ("base_model.model.model.layers.0.self_attn.q_proj.lora_magnitude_vector", (32,), "DoRA"),
-        ("base_model.model.model.norm.weight", (32,), "not one of a LoRA beside a linear map"),
-        ("base_model.model.model.layers.0.mlp.up_proj.lora_A.weight", (2, 32), r"up_proj has lora_A \(2, 32\)"),
-    ],
-)
-def test_tensors_that_are_not_of_a_lora_are_named(key, shape, message, tmp_path):
-    file = make_adapter(tmp_path / "a") / "adapter_model.safetensors"
-    save_file(load_file(file) | {key: torch.zeros(shape)}, file)
-    with pytest.raises(ValueError, match=message):
-        pool({"a": tmp_path / "a"})
-
-
-def test_adapters_of_another_base_are_refused_by_their_tensors(tmp_path):
-    folder = make_adapter(tmp_path / "a", ["q_proj"])
-    wide = TINY["llama"]().config
-    wide.hidden_size, wide.head_dim = 64, 16
-    base = type(TINY["llama"]())(wide)
-    with pytest.raises(
-        ValueError, match=r"another base: model.layers.0.self_attn.q_proj.lora_A is \(2, 32\).*\(2, 64\)"
-    ):
-        from_adapters(base, {"a": folder})
-    with pytest.raises(ValueError, match=r"q_proj, which this GPT2LMHeadModel does not have"):
-        from_adapters(TINY["gpt2"](), {"a": folder})
-    with pytest.raises(ValueError, match=r"\(here it is layers.0.self_attn.q_proj\)"):
-        from_adapters(TINY["llama"]().model, {"a": folder})
-
-
-def test_maps_that_are_not_called_cannot_have_adapters(tmp_path):
-    base = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 32, batch_first=True), 2, enable_nested_tensor=False)
-    with pytest.raises(ValueError, match=r"self_attn.out_proj, a NonDynamically.* only linear maps that are called"):
-        from_adapters(base, {"a": make_adapter(tmp_path / "a", ["out_proj"], base=base)})
-    x = torch.randn(2, 5, 16)
-    before = base.eval()(x)
-    from_adapters(base, {"b": make_adapter(tmp_path / "b", ["linear1"], base=base)}, verbose=False)
-    assert (base(x) - before).abs().max() > 0.01
-
-
-def test_missing_and_unsafe_files_are_refused(tmp_path):
-    with pytest.raises(FileNotFoundError, match="not the folder of a PEFT adapter"):
-        pool({"a": tmp_path})
-    folder = make_adapter(tmp_path / "a")
-    (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin")
-    with pytest.raises(FileNotFoundError, match="a pickle, which may run code"):
-        pool({"a": folder})
-    save_file({}, folder / "adapter_model.safetensors")
-    with pytest.raises(ValueError, match="nothing of the adapter 'a' attaches"):
-        pool({"a": folder})
-    (folder / "adapter_model.safetensors").write_bytes(b"no tensors")
-    with pytest.raises(ValueError, match="is damaged or not a safetensors file"):
-        pool({"a": folder})
-    (folder / "adapter_config.json").write_text("[]")
-    with pytest.raises(ValueError, match="must hold a mapping"):
-        pool({"a": folder})
-
-
-def test_names_that_cannot_be_folders_or_are_taken_are_refused(folders):
-    with pytest.raises(ValueError, match=r"cannot be called '../law'"):
-        pool({"../law": folders["law"]})
-    with pytest.raises(ValueError, match="has an adapter 'law' already"):
-        add_adapter(pool(folders), "law", folders["law"])
-    with pytest.raises(ValueError, match="sparse already"):
-        from_adapters(pool(folders), folders)
-    with pytest.raises(ValueError, match="there is no adapter to attach"):
-        pool({})
-    with pytest.raises(ValueError, match="has no adapters; make a pool"):
-        add_adapter(TINY["llama"](), "law", folders["law"])
-
-
-def test_a_gate_of_another_width_is_refused(folders):
-    save_gates({"model.layers.0.self_attn.q_proj": torch.ones(3)}, folders["law"])
-    with pytest.raises(ValueError, match=r"the gate of model.layers.0.self_attn.q_proj of the adapter 'law' is \(3,\)"):
-        pool(folders)
-
-
-def test_damaged_pools_are_refused(folders, tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"not written by moeify\.save_adapters"):
-        load_adapters(TINY["llama"](), tmp_path / "law")
-    save_adapters(pool(folders), tmp_path / "pool")
-    routers = load_file(tmp_path / "pool/router.safetensors")
-    routers.pop("model.layers.0.self_attn.q_proj.weight")
-    save_file(routers, tmp_path / "pool/router.safetensors")
-    with pytest.raises(ValueError, match=r"lacks model.layers.0.self_attn.q_proj.weight"):
-        load_adapters(TINY["llama"](), tmp_path / "pool")
-    description = json.loads((tmp_path / "pool/moeify.json").read_text())
-    (tmp_path / "pool/moeify.json").write_text(json.dumps(description | {"adapters": ["../law"]}))
-    with pytest.raises(ValueError, match="cannot be called"):
-        load_adapters(TINY["llama"](), tmp_path / "pool")
-    (tmp_path / "pool/moeify.json").write_text("{}")
-    with pytest.raises(ValueError, match="is damaged, or not written by"):
-        load_adapters(TINY["llama"](), tmp_path / "pool")
-
-
-def test_what_no_adapter_of_peft_can_be_is_not_written_as_one(tmp_path):
-    with pytest.raises(ValueError, match="q_proj is trained with its adapters"):
-        save_adapters(adapted_llama(shared=dense), tmp_path)
-    with pytest.raises(ValueError, match="has LoRAFFN experts; bake"):
-        save_adapters(adapted_llama(where=ffn, experts=lora_ffn, shared=lambda dense, width: None), tmp_path)
-    with pytest.raises(ValueError, match="is no linear map with adapters beside it"):
-        save_adapters(adapted_llama(where=ffn), tmp_path)
-
-
 def test_the_table_says_who_is_where_and_whose_gates_are_missing(folders, capsys):
     (folders["bio"] / "gates.safetensors").unlink()
     model = from_adapters(TINY["llama"](), folders, Phatgoose)
@@ -440,68 +210,6 @@ def test_the_table_says_who_is_where_and_whose_gates_are_missing(folders, capsys
     rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in console.export_text().splitlines()]
     assert ["model.layers.*.self_attn.v_proj", "2", "law (2), med (4), bio (1)", "Phatgoose"] in rows
     assert ["model.layers.*.self_attn.q_proj", "2", "law (2), med (4)", "Phatgoose"] in rows
-
-
-def networks(family: str, **recipe) -> nn.Module:
-    model = TINY[family]().eval()
-    parts = {"num_experts": 3, "router": TopK, "experts": partial(lora_ffn, rank=2, scale=0.5)} | recipe
-    sparsify(model, Recipe(**parts), verbose=False)
-    fill(model)
-    return model
-
-
-@pytest.mark.parametrize("family", ["llama", "gpt2", "vit"])
-def test_baked_networks_compute_what_they_did_as_ordinary_experts(family, tmp_path):
-    model = networks(family, router=partial(TopK, k=1, normalize=False))
-    before = answer(model)
-    bake(model)
-    assert all(type(layer.experts) is FFN for layer in layers(model).values())
-    same(answer(model), before)
-    save(model, tmp_path)
-    assert torch.equal(answer(load(tmp_path)), answer(model))
-
-
-def test_what_decides_in_every_map_cannot_be_baked(folders):
-    model = pool(folders)
-    with pytest.raises(ValueError, match=r"q_proj and 5 other maps .* decide for themselves.*merge_into_dense"):
-        bake(model)
-    with pytest.raises(ValueError, match="has FFN experts, which are no low-rank changes"):
-        bake(bake(networks("llama")))
-    with pytest.raises(ValueError, match="there is nothing to bake"):
-        bake(TINY["llama"]())
-
-
-@pytest.mark.parametrize("family", ["llama", "gpt2", "t5"])
-def test_a_pool_under_fixed_weights_is_one_dense_model(family):
-    weights = [0.5, -1.5, 2.0]
-    where = linears("q_proj|down_proj|c_attn|c_fc|wo")
-    model = TINY[family]().eval()
-    parts = list(dict(model.named_modules()))
-    recipe = Recipe(where=where, num_experts=3, router=partial(Uniform, weights=weights), experts=lora, shared=frozen)
-    sparsify(model, recipe, verbose=False)
-    fill(model)
-    before = answer(model)
-    merge_into_dense(model, dict(zip("012", weights, strict=True)))
-    same(answer(model), before)
-    assert list(dict(model.named_modules())) == parts
-    assert all(parameter.requires_grad for parameter in model.parameters())
-
-
-def test_merging_leaves_tied_embeddings_as_they_are(tmp_path):
-    model = TINY["gpt2"]().eval()
-    from_adapters(model, {"head": make_adapter(tmp_path / "head", ["lm_head"], base=model)}, verbose=False)
-    words = model.get_input_embeddings().weight
-    before, logits = words.detach().clone(), answer(model)
-    merge_into_dense(model, {"head": 1.0})
-    assert torch.equal(words, before)
-    same(answer(model), logits)
-
-
-def test_only_adapters_that_are_there_can_be_merged(folders):
-    with pytest.raises(ValueError, match="there is no adapter art; there are: bio, law, med"):
-        merge_into_dense(pool(folders), {"art": 1.0})
-    with pytest.raises(ValueError, match=r"has LoRAFFN experts; bake\(model\)"):
-        merge_into_dense(networks("llama"), {"0": 1.0})
 
 
 def test_a_pool_keeps_the_dtype_of_its_base_and_exact_scales(folders):

@@ -24,7 +24,7 @@ from moeify.routing import Assignment
 class FinalMask(Router):
     """Drops everything that a token gets from its experts with probability p, and scales it by 1 / (1 - p) otherwise.
 
-    Final output masking, FOM (NLLB, arXiv 2207.04672): to mask Σ_j g_j E_j(x) is to mask the g_j, so a masked token has
+    Final output masking (NLLB, arXiv 2207.04672): to mask Σ_j g_j E_j(x) is to mask the g_j, so a masked token has
     no rows, and they cost nothing. In training only. What the inner router asked for stays in `demand`, `index` and
     `scores`, by which losses and controllers go.
 
