@@ -8,6 +8,8 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from moeify.kernels.native.steps import Room
 
+_LEAST = 256  # positions
+
 
 class RoomyLayer(DynamicLayer):
     """The keys and values of one layer, in memory for twice as many positions as were needed when it was taken.
@@ -28,36 +30,41 @@ class RoomyLayer(DynamicLayer):
         """Append keys and values, and return all."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-            self.keys, self.values = (states[:, :, :0] for states in (key_states, value_states))
-        length, new = self.get_seq_length(), key_states.shape[-2]
-        self._grow(new)
-        self.keys[:, :, length:] = key_states
-        self.values[:, :, length:] = value_states
-        return self.keys, self.values
+            self.keys, self.values = key_states[:, :, :0], value_states[:, :, :0]
+        length = self.get_seq_length()
+        keys, values = self._grown(key_states.shape[-2])
+        keys[:, :, length:] = key_states
+        values[:, :, length:] = value_states
+        return keys, values
 
     def append(self) -> Room:
         """Make place for one position, and tell where it is; the kernel fills it."""
-        self._grow(1)
-        assert self.keys is not None
-        return Room(self.keys.data_ptr(), self.values.data_ptr(), self.keys.stride(0), self.keys.stride(1))
+        keys, values = self._grown(1)
+        return Room(keys.data_ptr(), values.data_ptr(), keys.stride(0), keys.stride(1))
 
-    def _grow(self, new: int) -> None:
-        length = self.keys.shape[-2]
-        if not self._has_room(length + new):
-            shape = (*self.keys.shape[:2], max(256, 2 * (length + new)), self.keys.shape[-1])
-            store = self.keys.new_empty(shape), self.values.new_empty(shape)
-            for whole, part in zip(store, (self.keys, self.values), strict=True):
-                whole[:, :, :length] = part
-            self._store = store
-        self.keys, self.values = (whole.narrow(2, 0, length + new) for whole in self._store)
+    def _grown(self, new: int) -> tuple[Tensor, Tensor]:
+        """Keys and values with so many positions more."""
+        keys, values = self.keys, self.values
+        assert keys is not None
+        assert values is not None
+        length = keys.shape[2] + new
+        if self._store is None or not (
+            _begins(keys, self._store[0], length) and _begins(values, self._store[1], length)
+        ):
+            self._store = _roomier(keys, length), _roomier(values, length)
+        self.keys, self.values = (whole.narrow(2, 0, length) for whole in self._store)
+        return self.keys, self.values
 
-    def _has_room(self, length: int) -> bool:
-        if self._store is None or self._store[0].shape[2] < length:
-            return False
-        return all(
-            whole.data_ptr() == part.data_ptr() and whole.shape[:2] == part.shape[:2]
-            for whole, part in zip(self._store, (self.keys, self.values), strict=True)
-        )
+
+def _begins(part: Tensor, whole: Tensor, length: int) -> bool:
+    """Whether a tensor is the beginning of another that has room for `length` positions."""
+    return whole.shape[2] >= length and part.data_ptr() == whole.data_ptr() and part.shape[:2] == whole.shape[:2]
+
+
+def _roomier(part: Tensor, length: int) -> Tensor:
+    whole = part.new_empty(*part.shape[:2], max(_LEAST, 2 * length), part.shape[3])
+    whole[:, :, : part.shape[2]] = part
+    return whole
 
 
 def with_room(cache: Cache, layers: int) -> bool:

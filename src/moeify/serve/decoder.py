@@ -73,14 +73,17 @@ def find_decoder(model: nn.Module) -> Decoder:
             model, f"it is in {weight.dtype} on {weight.device}, and the kernel computes in fp32 or bf16 on a CPU"
         )
     layers = [_layer(model, name, layer) for name, layer in body.layers.named_children()]
-    decoder = Decoder(body.embed_tokens, layers, body.norm, model.lm_head, body.rotary_emb, weight.dtype)
+    head: Any = model.lm_head
+    if not is_linear(head):
+        raise _no(model, f"its head is {type(head).__name__}, not a plain linear map")
+    decoder = Decoder(body.embed_tokens, layers, body.norm, head, body.rotary_emb, weight.dtype)
     for norm in [decoder.norm, *(norm for layer in layers for norm in layer.norms)]:
         if not hasattr(norm, "variance_epsilon") or norm.weight.dim() != 1 or len(list(norm.parameters())) != 1:
             raise _no(model, f"{type(norm).__name__} is no root-mean-square norm of transformers")
     return decoder
 
 
-def is_linear(module: nn.Module) -> bool:
+def is_linear(module: nn.Module | None) -> bool:
     """Whether the kernel reads a module's weights itself: a plain linear map, or one that was quantised by us."""
     return type(module) is QuantizedLinear or (type(module) is nn.Linear and module.weight.stride(1) == 1)
 

@@ -12,11 +12,12 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from moeify.context import Context
 from moeify.experts.quantized import Quantized, quantize
 from moeify.interface import NativeExperts, use_moeify_experts
 from moeify.kernels import native
 from moeify.moe import MoE
-from moeify.serve.cache import with_room
+from moeify.serve.cache import RoomyLayer, with_room
 from moeify.serve.decoder import Decoder, find_decoder
 from moeify.serve.memory import into_huge_pages
 from moeify.serve.program import Program
@@ -118,7 +119,8 @@ class _Decode:
             first = attention_mask.shape[1] - attention_mask.sum(1)
         if position_ids is None:
             position_ids = torch.full((1, 1), length)
-        return self.program.run(input_ids, position_ids, first, cache.layers)
+        layers = [layer for layer in cache.layers if isinstance(layer, RoomyLayer)]
+        return self.program.run(input_ids, position_ids, first, layers)
 
     def _serves(self, input_ids: Tensor, cache: Cache, kwargs: dict[str, Any]) -> bool:
         """Whether a call wants nothing but the logits of one more token per sequence, padded on the left if at all."""
@@ -132,8 +134,16 @@ class _Decode:
             and (mask is None or _padded_left(mask, cache.get_seq_length() + 1))
             and not torch.is_grad_enabled()
             and not self.model_is_training()
-            and not any(part._forward_hooks or part._forward_pre_hooks for part in self.parts)
+            and not any(_is_heard(part) for part in self.parts)
         )
+
+
+def _is_heard(part: nn.Module) -> bool:
+    """Whether a module has hooks that wait for a call; those of a `Context` have read the same in the model's own."""
+    if part._forward_hooks:
+        return True
+    hooks = part._forward_pre_hooks
+    return bool(hooks) and not all(isinstance(getattr(hook, "__self__", None), Context) for hook in hooks.values())
 
 
 def _padded_left(mask: Tensor, length: int) -> bool:

@@ -15,13 +15,14 @@ from moeify.experts import Experts
 from moeify.interface import NativeExperts
 from moeify.kernels.native import steps
 from moeify.kernels.native.steps import Step
-from moeify.kernels.stacked import name_of
+from moeify.kernels.stacked import Glu, name_of
 from moeify.moe import MoE
 from moeify.routers.topk import TopK
 from moeify.routing import assign
 from moeify.serve.cache import RoomyLayer
 from moeify.serve.decoder import Decoder, Layer, Linear, is_linear
 from moeify.serve.quantized import QuantizedExperts, QuantizedLinear
+from moeify.sparsify.dense import DenseFFN
 
 
 class Program:
@@ -94,18 +95,17 @@ class Program:
         answer = module(normed.to(self.dtype).unsqueeze(1))
         self.x += answer.view_as(self.x)
 
-    def _dense(self, mlp: Any, x: Tensor) -> bool:
+    def _dense(self, mlp: nn.Module, x: Tensor) -> bool:
         """down(act(gate(x)) · up(x))."""
-        if set(dict(mlp.named_children())) - {"act_fn"} != {"gate_proj", "up_proj", "down_proj"}:
+        parts = _gated(mlp)
+        if parts is None:
             return False
-        activation = name_of(mlp.act_fn)
-        if activation is None or not all(is_linear(m) for m in (mlp.gate_proj, mlp.up_proj, mlp.down_proj)):
-            return False
-        gate, up = (self._buffer(name, mlp.gate_proj.out_features) for name in ("gate", "up"))
-        self._linear(mlp.gate_proj, x, gate)
-        self._linear(mlp.up_proj, x, up)
+        first, second, down, activation = parts
+        gate, up = (self._buffer(name, first.out_features) for name in ("gate", "up"))
+        self._linear(first, x, gate)
+        self._linear(second, x, up)
         self._add(steps.between(gate, up, gate, activation))
-        self._linear(mlp.down_proj, gate, self.x, adds=True)
+        self._linear(down, gate, self.x, adds=True)
         return True
 
     def _theirs(self, block: Any, x: Tensor) -> bool:
@@ -185,3 +185,19 @@ class Program:
 
     def _buffer(self, name: str, width: int) -> Tensor:
         return self.buffers.setdefault((name, width), torch.empty(self.tokens, width))
+
+
+def _gated(mlp: Any) -> tuple[Linear, Linear, Linear, str] | None:
+    """Gate, up map, down map and activation of a gated network, as transformers or we name them."""
+    maps: list[Any]
+    if isinstance(mlp, DenseFFN):
+        maps, act = [*mlp.ups, mlp.down], mlp.inner.act if isinstance(mlp.inner, Glu) else None
+    elif set(dict(mlp.named_children())) - {"act_fn"} == {"gate_proj", "up_proj", "down_proj"}:
+        maps, act = [mlp.gate_proj, mlp.up_proj, mlp.down_proj], mlp.act_fn
+    else:
+        return None
+    activation = None if act is None else name_of(act)
+    if activation is None or len(maps) != 3 or not all(is_linear(module) for module in maps):
+        return None
+    gate, up, down = maps
+    return gate, up, down, activation

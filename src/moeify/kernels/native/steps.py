@@ -181,7 +181,7 @@ def experts(
 
 
 def run_steps(
-    steps: Sequence[Step],
+    steps: Sequence[Step] | ctypes.Array[Step],
     tokens: int,
     *,
     angles: tuple[Float[Tensor, "T A"], Float[Tensor, "T A"]] | None = None,
