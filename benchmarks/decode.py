@@ -32,6 +32,7 @@ from torch import nn
 from transformers import DynamicCache
 
 from moeify.serve import fast_decode
+from moeify.serve.memory import into_huge_pages
 
 SHAPE = {
     "vocab_size": 32000, "hidden_size": 1024, "num_hidden_layers": 10, "num_attention_heads": 16,
@@ -170,7 +171,8 @@ def measure(name: str, options: argparse.Namespace, folder: Path) -> tuple[nn.Mo
             command = [options.llama / "llama-quantize", files["bf16"], files[kind], kind]
             subprocess.run([str(word) for word in command], capture_output=True, check=True)
     tasks = ways(name, model, options.batches)
-    memory = torch.ones(200_000_000)
+    memory = nn.Embedding(200_000, 1000)  # read as the weights are
+    into_huge_pages([memory])
     times: Times = {}
     bandwidths = []
     for task in tasks.values():
@@ -181,7 +183,7 @@ def measure(name: str, options: argparse.Namespace, folder: Path) -> tuple[nn.Mo
         for kind, file in files.items():
             for what, speed in llama(options.llama, file, options.threads).items():
                 times.setdefault(("llama.cpp", BITS[kind], what), []).append(speed)
-        bandwidths.append(max(bandwidth(memory) for _ in range(3)))
+        bandwidths.append(max(bandwidth(memory.weight.detach()) for _ in range(3)))
     for file in files.values():
         file.unlink()
     return model, times, bandwidths

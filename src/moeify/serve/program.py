@@ -187,7 +187,7 @@ class Program:
         return self.buffers.setdefault((name, width), torch.empty(self.tokens, width))
 
 
-def _gated(mlp: Any) -> tuple[Linear, Linear, Linear, str] | None:
+def _gated(mlp: Any) -> tuple[Any, Any, Any, str] | None:
     """Gate, up map, down map and activation of a gated network, as transformers or we name them."""
     maps: list[Any]
     if isinstance(mlp, DenseFFN):
