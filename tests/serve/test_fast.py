@@ -199,6 +199,18 @@ def test_weights_stay_the_parameters_that_they_were():
     assert "forward" not in vars(model)
 
 
+@needs_kernel
+def test_a_copy_decodes_by_its_own_weights():
+    model, inputs = fast_decode(made(mixtral)), prompts()
+    expected = tokens(model, inputs)
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    assert torch.equal(tokens(other, inputs), expected)
+    assert steps_of(other) == 19
+
+
 def test_without_a_kernel_the_model_decodes_as_before_and_says_why(monkeypatch):
     monkeypatch.setenv("MOEIFY_NATIVE", "0")
     model, inputs = made(mixtral), prompts()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
@@ -86,20 +85,22 @@ class _Decode:
     """A model's forward pass, where a token per sequence goes through the kernel."""
 
     def __init__(self, model: nn.Module, decoder: Decoder) -> None:
-        self.slow: Callable[..., Any] = model.forward
+        self.model, self.slow = model, model.forward
         self.decoder = decoder
         self.parts = [module for module in model.modules() if module is not model]
-        self.model_is_training = lambda: model.training
         self.program: Program | None = None
 
     def __call__(self, input_ids: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
         cache = kwargs.get("past_key_values")
-        if cache is None and kwargs.get("use_cache") is not False and not self.model_is_training():
+        if cache is None and kwargs.get("use_cache") is not False and not self.model.training:
             cache = kwargs["past_key_values"] = DynamicCache()
         roomy = isinstance(cache, Cache) and with_room(cache, len(self.decoder.layers))
         if roomy and input_ids is not None and not args and self._serves(input_ids, cache, kwargs):
             return CausalLMOutputWithPast(logits=self.fast(input_ids, cache, **kwargs), past_key_values=cache)
         return self.slow(input_ids, *args, **kwargs)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"program": None}  # a copy has other memory
 
     def fast(
         self,
@@ -133,7 +134,7 @@ class _Decode:
             and wanted <= _PLAIN
             and (mask is None or _padded_left(mask, cache.get_seq_length() + 1))
             and not torch.is_grad_enabled()
-            and not self.model_is_training()
+            and not self.model.training
             and not any(_is_heard(part) for part in self.parts)
         )
 
