@@ -26,7 +26,7 @@ LONG_WITH_TILES = 8
 
 
 @dataclass(frozen=True)
-class _Maps:
+class Maps:
     """The two maps of all experts as the kernel reads them."""
 
     up: Tensor
@@ -41,21 +41,23 @@ class _Maps:
 
     @property
     def tensors(self) -> list[Tensor]:
+        """All that there are."""
         found = [self.up, self.up_bias, self.up_scales, self.down, self.down_bias, self.down_scales]
         return [tensor for tensor in found if tensor is not None]
 
 
-def _maps(experts: Experts) -> _Maps | None:
+def maps_of(experts: Experts) -> Maps | None:
+    """What the kernel reads of experts, None of experts that it does not know."""
     if isinstance(experts, Quantized):
         up, down = experts.up, experts.down
-        return _Maps(
+        return Maps(
             up.weight, up.bias, up.scales, down.weight, down.bias, down.scales, experts.hidden, up.group, experts.inner
         )
     s = experts.stacked
     if s is None:
         return None
     up, down = (_by_rows(weight, experts) for weight in (s.up, s.down))
-    return _Maps(up, s.up_bias, None, down, s.down_bias, None, s.down.shape[2], 0, s.inner)
+    return Maps(up, s.up_bias, None, down, s.down_bias, None, s.down.shape[2], 0, s.inner)
 
 
 def _by_rows(weight: Float[Tensor, "E O D"], experts: Experts) -> Float[Tensor, "E O D"]:
@@ -69,12 +71,12 @@ def _by_rows(weight: Float[Tensor, "E O D"], experts: Experts) -> Float[Tensor, 
 def run(x: Float[Tensor, "... D"], routing: Routing, experts: Experts) -> Tensor:
     """Compute the layer by the native kernel."""
     assert isinstance(routing, Assignment)
-    maps = _maps(experts)
+    maps = maps_of(experts)
     assert maps is not None
     y = torch.ops.moeify.native_layer(
         x.reshape(-1, x.shape[-1]), routing.source, routing.weight, routing.counts, routing.rest,
         maps.up, maps.up_bias, maps.up_scales, maps.down, maps.down_bias, maps.down_scales,
-        maps.hidden, maps.group, *_words(maps.inner),
+        maps.hidden, maps.group, *words_of(maps.inner),
     )  # fmt: skip
     return y.view(*routing.shape, y.shape[-1])
 
@@ -87,7 +89,7 @@ def refuse(x: Tensor, routing: Routing, experts: Experts) -> str | None:
         return f"it needs an Assignment, and the router gave a {type(routing).__name__}"
     if routing.weight.dim() > 1:
         return "it needs one weight per row, and the router gave several gates"
-    maps = _maps(experts)
+    maps = maps_of(experts)
     if maps is None:
         return f"it needs stacked or quantised experts without dropout, and these are {type(experts).__name__}"
     if isinstance(maps.inner, Plain | Glu) and name_of(maps.inner.act) is None:
@@ -111,7 +113,7 @@ def refuse(x: Tensor, routing: Routing, experts: Experts) -> str | None:
     return _unavailable()
 
 
-def _wrong_dtype(x: Tensor, maps: _Maps) -> str | None:
+def _wrong_dtype(x: Tensor, maps: Maps) -> str | None:
     quantised = maps.up_scales is not None
     floats = [maps.up_bias, maps.down_bias, *([] if quantised else [maps.up, maps.down])]
     other = next((t.dtype for t in floats if t is not None and t.dtype != x.dtype), None)
@@ -122,7 +124,7 @@ def chosen(x: Tensor, routing: Routing, experts: Experts) -> bool:
     """Whether there is enough to do, and the segments are short enough, for the kernel to be the fastest."""
     if x.device.type != "cpu" or not isinstance(routing, Assignment):
         return False
-    maps = _maps(experts)
+    maps = maps_of(experts)
     if maps is None or maps.up.numel() < WORTH_COMPILING:
         return False
     return maps.up_scales is not None or routing.source.shape[0] < _long(x, experts) * experts.num_experts
@@ -139,7 +141,7 @@ def _has_tiles() -> bool:
     return torch.cpu._is_amx_tile_supported()
 
 
-def _words(inner: Inner) -> tuple[str, str, float, float]:
+def words_of(inner: Inner) -> tuple[str, str, float, float]:
     """A nonlinearity as the kernel is told of it."""
     if isinstance(inner, ClampedGlu):
         return "clamped", "silu", inner.alpha, inner.limit

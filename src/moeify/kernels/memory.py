@@ -36,7 +36,7 @@ def new_stack(shape: tuple[int, int, int], counts: Sequence[int], like: Tensor) 
         like: a tensor of its dtype and device.
     """
     if like.is_cpu and math.prod(shape) * like.element_size() > _LARGE:
-        return _in_huge_pages((torch.empty if all(counts) else torch.zeros)(shape, dtype=like.dtype))
+        return in_huge_pages((torch.empty if all(counts) else torch.zeros)(shape, dtype=like.dtype))
     stack = like.new_empty(shape)
     for matrix, count in zip(stack, counts, strict=True):
         if count == 0:
@@ -44,16 +44,17 @@ def new_stack(shape: tuple[int, int, int], counts: Sequence[int], like: Tensor) 
     return stack
 
 
-def _in_huge_pages(fresh: Tensor) -> Tensor:
+def in_huge_pages(fresh: Tensor) -> Tensor:
     """Ask the system to map fresh memory by pages of 2 MiB instead of 4 KiB: 512 times fewer faults."""
-    if (madvise := _madvise()) is not None:
+    if (madvise := advise()) is not None:
         start = -(-fresh.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
         madvise(start, fresh.data_ptr() + fresh.nbytes - start, mmap.MADV_HUGEPAGE)  # advice only: failing does no harm
     return fresh
 
 
 @cache
-def _madvise() -> Any:
+def advise() -> Any:
+    """The system's `madvise`, None where it knows no huge pages."""
     if sys.platform != "linux" or not hasattr(mmap, "MADV_HUGEPAGE"):
         return None
     madvise = ctypes.CDLL(None).madvise

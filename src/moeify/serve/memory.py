@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from moeify.kernels.memory import _in_huge_pages, _madvise
+from moeify.kernels.memory import advise, in_huge_pages
 
 _HUGE = 2**21
 _LINE = 64
@@ -20,11 +20,11 @@ def into_huge_pages(modules: Iterable[nn.Module]) -> None:
     They stay the tensors that they are. Each is freed from its old place when it has moved, so no second copy of all is
     held. Nothing is moved where the system knows no huge pages.
     """
-    if _madvise() is None:
+    if advise() is None:
         return
     tensors = list({id(t): t for m in modules for t in (*m.parameters(), *m.buffers()) if _can_move(t)}.values())
     sizes = [-(-tensor.nbytes // _LINE) * _LINE for tensor in tensors]
-    memory = _in_huge_pages(torch.empty(sum(sizes) + _HUGE, dtype=torch.uint8))
+    memory = in_huge_pages(torch.empty(sum(sizes) + _HUGE, dtype=torch.uint8))
     at = -memory.data_ptr() % _HUGE
     for tensor, size in zip(tensors, sizes, strict=True):
         place = memory[at : at + tensor.nbytes].view(tensor.dtype).view(tensor.shape)

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from moeify.backends.native import _maps, _words
+from moeify.backends.native import maps_of, words_of
 from moeify.backends.native import refuse as kernel_refuses
 from moeify.experts import Experts
 from moeify.interface import NativeExperts
@@ -144,11 +144,11 @@ class Program:
         routing = assign(torch.zeros(1, 1, dtype=torch.int64), torch.ones(1, 1), experts.num_experts)
         if kernel_refuses(some, routing, experts) is not None:
             return False
-        maps = _maps(experts)
+        maps = maps_of(experts)
         assert maps is not None
         layer = steps.Experts(
             x.shape[1], (maps.up, maps.up_bias, maps.up_scales), (maps.down, maps.down_bias, maps.down_scales),
-            maps.hidden, maps.group, *_words(maps.inner),
+            maps.hidden, maps.group, *words_of(maps.inner),
         )  # fmt: skip
         logits = self._buffer("router", len(router))
         weight = self._hold(router.detach().float().unsqueeze(0).contiguous())
