@@ -1,4 +1,4 @@
-"""Memory for the gradients of many experts: untouched experts cost little, touched ones few page faults."""
+"""Memory for the gradients of many experts, of which untouched ones cost little; and memory in huge pages."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def new_stack(shape: tuple[int, int, int], counts: Sequence[int], like: Tensor) 
         like: a tensor of its dtype and device.
     """
     if like.is_cpu and math.prod(shape) * like.element_size() > _LARGE:
-        return in_huge_pages((torch.empty if all(counts) else torch.zeros)(shape, dtype=like.dtype))
+        return (torch.empty if all(counts) else torch.zeros)(shape, dtype=like.dtype)
     stack = like.new_empty(shape)
     for matrix, count in zip(stack, counts, strict=True):
         if count == 0:
