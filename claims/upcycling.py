@@ -86,14 +86,14 @@ def _loss(model: nn.Module, ids: Tensor, balance: float) -> Tensor:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=400)
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     options = parser.parse_args()
     torch.set_num_threads(1)
     train, validation = novels("train"), novels("validation")
     before = held_out(stories(), validation)
     print(f"{len(train)} blocks, before: {before:.4f} nats per token")
     ends: dict[str, list[float]] = {arm: [] for arm in ARMS}
-    for seed in range(options.seeds):
+    for seed in options.seeds:
         for arm, recipe in ARMS.items():
             torch.manual_seed(seed)
             model = stories()
