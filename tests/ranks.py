@@ -1,0 +1,139 @@
+"""Ranks as processes of their own, for tests of what several of them do together.
+
+They are forked off a server that has no threads: a fork of a process with threads waits for them for ever.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import socket
+
+import torch
+import transformers
+from transformers import TrainerCallback, TrainingArguments
+
+from moeify.sparsify import Recipe, sparsify
+from moeify.train import SparseArguments, SparseTrainer, SparseTrainerMixin
+from tiny_models import VOCABULARY, causal_lm
+
+
+class Silent(transformers.Trainer):
+    """Has no loss of its own, so that what remains is the balance."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        return (0 * loss, outputs) if return_outputs else 0 * loss
+
+
+class BalanceOnly(SparseTrainerMixin, Silent):
+    pass
+
+
+class Record(TrainerCallback):
+    def __init__(self):
+        self.routers = []
+
+    def on_pre_optimizer_step(self, args, state, control, model, **kwargs):
+        named = [(n, p.grad) for n, p in model.named_parameters() if "router" in n or "gate.weight" in n]
+        self.routers.append(torch.cat([gradient.flatten() for _, gradient in named]).tolist())
+
+
+class Strike(TrainerCallback):
+    """In step 3, and on one rank only, a signal arrives or a gradient becomes NaN."""
+
+    def __init__(self, kind):
+        self.kind = kind
+
+    def on_step_begin(self, args, state, control, model, **kwargs):
+        if args.process_index == 1 and state.global_step == 2:
+            if self.kind == "signal":
+                signal.raise_signal(signal.SIGTERM)
+            else:
+                model.lm_head.weight.register_hook(lambda gradient: gradient * float("nan"))
+
+
+def llama():
+    torch.manual_seed(0)
+    return sparsify(causal_lm("llama"), Recipe(num_experts=4), verbose=False)
+
+
+def train(folder, build, ranks, *callbacks, kind=SparseTrainer, resume=None, sparse=None, **arguments):
+    generator = torch.Generator().manual_seed(0)
+    data = []
+    for length in torch.randint(5, 13, (32,), generator=generator).tolist():
+        ids = torch.randint(3, VOCABULARY, (12,), generator=generator)
+        mask = (torch.arange(12) < length).long()
+        data.append({"input_ids": ids * mask, "attention_mask": mask, "labels": ids.where(mask.bool(), -100)})
+    settings = {
+        "max_steps": 4, "per_device_train_batch_size": 4 // ranks, "gradient_accumulation_steps": 2, "use_cpu": True,
+        "save_strategy": "no", "report_to": [], "disable_tqdm": True, "logging_steps": 1, "max_grad_norm": 0.0,
+        "ddp_find_unused_parameters": False,
+    } | arguments  # fmt: skip
+    made = kind(
+        build(), TrainingArguments(folder, **settings), train_dataset=data, callbacks=list(callbacks), sparse=sparse
+    )
+    made.train(resume_from_checkpoint=resume)
+    return made
+
+
+def gradients(rank, ranks, folder, build):
+    record, sparse = Record(), SparseArguments(balance=1.0, z=0.1)
+    train(folder, build, ranks, record, kind=BalanceOnly, sparse=sparse, learning_rate=0.0)
+    return record.routers
+
+
+def stopped(rank, ranks, folder, kind):
+    try:
+        return train(folder, llama, ranks, Strike(kind)).state.global_step
+    except FloatingPointError as error:
+        return str(error)
+
+
+def resumed(rank, ranks, folder, build):
+    train(folder, build, ranks, save_strategy="steps", save_steps=2, resume=True)
+
+
+def whole(rank, ranks, folder, build):
+    train(folder, build, ranks, save_strategy="steps", save_steps=2)
+
+
+def _become(rank, ranks, port, case, arguments, answers):
+    from accelerate.state import AcceleratorState, GradientState
+
+    torch.set_num_threads(1)  # two ranks of two threads would wait for each other's cores
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": ranks, "RANK": rank, "LOCAL_RANK": rank}
+    os.environ.update({name: str(value) for name, value in where.items()} | {"GLOO_SOCKET_IFNAME": "lo"})
+    try:
+        answers.put((rank, case(rank, ranks, *arguments), None))
+    except BaseException as error:
+        answers.put((rank, None, f"{type(error).__name__}: {error}"))
+    answers.close()
+    answers.join_thread()
+    os._exit(0)
+
+
+def on_ranks(ranks, case, *arguments):
+    """What each rank answers when all of them run `case(rank, ranks, ...)`."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    server = multiprocessing.get_context("forkserver")
+    server.set_forkserver_preload(["ranks"])
+    answers = server.Queue()
+    workers = [server.Process(target=_become, args=(r, ranks, port, case, arguments, answers)) for r in range(ranks)]
+    for worker in workers:
+        worker.start()
+    found = {}
+    try:
+        for _ in workers:
+            rank, answer, error = answers.get(timeout=60)
+            assert error is None, f"rank {rank}: {error}"
+            found[rank] = answer
+    finally:
+        for worker in workers:
+            worker.kill()
+    return [found[rank] for rank in range(ranks)]
