@@ -1,8 +1,6 @@
 """Default MoE against its two equations, token by token, in fp64, over several batches."""
 
-import json
 import multiprocessing
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +11,7 @@ from moeify import MoE
 from moeify.experts import FFN, Each
 from moeify.routers import Capacity, DefaultVector
 from moeify.train.checkpointing import keep_decisions
+from ranks import defaults, on_ranks
 from strategies import agree, doubled, gradients, sharpen
 
 T, D, E, O = 9, 6, 4, 3  # noqa: E741 (widths in and out)
@@ -98,30 +97,13 @@ def test_a_repeated_forward_pass_learns_nothing_and_decides_alike():
         torch.testing.assert_close(repeated, plain, rtol=0, atol=0)
 
 
-def _learn_half(rank: int, folder: Path) -> None:
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
-    torch.manual_seed(0)
+@pytest.mark.skipif("forkserver" not in multiprocessing.get_all_start_methods(), reason="a rank is forked off a server")
+def test_two_ranks_learn_what_one_would_learn_from_both_batches():
     moe, x = layer(), torch.randn(2 * T, D)
-    moe(x[rank * T : (rank + 1) * T])
-    (folder / f"{rank}.json").write_text(json.dumps(moe.router.default.tolist()))
-    torch.distributed.destroy_process_group()
-
-
-@pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="a rank is a forked process")
-def test_two_ranks_learn_what_one_would_learn_from_both_batches(tmp_path):
-    torch.manual_seed(0)
-    moe, x = layer(), torch.randn(2 * T, D)
+    found = on_ranks(2, defaults, moe, x)
     moe(x)
-    ranks = [multiprocessing.get_context("fork").Process(target=_learn_half, args=(rank, tmp_path)) for rank in (0, 1)]
-    for process in ranks:
-        process.start()
-    for process in ranks:
-        process.join(60)
-        assert process.exitcode == 0
-    for rank in (0, 1):
-        learned = torch.tensor(json.loads((tmp_path / f"{rank}.json").read_text()))
-        torch.testing.assert_close(learned, moe.router.default)
+    for learned in found:
+        torch.testing.assert_close(torch.tensor(learned), moe.router.default)
 
 
 def test_padding_gets_nothing_and_changes_nothing():

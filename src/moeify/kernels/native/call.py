@@ -8,6 +8,7 @@ from ctypes import c_float, c_int32, c_int64, c_void_p
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch import library as operators
 
 from moeify.kernels.native.build import library
 from moeify.kernels.stacked import KNOWN
@@ -37,7 +38,7 @@ class _Call(ctypes.Structure):
     )  # fmt: skip
 
 
-_OPERATORS = torch.library.Library("moeify", "FRAGMENT")
+_OPERATORS = operators.Library("moeify", "FRAGMENT")
 _OPERATORS.define(
     "native_layer(Tensor x, Tensor source, Tensor weight, Tensor counts, Tensor? rest, Tensor up, Tensor? up_bias, "
     "Tensor? up_scales, Tensor down, Tensor? down_bias, Tensor? down_scales, int hidden, int group, str inner, "
@@ -123,7 +124,7 @@ def _stack(weight: Tensor, bias: Tensor | None, scales: Tensor | None, group: in
 _OPERATORS.impl("native_layer", native_layer, "CPU")
 
 
-@torch.library.register_fake("moeify::native_layer", lib=_OPERATORS)
+@operators.register_fake("moeify::native_layer", lib=_OPERATORS)
 def _(x: Tensor, *arguments: object) -> Tensor:
     down = arguments[7]
     assert isinstance(down, Tensor)
