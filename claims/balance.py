@@ -11,8 +11,6 @@ expert and domain.
 from __future__ import annotations
 
 import argparse
-import gzip
-import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -21,6 +19,7 @@ from statistics import fmean, stdev
 
 import torch
 import transformers
+from common.text import text_by_domain
 from results import RESULTS, append
 from torch import Tensor, nn
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
@@ -31,9 +30,8 @@ from moeify.inspect import expert_load
 from moeify.routers import TopK
 from moeify.routing import Assignment
 from moeify.sparsify import fresh
-from moeify.train import ByteTokenizer, Texts, blocks
+from moeify.train import ByteTokenizer
 from moeify.train.data import Blocks
-from moeify.train.research import data_file
 
 DOMAINS = ("novel", "math", "code_python", "code_rust", "shell", "docs_ko", "docs_zh", "docs_fr")
 CAP, LENGTH, BATCH, MICRO_BATCHES = 1_000_000, 128, 4, 4
@@ -74,21 +72,6 @@ ARMS: dict[str, tuple[Loss, Rule | None]] = {
     "SMEBU": (none, SMEBU()),
     "quantile": (none, Quantile()),
 }
-
-
-def text() -> tuple[Blocks, Blocks]:
-    parts = []
-    for part in ("train", "validation"):
-        documents: dict[str, list[str]] = {domain: [] for domain in DOMAINS}
-        sizes = dict.fromkeys(DOMAINS, 0)
-        with gzip.open(data_file(f"text-domains/{part}.jsonl.gz"), "rt") as lines:
-            for row in map(json.loads, lines):
-                domain = row["domain"]
-                if domain in sizes and sizes[domain] < CAP:
-                    documents[domain].append(row["text"])
-                    sizes[domain] += len(row["text"].encode())
-        parts.append(documents)
-    return blocks(Texts(*parts), ByteTokenizer(), LENGTH)
 
 
 def build(has_bias: bool) -> nn.Module:
@@ -179,7 +162,7 @@ def main() -> None:
     parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS))
     options = parser.parse_args()
     torch.set_num_threads(1)
-    data, validation = text()
+    data, validation = text_by_domain(DOMAINS, CAP, LENGTH)
     traces, ends = {}, {}
     for arm in options.arms:
         for seed in range(options.seeds):

@@ -13,23 +13,21 @@ from __future__ import annotations
 
 import argparse
 import copy
-import gzip
-import json
 from collections.abc import Callable, Iterator
 from statistics import fmean, stdev
 
 import torch
 import transformers
+from common.text import text_by_domain
 from results import append
 from torch import Tensor, nn
 
 from moeify import losses, merge_models, record
 from moeify.flops import count
 from moeify.sparsify import through
-from moeify.train import ByteTokenizer, Texts, blocks
+from moeify.train import ByteTokenizer
 from moeify.train.data import Blocks
 from moeify.train.freeze import freeze
-from moeify.train.research import data_file
 
 DOMAINS = ("novel", "math", "code_python", "docs_fr")
 CAP, LENGTH, BATCH = 900_000, 128, 16
@@ -37,21 +35,6 @@ BASE, BRANCH, MIX = 1000, 120, 100
 BASE_RATE, RATE, BALANCE = 2e-3, 1e-3, 1e-2
 
 Batches = Callable[[torch.Generator], Tensor]
-
-
-def text() -> tuple[Blocks, Blocks]:
-    parts = []
-    for part in ("train", "validation"):
-        documents: dict[str, list[str]] = {domain: [] for domain in DOMAINS}
-        sizes = dict.fromkeys(DOMAINS, 0)
-        with gzip.open(data_file(f"text-domains/{part}.jsonl.gz"), "rt") as lines:
-            for row in map(json.loads, lines):
-                domain = row["domain"]
-                if domain in sizes and sizes[domain] < CAP:
-                    documents[domain].append(row["text"])
-                    sizes[domain] += len(row["text"].encode())
-        parts.append(documents)
-    return blocks(Texts(*parts), ByteTokenizer(), LENGTH)
 
 
 def of_domain(data: Blocks, domain: str) -> Tensor:
@@ -159,7 +142,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     options = parser.parse_args()
     torch.set_num_threads(1)
-    train_part, validation = text()
+    train_part, validation = text_by_domain(DOMAINS, CAP, LENGTH)
     learnt = {domain: of_domain(train_part, domain) for domain in DOMAINS}
     unseen = {domain: of_domain(validation, domain)[:256] for domain in DOMAINS}
     ends: dict[str, list[float]] = {}
