@@ -32,6 +32,7 @@ from torch import nn
 from transformers import DynamicCache
 
 from moeify.serve import fast_decode
+from moeify.serve.fast import cache_name
 from moeify.serve.memory import into_huge_pages
 
 SHAPE = {
@@ -85,11 +86,11 @@ def decode(model: nn.Module, batch: int, tokens: int = GENERATED) -> float:
     """Tokens per second of all sequences, behind a prompt of two."""
     cache = DynamicCache()
     ids = torch.arange(2 * batch).view(batch, 2) + 100
-    ids = model(ids, past_key_values=cache, use_cache=True).logits[:, -1:].argmax(-1)
-    ids = model(ids, past_key_values=cache, use_cache=True).logits.argmax(-1)
+    ids = model(ids, **{cache_name(model): cache}, use_cache=True).logits[:, -1:].argmax(-1)
+    ids = model(ids, **{cache_name(model): cache}, use_cache=True).logits.argmax(-1)
     start = time.perf_counter()
     for _ in range(tokens):
-        ids = model(ids, past_key_values=cache, use_cache=True).logits.argmax(-1)
+        ids = model(ids, **{cache_name(model): cache}, use_cache=True).logits.argmax(-1)
     return batch * tokens / (time.perf_counter() - start)
 
 

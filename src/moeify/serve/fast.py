@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import warnings
 from typing import Any, TypeVar
 
@@ -29,11 +30,19 @@ _PLAIN = {
     "input_ids",
     "attention_mask",
     "position_ids",
-    "past_key_values",
     "use_cache",
     "return_dict",
     "logits_to_keep",
 }
+
+
+_CACHES = {"past_key_values", "cache"}
+_READ = {"attention_mask", "position_ids"}
+
+
+def cache_name(model: nn.Module) -> str:
+    """What a model calls its cache: `past_key_values`, or from transformers 5.24 on `cache`."""
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
 
 def fast_decode(model: Model, *, bits: int = 16) -> Model:
@@ -88,15 +97,21 @@ class _Decode:
         self.model, self.slow = model, model.forward
         self.decoder = decoder
         self.parts = [module for module in model.modules() if module is not model]
+        self.cache_name = cache_name(model)
         self.program: Program | None = None
 
     def __call__(self, input_ids: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
-        cache = kwargs.get("past_key_values")
+        cache = next((kwargs.pop(name) for name in _CACHES if kwargs.get(name) is not None), None)
         if cache is None and kwargs.get("use_cache") is not False and not self.model.training:
-            cache = kwargs["past_key_values"] = DynamicCache()
+            cache = DynamicCache()
+        if cache is not None:
+            kwargs[self.cache_name] = cache
         roomy = isinstance(cache, Cache) and with_room(cache, len(self.decoder.layers))
         if roomy and input_ids is not None and not args and self._serves(input_ids, cache, kwargs):
-            return CausalLMOutputWithPast(logits=self.fast(input_ids, cache, **kwargs), past_key_values=cache)
+            logits = self.fast(input_ids, cache, **{key: kwargs[key] for key in _READ & kwargs.keys()})
+            answer = CausalLMOutputWithPast(logits=logits)
+            answer[self.cache_name] = cache
+            return answer
         return self.slow(input_ids, *args, **kwargs)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -108,7 +123,6 @@ class _Decode:
         cache: Cache,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        **_: Any,
     ) -> Tensor:
         """The logits of one step."""
         tokens, length = len(input_ids), cache.get_seq_length()
@@ -131,7 +145,7 @@ class _Decode:
             input_ids.dim() == 2
             and input_ids.shape[1] == 1
             and cache.get_seq_length() > 0
-            and wanted <= _PLAIN
+            and wanted <= _PLAIN | _CACHES
             and (mask is None or _padded_left(mask, cache.get_seq_length() + 1))
             and not torch.is_grad_enabled()
             and not self.model.training
@@ -174,10 +188,10 @@ def _must_agree(model: Any, decode: _Decode) -> None:
     ids = torch.arange(48).view(8, 6) * 7919 % model.config.vocab_size
     cache = DynamicCache()
     with_room(cache, len(decode.decoder.layers))
-    model(ids[:, :5], past_key_values=cache, use_cache=True)
+    model(ids[:, :5], **{cache_name(model): cache}, use_cache=True)
     ours = decode.fast(ids[:, 5:], cache)
     cache.crop(-1)
-    theirs = model(ids[:, 5:], past_key_values=cache, use_cache=True).logits.float()
+    theirs = model(ids[:, 5:], **{cache_name(model): cache}, use_cache=True).logits.float()
     error = ((ours - theirs).norm(dim=-1) / theirs.norm(dim=-1)).median().item()
     tolerance = _TOLERANCE[decode.decoder.dtype]
     if not error <= tolerance:

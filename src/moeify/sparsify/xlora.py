@@ -71,7 +71,7 @@ class XLoRA(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The model's answer in the second pass."""
-        if kwargs.get("past_key_values") is not None:
+        if kwargs.get("past_key_values") is not None or kwargs.get("cache") is not None:
             raise ValueError("X-LoRA passes the model twice, which a cache does not survive; pass use_cache=False")
         weights = self.weights(*args, **kwargs)
         with given(self.model, **dict.fromkeys(self.keys, weights)):
