@@ -40,6 +40,7 @@ from moeify.routers import (
     SparseMixer,
     SparseMultiGate,
     Threshold,
+    TokenRounding,
     TopK,
     TopP,
     Uniform,
@@ -95,6 +96,7 @@ ROUTERS = {
     "final mask": lambda: FinalMask(TopK(D, E), 0.4),
     "conditional": lambda: Conditional(TopK(D, E - 1), D, p=0.3),
     "next": lambda: Capacity(TopK(D, E), factor=0.7, overflow="next"),
+    "token rounding": lambda: TokenRounding(TopK(D, E), tile=4),
     "replay": lambda: Replay(TopK(D, E), [route(TopK(D, E), torch.randn(3, 4, D))], weights="recomputed"),
 }
 
@@ -122,7 +124,7 @@ EXPERTS = {
     "constant": lambda: Blocks([FFN(2, D, 6), Constant(2, D)]),
 }
 UNEVEN = {"capacity", "priority", "gshard", "top-p", "threshold", "relu", "expert choice", "soft"}
-UNEVEN |= {"default vector", "expert threshold", "next", "final mask", "mmoe", "ple", "bounded union"}
+UNEVEN |= {"default vector", "expert threshold", "next", "final mask", "mmoe", "ple", "bounded union", "token rounding"}
 IDS = torch.arange(12).view(3, 4)
 BACKENDS = ["compose", "gather", "auto"]
 DTYPES = {torch.float32: 1e-5, torch.float64: 1e-5, torch.bfloat16: 6e-2}

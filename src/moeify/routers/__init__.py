@@ -26,6 +26,7 @@ from moeify.routers.similarity import Similarity
 from moeify.routers.sinkhorn import Sinkhorn
 from moeify.routers.soft import Soft
 from moeify.routers.sparsemixer import SparseMixer
+from moeify.routers.token_rounding import TokenRounding
 from moeify.routers.topk import Groups, TopK, sigmoid, softmax, sqrt_softplus
 from moeify.routers.uniform import Uniform
 from moeify.routers.variable import ReLU, Threshold, TopP
@@ -34,6 +35,6 @@ __all__ = [
     "AllExperts", "Arrow", "Capacity", "Cluster", "Compete", "Conditional", "Cosine", "DefaultVector", "ExpertChoice",
     "ExpertThreshold", "FinalMask", "Follow", "Frozen", "GShard", "Given", "Groups", "Lookup", "MoLE", "MultiGate",
     "NoisyTopK", "Once", "Phatgoose", "ReLU", "Replay", "Residual", "Router", "Similarity", "Sinkhorn", "Soft",
-    "SparseMixer", "SparseMultiGate", "Threshold", "Tokens", "TopK", "TopP", "Uniform", "compete", "project",
-    "real_tokens", "sigmoid", "softmax", "sqrt_softplus",
+    "SparseMixer", "SparseMultiGate", "Threshold", "TokenRounding", "Tokens", "TopK", "TopP", "Uniform", "compete",
+    "project", "real_tokens", "sigmoid", "softmax", "sqrt_softplus",
 ]  # fmt: skip

@@ -1,0 +1,147 @@
+"""Token rounding: every expert is given whole tiles of rows, around any token-choice router (SonicMoE, 2512.14080).
+
+A tile of rows that is half full costs a kernel as much as a full one. So every expert either drops the weakest tokens
+of its last tile, or fills the tile up with those that want it most among the tokens that did not choose it:
+
+    f = tokens that chose an expert
+    f' = round(f)                          to a multiple of the tile
+    its rows: the f' best tokens, those that chose it before all others
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from moeify.context import Context
+from moeify.registry import register
+from moeify.routers.base import Router, real_tokens
+from moeify.routers.topk import TopK
+from moeify.routing import Assignment
+
+Rounding = Callable[[Int[Tensor, "E"], int], Int[Tensor, "E"]]
+
+
+@register("rounding", "down")
+def down(counts: Int[Tensor, "E"], tile: int) -> Int[Tensor, "E"]:
+    """⌊f / tile⌋ · tile: rows are dropped, none is added."""
+    return counts // tile * tile
+
+
+@register("rounding", "up")
+def up(counts: Int[Tensor, "E"], tile: int) -> Int[Tensor, "E"]:
+    """⌈f / tile⌉ · tile: rows are added, none is dropped."""
+    return down(counts + tile - 1, tile)
+
+
+@register("rounding", "nearest")
+def nearest(counts: Int[Tensor, "E"], tile: int) -> Int[Tensor, "E"]:
+    """The nearer of the two, and the lower one halfway between them (the paper's NR-f)."""
+    return up(counts - tile // 2, tile)
+
+
+@register("rounding", "balanced")
+def balanced(counts: Int[Tensor, "E"], tile: int) -> Int[Tensor, "E"]:
+    """One of the two, so that the first experts together, however many, miss or gain half a tile at most (Balance-f).
+
+    The paper carries the error on from expert to expert; that is to round the sums of the first experts.
+    """
+    return nearest(counts.cumsum(0), tile).diff(prepend=counts.new_zeros(1))
+
+
+class TokenRounding(Router):
+    """Rounds the rows of every expert to a multiple of the tile, in training (SonicMoE, algorithm 4).
+
+    In evaluation tokens choose as they do without it, as in the paper. Rows that are dropped leave the other weights of
+    their token as they are; rows that are added weigh the score of the router, as in the authors' code
+    (Dao-AILab/sonic-moe). What the inner router asked for stays in `demand` and `index`, by which losses and
+    controllers go. An expert cannot read more tokens than there are: where the next tile would, rows are dropped.
+
+    Args:
+        router: the router whose decisions are rounded; it must score all experts for every token.
+        tile: rows that a kernel multiplies at once.
+        rounding: the number of rows that an expert is given for the number that chose it: `nearest`, `up`, `down` or
+            `balanced`.
+
+    Raises:
+        ValueError: a tile of less than one row; in `forward`, a decision that does not score all experts for every
+            token, has several weights per row, or speaks for experts that were not asked.
+    """
+
+    causal = False
+
+    def __init__(self, router: Router, *, tile: int = 128, rounding: Rounding = nearest) -> None:
+        super().__init__()
+        if tile < 1:
+            raise ValueError(
+                f"a tile of {tile} rows holds no token; choose what the kernel multiplies at once, say 128"
+            )
+        self.router, self.tile, self.rounding = router, tile, rounding
+
+    def follow(self, previous: Router) -> Router:
+        """Let the inner router follow the one inside the layer before."""
+        assert isinstance(previous, TokenRounding)
+        self.router = self.router.follow(previous.router)
+        return self
+
+    def forward(self, x: Float[Tensor, "... D"], context: Context) -> Assignment:
+        """Decide as the inner router does, then round in training."""
+        routing = self.router(x, context)
+        if not self.training:
+            return routing
+        _check(routing)
+        positions = real_tokens(x, context).positions
+        token = routing.source if positions is None else torch.searchsorted(positions, routing.source)
+        weight = routing.scores.index_put((token, routing.expert), routing.weight.to(routing.scores.dtype))
+        chose = torch.zeros_like(weight, dtype=torch.bool).index_put((token, routing.expert), token.new_ones(()).bool())
+        most = down(token.new_tensor(len(weight)), self.tile)
+        counts = self.rounding(routing.counts, self.tile).minimum(most)
+        expert, token = _best(chose, weight.detach(), counts).t().nonzero(as_tuple=True)
+        return replace(
+            routing,
+            counts=counts,
+            source=token if positions is None else positions[token],
+            weight=weight[token, expert],
+            choice=None,
+            answers=None,
+        )
+
+    def extra_repr(self) -> str:
+        """The tile, and how rows are rounded."""
+        return f"tile={self.tile}, rounding={self.rounding.__name__}"
+
+
+def _best(chose: Bool[Tensor, "T E"], worth: Float[Tensor, "T E"], counts: Int[Tensor, "E"]) -> Bool[Tensor, "T E"]:
+    """The `counts` best tokens of every expert: first those that chose it, then the others, each by their worth."""
+    tokens = worth.argsort(dim=0, descending=True, stable=True)
+    tokens = tokens.gather(0, chose.gather(0, tokens).byte().argsort(dim=0, descending=True, stable=True))
+    place = torch.arange(len(tokens), device=tokens.device).unsqueeze(1)
+    return torch.zeros_like(chose).scatter(0, tokens, place < counts)
+
+
+def _check(routing: Assignment) -> None:
+    if routing.weight.dim() > 1:
+        raise ValueError(f"token rounding needs one weight per row, and this router gave {routing.weight[0].numel()}")
+    if routing.scores is None or len(routing.scores) != routing.tokens:
+        raise ValueError(
+            "token rounding needs a router that scores all experts for every token, to know whom else to ask"
+        )
+    if routing.rest is not None:
+        raise ValueError("token rounding changes which experts are asked, and this router also speaks for the others")
+
+
+@register("router", "token_rounding")
+def token_rounding(
+    width: int,
+    num_experts: int,
+    *,
+    router: Callable[[int, int], Router] = TopK,
+    tile: int = 128,
+    rounding: Rounding = nearest,
+) -> TokenRounding:
+    """A `TokenRounding` around the router that `router(width, num_experts)` makes, for recipes."""
+    return TokenRounding(router(width, num_experts), tile=tile, rounding=rounding)
