@@ -31,6 +31,7 @@ POINTERS = {
 }  # fmt: skip
 PRODUCTS = {"_product", "_hidden", "_outer"}
 LAYERS = {"swiglu": (SWIGLU, False, False), "gpt-oss": (ClampedGlu(), True, True), "gelu": (Plain(F.gelu), True, False)}
+ROUND, ODD = (2048, 768), (1000, 750)  # D and H
 
 
 def test_the_interpreter_computes_what_the_definitions_say():
@@ -51,25 +52,18 @@ class Binary:
     shared: int
 
 
-@pytest.fixture(scope="module")
-def compiled(tmp_path_factory) -> Callable[[str, str, torch.dtype], list[Binary]]:
-    """All kernels of a layer's forward and backward pass, compiled for a GPU."""
-    folder = tmp_path_factory.mktemp("binaries")
-
-    def compile_layer(layer: str, gpu: str, dtype: torch.dtype) -> list[Binary]:
-        capability, family, *_ = GPUS[gpu]
-        launches = launches_of(lambda: run_layer(*LAYERS[layer], dtype), family)
-        return [binary(*launch, capability, folder) for launch in launches]
-
-    return compile_layer
+def compiled(run: Callable[[], None], gpu: str, folder: Path) -> list[Binary]:
+    """All kernels that are launched, compiled for a GPU."""
+    capability, family, *_ = GPUS[gpu]
+    return [binary(*launch, capability, folder) for launch in launches_of(run, family)]
 
 
-def run_layer(inner, bias: bool, transposed: bool, dtype: torch.dtype, width: int = 1024, hidden: int = 768) -> None:
+def run_layer(inner, bias: bool, transposed: bool, dtype: torch.dtype, widths=ROUND, tokens: int = 4096) -> None:
     """A layer forwards and backwards on memory that is never touched."""
     from moeify.kernels.triton import layer
     from moeify.kernels.triton.nonlinearity import nonlinearity
 
-    tokens, k, num_experts, n = 4096, 2, 8, nonlinearity(inner)
+    (width, hidden), k, num_experts, n = widths, 2, 8, nonlinearity(inner)
 
     def floats(*shape):
         return torch.empty(shape, dtype=dtype)
@@ -93,17 +87,21 @@ def run_layer(inner, bias: bool, transposed: bool, dtype: torch.dtype, width: in
 
 def launches_of(run: Callable[[], None], family: str) -> list[tuple[Any, tuple, dict]]:
     """What is launched: kernels, arguments and constants."""
-    from moeify.kernels.triton import layer
+    from moeify.kernels.triton import layer, linear
     from moeify.kernels.triton.config import table
 
     launches = []
+
+    def config(kernel, x, rows, *widths):
+        return table(family, kernel, x.dtype, rows, *widths)
 
     def keep(kernel, *arguments, grid, warmup, **constants):
         launches.append((kernel, arguments, constants))
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(triton.runtime.JITFunction, "run", keep)
-        patch.setattr(layer, "config", lambda kernel, x, rows, *widths: table(family, kernel, x.dtype, rows, True))
+        patch.setattr(layer, "config", config)
+        patch.setattr(linear, "config", config)
         run()
     return launches
 
@@ -137,23 +135,57 @@ def type_of(number: float) -> str:
     return "i32" if number < 2**31 else "i64"
 
 
+def fits(binaries: list[Binary], gpu: str, matrix: str) -> None:
+    """Require that products run on matrix units, that no register is spilled, and that shared memory suffices."""
+    assert not [b.kernel for b in binaries if b.kernel in PRODUCTS and matrix not in b.instructions]
+    assert not [b.kernel for b in binaries if b.stack]
+    assert not [b.kernel for b in binaries if b.shared > 1024 * GPUS[gpu][3]]
+
+
 @pytest.mark.parametrize(
     ("layer", "gpu"),
     [*((layer, gpu) for layer in LAYERS for gpu in ("A100", "H100")), ("swiglu", "B200"), ("swiglu", "RTX 5090")],
 )
-def test_products_run_on_matrix_units_and_nothing_is_spilled(layer, gpu, compiled):
-    binaries = compiled(layer, gpu, torch.bfloat16)
+def test_products_run_on_matrix_units_and_nothing_is_spilled(layer, gpu, tmp_path):
+    binaries = compiled(lambda: run_layer(*LAYERS[layer], torch.bfloat16), gpu, tmp_path)
     assert {b.kernel for b in binaries} >= PRODUCTS
-    _, _, matrix, kilobytes = GPUS[gpu]
-    assert not [b.kernel for b in binaries if b.kernel in PRODUCTS and matrix not in b.instructions]
-    assert not [b.kernel for b in binaries if b.stack]
-    assert not [b.kernel for b in binaries if b.shared > 1024 * kilobytes]
+    fits(binaries, gpu, GPUS[gpu][2])
 
 
+@pytest.mark.parametrize("gpu", ["A100", "H100"])
+@pytest.mark.parametrize(("dtype", "widths"), [(torch.float32, ROUND), (torch.float32, ODD), (torch.bfloat16, ODD)])
+def test_neither_fp32_nor_odd_widths_spill(dtype, widths, gpu, tmp_path):
+    fits(compiled(lambda: run_layer(*LAYERS["swiglu"], dtype, widths), gpu, tmp_path), gpu, GPUS[gpu][2])
+
+
+@pytest.mark.parametrize("gpu", ["A100", "H100"])
+@pytest.mark.parametrize("tokens", [64, 256])
+def test_few_rows_per_expert_have_lower_tiles(tokens, gpu, tmp_path):
+    matrix = "mma.sync" if tokens == 64 else GPUS[gpu][2]  # 16 rows are too few for Hopper's own instruction
+    binaries = compiled(lambda: run_layer(*LAYERS["swiglu"], torch.bfloat16, tokens=tokens), gpu, tmp_path)
+    fits([b for b in binaries if b.kernel != "_outer"], gpu, matrix)
+
+
+@pytest.mark.parametrize("gpu", ["A100", "H100"])
+def test_adapters_of_low_rank_run_on_matrix_units(gpu, tmp_path):
+    def adapter(width: int = 2048, rank: int = 16, rows: int = 4096, num_experts: int = 16) -> None:
+        from moeify.kernels.triton.linear import _backward, _forward
+
+        counts, source = (torch.empty(size, dtype=torch.int64) for size in (num_experts, rows))
+        x, low, dy = (torch.empty(size, dtype=torch.bfloat16) for size in ((rows, width), (rows, rank), (rows, width)))
+        down, up = (torch.empty(num_experts, *size, dtype=torch.bfloat16) for size in ((rank, width), (width, rank)))
+        _forward._init_fn(x, down, None, counts, source)
+        _forward._init_fn(low, up, None, counts, None)
+        _backward._init_fn(dy, low, up, counts, None, [True, True, False])
+        _backward._init_fn(low, x, down, counts, None, [True, True, False])
+
+    fits(compiled(adapter, gpu, tmp_path), gpu, "mma.")  # sums of 16 rows are too few for Hopper's own instruction
+
+
+@pytest.mark.parametrize("gpu", ["A100", "H100"])
 @pytest.mark.parametrize("bits", [16, 8, 4])
-def test_a_decoder_keeps_all_in_registers(bits, tmp_path):
-    for launch in launches_of(lambda: decode(bits), "hopper"):
-        assert not binary(*launch, GPUS["H100"][0], tmp_path).stack
+def test_a_decoder_keeps_all_in_registers(bits, gpu, tmp_path):
+    fits(compiled(lambda: decode(bits), gpu, tmp_path), gpu, "")
 
 
 def decode(bits: int, width: int = 1024, hidden: int = 768, num_experts: int = 8, group: int = 64) -> None:

@@ -55,20 +55,23 @@ def config(kernel: Kernel, x: Tensor, rows_per_expert: int, *widths: int) -> Con
     if autotune.asked():
         return autotune.measured(kernel, x.device, x.dtype, rows_per_expert, widths)
     large = x.is_cuda and torch.cuda.get_device_capability(x.device)[0] in (9, 10)  # 12 is for desktops, with 100 KB
-    aligned = all(width % 16 == 0 for width in widths)
-    return table("hopper" if large else "ampere", kernel, x.dtype, rows_per_expert, aligned)
+    return table("hopper" if large else "ampere", kernel, x.dtype, rows_per_expert, *widths)
 
 
 def table(
-    family: Literal["ampere", "hopper"], kernel: Kernel, dtype: torch.dtype, rows_per_expert: int, aligned: bool
+    family: Literal["ampere", "hopper"], kernel: Kernel, dtype: torch.dtype, rows_per_expert: int, *widths: int
 ) -> Config:
     """The static table; rows per expert choose m, as a tile that is half empty computes for nothing.
 
     Hopper, as the Blackwell of data centres, has 228 KB of shared memory and instructions 256 columns wide; Ampere and
-    all others are given what fits in 100 KB. fp32 takes twice the room of bf16, and unaligned rows take registers.
+    all others are given what fits in 100 KB. fp32 takes twice the room of bf16, and unaligned rows take registers, an
+    address for every number.
     """
-    if dtype == torch.float32 or not aligned:
-        return Config(64, 64, 32, 4, 2)
+    aligned = all(width % 16 == 0 for width in widths)
+    if dtype == torch.float32:
+        return Config(64, 64 if aligned else 32, 32, 4, 2)
+    if not aligned:
+        return Config(64, 64, 32, 8, 2)
     if kernel == "outer":
         return Config(128, 256, 64, 8, 5) if family == "hopper" else Config(128, 128, 32, 8, 3)
     if rows_per_expert <= 24:

@@ -22,8 +22,8 @@ from moeify.kernels.triton.nonlinearity import activate, gated, nonlinearity
 
 PROGRAMS = 512
 """Programs that keep a GPU busy: four for each of about 128 multiprocessors."""
-NUMBERS = 1024 if INTERPRETED else 8192
-"""Weights that a program loads at once; three programs of a multiprocessor then have 48 KB of bf16 on their way."""
+NUMBERS = 1024 if INTERPRETED else 4096
+"""Weights that a program loads at once; six programs share a multiprocessor, with 48 KB of bf16 on their way."""
 
 
 @dataclass(frozen=True)

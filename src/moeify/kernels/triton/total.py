@@ -26,7 +26,7 @@ def total(
         begin: where in `order` the rows of each token begin, and the end.
     """
     tokens, width = len(begin) - 1, rows.shape[1]
-    block = min(power_of_2(width), 1024)
+    block = min(power_of_2(width), 2048 // rows.element_size())  # 16 bytes of a row for each of 128 threads
     out = rows.new_empty(tokens, width)
     blocks = triton.cdiv(width, block)
     launch(_total, tokens * blocks, rows, weight, order, begin, out, width, blocks, BLOCK=block, ROWS=4)
