@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from moeify.experts.base import Experts
+from moeify.kernels.memory import in_huge_pages
 from moeify.kernels.stacked import Inner, Stacked
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -46,9 +47,10 @@ class Weights(nn.Module):
         self.width, self.bits, self.group = width, bits, group
         padded = -(-width // _BLOCK) * _BLOCK
         shape = (num_experts, width_out)
-        numbers = torch.zeros(*shape, width, dtype=torch.int8)
-        if bits == 4:
-            numbers = torch.full((*shape, padded // 2), 0x88, dtype=torch.uint8)
+        if bits == 8:
+            numbers = in_huge_pages(torch.empty(*shape, width, dtype=torch.int8)).zero_()
+        else:
+            numbers = in_huge_pages(torch.empty(*shape, padded // 2, dtype=torch.uint8)).fill_(0x88)
         self.register_buffer("weight", numbers)
         self.register_buffer("scales", torch.ones(*shape, *([padded // group] if bits == 4 else [])))
         self.register_buffer("bias", torch.zeros(shape) if bias else None)

@@ -4,137 +4,189 @@
 #include "maps.h"
 
 #include <algorithm>
-#include <cmath>
 #include <vector>
+
+constexpr int MOST_BYTES = 24;  // rows of an expert for which its weights are multiplied so
+
+// One row of activations, filled up with zeros. Of every 128, fours of the first 64 and of the last 64 take turns, so
+// that even and odd sums of four products belong to two scales.
+struct Token {
+    const int8_t* numbers;
+    const float* scales;  // of every 64 numbers
+    const float* sums;    // of every 64 numbers, scaled: products take weights as w + 128 or w + 8
+};
 
 #if defined(__AVX512BF16__)  // such processors know the instructions of VNNI too
 #define BYTES __attribute__((target("avx512vnni")))
 
-constexpr int SHARED = 64;  // activations that share a scale
+constexpr int SHARED = 64, BLOCKS = 8;  // activations that share a scale; blocks of 128 that share a load of scales
 
-// One token's activations, filled up with zeros. Products take weights as they are stored, w + 128 or w + 8; `seeds` take
-// away what that is too much.
-struct Token {
-    const int8_t* numbers;
-    const int32_t* seeds;  // 16 for every 64 numbers
-    const float* scales;
+struct Pair {  // 128 numbers in the order of a `Token`
+    __m512i first, last;
 };
 
-INLINE Floats absolute(Floats x) { return cast<Floats>(cast<Ints>(x) & 0x7fffffff); }
-
-// 64 numbers to whole ones, in the order of their weights: those of 4 bits come as 0, 32, 1, 33, ...; returns the scale.
-BYTES inline float round_bytes(const float* x, Format format, int8_t* out, int32_t* seeds) {
-    const Floats a = load(x), b = load(x + 16), c = load(x + 32), d = load(x + 48);
-    const __m512 most = _mm512_max_ps(_mm512_max_ps(cast<__m512>(absolute(a)), cast<__m512>(absolute(b))),
-                                      _mm512_max_ps(cast<__m512>(absolute(c)), cast<__m512>(absolute(d))));
-    const float largest = _mm512_reduce_max_ps(most), inverse = largest > 0 ? 127.f / largest : 0.f;
-    const auto whole = [&](Floats v) { return _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(cast<__m512>(v * inverse))); };
-    const __m256i low = _mm256_set_m128i(whole(b), whole(a)), high = _mm256_set_m128i(whole(d), whole(c));
-    __m512i numbers = _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1);
-    if (format == INT4)
-        numbers = _mm512_or_si512(_mm512_cvtepu8_epi16(low), _mm512_slli_epi16(_mm512_cvtepu8_epi16(high), 8));
-    _mm512_storeu_si512(out, numbers);
-    const __m512i offset = _mm512_set1_epi8(format == INT8 ? -128 : 8), zero = _mm512_setzero_si512();
-    _mm512_storeu_si512(seeds, _mm512_sub_epi32(zero, _mm512_dpbusd_epi32(zero, offset, numbers)));
-    return largest / 127.f;
+INLINE Pair in_turn(__m512i a, __m512i b) {
+    const __m512i first = _mm512_set_epi32(23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+    return {_mm512_permutex2var_epi32(a, first, b), _mm512_permutex2var_epi32(a, _mm512_add_epi32(first, _mm512_set1_epi32(8)), b)};
 }
 
-struct Rounded {  // the activations of some tokens
+struct Group {  // 64 activations
+    __m512i numbers;
+    float scale, sum;
+};
+
+// A NaN becomes the scale of its group.
+BYTES inline Group round_group(const float* x) {
+    __m512i largest = _mm512_setzero_si512();
+    for (int i = 0; i < SHARED; i += W)  // as whole numbers, bits have the order of what they stand for, and NaN is last
+        largest = _mm512_max_epi32(largest, _mm512_and_si512(_mm512_loadu_si512(x + i), _mm512_set1_epi32(0x7fffffff)));
+    const float most = cast<float>(_mm512_reduce_max_epi32(largest)), inverse = most > 0 ? 127.f / most : 0.f;
+    alignas(64) int8_t whole[SHARED];
+    for (int i = 0; i < SHARED; i += W)
+        _mm_store_si128((__m128i*)(whole + i), _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(cast<__m512>(load(x + i) * inverse))));
+    const __m512i numbers = _mm512_load_si512(whole), ones = _mm512_set1_epi8(1);
+    const int32_t total = _mm512_reduce_add_epi32(_mm512_dpbusd_epi32(_mm512_setzero_si512(), ones, numbers));
+    return {numbers, most / 127.f, most / 127.f * total};
+}
+
+struct Rounded {  // the activations of some rows
+    int64_t blocks = 0;
     std::vector<int8_t> numbers;
-    std::vector<int32_t> seeds;
-    std::vector<float> scales;
-    std::vector<Token> tokens;
+    std::vector<float> scales, sums;
 
-    void round(const float* x, int64_t count, int64_t k, Format format) {
-        const int64_t groups = (k + NIBBLES - 1) / NIBBLES * 2;
-        numbers.resize(count * groups * SHARED), seeds.resize(count * groups * 16), scales.resize(count * groups);
-        tokens.clear();
-        for (int64_t t = 0; t < count; t++) {
-            const int64_t at = t * groups;
-            tokens.push_back({numbers.data() + at * SHARED, seeds.data() + at * 16, scales.data() + at});
-            for (int64_t g = 0; g < groups; g++) {
-                float padded[SHARED] = {};
-                const float* from = x + t * k + g * SHARED;
-                if ((g + 1) * SHARED > k) {
-                    std::copy(from, from + std::max<int64_t>(k - g * SHARED, 0), padded);
-                    from = padded;
-                }
-                scales[at + g] = round_bytes(from, format, numbers.data() + (at + g) * SHARED, seeds.data() + (at + g) * 16);
+    void make_room(int64_t rows, int64_t k) {
+        blocks = (k + BLOCKS * NIBBLES - 1) / (BLOCKS * NIBBLES) * BLOCKS;
+        if (int64_t(numbers.size()) < rows * blocks * NIBBLES) numbers.resize(rows * blocks * NIBBLES);
+        if (int64_t(scales.size()) < rows * blocks * 2) scales.resize(rows * blocks * 2), sums.resize(rows * blocks * 2);
+    }
+    Token operator[](int64_t row) const {
+        return {numbers.data() + row * blocks * NIBBLES, scales.data() + row * blocks * 2, sums.data() + row * blocks * 2};
+    }
+    template <class X>
+    void round(int64_t row, const X* x, int64_t k) {
+        for (int64_t b = 0; b < blocks; b++) {
+            alignas(64) float padded[NIBBLES];
+            for (int64_t i = 0; i < NIBBLES; i += W) {
+                const int64_t at = b * NIBBLES + i, left = std::min<int64_t>(W, k - at);
+                store(padded + i, left == W ? load(x + at) : left > 0 ? load_first(x + at, left) : Floats{});
             }
+            const Group a = round_group(padded), c = round_group(padded + SHARED);
+            const Pair pair = in_turn(a.numbers, c.numbers);
+            int8_t* to = numbers.data() + (row * blocks + b) * NIBBLES;
+            _mm512_storeu_si512(to, pair.first), _mm512_storeu_si512(to + SHARED, pair.last);
+            const int64_t at = (row * blocks + b) * 2;
+            scales[at] = a.scale, scales[at + 1] = c.scale, sums[at] = a.sum, sums[at + 1] = c.sum;
         }
     }
 };
 
-INLINE Floats scaled(__m512i sums, float scale) { return cast<Floats>(_mm512_cvtepi32_ps(sums)) * scale; }
-
-BYTES inline __m512i add_products(const int32_t* seeds, __m512i w, const int8_t* x) {
-    return _mm512_dpbusd_epi32(_mm512_loadu_si512(seeds), w, _mm512_loadu_si512(x));
+template <Format format>
+INLINE Pair weights_of(const uint8_t* w) {
+    if (format == INT8) {
+        const __m512i sign = _mm512_set1_epi8(-128);
+        return in_turn(_mm512_xor_si512(_mm512_loadu_si512(w), sign), _mm512_xor_si512(_mm512_loadu_si512(w + SHARED), sign));
+    }
+    const __m512i in_turn = _mm512_broadcast_i32x4(_mm_setr_epi8(0, 2, 4, 6, 1, 3, 5, 7, 8, 10, 12, 14, 9, 11, 13, 15));
+    const __m512i v = _mm512_shuffle_epi8(_mm512_loadu_si512(w), in_turn), four = _mm512_set1_epi8(15);
+    return {_mm512_and_si512(v, four), _mm512_and_si512(_mm512_srli_epi16(v, 4), four)};
 }
 
-BYTES inline Floats byte_dot(const int8_t* w, int64_t k, const Token& x) {
-    Floats even = {}, odd = {};
-    const __m512i sign = _mm512_set1_epi8(-128);
-    int64_t g = 0;
-    for (; (g + 2) * SHARED <= k; g += 2) {
-        const __m512i a = _mm512_xor_si512(_mm512_loadu_si512(w + g * SHARED), sign);
-        const __m512i b = _mm512_xor_si512(_mm512_loadu_si512(w + g * SHARED + SHARED), sign);
-        even += scaled(add_products(x.seeds + g * 16, a, x.numbers + g * SHARED), x.scales[g]);
-        odd += scaled(add_products(x.seeds + g * 16 + 16, b, x.numbers + g * SHARED + SHARED), x.scales[g + 1]);
-    }
-    for (; g * SHARED < k; g++) {
-        const int64_t left = std::min<int64_t>(SHARED, k - g * SHARED);
-        const __m512i a = _mm512_maskz_loadu_epi8(~0ull >> (64 - left), w + g * SHARED);
-        even += scaled(add_products(x.seeds + g * 16, _mm512_xor_si512(a, sign), x.numbers + g * SHARED), x.scales[g]);
-    }
-    return even + odd;
-}
-
-BYTES inline Floats nibble_dot(const uint8_t* w, const float* scales, int64_t groups, const Token& x) {
-    Floats even = {}, odd = {};
-    const __m512i low = _mm512_set1_epi16(0x00ff), four = _mm512_set1_epi8(15);
-    for (int64_t begin = 0; begin < groups; begin += 16) {
-        const int64_t end = std::min<int64_t>(16, groups - begin);
-        const __mmask16 there = __mmask16((1u << end) - 1);
-        alignas(64) float both[16];  // the scales of weights and activations
-        _mm512_store_ps(both, _mm512_mul_ps(_mm512_maskz_loadu_ps(there, scales + begin),
-                                            _mm512_maskz_loadu_ps(there, x.scales + begin)));
-        const uint8_t* here = w + begin * SHARED / 2;
-        const int32_t* seeds = x.seeds + begin * 16;
-        const int8_t* numbers = x.numbers + begin * SHARED;
-        for (int64_t g = 0; g < end; g += 2) {
-            const __m512i v = _mm512_loadu_si512(here + g * SHARED / 2);
-            const __m512i a = _mm512_ternarylogic_epi32(low, v, _mm512_slli_epi16(v, 4), 0xca);  // low ? v : v << 4
-            const __m512i b = _mm512_ternarylogic_epi32(low, _mm512_srli_epi16(v, 8), _mm512_srli_epi16(v, 4), 0xca);
-            even += scaled(add_products(seeds + g * 16, _mm512_and_si512(a, four), numbers + g * SHARED), both[g]);
-            odd += scaled(add_products(seeds + g * 16 + 16, _mm512_and_si512(b, four), numbers + g * SHARED + SHARED),
-                          both[g + 1]);
-        }
-    }
-    return even + odd;
-}
-
-// out[m * stride + n] = row (first + n) of an expert's weights · x[m], for n < count, m < rows.
-BYTES inline void byte_products(const Stack& s, int64_t expert, int64_t first, int64_t count, const Token* x, int rows,
-                                int64_t k, float* out, int64_t stride) {
-    const int64_t begin = expert * (s.expert_stride / s.row_stride) + first, groups = (k + NIBBLES - 1) / NIBBLES * 2;
-    for (int64_t n = 0; n < count; n += 4)
-        for (int m = 0; m < rows; m++) {
-            Floats sum_of[4] = {};
-            const int64_t here = std::min<int64_t>(4, count - n);
-            for (int64_t c = 0; c < here; c++) {
-                const int64_t row = begin + n + c;
-                const uint8_t* w = (const uint8_t*)s.data + row * s.row_stride;
-                sum_of[c] = s.format == INT8 ? byte_dot((const int8_t*)w, k, x[m]) * s.scales[row]
-                                             : nibble_dot(w, s.scales + row * groups, groups, x[m]);
+// out[m * out_stride + c] = w[c] · x[m] for c < 4, m < M, but that a scale that 8 bits share in a row is left out.
+template <Format format, int M>
+BYTES inline void byte_dots(const uint8_t* const* w, const float* const* scales, int64_t ahead, const Token* x, int64_t k,
+                            float* out, int64_t out_stride) {
+    constexpr int C = 4, bytes = format == INT8 ? NIBBLES : NIBBLES / 2;
+    const int64_t blocks = (k + NIBBLES - 1) / NIBBLES;
+    Floats total[C][M] = {};
+    for (int64_t begin = 0; begin < blocks; begin += BLOCKS) {
+        const int64_t end = std::min<int64_t>(begin + BLOCKS, blocks);
+        const __mmask16 there = __mmask16((1u << 2 * (end - begin)) - 1);
+        alignas(64) float both[C][M][16];  // scales of weights and activations
+#pragma GCC unroll 4
+        for (int c = 0; c < C; c++) {
+            const Floats scale = format == INT8 ? all(1) : cast<Floats>(_mm512_maskz_loadu_ps(there, scales[c] + 2 * begin));
+#pragma GCC unroll 8
+            for (int m = 0; m < M; m++) {
+                store(both[c][m], scale * load(x[m].scales + 2 * begin));
+                total[c][m] -= (format == INT8 ? 128.f : 8.f) * scale * load(x[m].sums + 2 * begin);
             }
-            float four[4];
-            sums(sum_of[0], sum_of[1], sum_of[2], sum_of[3], four);
-            std::copy(four, four + here, out + m * stride + n);
         }
+        for (int64_t b = begin; b < end; b++)
+#pragma GCC unroll 4
+            for (int c = 0; c < C; c++) {
+                const uint8_t* here = w[c] + b * bytes;
+                uint8_t padded[NIBBLES];
+                if (format == INT8 && (b + 1) * NIBBLES > k) {
+                    std::memcpy(padded, here, k - b * NIBBLES);
+                    here = padded;
+                }
+                const Pair numbers = weights_of<format>(here);
+                for (int i = 0; i < bytes; i += LINE) __builtin_prefetch(w[0] + ahead + (b * C + c) * bytes + i);
+#pragma GCC unroll 8
+                for (int m = 0; m < M; m++) {
+                    const int8_t* input = x[m].numbers + b * NIBBLES;
+                    const __m512i first = _mm512_dpbusd_epi32(_mm512_setzero_si512(), numbers.first, _mm512_loadu_si512(input));
+                    const __m512i sum = _mm512_dpbusd_epi32(first, numbers.last, _mm512_loadu_si512(input + SHARED));
+                    double two;
+                    std::memcpy(&two, both[c][m] + 2 * (b - begin), sizeof(two));
+                    total[c][m] += cast<Floats>(_mm512_cvtepi32_ps(sum)) * cast<Floats>(_mm512_set1_pd(two));
+                }
+            }
+    }
+#pragma GCC unroll 8
+    for (int m = 0; m < M; m++) sums(total[0][m], total[1][m], total[2][m], total[3][m], out + m * out_stride);
 }
 
-// Whether a map's weights can be multiplied so, for a few tokens.
-inline bool takes_bytes(const Stack& s, int64_t rows) {
-    return rows <= FEW && !s.bias && (s.format == INT8 || (s.format == INT4 && s.group == SHARED));
+template <Format format>
+BYTES inline void byte_products(const Stack& s, int64_t expert, const Columns& columns, const Token* x, int rows, int64_t k,
+                                float* out, int64_t stride) {
+    const int64_t begin = expert * (s.expert_stride / s.row_stride) + columns.first;
+    const int64_t groups = format == INT8 ? 1 : (k + NIBBLES - 1) / NIBBLES * 2;
+    const int64_t ahead = std::max<int64_t>(PREFETCH, 4 * s.row_stride);
+    for (int n = 0; n < columns.count; n += 4) {
+        const uint8_t* w[4];
+        const float* scales[4];
+        for (int c = 0; c < 4; c++) {
+            const int64_t row = begin + std::min(n + c, columns.count - 1) * columns.step;
+            w[c] = (const uint8_t*)s.data + row * s.row_stride, scales[c] = s.scales + row * groups;
+        }
+        for (int m = 0; m < rows; m += 4) {
+            alignas(64) float four[4][4];
+            switch (std::min(4, rows - m)) {
+                case 1: byte_dots<format, 1>(w, scales, ahead, x + m, k, four[0], 4); break;
+                case 2: byte_dots<format, 2>(w, scales, ahead, x + m, k, four[0], 4); break;
+                case 3: byte_dots<format, 3>(w, scales, ahead, x + m, k, four[0], 4); break;
+                case 4: byte_dots<format, 4>(w, scales, ahead, x + m, k, four[0], 4); break;
+            }
+            for (int i = 0; i < std::min(4, rows - m); i++)
+                for (int c = 0; c < std::min(4, columns.count - n); c++)
+                    out[(m + i) * stride + n + c] = four[i][c] * (format == INT8 ? *scales[c] : 1.f);
+        }
+    }
+}
+
+// out[m * stride + n] = column n of an expert · x[m].
+inline void byte_products(const Stack& s, int64_t expert, const Columns& columns, const Token* x, int rows, int64_t k,
+                          float* out, int64_t stride) {
+    s.format == INT8 ? byte_products<INT8>(s, expert, columns, x, rows, k, out, stride)
+                     : byte_products<INT4>(s, expert, columns, x, rows, k, out, stride);
+}
+
+// Whether a map's weights can be multiplied so.
+template <class X>
+bool takes_bytes(const Stack& s) {
+    return sizeof(X) == sizeof(Bf16) && (s.format == INT8 || (s.format == INT4 && s.group == SHARED));
+}
+#else
+struct Rounded {
+    void make_room(int64_t, int64_t) {}
+    Token operator[](int64_t) const { return {}; }
+    template <class X>
+    void round(int64_t, const X*, int64_t) {}
+};
+inline void byte_products(const Stack&, int64_t, const Columns&, const Token*, int, int64_t, float*, int64_t) {}
+template <class X>
+bool takes_bytes(const Stack&) {
+    return false;
 }
 #endif

@@ -3,6 +3,7 @@
 // Rows are read through pointers, so nothing is gathered. A thread owns output columns, so answers are added up without
 // atomics, always in the order of the rows.
 #include "activations.h"
+#include "bytes.h"
 #include "call.h"
 
 #include <algorithm>
@@ -30,10 +31,29 @@ std::vector<Chunk> chunks_of(const Call& call, int64_t most) {
     return chunks;
 }
 
+template <class X>
+struct Inputs {  // rows that a map reads, and the same rounded to bytes for experts that few rows visit
+    X* x;
+    int64_t stride;
+    Rounded* bytes;
+
+    void round(int64_t rows, int64_t k) const {  // by all threads together
+#pragma omp for schedule(static)
+        for (int64_t row = 0; row < rows; row++) bytes->round(row, x + row * stride, k);
+    }
+};
+
 template <class X, template <class> class Map>
 struct Layer {
     const Call& call;
     const Map<X> up{call.up}, down{call.down};
+    const bool may_round = takes_bytes<X>(call.up) && takes_bytes<X>(call.down);
+
+    bool by_bytes(const Segment& s) const { return may_round && call.counts[s.expert] <= MOST_BYTES; }
+
+    bool any_by_bytes(const Chunk& chunk) const {
+        return std::any_of(chunk.begin(), chunk.end(), [&](const Segment& s) { return by_bytes(s); });
+    }
 
     void run() const {
         const int64_t most = std::max<int64_t>(PANEL, HIDDEN_BYTES / (call.hidden * int64_t(sizeof(X))));
@@ -41,30 +61,38 @@ struct Layer {
         int64_t rows = 0;
         for (const Segment& s : chunks.front()) rows += s.rows;
         static thread_local std::vector<X> kept;
+        static thread_local Rounded tokens, units;
         if (int64_t(kept.size()) < rows * call.hidden) kept.resize(rows * call.hidden);
-        X* hidden = kept.data();
+        const bool rounds = std::any_of(chunks.begin(), chunks.end(), [&](const Chunk& c) { return any_by_bytes(c); });
+        if (rounds) tokens.make_room(call.tokens, call.width), units.make_room(rows, call.hidden);
+        const Inputs<const X> x{(const X*)call.x, call.x_stride, &tokens};
+        const Inputs<X> hidden{kept.data(), call.hidden, &units};
 #pragma omp parallel num_threads(call.threads) if (call.threads > 1)
         {
-            std::vector<X> room(std::max(2 * Map<X>::room(call.width), Map<X>::room(call.hidden)));
-            for (const Chunk& chunk : chunks) run(chunk, hidden, room.data());
+            static thread_local std::vector<X> room;
+            const int64_t needed = std::max(2 * Map<X>::room(call.width), Map<X>::room(call.hidden));
+            if (int64_t(room.size()) < needed) room.resize(needed);
+            if (rounds) x.round(call.tokens, call.width);
+            for (const Chunk& chunk : chunks) run(chunk, x, hidden, room.data());
         }
     }
 
-    // By all threads together; each of the two loops ends when all threads have ended it.
-    void run(const Chunk& chunk, X* hidden, X* room) const {
+    // By all threads together; each loop ends when all threads have ended it.
+    void run(const Chunk& chunk, const Inputs<const X>& x, const Inputs<X>& hidden, X* room) const {
         const int64_t segments = chunk.size();
         if (segments == 0) return;
         const int64_t first = chunk.front().first;
-        int64_t most = 0;
-        for (const Segment& s : chunk) most = std::max(most, s.rows);
+        int64_t most = 0, rows = 0;
+        for (const Segment& s : chunk) most = std::max(most, by_bytes(s) ? 1 : s.rows), rows += s.rows;
         const int64_t size = most > FEW ? Map<X>::widest : BLOCK, blocks = (call.hidden + size - 1) / size;
 #pragma omp for schedule(dynamic)
         for (int64_t unit = 0; unit < segments * blocks; unit++) {
             const Segment& s = chunk[unit / blocks];
             const int64_t column = unit % blocks * size;
             const int count = int(std::min(size, call.hidden - column));
-            map_up(s, column, count, hidden + (s.first - first) * call.hidden, room);
+            map_up(s, column, count, x, hidden.x + (s.first - first) * call.hidden, room);
         }
+        if (any_by_bytes(chunk)) hidden.round(rows, call.hidden);
         const int64_t shares = call.threads > 1 ? 4 * call.threads : 1, share = (call.width_out + shares - 1) / shares;
 #pragma omp for schedule(dynamic)
         for (int64_t begin = 0; begin < call.width_out; begin += share) {
@@ -72,13 +100,13 @@ struct Layer {
             for (const Segment& s : chunk)
                 for (int64_t column = begin; column < end; column += size) {
                     const Columns c = {column, 1, int(std::min(size, end - column))};
-                    map_down(s, c, hidden + (s.first - first) * call.hidden, room);
+                    map_down(s, c, hidden, s.first - first, room);
                 }
         }
     }
 
     // hidden[row][column ...] = inner(up(x[source[row]]))
-    void map_up(const Segment& s, int64_t column, int count, X* hidden, X* room) const {
+    void map_up(const Segment& s, int64_t column, int count, const Inputs<const X>& x, X* hidden, X* room) const {
         const Inner inner = Inner(call.inner);
         const int step = inner == CLAMPED ? 2 : 1;
         const Columns gates = {step * column, step, count};
@@ -87,12 +115,12 @@ struct Layer {
         alignas(64) float gate[PANEL * BLOCK], up_[PANEL * BLOCK];
         for (int64_t done = 0; done < s.rows; done += PANEL) {
             const int rows = int(std::min<int64_t>(PANEL, s.rows - done));
-            const X* x[PANEL];
-            for (int m = 0; m < rows; m++) x[m] = (const X*)call.x + call.source[s.first + done + m] * call.x_stride;
-            multiply(up, {s.expert, gates, inner == PLAIN ? after : then, s.rows, done == 0}, x, rows, call.width, gate,
-                     room);
+            const int64_t* tokens = call.source + s.first + done;
+            const bool bytes = by_bytes(s), is_new = done == 0;
+            multiply(up, {s.expert, gates, inner == PLAIN ? after : then, s.rows, is_new}, x, tokens, rows, bytes,
+                     call.width, gate, room);
             if (inner != PLAIN)
-                multiply(up, {s.expert, ups, after, s.rows, done == 0}, x, rows, call.width, up_,
+                multiply(up, {s.expert, ups, after, s.rows, is_new}, x, tokens, rows, bytes, call.width, up_,
                          room + Map<X>::room(call.width));
             for (int m = 0; m < rows; m++) {
                 X* to = hidden + (done + m) * call.hidden + column;
@@ -106,13 +134,14 @@ struct Layer {
     }
 
     // y[source[row]][columns] += weight[row] * down(hidden[row])
-    void map_down(const Segment& s, Columns c, const X* hidden, X* room) const {
+    void map_down(const Segment& s, Columns c, const Inputs<X>& hidden, int64_t begin, X* room) const {
         alignas(64) float out[PANEL * BLOCK];
         for (int64_t done = 0; done < s.rows; done += PANEL) {
             const int rows = int(std::min<int64_t>(PANEL, s.rows - done));
-            const X* x[PANEL];
-            for (int m = 0; m < rows; m++) x[m] = hidden + (done + m) * call.hidden;
-            multiply(down, {s.expert, c, {s.expert, c.first + c.count}, s.rows, done == 0}, x, rows, call.hidden, out, room);
+            int64_t units[PANEL];
+            for (int m = 0; m < rows; m++) units[m] = begin + done + m;
+            multiply(down, {s.expert, c, {s.expert, c.first + c.count}, s.rows, done == 0}, hidden, units, rows,
+                     by_bytes(s), call.hidden, out, room);
             for (int m = 0; m < rows; m++) {
                 const int64_t row = s.first + done + m;
                 float* y = call.y + call.source[row] * call.width_out + c.first;
@@ -121,8 +150,18 @@ struct Layer {
         }
     }
 
-    static void multiply(const Map<X>& map, const Block& b, const X* const* x, int rows, int64_t k, float* out, X* room) {
-        map.multiply(b, x, rows, k, out, room);
+    // out[m] = columns of the map of in[which[m]]
+    template <class In>
+    static void multiply(const Map<X>& map, const Block& b, const Inputs<In>& in, const int64_t* which, int rows, bool bytes,
+                         int64_t k, float* out, X* room) {
+        const X* x[PANEL];
+        Token tokens[PANEL];
+        for (int m = 0; m < rows; m++) x[m] = in.x + which[m] * in.stride;
+        for (int m = 0; bytes && m < rows; m++) tokens[m] = (*in.bytes)[which[m]];
+        if (bytes)
+            byte_products(map.s, b.expert, b.columns, tokens, rows, k, out, BLOCK);
+        else
+            map.multiply(b, x, rows, k, out, room);
         if (!map.s.bias) return;
         const X* bias = (const X*)map.s.bias + b.expert * map.s.bias_stride + b.columns.first;
         for (int m = 0; m < rows; m++)

@@ -51,6 +51,16 @@ const X* rounded(const float* x, int64_t count) {
     return kept.data();
 }
 
+// Some columns of a token's y = map(x) + bias, or y += map(x) + bias
+template <class X>
+void answer(const Step& s, int64_t token, const Columns& c, const float* mapped) {
+    float* y = s.y + token * s.width_out + c.first;
+    for (int n = 0; n < c.count; n++) {
+        const float bias = s.map.bias ? number(((const X*)s.map.bias)[c.first + n]) : 0.f;
+        y[n] = (s.adds ? y[n] : 0.f) + mapped[n] + bias;
+    }
+}
+
 // y = map(x) + bias
 template <class X, template <class> class M>
 void linear(const Step& s, int64_t tokens, int threads) {
@@ -71,74 +81,34 @@ void linear(const Step& s, int64_t tokens, int threads) {
                 const X* x[PANEL];
                 for (int m = 0; m < rows; m++) x[m] = inputs + (done + m) * s.width;
                 map.multiply({0, c, {0, column + c.count}, tokens, done == 0}, x, rows, s.width, out, room.data());
-                for (int m = 0; m < rows; m++) {
-                    float* y = s.y + (done + m) * s.width_out + column;
-                    for (int n = 0; n < c.count; n++) {
-                        const float bias = s.map.bias ? number(((const X*)s.map.bias)[column + n]) : 0.f;
-                        y[n] = (s.adds ? y[n] : 0.f) + out[m * BLOCK + n] + bias;
-                    }
-                }
+                for (int m = 0; m < rows; m++) answer<X>(s, done + m, c, out + m * BLOCK);
             }
         }
     }
 }
 
-#if defined(__AVX512BF16__)
-// out = map(x), of one expert, for a few tokens of `width` numbers.
-void multiply_bytes(const Stack& map, int64_t expert, const Rounded& x, int64_t width, int64_t width_out, float* out,
-                    int threads) {
-#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
-    for (int64_t first = 0; first < width_out; first += BLOCK)
-        byte_products(map, expert, first, std::min<int64_t>(BLOCK, width_out - first), x.tokens.data(),
-                      int(x.tokens.size()), width, out + first, width_out);
-}
-
+// The same, of few tokens that are rounded to bytes.
+template <class X>
 void linear_bytes(const Step& s, int64_t tokens, int threads) {
-    static thread_local Rounded x;
-    static thread_local std::vector<float> out;
-    x.round(s.x, tokens, s.width, Format(s.map.format));
-    if (!s.adds) return multiply_bytes(s.map, 0, x, s.width, s.width_out, s.y, threads);
-    out.resize(tokens * s.width_out);
-    multiply_bytes(s.map, 0, x, s.width, s.width_out, out.data(), threads);
-    for (int64_t i = 0; i < tokens * s.width_out; i++) s.y[i] += out[i];
-}
-
-// y[source[row]] += weight[row] · expert(x[source[row]]), for experts that few tokens visit.
-void experts_bytes(const Call& call, const float* x) {
-    static thread_local Rounded inputs, between_;
-    static thread_local std::vector<float> rows, up, hidden, down;
-    const Inner inner = Inner(call.inner);
-    const int64_t maps = inner == PLAIN ? 1 : 2, h = call.hidden;
-    for (int64_t e = 0, row = 0; e < call.experts; row += call.counts[e++]) {
-        const int64_t count = call.counts[e];
-        if (count == 0) continue;
-        rows.resize(count * call.width), up.resize(count * maps * h), hidden.resize(count * h);
-        down.resize(count * call.width_out);
-        for (int64_t m = 0; m < count; m++) {
-            const float* token = x + call.source[row + m] * call.width;
-            std::copy(token, token + call.width, rows.data() + m * call.width);
-        }
-        inputs.round(rows.data(), count, call.width, Format(call.up.format));
-        multiply_bytes(call.up, e, inputs, call.width, maps * h, up.data(), call.threads);
-        for (int64_t m = 0; m < count; m++)
-            between(inner, call.activation, up.data() + m * maps * h, up.data() + (m * maps + maps - 1) * h, h,
-                    hidden.data() + m * h);
-        between_.round(hidden.data(), count, h, Format(call.down.format));
-        multiply_bytes(call.down, e, between_, h, call.width_out, down.data(), call.threads);
-        for (int64_t m = 0; m < count; m++) {
-            float* y = call.y + call.source[row + m] * call.width_out;
-            for (int64_t n = 0; n < call.width_out; n++) y[n] += call.weight[row + m] * down[m * call.width_out + n];
-        }
+    static thread_local Rounded kept;
+    kept.make_room(tokens, s.width);
+    for (int64_t t = 0; t < tokens; t++) kept.round(t, s.x + t * s.width, s.width);
+    Token x[MOST_BYTES];
+    for (int64_t t = 0; t < tokens; t++) x[t] = kept[t];
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
+    for (int64_t column = 0; column < s.width_out; column += BLOCK) {
+        const Columns c = {column, 1, int(std::min<int64_t>(BLOCK, s.width_out - column))};
+        alignas(64) float out[MOST_BYTES * BLOCK];
+        byte_products(s.map, 0, c, x, int(tokens), s.width, out, BLOCK);
+        for (int64_t t = 0; t < tokens; t++) answer<X>(s, t, c, out + t * BLOCK);
     }
 }
-#endif
 
 template <class X>
 void linear(const Step& s, int64_t tokens, int threads) {
-#if defined(__AVX512BF16__)
-    if (s.is_bf16 && takes_bytes(s.map, tokens)) return linear_bytes(s, tokens, threads);
-#endif
-    if (s.map.format == INT8)
+    if (takes_bytes<X>(s.map) && tokens <= MOST_BYTES)
+        linear_bytes<X>(s, tokens, threads);
+    else if (s.map.format == INT8)
         linear<X, Int8>(s, tokens, threads);
     else if (s.map.format == INT4)
         linear<X, Int4>(s, tokens, threads);
@@ -242,11 +212,6 @@ void experts(const Step& s, int64_t tokens, int threads) {
     Call call = *s.call;
     call.tokens = tokens, call.rows = rows, call.threads = threads, call.y = s.y;
     call.source = source.data(), call.weight = weight.data(), call.counts = counts.data();
-#if defined(__AVX512BF16__)
-    const int64_t most = *std::max_element(counts.begin(), counts.end());
-    if (s.is_bf16 && call.inner != CLAMPED && takes_bytes(call.up, most) && takes_bytes(call.down, most))
-        return experts_bytes(call, s.x);
-#endif
     call.x = rounded<X>(s.x, tokens * call.width), call.x_stride = call.width;
     moeify_layer(&call, s.is_bf16);
 }
