@@ -8,21 +8,29 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import library
+from torch import distributed, library
+from torch.distributed.fsdp import fully_shard
 from torch.utils.checkpoint import checkpoint
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssConfig, GptOssExperts
 
 from moeify import MoE, assign, backends
 from moeify.backends import compose
 from moeify.backends.triton import visits
-from moeify.interface import NativeExperts
+from moeify.experts import FFN
+from moeify.interface import NativeExperts, use_transformers_backends
 from moeify.kernels.stacked import SWIGLU
 from moeify.kernels.triton import sparse_ffn
 from moeify.routers import TopK
-from strategies import agree, choices, gradients, seeds
+from strategies import agree, choices, gradients, seeds, sharpen
+from test_matrix import IDS, ROUTERS, D, E
 from triton_problems import DEVICE, INNER, decisions, experts, moved
 
 pytestmark = pytest.mark.usefixtures("uninitialised_memory_is_nan")
+REFUSED = {
+    "soft": "it needs an Assignment",
+    "default vector": "this router also speaks for experts that were not asked",
+    **dict.fromkeys(("mmoe", "ple", "bounded union"), "it needs one weight per row"),
+}
 
 
 def agrees(x, routing, ffn, tolerance=1e-4):
@@ -123,6 +131,26 @@ def test_tokens_and_what_goes_into_the_nonlinearity_are_all_that_is_kept(bias):
     assert sum(kept) == x.element_size() * (x.numel() + rows * 2 * ffn.hidden)
 
 
+@pytest.mark.parametrize(
+    ("backend", "numbers"),
+    [("triton", 11 * 40 + 22 * 2 * 24), ("transformers/grouped_mm", 22 * (2 * 40 + 4 * 24))],  # T·D + R·2H, R·(2D + 4H)
+)
+def test_fewer_numbers_are_kept_than_transformers_keeps(backend, numbers):
+    use_transformers_backends()
+    x, ffn = tokens(), experts(SWIGLU, bias=False, width_out=40)
+    routing = assign(decisions()["k choices"].index, torch.rand(11, 2, device=DEVICE, requires_grad=True), 4)
+    kept = {}
+
+    def keep(tensor):
+        if tensor.dim() == 2 and tensor.shape[1] > 1:
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        backends.run(backend, x, routing, ffn)
+    assert sum(kept.values()) == numbers * x.element_size()
+
+
 def test_nothing_is_kept_without_a_gradient():
     x, routing, ffn = tokens(), decisions()["k choices"], experts(SWIGLU, bias=False)
     kept = []
@@ -156,6 +184,52 @@ def test_activations_may_be_computed_anew():
     leaves = [x, routing.weight, *ffn.parameters()]
     anew = checkpoint(backends.run, "triton", x, routing, ffn, use_reentrant=False)
     agree(anew, leaves, backends.run("triton", x, routing, ffn), leaves)
+
+
+@pytest.fixture
+def one_rank():
+    distributed.init_process_group(
+        "nccl" if DEVICE == "cuda" else "gloo", store=distributed.HashStore(), rank=0, world_size=1
+    )
+    yield distributed.init_device_mesh(DEVICE, (1,))
+    distributed.destroy_process_group()
+
+
+def test_parameters_may_be_sharded(one_rank):
+    layer = MoE(TopK(40, 4, k=2), experts(SWIGLU, bias=True, width_out=40), backend="triton").to(DEVICE)
+    whole, x = deepcopy(layer), tokens()
+    fully_shard(layer, mesh=one_rank)
+    y, right = layer(x), whole(x)
+    assert torch.equal(y, right)
+    y.square().sum().backward()
+    right.square().sum().backward()
+    for found, alone in zip(layer.parameters(), whole.parameters(), strict=True):
+        assert torch.equal(found.grad.full_tensor(), alone.grad)
+
+
+def layer_with(router):
+    layer = MoE(ROUTERS[router](), FFN(E, D, 6), backend="triton").to(DEVICE)
+    layer.context.inputs["input_ids"] = IDS.to(DEVICE)
+    sharpen(layer)
+    return layer
+
+
+@pytest.mark.parametrize("router", [name for name in ROUTERS if name not in REFUSED])
+def test_every_router(router):
+    fast = layer_with(router)
+    slow = deepcopy(fast)
+    slow.backend, slow.context = "compose", fast.context
+    x, answers = torch.randn(3, 4, D, device=DEVICE, requires_grad=True), []
+    for layer in (fast, slow):
+        torch.manual_seed(1)
+        answers.append((layer(x), [x, *layer.parameters()]))
+    agree(*answers[0], *answers[1], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("router", REFUSED)
+def test_other_decisions_are_refused_with_a_reason(router):
+    with pytest.raises(ValueError, match=REFUSED[router]):
+        layer_with(router)(torch.randn(3, 4, D, device=DEVICE))
 
 
 def test_it_is_captured_whole_by_the_compiler():
