@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moeify.kernels import onednn
-from moeify.kernels.memory import _LARGE, gradient_of, new_stack
+from moeify.kernels.gradients import _LARGE, gradient_of, new_stack
 from moeify.kernels.onednn import can_pack, linear, multiply, packed, takes_onednn
 from moeify.kernels.segments import blocks, map_rows, outer_rows
 from strategies import seeds

@@ -13,7 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, library
 from torch.nn import functional as F
 
-from moeify.kernels.memory import new_stack
+from moeify.kernels.gradients import new_stack
 from moeify.kernels.segments import blocks, group_obstacle, map_rows, outer_rows
 
 

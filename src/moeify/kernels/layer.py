@@ -12,8 +12,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from moeify.kernels.gradients import Place, place_for
 from moeify.kernels.grouped import grouped_linear
-from moeify.kernels.memory import gradient_of
 from moeify.kernels.segments import Block, Matrices, blocks, map_rows, outer_rows, span
 from moeify.kernels.stacked import Inner, Stacked
 
@@ -123,10 +123,8 @@ def _gradients(ctx: Any, gradient: Float[Tensor, "T O"]) -> list[Tensor | None]:
     dtype, through_inner = ctx.dtype, for_x or for_up or for_up_bias
     dx = torch.zeros_like(x, dtype=_wide(dtype)) if for_x else None
     dweight = torch.empty_like(weight)
-    dup = gradient_of(up, ctx.counts) if for_up else None
-    ddown = gradient_of(down, ctx.counts) if for_down else None
-    dup_bias = torch.zeros_like(up_bias) if for_up_bias else None
-    ddown_bias = torch.zeros_like(down_bias) if for_down_bias else None
+    wanted = zip((up, up_bias, down, down_bias), (for_up, for_up_bias, for_down, for_down_bias), strict=True)
+    dup, dup_bias, ddown, ddown_bias = (place_for(learnt, ctx.counts) if want else None for learnt, want in wanted)
     for number, block in enumerate(blocks(ctx.counts, _ROWS)):
         token, scale = source[span(block)], weight[span(block)].to(dtype).unsqueeze(1)
         rows, dy = x.index_select(0, token).to(dtype), gradient.index_select(0, token)
@@ -146,22 +144,23 @@ def _gradients(ctx: Any, gradient: Float[Tensor, "T O"]) -> list[Tensor | None]:
         _outer(dbefore, rows, dup, dup_bias, block)
         if dx is not None:
             dx.index_add_(0, token, map_rows(dbefore, up.transpose(1, 2), None, block).to(dx.dtype))
-    return [None if dx is None else dx.to(x.dtype), dweight if for_weight else None, dup, dup_bias, ddown, ddown_bias]
+    of_weights = (None if place is None else place.gradient for place in (dup, dup_bias, ddown, ddown_bias))
+    return [None if dx is None else dx.to(x.dtype), dweight if for_weight else None, *of_weights]
 
 
 def _outer(
     gradient: Float[Tensor, "B O"],
     rows: Float[Tensor, "B D"],
-    into: Float[Tensor, "E O D"] | None,
-    into_bias: Float[Tensor, "E O"] | None,
+    weight: Place | None,
+    bias: Place | None,
     block: Block,
 ) -> None:
     """Write the gradients of a map's weight and bias, where they are wanted."""
-    if into is not None:
-        outer_rows(gradient, rows, into, block)
-    if into_bias is not None:
+    if weight is not None:
+        outer_rows(gradient, rows, weight.into, block, add=weight.adds)
+    if bias is not None:
         ones = gradient.new_ones(len(gradient), 1)
-        outer_rows(gradient, ones, into_bias.unsqueeze(2), block)
+        outer_rows(gradient, ones, bias.into.unsqueeze(2), block, add=bias.adds)
 
 
 def _dot(a: Float[Tensor, "B H"], b: Float[Tensor, "B H"]) -> Float[Tensor, "B"]:

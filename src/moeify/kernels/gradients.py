@@ -1,0 +1,159 @@
+"""Gradients of the weights of many experts: memory that is mapped once and kept, and sums that are made in place."""
+
+from __future__ import annotations
+
+import math
+import mmap
+import sys
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.utils.weak import WeakIdKeyDictionary
+
+Model = TypeVar("Model", bound=nn.Module)
+
+_LARGE = 2**25  # bytes; the C library keeps smaller pieces when they are freed, larger ones are mapped anew every time
+_IN_PLACE: Any = WeakIdKeyDictionary()  # the parameters whose `.grad` backward passes may add to
+_SHELVES: Any = WeakIdKeyDictionary()  # parameter -> _Shelf
+
+
+def accumulate_in_place(model: Model) -> Model:
+    """Let backward passes add to the `.grad` of expert weights themselves, on a CPU; in place.
+
+    Where gradients are accumulated over several passes, those of experts without rows are then left alone. It is for
+    one process and `loss.backward()` only: `torch.autograd.grad` finds no gradient of a weight that has a `.grad`
+    already, and `DistributedDataParallel` is not told of it. Weights with hooks on their gradient get it as ever.
+    """
+    for parameter in model.parameters():
+        _IN_PLACE[parameter] = True
+    return model
+
+
+def free_gradients(model: nn.Module) -> None:
+    """Give memory back to the system that waits for the next gradients of a model."""
+    for parameter in model.parameters():
+        _SHELVES.pop(parameter, None)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where the gradient of a weight goes.
+
+    Attributes:
+        into: laid out like the weight; zero for experts without rows, and yet to be written for the others.
+        adds: `into` is a sum already that autograd has, and is added to.
+    """
+
+    into: Tensor
+    adds: bool
+
+    @property
+    def gradient(self) -> Tensor | None:
+        """What autograd is handed."""
+        return None if self.adds else self.into
+
+
+def place_for(weight: Float[Tensor, "E ..."], counts: Sequence[int]) -> Place:
+    """The place for the gradient of a weight or bias of all experts.
+
+    Args:
+        weight: of all experts.
+        counts: rows of each expert.
+    """
+    if (total := _sum_so_far(weight)) is not None:
+        return Place(total, adds=True)
+    return Place(gradient_of(weight, counts) if weight.dim() == 3 else torch.zeros_like(weight), adds=False)
+
+
+def _sum_so_far(weight: Float[Tensor, "E ..."]) -> Float[Tensor, "E ..."] | None:
+    owner = _owner(weight)
+    total = owner.grad if owner.is_leaf else None
+    if total is None or owner not in _IN_PLACE or owner._backward_hooks or owner._post_accumulate_grad_hooks:
+        return None
+    if type(total) is not Tensor or (total.dtype, total.stride()) != (owner.dtype, owner.stride()):
+        return None
+    offset = total.storage_offset() + weight.storage_offset() - owner.storage_offset()
+    return total.as_strided(weight.shape, weight.stride(), offset)
+
+
+def gradient_of(weight: Float[Tensor, "E O D"], counts: Sequence[int]) -> Float[Tensor, "E O D"]:
+    """A `new_stack` for the gradient of a weight, laid out like it, in memory that the weight keeps.
+
+    To map memory takes several times as long as to write it. So when a large gradient is freed, its memory waits for
+    the next gradient of the same weight, until the weight is gone or `free_gradients` is called.
+
+    Args:
+        weight: of all experts.
+        counts: rows of each expert.
+    """
+    if weight.stride(1) < weight.stride(2):
+        return gradient_of(weight.transpose(1, 2), counts).transpose(1, 2)
+    if not weight.is_cpu or weight.nbytes <= _LARGE:
+        return new_stack(weight.shape, counts, weight)
+    view, is_zero = _SHELVES.setdefault(_owner(weight), _Shelf()).take(weight.nbytes)
+    stack = torch.frombuffer(view, dtype=weight.dtype).view(weight.shape)
+    return stack if is_zero else _without_rest(stack, counts)
+
+
+def new_stack(shape: Sequence[int], counts: Sequence[int], like: Tensor) -> Float[Tensor, "E O D"]:
+    """Matrices that are zero for experts without rows and yet to be written for the others.
+
+    Zeros of large stacks are mapped lazily: what nobody writes or reads takes neither time nor memory.
+
+    Args:
+        shape: of the stack.
+        counts: rows of each expert.
+        like: a tensor of its dtype and device.
+    """
+    size = math.prod(shape) * like.element_size()
+    if like.is_cpu and size > _LARGE and not all(counts):
+        return torch.frombuffer(_zeros(size), dtype=like.dtype).view(*shape)
+    return _without_rest(like.new_empty(*shape), counts)
+
+
+def _without_rest(stack: Float[Tensor, "E O D"], counts: Sequence[int]) -> Float[Tensor, "E O D"]:
+    """Write zeros into the matrices of experts without rows."""
+    for matrix, count in zip(stack, counts, strict=True):
+        if count == 0:
+            matrix.zero_()
+    return stack
+
+
+class _Shelf:
+    """The memory of one weight's gradients while no gradient is in it."""
+
+    def __init__(self) -> None:
+        self.free: list[mmap.mmap] = []
+
+    def take(self, size: int) -> tuple[memoryview, bool]:
+        """Memory of a size, which comes back when nobody uses it any more, and whether it is still all zeros."""
+        self.free = [memory for memory in self.free if len(memory) == size]
+        is_zero = not self.free
+        memory = _zeros(size, huge_pages=True) if is_zero else self.free.pop()
+        view = memoryview(memory)
+        weakref.finalize(view, _put_back, weakref.ref(self), memory).atexit = False
+        return view, is_zero
+
+
+def _put_back(shelf: weakref.ref[_Shelf], memory: mmap.mmap) -> None:
+    if (owner := shelf()) is not None:
+        owner.free.append(memory)
+
+
+def _zeros(size: int, *, huge_pages: bool = False) -> mmap.mmap:
+    """Memory of zeros that is mapped where it is touched."""
+    if sys.platform == "win32":
+        return mmap.mmap(-1, size)
+    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if huge_pages and hasattr(mmap, "MADV_HUGEPAGE"):
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return memory
+
+
+def _owner(weight: Tensor) -> Tensor:
+    return weight if weight._base is None else weight._base

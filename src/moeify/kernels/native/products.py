@@ -1,0 +1,94 @@
+"""Products of sorted rows for experts that have few, in one pass over the weights."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from ctypes import c_int32, c_int64, c_void_p
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from moeify.kernels.native.build import library
+
+Run = tuple[int, int, int]  # an expert, its first row, and the row after its last
+_FORTH, _BACK, _OUTER = range(3)
+
+
+class _Products(ctypes.Structure):
+    _fields_ = (
+        ("left", c_void_p), ("right", c_void_p), ("out", c_void_p), ("left_stride", c_int64), ("right_stride", c_int64),
+        ("weight", c_void_p), ("expert_stride", c_int64), ("row_stride", c_int64),
+        ("height", c_int64), ("width", c_int64), ("runs", c_void_p), ("count", c_int64),
+        ("kind", c_int32), ("is_bf16", c_int32), ("adds", c_int32), ("threads", c_int32),
+    )  # fmt: skip
+
+
+def multiply_few(
+    rows: Float[Tensor, "B D"], weight: Float[Tensor, "E O D"], runs: Sequence[Run]
+) -> Float[Tensor, "B O"]:
+    """Every row times the transposed matrix of its expert.
+
+    Args:
+        rows: contiguous rows, in fp32 or bf16.
+        weight: of their dtype, either O or D of stride one.
+        runs: which rows are whose; the first begins at the first row.
+
+    Raises:
+        Unavailable: there is no kernel.
+    """
+    out = rows.new_empty(len(rows), weight.shape[1])
+    if weight.stride(2) == 1:
+        _call(_FORTH, rows, None, out, weight, runs)
+    else:
+        _call(_BACK, rows, None, out, weight.transpose(1, 2), runs)
+    return out
+
+
+def outer_few(
+    left: Float[Tensor, "B O"],
+    right: Float[Tensor, "B D"],
+    into: Float[Tensor, "E O D"],
+    runs: Sequence[Run],
+    *,
+    add: bool,
+) -> None:
+    """Write the sum of outer products of every expert's rows into its matrix, or add it.
+
+    Args:
+        left: contiguous rows, in fp32 or bf16.
+        right: likewise.
+        into: of their dtype, either O or D of stride one.
+        runs: which rows are whose; the first begins at the first row.
+        add: to what the matrices hold.
+
+    Raises:
+        Unavailable: there is no kernel.
+    """
+    if into.stride(2) == 1:
+        _call(_OUTER, left, right, None, into, runs, add)
+    else:
+        _call(_OUTER, right, left, None, into.transpose(1, 2), runs, add)
+
+
+def _call(
+    kind: int,
+    left: Tensor,
+    right: Tensor | None,
+    out: Tensor | None,
+    weight: Tensor,
+    runs: Sequence[Run],
+    add: bool = False,
+) -> None:
+    start = runs[0][1]
+    flat = [number for expert, first, last in runs for number in (expert, first - start, last - first)]
+    numbers = (c_int64 * len(flat))(*flat)
+    call = _Products(
+        left.data_ptr(), None if right is None else right.data_ptr(), None if out is None else out.data_ptr(),
+        left.stride(0), 0 if right is None else right.stride(0),
+        weight.data_ptr(), weight.stride(0), weight.stride(1),
+        weight.shape[1], weight.shape[2], ctypes.addressof(numbers), len(runs),
+        kind, weight.dtype == torch.bfloat16, add, torch.get_num_threads(),
+    )  # fmt: skip
+    library().moeify_products(ctypes.byref(call))

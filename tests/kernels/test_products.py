@@ -1,0 +1,105 @@
+"""The native kernel's products of few rows against their definition, at every level of this processor."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from moeify.kernels import native, segments
+from moeify.kernels.native.products import multiply_few, outer_few
+from moeify.kernels.segments import blocks, map_rows, outer_rows
+from strategies import seeds
+
+ROUNDING = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
+counts = st.lists(st.integers(0, 30), min_size=1, max_size=4).filter(any)
+sizes = st.integers(1, 150)
+
+
+@pytest.fixture(params=native.levels())
+def level(request, monkeypatch):
+    monkeypatch.setenv("MOEIFY_NATIVE", request.param)
+    if reason := native.why_not():
+        pytest.skip(reason)
+
+
+def stack(num_experts, height, width, dtype, transposed):
+    if transposed:
+        return torch.randn(num_experts, width, height).to(dtype).transpose(1, 2)
+    return torch.randn(num_experts, height, width).to(dtype)
+
+
+def near(found, exact, dtype):
+    assert found.dtype == dtype
+    scale = max(1.0, exact.abs().max().item())
+    torch.testing.assert_close(found.double() / scale, exact / scale, rtol=0, atol=ROUNDING[dtype])
+
+
+@pytest.mark.usefixtures("level")
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("dtype", ROUNDING)
+@settings(max_examples=20)
+@given(counts, sizes, sizes, st.booleans(), seeds)
+def test_products_of_few_rows_are_those_of_the_definition(threads, dtype, counts, height, width, transposed, seed):
+    torch.manual_seed(seed)
+    weight = stack(len(counts), height, width, dtype, transposed)
+    rows, left = torch.randn(sum(counts), width).to(dtype), torch.randn(sum(counts), height).to(dtype)
+    (block,) = blocks(counts)
+    before, were = torch.get_num_threads(), torch.ones_like(weight)
+    torch.set_num_threads(threads)
+    try:
+        out = multiply_few(rows, weight, block)
+        sums, total = torch.full_like(weight, torch.nan), were.clone()
+        outer_few(left, rows, sums, block, add=False)
+        outer_few(left, rows, total, block, add=True)
+    finally:
+        torch.set_num_threads(before)
+    expert = torch.repeat_interleave(torch.tensor(counts))
+    near(out, torch.einsum("rd,rod->ro", rows.double(), weight[expert].double()), dtype)
+    products = torch.einsum("ro,rd->rod", left.double(), rows.double())
+    exact = torch.zeros(weight.shape, dtype=torch.float64).index_add(0, expert, products)
+    asked = torch.tensor(counts) > 0
+    near(sums[asked], exact[asked], dtype)
+    near(total[asked], exact[asked] + 1, dtype)
+    assert sums[~asked].isnan().all()  # matrices of experts without rows are not touched
+    assert torch.equal(total[~asked], were[~asked])
+
+
+@pytest.mark.usefixtures("level")
+def test_rows_of_one_block_may_begin_anywhere():
+    counts, weight = [2, 3, 1], torch.randn(3, 5, 7)
+    rows = torch.randn(6, 7)
+    whole = multiply_few(rows, weight, next(blocks(counts)))
+    parts = [multiply_few(rows[block[0][1] : block[-1][2]], weight, block) for block in blocks(counts, 3)]
+    assert len(parts) > 1
+    assert torch.equal(torch.cat(parts), whole)
+
+
+@pytest.mark.parametrize("rows_each", [segments.FEW, segments.FEW + 1])
+def test_the_kernel_is_taken_for_few_rows_of_large_stacks(rows_each, monkeypatch):
+    if reason := native.why_not():
+        pytest.skip(reason)
+    taken = []
+    monkeypatch.setattr(segments, "multiply_few", lambda *a: taken.append("map") or multiply_few(*a))
+    monkeypatch.setattr(segments, "outer_few", lambda *a, **k: taken.append("outer") or outer_few(*a, **k))
+    weight = torch.randn(2, 384, 384)
+    rows = torch.randn(2 * rows_each, 384)
+    (block,) = blocks([rows_each] * 2)
+    out, sums = map_rows(rows, weight, None, block), torch.empty_like(weight)
+    outer_rows(out, rows, sums, block)
+    assert taken == (["map", "outer"] if rows_each == segments.FEW else [])
+    near(
+        out,
+        torch.cat([r.double() @ w.T.double() for r, w in zip(rows.split(rows_each), weight, strict=True)]),
+        out.dtype,
+    )
+    near(sums[1], out[rows_each:].T.double() @ rows[rows_each:].double(), out.dtype)
+
+
+def test_without_a_kernel_few_rows_go_to_the_library(monkeypatch):
+    monkeypatch.setenv("MOEIFY_NATIVE", "0")
+    monkeypatch.setattr(segments, "multiply_few", lambda *a: pytest.fail("the kernel is switched off"))
+    weight, rows = torch.randn(2, 384, 384), torch.randn(4, 384)
+    out = map_rows(rows, weight, None, next(blocks([2, 2])))
+    near(
+        out, torch.cat([rows[:2].double() @ weight[0].T.double(), rows[2:].double() @ weight[1].T.double()]), out.dtype
+    )
