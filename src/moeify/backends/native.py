@@ -12,11 +12,10 @@ from moeify.experts.base import Experts
 from moeify.experts.quantized import Quantized
 from moeify.kernels import native
 from moeify.kernels.packing import cached, may_pack
+from moeify.kernels.segments import WORTH_COMPILING
 from moeify.kernels.stacked import ClampedGlu, Glu, Inner, Plain, name_of
 from moeify.routing import Assignment, Routing
 
-WORTH_COMPILING = 2**18
-"""Numbers in the first maps of all experts from which on `auto` takes the kernel: below, all is over in no time."""
 LONG = 256
 """Rows per expert from which on the library's products are as fast as the kernel's loops; measured on Zen 4."""
 LONG_WHERE_PACKED = 64
@@ -73,7 +72,8 @@ def run(x: Float[Tensor, "... D"], routing: Routing, experts: Experts) -> Tensor
     assert isinstance(routing, Assignment)
     maps = maps_of(experts)
     assert maps is not None
-    y = torch.ops.moeify.native_layer(
+    layer = torch.ops.moeify.native_layer if torch.compiler.is_compiling() else native.native_layer
+    y = layer(
         x.reshape(-1, x.shape[-1]), routing.source, routing.weight, routing.counts, routing.rest,
         maps.up, maps.up_bias, maps.up_scales, maps.down, maps.down_bias, maps.down_scales,
         maps.hidden, maps.group, *words_of(maps.inner),
@@ -124,10 +124,11 @@ def chosen(x: Tensor, routing: Routing, experts: Experts) -> bool:
     """Whether there is enough to do, and the segments are short enough, for the kernel to be the fastest."""
     if x.device.type != "cpu" or not isinstance(routing, Assignment):
         return False
-    maps = maps_of(experts)
-    if maps is None or maps.up.numel() < WORTH_COMPILING:
+    if isinstance(experts, Quantized):
+        return experts.up.weight.numel() >= WORTH_COMPILING
+    if (stacked := experts.stacked) is None or stacked.up.numel() < WORTH_COMPILING:
         return False
-    return maps.up_scales is not None or routing.source.shape[0] < _long(x, experts) * experts.num_experts
+    return routing.source.shape[0] < _long(x, experts) * experts.num_experts
 
 
 def _long(x: Tensor, experts: Experts) -> int:

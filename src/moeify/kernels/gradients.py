@@ -17,7 +17,8 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 Model = TypeVar("Model", bound=nn.Module)
 
-_LARGE = 2**25  # bytes; the C library keeps smaller pieces when they are freed, larger ones are mapped anew every time
+_LARGE = 2**21  # bytes of a gradient whose memory is kept: a huge page
+_MAPPED = 2**25  # bytes; the C library keeps smaller pieces when they are freed, larger ones are mapped anew every time
 _IN_PLACE: Any = WeakIdKeyDictionary()  # the parameters whose `.grad` backward passes may add to
 _SHELVES: Any = WeakIdKeyDictionary()  # parameter -> _Shelf
 
@@ -111,7 +112,7 @@ def new_stack(shape: Sequence[int], counts: Sequence[int], like: Tensor) -> Floa
         like: a tensor of its dtype and device.
     """
     size = math.prod(shape) * like.element_size()
-    if like.is_cpu and size > _LARGE and not all(counts):
+    if like.is_cpu and size > _MAPPED and not all(counts):
         return torch.frombuffer(_zeros(size), dtype=like.dtype).view(*shape)
     return _without_rest(like.new_empty(*shape), counts)
 

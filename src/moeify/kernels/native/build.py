@@ -32,6 +32,7 @@ class Unavailable(RuntimeError):
     """The kernel cannot be had on this machine; the message says why."""
 
 
+@functools.cache
 def levels() -> list[str]:
     """The instruction sets that this processor can run, best first."""
     has = torch.backends.cpu.get_cpu_capability()
