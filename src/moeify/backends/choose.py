@@ -17,7 +17,7 @@ from moeify.routing import Routing
 BACKENDS: dict[str, Backend] = {
     "answered": Backend(plain.answered, plain.unanswered, chosen=lambda *call: True),
     "decode": Backend(triton.decode, triton.cannot_decode, triton.decode_chosen),
-    "triton": Backend(triton.sparse_ffn, triton.cannot, triton.chosen),
+    "triton": Backend(triton.run, triton.cannot, triton.chosen),
     "native": Backend(native.run, native.refuse, native.chosen),
     "onednn": Backend(onednn.run, onednn.refuse, chosen=lambda x, *_: x.is_cpu),
     "recompute": Backend(partial(onednn.run, keep=False), onednn.refuse, chosen=lambda *call: False),

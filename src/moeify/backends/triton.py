@@ -11,6 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from moeify.experts.base import Experts
+from moeify.experts.lora import LoRA
 from moeify.experts.quantized import Quantized
 from moeify.kernels.stacked import KNOWN, ClampedGlu, Inner, name_of
 from moeify.routing import Assignment, Routing
@@ -18,15 +19,18 @@ from moeify.routing import Assignment, Routing
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
-def sparse_ffn(x: Float[Tensor, "... D"], routing: Routing, experts: Experts) -> Float[Tensor, "... O"]:
+def run(x: Float[Tensor, "... D"], routing: Routing, experts: Experts) -> Float[Tensor, "... O"]:
     """A kernel for each map, gather and nonlinearity inside, and one for the weighted sum."""
-    from moeify.kernels.triton import sparse_ffn
+    from moeify.kernels.triton import sparse_adapters, sparse_ffn
 
     assert isinstance(routing, Assignment)
-    assert experts.stacked is not None
-    order, begin = visits(routing)
-    decision = routing.source, routing.weight, routing.counts, order, begin
-    y = sparse_ffn(x.reshape(-1, x.shape[-1]), experts.stacked, *decision)
+    tokens = x.reshape(-1, x.shape[-1])
+    decision = routing.source, routing.weight, routing.counts, *visits(routing)
+    if isinstance(experts, LoRA):
+        y = sparse_adapters(tokens, experts.lora_A, experts.lora_B, experts.scale, *decision)
+    else:
+        assert experts.stacked is not None
+        y = sparse_ffn(tokens, experts.stacked, *decision)
     return y.view(*x.shape[:-1], y.shape[-1])
 
 
@@ -46,9 +50,12 @@ def visits(routing: Assignment) -> tuple[Int[Tensor, "V"], Int[Tensor, "T+1"]]:
 
 
 def cannot(x: Float[Tensor, "... D"], routing: Routing, experts: Experts) -> str | None:
-    """Why `sparse_ffn` cannot serve a call, None if it can."""
-    if experts.stacked is None:
-        return f"it needs experts that are plain feed-forward networks of one size, not {type(experts).__name__}"
+    """Why `run` cannot serve a call, None if it can."""
+    if isinstance(experts, LoRA):
+        if experts.training and experts.dropout.p > 0:
+            return "it knows no dropout before low-rank maps"
+    elif experts.stacked is None:
+        return f"it needs low-rank maps or plain feed-forward networks of one size, not {type(experts).__name__}"
     return _unserved(x, routing, experts)
 
 
@@ -59,12 +66,15 @@ def chosen(x: Float[Tensor, "... D"], routing: Routing, experts: Experts) -> boo
 
     What they save are copies, worth 1 / D + 1 / H of the products' time, up to a factor; what they lose is that
     CUTLASS multiplies somewhat faster than Triton. They are taken where D · H / (D + H) is at most 1000, which leaves
-    Mixtral's wide experts to torch, and takes fine-grained ones. In dtypes that torch's grouped product does not know,
-    one product per expert and a wait for the counts is what they compete with, so they are always taken.
+    Mixtral's wide experts to torch, and takes fine-grained ones; low-rank maps are narrower still. In dtypes that
+    torch's grouped product does not know, one product per expert and a wait for the counts is what they compete with,
+    so they are always taken.
     """
-    if not asked() or not x.is_cuda or experts.stacked is None:
+    if not asked() or not x.is_cuda:
         return False
     stacked = experts.stacked
+    if stacked is None:
+        return isinstance(experts, LoRA)
     (_, width_out, hidden), width = stacked.down.shape, x.shape[-1]
     width = min(width, width_out)
     return _dtype(x, experts) != torch.bfloat16 or width * hidden <= 1000 * (width + hidden)
@@ -127,7 +137,7 @@ def _unserved(x: Tensor, routing: Routing, experts: Experts) -> str | None:
     if routing.weight.dim() > 1:
         return "it needs one weight per row, and the router gave several gates"
     inner = _inner(experts)
-    if not isinstance(inner, ClampedGlu) and name_of(inner.act) is None:
+    if inner is not None and not isinstance(inner, ClampedGlu) and name_of(inner.act) is None:
         return f"it knows the activations {', '.join(KNOWN)}, and {inner.act} is none of them"
     dtype = _dtype(x, experts)
     if dtype not in DTYPES:
@@ -137,14 +147,15 @@ def _unserved(x: Tensor, routing: Routing, experts: Experts) -> str | None:
     return _missing() or _unfit(x.device)
 
 
-def _inner(experts: Experts) -> Inner:
+def _inner(experts: Experts) -> Inner | None:
     if isinstance(experts, Quantized):
         return experts.inner
-    assert experts.stacked is not None
-    return experts.stacked.inner
+    return None if experts.stacked is None else experts.stacked.inner
 
 
 def _matrices(experts: Experts) -> tuple[Tensor, Tensor]:
+    if isinstance(experts, LoRA):
+        return experts.lora_A, experts.lora_B
     if isinstance(experts, Quantized):
         return experts.up.weight, experts.down.weight
     assert experts.stacked is not None

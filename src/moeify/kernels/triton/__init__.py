@@ -4,7 +4,8 @@ Importing this package needs triton; nothing else of moeify imports it before a 
 beside the naive definition that it must agree with.
 """
 
+from moeify.kernels.triton.adapters import sparse_adapters
 from moeify.kernels.triton.layer import sparse_ffn
 from moeify.kernels.triton.linear import grouped_linear
 
-__all__ = ["grouped_linear", "sparse_ffn"]
+__all__ = ["grouped_linear", "sparse_adapters", "sparse_ffn"]
