@@ -8,26 +8,45 @@
 
 constexpr int MOST_BYTES = 24;  // rows of an expert for which its weights are multiplied so
 
-// One row of activations, filled up with zeros. Of every 128, fours of the first 64 and of the last 64 take turns, so
-// that even and odd sums of four products belong to two scales.
-struct Token {
-    const int8_t* numbers;
-    const float* scales;  // of every 64 numbers
-    const float* sums;    // of every 64 numbers, scaled: products take weights as w + 128 or w + 8
+struct Token {  // one row of activations, filled up with zeros
+    const int8_t* numbers;  // in the order of `Span`
+    const float* scales;    // of every 64
+    const float* sums;      // of every 64, scaled: they take away what weights are too large, as products take them w + 128
+                            // or w + 8
 };
 
 #if defined(__AVX512BF16__)  // such processors know the instructions of VNNI too
 #define BYTES __attribute__((target("avx512vnni")))
 
-constexpr int SHARED = 64, BLOCKS = 8;  // activations that share a scale; blocks of 128 that share a load of scales
+constexpr int SHARED = 64, SPAN = 256, SCALES = 16;  // scales that are loaded at once
 
-struct Pair {  // 128 numbers in the order of a `Token`
-    __m512i first, last;
+// 256 numbers, of which 64 share a scale. Fours of these four groups take turns, so that the sums of four products do too.
+struct Span {
+    __m512i part[4];
 };
 
-INLINE Pair in_turn(__m512i a, __m512i b) {
-    const __m512i first = _mm512_set_epi32(23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
-    return {_mm512_permutex2var_epi32(a, first, b), _mm512_permutex2var_epi32(a, _mm512_add_epi32(first, _mm512_set1_epi32(8)), b)};
+INLINE Span in_turn(__m512i a, __m512i b, __m512i c, __m512i d) {
+    const __m512i low = _mm512_set_epi32(23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+    const __m512i high = _mm512_add_epi32(low, _mm512_set1_epi32(8));
+    const __m512i ab = _mm512_permutex2var_epi32(a, low, b), cd = _mm512_permutex2var_epi32(c, low, d);
+    const __m512i ab_high = _mm512_permutex2var_epi32(a, high, b), cd_high = _mm512_permutex2var_epi32(c, high, d);
+    return {_mm512_unpacklo_epi64(ab, cd), _mm512_unpackhi_epi64(ab, cd), _mm512_unpacklo_epi64(ab_high, cd_high),
+            _mm512_unpackhi_epi64(ab_high, cd_high)};
+}
+
+// Weights as they are stored become w + 128 or w + 8.
+template <Format format>
+INLINE Span weights_of(const uint8_t* w) {
+    const __m512i sign = _mm512_set1_epi8(-128), four = _mm512_set1_epi8(15);
+    const auto from = [&](int i) { return _mm512_loadu_si512(w + i * SHARED); };
+    if (format == INT8)
+        return in_turn(_mm512_xor_si512(from(0), sign), _mm512_xor_si512(from(1), sign), _mm512_xor_si512(from(2), sign),
+                       _mm512_xor_si512(from(3), sign));
+    const __m512i turns = _mm512_broadcast_i32x4(_mm_setr_epi8(0, 2, 4, 6, 1, 3, 5, 7, 8, 10, 12, 14, 9, 11, 13, 15));
+    const __m512i ab = _mm512_shuffle_epi8(from(0), turns), cd = _mm512_shuffle_epi8(from(1), turns);
+    const __m512i even = _mm512_unpacklo_epi64(ab, cd), odd = _mm512_unpackhi_epi64(ab, cd);
+    return {_mm512_and_si512(even, four), _mm512_and_si512(odd, four), _mm512_and_si512(_mm512_srli_epi16(even, 4), four),
+            _mm512_and_si512(_mm512_srli_epi16(odd, 4), four)};
 }
 
 struct Group {  // 64 activations
@@ -35,10 +54,9 @@ struct Group {  // 64 activations
     float scale, sum;
 };
 
-// A NaN becomes the scale of its group.
 BYTES inline Group round_group(const float* x) {
     __m512i largest = _mm512_setzero_si512();
-    for (int i = 0; i < SHARED; i += W)  // as whole numbers, bits have the order of what they stand for, and NaN is last
+    for (int i = 0; i < SHARED; i += W)  // bits have the order of the numbers that they stand for, and NaN comes last
         largest = _mm512_max_epi32(largest, _mm512_and_si512(_mm512_loadu_si512(x + i), _mm512_set1_epi32(0x7fffffff)));
     const float most = cast<float>(_mm512_reduce_max_epi32(largest)), inverse = most > 0 ? 127.f / most : 0.f;
     alignas(64) int8_t whole[SHARED];
@@ -50,117 +68,129 @@ BYTES inline Group round_group(const float* x) {
 }
 
 struct Rounded {  // the activations of some rows
-    int64_t blocks = 0;
+    int64_t width = 0;
     std::vector<int8_t> numbers;
     std::vector<float> scales, sums;
 
     void make_room(int64_t rows, int64_t k) {
-        blocks = (k + BLOCKS * NIBBLES - 1) / (BLOCKS * NIBBLES) * BLOCKS;
-        if (int64_t(numbers.size()) < rows * blocks * NIBBLES) numbers.resize(rows * blocks * NIBBLES);
-        if (int64_t(scales.size()) < rows * blocks * 2) scales.resize(rows * blocks * 2), sums.resize(rows * blocks * 2);
+        width = (k + SCALES * SHARED - 1) / (SCALES * SHARED) * SCALES * SHARED;
+        const size_t size = rows * width;
+        if (numbers.size() < size) numbers.resize(size), scales.resize(size / SHARED), sums.resize(size / SHARED);
     }
     Token operator[](int64_t row) const {
-        return {numbers.data() + row * blocks * NIBBLES, scales.data() + row * blocks * 2, sums.data() + row * blocks * 2};
+        const int64_t at = row * width;
+        return {numbers.data() + at, scales.data() + at / SHARED, sums.data() + at / SHARED};
     }
     template <class X>
     void round(int64_t row, const X* x, int64_t k) {
-        for (int64_t b = 0; b < blocks; b++) {
-            alignas(64) float padded[NIBBLES];
-            for (int64_t i = 0; i < NIBBLES; i += W) {
-                const int64_t at = b * NIBBLES + i, left = std::min<int64_t>(W, k - at);
-                store(padded + i, left == W ? load(x + at) : left > 0 ? load_first(x + at, left) : Floats{});
+        for (int64_t begin = 0; begin < width; begin += SPAN) {
+            alignas(64) float padded[SPAN] = {};
+            for (int64_t i = 0; i < SPAN && begin + i < k; i += W)
+                store(padded + i, begin + i + W <= k ? load(x + begin + i) : load_first(x + begin + i, k - begin - i));
+            Group groups[4];
+            const int64_t at = (row * width + begin) / SHARED;
+            for (int g = 0; g < 4; g++) {
+                groups[g] = round_group(padded + g * SHARED);
+                scales[at + g] = groups[g].scale, sums[at + g] = groups[g].sum;
             }
-            const Group a = round_group(padded), c = round_group(padded + SHARED);
-            const Pair pair = in_turn(a.numbers, c.numbers);
-            int8_t* to = numbers.data() + (row * blocks + b) * NIBBLES;
-            _mm512_storeu_si512(to, pair.first), _mm512_storeu_si512(to + SHARED, pair.last);
-            const int64_t at = (row * blocks + b) * 2;
-            scales[at] = a.scale, scales[at + 1] = c.scale, sums[at] = a.sum, sums[at + 1] = c.sum;
+            const Span span = in_turn(groups[0].numbers, groups[1].numbers, groups[2].numbers, groups[3].numbers);
+            std::memcpy(numbers.data() + at * SHARED, &span, SPAN);
         }
     }
 };
 
-template <Format format>
-INLINE Pair weights_of(const uint8_t* w) {
-    if (format == INT8) {
-        const __m512i sign = _mm512_set1_epi8(-128);
-        return in_turn(_mm512_xor_si512(_mm512_loadu_si512(w), sign), _mm512_xor_si512(_mm512_loadu_si512(w + SHARED), sign));
-    }
-    const __m512i in_turn = _mm512_broadcast_i32x4(_mm_setr_epi8(0, 2, 4, 6, 1, 3, 5, 7, 8, 10, 12, 14, 9, 11, 13, 15));
-    const __m512i v = _mm512_shuffle_epi8(_mm512_loadu_si512(w), in_turn), four = _mm512_set1_epi8(15);
-    return {_mm512_and_si512(v, four), _mm512_and_si512(_mm512_srli_epi16(v, 4), four)};
-}
-
-// out[m * out_stride + c] = w[c] · x[m] for c < 4, m < M, but that a scale that 8 bits share in a row is left out.
-template <Format format, int M>
+// out[m * C + c] = w[c] · x[m] for c < C, m < M, where a scale that 8 bits share in a row is left out.
+template <Format format, int C, int M>
 BYTES inline void byte_dots(const uint8_t* const* w, const float* const* scales, int64_t ahead, const Token* x, int64_t k,
-                            float* out, int64_t out_stride) {
-    constexpr int C = 4, bytes = format == INT8 ? NIBBLES : NIBBLES / 2;
-    const int64_t blocks = (k + NIBBLES - 1) / NIBBLES;
+                            float* out) {
+    constexpr int bytes = format == INT8 ? SPAN : SPAN / 2;
+    const int64_t blocks = (k + NIBBLES - 1) / NIBBLES, row_bytes = format == INT8 ? k : blocks * NIBBLES / 2;
     Floats total[C][M] = {};
-    for (int64_t begin = 0; begin < blocks; begin += BLOCKS) {
-        const int64_t end = std::min<int64_t>(begin + BLOCKS, blocks);
-        const __mmask16 there = __mmask16((1u << 2 * (end - begin)) - 1);
-        alignas(64) float both[C][M][16];  // scales of weights and activations
+    for (int64_t begin = 0; begin < k; begin += SCALES * SHARED) {
+        const int64_t end = std::min<int64_t>(begin + SCALES * SHARED, k), groups = std::min<int64_t>(SCALES, 2 * blocks - begin / SHARED);
+        alignas(64) float both[C][M][SCALES];  // of weights and activations
 #pragma GCC unroll 4
         for (int c = 0; c < C; c++) {
-            const Floats scale = format == INT8 ? all(1) : cast<Floats>(_mm512_maskz_loadu_ps(there, scales[c] + 2 * begin));
+            const __mmask16 there = __mmask16((1u << groups) - 1);
+            const Floats scale =
+                format == INT8 ? all(1) : cast<Floats>(_mm512_maskz_loadu_ps(there, scales[c] + begin / SHARED));
 #pragma GCC unroll 8
             for (int m = 0; m < M; m++) {
-                store(both[c][m], scale * load(x[m].scales + 2 * begin));
-                total[c][m] -= (format == INT8 ? 128.f : 8.f) * scale * load(x[m].sums + 2 * begin);
+                store(both[c][m], scale * load(x[m].scales + begin / SHARED));
+                total[c][m] -= (format == INT8 ? 128.f : 8.f) * scale * load(x[m].sums + begin / SHARED);
             }
         }
-        for (int64_t b = begin; b < end; b++)
+        for (int64_t i = begin; i < end; i += SPAN) {
+            Span numbers[C];
 #pragma GCC unroll 4
             for (int c = 0; c < C; c++) {
-                const uint8_t* here = w[c] + b * bytes;
-                uint8_t padded[NIBBLES];
-                if (format == INT8 && (b + 1) * NIBBLES > k) {
-                    std::memcpy(padded, here, k - b * NIBBLES);
-                    here = padded;
-                }
-                const Pair numbers = weights_of<format>(here);
-                for (int i = 0; i < bytes; i += LINE) __builtin_prefetch(w[0] + ahead + (b * C + c) * bytes + i);
-#pragma GCC unroll 8
-                for (int m = 0; m < M; m++) {
-                    const int8_t* input = x[m].numbers + b * NIBBLES;
-                    const __m512i first = _mm512_dpbusd_epi32(_mm512_setzero_si512(), numbers.first, _mm512_loadu_si512(input));
-                    const __m512i sum = _mm512_dpbusd_epi32(first, numbers.last, _mm512_loadu_si512(input + SHARED));
-                    double two;
-                    std::memcpy(&two, both[c][m] + 2 * (b - begin), sizeof(two));
-                    total[c][m] += cast<Floats>(_mm512_cvtepi32_ps(sum)) * cast<Floats>(_mm512_set1_pd(two));
+                const int64_t at = i / SPAN * bytes;
+                for (int line = 0; line < bytes; line += LINE) __builtin_prefetch(w[0] + ahead + at * C + c * bytes + line, 0, 2);
+                if (at + bytes <= row_bytes) {
+                    numbers[c] = weights_of<format>(w[c] + at);
+                } else {
+                    uint8_t padded[bytes];
+                    std::memcpy(padded, w[c] + at, row_bytes - at);
+                    numbers[c] = weights_of<format>(padded);
                 }
             }
+#pragma GCC unroll 8
+            for (int m = 0; m < M; m++)
+#pragma GCC unroll 4
+                for (int c = 0; c < C; c++) {
+                    __m512i sums = _mm512_setzero_si512();
+#pragma GCC unroll 4
+                    for (int p = 0; p < 4; p++)
+                        sums = _mm512_dpbusd_epi32(sums, numbers[c].part[p], _mm512_loadu_si512(x[m].numbers + i + p * SHARED));
+                    const __m512 scale = _mm512_broadcast_f32x4(_mm_load_ps(both[c][m] + (i - begin) / SHARED));
+                    total[c][m] += cast<Floats>(_mm512_cvtepi32_ps(sums)) * cast<Floats>(scale);
+                }
+        }
     }
 #pragma GCC unroll 8
-    for (int m = 0; m < M; m++) sums(total[0][m], total[1][m], total[2][m], total[3][m], out + m * out_stride);
+    for (int m = 0; m < M; m += 4 / C) {
+        const int other = C == 4 || m + 1 == M ? m : m + 1;
+        sums(total[0][m], total[1][m], total[2 % C][other], total[3 % C][other], out + m * C);
+    }
+}
+
+constexpr int AHEAD = 16384;  // bytes from which on weights are fetched into the second cache
+constexpr int AT_ONCE = 6;  // rows of activations that share the unpacked weights
+
+template <Format format>
+void some_byte_dots(int m, const uint8_t* const* w, const float* const* scales, int64_t ahead, const Token* x,
+                    int64_t k, float* out) {
+    switch (m) {
+        case 1: return byte_dots<format, 4, 1>(w, scales, ahead, x, k, out);
+        case 2: return byte_dots<format, 4, 2>(w, scales, ahead, x, k, out);
+        case 3: return byte_dots<format, 2, 3>(w, scales, ahead, x, k, out);
+        case 4: return byte_dots<format, 2, 4>(w, scales, ahead, x, k, out);
+        case 5: return byte_dots<format, 2, 5>(w, scales, ahead, x, k, out);
+        case 6: return byte_dots<format, 2, 6>(w, scales, ahead, x, k, out);
+    }
 }
 
 template <Format format>
-BYTES inline void byte_products(const Stack& s, int64_t expert, const Columns& columns, const Token* x, int rows, int64_t k,
-                                float* out, int64_t stride) {
+void byte_products(const Stack& s, int64_t expert, const Columns& columns, const Token* x, int rows, int64_t k, float* out,
+                   int64_t stride) {
     const int64_t begin = expert * (s.expert_stride / s.row_stride) + columns.first;
     const int64_t groups = format == INT8 ? 1 : (k + NIBBLES - 1) / NIBBLES * 2;
-    const int64_t ahead = std::max<int64_t>(PREFETCH, 4 * s.row_stride);
-    for (int n = 0; n < columns.count; n += 4) {
+    const int width = rows <= 2 ? 4 : 2, parts = (rows + AT_ONCE - 1) / AT_ONCE, height = (rows + parts - 1) / parts;
+    const int64_t ahead = AHEAD + width * s.row_stride;
+    for (int n = 0; n < columns.count; n += width) {
         const uint8_t* w[4];
         const float* scales[4];
-        for (int c = 0; c < 4; c++) {
+        for (int c = 0; c < width; c++) {
             const int64_t row = begin + std::min(n + c, columns.count - 1) * columns.step;
             w[c] = (const uint8_t*)s.data + row * s.row_stride, scales[c] = s.scales + row * groups;
         }
-        for (int m = 0; m < rows; m += 4) {
-            alignas(64) float four[4][4];
-            switch (std::min(4, rows - m)) {
-                case 1: byte_dots<format, 1>(w, scales, ahead, x + m, k, four[0], 4); break;
-                case 2: byte_dots<format, 2>(w, scales, ahead, x + m, k, four[0], 4); break;
-                case 3: byte_dots<format, 3>(w, scales, ahead, x + m, k, four[0], 4); break;
-                case 4: byte_dots<format, 4>(w, scales, ahead, x + m, k, four[0], 4); break;
-            }
-            for (int i = 0; i < std::min(4, rows - m); i++)
-                for (int c = 0; c < std::min(4, columns.count - n); c++)
-                    out[(m + i) * stride + n + c] = four[i][c] * (format == INT8 ? *scales[c] : 1.f);
+        for (int m = 0; m < rows; m += height) {
+            const int here = std::min(height, rows - m);
+            float dots[16];
+            some_byte_dots<format>(here, w, scales, ahead, x + m, k, dots);
+            for (int i = 0; i < here; i++)
+                for (int c = 0; c < std::min(width, columns.count - n); c++)
+                    out[(m + i) * stride + n + c] = dots[i * width + c] * (format == INT8 ? *scales[c] : 1.f);
         }
     }
 }
