@@ -2,7 +2,8 @@
 
 Everything is compared with the definition in float64 first, and nothing is timed where that fails. Then the ways to
 compute a layer take turns within one process (A B C A B C ...), timed by CUDA events; decoding is replayed from CUDA
-graphs. Rows are appended to `benchmarks/results/gpu.csv`, and the goals are printed with pass or miss.
+graphs. Rows are appended to `benchmarks/results/gpu.csv`, the goals are printed with pass or miss, and the roofline of
+the guide is drawn anew.
 
     python benchmarks/gpu.py                        all
     python benchmarks/gpu.py --only G1 G8           some of the goals
@@ -24,11 +25,14 @@ from dataclasses import replace
 import torch
 from gpu_cases import GOALS, PEERS, Case, Goal, shrunk
 from gpu_checks import check, check_linear, check_promises
+from gpu_roofline import PICTURE, draw, measured
 from run import RESULTS, hardware, quartiles
 from torch import Tensor
 from torch.nn import functional as F
 
+from moeify import backends
 from moeify.backends import BACKENDS
+from moeify.experts import LoRA
 from moeify.interface import use_transformers_backends
 from moeify.kernels import naive_grouped_linear
 from moeify.routing import assign
@@ -140,22 +144,29 @@ def verdicts(goal: Goal, rows: list[dict[str, str]]) -> list[tuple[str, float, f
     return lines
 
 
-def adapters(device: str, dtype: torch.dtype, linear: Callable[..., Tensor], rounds: int, scale: int) -> float:
-    """G9: the time of a linear map with 2 of 16 adapters of rank 16, over that of the linear map."""
-    width, rank, num_experts, k, tokens = 2048 // scale, 16, 16, 2, 8192 // scale
-    x, base = (torch.randn(n, width, device=device, dtype=dtype) for n in (tokens, width))
-    down = torch.randn(num_experts, rank, width, device=device, dtype=dtype)
-    up = torch.randn(num_experts, width, rank, device=device, dtype=dtype)
-    index = torch.rand(tokens, num_experts, device=device).topk(k).indices
-    routing = assign(index, torch.ones(tokens, k, device=device), num_experts)
+def adapters(device: str, dtype: torch.dtype, rounds: int, scale: int) -> dict[str, float]:
+    """G9: the time of a frozen linear map with 2 of 16 adapters of rank 16, over that of the map alone."""
+    width, num_experts, k, tokens = 2048 // scale, 16, 2, 8192 // scale
+    lora = LoRA(num_experts, width, rank=16).to(device, dtype)
+    x, base, upstream = (torch.randn(n, width, device=device, dtype=dtype) for n in (tokens, width, tokens))
+    gates, index = torch.rand(tokens, num_experts, device=device).topk(k)
+    ways = {
+        "base": lambda: F.linear(x, base),
+        "adapted": lambda: F.linear(x, base) + backends.run("triton", x, assign(index, gates, num_experts), lora),
+    }
 
-    def adapted() -> Tensor:
-        rows = linear(linear(x, down, routing.counts, source=routing.source), up, routing.counts)
-        return F.linear(x, base).index_add(0, routing.source, rows)
+    def ratio(steps: dict[str, Callable[[], object]]) -> float:
+        times = milliseconds(steps, device, rounds)
+        return statistics.median(times["adapted"]) / statistics.median(times["base"])
 
     with torch.no_grad():
-        times = milliseconds({"base": lambda: F.linear(x, base), "adapted": adapted}, device, rounds)
-    return statistics.median(times["adapted"]) / statistics.median(times["base"])
+        forward = ratio(ways)
+    for leaf in (x, gates):
+        leaf.requires_grad_()
+    return {
+        "forward": forward,
+        "forward+backward": ratio({name: lambda way=way: way().backward(upstream) for name, way in ways.items()}),
+    }
 
 
 def versions() -> dict[str, str]:
@@ -204,7 +215,7 @@ def main() -> None:
         **versions(),
     }
     table = [("G10", what, "", "", kept) for what, kept in promises.items()]
-    measured = []
+    results = []
     for goal in [shrunk(goal) for goal in goals] if dry else goals:
         if time.monotonic() - begin > 60 * options.minutes:
             print(f"{goal.name} is left out: {options.minutes:g} minutes are over")
@@ -213,15 +224,20 @@ def main() -> None:
         rows = measure(goal, device, dtype, rounds)
         for row in rows:
             print("  ", *row.values(), sep="  ")
-        measured += [head | {"goal": goal.name, "shape": goal.shape} | row for row in rows]
+        results += [head | {"goal": goal.name, "shape": goal.shape} | row for row in rows]
         table += [(goal.name, what, f"{a:g}", f"{b:.3g}", met) for what, a, b, met in verdicts(goal, rows)]
-    ratio = adapters(device, dtype, linear, rounds, 32 if dry else 1)
-    table.append(("G9", "times the linear map, forward", "1.25", f"{ratio:.3g}", ratio <= 1.25))
+    asked = {"forward": 1.25, "forward+backward": 1.35}
+    for which, ratio in adapters(device, dtype, rounds, 32 if dry else 1).items():
+        met = ratio <= asked[which]
+        table.append(("G9", f"times the linear map, {which}", f"{asked[which]:g}", f"{ratio:.3g}", met))
     if not dry:
-        write(measured)
+        write(results)
     for name, what, wanted, value, met in table:
         verdict = "not measured" if dry else "pass" if met else "miss"
         print(f"{name:8s} {what:40s} {wanted:>8s} {'' if dry else value:>8s}  {verdict}")
+    if not dry:
+        draw(measured())
+        print(f"drawn: {PICTURE}")
 
 
 def write(rows: list[dict[str, str]]) -> None:

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from moeify import backends
 from moeify.backends import compose
+from moeify.experts import LoRA
 from moeify.experts.quantized import quantize
 from moeify.kernels import naive_grouped_linear
 from moeify.kernels.stacked import KNOWN, SWIGLU, ClampedGlu, Glu, Plain
@@ -58,6 +59,9 @@ def check(device: str, backend: str, decoder: str) -> list[str]:
                     with torch.no_grad():
                         decoded = backends.run(decoder, case.x, case.routing, case.ffn)
                     note(f"decode {name} {goal.shape} {dtype}", _error(decoded, slow), tolerance)
+        for tokens, width, rank in ((700, 256, 16), (300, 250, 5)):
+            error = check_adapters(device, backend, dtype, tokens, width, rank)
+            note(f"low-rank experts T{tokens} D{width} r{rank} {dtype}", error, tolerance)
     for bits in (8, 4):
         case = Case(Goal("", 3, 256, 192, 8, 2), device, torch.float32)
         experts = quantize(case.ffn, bits)
@@ -65,6 +69,19 @@ def check(device: str, backend: str, decoder: str) -> list[str]:
             right = compose(case.x, case.routing, experts).double()
             note(f"decode {bits} bits", _error(backends.run(decoder, case.x, case.routing, experts), right), 5e-5)
     return wrong
+
+
+def check_adapters(device: str, backend: str, dtype: torch.dtype, tokens: int, width: int, rank: int) -> float:
+    """The error of low-rank experts, gradients included."""
+    lora = LoRA(8, width, rank=rank).to(device, dtype)
+    torch.nn.init.normal_(lora.lora_B)
+    exact = deepcopy(lora).double()
+    x = torch.randn(tokens, width, device=device, dtype=dtype, requires_grad=True)
+    gates, index = torch.rand(tokens, 8, device=device).topk(2)
+    x64, gates64 = (t.detach().double().requires_grad_() for t in (x, gates))
+    fast = backends.run(backend, x, assign(index, gates.requires_grad_(), 8), lora)
+    slow = compose(x64, assign(index, gates64, 8), exact)
+    return errors(fast, [x, gates, *lora.parameters()], slow, [x64, gates64, *exact.parameters()])
 
 
 def check_linear(device: str, linear: Callable[..., Tensor]) -> float:
