@@ -1,5 +1,6 @@
-"""The benchmark of a GPU goes through all its steps on a CPU."""
+"""The benchmarks: the one of a GPU goes through all its steps on a CPU, and rows of the others hold what they say."""
 
+import importlib
 import os
 import subprocess
 import sys
@@ -7,6 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
+
+from moeify.flops import count
+from moeify.kernels.packing import may_pack
 
 SCRIPT = Path(__file__).parents[1] / "benchmarks" / "gpu.py"
 
@@ -70,3 +75,169 @@ def test_an_error_is_seen_in_every_gradient(monkeypatch):
     a, b = (torch.ones(3, dtype=torch.float64, requires_grad=True) for _ in range(2))
     assert gpu_checks.errors(2 * a, [a], 2 * b, [b]) == 0
     assert gpu_checks.errors(a + a.detach(), [a], 2 * b, [b]) == pytest.approx(0.5)
+
+
+@pytest.fixture
+def benchmarks(monkeypatch):
+    """Import a program by name, as it imports its neighbours."""
+    monkeypatch.syspath_prepend(SCRIPT.parent)
+    return importlib.import_module
+
+
+def test_every_round_measures_all_in_an_order_of_its_own(benchmarks):
+    common, calls = benchmarks("common"), []
+    ways = {name: lambda turn, name=name: calls.append((turn, name)) or float(turn) for name in "abcd"}
+    assert common.in_turn(ways, 8) == {name: [float(turn) for turn in range(8)] for name in "abcd"}
+    orders = ["".join(name for at, name in calls if at == turn) for turn in range(8)]
+    assert all(sorted(order) == list("abcd") for order in orders)
+    assert len(set(orders)) > 1
+
+
+def test_ratios_are_taken_round_by_round(benchmarks):
+    common = benchmarks("common")
+    assert common.ratios([2.0, 30.0], [1.0, 10.0]) == [2.0, 3.0]
+    assert common.summary(("ratio", "quartiles"), [3.0], ".2f") == {"ratio": "3.00", "quartiles": "3.00-3.00"}
+    assert common.quartiles([1.0, 9.0]) == (1.0, 5.0, 9.0)
+    assert common.quartiles([1.0, 2.0, 9.0]) == (1.0, 2.0, 9.0)
+
+
+def test_rows_of_other_columns_are_refused(benchmarks, tmp_path):
+    common, file = benchmarks("common"), tmp_path / "results" / "rows.csv"
+    for value in "12":
+        common.report(file, ["date", "what"], [{"date": "today", "what": value}])
+    assert file.read_text().split() == ["date,what", "today,1", "today,2"]
+    with pytest.raises(ValueError, match="choose another --out"):
+        common.report(file, ["date", "which"], [])
+
+
+def test_a_picture_shows_the_last_row_of_every_point_on_one_machine(benchmarks, tmp_path):
+    common, file = benchmarks("common"), tmp_path / "rows.csv"
+    rows = [("this", 1, 5), ("other", 1, 6), ("other", 2, 7), ("this", 2, 8), ("this", 1, 9)]
+    columns = ["device", "threads", "batch", "speed"]
+    common.report(file, columns, [dict(zip(columns, (a, "1", str(b), str(c)), strict=True)) for a, b, c in rows])
+    assert {row["batch"]: row["speed"] for row in common.latest(file, ["batch"])} == {"1": "9", "2": "8"}
+
+
+def test_implementations_share_their_weights_but_not_the_permission_to_pack(benchmarks):
+    block = benchmarks("run").Block((16, 32, 4, 2), torch.float32, "cpu", bits=(8,))
+    assert block.ours.gate_up_proj is block.packed.gate_up_proj is block.native.gate_up_proj
+    assert (may_pack(block.ours), may_pack(block.packed)) == (False, True)
+
+
+def test_a_peer_that_cannot_be_the_best_is_left_out(benchmarks, monkeypatch, capsys):
+    run = benchmarks("run")
+    took = {"transformers/eager": 1100.0, "transformers/grouped_mm": 100.0}
+    monkeypatch.setattr(run, "timed", lambda steps, device: {n: lambda turn, n=n: took.get(n, 99.0) for n in steps})
+    case = run.Case(run.blocks_of((16, 32, 4, 2), torch.float32), 32)
+    assert set(run.timers(case)) == {"transformers/grouped_mm", "moeify", "moeify/packed"}
+    assert "transformers/eager is left out" in capsys.readouterr().out
+
+
+def test_what_one_token_costs_at_best_does_not_depend_on_the_number_of_experts(benchmarks, monkeypatch):
+    scaling = benchmarks("scaling")
+    monkeypatch.setattr(scaling, "WIDTH", 32)
+    monkeypatch.setattr(scaling, "HIDDEN", 64)
+    layers = {e: scaling.blocks_of(scaling.sizes(e), torch.bfloat16)[:2] for e in (8, 16)}
+    dense = [scaling.Dense()]
+    times, cases = scaling.measure(layers, dense, 1, 1)
+    assert {(2 * case.read, case.flops) for case in cases} == {(dense[0].nbytes, dense[0].nbytes)}
+    assert {(8, "moeify"), (16, "moeify/packed"), (16, "transformers/eager"), (1, "dense")} <= times.keys()
+
+
+def test_times_of_more_experts_are_relative_to_the_fewest_and_to_the_dense_network(benchmarks, tmp_path):
+    scaling = benchmarks("scaling")
+    times = {(1, "dense"): [1.0], (8, "moeify"): [2.0], (8, "transformers/eager"): [4.0]}
+    times |= {(16, "moeify"): [3.0], (16, "transformers/eager"): [9.0]}
+    rows = scaling.rows_of(times, {1: 0.5, 8: 0.5, 16: 1.5})
+    ours = next(row for row in rows if (row["experts"], row["implementation"]) == ("16", "moeify"))
+    columns = ("times_fewest", "times_dense", "speedup_over_best_peer", "share_of_limit")
+    assert [ours[column] for column in columns] == ["1.500", "3.000", "3.000", "0.500"]
+    assert all(row.keys() <= set(scaling.FIELDS) for row in rows)
+    benchmarks("pictures").draw_scaling([row | {"tokens": "1"} for row in rows], tmp_path / "scaling.png")
+    assert (tmp_path / "scaling.png").stat().st_size
+
+
+def test_the_trained_models_have_equal_active_sizes(benchmarks):
+    train_step = benchmarks("train_step")
+    with torch.device("meta"):
+        sparse, dense = (count(train_step.MODELS[name]()) for name in ("sparse", "dense"))
+    assert sparse.parameters == pytest.approx(52e6, rel=0.01)
+    assert sparse.active_parameters == pytest.approx(dense.parameters, rel=0.01)
+
+
+@pytest.mark.parametrize("mode", ["fp32", "bf16", "autocast"])
+def test_all_contenders_train_and_their_time_is_split(benchmarks, monkeypatch, mode):
+    train_step = benchmarks("train_step")
+    small = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    monkeypatch.setattr(train_step, "SHAPE", train_step.SHAPE | small | {"num_key_value_heads": 2})
+    monkeypatch.setattr(train_step, "HIDDEN", 64)
+    monkeypatch.setattr(train_step, "LENGTH", 16)
+    found = train_step.contenders(mode)
+    for training, implementation in found.values():
+        before = training.model.lm_head.weight.clone()
+        training.step(implementation)
+        assert mode == "bf16" or not torch.equal(training.model.lm_head.weight, before)
+        split = train_step.shares(training, implementation, repeats=1)
+        assert sum(split.values()) == pytest.approx(1)
+        assert all(share > 0 for share in split.values())
+    split = dict.fromkeys(found, dict.fromkeys(train_step.PARTS, 0.25))
+    rows = train_step.rows_of({name: [1000.0] for name in found}, split, {"sparse": 250.0, "dense": 500.0})
+    assert [row["share_of_limit"] for row in rows] == ["0.250", "0.250", "0.250", "0.500"]
+    assert all(row.keys() <= set(train_step.FIELDS) for row in rows)
+
+
+def test_one_expert_after_another_computes_the_layer(benchmarks):
+    peak, run = benchmarks("peak"), benchmarks("run")
+    case = run.Case([run.Block((16, 32, 4, 2), torch.float32, "cpu", bits=())], 32)
+    ways = {name: way(case.blocks[0]) for name, way in peak.ways(case).items()}
+    assert set(peak.WAYS["forward+backward"]) <= ways.keys()
+    for y in ways.values():
+        torch.testing.assert_close(y, case.reference("moeify"), rtol=1e-4, atol=1e-5)
+
+
+def test_peaks_are_relative_to_the_thriftiest_peer_and_to_the_loop(benchmarks):
+    peak = benchmarks("peak")
+    rows = peak.rows_of({"transformers/eager": [8.0], "transformers/grouped_mm": [16.0], peak.LOOP: [4.0]})
+    assert [row["times_best_peer"] for row in rows] == ["1.000", "2.000", "0.500"]
+    assert [row["times_segment_loop"] for row in rows] == ["2.000", "4.000", "1.000"]
+    assert peak.weights("mixtral-like") == 168
+
+
+def test_the_larger_dense_model_is_to_the_active_part_as_llama_is_to_that_of_mixtral(benchmarks):
+    decode = benchmarks("decode")
+    sparse, total, active, larger = (decode.skeleton(name) for name in decode.MODELS)
+    assert decode.bytes_per_step(larger, 16) / decode.bytes_per_step(sparse, 16) == pytest.approx(70 / 12.9, rel=0.01)
+    assert decode.bytes_per_step(total, 16) == pytest.approx(decode.bytes_per_step(sparse, 16, asked=8), rel=0.001)
+    assert decode.bytes_per_step(active, 16) == pytest.approx(decode.bytes_per_step(sparse, 16), rel=0.001)
+
+
+def test_a_step_of_more_sequences_asks_more_experts(benchmarks, tiny_decoder):
+    roofline = benchmarks("roofline")
+    one, some, many = (roofline.experts_asked(tiny_decoder, batch) for batch in (1, 3, 64))
+    assert one == 2 <= some <= many <= 4
+
+
+@pytest.fixture
+def tiny_decoder():
+    config = transformers.MixtralConfig(
+        vocab_size=512, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, num_local_experts=4, num_experts_per_tok=2,
+    )  # fmt: skip
+    return transformers.MixtralForCausalLM(config).eval()
+
+
+def test_a_sparse_model_is_compared_with_the_dense_one_and_with_what_the_hardware_allows(benchmarks, tmp_path):
+    roofline = benchmarks("roofline")
+    speeds = {
+        ("sparse", "moeify", 4): [60.0], ("sparse", "transformers/eager", 4): [10.0],
+        ("sparse", "transformers/grouped_mm", 4): [20.0],
+        (roofline.DENSE, "moeify", 4): [10.0], (roofline.DENSE, "transformers", 4): [5.0],
+    }  # fmt: skip
+    beside = {(name, 4): {"memory_limit": 80.0, "product_limit": 90.0} for name in ("sparse", roofline.DENSE)}
+    rows = roofline.rows_of(speeds, beside)
+    assert [row.get("over_dense") for row in rows] == ["6.000", "2.000", "4.000", None, None]
+    assert [row["speedup_over_best_peer"] for row in rows] == ["3.000", "0.500", "1.000", "2.000", "1.000"]
+    assert rows[0]["share_of_limit"] == "0.750"
+    assert all(row.keys() <= set(roofline.FIELDS) for row in rows)
+    benchmarks("pictures").draw_roofline(rows, tmp_path / "roofline.png")
+    assert (tmp_path / "roofline.png").stat().st_size

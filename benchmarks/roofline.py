@@ -1,0 +1,143 @@
+"""Decode with a sparse model, and with a dense one as much larger than its active part as Llama 2 70B than Mixtral's.
+
+Mixtral 8x7B reads 12.9 B parameters per token, Llama 2 70B all of its 70 B, and Mixtral is said to be six times as
+fast. The models here, of `decode.py`, have that ratio of sizes, random weights and 16 bits. They decode one to 256
+sequences at once by transformers and by moeify, all in turn within one process. The more sequences, the more experts
+are asked by some of them, and the less of the sparse model is left unread: a row names the experts asked per layer,
+and the speeds that memory (bytes of the weights that a step reads / bandwidth) and products (FLOPs / fastest product)
+allow.
+
+    python benchmarks/roofline.py
+    python benchmarks/roofline.py --models sparse --rounds 1 --out /tmp/roofline.csv --picture /tmp/roofline.png
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from common import HEAD, in_turn, latest, limits, parser, quartiles, ratios, report, start, summary
+from decode import MODELS, Bandwidth, build, bytes_per_step, decode, twin
+from pictures import draw_roofline
+from torch import nn
+
+from moeify.flops import count
+from moeify.record import observe
+from moeify.routing import Routing
+
+DENSE = "dense-larger"
+FIELDS = [
+    *HEAD, "model", "implementation", "batch", "tok_per_s", "quartiles", "speedup_over_best_peer", "speedup_quartiles",
+    "over_dense", "over_dense_quartiles", "experts_asked", "gb_per_step", "bandwidth_gb_per_s", "memory_limit",
+    "product_limit", "share_of_limit",
+]  # fmt: skip
+POINT = ("model", "implementation", "batch")
+
+Way = tuple[str, str, int]
+"""A model, an implementation and a batch."""
+
+
+def experts_asked(model: nn.Module, batch: int) -> float | None:
+    """How many experts of a layer are asked by some sequence of a step, in the mean; None in a dense model."""
+    if not hasattr(model.config, "num_local_experts"):
+        return None
+    asked: list[int] = []
+
+    def see(layer: str, routing: Routing) -> None:
+        asked.append(int(routing.counts.count_nonzero()))
+
+    handles = observe(model, see)
+    decode(model, batch, 2, prompt=1)
+    for handle in handles:
+        handle.remove()
+    return statistics.mean(asked)
+
+
+def ways(name: str, model: nn.Module, batches: list[int]) -> dict[Way, Callable[[int], float]]:
+    """What is measured with one of the models."""
+    contenders = {"moeify": partial(speed, twin(model, 16), None)}
+    if hasattr(model.config, "num_local_experts"):
+        contenders |= {f"transformers/{each}": partial(speed, model, each) for each in ("eager", "grouped_mm")}
+    else:
+        contenders["transformers"] = partial(speed, model, None)
+    return {(name, way, batch): partial(go, batch) for batch in batches for way, go in contenders.items()}
+
+
+def speed(model: nn.Module, implementation: str | None, batch: int, turn: int = 0) -> float:
+    """Tokens per second of all sequences; the more sequences, the fewer tokens of each are timed."""
+    if implementation is not None:
+        model.set_experts_implementation(implementation)
+    return decode(model, batch, max(3, min(32, 64 // batch)), prompt=1)
+
+
+def best_of(speeds: dict[Way, list[float]], model: str, batch: int) -> list[float]:
+    """The speeds of the fastest of transformers' ways."""
+    here = {way: values for (name, way, b), values in speeds.items() if (name, b) == (model, batch)}
+    peers = [values for way, values in here.items() if way.startswith("transformers")]
+    return max(peers, key=statistics.median)
+
+
+def rows_of(speeds: dict[Way, list[float]], beside: dict[tuple[str, int], dict[str, float]]) -> list[dict[str, str]]:
+    """One row per way; ratios are taken round by round.
+
+    Args:
+        speeds: tokens per second of every round.
+        beside: by model and batch what the columns of that name hold, limits in tokens per second among them.
+    """
+    rows = []
+    for (model, implementation, batch), values in speeds.items():
+        row = {"model": model, "implementation": implementation, "batch": str(batch)}
+        row |= summary(("tok_per_s", "quartiles"), values)
+        peer = best_of(speeds, model, batch)
+        row |= summary(("speedup_over_best_peer", "speedup_quartiles"), ratios(values, peer), ".3f")
+        if model != DENSE and (DENSE, "moeify", batch) in speeds:
+            dense = speeds[DENSE, "moeify", batch] if implementation == "moeify" else best_of(speeds, DENSE, batch)
+            row |= summary(("over_dense", "over_dense_quartiles"), ratios(values, dense), ".3f")
+        here = beside[model, batch]
+        row |= {column: f"{value:.4g}" for column, value in here.items()}
+        share = quartiles(values)[1] / min(here["memory_limit"], here["product_limit"])
+        rows.append(row | {"share_of_limit": f"{share:.3f}"})
+    return rows
+
+
+def limits_of(model: nn.Module, batch: int, bandwidth: float) -> dict[str, float]:
+    """Columns beside the measured ones.
+
+    Args:
+        model: one of the models of transformers.
+        batch: sequences decoded at once.
+        bandwidth: GB per second.
+    """
+    asked = experts_asked(model, batch)
+    gigabytes = bytes_per_step(model, 16, asked) / 1e9
+    return ({} if asked is None else {"experts_asked": asked}) | {
+        "gb_per_step": gigabytes,
+        "bandwidth_gb_per_s": bandwidth,
+        "memory_limit": batch * bandwidth / gigabytes,
+        "product_limit": limits(torch.bfloat16)[1] / count(model).flops,
+    }
+
+
+def main() -> None:
+    options = parser(__doc__, rounds=3, file="roofline-cpu.csv", picture="cpu-roofline.png")
+    options.add_argument("--models", nargs="+", default=["sparse", DENSE], choices=list(MODELS))
+    options.add_argument("--batches", nargs="+", type=int, default=[1, 4, 16, 64, 256])
+    chosen = options.parse_args()
+    begin = start(chosen)
+    models = {name: build(name) for name in chosen.models}
+    tasks: dict[Way, Callable[[int], float]] = {("memory", "read", 0): Bandwidth()}
+    for name, model in models.items():
+        tasks |= ways(name, model, chosen.batches)
+    speeds = in_turn(tasks, chosen.rounds)
+    bandwidth = statistics.median(speeds.pop(("memory", "read", 0)))
+    beside = {
+        (name, batch): limits_of(model, batch, bandwidth) for name, model in models.items() for batch in chosen.batches
+    }
+    report(chosen.out, FIELDS, [begin | row for row in rows_of(speeds, beside)])
+    draw_roofline(latest(chosen.out, POINT), chosen.picture)
+
+
+if __name__ == "__main__":
+    main()
