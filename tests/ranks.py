@@ -1,6 +1,7 @@
 """Ranks as processes of their own, for tests of what several of them do together.
 
-They are forked off a server that has no threads: a fork of a process with threads waits for them for ever.
+They are forked off a server that runs no kernels: a fork of a process with threads of theirs waits for them for ever.
+It has read what all ranks need, which none of them reads again.
 """
 
 from __future__ import annotations
@@ -18,6 +19,9 @@ from transformers import TrainerCallback, TrainingArguments
 from moeify.sparsify import Recipe, sparsify
 from moeify.train import SparseArguments, SparseTrainer, SparseTrainerMixin
 from tiny_models import VOCABULARY, causal_lm
+
+# Modules of this folder are not found by the server, which says nothing and lets every rank read all by itself.
+PRELOAD = ["moeify.train", "transformers.models.llama.modeling_llama", "transformers.models.mixtral.modeling_mixtral"]
 
 
 class Silent(transformers.Trainer):
@@ -130,7 +134,7 @@ def on_ranks(ranks, case, *arguments):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     server = multiprocessing.get_context("forkserver")
-    server.set_forkserver_preload(["ranks"])
+    server.set_forkserver_preload(PRELOAD)
     answers = server.Queue()
     workers = [server.Process(target=_become, args=(r, ranks, port, case, arguments, answers)) for r in range(ranks)]
     for worker in workers:
@@ -138,7 +142,7 @@ def on_ranks(ranks, case, *arguments):
     found = {}
     try:
         for _ in workers:
-            rank, answer, error = answers.get(timeout=60)
+            rank, answer, error = answers.get(timeout=300)
             assert error is None, f"rank {rank}: {error}"
             found[rank] = answer
     finally:
