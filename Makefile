@@ -8,8 +8,8 @@ BIN    := $(VENV)/bin
 demo: $(VENV)/.test
 	$(BIN)/moeify train --output runs/demo --resume
 
-test: $(VENV)/.test
-	$(BIN)/python -m pytest tests
+test: $(VENV)/.test $(VENV)/.interpreter
+	$(BIN)/python -m pytest tests --numprocesses 2 --dist worksteal
 
 check: $(VENV)/.dev
 	$(BIN)/ruff check .
@@ -42,4 +42,9 @@ clean:
 $(VENV)/.%: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --editable '.[$*]'
+	touch $@
+
+# Triton's interpreter runs the kernels of GPUs. Torch for CUDA insists on a triton of its own, so none is put over it.
+$(VENV)/.interpreter: $(VENV)/.test
+	$(BIN)/python -c 'import triton' 2> /dev/null || $(BIN)/python -m pip install --quiet --editable '.[interpret]'
 	touch $@

@@ -1,3 +1,7 @@
+import os
+
+os.environ["OMP_NUM_THREADS"] = "1"  # before the libraries that read it; processes that tests start get it as well
+
 import pytest
 import torch
 from hypothesis import settings
