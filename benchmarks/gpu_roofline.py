@@ -161,6 +161,5 @@ if __name__ == "__main__":
     draw(measured())
     for each in GOALS:
         for name, kernels in passes(each).items():
-            print(
-                f"{each.name:8s} {name:16s} at least {bound(kernels)[0]:.3g} ms, at most {bound(kernels)[1]:.0f} TFLOP/s"
-            )
+            ms, tflops = bound(kernels)
+            print(f"{each.name:8s} {name:16s} at least {ms:.3g} ms, at most {tflops:.0f} TFLOP/s")

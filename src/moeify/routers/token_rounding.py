@@ -94,12 +94,12 @@ class TokenRounding(Router):
         if not self.training:
             return routing
         _check(routing)
-        positions = real_tokens(x, context).positions
+        scores, positions = routing.scores, real_tokens(x, context).positions
         token = routing.source if positions is None else torch.searchsorted(positions, routing.source)
-        weight = routing.scores.index_put((token, routing.expert), routing.weight.to(routing.scores.dtype))
-        chose = torch.zeros_like(weight, dtype=torch.bool).index_put((token, routing.expert), token.new_ones(()).bool())
-        most = down(token.new_tensor(len(weight)), self.tile)
-        counts = self.rounding(routing.counts, self.tile).minimum(most)
+        weight = scores.index_put((token, routing.expert), routing.weight.to(scores.dtype))
+        chose = torch.zeros_like(scores, dtype=torch.bool)
+        chose[token, routing.expert] = True
+        counts = self.rounding(routing.counts, self.tile).clamp(max=len(scores) // self.tile * self.tile)
         expert, token = _best(chose, weight.detach(), counts).t().nonzero(as_tuple=True)
         return replace(
             routing,
