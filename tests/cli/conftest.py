@@ -1,12 +1,16 @@
+from functools import partial
+
 import pytest
 
 from command_line import TINY, moeify, save_llama, write_text
+from moeify.cli.text import sample
 
 
 @pytest.fixture(autouse=True)
-def no_hub_and_few_samples(monkeypatch):
+def no_hub_and_short_samples(monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("moeify.cli.job.PROMPTS", ("def ",))
+    monkeypatch.setattr("moeify.cli.job.sample", partial(sample, tokens=10))
 
 
 @pytest.fixture(scope="session")
