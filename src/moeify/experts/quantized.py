@@ -17,6 +17,7 @@ from moeify.kernels.stacked import Inner, Stacked
 Model = TypeVar("Model", bound=nn.Module)
 
 _BLOCK, _QUARTER = 128, 32
+_HUGE = 2**21  # bytes of a page
 
 
 class Weights(nn.Module):
@@ -48,11 +49,11 @@ class Weights(nn.Module):
         padded = -(-width // _BLOCK) * _BLOCK
         shape = (num_experts, width_out)
         if bits == 8:
-            numbers = in_huge_pages(torch.empty(*shape, width, dtype=torch.int8)).zero_()
+            numbers, scales = _filled(0, *shape, width, dtype=torch.int8), _filled(1, *shape)
         else:
-            numbers = in_huge_pages(torch.empty(*shape, padded // 2, dtype=torch.uint8)).fill_(0x88)
+            numbers, scales = _filled(0x88, *shape, padded // 2, dtype=torch.uint8), _filled(1, *shape, padded // group)
         self.register_buffer("weight", numbers)
-        self.register_buffer("scales", torch.ones(*shape, *([padded // group] if bits == 4 else [])))
+        self.register_buffer("scales", scales)
         self.register_buffer("bias", torch.zeros(shape) if bias else None)
 
     @torch.no_grad()
@@ -106,6 +107,12 @@ class Quantized(Experts):
 
     The weights are buffers: they are saved and loaded, and never trained. Gradients reach the rows and no further.
     On a CPU the native kernel reads the packed weights as they are; elsewhere they are unpacked expert by expert.
+
+    Of an expert with at most 24 rows the kernel rounds the inputs of both maps to 8 bits as well, if tokens are in
+    bf16, weights have 8 bits or 4 in groups of 64, and the processor multiplies bytes (AVX-512 with VNNI and bf16):
+    64 neighbours share a scale, their largest over 127. For normally distributed tokens an answer then differs by
+    1.5 % of its length from the definition's, more than 8 bits of the weights cost and less than 4 do. Otherwise inputs
+    stay as they are.
 
     Args:
         num_experts: E.
@@ -213,6 +220,12 @@ def quantize_experts(model: Model, bits: int = 8, group: int = 64) -> Model:
             if getattr(part, "_experts", ()) == (experts,):
                 part.attach(quantized)  # pyrefly: ignore[not-callable]
     return model
+
+
+def _filled(value: int, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Fresh memory, on a CPU in huge pages: that is where reading is fastest, and little else takes time."""
+    fresh = torch.empty(shape, dtype=dtype)
+    return (in_huge_pages(fresh) if fresh.is_cpu and fresh.nbytes >= _HUGE else fresh).fill_(value)
 
 
 def _not_zero(scales: Tensor) -> Tensor:

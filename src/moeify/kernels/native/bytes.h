@@ -11,16 +11,18 @@ constexpr int MOST_BYTES = 24;  // rows of an expert for which its weights are m
 struct Token {  // one row of activations, filled up with zeros
     const int8_t* numbers;  // in the order of `Span`
     const float* scales;    // of every 64
-    const float* sums;      // of every 64, scaled: they take away what weights are too large, as products take them w + 128
-                            // or w + 8
+    const float* sums;      // of every 64, scaled; products take weights as w + 128 or w + 8, and sums take that away
 };
 
 #if defined(__AVX512BF16__)  // such processors know the instructions of VNNI too
 #define BYTES __attribute__((target("avx512vnni")))
 
-constexpr int SHARED = 64, SPAN = 256, SCALES = 16;  // scales that are loaded at once
+constexpr int SHARED = 64, SCALES = 16;  // numbers that share a scale, scales that are loaded at once
+constexpr int AHEAD = 16384;             // bytes, beyond the rows at hand, of the weights to fetch into the second cache
+constexpr int AT_ONCE = 6;               // activations that share unpacked weights, at most
 
-// 256 numbers, of which 64 share a scale. Fours of these four groups take turns, so that the sums of four products do too.
+constexpr int SPAN = 4 * SHARED;
+// Four groups that each share a scale. Fours of their numbers take turns, so that sums of four products do too.
 struct Span {
     __m512i part[4];
 };
@@ -40,16 +42,16 @@ INLINE Span weights_of(const uint8_t* w) {
     const __m512i sign = _mm512_set1_epi8(-128), four = _mm512_set1_epi8(15);
     const auto from = [&](int i) { return _mm512_loadu_si512(w + i * SHARED); };
     if (format == INT8)
-        return in_turn(_mm512_xor_si512(from(0), sign), _mm512_xor_si512(from(1), sign), _mm512_xor_si512(from(2), sign),
-                       _mm512_xor_si512(from(3), sign));
+        return in_turn(_mm512_xor_si512(from(0), sign), _mm512_xor_si512(from(1), sign),
+                       _mm512_xor_si512(from(2), sign), _mm512_xor_si512(from(3), sign));
     const __m512i turns = _mm512_broadcast_i32x4(_mm_setr_epi8(0, 2, 4, 6, 1, 3, 5, 7, 8, 10, 12, 14, 9, 11, 13, 15));
     const __m512i ab = _mm512_shuffle_epi8(from(0), turns), cd = _mm512_shuffle_epi8(from(1), turns);
     const __m512i even = _mm512_unpacklo_epi64(ab, cd), odd = _mm512_unpackhi_epi64(ab, cd);
-    return {_mm512_and_si512(even, four), _mm512_and_si512(odd, four), _mm512_and_si512(_mm512_srli_epi16(even, 4), four),
-            _mm512_and_si512(_mm512_srli_epi16(odd, 4), four)};
+    return {_mm512_and_si512(even, four), _mm512_and_si512(odd, four),
+            _mm512_and_si512(_mm512_srli_epi16(even, 4), four), _mm512_and_si512(_mm512_srli_epi16(odd, 4), four)};
 }
 
-struct Group {  // 64 activations
+struct Group {  // activations that share a scale
     __m512i numbers;
     float scale, sum;
 };
@@ -60,8 +62,10 @@ BYTES inline Group round_group(const float* x) {
         largest = _mm512_max_epi32(largest, _mm512_and_si512(_mm512_loadu_si512(x + i), _mm512_set1_epi32(0x7fffffff)));
     const float most = cast<float>(_mm512_reduce_max_epi32(largest)), inverse = most > 0 ? 127.f / most : 0.f;
     alignas(64) int8_t whole[SHARED];
-    for (int i = 0; i < SHARED; i += W)
-        _mm_store_si128((__m128i*)(whole + i), _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(cast<__m512>(load(x + i) * inverse))));
+    for (int i = 0; i < SHARED; i += W) {
+        const __m512i nearest = _mm512_cvtps_epi32(cast<__m512>(load(x + i) * inverse));
+        _mm_store_si128((__m128i*)(whole + i), _mm512_cvtepi32_epi8(nearest));
+    }
     const __m512i numbers = _mm512_load_si512(whole), ones = _mm512_set1_epi8(1);
     const int32_t total = _mm512_reduce_add_epi32(_mm512_dpbusd_epi32(_mm512_setzero_si512(), ones, numbers));
     return {numbers, most / 127.f, most / 127.f * total};
@@ -99,15 +103,16 @@ struct Rounded {  // the activations of some rows
     }
 };
 
-// out[m * C + c] = w[c] · x[m] for c < C, m < M, where a scale that 8 bits share in a row is left out.
+// out[m * stride + c] = w[c] · x[m] for c < C, m < M.
 template <Format format, int C, int M>
 BYTES inline void byte_dots(const uint8_t* const* w, const float* const* scales, int64_t ahead, const Token* x, int64_t k,
-                            float* out) {
+                            float* out, int64_t stride) {
     constexpr int bytes = format == INT8 ? SPAN : SPAN / 2;
     const int64_t blocks = (k + NIBBLES - 1) / NIBBLES, row_bytes = format == INT8 ? k : blocks * NIBBLES / 2;
     Floats total[C][M] = {};
     for (int64_t begin = 0; begin < k; begin += SCALES * SHARED) {
-        const int64_t end = std::min<int64_t>(begin + SCALES * SHARED, k), groups = std::min<int64_t>(SCALES, 2 * blocks - begin / SHARED);
+        const int64_t end = std::min<int64_t>(begin + SCALES * SHARED, k);
+        const int64_t groups = std::min<int64_t>(SCALES, 2 * blocks - begin / SHARED);
         alignas(64) float both[C][M][SCALES];  // of weights and activations
 #pragma GCC unroll 4
         for (int c = 0; c < C; c++) {
@@ -125,7 +130,8 @@ BYTES inline void byte_dots(const uint8_t* const* w, const float* const* scales,
 #pragma GCC unroll 4
             for (int c = 0; c < C; c++) {
                 const int64_t at = i / SPAN * bytes;
-                for (int line = 0; line < bytes; line += LINE) __builtin_prefetch(w[0] + ahead + at * C + c * bytes + line, 0, 2);
+                for (int line = 0; line < bytes; line += LINE)
+                    __builtin_prefetch(w[0] + ahead + at * C + c * bytes + line, 0, 2);
                 if (at + bytes <= row_bytes) {
                     numbers[c] = weights_of<format>(w[c] + at);
                 } else {
@@ -140,33 +146,39 @@ BYTES inline void byte_dots(const uint8_t* const* w, const float* const* scales,
                 for (int c = 0; c < C; c++) {
                     __m512i sums = _mm512_setzero_si512();
 #pragma GCC unroll 4
-                    for (int p = 0; p < 4; p++)
-                        sums = _mm512_dpbusd_epi32(sums, numbers[c].part[p], _mm512_loadu_si512(x[m].numbers + i + p * SHARED));
+                    for (int p = 0; p < 4; p++) {
+                        const __m512i inputs = _mm512_loadu_si512(x[m].numbers + i + p * SHARED);
+                        sums = _mm512_dpbusd_epi32(sums, numbers[c].part[p], inputs);
+                    }
                     const __m512 scale = _mm512_broadcast_f32x4(_mm_load_ps(both[c][m] + (i - begin) / SHARED));
                     total[c][m] += cast<Floats>(_mm512_cvtepi32_ps(sums)) * cast<Floats>(scale);
                 }
         }
     }
 #pragma GCC unroll 8
+    for (int m = 0; format == INT8 && m < M; m++)
+#pragma GCC unroll 4
+        for (int c = 0; c < C; c++) total[c][m] *= *scales[c];
+#pragma GCC unroll 8
     for (int m = 0; m < M; m += 4 / C) {
         const int other = C == 4 || m + 1 == M ? m : m + 1;
-        sums(total[0][m], total[1][m], total[2 % C][other], total[3 % C][other], out + m * C);
+        float four[4];
+        sums(total[0][m], total[1][m], total[2 % C][other], total[3 % C][other], four);
+        std::memcpy(out + m * stride, four, C * sizeof(float));
+        if (other > m) std::memcpy(out + other * stride, four + C, C * sizeof(float));
     }
 }
 
-constexpr int AHEAD = 16384;  // bytes from which on weights are fetched into the second cache
-constexpr int AT_ONCE = 6;  // rows of activations that share the unpacked weights
-
 template <Format format>
 void some_byte_dots(int m, const uint8_t* const* w, const float* const* scales, int64_t ahead, const Token* x,
-                    int64_t k, float* out) {
+                    int64_t k, float* out, int64_t stride) {
     switch (m) {
-        case 1: return byte_dots<format, 4, 1>(w, scales, ahead, x, k, out);
-        case 2: return byte_dots<format, 4, 2>(w, scales, ahead, x, k, out);
-        case 3: return byte_dots<format, 2, 3>(w, scales, ahead, x, k, out);
-        case 4: return byte_dots<format, 2, 4>(w, scales, ahead, x, k, out);
-        case 5: return byte_dots<format, 2, 5>(w, scales, ahead, x, k, out);
-        case 6: return byte_dots<format, 2, 6>(w, scales, ahead, x, k, out);
+        case 1: return byte_dots<format, 4, 1>(w, scales, ahead, x, k, out, stride);
+        case 2: return byte_dots<format, 4, 2>(w, scales, ahead, x, k, out, stride);
+        case 3: return byte_dots<format, 2, 3>(w, scales, ahead, x, k, out, stride);
+        case 4: return byte_dots<format, 2, 4>(w, scales, ahead, x, k, out, stride);
+        case 5: return byte_dots<format, 2, 5>(w, scales, ahead, x, k, out, stride);
+        case 6: return byte_dots<format, 2, 6>(w, scales, ahead, x, k, out, stride);
     }
 }
 
@@ -184,18 +196,13 @@ void byte_products(const Stack& s, int64_t expert, const Columns& columns, const
             const int64_t row = begin + std::min(n + c, columns.count - 1) * columns.step;
             w[c] = (const uint8_t*)s.data + row * s.row_stride, scales[c] = s.scales + row * groups;
         }
-        for (int m = 0; m < rows; m += height) {
-            const int here = std::min(height, rows - m);
-            float dots[16];
-            some_byte_dots<format>(here, w, scales, ahead, x + m, k, dots);
-            for (int i = 0; i < here; i++)
-                for (int c = 0; c < std::min(width, columns.count - n); c++)
-                    out[(m + i) * stride + n + c] = dots[i * width + c] * (format == INT8 ? *scales[c] : 1.f);
-        }
+        for (int m = 0; m < rows; m += height)
+            some_byte_dots<format>(std::min(height, rows - m), w, scales, ahead, x + m, k, out + m * stride + n,
+                                   stride);
     }
 }
 
-// out[m * stride + n] = column n of an expert · x[m].
+// out[m * stride + n] = column n of an expert · x[m]; there is room for a multiple of four columns.
 inline void byte_products(const Stack& s, int64_t expert, const Columns& columns, const Token* x, int rows, int64_t k,
                           float* out, int64_t stride) {
     s.format == INT8 ? byte_products<INT8>(s, expert, columns, x, rows, k, out, stride)

@@ -59,7 +59,8 @@ struct Product<int8_t, Bf16> {  // 8 bits fit into bf16
 #endif
 
 // out[m * out_stride + c] = w[c] · x[m] for c < C, m < M. Row c of the weights begins `w_stride` numbers behind row c - 1.
-// `next` are the weights that will be needed then; they are fetched in the order of the memory, as it likes best.
+// `next` are the weights that will be needed then; they are fetched in the order of the memory, as it likes best, into
+// the second cache, for the first is too small for four rows of now and then.
 template <int C, int M, class Weight, class X>
 INLINE void dots(const Weight* w, int64_t w_stride, const Weight* next, const X* const* x, int64_t k, float* out,
                  int64_t out_stride) {
@@ -71,7 +72,7 @@ INLINE void dots(const Weight* w, int64_t w_stride, const Weight* next, const X*
 #pragma GCC unroll 8
         for (int c = 0; c < C; c++) {
             weights[c] = P::weights(w + c * w_stride + i);
-            if (c * P::step * sizeof(Weight) % LINE == 0) __builtin_prefetch(next + i * C + c * P::step);
+            if (c * P::step * sizeof(Weight) % LINE == 0) __builtin_prefetch(next + i * C + c * P::step, 0, 2);
         }
 #pragma GCC unroll 8
         for (int m = 0; m < M; m++) {

@@ -152,8 +152,8 @@ struct Layer {
 
     // out[m] = columns of the map of in[which[m]]
     template <class In>
-    static void multiply(const Map<X>& map, const Block& b, const Inputs<In>& in, const int64_t* which, int rows, bool bytes,
-                         int64_t k, float* out, X* room) {
+    static void multiply(const Map<X>& map, const Block& b, const Inputs<In>& in, const int64_t* which, int rows,
+                         bool bytes, int64_t k, float* out, X* room) {
         const X* x[PANEL];
         Token tokens[PANEL];
         for (int m = 0; m < rows; m++) x[m] = in.x + which[m] * in.stride;
