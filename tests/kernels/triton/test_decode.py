@@ -28,7 +28,7 @@ def test_every_nonlinearity(inner, bias):
     agrees(torch.randn(3, 40, device=DEVICE), decisions(3)["k choices"], experts(INNER[inner], bias))
 
 
-@settings(max_examples=8)
+@settings(max_examples=4)
 @given(choices(max_tokens=3, max_experts=4), st.tuples(*[st.integers(1, 150)] * 3), seeds)
 def test_any_decision_and_any_widths(choice, widths, seed):
     torch.manual_seed(seed)
