@@ -2,8 +2,8 @@
 
 Every measurement is a process of its own: what was resident at most during one pass, as the system counts it and with
 the libraries' own buffers, less what was resident before. Weights and tokens are there before; outputs, gradients and
-whatever lies between are not. A short pass goes first, so that what libraries keep for good does not count, and the C
-library gives freed memory back at once. Linux only.
+whatever lies between are not, nor is what is kept for the next pass. A pass of a much smaller layer goes first, so that
+the code of libraries does not count, and the C library gives freed memory back at once. Linux only.
 
     python benchmarks/peak.py
     python benchmarks/peak.py --blocks tiny --tokens 512 --rounds 1 --out /tmp/peak.csv
@@ -28,7 +28,7 @@ from moeify.experts import FFN
 from moeify.routing import assign
 
 DTYPE = "bfloat16"
-WARM = 64  # tokens
+SMALL, FEW = (256, 128, 8, 2), 64  # the layer that goes first, and its tokens
 LOOP = "segment loop"
 FORWARD = ("transformers/eager", "transformers/grouped_mm", LOOP, "compose", "moeify")
 WAYS = {"forward": FORWARD, "forward+backward": (*FORWARD, "moeify/recompute")}
@@ -63,9 +63,11 @@ def peak(block: str, tokens: int, backward: bool, threads: int, way: str) -> flo
     """MiB beside the weights; to be called in a fresh process."""
     torch.set_num_threads(threads)
     torch.manual_seed(0)
-    blocks = [Block(BLOCKS[block], DTYPES[DTYPE], "cpu", bits=())]
-    warm, case = (Case(blocks, count, backward=backward) for count in (min(WARM, tokens), tokens))
-    warm.step(ways(warm)[way], 0)
+    small, case = (
+        Case([Block(sizes, DTYPES[DTYPE], "cpu", bits=())], count, backward=backward)
+        for sizes, count in ((SMALL, FEW), (BLOCKS[block], tokens))
+    )
+    small.step(ways(small)[way], 0)
     step = ways(case)[way]
     Path("/proc/self/clear_refs").write_text("5")  # the highest mark falls to what is resident now
     before = resident("VmRSS")
