@@ -119,15 +119,15 @@ def timed(steps: dict[Key, Callable[[int], object]], device: str = "cpu") -> dic
 def milliseconds(function: Callable[[], object], device: str = "cpu") -> float:
     """How long a call takes."""
     if device == "cuda":
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
+        before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        before.record()
         function()
-        end.record()
+        after.record()
         torch.cuda.synchronize()
-        return start.elapsed_time(end)
-    start = time.perf_counter()
+        return before.elapsed_time(after)
+    begun = time.perf_counter()
     function()
-    return 1000 * (time.perf_counter() - start)
+    return 1000 * (time.perf_counter() - begun)
 
 
 def quartiles(values: list[float]) -> tuple[float, float, float]:

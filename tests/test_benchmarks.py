@@ -239,5 +239,7 @@ def test_a_sparse_model_is_compared_with_the_dense_one_and_with_what_the_hardwar
     assert [row["speedup_over_best_peer"] for row in rows] == ["3.000", "0.500", "1.000", "2.000", "1.000"]
     assert rows[0]["share_of_limit"] == "0.750"
     assert all(row.keys() <= set(roofline.FIELDS) for row in rows)
+    slower = roofline.rows_of(speeds | {(roofline.DENSE, "moeify", 4): [1.0]}, beside)
+    assert slower[0]["over_dense"] == "12.000", "the dense model is not held back by what is slow of ours"
     benchmarks("pictures").draw_roofline(rows, tmp_path / "roofline.png")
     assert (tmp_path / "roofline.png").stat().st_size
