@@ -17,6 +17,8 @@ from typing import TypeVar
 import torch
 import transformers
 
+from moeify.kernels.memory import in_huge_pages
+
 Key = TypeVar("Key", bound=Hashable)
 
 RESULTS = Path(__file__).parent / "results"
@@ -156,8 +158,11 @@ def least(measured: dict[Key, list[float]]) -> list[float]:
 
 @cache
 def limits(dtype: torch.dtype, device: str = "cpu") -> tuple[float, float]:
-    """Bytes and FLOPs per second of this machine: the fastest read of a large tensor, the fastest product."""
-    large = torch.zeros(2**26, device=device)
+    """Bytes and FLOPs per second of this machine: the fastest read of large memory, the fastest product."""
+    large = torch.empty(2**26, device=device)
+    if device == "cpu":
+        in_huge_pages(large)
+    large.zero_()
     read = min(milliseconds(large.sum, device) for _ in range(9))
     side = 1024 if device == "cpu" else 8192
     left, right = (torch.ones(side, side, device=device, dtype=dtype) for _ in range(2))

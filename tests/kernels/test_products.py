@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moeify.kernels import native, segments
-from moeify.kernels.native.products import multiply_few, outer_few
+from moeify.kernels.native.products import few_rows, multiply_few, outer_few
 from moeify.kernels.segments import blocks, map_rows, outer_rows
 from strategies import seeds
 
@@ -74,10 +74,12 @@ def test_rows_of_one_block_may_begin_anywhere():
     assert torch.equal(torch.cat(parts), whole)
 
 
-@pytest.mark.parametrize("rows_each", [segments.FEW, segments.FEW + 1])
-def test_the_kernel_is_taken_for_few_rows_of_large_stacks(rows_each, monkeypatch):
+@pytest.mark.parametrize("more", [False, True])
+def test_the_kernel_is_taken_for_few_rows_of_large_stacks(more, monkeypatch):
     if reason := native.why_not():
         pytest.skip(reason)
+    monkeypatch.setattr(segments, "few_rows", lambda kind, dtype: 20)
+    rows_each = 20 + more
     taken = []
     monkeypatch.setattr(segments, "multiply_few", lambda *a: taken.append("map") or multiply_few(*a))
     monkeypatch.setattr(segments, "outer_few", lambda *a, **k: taken.append("outer") or outer_few(*a, **k))
@@ -86,13 +88,18 @@ def test_the_kernel_is_taken_for_few_rows_of_large_stacks(rows_each, monkeypatch
     (block,) = blocks([rows_each] * 2)
     out, sums = map_rows(rows, weight, None, block), torch.empty_like(weight)
     outer_rows(out, rows, sums, block)
-    assert taken == (["map", "outer"] if rows_each == segments.FEW else [])
+    assert taken == ([] if more else ["map", "outer"])
     near(
         out,
         torch.cat([r.double() @ w.T.double() for r, w in zip(rows.split(rows_each), weight, strict=True)]),
         out.dtype,
     )
     near(sums[1], out[rows_each:].T.double() @ rows[rows_each:].double(), out.dtype)
+
+
+def test_fewer_rows_are_few_where_the_instructions_are_not_those_of_the_measurement(monkeypatch):
+    monkeypatch.setenv("MOEIFY_NATIVE", "portable")
+    assert few_rows("forth", torch.float32) == 8
 
 
 def test_without_a_kernel_few_rows_go_to_the_library(monkeypatch):

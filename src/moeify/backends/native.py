@@ -18,7 +18,7 @@ from moeify.routing import Assignment, Routing
 
 LONG = 256
 """Rows per expert from which on the library's products are as fast as the kernel's loops; measured on Zen 4."""
-LONG_WHERE_PACKED = 64
+LONG_WHERE_PACKED = 128
 """The same where the library may pack its weights."""
 LONG_WITH_TILES = 8
 """The same in bf16 where the processor has matrix tiles (AMX), which the kernel does not use; an estimate."""

@@ -137,7 +137,7 @@ class _Shelf:
         is_zero = not self.free
         memory = _zeros(size, huge_pages=True) if is_zero else self.free.pop()
         view = memoryview(memory)
-        weakref.finalize(view, _put_back, weakref.ref(self), memory).atexit = False
+        weakref.finalize(view, _put_back, weakref.ref(self), memory)
         return view, is_zero
 
 

@@ -12,14 +12,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from moeify.kernels import native
-from moeify.kernels.native.products import Run, multiply_few, outer_few
+from moeify.kernels.native.products import Run, few_rows, multiply_few, outer_few
 from moeify.kernels.onednn import linear, multiply, takes_onednn
 
 Matrices = Tensor | Sequence[Tensor]  # (E, O, D), or E packed ones
 Block = list[Run]  # runs of rising experts, side by side
 
-FEW = 32
-"""Rows per expert up to which the native kernel's products beat the libraries'; measured on Zen 4."""
 WORTH_COMPILING = 2**18
 """Numbers in the matrices of all experts from which on a C++ compiler is asked for the native kernel."""
 
@@ -68,7 +66,8 @@ def map_rows(
         bias: of all experts.
         block: who reads which rows.
     """
-    if isinstance(weight, Tensor) and _are_few(rows, weight, block):
+    kind = "forth" if isinstance(weight, Tensor) and weight.stride(2) == 1 else "back"
+    if isinstance(weight, Tensor) and _are_few(rows, weight, block, kind):
         out = multiply_few(rows, weight, block)
     elif rows.is_cpu and isinstance(weight, Tensor) and group_obstacle(rows, weight, len(rows) // len(block)) is None:
         out = _in_one_call(rows, weight, block)
@@ -103,7 +102,7 @@ def outer_rows(
         block: who reads which rows.
         add: to what the matrices hold.
     """
-    if _are_few(left, into, block) and right.stride(-1) == 1:
+    if _are_few(left, into, block, "outer") and right.stride(-1) == 1:
         outer_few(left, right, into, block, add=add)
         return
     for expert, a, b in _by_expert(block, left, right):
@@ -114,17 +113,17 @@ def outer_rows(
             multiply(a.t(), b, into[expert])
 
 
-def _are_few(rows: Float[Tensor, "B D"], weight: Float[Tensor, "E O D"], block: Block) -> bool:
+def _are_few(rows: Float[Tensor, "B D"], weight: Float[Tensor, "E O D"], block: Block, kind: str) -> bool:
     """Whether the native kernel is there, and best at so few rows."""
     return (
-        len(rows) <= FEW * len(block)
-        and weight.is_cpu
+        weight.is_cpu
         and weight.numel() >= WORTH_COMPILING
         and rows.dtype == weight.dtype
         and rows.dtype in (torch.float32, torch.bfloat16)
         and rows.stride(-1) == 1
         and 1 in weight.stride()[1:]
         and native.why_not() is None
+        and len(rows) <= few_rows(kind, rows.dtype) * len(block)
     )
 
 

@@ -2,6 +2,7 @@
 #include "products.h"
 
 #include <algorithm>
+#include <type_traits>
 #include <vector>
 
 #include "dots.h"
@@ -16,9 +17,7 @@ struct Unit {
     static constexpr int depth = 1, vectors = 1;  // numbers in a word; vectors that hold W · vectors columns
     static float word(const X* a, const X*) { return number(*a); }
     static INLINE Vector words(const float* p) { return load(p); }
-    static INLINE void interleave(const X* a, const X*, int64_t count, Vector* out) {
-        out[0] = count >= W ? load(a) : load_first(a, count);
-    }
+    static INLINE void interleave(const X* a, const X*, Vector* out) { out[0] = load(a); }
     static INLINE Floats add(Floats sum, Vector v, float w) { return sum + v * w; }
     static void natural(Floats*) {}
 };
@@ -31,11 +30,8 @@ struct Unit<Bf16> {
     static constexpr int depth = 2, vectors = 2;
     static uint32_t word(const Bf16* a, const Bf16* b) { return a->bits | (b ? uint32_t(b->bits) << 16 : 0); }
     static INLINE Vector words(const uint32_t* p) { return _mm512_loadu_si512(p); }
-    static INLINE __m512i first(const Bf16* p, int64_t count) {
-        return _mm512_maskz_loadu_epi16(count >= 32 ? ~0u : __mmask32((1ull << count) - 1), p);
-    }
-    static INLINE void interleave(const Bf16* a, const Bf16* b, int64_t count, Vector* out) {
-        const __m512i low = first(a, count), high = b ? first(b, count) : _mm512_setzero_si512();
+    static INLINE void interleave(const Bf16* a, const Bf16* b, Vector* out) {
+        const __m512i low = _mm512_loadu_si512(a), high = _mm512_loadu_si512(b);
         out[0] = _mm512_unpacklo_epi16(low, high), out[1] = _mm512_unpackhi_epi16(low, high);
     }
     static INLINE Floats add(Floats sum, Vector v, uint32_t w) {
@@ -51,13 +47,42 @@ struct Unit<Bf16> {
 };
 #endif
 
+// sums[m][v] += sum over i < n of load(i)[v] · words[m * stride + i]: M x V sums stay in registers.
+template <class X, int M, int V, class Load>
+INLINE void add_products(Floats (&sums)[M][V], int64_t n, const typename Unit<X>::Word* words, int64_t stride, Load load) {
+    for (int64_t i = 0; i < n; i++) {
+        typename Unit<X>::Vector row[V];
+        load(i, row);
+#pragma GCC unroll 8
+        for (int m = 0; m < M; m++)
+#pragma GCC unroll 4
+            for (int v = 0; v < V; v++) sums[m][v] = Unit<X>::add(sums[m][v], row[v], words[m * stride + i]);
+    }
+}
+
+// Calls f with the number of rows as a constant, for at most ROWS rows at a time.
+template <class F>
+INLINE void by_rows(int64_t rows, F f) {
+    for (int64_t m = 0; m < rows; m += ROWS) switch (std::min<int64_t>(ROWS, rows - m)) {
+            case 1: f(m, std::integral_constant<int, 1>()); break;
+            case 2: f(m, std::integral_constant<int, 2>()); break;
+            case 3: f(m, std::integral_constant<int, ROWS >= 3 ? 3 : 1>()); break;
+            case 4: f(m, std::integral_constant<int, ROWS >= 4 ? 4 : 1>()); break;
+            case 5: f(m, std::integral_constant<int, ROWS >= 5 ? 5 : 1>()); break;
+            case 6: f(m, std::integral_constant<int, ROWS >= 6 ? 6 : 1>()); break;
+        }
+}
+
 template <class X>
 struct Grouped {
     typedef Unit<X> U;
     typedef typename U::Word Word;
     typedef typename U::Vector Vector;
-    static constexpr int SPAN = W * U::vectors, DEEP = 8 / U::depth;  // columns at once; words per row at once
-    static constexpr int LINE_SPAN = LINE / sizeof(X) > W ? LINE / sizeof(X) : W;  // columns written at once
+    static constexpr int V = 4;          // vectors of columns that are computed together
+    static constexpr int WIDE = V * W;   // their columns
+    static constexpr int DEEP = 32;      // words of a row that are multiplied before the sums are put away
+    static constexpr int64_t MANY = 96;  // rows whose sums are kept at once, near
+    static constexpr int APART = 1;      // vectors between rows, or all would fall into the same few places of the cache
 
     const Products& call;
 
@@ -87,111 +112,125 @@ struct Grouped {
 
     // out[r][d] = sum over o of left[r][o] · weight[o][d]
     void back(const Run& run, int64_t begin, int64_t end) const {
-        const int64_t spans = (end - begin + SPAN - 1) / SPAN, deep = (call.height + U::depth - 1) / U::depth;
-        const int64_t stride = spans * U::vectors + APART;
+        const int64_t parts = (run.count + MANY - 1) / MANY;
+        for (int64_t part = 0; part < parts; part++) {
+            const int64_t first = run.count * part / parts, last = run.count * (part + 1) / parts;
+            back_part({run.expert, run.first + first, last - first}, begin, end);
+        }
+    }
+
+    void back_part(const Run& run, int64_t begin, int64_t end) const {
+        const int64_t tiles = (end - begin + WIDE - 1) / WIDE, deep = (call.height + U::depth - 1) / U::depth;
+        const int64_t stride = tiles * V + APART;
         static thread_local std::vector<Floats> sums;
         static thread_local std::vector<Word> words;
         sums.assign(run.count * stride, Floats{});
         words.resize(run.count * deep);
-        for (int64_t r = 0; r < run.count; r++) pack(left(run.first + r), deep, words.data() + r * deep);
-        for (int64_t w = 0; w < deep; w += DEEP)
-            for (int64_t s = 0; s < spans; s++) {
-                const int64_t column = begin + s * SPAN;
-                if (deep - w >= DEEP)
-                    add_rows<DEEP>(run, w, column, end - column, words.data() + w, deep, sums.data() + s * U::vectors,
-                                   stride);
-                else
-                    for (int64_t i = w; i < deep; i++)
-                        add_rows<1>(run, i, column, end - column, words.data() + i, deep, sums.data() + s * U::vectors,
-                                    stride);
+        for (int64_t r = 0; r < run.count; r++)
+            for (int64_t i = 0, o = 0; i < deep; i++, o += U::depth) {
+                const X* at = left(run.first + r) + o;
+                words[r * deep + i] = U::word(at, o + 1 < call.height ? at + 1 : nullptr);
             }
+        for (int64_t w = 0; w < deep; w += DEEP)
+            for (int64_t tile = 0; tile < tiles; tile++)
+                by_rows(run.count, [&](int64_t r, auto rows) {
+                    add_rows<rows>(run.expert, w, std::min<int64_t>(DEEP, deep - w), begin + tile * WIDE, end,
+                                   words.data() + r * deep + w, deep, sums.data() + r * stride + tile * V, stride);
+                });
         for (int64_t r = 0; r < run.count; r++) {
             Floats* row = sums.data() + r * stride;
-            for (int64_t s = 0; s < spans; s++) U::natural(row + s * U::vectors);
+            for (int64_t v = 0; v < tiles * V; v += U::vectors) U::natural(row + v);
             write((const float*)row, end - begin, (X*)call.out + (run.first + r) * call.width + begin);
         }
     }
 
-    template <int D>
-    INLINE void add_rows(const Run& run, int64_t first, int64_t column, int64_t count, const Word* words, int64_t stride,
-                         Floats* sums, int64_t sums_stride) const {
-        Vector rows[D][U::vectors];
+    // kept[m] += words[m] · weight[first ... first + n], of WIDE columns, or as many as there are before the end.
+    template <int M>
+    INLINE void add_rows(int64_t expert, int64_t first, int64_t n, int64_t column, int64_t end, const Word* words,
+                         int64_t words_stride, Floats* kept, int64_t kept_stride) const {
+        Floats sums[M][V];
 #pragma GCC unroll 8
-        for (int i = 0; i < D; i++) {
-            const int64_t o = (first + i) * U::depth;
-            const X* here = weight(run.expert, o) + column;
-            const X* below = o + 1 < call.height ? here + call.row_stride : nullptr;
-            U::interleave(here, below, count, rows[i]);
-            __builtin_prefetch(here + AHEAD * D * U::depth * call.row_stride);
-            if (U::depth > 1) __builtin_prefetch(here + (AHEAD * D * U::depth + 1) * call.row_stride);
-        }
-        for (int64_t r = 0; r < run.count; r++)
-#pragma GCC unroll 2
-            for (int v = 0; v < U::vectors; v++) {
-                Floats sum = sums[r * sums_stride + v];
+        for (int m = 0; m < M; m++)
+#pragma GCC unroll 4
+            for (int v = 0; v < V; v++) sums[m][v] = kept[m * kept_stride + v];
+        const int64_t o = first * U::depth, ahead = o + DEEP * U::depth;
+        const X* next = weight(expert, ahead) + (column - column % WIDE) * DEEP * U::depth;
+        const int64_t whole = end - column >= WIDE ? n - (o + n * U::depth > call.height) : 0;  // words with all numbers
+        const X* tile = weight(expert, o) + column;
+        add_products<X>(sums, whole, words, words_stride, [&](int64_t i, Vector* row) {
+            const X* here = tile + i * U::depth * call.row_stride;
+#pragma GCC unroll 4
+            for (int v = 0; v < V; v += U::vectors) U::interleave(here + v * W, here + call.row_stride + v * W, row + v);
+#pragma GCC unroll 4
+            for (int v = 0; v < V; v++) fetch((const char*)next + (i * V + v) * LINE, false);
+        });
+        add_products<X>(sums, n - whole, words + whole, words_stride, [&](int64_t i, Vector* row) {
+            X rows[U::depth][WIDE] = {};
+            for (int64_t d = 0; d < U::depth && o + (whole + i) * U::depth + d < call.height; d++)
+                std::memcpy(rows[d], tile + ((whole + i) * U::depth + d) * call.row_stride,
+                            std::min<int64_t>(WIDE, end - column) * sizeof(X));
+            for (int v = 0; v < V; v += U::vectors) U::interleave(rows[0] + v * W, rows[U::depth - 1] + v * W, row + v);
+        });
 #pragma GCC unroll 8
-                for (int i = 0; i < D; i++) sum = U::add(sum, rows[i][v], words[r * stride + i]);
-                sums[r * sums_stride + v] = sum;
-            }
+        for (int m = 0; m < M; m++)
+#pragma GCC unroll 4
+            for (int v = 0; v < V; v++) kept[m * kept_stride + v] = sums[m][v];
     }
 
     // weight[o][d] = sum over r of left[r][o] · right[r][d]
     void outer(const Run& run, int64_t begin, int64_t end) const {
-        const int64_t deep = (run.count + U::depth - 1) / U::depth, spans = (call.width + LINE_SPAN - 1) / LINE_SPAN;
-        const int64_t stride = spans * LINE_SPAN + APART * W;
+        const int64_t deep = (run.count + U::depth - 1) / U::depth, tiles = (call.width + WIDE - 1) / WIDE;
+        const int64_t stride = tiles * WIDE + APART * W;
         static thread_local std::vector<Word> lefts, rights;
-        lefts.resize((end - begin) * deep), rights.assign(deep * stride, Word(0));
-        for (int64_t i = 0; i < deep; i++) {
-            const int64_t r = run.first + i * U::depth;
-            const bool both = i * U::depth + 1 < run.count;
-            const X *a = left(r), *b = right(r), *a2 = both ? left(r + 1) : nullptr, *b2 = both ? right(r + 1) : nullptr;
-            for (int64_t o = begin; o < end; o++) lefts[(o - begin) * deep + i] = U::word(a + o, a2 ? a2 + o : nullptr);
-            for (int64_t d = 0; d < call.width; d++) rights[i * stride + d] = U::word(b + d, b2 ? b2 + d : nullptr);
-        }
-        for (int64_t o = begin; o < end;) {
-            const int64_t height = end - o >= COLUMNS ? COLUMNS : 1;
-            const Word* words = lefts.data() + (o - begin) * deep;
-            for (int64_t column = 0; column < call.width; column += LINE_SPAN) {
-                X* to = weight(run.expert, o) + column;
-                if (height == COLUMNS)
-                    write_rows<COLUMNS>(words, rights.data() + column, stride, deep, call.width - column, to);
-                else
-                    write_rows<1>(words, rights.data() + column, stride, deep, call.width - column, to);
-            }
-            o += height;
-        }
+        lefts.resize(ROWS * deep), rights.assign(deep * stride, Word(0));
+        for (int64_t i = 0; i < deep; i++)
+            for (int64_t d = 0; d < call.width; d++) rights[i * stride + d] = word_of(right(run.first), call.right_stride, run.count, i, d);
+        by_rows(end - begin, [&](int64_t o, auto rows) {
+            for (int64_t i = 0; i < deep; i++)
+                for (int m = 0; m < rows; m++)
+                    lefts[m * deep + i] = word_of(left(run.first), call.left_stride, run.count, i, begin + o + m);
+            for (int64_t column = 0; column < call.width; column += WIDE)
+                write_rows<rows>(lefts.data(), deep, rights.data() + column, stride, call.width - column,
+                                 weight(run.expert, begin + o) + column);
+        });
+#if defined(__AVX512F__)
+        _mm_sfence();
+#endif
     }
 
-    template <int H>
-    INLINE void write_rows(const Word* lefts, const Word* rights, int64_t stride, int64_t deep, int64_t count, X* to) const {
-        constexpr int V = LINE_SPAN / W;
-        Floats sums[H][V] = {};
-        for (int64_t i = 0; i < deep; i++)
+    // Number `at` of word i's rows.
+    static INLINE Word word_of(const X* rows, int64_t stride, int64_t count, int64_t i, int64_t at) {
+        const X* here = rows + i * U::depth * stride + at;
+        return U::word(here, i * U::depth + 1 < count ? here + stride : nullptr);
+    }
+
+    // to[m] (+)= lefts[m] · rights, of WIDE columns, or as many as are left.
+    template <int M>
+    INLINE void write_rows(const Word* lefts, int64_t deep, const Word* rights, int64_t stride, int64_t count, X* to) const {
+        Floats sums[M][V] = {};
+        add_products<X>(sums, deep, lefts, deep, [&](int64_t i, Vector* row) {
+#pragma GCC unroll 4
+            for (int v = 0; v < V; v++) row[v] = U::words(rights + i * stride + v * W);
+        });
+#pragma GCC unroll 8
+        for (int m = 0; m < M; m++)
 #pragma GCC unroll 4
             for (int v = 0; v < V; v++) {
-                const Vector right = U::words(rights + i * stride + v * W);
-#pragma GCC unroll 4
-                for (int h = 0; h < H; h++) sums[h][v] = U::add(sums[h][v], right, lefts[h * deep + i]);
-            }
-#pragma GCC unroll 4
-        for (int h = 0; h < H; h++)
-#pragma GCC unroll 4
-            for (int v = 0; v < V; v++) {
-                X* at = to + h * call.row_stride + v * W;
+                X* at = to + m * call.row_stride + v * W;
                 const int64_t left = count - v * W;
                 if (left <= 0) break;
                 if (left < W)
-                    store_first(at, call.adds ? sums[h][v] + load_first(at, left) : sums[h][v], left);
+                    store_first(at, call.adds ? sums[m][v] + load_first(at, left) : sums[m][v], left);
                 else if (call.adds)
-                    store(at, sums[h][v] + load(at));
+                    store(at, sums[m][v] + load(at));
                 else
-                    stream(at, sums[h][v]);
+                    stream(at, sums[m][v]);
             }
     }
 
     void run() const {
         const int64_t whole = call.kind == BACK ? call.width : call.height;
-        const int64_t grain = call.kind == BACK ? SPAN : 64, most = call.threads > 1 ? 4 * call.threads : 1;
+        const int64_t grain = call.kind == BACK ? WIDE : 64, most = call.threads > 1 ? 4 * call.threads : 1;
         const int64_t share = ((whole + most - 1) / most + grain - 1) / grain * grain, shares = (whole + share - 1) / share;
 #pragma omp parallel for schedule(dynamic) num_threads(call.threads) if (call.threads > 1)
         for (int64_t unit = 0; unit < call.count * shares; unit++) {
@@ -204,15 +243,6 @@ struct Grouped {
     }
 
   private:
-    static constexpr int AHEAD = 2;  // blocks of rows that are fetched before they are needed
-    static constexpr int APART = 1;  // vectors between rows, or all would fall into the same few places of the cache
-
-    void pack(const X* row, int64_t deep, Word* out) const {
-        for (int64_t i = 0; i < deep; i++) {
-            const int64_t o = i * U::depth;
-            out[i] = U::word(row + o, o + 1 < call.height ? row + o + 1 : nullptr);
-        }
-    }
     static void write(const float* from, int64_t count, X* to) {
         int64_t i = 0;
         for (; i + W <= count; i += W) store(to + i, load(from + i));
@@ -241,7 +271,4 @@ extern "C" void moeify_products(const Products* call) {
         Grouped<Bf16>{*call}.run();
     else
         Grouped<float>{*call}.run();
-#if defined(__AVX512F__)
-    _mm_sfence();
-#endif
 }
