@@ -11,6 +11,7 @@ import platform
 import shutil
 import subprocess
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -24,7 +25,7 @@ LEVELS: dict[str, list[str]] = {
 }
 """The instruction sets that the kernel is written for, best first, and how a compiler is told."""
 
-_FLAGS = ["-O3", "-std=c++17", "-fPIC", "-shared", "-fno-math-errno", "-w"]
+_FLAGS = ["-O3", "-std=c++17", "-fPIC", "-fno-math-errno", "-w"]
 _SOURCES = sorted(path for path in Path(__file__).parent.iterdir() if path.suffix in (".cpp", ".h"))
 
 
@@ -116,14 +117,24 @@ def _compiled(level: str, compiler: list[str]) -> Path:
         logging.getLogger(__name__).info("compiling %s; this takes some seconds, once", file)
         with tempfile.TemporaryDirectory(dir=folder) as here:
             made = Path(here) / name
-            units = [str(path) for path in _SOURCES if path.suffix == ".cpp"]
-            _compile([*compiler, *_FLAGS, *LEVELS[level], *units, "-o", str(made)])
+            _compile([*compiler, *_FLAGS, *LEVELS[level]], made)
             made.replace(file)
     return file
 
 
-def _compile(command: list[str]) -> None:
-    """Compile, with OpenMP where the compiler knows it."""
+def _compile(command: list[str], made: Path) -> None:
+    """Compile all units side by side, with OpenMP where the compiler knows it, and link them."""
+    units = {str(path): str(made.with_name(f"{path.stem}.o")) for path in _SOURCES if path.suffix == ".cpp"}
+
+    def unit(source: str) -> None:
+        _with_openmp([*command, "-c", source, "-o", units[source]])
+
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(unit, units))
+    _with_openmp([*command, "-shared", *units.values(), "-o", str(made)])
+
+
+def _with_openmp(command: list[str]) -> None:
     try:
         subprocess.run([*command, "-fopenmp"], capture_output=True, text=True, check=True)
     except subprocess.CalledProcessError:
