@@ -17,6 +17,7 @@ from moeify import MoE, assign, backends
 from moeify.backends import BACKENDS, compose
 from moeify.experts import FFN, Each, Experts
 from moeify.kernels import layer as layer_kernel
+from moeify.kernels import segments
 from moeify.kernels.layer import infer_layer, run_layer
 from moeify.kernels.packing import pack, unpack
 from moeify.kernels.stacked import ClampedGlu, Glu, Plain, Stacked
@@ -50,7 +51,12 @@ def rows_of_a_block(request, monkeypatch):
     monkeypatch.setattr(layer_kernel, "_ROWS", request.param)
 
 
-@pytest.mark.usefixtures("rows_of_a_block")
+@pytest.fixture(params=[False, True], ids=["by the library", "by the native kernel"])
+def products(request, monkeypatch):
+    monkeypatch.setattr(segments, "WORTH_COMPILING", 0 if request.param else 2**62)
+
+
+@pytest.mark.usefixtures("rows_of_a_block", "products")
 @pytest.mark.parametrize("name", NAMES)
 @given(choices(), st.sampled_from(INNERS), st.booleans(), st.sampled_from([(6, 3), (8, 8), (5, 7)]), seeds)
 def test_output_and_gradients_are_those_of_the_definition(name, choice, inner, bias, sizes, seed):
@@ -65,7 +71,7 @@ def test_output_and_gradients_are_those_of_the_definition(name, choice, inner, b
         torch.testing.assert_close(backends.run(name, x, assign(*choice), experts), y)
 
 
-@pytest.mark.usefixtures("rows_of_a_block", "uninitialised_memory_is_nan")
+@pytest.mark.usefixtures("rows_of_a_block", "products", "uninitialised_memory_is_nan")
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("counts", [[0, 5, 0], [0, 0, 1], [9, 0, 0], [1, 3, 5], [0, 0, 0], [4, 4, 0]])
 def test_any_counts_will_do(counts, name):
@@ -88,6 +94,7 @@ def test_what_is_frozen_gets_no_gradient_and_the_others_the_same(name, trained):
     assert [leaf_name for leaf_name, leaf in leaves.items() if leaf.grad is not None] == [trained]
 
 
+@pytest.mark.usefixtures("products")
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 4e-2), (torch.float16, 6e-3), (torch.float32, 1e-5)])
 @pytest.mark.parametrize("name", NAMES)
 def test_low_precision_is_near_the_exact_answer(name, dtype, tolerance):
