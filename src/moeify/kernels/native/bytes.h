@@ -103,13 +103,13 @@ struct Rounded {  // the activations of some rows
     }
 };
 
-// out[m * stride + c] = w[c] · x[m] for c < C, m < M.
+// total[c][m] += w[c] · x[m], in parts, for c < C, m < M.
 template <Format format, int C, int M>
-BYTES inline void byte_dots(const uint8_t* const* w, const float* const* scales, int64_t ahead, const Token* x, int64_t k,
-                            float* out, int64_t stride) {
+BYTES inline void add_bytes(const uint8_t* const* w, const float* const* scales, int64_t ahead, const Token* x, int64_t k,
+                            Floats (*total)[M]) {
     constexpr int bytes = format == INT8 ? SPAN : SPAN / 2;
+    constexpr bool by_itself = C == 1 && format == INT8;  // the processor sees what comes next, if nothing is in between
     const int64_t blocks = (k + NIBBLES - 1) / NIBBLES, row_bytes = format == INT8 ? k : blocks * NIBBLES / 2;
-    Floats total[C][M] = {};
     for (int64_t begin = 0; begin < k; begin += SCALES * SHARED) {
         const int64_t end = std::min<int64_t>(begin + SCALES * SHARED, k);
         const int64_t groups = std::min<int64_t>(SCALES, 2 * blocks - begin / SHARED);
@@ -131,7 +131,7 @@ BYTES inline void byte_dots(const uint8_t* const* w, const float* const* scales,
             for (int c = 0; c < C; c++) {
                 const int64_t at = i / SPAN * bytes;
                 for (int line = 0; line < bytes; line += LINE)
-                    __builtin_prefetch(w[0] + ahead + at * C + c * bytes + line, 0, 2);
+                    if (!by_itself) __builtin_prefetch(w[0] + ahead + at * C + c * bytes + line, 0, 2);
                 if (at + bytes <= row_bytes) {
                     numbers[c] = weights_of<format>(w[c] + at);
                 } else {
@@ -155,6 +155,15 @@ BYTES inline void byte_dots(const uint8_t* const* w, const float* const* scales,
                 }
         }
     }
+}
+
+// out[m * stride + c] = w[c] · x[m] for c < C, m < M; for one token, row after row as they lie in memory.
+template <Format format, int C, int M>
+BYTES inline void byte_dots(const uint8_t* const* w, const float* const* scales, int64_t ahead, const Token* x, int64_t k,
+                            float* out, int64_t stride) {
+    Floats total[C][M] = {};
+    constexpr int together = M == 1 ? 1 : C;
+    for (int c = 0; c < C; c += together) add_bytes<format, together, M>(w + c, scales + c, ahead, x, k, total + c);
 #pragma GCC unroll 8
     for (int m = 0; format == INT8 && m < M; m++)
 #pragma GCC unroll 4

@@ -2,10 +2,10 @@
 #pragma once
 #include "vectors.h"
 
-constexpr int LINE = 64;     // bytes that memory gives at once
-constexpr int LEAD = 8192;   // bytes of weights that are fetched before they are needed, at least
-constexpr int NEAR = 16384;  // bytes of weights that may wait in the nearest cache, beside what one or two tokens need
-constexpr int COLUMNS = 4;   // weight rows that share the loads of the activations
+constexpr int LINE = 64;    // bytes that memory gives at once
+constexpr int LEAD = 8192;  // bytes of weights that are fetched into the second cache before they are needed, at least
+constexpr int FEW_NEAR = 2; // activations that leave room in the nearest cache for the weights that come next
+constexpr int COLUMNS = 4;  // weight rows that share the loads of the activations
 #if defined(__AVX512F__)
 constexpr int ROWS = 6;  // activations that share the loads of the weights: 4 x 6 sums and 4 + 1 operands in 32 registers
 #elif defined(__AVX2__)
@@ -60,20 +60,11 @@ struct Product<int8_t, Bf16> {  // 8 bits fit into bf16
 };
 #endif
 
-// Into the nearest cache or the one behind it, from which the processor brings it near by itself. What fills the nearest
-// cache too early drives out what is in use there.
-template <class T>
-INLINE void fetch(const T* p, bool is_near) {
-    if (is_near)
-        __builtin_prefetch(p, 0, 3);
-    else
-        __builtin_prefetch(p, 0, 2);
-}
-
 // out[m * out_stride + c] = w[c] · x[m] for c < C, m < M. Row c of the weights begins `w_stride` numbers behind row c - 1.
-// `next` are the weights that will be needed then; they are fetched in the order of the memory, as it likes best.
+// `next` are the weights that will be needed then; they are fetched in the order of the memory, as it likes best, and into
+// the second cache unless M is small: in the nearest they would drive out what is in use there.
 template <int C, int M, class Weight, class X>
-INLINE void dots(const Weight* w, int64_t w_stride, const Weight* next, bool is_near, const X* const* x, int64_t k,
+INLINE void dots(const Weight* w, int64_t w_stride, const Weight* next, const X* const* x, int64_t k,
                  float* out, int64_t out_stride) {
     typedef Product<Weight, X> P;
     Floats sum_of[M][C] = {};
@@ -83,7 +74,8 @@ INLINE void dots(const Weight* w, int64_t w_stride, const Weight* next, bool is_
 #pragma GCC unroll 8
         for (int c = 0; c < C; c++) {
             weights[c] = P::weights(w + c * w_stride + i);
-            if (c * P::step * sizeof(Weight) % LINE == 0) fetch(next + i * C + c * P::step, is_near);
+            if (c * P::step * sizeof(Weight) % LINE == 0)
+                __builtin_prefetch(next + i * C + c * P::step, 0, M <= FEW_NEAR ? 3 : 2);
         }
 #pragma GCC unroll 8
         for (int m = 0; m < M; m++) {
@@ -111,15 +103,15 @@ INLINE void dots(const Weight* w, int64_t w_stride, const Weight* next, bool is_
 }
 
 template <int C, class Weight, class X>
-void some_dots(int m, const Weight* w, int64_t w_stride, const Weight* next, bool is_near, const X* const* x, int64_t k,
+void some_dots(int m, const Weight* w, int64_t w_stride, const Weight* next, const X* const* x, int64_t k,
                float* out, int64_t out_stride) {
     switch (m) {
-        case 1: return dots<C, 1>(w, w_stride, next, is_near, x, k, out, out_stride);
-        case 2: return dots<C, 2>(w, w_stride, next, is_near, x, k, out, out_stride);
-        case 3: return dots<C, (ROWS > 2 ? 3 : 1)>(w, w_stride, next, is_near, x, k, out, out_stride);
-        case 4: return dots<C, (ROWS > 2 ? 4 : 1)>(w, w_stride, next, is_near, x, k, out, out_stride);
-        case 5: return dots<C, (ROWS > 4 ? 5 : 1)>(w, w_stride, next, is_near, x, k, out, out_stride);
-        case 6: return dots<C, (ROWS > 4 ? 6 : 1)>(w, w_stride, next, is_near, x, k, out, out_stride);
+        case 1: return dots<C, 1>(w, w_stride, next, x, k, out, out_stride);
+        case 2: return dots<C, 2>(w, w_stride, next, x, k, out, out_stride);
+        case 3: return dots<C, (ROWS > 2 ? 3 : 1)>(w, w_stride, next, x, k, out, out_stride);
+        case 4: return dots<C, (ROWS > 2 ? 4 : 1)>(w, w_stride, next, x, k, out, out_stride);
+        case 5: return dots<C, (ROWS > 4 ? 5 : 1)>(w, w_stride, next, x, k, out, out_stride);
+        case 6: return dots<C, (ROWS > 4 ? 6 : 1)>(w, w_stride, next, x, k, out, out_stride);
     }
 }
 
@@ -127,20 +119,19 @@ void some_dots(int m, const Weight* w, int64_t w_stride, const Weight* next, boo
 template <class Weight, class X>
 void product(const Weight* w, int64_t w_stride, int columns, const Weight* next, const X* const* x, int rows, int64_t k,
              float* out, int64_t out_stride) {
-    const int lead = int((LEAD / (k * sizeof(Weight)) / COLUMNS + 1) * COLUMNS);  // columns
+    const int lead = rows <= FEW_NEAR ? COLUMNS : int((LEAD / (k * sizeof(Weight)) / COLUMNS + 1) * COLUMNS);
     const int groups = (rows + ROWS - 1) / ROWS, most = (rows + groups - 1) / groups;
     for (int n = 0; n < columns;) {
         const int width = columns - n >= COLUMNS ? COLUMNS : 1, then = n + lead;
         const Weight* here = w + n * w_stride;
         const Weight* ahead = then < columns ? w + then * w_stride : next + (then - columns) * w_stride;
-        const bool is_near = rows < 3 && width * k * int64_t(sizeof(Weight)) <= NEAR;
         for (int m = 0; m < rows; m += most) {
             const int height = rows - m < most ? rows - m : most;
             float* to = out + m * out_stride + n;
             if (width == COLUMNS)
-                some_dots<COLUMNS>(height, here, w_stride, ahead, is_near, x + m, k, to, out_stride);
+                some_dots<COLUMNS>(height, here, w_stride, ahead, x + m, k, to, out_stride);
             else
-                some_dots<1>(height, here, w_stride, ahead, is_near, x + m, k, to, out_stride);
+                some_dots<1>(height, here, w_stride, ahead, x + m, k, to, out_stride);
         }
         n += width;
     }

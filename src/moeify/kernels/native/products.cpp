@@ -162,7 +162,7 @@ struct Grouped {
 #pragma GCC unroll 4
             for (int v = 0; v < V; v += U::vectors) U::interleave(here + v * W, here + call.row_stride + v * W, row + v);
 #pragma GCC unroll 4
-            for (int v = 0; v < V; v++) fetch((const char*)next + (i * V + v) * LINE, false);
+            for (int v = 0; v < V; v++) __builtin_prefetch((const char*)next + (i * V + v) * LINE, 0, 2);
         });
         add_products<X>(sums, n - whole, words + whole, words_stride, [&](int64_t i, Vector* row) {
             X rows[U::depth][WIDE] = {};
