@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 import transformers
-from common import HEAD, in_turn, milliseconds, parser, quartiles, ratios, report, start, summary
+from measure import HEAD, in_turn, milliseconds, parser, quartiles, ratios, report, start, summary
 from torch import nn
 from transformers import DynamicCache
 

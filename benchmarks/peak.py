@@ -19,7 +19,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from common import HEAD, in_turn, least, parser, ratios, report, start, summary
+from measure import HEAD, in_turn, least, parser, ratios, report, start, summary
 from run import BLOCKS, DTYPES, Block, Case
 from torch import Tensor
 from torch.nn import functional as F

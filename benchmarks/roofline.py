@@ -18,8 +18,8 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
-from common import HEAD, in_turn, latest, limits, parser, quartiles, ratios, report, start, summary
 from decode import MODELS, Bandwidth, build, bytes_per_step, decode, twin
+from measure import HEAD, in_turn, latest, limits, parser, quartiles, ratios, report, start, summary
 from pictures import draw_roofline
 from torch import nn
 

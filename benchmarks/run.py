@@ -15,7 +15,7 @@ from functools import partial
 
 import torch
 import transformers
-from common import (
+from measure import (
     HEAD,
     RESULTS,
     at_best,

@@ -12,7 +12,7 @@ experts, and the limit: the larger of (bytes of the experts that were asked / ba
 from __future__ import annotations
 
 import torch
-from common import HEAD, at_best, in_turn, latest, least, parser, quartiles, ratios, report, start, summary, timed
+from measure import HEAD, at_best, in_turn, latest, least, parser, quartiles, ratios, report, start, summary, timed
 from pictures import draw_scaling
 from run import Block, Case, Sizes, blocks_of, timers
 from torch import Tensor

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 import transformers
-from common import HEAD, at_best, in_turn, least, parser, quartiles, ratios, report, start, summary, timed
+from measure import HEAD, at_best, in_turn, least, parser, quartiles, ratios, report, start, summary, timed
 from torch import Tensor, nn
 from torch.nn import functional as F
 

@@ -85,37 +85,37 @@ def benchmarks(monkeypatch):
 
 
 def test_every_round_measures_all_in_an_order_of_its_own(benchmarks):
-    common, calls = benchmarks("common"), []
+    measure, calls = benchmarks("measure"), []
     ways = {name: lambda turn, name=name: calls.append((turn, name)) or float(turn) for name in "abcd"}
-    assert common.in_turn(ways, 8) == {name: [float(turn) for turn in range(8)] for name in "abcd"}
+    assert measure.in_turn(ways, 8) == {name: [float(turn) for turn in range(8)] for name in "abcd"}
     orders = ["".join(name for at, name in calls if at == turn) for turn in range(8)]
     assert all(sorted(order) == list("abcd") for order in orders)
     assert len(set(orders)) > 1
 
 
 def test_ratios_are_taken_round_by_round(benchmarks):
-    common = benchmarks("common")
-    assert common.ratios([2.0, 30.0], [1.0, 10.0]) == [2.0, 3.0]
-    assert common.summary(("ratio", "quartiles"), [3.0], ".2f") == {"ratio": "3.00", "quartiles": "3.00-3.00"}
-    assert common.quartiles([1.0, 9.0]) == (1.0, 5.0, 9.0)
-    assert common.quartiles([1.0, 2.0, 9.0]) == (1.0, 2.0, 9.0)
+    measure = benchmarks("measure")
+    assert measure.ratios([2.0, 30.0], [1.0, 10.0]) == [2.0, 3.0]
+    assert measure.summary(("ratio", "quartiles"), [3.0], ".2f") == {"ratio": "3.00", "quartiles": "3.00-3.00"}
+    assert measure.quartiles([1.0, 9.0]) == (1.0, 5.0, 9.0)
+    assert measure.quartiles([1.0, 2.0, 9.0]) == (1.0, 2.0, 9.0)
 
 
 def test_rows_of_other_columns_are_refused(benchmarks, tmp_path):
-    common, file = benchmarks("common"), tmp_path / "results" / "rows.csv"
+    measure, file = benchmarks("measure"), tmp_path / "results" / "rows.csv"
     for value in "12":
-        common.report(file, ["date", "what"], [{"date": "today", "what": value}])
+        measure.report(file, ["date", "what"], [{"date": "today", "what": value}])
     assert file.read_text().split() == ["date,what", "today,1", "today,2"]
     with pytest.raises(ValueError, match="choose another --out"):
-        common.report(file, ["date", "which"], [])
+        measure.report(file, ["date", "which"], [])
 
 
 def test_a_picture_shows_the_last_row_of_every_point_on_one_machine(benchmarks, tmp_path):
-    common, file = benchmarks("common"), tmp_path / "rows.csv"
+    measure, file = benchmarks("measure"), tmp_path / "rows.csv"
     rows = [("this", 1, 5), ("other", 1, 6), ("other", 2, 7), ("this", 2, 8), ("this", 1, 9)]
     columns = ["device", "threads", "batch", "speed"]
-    common.report(file, columns, [dict(zip(columns, (a, "1", str(b), str(c)), strict=True)) for a, b, c in rows])
-    assert {row["batch"]: row["speed"] for row in common.latest(file, ["batch"])} == {"1": "9", "2": "8"}
+    measure.report(file, columns, [dict(zip(columns, (a, "1", str(b), str(c)), strict=True)) for a, b, c in rows])
+    assert {row["batch"]: row["speed"] for row in measure.latest(file, ["batch"])} == {"1": "9", "2": "8"}
 
 
 def test_implementations_share_their_weights_but_not_the_permission_to_pack(benchmarks):
