@@ -82,6 +82,14 @@ def test_memory_goes_with_its_weight_or_when_it_is_asked_to():
 
 
 @pytest.mark.usefixtures("large")
+def test_a_system_that_refuses_huge_pages_does_no_harm(monkeypatch):
+    monkeypatch.setattr(gradients.mmap, "MADV_HUGEPAGE", 9999, raising=False)
+    experts = experts_of()
+    step(experts)
+    assert experts.down_proj.grad.any()
+
+
+@pytest.mark.usefixtures("large")
 def test_a_weight_that_has_become_larger_does_not_get_the_old_memory():
     weight = torch.nn.Parameter(torch.randn(2, 3, 4))
     gradient_of(weight, [1, 1])

@@ -7,6 +7,7 @@ import mmap
 import sys
 import weakref
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -152,7 +153,8 @@ def _zeros(size: int, *, huge_pages: bool = False) -> mmap.mmap:
         return mmap.mmap(-1, size)
     memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if huge_pages and hasattr(mmap, "MADV_HUGEPAGE"):
-        memory.madvise(mmap.MADV_HUGEPAGE)
+        with suppress(OSError):  # advice only: a system without huge pages refuses it
+            memory.madvise(mmap.MADV_HUGEPAGE)
     return memory
 
 
