@@ -26,7 +26,7 @@ import torch
 from gpu_cases import GOALS, PEERS, Case, Goal, shrunk
 from gpu_checks import check, check_linear, check_promises
 from gpu_roofline import PICTURE, draw, measured
-from run import RESULTS, hardware, quartiles
+from measure import RESULTS, hardware, milliseconds, quartiles
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -43,28 +43,15 @@ FIELDS = [
 ]  # fmt: skip
 
 
-def milliseconds(ways: dict[str, Callable[[], object]], device: str, rounds: int) -> dict[str, list[float]]:
+def interleaved(ways: dict[str, Callable[[], object]], device: str, rounds: int) -> dict[str, list[float]]:
     """Times of every way in every round, after two rounds that do not count."""
     times: dict[str, list[float]] = {name: [] for name in ways}
     for turn in range(rounds + 2):
         for name, way in ways.items():
-            taken = _milliseconds(way, device)
+            taken = milliseconds(way, device)
             if turn > 1:
                 times[name].append(taken)
     return times
-
-
-def _milliseconds(way: Callable[[], object], device: str) -> float:
-    if device == "cpu":
-        start = time.perf_counter()
-        way()
-        return 1000 * (time.perf_counter() - start)
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    start.record()
-    way()
-    end.record()
-    torch.cuda.synchronize()
-    return start.elapsed_time(end)
 
 
 def replayed(ways: dict[str, Callable[[], Tensor]], times: int = 20) -> dict[str, Callable[[], object]]:
@@ -93,7 +80,7 @@ def measure(goal: Goal, device: str, dtype: torch.dtype, rounds: int) -> list[di
             print(f"  {name} does not serve {goal.name}: {reason}")
         repeats = 20 if goal.microseconds and device == "cuda" else 1
         passes = replayed(ways, repeats) if repeats > 1 else ways
-        for name, values in milliseconds(passes, device, rounds).items():
+        for name, values in interleaved(passes, device, rounds).items():
             rows.append(_row("forward", name, [v / repeats for v in values], goal.flops))
     if goal.microseconds:
         return rows
@@ -101,7 +88,7 @@ def measure(goal: Goal, device: str, dtype: torch.dtype, rounds: int) -> list[di
     ways, _ = case.ways()
     kept = {name: case.kept(way) for name, way in ways.items()}
     steps = {name: lambda way=way: case.backward(way) for name, way in ways.items()}
-    for name, values in milliseconds(steps, device, rounds).items():
+    for name, values in interleaved(steps, device, rounds).items():
         rows.append(_row("forward+backward", name, values, 3 * goal.flops) | {"kept_mib": f"{kept[name]:.4g}"})
     return rows
 
@@ -156,7 +143,7 @@ def adapters(device: str, dtype: torch.dtype, rounds: int, scale: int) -> dict[s
     }
 
     def ratio(steps: dict[str, Callable[[], object]]) -> float:
-        times = milliseconds(steps, device, rounds)
+        times = interleaved(steps, device, rounds)
         return statistics.median(times["adapted"]) / statistics.median(times["base"])
 
     with torch.no_grad():
