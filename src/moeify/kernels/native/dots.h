@@ -4,7 +4,7 @@
 
 constexpr int LINE = 64;    // bytes that memory gives at once
 constexpr int LEAD = 8192;  // bytes of weights that are fetched into the second cache before they are needed, at least
-constexpr int FEW_NEAR = 2; // activations that leave room in the nearest cache for the weights that come next
+constexpr int FEW_NEAR = 2;  // activations that leave room in the nearest cache for the weights that come next
 constexpr int COLUMNS = 4;  // weight rows that share the loads of the activations
 #if defined(__AVX512F__)
 constexpr int ROWS = 6;  // activations that share the loads of the weights: 4 x 6 sums and 4 + 1 operands in 32 registers
@@ -64,8 +64,8 @@ struct Product<int8_t, Bf16> {  // 8 bits fit into bf16
 // `next` are the weights that will be needed then; they are fetched in the order of the memory, as it likes best, and into
 // the second cache unless M is small: in the nearest they would drive out what is in use there.
 template <int C, int M, class Weight, class X>
-INLINE void dots(const Weight* w, int64_t w_stride, const Weight* next, const X* const* x, int64_t k,
-                 float* out, int64_t out_stride) {
+INLINE void dots(const Weight* w, int64_t w_stride, const Weight* next, const X* const* x, int64_t k, float* out,
+                 int64_t out_stride) {
     typedef Product<Weight, X> P;
     Floats sum_of[M][C] = {};
     int64_t i = 0;
@@ -103,8 +103,8 @@ INLINE void dots(const Weight* w, int64_t w_stride, const Weight* next, const X*
 }
 
 template <int C, class Weight, class X>
-void some_dots(int m, const Weight* w, int64_t w_stride, const Weight* next, const X* const* x, int64_t k,
-               float* out, int64_t out_stride) {
+void some_dots(int m, const Weight* w, int64_t w_stride, const Weight* next, const X* const* x, int64_t k, float* out,
+               int64_t out_stride) {
     switch (m) {
         case 1: return dots<C, 1>(w, w_stride, next, x, k, out, out_stride);
         case 2: return dots<C, 2>(w, w_stride, next, x, k, out, out_stride);
