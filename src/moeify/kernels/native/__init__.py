@@ -1,4 +1,4 @@
-"""One C++ function for a whole sparse layer on a CPU, compiled at first use; nothing else depends on it."""
+"""C++ for a CPU, compiled at first use: a whole sparse layer, products of few rows, and the steps of a decoder."""
 
 from moeify.kernels.native.build import LEVELS, Unavailable, explain, levels, library, why_not
 from moeify.kernels.native.call import native_layer
