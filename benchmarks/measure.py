@@ -17,7 +17,7 @@ from typing import TypeVar
 import torch
 import transformers
 
-from moeify.kernels.memory import in_huge_pages
+from moeify.kernels.cpu.huge_pages import in_huge_pages
 
 Key = TypeVar("Key", bound=Hashable)
 

@@ -37,7 +37,7 @@ from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 from moeify.backends import compose, run
 from moeify.experts import FFN, Experts
 from moeify.experts.quantized import quantize
-from moeify.kernels.packing import pack
+from moeify.kernels.cpu.packing import pack
 from moeify.routing import assign
 
 Sizes = tuple[int, int, int, int]
@@ -66,13 +66,13 @@ class Block:
             hidden_size=width, intermediate_size=hidden, num_local_experts=num_experts, num_experts_per_tok=k
         )
         config._experts_implementation = "eager"
-        self.native = MixtralExperts(config).to(device, dtype)
-        for weight in self.native.parameters():
+        self.hf = MixtralExperts(config).to(device, dtype)
+        for weight in self.hf.parameters():
             nn.init.normal_(weight, std=0.02)
         with torch.device("meta"):
             self.ours, self.packed = (FFN(num_experts, width, hidden) for _ in range(2))
         for each in (self.ours, self.packed):
-            each.gate_up_proj, each.down_proj = self.native.gate_up_proj, self.native.down_proj
+            each.gate_up_proj, each.down_proj = self.hf.gate_up_proj, self.hf.down_proj
         pack(self.packed)  # `ours` may not be packed
         self.rounded = {f"moeify/int{each}": quantize(self.ours, each) for each in bits}
 
@@ -90,7 +90,7 @@ class Case:
 
     def __init__(self, blocks: list[Block], tokens: int, *, backward: bool = False) -> None:
         width, hidden, self.num_experts, self.k = blocks[0].sizes
-        like = blocks[0].native.down_proj
+        like = blocks[0].hf.down_proj
         self.dtype, self.device = like.dtype, like.device.type
         torch.manual_seed(0)
         self.x = torch.randn(tokens, width, device=self.device, dtype=self.dtype, requires_grad=backward)
@@ -109,10 +109,10 @@ class Case:
                 ours[name] = lambda block, name=name: self.compute(block.rounded[name])
             ours["moeify/packed"] = lambda block: self.compute(block.packed)
         return {
-            "transformers/eager": lambda block: block.native(self.x, self.index, self.gates),
+            "transformers/eager": lambda block: block.hf(self.x, self.index, self.gates),
             **{
                 f"transformers/{name}": lambda block, name=name: ALL_EXPERTS_FUNCTIONS[name](
-                    block.native, self.x, self.index, self.gates
+                    block.hf, self.x, self.index, self.gates
                 )
                 for name in theirs
             },
@@ -144,7 +144,7 @@ class Case:
         y = way(block)
         y.backward(torch.ones_like(y))
         self.x.grad = None
-        for weight in block.native.parameters():
+        for weight in block.hf.parameters():
             weight.grad = None
 
 

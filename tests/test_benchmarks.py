@@ -11,7 +11,7 @@ import torch
 import transformers
 
 from moeify.flops import count
-from moeify.kernels.packing import may_pack
+from moeify.kernels.cpu.packing import may_pack
 
 SCRIPT = Path(__file__).parents[1] / "benchmarks" / "gpu.py"
 
@@ -120,7 +120,7 @@ def test_a_picture_shows_the_last_row_of_every_point_on_one_machine(benchmarks, 
 
 def test_implementations_share_their_weights_but_not_the_permission_to_pack(benchmarks):
     block = benchmarks("run").Block((16, 32, 4, 2), torch.float32, "cpu", bits=(8,))
-    assert block.ours.gate_up_proj is block.packed.gate_up_proj is block.native.gate_up_proj
+    assert block.ours.gate_up_proj is block.packed.gate_up_proj is block.hf.gate_up_proj
     assert (may_pack(block.ours), may_pack(block.packed)) == (False, True)
 
 

@@ -39,8 +39,8 @@ def test_a_kernel_and_a_backend_are_named_for_every_dtype_with_and_without_a_gra
 
 
 def test_a_backend_that_does_not_serve_says_why_and_what_to_install(monkeypatch):
-    monkeypatch.setenv("MOEIFY_NATIVE", "0")
+    monkeypatch.setenv("MOEIFY_CPP", "0")
     out = moeify("doctor").out
     words = " ".join(" ".join(row[2] for row in rows(out) if len(row) == 3).split())
-    assert "it is switched off by MOEIFY_NATIVE=0" in words
+    assert "it is switched off by MOEIFY_CPP=0" in words
     assert "it runs on NVIDIA GPUs" in words

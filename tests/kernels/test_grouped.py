@@ -112,7 +112,7 @@ def test_it_is_captured_whole_by_the_compiler(backend, dtype):
     agree(y, leaves, call(naive_grouped_linear, exact, counts), exact, rtol=tolerance, atol=tolerance)
 
 
-@pytest.mark.parametrize("operator", ["grouped_matmul", "grouped_outer"])
+@pytest.mark.parametrize("operator", ["grouped_matmul", "grouped_matmul_tn"])
 def test_the_operators_keep_the_promises_of_custom_operators(operator):
     counts = torch.tensor([2, 0, 3])
     rows = torch.randn(5, 4, requires_grad=True)

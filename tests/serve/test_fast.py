@@ -8,7 +8,7 @@ import torch
 import transformers
 from torch import nn
 
-from moeify.kernels import native
+from moeify.kernels.cpu import cpp
 from moeify.record import record
 from moeify.routers.topk import Groups, TopK
 from moeify.serve import fast_decode, plain_decode
@@ -52,7 +52,7 @@ def with_shared_network() -> nn.Module:
 
 
 FAMILIES = [mixtral, qwen3_moe, olmoe, llama, qwen2, sparsified, with_shared_network]
-needs_kernel = pytest.mark.skipif(native.why_not() is not None, reason="there is no native kernel here")
+needs_kernel = pytest.mark.skipif(cpp.why_not() is not None, reason="there is no C++ kernel here")
 
 
 def made(family, dtype: torch.dtype = torch.float32) -> nn.Module:
@@ -212,10 +212,10 @@ def test_a_copy_decodes_by_its_own_weights():
 
 
 def test_without_a_kernel_the_model_decodes_as_before_and_says_why(monkeypatch):
-    monkeypatch.setenv("MOEIFY_NATIVE", "0")
+    monkeypatch.setenv("MOEIFY_CPP", "0")
     model, inputs = made(mixtral), prompts()
     expected = tokens(model, inputs)
-    with pytest.warns(UserWarning, match="switched off by MOEIFY_NATIVE=0"):
+    with pytest.warns(UserWarning, match="switched off by MOEIFY_CPP=0"):
         fast_decode(model)
     assert torch.equal(tokens(model, inputs), expected)
 

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from moeify.backends import native, onednn, peers, plain, triton
+from moeify.backends import cpp, onednn, peers, plain, triton
 from moeify.backends.base import Backend
 from moeify.experts.base import Experts
 from moeify.routing import Routing
@@ -18,7 +18,7 @@ BACKENDS: dict[str, Backend] = {
     "answered": Backend(plain.answered, plain.unanswered, chosen=lambda *call: True),
     "decode": Backend(triton.decode, triton.cannot_decode, triton.decode_chosen),
     "triton": Backend(triton.run, triton.cannot, triton.chosen),
-    "native": Backend(native.run, native.refuse, native.chosen),
+    "cpp": Backend(cpp.run, cpp.refuse, cpp.chosen),
     "onednn": Backend(onednn.run, onednn.refuse, chosen=lambda x, *_: x.is_cpu),
     "recompute": Backend(partial(onednn.run, keep=False), onednn.refuse, chosen=lambda *call: False),
     "gather": Backend(plain.gather, plain.cannot_gather, chosen=lambda x, *_: x.is_cuda),

@@ -7,10 +7,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from moeify.experts.base import Experts
-from moeify.kernels.layer import infer_layer, run_layer
-from moeify.kernels.onednn import can_pack, packed
-from moeify.kernels.packing import may_pack
-from moeify.kernels.segments import Matrices
+from moeify.kernels.cpu.layer import infer_layer, run_layer
+from moeify.kernels.cpu.onednn import can_pack, packed
+from moeify.kernels.cpu.packing import may_pack
+from moeify.kernels.cpu.segments import Matrices
 from moeify.kernels.stacked import Stacked
 from moeify.routing import Assignment, Routing
 

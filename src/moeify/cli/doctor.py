@@ -17,7 +17,8 @@ import moeify
 from moeify.backends import BACKENDS, choose
 from moeify.context import Context
 from moeify.experts import FFN
-from moeify.kernels import explain, native
+from moeify.kernels import explain
+from moeify.kernels.cpu import cpp
 from moeify.routers import TopK
 
 _EXTRAS = {
@@ -40,7 +41,7 @@ def doctor() -> None:
         "processor", f"{platform.machine()}, {os.cpu_count()} cores; torch uses {torch.get_num_threads()} threads"
     )
     facts.add_row("vector instructions", torch.backends.cpu.get_cpu_capability())
-    facts.add_row("native kernel", escape(native.explain()))
+    facts.add_row("C++ kernel", escape(cpp.explain()))
     facts.add_row("GPU", _gpu())
     for extra, packages in _EXTRAS.items():
         missing = [package for package in packages if importlib.util.find_spec(package) is None]

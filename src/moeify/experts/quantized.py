@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from moeify.experts.base import Experts
-from moeify.kernels.memory import in_huge_pages
+from moeify.kernels.cpu.huge_pages import in_huge_pages
 from moeify.kernels.stacked import Inner, Stacked
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -106,7 +106,7 @@ class Quantized(Experts):
     """E feed-forward networks with weights of 8 or 4 bits, for inference.
 
     The weights are buffers: they are saved and loaded, and never trained. Gradients reach the rows and no further.
-    On a CPU the native kernel reads the packed weights as they are; elsewhere they are unpacked expert by expert.
+    On a CPU the C++ kernel reads the packed weights as they are; elsewhere they are unpacked expert by expert.
 
     Of an expert with at most 24 rows the kernel rounds the inputs of both maps to 8 bits as well, if tokens are in
     bf16, weights have 8 bits or 4 in groups of 64, and the processor multiplies bytes (AVX-512 with VNNI and bf16):

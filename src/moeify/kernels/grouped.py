@@ -13,8 +13,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, library
 from torch.nn import functional as F
 
-from moeify.kernels.gradients import new_stack
-from moeify.kernels.segments import blocks, group_obstacle, map_rows, outer_rows
+from moeify.kernels.cpu.gradients import new_stack
+from moeify.kernels.cpu.segments import blocks, group_obstacle, multiply_rows, multiply_rows_tn
 
 
 def grouped_linear(
@@ -50,7 +50,7 @@ def grouped_matmul(rows: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
     if rows.is_cuda and _obstacle(rows, weight) is None:
         return F.grouped_mm(rows, weight.transpose(1, 2), offs=counts.cumsum(0, dtype=torch.int32))
     for block in blocks(counts.tolist()):
-        return map_rows(rows, weight, None, block)
+        return multiply_rows(rows, weight, None, block)
     return rows.new_empty(0, weight.shape[1])
 
 
@@ -60,9 +60,9 @@ def _(rows: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
 
 
 @library.custom_op(
-    "moeify::grouped_outer", mutates_args=(), schema="(Tensor left, Tensor right, Tensor counts) -> Tensor"
+    "moeify::grouped_matmul_tn", mutates_args=(), schema="(Tensor left, Tensor right, Tensor counts) -> Tensor"
 )
-def grouped_outer(left: Tensor, right: Tensor, counts: Tensor) -> Tensor:
+def grouped_matmul_tn(left: Tensor, right: Tensor, counts: Tensor) -> Tensor:
     """left (R, O), right (R, D) -> (E, O, D): the sum of outer products over the rows of each expert."""
     left, right = left.contiguous(), right.contiguous()
     if left.is_cuda and _obstacle(left, right) is None:
@@ -70,11 +70,11 @@ def grouped_outer(left: Tensor, right: Tensor, counts: Tensor) -> Tensor:
     sizes = counts.tolist()
     out = new_stack((len(sizes), left.shape[1], right.shape[1]), sizes, left)
     for block in blocks(sizes):
-        outer_rows(left, right, out, block)
+        multiply_rows_tn(left, right, out, block)
     return out
 
 
-@grouped_outer.register_fake
+@grouped_matmul_tn.register_fake
 def _(left: Tensor, right: Tensor, counts: Tensor) -> Tensor:
     return left.new_empty(counts.shape[0], left.shape[1], right.shape[1])
 
@@ -88,12 +88,12 @@ def _gradients(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None
     for_rows, for_weight, _ = ctx.needs_input_grad
     return (
         grouped_matmul(gradient, weight.transpose(1, 2), counts) if for_rows else None,
-        grouped_outer(gradient, rows, counts) if for_weight else None,
+        grouped_matmul_tn(gradient, rows, counts) if for_weight else None,
         None,
     )
 
 
-def _outer_gradients(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+def _tn_gradients(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
     left, right, counts = ctx.saved_tensors
     for_left, for_right, _ = ctx.needs_input_grad
     return (
@@ -104,7 +104,7 @@ def _outer_gradients(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor 
 
 
 grouped_matmul.register_autograd(_gradients, setup_context=_keep_inputs)
-grouped_outer.register_autograd(_outer_gradients, setup_context=_keep_inputs)
+grouped_matmul_tn.register_autograd(_tn_gradients, setup_context=_keep_inputs)
 
 
 def explain(rows: Float[Tensor, "R D"], weight: Float[Tensor, "E O D"]) -> str:

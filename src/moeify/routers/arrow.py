@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from moeify.context import Context
-from moeify.kernels.packing import cached
+from moeify.kernels.cpu.packing import cached
 from moeify.registry import register
 from moeify.routers.base import Router, project, real_tokens
 from moeify.routers.topk import check_k

@@ -6,7 +6,7 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
-from moeify.kernels.native.steps import Room
+from moeify.kernels.cpu.cpp.steps import Room
 
 _LEAST = 256  # positions
 

@@ -1,4 +1,4 @@
-"""Decoding on a CPU by the native kernel, behind `model.generate`."""
+"""Decoding on a CPU by the C++ kernel, behind `model.generate`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from moeify.context import Context
 from moeify.experts.quantized import Quantized, quantize
 from moeify.interface import NativeExperts, use_moeify_experts
-from moeify.kernels import native
+from moeify.kernels.cpu import cpp
 from moeify.moe import MoE
 from moeify.serve.cache import RoomyLayer, with_room
 from moeify.serve.decoder import Decoder, find_decoder
@@ -46,7 +46,7 @@ def cache_name(model: nn.Module) -> str:
 
 
 def fast_decode(model: Model, *, bits: int = 16) -> Model:
-    """Decode by one call of the native kernel per token, on a CPU; in place, `model.generate` is used as before.
+    """Decode by one call of the C++ kernel per token, on a CPU; in place, `model.generate` is used as before.
 
     Prompts, and calls that ask for more than logits (hidden states, hooks, gradients), go through the model as it is.
     With 8 or 4 bits its linear maps and experts are replaced by quantised ones, for good; the head keeps 8 bits, and
@@ -71,10 +71,8 @@ def fast_decode(model: Model, *, bits: int = 16) -> Model:
         _quantize(model, bits)
     if any(hasattr(module, "_apply_gate") for module in model.modules()):
         use_moeify_experts(model)
-    if reason := native.why_not():
-        warnings.warn(
-            f"the model decodes by torch, which is slower: the native kernel is missing, {reason}", stacklevel=2
-        )
+    if reason := cpp.why_not():
+        warnings.warn(f"the model decodes by torch, which is slower: the C++ kernel is missing, {reason}", stacklevel=2)
         return model
     decoder = find_decoder(model)
     into_huge_pages([*(part for layer in decoder.layers for part in (layer.attention, layer.mlp)), decoder.head])

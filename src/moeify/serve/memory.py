@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from moeify.kernels.memory import advise, in_huge_pages
+from moeify.kernels.cpu.huge_pages import advise, in_huge_pages
 
 _HUGE = 2**21
 _LINE = 64

@@ -9,12 +9,12 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from moeify.backends.native import maps_of, words_of
-from moeify.backends.native import refuse as kernel_refuses
+from moeify.backends.cpp import maps_of, words_of
+from moeify.backends.cpp import refuse as kernel_refuses
 from moeify.experts import Experts
 from moeify.interface import NativeExperts
-from moeify.kernels.native import steps
-from moeify.kernels.native.steps import Step
+from moeify.kernels.cpu.cpp import steps
+from moeify.kernels.cpu.cpp.steps import Step
 from moeify.kernels.stacked import Glu, name_of
 from moeify.moe import MoE
 from moeify.routers.topk import TopK

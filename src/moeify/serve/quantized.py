@@ -9,8 +9,8 @@ from torch.nn import functional as F
 
 from moeify import backends
 from moeify.experts.quantized import Quantized, Weights
-from moeify.kernels import native
-from moeify.kernels.native import steps
+from moeify.kernels.cpu import cpp
+from moeify.kernels.cpu.cpp import steps
 from moeify.routing import assign
 
 
@@ -31,8 +31,8 @@ class QuantizedLinear(nn.Module):
         self.in_features, self.out_features = linear.in_features, linear.out_features
 
     def forward(self, x: Float[Tensor, "... D"]) -> Float[Tensor, "... O"]:
-        """`W x + bias`, by the native kernel where there is one."""
-        if x.dtype in (torch.float32, torch.bfloat16) and not x.requires_grad and native.why_not() is None:
+        """`W x + bias`, by the C++ kernel where there is one."""
+        if x.dtype in (torch.float32, torch.bfloat16) and not x.requires_grad and cpp.why_not() is None:
             rows = x.reshape(-1, self.in_features).float().contiguous()
             y = torch.empty(len(rows), self.out_features)
             bias = None if self.map.bias is None else self.map.bias.to(x.dtype)

@@ -63,10 +63,10 @@ def test_no_tokens():
 def test_weights_that_lie_transposed():
 
     config = GptOssConfig(hidden_size=40, intermediate_size=24, num_local_experts=4, num_experts_per_tok=2)
-    native = GptOssExperts(config).to(DEVICE)
-    for parameter in native.parameters():
+    theirs = GptOssExperts(config).to(DEVICE)
+    for parameter in theirs.parameters():
         torch.nn.init.normal_(parameter, std=0.4)
-    agrees(torch.randn(3, 40, device=DEVICE), decisions(3)["k choices"], NativeExperts(native))
+    agrees(torch.randn(3, 40, device=DEVICE), decisions(3)["k choices"], NativeExperts(theirs))
 
 
 def test_it_is_captured_whole_by_the_compiler():

@@ -6,13 +6,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
+from moeify.kernels.triton.activation_backward import activation_backward, naive_activation_backward, weights
+from moeify.kernels.triton.combine import combine, naive_combine
 from moeify.kernels.triton.config import Config
-from moeify.kernels.triton.hidden import hidden, naive_hidden, weights
 from moeify.kernels.triton.nonlinearity import nonlinearity
-from moeify.kernels.triton.outer import column_sums, naive_column_sums, naive_outer, outer
 from moeify.kernels.triton.product import naive_product, product
+from moeify.kernels.triton.product_tn import column_sums, naive_column_sums, naive_product_tn, product_tn
 from moeify.kernels.triton.tiles import naive_tile_table, tile_table
-from moeify.kernels.triton.total import naive_total, total
 from strategies import seeds
 from triton_problems import COUNTS, DEVICE, INNER, TOLERANCE
 
@@ -80,9 +80,9 @@ def test_the_gradient_inside_an_expert(inner, bias):
     dy, weight, down = randn(9, 18), torch.rand(rows, device=DEVICE), randn(2, 18, width)
     before, down_bias = randn(rows, inner.maps * width), randn(2, 18) if bias else None
     table = tile_table(counts, rows, SIZE.m)
-    gradient, weighted, parts = hidden(dy, source, weight, down, before, table, SIZE, nonlinearity(inner))
+    gradient, weighted, parts = activation_backward(dy, source, weight, down, before, table, SIZE, nonlinearity(inner))
     by_weight = weights(parts, dy, source, down_bias, table, SIZE.m)
-    right = naive_hidden(dy, source, weight, down, down_bias, before, counts, inner)
+    right = naive_activation_backward(dy, source, weight, down, down_bias, before, counts, inner)
     for a, b in zip((gradient, weighted, by_weight), right, strict=True):
         close(a, b)
 
@@ -97,9 +97,9 @@ def test_sums_of_outer_products(counts, widths, gathered):
     left, right = (randn(9 if gathered == side else rows, w) for side, w in (("left", width_out), ("right", width)))
     of_left, of_right = (source if gathered == side else None for side in ("left", "right"))
     like = randn(len(counts), width_out, width)
-    found = outer(left, of_left, right, of_right, counts, like, SIZE)
+    found = product_tn(left, of_left, right, of_right, counts, like, SIZE)
     a, b = (x if s is None else x[s] for x, s in ((left, of_left), (right, of_right)))
-    close(found, naive_outer(a, b, counts))
+    close(found, naive_product_tn(a, b, counts))
 
 
 @pytest.mark.parametrize("weighted", [False, True])
@@ -117,4 +117,4 @@ def test_every_token_adds_up_its_rows(visits, width, weighted, seed):
     count = sum(visits)
     order = torch.where(torch.rand(count) < 0.2, -1, torch.randperm(count)).to(DEVICE)
     rows, weight = randn(count, width), torch.rand(count, device=DEVICE) if weighted else None
-    close(total(rows, weight, order, begin), naive_total(rows, weight, order, begin))
+    close(combine(rows, weight, order, begin), naive_combine(rows, weight, order, begin))

@@ -253,7 +253,7 @@ def test_the_operators_keep_the_promises_of_custom_operators():
 def test_the_layer_of_a_model_of_transformers_whose_weights_lie_transposed():
 
     config = GptOssConfig(hidden_size=40, intermediate_size=24, num_local_experts=4, num_experts_per_tok=2)
-    native = GptOssExperts(config).to(DEVICE)
-    for parameter in native.parameters():
+    theirs = GptOssExperts(config).to(DEVICE)
+    for parameter in theirs.parameters():
         torch.nn.init.normal_(parameter, std=0.4)
-    agrees(tokens(), decisions()["k choices"], NativeExperts(native))
+    agrees(tokens(), decisions()["k choices"], NativeExperts(theirs))

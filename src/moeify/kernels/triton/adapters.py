@@ -13,8 +13,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, library
 
 from moeify.kernels.naive import naive_grouped_linear
+from moeify.kernels.triton.combine import combine
 from moeify.kernels.triton.linear import grouped_linear
-from moeify.kernels.triton.total import total
 
 
 def sparse_adapters(
@@ -40,7 +40,7 @@ def sparse_adapters(
         source: the token that each row reads; rows are sorted by expert.
         weight: of every row.
         counts: rows of each expert.
-        order: rows token after token, see `total`.
+        order: rows token after token, see `combine`.
         begin: where the rows of each token begin in `order`.
     """
     low = grouped_linear(x, down, counts, source=source)
@@ -67,7 +67,7 @@ def naive_sparse_adapters(
 @library.custom_op("moeify::gathered_sum", mutates_args=())
 def _forward(rows: Tensor, source: Tensor, order: Tensor, begin: Tensor) -> Tensor:
     """The sum of every token's rows."""
-    return total(rows, None, order, begin)
+    return combine(rows, None, order, begin)
 
 
 @_forward.register_fake

@@ -1,4 +1,4 @@
-"""Measured sizes of tiles instead of those of the table: asked for by `MOEIFY_AUTOTUNE=1`, kept on disk.
+"""Choose tile sizes of the Triton kernels: from the table, or measured with `MOEIFY_AUTOTUNE=1` and kept on disk.
 
 A size is measured once for each GPU, kernel, dtype, widths and power of two of rows per expert, on balanced rows. Runs
 that share the file compute the same; without the variable nothing is measured, and a layer starts at once.
@@ -16,24 +16,46 @@ from pathlib import Path
 import torch
 import triton
 
-from moeify.kernels.triton.config import Config, Kernel
-from moeify.kernels.triton.launch import power_of_2
+from moeify.kernels.triton.activation_backward import activation_backward
+from moeify.kernels.triton.config import Config, Kernel, table
+from moeify.kernels.triton.launch import INTERPRETED, power_of_2
+from moeify.kernels.triton.nonlinearity import Nonlinearity
+from moeify.kernels.triton.product import product
+from moeify.kernels.triton.product_tn import product_tn
+from moeify.kernels.triton.tiles import tile_table
 
 CANDIDATES: dict[str, list[Config]] = {
     "product": [
         Config(128, 256, 64, 8, 3), Config(128, 256, 64, 8, 4), Config(128, 128, 64, 8, 4), Config(128, 128, 64, 4, 3),
         Config(64, 256, 64, 4, 3), Config(64, 128, 64, 4, 4), Config(16, 64, 128, 4, 4), Config(128, 128, 32, 8, 3),
     ],
-    "hidden": [
+    "activation_backward": [
         Config(128, 128, 64, 8, 4), Config(128, 128, 64, 8, 3), Config(128, 64, 64, 4, 4), Config(64, 128, 64, 4, 4),
         Config(16, 64, 128, 4, 4), Config(128, 128, 32, 8, 3),
     ],
-    "outer": [
+    "product_tn": [
         Config(128, 256, 64, 8, 5), Config(256, 128, 64, 8, 5), Config(128, 128, 64, 8, 5), Config(128, 128, 64, 4, 5),
         Config(128, 128, 32, 8, 3),
     ],
 }  # fmt: skip
 Measure = Callable[[Config], float]
+
+
+def config(kernel: Kernel, x: torch.Tensor, rows_per_expert: int, *widths: int) -> Config:
+    """The tile sizes for a kernel: measured ones where they are asked for, those of the table elsewhere.
+
+    Args:
+        kernel: the kernel.
+        x: what it multiplies.
+        rows_per_expert: rows over experts, on average.
+        widths: of the matrices; where 16 does not divide one, rows are loaded number by number.
+    """
+    if INTERPRETED:
+        return Config(16, 32, 32, 4, 2)
+    if asked():
+        return measured(kernel, x.device, x.dtype, rows_per_expert, widths)
+    large = x.is_cuda and torch.cuda.get_device_capability(x.device)[0] in (9, 10)  # 12 is for desktops, with 100 KB
+    return table("hopper" if large else "ampere", kernel, x.dtype, rows_per_expert, *widths)
 
 
 def asked() -> bool:
@@ -83,11 +105,6 @@ def trial(
     num_experts: int = 8,
 ) -> Callable[[], object]:  # fmt: skip
     """A call of a kernel on balanced rows of `num_experts` experts."""
-    from moeify.kernels.triton.hidden import hidden
-    from moeify.kernels.triton.nonlinearity import Nonlinearity
-    from moeify.kernels.triton.outer import outer
-    from moeify.kernels.triton.product import product
-    from moeify.kernels.triton.tiles import tile_table
 
     def floats(*shape: int) -> torch.Tensor:
         return torch.randn(shape, device=device, dtype=dtype)
@@ -95,17 +112,17 @@ def trial(
     (m, d), (o, h) = widths[:2], widths[2:] or widths[:2]
     counts, total = torch.full((num_experts,), rows, device=device), rows * num_experts
     source, x, dy = torch.randperm(total, device=device), floats(total, d), floats(total, o)
-    table = tile_table(counts, total, size.m)
+    tiles = tile_table(counts, total, size.m)
     if kernel == "product":
         weight = floats(num_experts, m, d)
-        return lambda: product(x, source, weight, None, table, total, size)
-    if kernel == "outer":
+        return lambda: product(x, source, weight, None, tiles, total, size)
+    if kernel == "product_tn":
         left = floats(total, m)
         like = floats(num_experts, m, d)
-        return lambda: outer(left, None, x, source, counts, like, size)
+        return lambda: product_tn(left, None, x, source, counts, like, size)
     inner = Nonlinearity("silu", m == 2 * h)
     weight, down, before = torch.rand(total, device=device), floats(num_experts, o, h), floats(total, m)
-    return lambda: hidden(dy, source, weight, down, before, table, size, inner)
+    return lambda: activation_backward(dy, source, weight, down, before, tiles, size, inner)
 
 
 def milliseconds(call: Callable[[], object], rounds: int = 9) -> float:

@@ -1,4 +1,4 @@
-"""Sizes of tiles: a static table, so that a layer starts at once and computes the same on every run."""
+"""Tile sizes of the Triton kernels in a static table: layers start at once and compute the same on every run."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
-from torch import Tensor
 
-from moeify.kernels.triton.launch import INTERPRETED, power_of_2
+from moeify.kernels.triton.launch import power_of_2
 
-Kernel = Literal["product", "hidden", "outer"]
+Kernel = Literal["product", "activation_backward", "product_tn"]
+"""Rows times weights; the same with the derivative of the activation; sums of outer products of rows."""
 
 
 @dataclass(frozen=True)
@@ -38,26 +38,6 @@ class Config:
         return replace(self, **sizes)
 
 
-def config(kernel: Kernel, x: Tensor, rows_per_expert: int, *widths: int) -> Config:
-    """The sizes for a kernel.
-
-    Args:
-        kernel: rows times weights (`product`), the same with the derivative of the nonlinearity (`hidden`), or sums of
-            outer products of rows (`outer`).
-        x: what it multiplies.
-        rows_per_expert: rows over experts, on average.
-        widths: of the matrices; where 16 does not divide one, rows are loaded number by number.
-    """
-    from moeify.kernels.triton import autotune
-
-    if INTERPRETED:
-        return Config(16, 32, 32, 4, 2)
-    if autotune.asked():
-        return autotune.measured(kernel, x.device, x.dtype, rows_per_expert, widths)
-    large = x.is_cuda and torch.cuda.get_device_capability(x.device)[0] in (9, 10)  # 12 is for desktops, with 100 KB
-    return table("hopper" if large else "ampere", kernel, x.dtype, rows_per_expert, *widths)
-
-
 def table(
     family: Literal["ampere", "hopper"], kernel: Kernel, dtype: torch.dtype, rows_per_expert: int, *widths: int
 ) -> Config:
@@ -72,7 +52,7 @@ def table(
         return Config(64, 64 if aligned else 32, 32, 4, 2)
     if not aligned:
         return Config(64, 64, 32, 8, 2)
-    if kernel == "outer":
+    if kernel == "product_tn":
         return Config(128, 256, 64, 8, 5) if family == "hopper" else Config(128, 128, 32, 8, 3)
     if rows_per_expert <= 24:
         return Config(16, 64, 128, 4, 4) if family == "hopper" else Config(16, 64, 64, 4, 4)

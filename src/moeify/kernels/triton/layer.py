@@ -21,14 +21,14 @@ from jaxtyping import Float, Int
 from torch import Tensor, library
 
 from moeify.kernels.stacked import Stacked
-from moeify.kernels.triton.config import config
-from moeify.kernels.triton.hidden import hidden, weights
+from moeify.kernels.triton.activation_backward import activation_backward, weights
+from moeify.kernels.triton.autotune import config
+from moeify.kernels.triton.combine import combine
 from moeify.kernels.triton.launch import in_order
 from moeify.kernels.triton.nonlinearity import Nonlinearity, nonlinearity
-from moeify.kernels.triton.outer import column_sums, outer
 from moeify.kernels.triton.product import product
+from moeify.kernels.triton.product_tn import column_sums, product_tn
 from moeify.kernels.triton.tiles import tile_table
-from moeify.kernels.triton.total import total
 
 
 def sparse_ffn(
@@ -50,7 +50,7 @@ def sparse_ffn(
         source: the token that each row reads; rows are sorted by expert.
         weight: of every row.
         counts: rows of each expert.
-        order: rows token after token, see `total`.
+        order: rows token after token, see `combine`.
         begin: where the rows of each token begin in `order`.
 
     Raises:
@@ -82,7 +82,7 @@ def _forward(
     table = tile_table(counts, rows, size.m)
     a, before = product(x, source, up, up_bias, table, rows, size, inner, keep=keep)
     y, _ = product(a, None, down, down_bias, table, rows, size)
-    return total(y, weight, order, begin), x.new_empty(0, up.shape[1]) if before is None else before
+    return combine(y, weight, order, begin), x.new_empty(0, up.shape[1]) if before is None else before
 
 
 @_forward.register_fake
@@ -102,26 +102,26 @@ def _backward(
     for_x, for_up, for_up_bias, for_down, for_down_bias, for_weight = wanted
     widths = *up.shape[1:], *down.shape[1:]
     dx = d_up = d_up_bias = d_down = d_down_bias = d_weight = None
-    size = config("hidden", x, rows // len(counts), *widths)
+    size = config("activation_backward", x, rows // len(counts), *widths)
     table = tile_table(counts, rows, size.m)
-    gradient, weighted, parts = hidden(dy, source, weight, down, before, table, size, inner)
+    gradient, weighted, parts = activation_backward(dy, source, weight, down, before, table, size, inner)
     if for_weight:
         d_weight = weights(parts, dy, source, down_bias, table, size.m).to(weight.dtype)
-    of_sums = config("outer", x, rows // len(counts), *widths)
+    of_sums = config("product_tn", x, rows // len(counts), *widths)
     if for_down:
-        d_down = outer(dy, source, weighted, None, counts, down, of_sums)
+        d_down = product_tn(dy, source, weighted, None, counts, down, of_sums)
     if for_down_bias:
         d_down_bias = column_sums(dy, source, weight, counts)
     del weighted
     if for_up:
-        d_up = outer(gradient, None, x, source, counts, up, of_sums)
+        d_up = product_tn(gradient, None, x, source, counts, up, of_sums)
     if for_up_bias:
         d_up_bias = column_sums(gradient, None, None, counts)
     if for_x:
         size = config("product", x, rows // len(counts), *widths)
         table = tile_table(counts, rows, size.m)
         rows_dx, _ = product(gradient, None, up.transpose(1, 2), None, table, rows, size)
-        dx = total(rows_dx, None, order, begin)
+        dx = combine(rows_dx, None, order, begin)
     found = (dx, d_up, d_up_bias, d_down, d_down_bias, d_weight)
     return [x.new_empty(0) if gradient is None else gradient for gradient in found]
 

@@ -8,12 +8,12 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, library
 
-from moeify.kernels.triton.config import config
+from moeify.kernels.triton.autotune import config
+from moeify.kernels.triton.combine import combine
 from moeify.kernels.triton.launch import in_order
-from moeify.kernels.triton.outer import column_sums, outer
 from moeify.kernels.triton.product import product
+from moeify.kernels.triton.product_tn import column_sums, product_tn
 from moeify.kernels.triton.tiles import tile_table
-from moeify.kernels.triton.total import total
 
 
 def grouped_linear(
@@ -67,10 +67,10 @@ def _backward(
         size = config("product", x, rows // len(counts), *weight.shape[1:])
         dx, _ = product(dy, None, weight.transpose(1, 2), None, tile_table(counts, rows, size.m), rows, size)
         if source is not None:
-            dx = total(dx, None, source.argsort(stable=True), _begin(source, len(x)))
+            dx = combine(dx, None, source.argsort(stable=True), _begin(source, len(x)))
     if for_weight:
-        d_weight = outer(
-            dy, None, x, source, counts, weight, config("outer", x, rows // len(counts), *weight.shape[1:])
+        d_weight = product_tn(
+            dy, None, x, source, counts, weight, config("product_tn", x, rows // len(counts), *weight.shape[1:])
         )
     if for_bias:
         d_bias = column_sums(dy, None, None, counts)

@@ -10,30 +10,30 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from moeify.kernels.native.build import explain, library
+from moeify.kernels.cpu.cpp.build import explain, library
 
 Run = tuple[int, int, int]  # an expert, its first row, and the row after its last
-_KINDS = ["forth", "back", "outer"]
-_FEW = {
+_LAYOUTS = ["nt", "nn", "tn"]
+_MAX_ROWS = {
     ("avx512", torch.float32): (256, 256, 256),
     ("avx512_bf16", torch.float32): (256, 256, 256),
     ("avx512_bf16", torch.bfloat16): (256, 64, 96),
 }
-_FEW_ELSEWHERE = (8, 8, 8)
+_MAX_ROWS_ELSEWHERE = (8, 8, 8)
 
 
-def few_rows(kind: str, dtype: torch.dtype) -> int:
-    """Rows per expert up to which a kind of product is faster here than the library's; measured on Zen 4.
+def max_rows(layout: str, dtype: torch.dtype) -> int:
+    """Rows per expert up to which a product of this layout is faster here than the library's; measured on Zen 4.
 
     Elsewhere it is an estimate, as it is where the library has matrix tiles (AMX) to multiply bf16 with.
 
     Args:
-        kind: "forth", by weights whose rows lie together; "back", by transposed ones; or "outer".
+        layout: "nt" for rows by transposed weights, "nn" for rows by weights, "tn" for sums of outer products.
         dtype: of the rows.
     """
     has_tiles = dtype == torch.bfloat16 and torch.cpu._is_amx_tile_supported()
-    few = _FEW_ELSEWHERE if has_tiles else _FEW.get((explain(), dtype), _FEW_ELSEWHERE)
-    return few[_KINDS.index(kind)]
+    limits = _MAX_ROWS_ELSEWHERE if has_tiles else _MAX_ROWS.get((explain(), dtype), _MAX_ROWS_ELSEWHERE)
+    return limits[_LAYOUTS.index(layout)]
 
 
 class _Products(ctypes.Structure):
@@ -41,7 +41,7 @@ class _Products(ctypes.Structure):
         ("left", c_void_p), ("right", c_void_p), ("out", c_void_p), ("left_stride", c_int64), ("right_stride", c_int64),
         ("weight", c_void_p), ("expert_stride", c_int64), ("row_stride", c_int64),
         ("height", c_int64), ("width", c_int64), ("runs", c_void_p), ("count", c_int64),
-        ("kind", c_int32), ("is_bf16", c_int32), ("adds", c_int32), ("threads", c_int32),
+        ("layout", c_int32), ("is_bf16", c_int32), ("adds", c_int32), ("threads", c_int32),
     )  # fmt: skip
 
 
@@ -60,13 +60,13 @@ def multiply_few(
     """
     out = rows.new_empty(len(rows), weight.shape[1])
     if weight.stride(2) == 1:
-        _call("forth", rows, None, out, weight, runs)
+        _call("nt", rows, None, out, weight, runs)
     else:
-        _call("back", rows, None, out, weight.transpose(1, 2), runs)
+        _call("nn", rows, None, out, weight.transpose(1, 2), runs)
     return out
 
 
-def outer_few(
+def multiply_few_tn(
     left: Float[Tensor, "B O"],
     right: Float[Tensor, "B D"],
     into: Float[Tensor, "E O D"],
@@ -87,13 +87,13 @@ def outer_few(
         Unavailable: there is no kernel.
     """
     if into.stride(2) == 1:
-        _call("outer", left, right, None, into, runs, add)
+        _call("tn", left, right, None, into, runs, add)
     else:
-        _call("outer", right, left, None, into.transpose(1, 2), runs, add)
+        _call("tn", right, left, None, into.transpose(1, 2), runs, add)
 
 
 def _call(
-    kind: str,
+    layout: str,
     left: Tensor,
     right: Tensor | None,
     out: Tensor | None,
@@ -109,6 +109,6 @@ def _call(
         left.stride(0), 0 if right is None else right.stride(0),
         weight.data_ptr(), weight.stride(0), weight.stride(1),
         weight.shape[1], weight.shape[2], ctypes.addressof(numbers), len(runs),
-        _KINDS.index(kind), weight.dtype == torch.bfloat16, add, torch.get_num_threads(),
+        _LAYOUTS.index(layout), weight.dtype == torch.bfloat16, add, torch.get_num_threads(),
     )  # fmt: skip
     library().moeify_products(ctypes.byref(call))

@@ -63,7 +63,7 @@ def explain() -> str:
 
 
 def library() -> ctypes.CDLL:
-    """The compiled kernel for the setting `MOEIFY_NATIVE`: `0` for none, the name of a level, or the best one.
+    """The compiled kernel for the setting `MOEIFY_CPP`: `0` for none, the name of a level, or the best one.
 
     Raises:
         Unavailable: it is switched off, there is no compiler, or it fails.
@@ -75,11 +75,11 @@ def library() -> ctypes.CDLL:
 
 
 def _level() -> str:
-    setting = os.environ.get("MOEIFY_NATIVE", "1")
+    setting = os.environ.get("MOEIFY_CPP", "1")
     if setting == "0":
-        raise Unavailable("it is switched off by MOEIFY_NATIVE=0")
+        raise Unavailable("it is switched off by MOEIFY_CPP=0")
     if setting != "1" and setting not in levels():
-        raise Unavailable(f"MOEIFY_NATIVE={setting} is not among the levels of this processor: {', '.join(levels())}")
+        raise Unavailable(f"MOEIFY_CPP={setting} is not among the levels of this processor: {', '.join(levels())}")
     return levels()[0] if setting == "1" else setting
 
 

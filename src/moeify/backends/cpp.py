@@ -1,4 +1,4 @@
-"""The backend of the native kernel: a whole layer in one call, on a CPU, where no gradient is needed."""
+"""The backend of the C++ kernel: a whole layer in one call, on a CPU, where no gradient is needed."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from moeify.experts.base import Experts
 from moeify.experts.quantized import Quantized
-from moeify.kernels import native
-from moeify.kernels.packing import cached, may_pack
-from moeify.kernels.segments import WORTH_COMPILING
+from moeify.kernels.cpu import cpp
+from moeify.kernels.cpu.packing import cached, may_pack
+from moeify.kernels.cpu.segments import WORTH_COMPILING
 from moeify.kernels.stacked import ClampedGlu, Glu, Inner, Plain, name_of
 from moeify.routing import Assignment, Routing
 
@@ -64,15 +64,15 @@ def _by_rows(weight: Float[Tensor, "E O D"], experts: Experts) -> Float[Tensor, 
     if weight.stride(-1) == 1 or torch.compiler.is_compiling() or weight.is_inference() or not may_pack(experts):
         return weight
     owner = weight if weight._base is None else weight._base
-    return cached(owner, "native", [weight], weight.detach().contiguous)
+    return cached(owner, "cpp", [weight], weight.detach().contiguous)
 
 
 def run(x: Float[Tensor, "... D"], routing: Routing, experts: Experts) -> Tensor:
-    """Compute the layer by the native kernel."""
+    """Compute the layer by the C++ kernel."""
     assert isinstance(routing, Assignment)
     maps = maps_of(experts)
     assert maps is not None
-    layer = torch.ops.moeify.native_layer if torch.compiler.is_compiling() else native.native_layer
+    layer = torch.ops.moeify.cpp_layer if torch.compiler.is_compiling() else cpp.cpp_layer
     y = layer(
         x.reshape(-1, x.shape[-1]), routing.source, routing.weight, routing.counts, routing.rest,
         maps.up, maps.up_bias, maps.up_scales, maps.down, maps.down_bias, maps.down_scales,
@@ -82,7 +82,7 @@ def run(x: Float[Tensor, "... D"], routing: Routing, experts: Experts) -> Tensor
 
 
 def refuse(x: Tensor, routing: Routing, experts: Experts) -> str | None:
-    """Why the native kernel cannot serve a call, None if it can."""
+    """Why the C++ kernel cannot serve a call, None if it can."""
     if x.device.type != "cpu":
         return f"it runs on a CPU, and the tokens are on {x.device.type}"
     if not isinstance(routing, Assignment):
@@ -107,7 +107,7 @@ def refuse(x: Tensor, routing: Routing, experts: Experts) -> str | None:
     if reason := _wrong_dtype(x, maps):
         return reason
     if any(tensor.stride(-1) != 1 for tensor in (maps.up, maps.down)):
-        return "it reads weights row by row, and these are stored transposed; moeify.kernels.packing.pack allows a copy"
+        return "it reads weights row by row, and these are transposed; moeify.kernels.cpu.packing.pack allows a copy"
     if torch.is_grad_enabled() and any(t.requires_grad for t in [x, routing.weight, *maps.tensors]):
         return "it has no gradient, and one is needed; call it under torch.no_grad()"
     return _unavailable()
@@ -153,4 +153,4 @@ def words_of(inner: Inner) -> tuple[str, str, float, float]:
 
 @torch.compiler.assume_constant_result
 def _unavailable() -> str | None:
-    return native.why_not()
+    return cpp.why_not()

@@ -3,22 +3,22 @@
 #pragma once
 #include "vectors.h"
 
-enum ProductKind { FORTH, BACK, OUTER };
+enum Layout { NT, NN, TN };
 
 struct Run {  // rows of one expert
     int64_t expert, first, count;
 };
 
 struct Products {
-    const void *left, *right;  // FORTH: rows (R, width); BACK: rows (R, height); OUTER: (R, height) and (R, width)
-    void* out;                 // FORTH: (R, height); BACK: (R, width)
+    const void *left, *right;  // NT: rows (R, width); NN: rows (R, height); TN: (R, height) and (R, width)
+    void* out;                 // NT: (R, height); NN: (R, width)
     int64_t left_stride, right_stride;
-    void* weight;              // (E, height, width); OUTER writes it
+    void* weight;              // (E, height, width); TN writes it
     int64_t expert_stride, row_stride, height, width;
     const Run* runs;
     int64_t count;
-    int32_t kind, is_bf16;
-    int32_t adds;              // OUTER: += instead of =
+    int32_t layout, is_bf16;
+    int32_t adds;              // TN: += instead of =
     int32_t threads;
 };
 

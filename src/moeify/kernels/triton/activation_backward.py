@@ -25,7 +25,7 @@ from moeify.kernels.triton.nonlinearity import Nonlinearity, activate, gated
 from moeify.kernels.triton.product import halves, multiply, place
 
 
-def hidden(
+def activation_backward(
     dy: Float[Tensor, "T O"],
     source: Int[Tensor, "R"],
     weight: Float[Tensor, "R"],
@@ -43,7 +43,7 @@ def hidden(
     weighted = before.new_empty(rows, width)
     parts = before.new_empty(rows, blocks, dtype=torch.float32)
     launch(
-        _hidden,
+        _activation_backward,
         table.shape[1] * blocks,
         *(dy, source, weight, down, before, gradient, weighted, parts, table, table.shape[1], width, dy.shape[1]),
         *(down.stride(0), down.stride(2), down.stride(1), inner.alpha, inner.limit),
@@ -73,7 +73,7 @@ def weights(
     return out
 
 
-def naive_hidden(
+def naive_activation_backward(
     dy: Float[Tensor, "T O"],
     source: Int[Tensor, "R"],
     weight: Float[Tensor, "R"],
@@ -93,7 +93,7 @@ def naive_hidden(
 
 
 @triton.jit
-def _hidden(
+def _activation_backward(
     dy, source, weight, down, before, gradient, weighted, parts, table, tiles, N, K,
     stride_e, stride_n, stride_k, alpha, limit,
     ACT: tl.constexpr, GATED: tl.constexpr, EVEN: tl.constexpr,

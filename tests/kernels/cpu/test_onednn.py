@@ -3,10 +3,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moeify.kernels import onednn
-from moeify.kernels.gradients import _MAPPED, gradient_of, new_stack
-from moeify.kernels.onednn import can_pack, linear, multiply, packed, takes_onednn
-from moeify.kernels.segments import blocks, map_rows, outer_rows
+from moeify.kernels.cpu import onednn
+from moeify.kernels.cpu.gradients import _MAPPED, gradient_of, new_stack
+from moeify.kernels.cpu.onednn import can_pack, linear, multiply, packed, takes_onednn
+from moeify.kernels.cpu.segments import blocks, multiply_rows, multiply_rows_tn
 from strategies import seeds
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -110,7 +110,7 @@ def test_every_row_meets_the_matrix_of_its_expert(sizes, width, width_out, dtype
     expert = torch.repeat_interleave(torch.tensor(sizes))
     for block in blocks(sizes):
         exact = torch.einsum("rd,rod->ro", rows.double(), weight[expert].double()) + bias[expert].double()
-        found = map_rows(rows, weight, bias, block)
+        found = multiply_rows(rows, weight, bias, block)
         assert found.dtype == dtype
         torch.testing.assert_close(found.double(), exact, rtol=ROUNDING[dtype], atol=40 * ROUNDING[dtype])
 
@@ -133,7 +133,7 @@ def test_outer_products_are_summed_over_the_rows_of_each_expert(transposed):
     out = gradient_of(weight, sizes)
     assert out.stride() == weight.stride()
     for block in blocks(sizes):
-        outer_rows(left, right, out, block)
+        multiply_rows_tn(left, right, out, block)
     torch.testing.assert_close(out, torch.stack([left[:3].T @ right[:3], torch.zeros(6, 4), left[3:].T @ right[3:]]))
 
 

@@ -10,7 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch import library as operators
 
-from moeify.kernels.native.build import library
+from moeify.kernels.cpu.cpp.build import library
 from moeify.kernels.stacked import KNOWN
 
 FORMATS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2, torch.uint8: 3}
@@ -40,13 +40,13 @@ class _Call(ctypes.Structure):
 
 _OPERATORS = operators.Library("moeify", "FRAGMENT")
 _OPERATORS.define(
-    "native_layer(Tensor x, Tensor source, Tensor weight, Tensor counts, Tensor? rest, Tensor up, Tensor? up_bias, "
+    "cpp_layer(Tensor x, Tensor source, Tensor weight, Tensor counts, Tensor? rest, Tensor up, Tensor? up_bias, "
     "Tensor? up_scales, Tensor down, Tensor? down_bias, Tensor? down_scales, int hidden, int group, str inner, "
     "str activation, float alpha, float limit) -> Tensor"
 )
 
 
-def native_layer(
+def cpp_layer(
     x: Float[Tensor, "T D"],
     source: Int[Tensor, "R"],
     weight: Float[Tensor, "R"],
@@ -121,10 +121,10 @@ def _stack(weight: Tensor, bias: Tensor | None, scales: Tensor | None, group: in
     )
 
 
-_OPERATORS.impl("native_layer", native_layer, "CPU")
+_OPERATORS.impl("cpp_layer", cpp_layer, "CPU")
 
 
-@operators.register_fake("moeify::native_layer", lib=_OPERATORS)
+@operators.register_fake("moeify::cpp_layer", lib=_OPERATORS)
 def _(x: Tensor, *arguments: object) -> Tensor:
     down = arguments[7]
     assert isinstance(down, Tensor)

@@ -93,7 +93,7 @@ struct Grouped {
     }
 
     // out[r][o] = weight[o] · left[r]
-    void forth(const Run& run, int64_t begin, int64_t end) const {
+    void nt(const Run& run, int64_t begin, int64_t end) const {
         constexpr int PANEL = 24, BLOCK = 64;
         float sums[PANEL * BLOCK];
         for (int64_t o = begin; o < end; o += BLOCK) {
@@ -111,15 +111,15 @@ struct Grouped {
     }
 
     // out[r][d] = sum over o of left[r][o] · weight[o][d]
-    void back(const Run& run, int64_t begin, int64_t end) const {
+    void nn(const Run& run, int64_t begin, int64_t end) const {
         const int64_t parts = (run.count + MANY - 1) / MANY;
         for (int64_t part = 0; part < parts; part++) {
             const int64_t first = run.count * part / parts, last = run.count * (part + 1) / parts;
-            back_part({run.expert, run.first + first, last - first}, begin, end);
+            nn_part({run.expert, run.first + first, last - first}, begin, end);
         }
     }
 
-    void back_part(const Run& run, int64_t begin, int64_t end) const {
+    void nn_part(const Run& run, int64_t begin, int64_t end) const {
         const int64_t tiles = (end - begin + WIDE - 1) / WIDE, deep = (call.height + U::depth - 1) / U::depth;
         const int64_t stride = tiles * V + APART;
         static thread_local std::vector<Floats> sums;
@@ -178,7 +178,7 @@ struct Grouped {
     }
 
     // weight[o][d] = sum over r of left[r][o] · right[r][d]
-    void outer(const Run& run, int64_t begin, int64_t end) const {
+    void tn(const Run& run, int64_t begin, int64_t end) const {
         const int64_t deep = (run.count + U::depth - 1) / U::depth, tiles = (call.width + WIDE - 1) / WIDE;
         const int64_t stride = tiles * WIDE + APART * W;
         static thread_local std::vector<Word> lefts, rights;
@@ -229,16 +229,16 @@ struct Grouped {
     }
 
     void run() const {
-        const int64_t whole = call.kind == BACK ? call.width : call.height;
-        const int64_t grain = call.kind == BACK ? WIDE : 64, most = call.threads > 1 ? 4 * call.threads : 1;
+        const int64_t whole = call.layout == NN ? call.width : call.height;
+        const int64_t grain = call.layout == NN ? WIDE : 64, most = call.threads > 1 ? 4 * call.threads : 1;
         const int64_t share = ((whole + most - 1) / most + grain - 1) / grain * grain, shares = (whole + share - 1) / share;
 #pragma omp parallel for schedule(dynamic) num_threads(call.threads) if (call.threads > 1)
         for (int64_t unit = 0; unit < call.count * shares; unit++) {
             const Run& run = call.runs[unit / shares];
             const int64_t begin = unit % shares * share, end = std::min(begin + share, whole);
-            if (call.kind == FORTH) forth(run, begin, end);
-            if (call.kind == BACK) back(run, begin, end);
-            if (call.kind == OUTER) outer(run, begin, end);
+            if (call.layout == NT) nt(run, begin, end);
+            if (call.layout == NN) nn(run, begin, end);
+            if (call.layout == TN) tn(run, begin, end);
         }
     }
 

@@ -7,8 +7,8 @@ import torch
 
 from moeify import assign, backends
 from moeify.experts import FFN
-from moeify.kernels import gradients
-from moeify.kernels.gradients import accumulate_in_place, free_gradients, gradient_of, place_for
+from moeify.kernels.cpu import gradients
+from moeify.kernels.cpu.gradients import accumulate_in_place, free_gradients, gradient_of, place_for
 
 
 @pytest.fixture

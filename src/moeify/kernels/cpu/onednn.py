@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from moeify.kernels.packing import cached
+from moeify.kernels.cpu.packing import cached
 
 LIBRARIES = ("auto", "blas", "onednn")
 _SIZES = (1, 4, 32, 128)  # of the smallest side of a product, at which the libraries are compared

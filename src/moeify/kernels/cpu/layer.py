@@ -12,9 +12,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from moeify.kernels.gradients import Place, place_for
-from moeify.kernels.grouped import grouped_linear
-from moeify.kernels.segments import Block, Matrices, blocks, map_rows, outer_rows, span
+from moeify.kernels.cpu.gradients import Place, place_for
+from moeify.kernels.cpu.segments import Block, Matrices, blocks, multiply_rows, multiply_rows_tn, span
+from moeify.kernels.naive import naive_grouped_linear
 from moeify.kernels.stacked import Inner, Stacked
 
 _ROWS = 512  # of a block
@@ -72,12 +72,12 @@ def infer_layer(
     y = x.new_zeros(len(x), stacked.down.shape[1], dtype=_wide(dtype))
     for block in blocks(counts, _ROWS, whole=kept is not None):
         token, scale = source[span(block)], weight[span(block)].to(y.dtype).unsqueeze(1)
-        before = map_rows(x.index_select(0, token).to(dtype), up, stacked.up_bias, block)
+        before = multiply_rows(x.index_select(0, token).to(dtype), up, stacked.up_bias, block)
         if kept is not None:
             kept.append(before)
         hidden = stacked.inner(before)
         del before  # nothing of a block outlives it
-        y.index_add_(0, token, map_rows(hidden, down, stacked.down_bias, block).to(y.dtype).mul_(scale))
+        y.index_add_(0, token, multiply_rows(hidden, down, stacked.down_bias, block).to(y.dtype).mul_(scale))
         del hidden
     return y.to(dtype)
 
@@ -91,9 +91,14 @@ def define_layer(
     dtype: torch.dtype,
 ) -> Float[Tensor, "T O"]:
     """`run_layer` as autograd follows it step by step."""
-    with torch.autocast(x.device.type, dtype=dtype, enabled=dtype != stacked.up.dtype):
-        before = grouped_linear(x[source], stacked.up, counts, stacked.up_bias)
-        answers = grouped_linear(stacked.inner(before), stacked.down, counts, stacked.down_bias)
+    up, up_bias, down, down_bias = (
+        None if tensor is None else tensor.to(dtype)
+        for tensor in (stacked.up, stacked.up_bias, stacked.down, stacked.down_bias)
+    )
+    assert up is not None
+    assert down is not None
+    hidden = stacked.inner(naive_grouped_linear(x[source].to(dtype), up, counts, up_bias))
+    answers = naive_grouped_linear(hidden, down, counts, down_bias)
     y = x.new_zeros(len(x), stacked.down.shape[1], dtype=_wide(dtype))
     return y.index_add(0, source, answers * weight.to(y.dtype).unsqueeze(1)).to(dtype)
 
@@ -128,27 +133,27 @@ def _gradients(ctx: Any, gradient: Float[Tensor, "T O"]) -> list[Tensor | None]:
     for number, block in enumerate(blocks(ctx.counts, _ROWS)):
         token, scale = source[span(block)], weight[span(block)].to(dtype).unsqueeze(1)
         rows, dy = x.index_select(0, token).to(dtype), gradient.index_select(0, token)
-        before = (kept[number] if kept else map_rows(rows, up, up_bias, block)).detach()
+        before = (kept[number] if kept else multiply_rows(rows, up, up_bias, block)).detach()
         with torch.set_grad_enabled(through_inner):
             hidden = ctx.inner(before.requires_grad_(through_inner))
-        _outer(dy * scale, hidden.detach(), ddown, ddown_bias, block)
+        _weight_gradient(dy * scale, hidden.detach(), ddown, ddown_bias, block)
         if not (through_inner or for_weight):
             continue
-        dhidden = map_rows(dy, down.transpose(1, 2), None, block)
+        dhidden = multiply_rows(dy, down.transpose(1, 2), None, block)
         dweight[span(block)] = _dot(dhidden, hidden.detach())
         if down_bias is not None:
-            dweight[span(block)] += map_rows(dy, down_bias.unsqueeze(1), None, block).squeeze(1)
+            dweight[span(block)] += multiply_rows(dy, down_bias.unsqueeze(1), None, block).squeeze(1)
         if not through_inner:
             continue
         (dbefore,) = torch.autograd.grad(hidden, before, dhidden * scale)
-        _outer(dbefore, rows, dup, dup_bias, block)
+        _weight_gradient(dbefore, rows, dup, dup_bias, block)
         if dx is not None:
-            dx.index_add_(0, token, map_rows(dbefore, up.transpose(1, 2), None, block).to(dx.dtype))
+            dx.index_add_(0, token, multiply_rows(dbefore, up.transpose(1, 2), None, block).to(dx.dtype))
     of_weights = (None if place is None else place.gradient for place in (dup, dup_bias, ddown, ddown_bias))
     return [None if dx is None else dx.to(x.dtype), dweight if for_weight else None, *of_weights]
 
 
-def _outer(
+def _weight_gradient(
     gradient: Float[Tensor, "B O"],
     rows: Float[Tensor, "B D"],
     weight: Place | None,
@@ -157,10 +162,10 @@ def _outer(
 ) -> None:
     """Write the gradients of a map's weight and bias, where they are wanted."""
     if weight is not None:
-        outer_rows(gradient, rows, weight.into, block, add=weight.adds)
+        multiply_rows_tn(gradient, rows, weight.into, block, add=weight.adds)
     if bias is not None:
         ones = gradient.new_ones(len(gradient), 1)
-        outer_rows(gradient, ones, bias.into.unsqueeze(2), block, add=bias.adds)
+        multiply_rows_tn(gradient, ones, bias.into.unsqueeze(2), block, add=bias.adds)
 
 
 def _dot(a: Float[Tensor, "B H"], b: Float[Tensor, "B H"]) -> Float[Tensor, "B"]:

@@ -11,15 +11,15 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
-from moeify.kernels import native
-from moeify.kernels.native.products import Run, few_rows, multiply_few, outer_few
-from moeify.kernels.onednn import linear, multiply, takes_onednn
+from moeify.kernels.cpu import cpp
+from moeify.kernels.cpu.cpp.products import Run, max_rows, multiply_few, multiply_few_tn
+from moeify.kernels.cpu.onednn import linear, multiply, takes_onednn
 
 Matrices = Tensor | Sequence[Tensor]  # (E, O, D), or E packed ones
 Block = list[Run]  # runs of rising experts, side by side
 
 WORTH_COMPILING = 2**18
-"""Numbers in the matrices of all experts from which on a C++ compiler is asked for the native kernel."""
+"""Numbers in the matrices of all experts from which on a C++ compiler is asked for the C++ kernel."""
 
 
 def blocks(counts: Sequence[int], most: int | None = None, *, whole: bool = True) -> Iterator[Block]:
@@ -55,7 +55,7 @@ def span(block: Block) -> slice:
     return slice(block[0][1], block[-1][2])
 
 
-def map_rows(
+def multiply_rows(
     rows: Float[Tensor, "B D"], weight: Matrices, bias: Float[Tensor, "E O"] | None, block: Block
 ) -> Float[Tensor, "B O"]:
     """Every row times the transposed matrix of its expert, and its bias; in the dtype of the rows.
@@ -66,8 +66,8 @@ def map_rows(
         bias: of all experts.
         block: who reads which rows.
     """
-    kind = "forth" if isinstance(weight, Tensor) and weight.stride(2) == 1 else "back"
-    if isinstance(weight, Tensor) and _are_few(rows, weight, block, kind):
+    layout = "nt" if isinstance(weight, Tensor) and weight.stride(2) == 1 else "nn"
+    if isinstance(weight, Tensor) and _are_few(rows, weight, block, layout):
         out = multiply_few(rows, weight, block)
     elif rows.is_cpu and isinstance(weight, Tensor) and group_obstacle(rows, weight, len(rows) // len(block)) is None:
         out = _in_one_call(rows, weight, block)
@@ -85,7 +85,7 @@ def map_rows(
     return out
 
 
-def outer_rows(
+def multiply_rows_tn(
     left: Float[Tensor, "B O"],
     right: Float[Tensor, "B D"],
     into: Float[Tensor, "E O D"],
@@ -102,8 +102,8 @@ def outer_rows(
         block: who reads which rows.
         add: to what the matrices hold.
     """
-    if _are_few(left, into, block, "outer") and right.stride(-1) == 1:
-        outer_few(left, right, into, block, add=add)
+    if _are_few(left, into, block, "tn") and right.stride(-1) == 1:
+        multiply_few_tn(left, right, into, block, add=add)
         return
     for expert, a, b in _by_expert(block, left, right):
         if into.dtype != left.dtype or add:
@@ -113,8 +113,8 @@ def outer_rows(
             multiply(a.t(), b, into[expert])
 
 
-def _are_few(rows: Float[Tensor, "B D"], weight: Float[Tensor, "E O D"], block: Block, kind: str) -> bool:
-    """Whether the native kernel is there, and best at so few rows."""
+def _are_few(rows: Float[Tensor, "B D"], weight: Float[Tensor, "E O D"], block: Block, layout: str) -> bool:
+    """Whether the C++ kernel is there, and best at so few rows."""
     return (
         weight.is_cpu
         and weight.numel() >= WORTH_COMPILING
@@ -122,8 +122,8 @@ def _are_few(rows: Float[Tensor, "B D"], weight: Float[Tensor, "E O D"], block: 
         and rows.dtype in (torch.float32, torch.bfloat16)
         and rows.stride(-1) == 1
         and 1 in weight.stride()[1:]
-        and native.why_not() is None
-        and len(rows) <= few_rows(kind, rows.dtype) * len(block)
+        and cpp.why_not() is None
+        and len(rows) <= max_rows(layout, rows.dtype) * len(block)
     )
 
 

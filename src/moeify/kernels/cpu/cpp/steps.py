@@ -14,8 +14,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from moeify.kernels.native.build import library
-from moeify.kernels.native.call import _ACTIVATIONS, INNER, _Call, _Stack, _stack
+from moeify.kernels.cpu.cpp.build import library
+from moeify.kernels.cpu.cpp.call import _ACTIVATIONS, INNER, _Call, _Stack, _stack
 
 SCORES = ["softmax", "sigmoid", "sqrt_softplus"]
 _KINDS = ["norm", "linear", "rotate", "attend", "between", "experts"]
@@ -129,7 +129,7 @@ class Experts:
 
     Args:
         width: D.
-        up: weight (E, M, D), bias and scales of the first map, as `native_layer` takes them.
+        up: weight (E, M, D), bias and scales of the first map, as `cpp_layer` takes them.
         down: the same of the last map.
         hidden: H.
         group: the weights that share a scale, if they are of 4 bits.

@@ -1,4 +1,4 @@
-"""The native kernel against the definition; on a machine without a compiler, that it says so."""
+"""The C++ kernel against the definition; on a machine without a compiler, that it says so."""
 
 import os
 import re
@@ -20,9 +20,9 @@ from moeify.backends import choose, compose
 from moeify.experts import FFN, ClampedGlu, Glu, Identity, Plain, Quantized, quantize
 from moeify.experts.quantized import Weights
 from moeify.interface import NativeExperts
-from moeify.kernels import native
-from moeify.kernels.native import build, steps
-from moeify.kernels.packing import pack
+from moeify.kernels.cpu import cpp
+from moeify.kernels.cpu.cpp import build, steps
+from moeify.kernels.cpu.packing import pack
 from moeify.kernels.stacked import KNOWN
 from moeify.routers import Capacity, DefaultVector, TopK, TopP
 from strategies import choices, route, seeds, sharpen
@@ -34,11 +34,11 @@ TOLERANCE_OF_BYTES = 4e-2  # where activations may be rounded to 8 bits
 
 def run(x, routing, experts):
     """The kernel's answer; where there is no kernel, its reason is checked and the definition answers."""
-    if reason := native.why_not():
+    if reason := cpp.why_not():
         with pytest.raises(ValueError, match=re.escape(reason)):
-            backends.run("native", x, routing, experts)
+            backends.run("cpp", x, routing, experts)
         return compose(x, routing, experts)
-    return backends.run("native", x, routing, experts)
+    return backends.run("cpp", x, routing, experts)
 
 
 def check(x, routing, experts):
@@ -59,9 +59,9 @@ def ffn(*sizes, bias=False, dtype=torch.float32, **options):
     return experts.to(dtype)
 
 
-@pytest.fixture(params=native.levels())
+@pytest.fixture(params=cpp.levels())
 def level(request, monkeypatch):
-    monkeypatch.setenv("MOEIFY_NATIVE", request.param)
+    monkeypatch.setenv("MOEIFY_CPP", request.param)
 
 
 @pytest.mark.usefixtures("level")
@@ -102,7 +102,7 @@ def test_activations_that_are_whole_numbers_already_are_multiplied_exactly(bits,
     x, y = torch.randint(-127, 128, (tokens, width)).float(), torch.empty(tokens, width_out)
     x[:, ::64] = 127
     step = steps.linear(x, y, weights.weight, scales=weights.scales, group=group, dtype=torch.bfloat16)
-    if native.why_not() is None:
+    if cpp.why_not() is None:
         steps.run_steps([step], tokens)
         exact = x.double() @ weights.of(0, torch.float64).t()
         torch.testing.assert_close(y.double(), exact, rtol=0, atol=2e-6 * (127 * 3 * width))
@@ -211,8 +211,8 @@ def test_transposed_weights_are_copied_where_that_is_allowed():
     experts, x = NativeExperts(native_experts), torch.randn(5, 32)
     routing = assign(torch.rand(5, 4).topk(2).indices, torch.rand(5, 2), 4)
     with torch.no_grad():
-        with pytest.raises(ValueError, match=r"stored transposed; .*pack allows a copy"):
-            backends.run("native", x, routing, experts)
+        with pytest.raises(ValueError, match=r"these are transposed; .*pack allows a copy"):
+            backends.run("cpp", x, routing, experts)
         pack(native_experts)
         check(x, routing, experts)
         native_experts.down_proj.mul_(2)
@@ -244,72 +244,72 @@ def soft():
 )
 def test_what_the_kernel_cannot_do_it_refuses(reason, call):
     call = {"x": torch.ones(1, 4), "routing": assign(torch.tensor([[0]]), torch.ones(1, 1), 2)} | call
-    with pytest.raises(ValueError, match=f"backend 'native' cannot run this layer: .*({reason})"):
-        backends.run("native", call["x"], call["routing"], call.get("experts", FFN(2, 4, 3)))
+    with pytest.raises(ValueError, match=f"backend 'cpp' cannot run this layer: .*({reason})"):
+        backends.run("cpp", call["x"], call["routing"], call.get("experts", FFN(2, 4, 3)))
 
 
 def test_gradients_autocast_transforms_and_hooks_are_refused():
     x, routing, experts = torch.ones(1, 4), assign(torch.tensor([[0]]), torch.ones(1, 1), 2), FFN(2, 4, 3)
     with pytest.raises(ValueError, match="no gradient"):
-        backends.run("native", x, routing, experts)
+        backends.run("cpp", x, routing, experts)
     with torch.no_grad(), torch.autocast("cpu"), pytest.raises(ValueError, match="autocast"):
-        backends.run("native", x, routing, experts)
+        backends.run("cpp", x, routing, experts)
     with torch.no_grad(), pytest.raises(ValueError, match=r"torch\.func"):
-        torch.func.vmap(lambda x: backends.run("native", x, routing, experts))(x.unsqueeze(0))
+        torch.func.vmap(lambda x: backends.run("cpp", x, routing, experts))(x.unsqueeze(0))
     experts.register_forward_hook(lambda *args: None)
     with torch.no_grad(), pytest.raises(ValueError, match="hooks"):
-        backends.run("native", x, routing, experts)
+        backends.run("cpp", x, routing, experts)
 
 
 def test_auto_takes_the_kernel_for_short_segments_of_large_experts():
     x, index = torch.randn(3, 128), torch.tensor([[0, 1], [2, 3], [0, 3]])
     routing, experts = assign(index, torch.rand(3, 2), 4), FFN(4, 128, 512)
     with torch.no_grad():
-        assert (choose(x, routing, experts) == "native") == (native.why_not() is None)
-        assert choose(x, assign(index, torch.rand(3, 2), 4), FFN(4, 128, 16)) != "native"
+        assert (choose(x, routing, experts) == "cpp") == (cpp.why_not() is None)
+        assert choose(x, assign(index, torch.rand(3, 2), 4), FFN(4, 128, 16)) != "cpp"
         many = assign(index.repeat(1000, 1), torch.rand(3000, 2), 4)
-        assert choose(x.repeat(1000, 1), many, experts) != "native"
-    assert choose(x, routing, experts) != "native"
+        assert choose(x.repeat(1000, 1), many, experts) != "cpp"
+    assert choose(x, routing, experts) != "cpp"
 
 
 def test_a_decision_that_does_not_fit_the_tokens_is_no_crash():
-    if native.why_not() is None:
+    if cpp.why_not() is None:
         routing = assign(torch.tensor([[0], [1]]), torch.ones(2, 1), 2)
         with torch.no_grad(), pytest.raises(ValueError, match="does not fit 1 tokens"):
-            backends.run("native", torch.randn(1, 24), routing, ffn(2, 24, 16))
+            backends.run("cpp", torch.randn(1, 24), routing, ffn(2, 24, 16))
 
 
 @pytest.mark.parametrize("bits", [16, 8])
 def test_the_layer_is_captured_whole_by_the_compiler(bits):
     experts = ffn(4, 24, 16) if bits == 16 else quantize(ffn(4, 24, 16), bits)
-    moe = MoE(TopK(24, 4), experts, backend="native").eval()
+    moe = MoE(TopK(24, 4), experts, backend="cpp").eval()
     x = torch.randn(5, 24)
     check(x, route(moe.router, x), experts)
-    if native.why_not() is None:
+    if cpp.why_not() is None:
         with torch.no_grad():
             compiled = torch.compile(moe, fullgraph=True, backend="aot_eager")
             torch.testing.assert_close(compiled(x), moe(x))
 
 
 def test_it_can_be_switched_off(monkeypatch):
-    monkeypatch.setenv("MOEIFY_NATIVE", "0")
-    assert native.why_not() == "it is switched off by MOEIFY_NATIVE=0"
-    assert native.explain() == "none: it is switched off by MOEIFY_NATIVE=0"
+    monkeypatch.setenv("MOEIFY_CPP", "0")
+    assert cpp.why_not() == "it is switched off by MOEIFY_CPP=0"
+    assert cpp.explain() == "none: it is switched off by MOEIFY_CPP=0"
     check(torch.randn(2, 24), route(TopK(24, 4), torch.randn(2, 24)), ffn(4, 24, 16))
 
 
 def test_an_unknown_level_is_refused_with_the_known_ones(monkeypatch):
-    monkeypatch.setenv("MOEIFY_NATIVE", "mmx")
-    assert re.search(r"MOEIFY_NATIVE=mmx is not among .*portable", native.why_not())
+    monkeypatch.setenv("MOEIFY_CPP", "mmx")
+    assert re.search(r"MOEIFY_CPP=mmx is not among .*portable", cpp.why_not())
 
 
 def test_a_compiler_that_is_not_there_is_named(monkeypatch):
     monkeypatch.setenv("CXX", "no-such-compiler")
-    assert "CXX=no-such-compiler is not found; install a C++ compiler" in native.why_not()
+    assert "CXX=no-such-compiler is not found; install a C++ compiler" in cpp.why_not()
     monkeypatch.delenv("CXX")
     monkeypatch.setenv("PATH", "")
     build._load.cache_clear()
-    assert "none of c++, g++ and clang++ is found" in native.why_not()
+    assert "none of c++, g++ and clang++ is found" in cpp.why_not()
     build._load.cache_clear()
 
 
@@ -319,12 +319,12 @@ def test_a_compiler_that_fails_is_quoted(tmp_path, monkeypatch):
     broken.chmod(broken.stat().st_mode | stat.S_IEXEC)
     monkeypatch.setenv("CXX", str(broken))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert native.why_not() == f"it could not be compiled by {broken}: error: no room on this device"
+    assert cpp.why_not() == f"it could not be compiled by {broken}: error: no room on this device"
     assert not list(tmp_path.rglob("*.so"))
 
 
 def test_nothing_is_compiled_at_import(tmp_path):
-    run = [sys.executable, "-c", "import moeify, moeify.kernels.native, moeify.experts"]
+    run = [sys.executable, "-c", "import moeify, moeify.kernels.cpu.cpp, moeify.experts"]
     subprocess.run(run, check=True, env=dict(os.environ, XDG_CACHE_HOME=str(tmp_path)))
     assert not [path for path in tmp_path.rglob("*") if "moeify" in path.parts]
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from moeify.kernels.triton.launch import launch, power_of_2
 
 
-def total(
+def combine(
     rows: Float[Tensor, "R O"],
     weight: Float[Tensor, "R"] | None,
     order: Int[Tensor, "V"],
@@ -29,24 +29,24 @@ def total(
     block = min(power_of_2(width), 2048 // rows.element_size())  # 16 bytes of a row for each of 128 threads
     out = rows.new_empty(tokens, width)
     blocks = triton.cdiv(width, block)
-    launch(_total, tokens * blocks, rows, weight, order, begin, out, width, blocks, BLOCK=block, ROWS=4)
+    launch(_combine, tokens * blocks, rows, weight, order, begin, out, width, blocks, BLOCK=block, ROWS=4)
     return out
 
 
-def naive_total(
+def naive_combine(
     rows: Float[Tensor, "R O"],
     weight: Float[Tensor, "R"] | None,
     order: Int[Tensor, "V"],
     begin: Int[Tensor, "T+1"],
 ) -> Float[Tensor, "T O"]:
-    """The definition of `total`."""
+    """The definition of `combine`."""
     weighted = rows.float() if weight is None else rows.float() * weight.float().unsqueeze(1)
     visits = [part[part >= 0] for part in order.tensor_split(begin[1:-1].cpu())]
     return torch.stack([weighted[part].sum(0) for part in visits]).to(rows.dtype)
 
 
 @triton.jit
-def _total(rows, weight, order, begin, out, N, blocks, BLOCK: tl.constexpr, ROWS: tl.constexpr):
+def _combine(rows, weight, order, begin, out, N, blocks, BLOCK: tl.constexpr, ROWS: tl.constexpr):
     token = (tl.program_id(0) // blocks).to(tl.int64)
     column = (tl.program_id(0) % blocks) * BLOCK + tl.arange(0, BLOCK)
     inside = column < N

@@ -1,13 +1,13 @@
-"""The native kernel's products of few rows against their definition, at every level of this processor."""
+"""The C++ kernel's products of few rows against their definition, at every level of this processor."""
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moeify.kernels import native, segments
-from moeify.kernels.native.products import few_rows, multiply_few, outer_few
-from moeify.kernels.segments import blocks, map_rows, outer_rows
+from moeify.kernels.cpu import cpp, segments
+from moeify.kernels.cpu.cpp.products import max_rows, multiply_few, multiply_few_tn
+from moeify.kernels.cpu.segments import blocks, multiply_rows, multiply_rows_tn
 from strategies import seeds
 
 ROUNDING = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
@@ -15,10 +15,10 @@ counts = st.lists(st.integers(0, 30), min_size=1, max_size=4).filter(any)
 sizes = st.integers(1, 150)
 
 
-@pytest.fixture(params=native.levels())
+@pytest.fixture(params=cpp.levels())
 def level(request, monkeypatch):
-    monkeypatch.setenv("MOEIFY_NATIVE", request.param)
-    if reason := native.why_not():
+    monkeypatch.setenv("MOEIFY_CPP", request.param)
+    if reason := cpp.why_not():
         pytest.skip(reason)
 
 
@@ -49,8 +49,8 @@ def test_products_of_few_rows_are_those_of_the_definition(threads, dtype, counts
     try:
         out = multiply_few(rows, weight, block)
         sums, total = torch.full_like(weight, torch.nan), were.clone()
-        outer_few(left, rows, sums, block, add=False)
-        outer_few(left, rows, total, block, add=True)
+        multiply_few_tn(left, rows, sums, block, add=False)
+        multiply_few_tn(left, rows, total, block, add=True)
     finally:
         torch.set_num_threads(before)
     expert = torch.repeat_interleave(torch.tensor(counts))
@@ -76,19 +76,19 @@ def test_rows_of_one_block_may_begin_anywhere():
 
 @pytest.mark.parametrize("more", [False, True])
 def test_the_kernel_is_taken_for_few_rows_of_large_stacks(more, monkeypatch):
-    if reason := native.why_not():
+    if reason := cpp.why_not():
         pytest.skip(reason)
-    monkeypatch.setattr(segments, "few_rows", lambda kind, dtype: 20)
+    monkeypatch.setattr(segments, "max_rows", lambda kind, dtype: 20)
     rows_each = 20 + more
     taken = []
     monkeypatch.setattr(segments, "multiply_few", lambda *a: taken.append("map") or multiply_few(*a))
-    monkeypatch.setattr(segments, "outer_few", lambda *a, **k: taken.append("outer") or outer_few(*a, **k))
+    monkeypatch.setattr(segments, "multiply_few_tn", lambda *a, **k: taken.append("tn") or multiply_few_tn(*a, **k))
     weight = torch.randn(2, 384, 384)
     rows = torch.randn(2 * rows_each, 384)
     (block,) = blocks([rows_each] * 2)
-    out, sums = map_rows(rows, weight, None, block), torch.empty_like(weight)
-    outer_rows(out, rows, sums, block)
-    assert taken == ([] if more else ["map", "outer"])
+    out, sums = multiply_rows(rows, weight, None, block), torch.empty_like(weight)
+    multiply_rows_tn(out, rows, sums, block)
+    assert taken == ([] if more else ["map", "tn"])
     near(
         out,
         torch.cat([r.double() @ w.T.double() for r, w in zip(rows.split(rows_each), weight, strict=True)]),
@@ -98,15 +98,15 @@ def test_the_kernel_is_taken_for_few_rows_of_large_stacks(more, monkeypatch):
 
 
 def test_fewer_rows_are_few_where_the_instructions_are_not_those_of_the_measurement(monkeypatch):
-    monkeypatch.setenv("MOEIFY_NATIVE", "portable")
-    assert few_rows("forth", torch.float32) == 8
+    monkeypatch.setenv("MOEIFY_CPP", "portable")
+    assert max_rows("nt", torch.float32) == 8
 
 
 def test_without_a_kernel_few_rows_go_to_the_library(monkeypatch):
-    monkeypatch.setenv("MOEIFY_NATIVE", "0")
+    monkeypatch.setenv("MOEIFY_CPP", "0")
     monkeypatch.setattr(segments, "multiply_few", lambda *a: pytest.fail("the kernel is switched off"))
     weight, rows = torch.randn(2, 384, 384), torch.randn(4, 384)
-    out = map_rows(rows, weight, None, next(blocks([2, 2])))
+    out = multiply_rows(rows, weight, None, next(blocks([2, 2])))
     near(
         out, torch.cat([rows[:2].double() @ weight[0].T.double(), rows[2:].double() @ weight[1].T.double()]), out.dtype
     )

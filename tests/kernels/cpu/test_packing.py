@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from moeify.experts import FFN
-from moeify.kernels.packing import cached, may_pack, pack, unpack
+from moeify.kernels.cpu.packing import cached, may_pack, pack, unpack
 
 
 class Maker:

@@ -12,7 +12,7 @@ from moeify.kernels.triton.config import Config
 from moeify.kernels.triton.launch import arithmetic, launch, power_of_2
 
 
-def outer(
+def product_tn(
     left: Float[Tensor, "L M"],
     left_source: Int[Tensor, "R"] | None,
     right: Float[Tensor, "N D"],
@@ -36,7 +36,7 @@ def outer(
     size = size.within(m=m, n=n)
     out = torch.empty_like(like)
     launch(
-        _outer,
+        _product_tn,
         experts * triton.cdiv(m, size.m) * triton.cdiv(n, size.n),
         *(left, left_source, right, right_source, counts, out, m, n, *out.stride()),
         EXPERTS=power_of_2(experts), BM=size.m, BN=size.n, BK=size.k,
@@ -53,7 +53,7 @@ def column_sums(
 ) -> Float[Tensor, "E M"]:
     """Σ weight[r] · rows[r] over the rows r of each expert: the gradient of a bias.
 
-    A kernel of its own: beside the sum, `outer` would have to load its left operand into registers.
+    A kernel of its own: beside the sum, `product_tn` would have to load its left operand into registers.
     """
     experts, m = len(counts), rows.shape[1]
     out = rows.new_empty(experts, m)
@@ -66,10 +66,10 @@ def column_sums(
     return out
 
 
-def naive_outer(
+def naive_product_tn(
     left: Float[Tensor, "R M"], right: Float[Tensor, "R D"], counts: Int[Tensor, "E"]
 ) -> Float[Tensor, "E M D"]:
-    """The definition of `outer`, rows gathered already."""
+    """The definition of `product_tn`, rows gathered already."""
     sizes = counts.tolist()
     return torch.stack([a.t() @ b for a, b in zip(left.split(sizes), right.split(sizes), strict=True)])
 
@@ -83,7 +83,7 @@ def naive_column_sums(
 
 
 @triton.jit
-def _outer(
+def _product_tn(
     left, left_source, right, right_source, counts, out, M, N, stride_e, stride_m, stride_n,
     EXPERTS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
     PRECISION: tl.constexpr, UPCAST: tl.constexpr,

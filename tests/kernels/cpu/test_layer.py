@@ -16,10 +16,10 @@ from torch.utils.checkpoint import checkpoint
 from moeify import MoE, assign, backends
 from moeify.backends import BACKENDS, compose
 from moeify.experts import FFN, Each, Experts
-from moeify.kernels import layer as layer_kernel
-from moeify.kernels import segments
-from moeify.kernels.layer import infer_layer, run_layer
-from moeify.kernels.packing import pack, unpack
+from moeify.kernels.cpu import layer as layer_kernel
+from moeify.kernels.cpu import segments
+from moeify.kernels.cpu.layer import infer_layer, run_layer
+from moeify.kernels.cpu.packing import pack, unpack
 from moeify.kernels.stacked import ClampedGlu, Glu, Plain, Stacked
 from moeify.routers import TopK
 from moeify.routing import Assignment
@@ -51,7 +51,7 @@ def rows_of_a_block(request, monkeypatch):
     monkeypatch.setattr(layer_kernel, "_ROWS", request.param)
 
 
-@pytest.fixture(params=[False, True], ids=["by the library", "by the native kernel"])
+@pytest.fixture(params=[False, True], ids=["by the library", "by the C++ kernel"])
 def products(request, monkeypatch):
     monkeypatch.setattr(segments, "WORTH_COMPILING", 0 if request.param else 2**62)
 

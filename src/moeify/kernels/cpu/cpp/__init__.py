@@ -1,0 +1,6 @@
+"""C++ for a CPU, compiled at first use: a whole sparse layer, products of few rows, and the steps of a decoder."""
+
+from moeify.kernels.cpu.cpp.build import LEVELS, Unavailable, explain, levels, library, why_not
+from moeify.kernels.cpu.cpp.call import cpp_layer
+
+__all__ = ["LEVELS", "Unavailable", "cpp_layer", "explain", "levels", "library", "why_not"]
