@@ -57,7 +57,7 @@ def per_layer(decisions: Decisions, demand: dict[str, Tensor], scope: losses.Sco
 
 def global_batch(decisions: Decisions, demand: dict[str, Tensor]) -> Tensor:
     even = torch.ones(EXPERTS)
-    return torch.stack([losses.balance(r, demand=demand.get(name, even)) for name, r in decisions.items()]).mean()
+    return torch.stack([losses.balance(r, assigned=demand.get(name, even)) for name, r in decisions.items()]).mean()
 
 
 ARMS: dict[str, tuple[Loss, Rule | None]] = {
@@ -121,8 +121,8 @@ def train(arm: str, data: Blocks, steps: int, seed: int) -> tuple[nn.Module, Tra
                 task = model(input_ids=ids, labels=ids).loss
             ((task + WEIGHT * loss(decisions, previous)) / MICRO_BATCHES).backward()
             for name, routing in decisions.items():
-                asked[name] = asked.get(name, 0) + routing.demand
-                micro.append(max_vio(routing.demand))
+                asked[name] = asked.get(name, 0) + routing.assigned
+                micro.append(max_vio(routing.assigned))
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()

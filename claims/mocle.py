@@ -150,7 +150,7 @@ def universal_weight(model: nn.Module, unseen: list[Sample]) -> float:
     """The mean weight of the last expert over layers and samples."""
     with record(model.eval()) as decisions:
         loss(model, together(unseen))
-    return fmean(routing.gates[:, -1].mean().item() for routing in decisions.values())
+    return fmean(routing.choices.weights[:, -1].mean().item() for routing in decisions.values())
 
 
 def purity(learnt: list[Sample]) -> float:

@@ -20,5 +20,5 @@ with record(model) as decisions:
     logits = model(pixel_values=images).logits
 print("logits", tuple(logits.shape))
 for layer, decision in decisions.items():
-    by_image = decision.index.view(3, -1, 2)  # (images, patches, k)
+    by_image = decision.choices.indices.view(3, -1, 2)  # (images, patches, k)
     print(layer, "experts of each image:", by_image[:, 0].tolist())

@@ -5,7 +5,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from moeify import Assignment, Context, Recipe, record, sparsify
+from moeify import Assignment, Context, Evidence, Recipe, record, sparsify
 from moeify.routers import Router, project, real_tokens
 
 
@@ -29,7 +29,7 @@ class Deep(Router):
         scores = logits.softmax(-1)
         gates, index = scores.topk(self.k, dim=-1)
         gates = gates / gates.sum(-1, keepdim=True)
-        return tokens.assign(index, gates, self.num_experts, logits=logits, scores=scores)
+        return tokens.assign(index, gates, self.num_experts, Evidence(logits=logits, scores=scores))
 
 
 torch.manual_seed(0)

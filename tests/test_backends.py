@@ -47,7 +47,7 @@ def test_a_named_backend_that_cannot_serve_says_why(reason, layer, mask):
     [
         ("several gates", assign(torch.tensor([[0]]), torch.ones(1, 1, 2), 1)),
         ("gave a Mixture", Mixture(counts=torch.tensor([1]), into=torch.ones(1, 1), out_of=torch.ones(1, 1))),
-        ("the same number of experts", replace(assign(torch.tensor([[0]]), torch.ones(1, 1), 1), index=None)),
+        ("the same number of experts", replace(assign(torch.tensor([[0]]), torch.ones(1, 1), 1), choices=None)),
     ],
 )
 def test_gather_serves_one_weight_for_each_of_k_choices(reason, routing):

@@ -31,7 +31,7 @@ def steps(model, optimizer, count, micro_batches=1):
         for _ in range(micro_batches):
             with record(model) as decisions:
                 model(torch.randn(T, D)).sum().backward()
-            demand = demand + decisions["0"].demand
+            demand = demand + decisions["0"].assigned
         optimizer.step()
         violations.append((demand.max() / demand.float().mean() - 1).item())
     return violations
@@ -44,7 +44,7 @@ def test_sign_moves_every_bias_by_its_rate_towards_the_underloaded():
         model(torch.randn(T, D)).sum().backward()
     optimizer.step()
     fair = T * K / E
-    expected = [0.01 * ((load < fair) - (load > fair)) for load in decisions["0"].demand.tolist()]
+    expected = [0.01 * ((load < fair) - (load > fair)) for load in decisions["0"].assigned.tolist()]
     assert model[0].router.selection_bias.tolist() == pytest.approx(expected)
 
 

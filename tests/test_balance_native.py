@@ -81,7 +81,7 @@ def test_a_bias_moves_by_the_rate_towards_the_underloaded_experts(family: str):
         _backward(model, _skewed())
     optimizer.step()
     for name, bias in _values(controlled).items():
-        load = decisions[name].demand.float()
+        load = decisions[name].assigned.float()
         torch.testing.assert_close((bias - before[name]).flatten(), RATE * torch.sign(load.mean() - load))
 
 
@@ -99,7 +99,7 @@ def test_micro_batches_move_a_bias_once_by_what_they_saw_together():
     model = glm4_moe()
     controlled, optimizer = _controlled(model)
     loads: dict[str, Tensor] = {}
-    handles = observe(model, lambda name, routing: loads.update({name: loads.get(name, 0) + routing.demand.float()}))
+    handles = observe(model, lambda name, routing: loads.update({name: loads.get(name, 0) + routing.assigned.float()}))
     for seed in range(3):
         _backward(model, inputs(model, seed=seed))
     optimizer.step()
@@ -163,7 +163,7 @@ def _max_violation(model: PreTrainedModel, given: dict[str, Tensor]) -> float:
     """MaxVio: how far the fullest expert of any layer is above the mean, relative to the mean."""
     with torch.no_grad(), record(model) as decisions:
         model(**given)
-    return max((r.demand.max() / r.demand.float().mean() - 1).item() for r in decisions.values())
+    return max((r.assigned.max() / r.assigned.float().mean() - 1).item() for r in decisions.values())
 
 
 @pytest.mark.parametrize("rule", [Sign(RATE), Quantile()])

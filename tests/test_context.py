@@ -331,25 +331,25 @@ def test_a_stack_without_a_mask_of_its_own_shares_that_of_its_model():
 
 
 def test_every_sequence_is_a_group():
-    assert Context().groups((2, 3)).tolist() == [0, 0, 0, 1, 1, 1]
+    assert Context().sequence_ids((2, 3)).tolist() == [0, 0, 0, 1, 1, 1]
 
 
 def test_with_the_batch_last_the_columns_are_groups():
     context = Context()
     context.batch_first = False
-    assert context.groups((3, 2)).tolist() == [0, 1, 0, 1, 0, 1]
+    assert context.sequence_ids((3, 2)).tolist() == [0, 1, 0, 1, 0, 1]
 
 
 def test_flattened_tokens_take_their_groups_from_the_models_input():
     context = Context()
-    assert context.groups((6,)).tolist() == [0] * 6
+    assert context.sequence_ids((6,)).tolist() == [0] * 6
     context.inputs = {"input_ids": torch.zeros(2, 3)}
-    assert context.groups((6,)).tolist() == [0, 0, 0, 1, 1, 1]
-    assert context.groups((5,)).tolist() == [0] * 5
+    assert context.sequence_ids((6,)).tolist() == [0, 0, 0, 1, 1, 1]
+    assert context.sequence_ids((5,)).tolist() == [0] * 5
 
 
 def test_any_leading_axes_are_groups():
-    assert Context().groups((2, 2, 2)).tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
+    assert Context().sequence_ids((2, 2, 2)).tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
 
 
 # Bad inputs

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moeify import Assignment, Mixture, assign, losses
+from moeify import Assignment, Evidence, Mixture, assign, losses
 from moeify.routers import TopK, sigmoid
 from strategies import route, seeds, sharpen
 
@@ -14,8 +14,8 @@ def even(num_experts: int, k: int, scores: torch.Tensor | None = None) -> Assign
     """Token t asks for experts t, t + 1, ... t + k - 1: every expert is asked for k times."""
     index = (torch.arange(num_experts).unsqueeze(1) + torch.arange(k)) % num_experts
     scores = torch.full((num_experts, num_experts), 1 / num_experts) if scores is None else scores
-    return assign(index, torch.full((num_experts, k), 1 / k), num_experts, scores=scores,
-                  logits=scores.log(), group=torch.zeros(num_experts, dtype=torch.int64))  # fmt: skip
+    return assign(index, torch.full((num_experts, k), 1 / k), num_experts, evidence=Evidence(
+        scores=scores, logits=scores.log(), sequence_id=torch.zeros(num_experts, dtype=torch.int64)))  # fmt: skip
 
 
 @pytest.mark.parametrize("scope", ["batch", "sequence"])
@@ -33,7 +33,7 @@ def test_collapse_costs_as_many_times_more_as_experts_are_unused(scope, num_expe
     scores[:, :k] = 1 / k
     index = torch.arange(k).expand(4, k)
     group = torch.tensor([0, 0, 1, 1])
-    routing = assign(index, torch.full((4, k), 1 / k), num_experts, scores=scores, group=group)
+    routing = assign(index, torch.full((4, k), 1 / k), num_experts, evidence=Evidence(scores=scores, sequence_id=group))
     assert losses.balance(routing, scope).item() == pytest.approx(num_experts / k, rel=1e-5)
 
 
@@ -42,7 +42,7 @@ def test_the_gradient_of_balance_lowers_the_experts_that_are_asked_for_too_often
     sharpen(router)
     routing = route(router, torch.randn(50, 4).abs())
     scores = routing.scores.detach().requires_grad_()
-    busy = assign(torch.zeros(50, 1, dtype=torch.int64), torch.ones(50, 1), 3, scores=scores)
+    busy = assign(torch.zeros(50, 1, dtype=torch.int64), torch.ones(50, 1), 3, evidence=Evidence(scores=scores))
     losses.balance(busy).backward()
     assert (scores.grad[:, 0] > 0).all()
     assert (scores.grad[:, 1:] < 0).all()
@@ -74,7 +74,9 @@ def test_with_the_demand_of_the_step_micro_batches_add_up_to_the_whole_batch(mic
     sharpen(router)
     x = torch.randn(sum(micro_batches), 6)
     whole = route(router, x)
-    parts = [losses.balance(route(router, part), demand=whole.demand) * len(part) for part in x.split(micro_batches)]
+    parts = [
+        losses.balance(route(router, part), assigned=whole.assigned) * len(part) for part in x.split(micro_batches)
+    ]
     torch.testing.assert_close(losses.balance(whole), sum(parts) / len(x))
 
 

@@ -70,7 +70,7 @@ def test_group_routing_keeps_a_sequence_together():
     moe = nn.Sequential(layer(per="group"))
     with record(moe) as decisions:
         moe(torch.randn(3, 5, 8))
-    chosen = decisions["0"].index.view(3, 5, -1)
+    chosen = decisions["0"].choices.indices.view(3, 5, -1)
     assert torch.equal(chosen, chosen[:, :1].expand_as(chosen))
 
 
@@ -207,7 +207,7 @@ def test_under_autocast_the_router_stays_in_fp32():
         y = moe(x)
     routing = decisions["0"]
     assert y.dtype == torch.bfloat16
-    assert routing.logits.dtype == routing.gates.dtype == torch.float32
+    assert routing.logits.dtype == routing.choices.weights.dtype == torch.float32
     assert torch.equal(routing.logits, F.linear(x.flatten(0, 1), moe.router.weight))
 
 

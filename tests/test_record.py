@@ -81,7 +81,7 @@ def test_the_decision_is_what_the_block_used(family: str):
     for name, (_, weights, index) in outputs.items():
         routing = decisions[name]
         torch.testing.assert_close(_dense(routing), _dense_output(index, weights, len(routing.counts)))
-        assert torch.equal(routing.demand, index.flatten().bincount(minlength=len(routing.counts)))
+        assert torch.equal(routing.assigned, index.flatten().bincount(minlength=len(routing.counts)))
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -99,7 +99,7 @@ def test_padding_is_left_out_of_native_decisions(family: str, side: str):
         dense = _dense_output(index, weights, len(routing.counts)) * mask.flatten().unsqueeze(1)
         torch.testing.assert_close(_dense(routing), dense)
         torch.testing.assert_close(routing.logits, logits[real])
-        assert routing.group.tolist() == [0] * 12 + [1] * 7
+        assert routing.sequence_id.tolist() == [0] * 12 + [1] * 7
 
 
 @pytest.mark.parametrize("family", SCORES)
@@ -234,7 +234,7 @@ def test_generation_with_a_cache_and_left_padding_records_the_last_token():
     mask[1, :5] = 0
     with record(model) as decisions:
         model.generate(input_ids=tokens(), attention_mask=mask, max_new_tokens=3, do_sample=False)
-    assert all(routing.index.shape == (2, 2) for routing in decisions.values())
+    assert all(routing.choices.indices.shape == (2, 2) for routing in decisions.values())
 
 
 def test_nothing_is_recorded_after_the_block_ends():
@@ -280,7 +280,7 @@ def test_our_layers_are_recorded_by_name():
         model(x)
     assert list(decisions) == ["0", "1"]
     expected = model[0].router(x, model[0].context)
-    torch.testing.assert_close(decisions["0"].gates, expected.gates)
+    torch.testing.assert_close(decisions["0"].choices.weights, expected.choices.weights)
 
 
 def test_our_checkpointed_layers_are_recorded_once_even_if_the_observer_computes_a_loss():

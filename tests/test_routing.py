@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moeify import Mixture, assign, limit
+from moeify import Evidence, Mixture, assign, limit
 from moeify.backends import compose
 from moeify.experts import Each
 from moeify.routing import assign_where
@@ -18,20 +18,20 @@ from strategies import agree, assignments, choices, seeds
 @given(assignments())
 def test_combine_of_dispatched_ones_sums_each_tokens_weights(routing):
     y = routing.combine(routing.dispatch(torch.ones(*routing.shape, 2)))
-    torch.testing.assert_close(y, routing.gates.sum(-1, keepdim=True).expand(-1, 2))
+    torch.testing.assert_close(y, routing.choices.weights.sum(-1, keepdim=True).expand(-1, 2))
 
 
 @given(assignments())
 def test_rows_are_sorted_by_expert_and_then_by_token(routing):
-    place = routing.expert * len(routing.index) + routing.source
+    place = routing.expert * len(routing.choices.indices) + routing.source
     assert torch.equal(place, place.sort().values)
-    assert torch.equal(routing.counts, routing.index.flatten().bincount(minlength=len(routing.counts)))
+    assert torch.equal(routing.counts, routing.choices.indices.flatten().bincount(minlength=len(routing.counts)))
 
 
 @given(assignments())
 def test_every_row_remembers_its_choice_and_its_weight(routing):
-    assert torch.equal(routing.index[routing.source, routing.choice], routing.expert)
-    assert torch.equal(routing.gates[routing.source, routing.choice], routing.weight)
+    assert torch.equal(routing.choices.indices[routing.source, routing.rank], routing.expert)
+    assert torch.equal(routing.choices.weights[routing.source, routing.rank], routing.weight)
 
 
 @given(choices(), st.integers(1, 3), seeds)
@@ -88,7 +88,7 @@ def test_a_table_of_who_uses_whom_is_the_decision_that_lists_it(choice):
     assert torch.equal(table.weight, listed.weight)
     assert torch.equal(table.counts, listed.counts)
     assert table.shape == listed.shape
-    assert table.index is None
+    assert table.choices is None
 
 
 @given(st.integers(1, 12), st.integers(1, 6), seeds)
@@ -99,8 +99,8 @@ def test_choices_of_a_table_are_numbered_from_the_largest_weight_on(tokens, num_
     routing = assign_where(chosen, weight)
     for token in range(tokens):
         rows = (routing.source == token).nonzero().flatten()
-        by_choice = rows[routing.choice[rows].argsort()]
-        assert routing.choice[by_choice].tolist() == list(range(int(chosen[token].sum())))
+        by_choice = rows[routing.rank[rows].argsort()]
+        assert routing.rank[by_choice].tolist() == list(range(int(chosen[token].sum())))
         assert torch.equal(routing.weight[by_choice], weight[token][chosen[token]].sort(descending=True).values)
 
 
@@ -174,3 +174,35 @@ def test_a_mixture_is_averaged_in_fp32_under_autocast_too():
         mixed = routing.dispatch(x), routing.combine(rows)
     assert torch.equal(mixed[0], rows)
     assert torch.equal(mixed[1], routing.combine(rows))
+
+
+@given(choices(), st.data())
+def test_rows_that_are_left_out_change_neither_the_load_before_nor_what_was_chosen(choice, data):
+    whole = assign(*choice)
+    kept = torch.tensor(data.draw(st.lists(st.booleans(), min_size=len(whole.source), max_size=len(whole.source))))
+    kept = kept.bool()
+    for part in (whole.only(kept), whole.only(kept.nonzero().squeeze(1))):
+        assert torch.equal(part.expert, whole.expert[kept])
+        assert torch.equal(part.source, whole.source[kept])
+        assert torch.equal(part.rank, whole.rank[kept])
+        assert torch.equal(part.assigned, whole.counts)
+        assert part.choices is whole.choices
+        assert part.is_limited
+
+
+def test_only_a_limit_makes_a_decision_limited():
+    whole = assign(torch.tensor([[0, 1], [1, 0]]), torch.rand(2, 2, requires_grad=True), 2)
+    assert not whole.is_limited
+    assert not whole.detached().is_limited
+    assert whole.has_all_rows
+    assert not whole.only(torch.tensor([True, True, True, False])).has_all_rows
+
+
+def test_a_detached_decision_has_no_graph_anywhere():
+    logits = torch.rand(2, 2, requires_grad=True)
+    index = torch.tensor([[0, 1], [1, 0]])
+    routing = assign(index, logits.softmax(-1), 2, evidence=Evidence(logits=logits, scores=logits.softmax(-1)))
+    plain = routing.detached()
+    for tensor in (plain.weight, plain.choices.weights, plain.logits, plain.scores):
+        assert not tensor.requires_grad
+    assert torch.equal(plain.weight, routing.weight)

@@ -1,6 +1,6 @@
 """Small problems for kernels, on a GPU if there is one and for Triton's interpreter otherwise."""
 
-from dataclasses import replace
+from dataclasses import is_dataclass, replace
 
 import torch
 from torch import Tensor
@@ -55,10 +55,16 @@ def decisions(tokens: int = 11, experts: int = 4) -> dict[str, Assignment]:
 
 def moved(decision: Assignment) -> Assignment:
     """The decision on the device, its weights a leaf."""
-    tensors = {name: value.to(DEVICE) for name, value in vars(decision).items() if isinstance(value, Tensor)}
-    if decision.demand is decision.counts:
-        tensors["demand"] = tensors["counts"]
-    return replace(decision, **tensors | {"weight": tensors["weight"].detach().requires_grad_()})
+    there = _on_device(decision)
+    return replace(there, weight=there.weight.detach().requires_grad_())
+
+
+def _on_device(value):
+    if isinstance(value, Tensor):
+        return value.to(DEVICE)
+    if is_dataclass(value):
+        return replace(value, **{name: _on_device(part) for name, part in vars(value).items()})
+    return value
 
 
 def experts(inner, bias: bool, *, width: int = 40, hidden: int = 24, width_out: int = 36, num_experts: int = 4) -> FFN:

@@ -92,7 +92,7 @@ def against_vmoe(given: Values) -> Values:
         if case in ("top-1", "noisy top-2"):
             first = torch.bincount(routing.scores.argmax(-1), minlength=E)
             answers[f"{case}/gshard_loss"] = losses.balance(routing)
-            answers[f"{case}/gshard_loss | balance(demand=first choices)"] = losses.balance(routing, demand=first)
+            answers[f"{case}/gshard_loss | balance(demand=first choices)"] = losses.balance(routing, assigned=first)
             answers[f"{case}/importance_loss"] = losses.importance(routing)
             answers[f"{case}/importance_loss | cv² of the noiseless softmax"] = cv_squared(
                 routing.logits.softmax(-1).sum(0)
@@ -150,8 +150,8 @@ def against_lucidrains(given: Values) -> Values:
         if case == "top-2":
             first = torch.bincount(routing.scores.argmax(-1), minlength=E)
             answers[f"{case}/balance"] = losses.balance(routing)
-            answers[f"{case}/balance | balance(demand=first choices)"] = losses.balance(routing, demand=first)
-            kept = torch.bincount(routing.expert[routing.choice == 0], minlength=E)
+            answers[f"{case}/balance | balance(demand=first choices)"] = losses.balance(routing, assigned=first)
+            kept = torch.bincount(routing.expert[routing.rank == 0], minlength=E)
             share = kept.sum() / len(routing.scores)
-            answers[f"{case}/balance | first choices kept, per token"] = share * losses.balance(routing, demand=kept)
+            answers[f"{case}/balance | first choices kept, per token"] = share * losses.balance(routing, assigned=kept)
     return answers

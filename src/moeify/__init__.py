@@ -7,12 +7,13 @@ from moeify.context import Context
 from moeify.moe import MoE
 from moeify.record import record
 from moeify.registry import register
-from moeify.routing import Assignment, Mixture, Routing, assign
+from moeify.routing import Assignment, Evidence, Mixture, Routing, assign
 from moeify.sparsify import Recipe, from_adapters, load, load_adapters, merge_models, save, save_adapters, sparsify
 
 __all__ = [
     "Assignment",
     "Context",
+    "Evidence",
     "Mixture",
     "MoE",
     "Recipe",

@@ -73,7 +73,7 @@ def limit(
     """
     if slots < 1:
         raise ValueError(f"a capacity of {slots} slots drops every token; give each expert at least one slot")
-    if routing.weight.dim() > 1:
+    if routing.has_gate_axis:
         raise ValueError(
             f"a capacity needs one weight per row to say which rows matter, and this router gave "
             f"{routing.weight[0].numel()} gates; leave the capacity out"
@@ -85,17 +85,12 @@ def limit(
         return _to_the_next(routing, slots, turns)
     kept = _place(routing.expert if per == "batch" else _expert_and_group(routing), turns) < slots
     served = routing.only(kept)
-    if overflow == "zero":
-        return served
-    weight, tokens = served.weight, math.prod(routing.shape)
-    before = weight.new_zeros(tokens).index_add(0, routing.source, routing.weight)
-    after = weight.new_zeros(tokens).index_add(0, served.source, weight)
-    return replace(served, weight=weight * (before / after.clamp_min(torch.finfo(weight.dtype).tiny))[served.source])
+    return served if overflow == "zero" else served.with_weight_sums_of(routing)
 
 
 def dropped(routing: Assignment) -> tuple[float, float]:
     """The share of the rows asked for that a capacity dropped, and the share of the routed tokens without any row."""
-    rows = len(routing.source) / max(1, int(routing.demand.sum()))
+    rows = len(routing.source) / max(1, int(routing.assigned.sum()))
     return 1 - rows, 1 - len(routing.source.unique()) / max(1, routing.tokens)
 
 
@@ -106,23 +101,23 @@ def _turns(routing: Assignment, priority: Priority) -> Int[Tensor, "R"]:
     best = -routing.weight.detach()
     if priority == "score":
         return best.argsort(stable=True)
-    if routing.choice is None:
+    if routing.rank is None:
         raise ValueError(
             f"priority={priority!r} needs a decision that knows which choice each row is; build it by `assign`"
         )
     if priority == "choice":
-        return routing.choice.argsort(stable=True)
+        return routing.rank.argsort(stable=True)
     largest = best.new_zeros(math.prod(routing.shape)).scatter_reduce(0, routing.source, best, "amin")
     turns = largest[routing.source].argsort(stable=True)
-    return turns[routing.choice[turns].argsort(stable=True)]
+    return turns[routing.rank[turns].argsort(stable=True)]
 
 
 def _expert_and_group(routing: Assignment) -> Int[Tensor, "R"]:
     """A number for every expert in every group."""
-    if routing.group is None or len(routing.group) != routing.tokens:
+    if routing.sequence_id is None or len(routing.sequence_id) != routing.tokens:
         raise ValueError("a capacity per group needs a decision that knows the group of every token it routed")
-    groups = routing.group[_decision_of_rows(routing)]
-    return routing.expert * (int(routing.group.max()) + 1) + groups
+    groups = routing.sequence_id[_decision_of_rows(routing)]
+    return routing.expert * (int(routing.sequence_id.max()) + 1) + groups
 
 
 def _place(expert: Int[Tensor, "R"], turns: Int[Tensor, "R"]) -> Int[Tensor, "R"]:
@@ -163,14 +158,8 @@ def _to_the_next(routing: Assignment, slots: int, turns: Int[Tensor, "R"]) -> As
     new, old = scores[token[kept], asked[kept]], scores[token[kept], routing.expert[kept]]
     moved = asked[kept] != routing.expert[kept]
     ratio = torch.where(moved, new / torch.where(moved, old, 1.0), 1.0)
-    return replace(
-        routing,
-        counts=asked[kept].bincount(minlength=scores.shape[1]),
-        source=routing.source[kept],
-        weight=routing.weight[kept] * ratio,
-        choice=None if routing.choice is None else routing.choice[kept],
-        answers=None,
-    )
+    served_rows = routing.only(kept, counts=asked[kept].bincount(minlength=scores.shape[1]))
+    return replace(served_rows, weight=served_rows.weight * ratio, expert_outputs=None)  # of the experts chosen first
 
 
 def _decision_of_rows(routing: Assignment) -> Int[Tensor, "R"]:

@@ -78,10 +78,10 @@ class Context:
             )
         return self.positions
 
-    def groups(self, shape: Sequence[int]) -> Int[Tensor, "T"]:
+    def sequence_ids(self, shape: Sequence[int]) -> Int[Tensor, "T"]:
         """The sequence or image of each of the flattened tokens of a layer input with leading shape `shape`.
 
-        A flattened input is one group, unless the model's own input tells the length of its sequences.
+        A flattened input is one sequence, unless the model's own input tells the length of its sequences.
         """
         if len(shape) == 1:
             shape = next((t.shape for name, t in self.inputs.items() if _fits(name, t, shape[0])), (1, *shape))

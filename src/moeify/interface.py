@@ -71,15 +71,7 @@ def moeify_experts(
 def _without_last(routing: Assignment) -> Assignment:
     """The decision without the rows of the last expert; they lie at the end."""
     counts = routing.counts[:-1]
-    rows = int(counts.sum())
-    return replace(
-        routing,
-        counts=counts,
-        demand=counts,
-        source=routing.source[:rows],
-        weight=routing.weight[:rows],
-        choice=None if routing.choice is None else routing.choice[:rows],
-    )
+    return replace(routing.only(slice(int(counts.sum())), counts=counts), before_limit=None)
 
 
 class NativeExperts(Experts):
@@ -160,9 +152,10 @@ def use_transformers_backends() -> list[str]:
 
 def _run_theirs(theirs: Callable[..., Tensor], x: Float[Tensor, "... D"], routing: Routing, experts: Experts) -> Tensor:
     assert isinstance(routing, Assignment)
+    assert routing.choices is not None
     assert isinstance(experts, FFN)
     tokens = x.reshape(-1, x.shape[-1])
-    return theirs(_as_theirs(experts), tokens, routing.index, routing.gates).view(x.shape)
+    return theirs(_as_theirs(experts), tokens, routing.choices.indices, routing.choices.weights).view(x.shape)
 
 
 def _as_theirs(ffn: FFN) -> SimpleNamespace:
@@ -185,7 +178,7 @@ def _as_theirs(ffn: FFN) -> SimpleNamespace:
 def _theirs_cannot(x: Float[Tensor, "... D"], routing: Routing, experts: Experts) -> str | None:
     if reason := BACKENDS["gather"].refuse(x, routing, experts):
         return reason
-    if routing.demand is not routing.counts:  # pyrefly: ignore[missing-attribute]
+    if routing.is_limited:  # pyrefly: ignore[missing-attribute]
         return "it reads the experts that every token asked for, and a limit has given some tokens to others"
     if not isinstance(experts, FFN):
         return f"it needs the stacked weights of an FFN, and the experts are {type(experts).__name__}"

@@ -16,7 +16,7 @@ from torch.utils.hooks import RemovableHandle
 from moeify.context import Context, recomputing
 from moeify.moe import MoE
 from moeify.routers import Replay, sigmoid, softmax, sqrt_softplus
-from moeify.routing import Assignment, Routing, assign
+from moeify.routing import Assignment, Evidence, Routing, assign
 
 Observer = Callable[[str, Routing], None]
 _EXPERTS_ARGUMENTS = ("hidden_states", "top_k_index", "top_k_weights")
@@ -211,7 +211,7 @@ def native_routing(
     """
     tokens = index.shape[0]
     positions = context.real(tokens)
-    group = context.groups([tokens]).to(index.device)
+    group = context.sequence_ids([tokens]).to(index.device)
     if output is not None:
         output = output.reshape(tokens, -1).float() if output.shape[-1] == num_experts else None
     if positions is not None:
@@ -220,7 +220,7 @@ def native_routing(
     logits, scores = (None, None) if output is None else logits_and_scores(output, index, gates)
     return assign(
         index, gates, num_experts,
-        shape=(tokens,), positions=positions, logits=logits, scores=scores, group=group,
+        shape=(tokens,), positions=positions, evidence=Evidence(logits=logits, scores=scores, sequence_id=group),
     )  # fmt: skip
 
 

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moeify import Context, assign, limit
+from moeify import Context, Evidence, assign, limit
 from moeify.capacity import double, dropped, per_choice, per_choice_by_4, per_token
 from moeify.routers import Capacity, Lookup, TopK
 from strategies import agree, choices, route, sharpen
@@ -73,7 +73,7 @@ def test_a_limit_serves_the_front_of_every_queue(priority, overflow, choice, slo
     slow = slow_limit(index, gates64, num_experts, slots, priority, overflow)
     agree(weights(limited, num_experts), [gates], slow, [gates64])
     assert limited.counts.tolist() == (slow > 0).sum(0).tolist()
-    assert limited.demand.tolist() == index.flatten().bincount(minlength=num_experts).tolist()
+    assert limited.assigned.tolist() == index.flatten().bincount(minlength=num_experts).tolist()
 
 
 def slow_next(scores, k, slots, priority):
@@ -111,7 +111,9 @@ def test_a_dropped_row_goes_to_the_next_best_expert_with_room(priority, choice, 
     scores = torch.rand(len(index), num_experts).add(0.1).requires_grad_()
     index = scores.topk(index.shape[1]).indices
     gates = scores.gather(1, index) / scores.gather(1, index).sum(1, keepdim=True)
-    limited = limit(assign(index, gates, num_experts, scores=scores), slots, priority=priority, overflow="next")
+    limited = limit(
+        assign(index, gates, num_experts, evidence=Evidence(scores=scores)), slots, priority=priority, overflow="next"
+    )
     scores64 = scores.detach().double().requires_grad_()
     slow = slow_next(scores64, index.shape[1], slots, priority)
     agree(weights(limited, num_experts), [scores], slow, [scores64])
@@ -129,8 +131,10 @@ def test_no_token_is_left_behind_while_there_is_room():
 
 def test_a_later_token_may_take_the_room_that_an_earlier_one_would_have_found():
     scores = torch.tensor([[0.9, 0.5], [0.8, 0.6], [0.1, 0.7]])
-    alone = assign(torch.tensor([[0], [0]]), scores[:2, :1], 2, scores=scores[:2])
-    later = assign(torch.tensor([[0], [0], [1]]), torch.tensor([[0.9], [0.8], [0.7]]), 2, scores=scores)
+    alone = assign(torch.tensor([[0], [0]]), scores[:2, :1], 2, evidence=Evidence(scores=scores[:2]))
+    later = assign(
+        torch.tensor([[0], [0], [1]]), torch.tensor([[0.9], [0.8], [0.7]]), 2, evidence=Evidence(scores=scores)
+    )
     assert limit(alone, 1, overflow="next").source.tolist() == [0, 1]
     assert limit(later, 1, overflow="next").source.tolist() == [0, 2]
 

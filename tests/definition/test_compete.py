@@ -106,11 +106,11 @@ def test_every_backend_gives_the_answer_of_the_definition_to_a_competition(backe
     moe, x = layer(), torch.randn(2, 4, D)
     moe.context.mask(torch.tensor([[1, 1, 1, 0], [1, 1, 0, 0]]))
     decision = moe.router(x, moe.context)
-    slow = compose(x, replace(decision, answers=None), moe.experts)
+    slow = compose(x, replace(decision, expert_outputs=None), moe.experts)
     moe.backend = backend
     if backend == "gather":
         moe.context.mask(None)
-        slow = compose(x, replace(moe.router(x, moe.context), answers=None), moe.experts)
+        slow = compose(x, replace(moe.router(x, moe.context), expert_outputs=None), moe.experts)
     torch.testing.assert_close(moe(x), slow)
 
 
@@ -118,13 +118,13 @@ def test_answers_follow_their_rows_through_a_capacity_limit():
     moe, x = layer(), torch.randn(T, D)
     limited = MoE(Capacity(moe.router, factor=0.6), moe.experts)
     decision = limited.router(x, limited.context)
-    assert len(decision.answers) == decision.counts.sum() < T * K
+    assert len(decision.expert_outputs) == decision.counts.sum() < T * K
     torch.testing.assert_close(limited(x), compose(x, decision, moe.experts))
 
 
 def test_evaluation_does_not_compete():
     moe = layer().eval()
-    assert moe.router(torch.randn(T, D), Context()).affinity is None
+    assert moe.router(torch.randn(T, D), Context()).evidence.affinity is None
 
 
 def test_a_router_outside_of_a_layer_says_that_it_lacks_the_experts():
@@ -139,7 +139,7 @@ def test_a_router_inside_another_is_given_the_experts_too():
     moe = MoE(Capacity(Compete(D, E), factor=2.0), experts)
     moe.router.router.competes = True
     assert moe.router.router._experts == (experts,)
-    assert moe.router(torch.randn(T, D), moe.context).affinity.shape == (T, E)
+    assert moe.router(torch.randn(T, D), moe.context).evidence.affinity.shape == (T, E)
 
 
 def test_a_copy_of_a_layer_competes_with_its_own_experts_and_saves_them_once():
@@ -187,4 +187,4 @@ def test_a_recorded_competition_shows_who_won():
     with record(model) as decisions:
         model(torch.randn(T, D))
     decision = decisions["0"]
-    assert torch.equal(decision.index, decision.affinity.topk(K).indices)
+    assert torch.equal(decision.choices.indices, decision.evidence.affinity.topk(K).indices)

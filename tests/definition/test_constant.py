@@ -39,7 +39,7 @@ def test_the_cost_of_a_decision_is_its_balance_weighed_by_cost(costs):
     p = [torch.exp(weight @ token) / torch.exp(weight @ token).sum() for token in x.double()]
     slow = torch.zeros((), dtype=torch.float64)
     for j, c in enumerate(costs):
-        f = sum(j in choice for choice in decision.index.tolist()) / (30 * 2)
+        f = sum(j in choice for choice in decision.choices.indices.tolist()) / (30 * 2)
         slow = slow + E * c / (sum(costs) / E) * f * sum(row[j] for row in p) / 30
     agree(cost(decision, torch.tensor(costs)), [router.weight], slow, [weight])
 

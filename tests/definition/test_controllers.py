@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from moeify import MoE, assign, losses, record
+from moeify import Evidence, MoE, assign, losses, record
 from moeify.balance import PID, SMEBU, Proportional, SparsityTarget, control
 from moeify.experts import FFN, Blocks, Identity, Zero
 from moeify.routers import ReLU, TopK, sigmoid
@@ -28,7 +28,7 @@ def step(model, optimizer) -> list[float]:
     with record(model) as decisions:
         model(torch.randn(T, D)).sum().backward()
     optimizer.step()
-    return decisions["0"].demand.tolist()
+    return decisions["0"].assigned.tolist()
 
 
 def violation(load: list[float]) -> float:
@@ -144,7 +144,7 @@ def decision(rows: int, tokens: int):
     """`rows` rows, one expert each, for `tokens` tokens."""
     logits = torch.zeros(tokens, 4)
     chosen = torch.zeros(rows, 1, dtype=torch.int64)
-    return assign(chosen, torch.ones(rows, 1), 4, shape=(max(rows, tokens),), logits=logits)
+    return assign(chosen, torch.ones(rows, 1), 4, shape=(max(rows, tokens),), evidence=Evidence(logits=logits))
 
 
 @pytest.mark.parametrize(("rows", "expected"), [(31, 1.2), (30, 1.0), (29, 1 / 1.2)])

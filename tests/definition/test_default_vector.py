@@ -59,7 +59,7 @@ def test_the_router_gets_a_gradient_from_every_expert():
     moe = layer(k=1)
     moe(torch.randn(50, D))
     x = torch.randn(1, D)
-    index = moe.router(x, moe.context).index
+    index = moe.router(x, moe.context).choices.indices
     row = torch.autograd.grad(moe(x).sum(), moe.router.weight)[0].abs().sum(-1)
     assert (row > 1e-6).all()
     assert index.numel() == 1

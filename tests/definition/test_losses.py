@@ -33,30 +33,34 @@ def slow_balance(index, p, demand=None):
     return E * total
 
 
+def with_scores(routing, scores):
+    return replace(routing, evidence=replace(routing.evidence, scores=scores))
+
+
 def scores_of(routing):
     """The decision with scores that are leaves, in fp32, and the same in fp64."""
     leaf = routing.scores.detach().requires_grad_()
-    return replace(routing, scores=leaf), leaf, leaf.detach().double().requires_grad_()
+    return with_scores(routing, leaf), leaf, leaf.detach().double().requires_grad_()
 
 
 @pytest.mark.parametrize("options", [{}, {"score": sigmoid}])
 def test_balance_over_the_batch_is_switch_equations_4_to_6(options):
     routing, leaf, leaf64 = scores_of(decision(**options))
-    slow = slow_balance(routing.index, slow_probability(leaf64))
+    slow = slow_balance(routing.choices.indices, slow_probability(leaf64))
     agree(losses.balance(routing), [leaf], slow, [leaf64])
 
 
 def test_balance_may_take_its_demand_from_a_whole_step():
     routing, leaf, leaf64 = scores_of(decision())
     demand = torch.arange(1.0, E + 1)
-    slow = slow_balance(routing.index, slow_probability(leaf64), demand)
-    agree(losses.balance(routing, demand=demand), [leaf], slow, [leaf64])
+    slow = slow_balance(routing.choices.indices, slow_probability(leaf64), demand)
+    agree(losses.balance(routing, assigned=demand), [leaf], slow, [leaf64])
 
 
 def test_balance_by_sequence_is_each_sequences_own_averaged():
     routing, leaf, leaf64 = scores_of(decision(score=sigmoid))
     p = slow_probability(leaf64)
-    slow = sum(slow_balance(routing.index[b * N : (b + 1) * N], p[b * N : (b + 1) * N]) for b in range(B)) / B
+    slow = sum(slow_balance(routing.choices.indices[b * N : (b + 1) * N], p[b * N : (b + 1) * N]) for b in range(B)) / B
     agree(losses.balance(routing, "sequence"), [leaf], slow, [leaf64])
 
 
@@ -99,7 +103,7 @@ def test_balance_of_groups_is_mean_load_times_summed_probability_of_every_group(
     routing, leaf, leaf64 = scores_of(decision())
     p, groups = slow_probability(leaf64), [range(0, 3), range(3, 6)]
     tokens = B * N
-    f = [sum(float(j in row) for row in routing.index.tolist()) * E / (K * tokens) for j in range(E)]
+    f = [sum(float(j in row) for row in routing.choices.indices.tolist()) * E / (K * tokens) for j in range(E)]
     slow = 0.0
     for group in groups:
         slow = slow + sum(f[j] for j in group) / len(group) * sum(p_t[j] for p_t in p for j in group) / tokens
@@ -146,7 +150,7 @@ def test_a_modality_that_is_not_there_costs_nothing():
 
 def test_an_expert_that_is_certain_has_no_entropy_and_a_finite_gradient():
     scores = torch.eye(E, requires_grad=True)
-    routing = replace(decision(), scores=scores)
+    routing = with_scores(decision(), scores)
     losses.local_entropy(routing).backward()
     assert losses.local_entropy(routing) == 0
     assert scores.grad.isfinite().all()

@@ -50,7 +50,7 @@ def test_padding_is_padding_in_every_part():
     assert decisions["moe"].counts.sum() == 5 * 3 * 2
     real = {3 * t + part for t in (0, 1, 4, 5, 6) for part in range(3)}
     assert set(decisions["moe"].source.tolist()) == real
-    assert decisions["moe"].group.tolist() == [0] * 6 + [1] * 9
+    assert decisions["moe"].sequence_id.tolist() == [0] * 6 + [1] * 9
 
 
 def test_a_mask_is_forgotten_with_its_forward_pass():
@@ -81,7 +81,7 @@ def test_what_is_known_of_a_token_is_known_of_its_parts():
     with record(MultiHead(moe, D, 3, context=context)) as decisions:
         MultiHead.forward(model := MultiHead(moe, D, 3, context=context), torch.randn(2, 2, D))
     table = moe.router.table[:, 0]
-    assert decisions["moe"].index[:, 0].tolist() == table[[1] * 3 + [2] * 3 + [3] * 3 + [1] * 3].tolist()
+    assert decisions["moe"].choices.indices[:, 0].tolist() == table[[1] * 3 + [2] * 3 + [3] * 3 + [1] * 3].tolist()
     assert model.moe is moe
 
 

@@ -51,7 +51,7 @@ def test_masked_tokens_cost_nothing_but_were_asked_for():
     router = FinalMask(TopK(D, E), 0.5)
     routing = route(router, torch.randn(200, D))
     assert routing.counts.sum() == len(routing.source) == 2 * len(routing.source.unique())
-    assert routing.counts.sum() < routing.demand.sum() == 400
+    assert routing.counts.sum() < routing.assigned.sum() == 400
 
 
 def test_a_final_mask_changes_no_expectation_and_no_evaluation():

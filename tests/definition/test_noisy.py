@@ -88,7 +88,7 @@ def test_the_load_loss_is_shazeers_appendix_a(noise):
             kth_excluding = sorted((h[i] for i in range(E) if i != j), key=lambda v: -v.item())[2 - 1]
             spread = torch.log(1 + torch.exp(p["noise_weight"][j] @ token)) if noise == "learned" else noise
             load[j] = load[j] + normal((p["weight"][j] @ token - kth_excluding) / spread)
-    torch.testing.assert_close(routing.load.double(), torch.stack(load), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(routing.evidence.expected_load.double(), torch.stack(load), rtol=1e-4, atol=1e-5)
     mean = sum(load) / E
     slow = sum((v - mean) ** 2 for v in load) / E / mean**2
     agree(losses.load(routing), list(router.parameters()), slow, list(p.values()))

@@ -96,15 +96,15 @@ def test_a_bias_moves_choices_but_never_weights():
     x = torch.randn(20, D)
     router.selection_bias[3] = 10.0
     routing = route(router, x)
-    assert (routing.index == 3).any(-1).all()
-    assert torch.equal(routing.gates, routing.scores.gather(1, routing.index))
-    assert routing.gates.max() <= 1
+    assert (routing.choices.indices == 3).any(-1).all()
+    assert torch.equal(routing.choices.weights, routing.scores.gather(1, routing.choices.indices))
+    assert routing.choices.weights.max() <= 1
 
 
 def test_no_expert_outside_the_kept_groups_is_chosen():
     router = TopK(D, E, k=3, groups=Groups(4, 2))
     sharpen(router)
-    group = route(router, torch.randn(50, D)).index // 2
+    group = route(router, torch.randn(50, D)).choices.indices // 2
     assert max(len(set(row)) for row in group.tolist()) <= 2
     assert router.groups.fill == -inf
 

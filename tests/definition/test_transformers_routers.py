@@ -235,7 +235,7 @@ def test_topk_chooses_and_weighs_as_the_router_of_transformers_in_this_setting_o
     difference = {}
     for setting in SETTINGS:
         routing = _twin(router, setting, selection_bias)(x, Context())
-        difference[setting] = (_dense(routing.index, routing.gates) - theirs).abs().max().item()
+        difference[setting] = (_dense(routing.choices.indices, routing.choices.weights) - theirs).abs().max().item()
 
     agreeing = [setting for setting, error in difference.items() if error <= 2e-6]
     assert agreeing == [SETTING_OF[name]], difference

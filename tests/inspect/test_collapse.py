@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from moeify import MoE, assign, limit
+from moeify import Evidence, MoE, assign, limit
 from moeify.experts import FFN, Each
 from moeify.inspect import (
     answer_similarity,
@@ -32,7 +32,7 @@ D, E, T = 8, 4, 10
 def decision(index, gates=None, scores=None):
     index = torch.tensor(index)
     gates = torch.ones(index.shape) if gates is None else torch.tensor(gates)
-    return assign(index, gates, E, scores=scores)
+    return assign(index, gates, E, evidence=Evidence(scores=scores))
 
 
 def test_the_margin_is_between_the_two_best_scores():
@@ -141,7 +141,7 @@ def test_tokens_that_sit_on_their_experts_mean_are_collapsed():
 def test_without_its_first_expert_a_token_is_answered_by_the_others_alone():
     moe, x = layer(D, E, k=3), torch.randn(T, D)
     routing = route(moe.router, x)
-    gates, index = routing.gates.detach(), routing.index
+    gates, index = routing.choices.weights.detach(), routing.choices.indices
     slow = []
     for t in range(T):
         rest = gates[t, 1:] * gates[t].sum() / gates[t, 1:].sum()

@@ -48,7 +48,7 @@ def test_rows_are_those_that_a_hand_counts():
             with record(model) as seen, torch.no_grad():
                 model(input_ids=data[i]["input_ids"][None])
             for name in found.layers:
-                for expert in seen[name].index.flatten().tolist():
+                for expert in seen[name].choices.indices.flatten().tolist():
                     expected[name][expert] += 1
         assert [found.rows[i, d].tolist() for i in range(2)] == list(expected.values())
 

@@ -17,7 +17,7 @@ class Some(Router):
     def forward(self, x, context):
         expert = torch.tensor([0, 0, 1, 1])
         routing = assign(expert.unsqueeze(1), torch.ones(4, 1), 2, shape=(2,), positions=torch.tensor([0, 1, 0, 1]))
-        return replace(routing, index=None, gates=None)
+        return replace(routing, choices=None)
 
 
 @given(st.floats(0.1, 2.0), seeds)
@@ -27,7 +27,7 @@ def test_no_expert_gets_more_rows_than_its_capacity(factor, seed):
     sharpen(router)
     routing = route(router, torch.randn(16, 8))
     assert routing.counts.max() <= per_choice(factor, 16, 4, 2)
-    assert routing.demand.sum() == 32
+    assert routing.assigned.sum() == 32
 
 
 def test_a_capacity_for_everyone_drops_nothing():

@@ -25,7 +25,7 @@ def test_a_token_goes_to_the_expert_that_points_its_way():
     router = Cosine(3, 3, dimensions=3)
     router.projection.data = torch.eye(3)
     router.embedding.data = torch.eye(3)
-    assert route(router, torch.tensor([[0.1, 5.0, 0.2], [2.0, 1.0, 0.0]])).index.flatten().tolist() == [1, 0]
+    assert route(router, torch.tensor([[0.1, 5.0, 0.2], [2.0, 1.0, 0.0]])).choices.indices.flatten().tolist() == [1, 0]
 
 
 def test_a_token_of_zeros_has_no_direction_and_a_finite_gradient():

@@ -9,8 +9,8 @@ def test_every_token_has_its_first_expert_and_at_most_a_second():
     router = GShard(8, 6, threshold=1.0)
     sharpen(router)
     routing = route(router, torch.randn(100, 8))
-    assert torch.equal(routing.source[routing.choice == 0].sort().values, torch.arange(100))
-    assert set(routing.choice.tolist()) == {0, 1}
+    assert torch.equal(routing.source[routing.rank == 0].sort().values, torch.arange(100))
+    assert set(routing.rank.tolist()) == {0, 1}
     assert 100 < len(routing.source) < 200
 
 
@@ -20,9 +20,9 @@ def test_the_first_expert_is_not_scaled_up_for_a_second_that_was_left_out():
     x = torch.randn(100, 8)
     both = route(router.eval(), x)
     routing = route(router.train(), x)
-    first = routing.choice == 0
+    first = routing.rank == 0
     weight = torch.zeros(100).scatter(0, routing.source[first], routing.weight[first])
-    torch.testing.assert_close(weight, both.gates[:, 0])
+    torch.testing.assert_close(weight, both.choices.weights[:, 0])
 
 
 def test_evaluation_draws_only_when_told_to():

@@ -39,41 +39,43 @@ def test_tables_differ_from_layer_to_layer_and_are_saved():
 def test_a_token_goes_where_its_id_goes_in_every_place():
     router = Lookup(8, 4, size=50)
     ids = torch.tensor([[3, 7, 3], [9, 3, 7]])
-    index = look_up(router, (2, 3), input_ids=ids).index.flatten()
+    index = look_up(router, (2, 3), input_ids=ids).choices.indices.flatten()
     assert torch.equal(index, router.table[ids.flatten(), 0])
 
 
 def test_a_key_beyond_the_table_is_taken_modulo_its_size():
     router = Lookup(8, 4, size=5)
     ids = torch.tensor([[0, 4, 5, 12, 999999]])
-    assert torch.equal(look_up(router, (1, 5), input_ids=ids).index, router.table[[0, 4, 0, 2, 4]])
+    assert torch.equal(look_up(router, (1, 5), input_ids=ids).choices.indices, router.table[[0, 4, 0, 2, 4]])
 
 
 def test_padding_is_not_looked_up():
     router = Lookup(8, 4, size=50)
     ids, mask = torch.tensor([[1, 2, 0], [3, 0, 0]]), torch.tensor([[1, 1, 0], [1, 0, 0]])
     routing = look_up(router, (2, 3), mask, input_ids=ids)
-    assert torch.equal(routing.index, router.table[[1, 2, 3]])
+    assert torch.equal(routing.choices.indices, router.table[[1, 2, 3]])
     assert routing.source.sort().values.tolist() == [0, 1, 3]
 
 
 def test_a_task_sends_all_tokens_of_its_sequence_to_the_same_experts():
     router = Lookup(8, 4, key="task", size=3)
     mask = torch.tensor([[1, 1, 1, 0], [1, 1, 0, 0]])
-    index = look_up(router, (2, 4), mask, task=torch.tensor([2, 1])).index
+    index = look_up(router, (2, 4), mask, task=torch.tensor([2, 1])).choices.indices
     assert torch.equal(index, router.table[[2, 2, 2, 1, 1]])
 
 
 def test_a_modality_may_be_given_as_a_mask_and_the_layer_as_flat_tokens():
     router = Lookup(8, 2, key="is_image", size=2)
     is_image = torch.tensor([[True, True, False], [False, True, False]])
-    index = look_up(router, (6,), is_image=is_image).index
+    index = look_up(router, (6,), is_image=is_image).choices.indices
     assert torch.equal(index, router.table[is_image.flatten().long()])
 
 
 def test_generation_looks_up_the_new_token_alone():
     router = Lookup(8, 4, size=50)
-    assert torch.equal(look_up(router, (2, 1), input_ids=torch.tensor([[3], [4]])).index, router.table[[3, 4]])
+    assert torch.equal(
+        look_up(router, (2, 1), input_ids=torch.tensor([[3], [4]])).choices.indices, router.table[[3, 4]]
+    )
 
 
 def test_a_key_that_was_not_given_is_named_with_those_that_were():

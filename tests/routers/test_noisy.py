@@ -14,12 +14,12 @@ def test_there_is_no_noise_in_evaluation():
     torch.manual_seed(1)
     routing = route(router, x)
     assert torch.equal(route(router, x).weight, routing.weight)
-    assert torch.equal(routing.index, (x @ router.weight.T).topk(2).indices)
+    assert torch.equal(routing.choices.indices, (x @ router.weight.T).topk(2).indices)
 
 
 def test_v_moes_weights_are_not_renormalised_and_shazeers_sum_to_one():
     x = torch.randn(50, 8)
-    sums = {order: route(NoisyTopK(8, 4, order=order), x).gates.sum(-1) for order in ("select", "softmax")}
+    sums = {order: route(NoisyTopK(8, 4, order=order), x).choices.weights.sum(-1) for order in ("select", "softmax")}
     torch.testing.assert_close(sums["select"], torch.ones(50))
     assert (sums["softmax"] < 1).all()
 
@@ -42,18 +42,18 @@ def test_the_expected_load_sums_to_about_the_rows_that_were_asked_for():
     router = NoisyTopK(8, 6, k=2)
     sharpen(router)
     routing = route(router, torch.randn(2000, 8))
-    assert routing.load.sum().item() == pytest.approx(4000, rel=0.02)
+    assert routing.evidence.expected_load.sum().item() == pytest.approx(4000, rel=0.02)
 
 
 def test_without_noise_or_without_a_choice_there_is_no_expected_load():
     x = torch.randn(5, 8)
-    assert route(NoisyTopK(8, 4).eval(), x).load is None
-    assert route(NoisyTopK(8, 4, k=4), x).load is None
+    assert route(NoisyTopK(8, 4).eval(), x).evidence.expected_load is None
+    assert route(NoisyTopK(8, 4, k=4), x).evidence.expected_load is None
 
 
 def test_a_capacity_keeps_the_expected_load():
     routing = route(Capacity(NoisyTopK(8, 4), factor=0.5), torch.randn(20, 8))
-    assert routing.load.sum() > routing.counts.sum()
+    assert routing.evidence.expected_load.sum() > routing.counts.sum()
 
 
 def test_noise_that_has_died_out_gives_a_finite_gradient():

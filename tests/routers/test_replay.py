@@ -85,7 +85,7 @@ def test_recomputed_weights_are_the_scores_of_today_at_the_choices_of_then():
     experts.load_state_dict(moe.experts.state_dict())
     slow = torch.zeros(6, D, dtype=torch.float64)
     for t in range(6):
-        chosen = decision.index[t].tolist()
+        chosen = decision.choices.indices[t].tolist()
         s = torch.exp(weight @ x64[t])
         for j in chosen:
             counts = torch.eye(4, dtype=torch.long)[j]

@@ -36,7 +36,7 @@ def test_every_expert_gets_whole_tiles_and_less_than_one_more_or_less(rounding, 
     router = rounded(tile, rounding, k=k, normalize=k > 1)
     routing = route(router, torch.randn(tokens, D))
     assert (routing.counts % tile == 0).all()
-    assert ((routing.counts - routing.demand).abs() < tile).all()
+    assert ((routing.counts - routing.assigned).abs() < tile).all()
     assert routing.counts.tolist() == routing.expert.bincount(minlength=E).tolist()
     assert len(pairs(routing)) == len(routing.source)
 
@@ -110,8 +110,8 @@ def test_rows_that_are_added_and_rows_that_stay_teach_the_router(rounding):
 def test_losses_go_by_what_was_asked_for():
     router, x = rounded(4), torch.randn(21, D)
     routing = route(router, x)
-    assert torch.equal(routing.demand, route(router.router, x).counts)
-    assert not torch.equal(routing.demand, routing.counts)
+    assert torch.equal(routing.assigned, route(router.router, x).counts)
+    assert not torch.equal(routing.assigned, routing.counts)
     torch.testing.assert_close(losses.balance(routing), losses.balance(route(router.router, x)))
 
 

@@ -54,8 +54,8 @@ def test_k_different_experts_are_chosen_best_first(num_experts, data):
     router = TopK(8, num_experts, k=k, normalize=False)
     sharpen(router)
     routing = route(router, torch.randn(10, 8))
-    assert all(len(set(row)) == k for row in routing.index.tolist())
-    assert (routing.gates.diff(dim=-1) <= 0).all()
+    assert all(len(set(row)) == k for row in routing.choices.indices.tolist())
+    assert (routing.choices.weights.diff(dim=-1) <= 0).all()
 
 
 @pytest.mark.parametrize("score", [softmax, sigmoid, sqrt_softplus])
@@ -64,7 +64,7 @@ def test_normalised_weights_sum_to_the_scale(score, scale, seed):
     torch.manual_seed(seed)
     router = TopK(8, 5, k=3, score=score, scale=scale)
     sharpen(router)
-    sums = route(router, torch.randn(10, 8)).gates.sum(-1)
+    sums = route(router, torch.randn(10, 8)).choices.weights.sum(-1)
     torch.testing.assert_close(sums, torch.full((10,), scale))
 
 
@@ -85,7 +85,7 @@ def test_a_later_token_does_not_move_an_earlier_decision():
     x = torch.randn(1, 5, 8)
     later = x.clone()
     later[:, 3:] = torch.randn(1, 2, 8)
-    assert torch.equal(route(router, x).index[:3], route(router, later).index[:3])
+    assert torch.equal(route(router, x).choices.indices[:3], route(router, later).choices.indices[:3])
 
 
 # Precision

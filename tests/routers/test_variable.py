@@ -54,8 +54,8 @@ def test_a_threshold_keeps_the_best_expert_in_any_case_and_no_other_below_it(thr
     router = Threshold(8, 5, threshold=threshold)
     sharpen(router)
     routing = route(router, torch.randn(10, 8))
-    assert torch.equal(routing.source[routing.choice == 0].sort().values, torch.arange(10))
-    assert (routing.weight[routing.choice > 0] > threshold).all()
+    assert torch.equal(routing.source[routing.rank == 0].sort().values, torch.arange(10))
+    assert (routing.weight[routing.rank > 0] > threshold).all()
     assert len(routing.source) >= (routing.scores > threshold).sum()
 
 

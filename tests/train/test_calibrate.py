@@ -76,7 +76,7 @@ def test_experts_of_transformers_read_every_token_once(name):
             during = model(ids).logits
         assert torch.equal(before, during)
         assert all((seen == 16).all() for seen in visits)
-        assert {routing.index.shape[1] for routing in decisions.values()} == {2}
+        assert {routing.choices.indices.shape[1] for routing in decisions.values()} == {2}
         model(ids)
     assert all(seen.sum() == 16 * len(seen) + 16 * 2 for seen in visits)
 

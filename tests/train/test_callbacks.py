@@ -18,7 +18,7 @@ from transformers import TrainerCallback, TrainingArguments
 from moeify.capacity import limit
 from moeify.experts import FFN
 from moeify.routers import Frozen
-from moeify.routing import assign
+from moeify.routing import Evidence, assign
 from moeify.schedule import constant, linear
 from moeify.sparsify import Recipe, sparsify
 from moeify.train import ExpertDropout, KSchedule, ProgressLine, SparseArguments, SparseTrainer
@@ -112,7 +112,7 @@ def test_load_metrics_are_those_of_their_definitions(choices):
     scores = torch.full((len(choices), 4), 0.25)
     for part in tokens.split(7):
         gates = torch.full(part.shape, 0.5)
-        routing = assign(part, gates, 4, scores=scores[: len(part)], logits=scores[: len(part)])
+        routing = assign(part, gates, 4, evidence=Evidence(scores=scores[: len(part)], logits=scores[: len(part)]))
         tally.add([("layer", routing)])
     (layer,) = tally.drain().values()
     f = [choices_of / tokens.numel() for choices_of in tokens.flatten().bincount(minlength=4).tolist()]

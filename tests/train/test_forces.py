@@ -96,7 +96,9 @@ def test_layers_compete_in_training_and_the_router_learns_to_foresee_them(tmp_pa
     model = llama(partial(Compete, rate=0.5, most=1))
     for layer in model.modules():
         if isinstance(layer, Compete):
-            layer.register_forward_hook(lambda module, args, routing: asked.append(routing.affinity is not None))
+            layer.register_forward_hook(
+                lambda module, args, routing: asked.append(routing.evidence.affinity is not None)
+            )
     sparse = SparseArguments(balance=0, losses=[(1.0, distillation), (0.01, diversity)])
     train(model, tmp_path, sparse, max_steps=12, gradient_accumulation_steps=2)
     by_step = torch.tensor(asked).view(12, 2, 2)  # steps, micro-batches, layers

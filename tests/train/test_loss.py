@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import TrainerCallback, TrainingArguments
 
-from moeify.routing import assign
+from moeify.routing import Evidence, assign
 from moeify.sparsify import Recipe, sparsify
 from moeify.train import SparseArguments, SparseTrainerMixin
 from moeify.train.loss import StepLoss, count
@@ -151,7 +151,7 @@ def decide(batch, logits):
     scores = logits[real].softmax(-1)
     index = scores.topk(2).indices
     gates = scores.gather(-1, index)
-    return assign(index, gates, 4, logits=logits[real], scores=scores, group=group)
+    return assign(index, gates, 4, evidence=Evidence(logits=logits[real], scores=scores, sequence_id=group))
 
 
 @given(

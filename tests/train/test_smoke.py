@@ -31,7 +31,7 @@ class OneAnswer(Router):
 
     def forward(self, x, context):
         routing = self.router(x, context)
-        return replace(routing, weight=routing.weight.mean(-1), gates=None)
+        return replace(routing, weight=routing.weight.mean(-1), choices=None)
 
 
 class Again(Router):

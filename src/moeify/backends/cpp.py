@@ -74,7 +74,7 @@ def run(x: Float[Tensor, "... D"], routing: Routing, experts: Experts) -> Tensor
     assert maps is not None
     layer = torch.ops.moeify.cpp_layer if torch.compiler.is_compiling() else cpp.cpp_layer
     y = layer(
-        x.reshape(-1, x.shape[-1]), routing.source, routing.weight, routing.counts, routing.rest,
+        x.reshape(-1, x.shape[-1]), routing.source, routing.weight, routing.counts, routing.default_output,
         maps.up, maps.up_bias, maps.up_scales, maps.down, maps.down_bias, maps.down_scales,
         maps.hidden, maps.group, *words_of(maps.inner),
     )  # fmt: skip
@@ -87,7 +87,7 @@ def refuse(x: Tensor, routing: Routing, experts: Experts) -> str | None:
         return f"it runs on a CPU, and the tokens are on {x.device.type}"
     if not isinstance(routing, Assignment):
         return f"it needs an Assignment, and the router gave a {type(routing).__name__}"
-    if routing.weight.dim() > 1:
+    if routing.has_gate_axis:
         return "it needs one weight per row, and the router gave several gates"
     maps = maps_of(experts)
     if maps is None:

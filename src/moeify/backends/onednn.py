@@ -53,9 +53,9 @@ def refuse(x: Tensor, routing: Routing, experts: Experts) -> str | None:
         return "torch.compile follows the definition and fuses what lies around its products"
     if not isinstance(routing, Assignment):
         return f"it needs an Assignment, and the router gave a {type(routing).__name__}"
-    if routing.weight.dim() > 1:
+    if routing.has_gate_axis:
         return "it needs one weight per row, and the router gave several gates"
-    if routing.rest is not None:
+    if routing.default_output is not None:
         return "it adds up rows only, and this router also speaks for experts that were not asked"
     if (stacked := experts.stacked) is None:
         return f"it needs the stacked weights of feed-forward experts, and the experts are {type(experts).__name__}"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-import math
 from types import SimpleNamespace
 from typing import Any
 
@@ -21,8 +20,10 @@ def liger(x: Float[Tensor, "... D"], routing: Routing, experts: Experts) -> Floa
     """Liger's fused layer: gather, both maps and SwiGLU in Triton."""
     tokens, stacked, routing = _read(x, routing, experts)
     function = importlib.import_module("liger_kernel.ops").LigerFusedMoEFunction
-    assert routing.index is not None
-    return function.apply(tokens, stacked.up, stacked.down, routing.index.int(), routing.gates).view(x.shape)
+    assert routing.choices is not None
+    return function.apply(
+        tokens, stacked.up, stacked.down, routing.choices.indices.int(), routing.choices.weights
+    ).view(x.shape)
 
 
 def cannot_liger(x: Float[Tensor, "... D"], routing: Routing, experts: Experts) -> str | None:
@@ -46,7 +47,8 @@ def sonicmoe(x: Float[Tensor, "... D"], routing: Routing, experts: Experts) -> F
         is_transposed=False, is_concatenated=True, config=SimpleNamespace(hidden_act=name_of(stacked.inner.act)),
     )  # fmt: skip
     forward = importlib.import_module("transformers.integrations.sonicmoe").sonicmoe_experts_forward
-    return forward(theirs, tokens, routing.index, routing.gates).view(x.shape)
+    assert routing.choices is not None
+    return forward(theirs, tokens, routing.choices.indices, routing.choices.weights).view(x.shape)
 
 
 def cannot_sonicmoe(x: Float[Tensor, "... D"], routing: Routing, experts: Experts) -> str | None:
@@ -69,11 +71,11 @@ def _read(x: Tensor, routing: Routing, experts: Experts) -> tuple[Tensor, Stacke
 
 
 def _unserved(x: Tensor, routing: Routing, experts: Experts, activations: tuple[str, ...]) -> str | None:
-    if not isinstance(routing, Assignment) or routing.index is None or routing.gates is None:
+    if not isinstance(routing, Assignment) or routing.choices is None:
         return "it needs the K experts of every token"
-    if routing.demand is not routing.counts or routing.rest is not None or routing.gates.dim() > 2:
+    if routing.is_limited or routing.default_output is not None or routing.has_gate_axis:
         return "it needs the experts that every token asked for with one weight each, and this decision has others"
-    if routing.source.shape[0] != math.prod(routing.shape) * routing.index.shape[1]:
+    if not routing.has_all_rows:
         return "it needs every row of every token, and some are padding or were dropped"
     stacked = experts.stacked
     if stacked is None or not isinstance(stacked.inner, Glu) or name_of(stacked.inner.act) not in activations:

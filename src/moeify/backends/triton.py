@@ -40,12 +40,12 @@ def visits(routing: Assignment) -> tuple[Int[Tensor, "V"], Int[Tensor, "T+1"]]:
     Where every token asked for K experts they have K places each, so nothing is sorted.
     """
     source, tokens = routing.source, math.prod(routing.shape)
-    if routing.choice is None or routing.index is None:
+    if routing.rank is None or routing.choices is None:
         begin = source.new_zeros(tokens + 1).index_add(0, source + 1, torch.ones_like(source)).cumsum(0)
         return source.argsort(stable=True), begin
-    k = routing.index.shape[1]
+    k = routing.choices.k
     rows = torch.arange(source.shape[0], device=source.device)
-    order = source.new_full((tokens * k,), -1).scatter(0, source * k + routing.choice, rows)
+    order = source.new_full((tokens * k,), -1).scatter(0, source * k + routing.rank, rows)
     return order, torch.arange(tokens + 1, device=source.device) * k
 
 
@@ -85,17 +85,17 @@ def decode(x: Float[Tensor, "... D"], routing: Routing, experts: Experts) -> Flo
     from moeify.kernels.triton.decode import Matrices, decode
 
     assert isinstance(routing, Assignment)
-    assert routing.index is not None
-    assert routing.gates is not None
+    assert routing.choices is not None
+    indices, weights = routing.choices.indices, routing.choices.weights
     tokens = x.reshape(-1, x.shape[-1]).to(_dtype(x, experts))
     if isinstance(experts, Quantized):
         up, down = (Matrices(map.weight, map.bias, map.scales) for map in (experts.up, experts.down))
-        y = decode(tokens, routing.index, routing.gates, up, down, experts.hidden, experts.inner)
+        y = decode(tokens, indices, weights, up, down, experts.hidden, experts.inner)
     else:
         s = experts.stacked
         assert s is not None
         up, down = Matrices(s.up, s.up_bias), Matrices(s.down, s.down_bias)  # of any dtype, so autocast copies nothing
-        y = decode(tokens, routing.index, routing.gates, up, down, s.down.shape[2], s.inner)
+        y = decode(tokens, indices, weights, up, down, s.down.shape[2], s.inner)
     return y.view(*x.shape[:-1], y.shape[-1])
 
 
@@ -106,9 +106,9 @@ def cannot_decode(x: Float[Tensor, "... D"], routing: Routing, experts: Experts)
     if reason := _unserved(x, routing, experts):
         return reason
     assert isinstance(routing, Assignment)
-    if routing.index is None or routing.gates is None or routing.demand is not routing.counts:
+    if routing.choices is None or routing.is_limited:
         return "it needs the experts that every token asked for, and some did not get them"
-    if routing.source.shape[0] != math.prod(routing.shape) * routing.index.shape[1]:
+    if not routing.has_all_rows:
         return "it needs every row of every token, and some are padding or were dropped"
     trained = (x, routing.weight, *experts.parameters())
     if torch.is_grad_enabled() and any(t.requires_grad for t in trained):
@@ -132,9 +132,9 @@ def asked() -> bool:
 def _unserved(x: Tensor, routing: Routing, experts: Experts) -> str | None:
     if not isinstance(routing, Assignment):
         return f"it needs an Assignment, and the router gave a {type(routing).__name__}"
-    if routing.rest is not None:
+    if routing.default_output is not None:
         return "it adds up rows only, and this router also speaks for experts that were not asked"
-    if routing.weight.dim() > 1:
+    if routing.has_gate_axis:
         return "it needs one weight per row, and the router gave several gates"
     inner = _inner(experts)
     if inner is not None and not isinstance(inner, ClampedGlu) and name_of(inner.act) is None:

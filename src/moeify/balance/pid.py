@@ -42,11 +42,11 @@ class Proportional(Rule):
         """
         if self.real is not None and not 1 <= self.real <= len(bias):
             raise ValueError(f"real={self.real} experts out of {len(bias)}; choose 1 <= real <= {len(bias)}")
-        if routing.index is None:
+        if routing.choices is None:
             if self.k is not None:
                 raise ValueError("a wanted number of real experts needs a router that chooses K experts per token")
-            return {"load": routing.demand.float()}
-        return {"load": routing.demand.float(), "tokens": routing.demand.new_tensor(len(routing.index)).float()}
+            return {"load": routing.assigned.float()}
+        return {"load": routing.assigned.float(), "tokens": routing.counts.new_tensor(routing.tokens).float()}
 
     def lack(self, seen: dict[str, Tensor]) -> Float[Tensor, "E"]:
         """e: the share of the rows that each expert lacks; 0 for free ones."""

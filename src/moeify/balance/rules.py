@@ -62,7 +62,7 @@ class Sign(Rule):
         self, routing: Assignment, unbiased: Float[Tensor, "L E"] | None, bias: Float[Tensor, "E"]
     ) -> dict[str, Tensor]:
         """The rows asked of each expert."""
-        return {"load": routing.demand.float()}
+        return {"load": routing.assigned.float()}
 
     def move(self, bias: Float[Tensor, "E"], seen: dict[str, Tensor], memory: dict[str, Tensor]) -> Float[Tensor, "E"]:
         """One step towards the underloaded experts."""
@@ -94,11 +94,11 @@ class Quantile(Rule):
         Raises:
             ValueError: the decision keeps no scores or has no fixed k, or every expert is chosen anyway.
         """
-        if unbiased is None or routing.index is None:
+        if unbiased is None or routing.choices is None:
             raise ValueError("quantile balancing needs a router that keeps its scores and chooses k experts per token")
         s = unbiased.detach().float()
         decisions, num_experts = s.shape
-        k = routing.index.shape[1]
+        k = routing.choices.k
         if k >= num_experts:
             raise ValueError(f"quantile balancing needs k < E, and every token already uses all {num_experts} experts")
         alpha = (s + bias).topk(k + 1, dim=-1).values[:, -1:]
@@ -135,7 +135,7 @@ class SMEBU(Rule):
         self, routing: Assignment, unbiased: Float[Tensor, "L E"] | None, bias: Float[Tensor, "E"]
     ) -> dict[str, Tensor]:
         """The rows asked of each expert."""
-        return {"load": routing.demand.float()}
+        return {"load": routing.assigned.float()}
 
     def move(self, bias: Float[Tensor, "E"], seen: dict[str, Tensor], memory: dict[str, Tensor]) -> Float[Tensor, "E"]:
         """One step of the momentum, which is kept in the layer's memory."""

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from moeify.context import Context
 from moeify.moe import MoE
 from moeify.record import native_layers, record
-from moeify.routing import Assignment, Routing
 from moeify.sparsify.dense import fixed_randomness
 from moeify.sparsify.probe import as_probe, find_probe
 
@@ -101,10 +100,10 @@ def _check(layer: nn.Module, args: tuple, kwargs: dict[str, Any], tries: int) ->
         with fixed_randomness(layer), record(layer) as decisions:
             y = layer(*given[0], **given[1])
         y = y if isinstance(y, Tensor) else next(part for part in y if isinstance(part, Tensor))
-        return [_table(decisions[""], len(group)), y.reshape(len(group), -1).float()]
+        return [decisions[""].weight_table(), y.reshape(len(group), -1).float()]
 
     context = layer.context if isinstance(layer, MoE) else Context()
-    group = context.groups(x.shape[:-1]).to(x.device)
+    group = context.sequence_ids(x.shape[:-1]).to(x.device)
     position = _places(group)
     before = run(x)
     real = context.real(len(group))
@@ -137,15 +136,6 @@ def _other(tokens: Float[Tensor, "T D"], token: int, attempt: int) -> Float[Tens
     if attempt % 2 == 0:
         return torch.randn_like(tokens[token]) * tokens.std()
     return 2 * tokens[int(torch.randint(len(tokens), ()))]
-
-
-def _table(routing: Routing, tokens: int) -> Float[Tensor, "T W"]:
-    """The weight of every expert at every token, none for decisions that are no assignments."""
-    if not isinstance(routing, Assignment):
-        return torch.zeros(tokens, 0, device=routing.counts.device)
-    weight = routing.weight.float().flatten(1) if routing.weight.dim() > 1 else routing.weight.float().unsqueeze(1)
-    table = weight.new_zeros(tokens, len(routing.counts), weight.shape[1])
-    return table.index_put((routing.source, routing.expert), weight, accumulate=True).flatten(1)
 
 
 def _differs(a: Float[Tensor, "T W"], b: Float[Tensor, "T W"], dtype: torch.dtype) -> Bool[Tensor, "T"]:

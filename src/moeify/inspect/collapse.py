@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -167,25 +166,11 @@ def redundancy(model: nn.Module, loss: Callable[[], float]) -> dict[str, float]:
 
 
 def _without_first(module: nn.Module, args: tuple, routing: Routing) -> Assignment:
-    if not isinstance(routing, Assignment) or routing.choice is None:
+    if not isinstance(routing, Assignment) or routing.rank is None:
         raise ValueError(
             f"{type(module).__name__} does not tell which expert is a token's first, so none can be masked"
         )
-    kept = routing.choice > 0
-    tokens = math.prod(routing.shape)
-    source, weight = routing.source[kept], routing.weight[kept]
-    before = weight.new_zeros(tokens, *weight.shape[1:]).index_add(0, routing.source, routing.weight)
-    after = weight.new_zeros(tokens, *weight.shape[1:]).index_add(0, source, weight)
-    scale = (before / after.clamp_min(torch.finfo(weight.dtype).tiny))[source]
-    counts = torch.bincount(routing.expert[kept], minlength=len(routing.counts))
-    return replace(
-        routing,
-        counts=counts,
-        source=source,
-        weight=weight * scale,
-        choice=routing.choice[kept],
-        answers=None if routing.answers is None else routing.answers[kept],
-    )
+    return routing.only(routing.rank > 0).with_weight_sums_of(routing)
 
 
 def _used(routing: Assignment, other: Assignment) -> Bool[Tensor, "T E"]:
@@ -201,8 +186,8 @@ def _used(routing: Assignment, other: Assignment) -> Bool[Tensor, "T E"]:
 
 def _first(routing: Assignment) -> Int[Tensor, "T"]:
     """The first expert of every token, -1 where there is none."""
-    if routing.choice is None:
+    if routing.rank is None:
         raise ValueError("this decision does not tell which expert is a token's first")
-    first = routing.choice == 0
+    first = routing.rank == 0
     expert = torch.full((math.prod(routing.shape),), -1, device=routing.counts.device)
     return expert.index_put((routing.source[first],), routing.expert[first])

@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from moeify.record import observe
-from moeify.routing import Assignment, Routing
+from moeify.routing import Routing
 from moeify.train.data import Blocks
 
 
@@ -75,9 +75,9 @@ def expert_load(model: nn.Module, blocks: Blocks, *, per_domain: int = 16, batch
     domain = ""
 
     def add(name: str, routing: Routing) -> None:
-        if isinstance(routing, Assignment):
+        if routing.assigned is not None:
             seen = layers.setdefault(name, {})
-            seen[domain] = seen.get(domain, 0) + routing.demand.float().cpu()
+            seen[domain] = seen.get(domain, 0) + routing.assigned.float().cpu()
 
     handles = observe(model, add)
     training = model.training

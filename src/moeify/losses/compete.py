@@ -22,14 +22,15 @@ def distillation(routing: Assignment, winners: float = 0.2, *, standardize: bool
         winners: θ.
         standardize: compare with softmax((a - mean a) / std a).
     """
-    if routing.affinity is None or routing.logits is None or routing.index is None:
+    affinity = routing.evidence.affinity
+    if affinity is None or routing.logits is None or routing.choices is None:
         return routing.weight.new_zeros(())
-    affinity = routing.affinity.detach()
+    affinity = affinity.detach()
     if standardize:
         centred = affinity - affinity.mean(-1, keepdim=True)
         affinity = centred / centred.std(-1, correction=0, keepdim=True).clamp_min(1e-12)
     error = (routing.logits.softmax(-1) - affinity.softmax(-1)).square()
-    return error.mean() + winners * error.gather(-1, routing.index).mean()
+    return error.mean() + winners * error.gather(-1, routing.choices.indices).mean()
 
 
 def diversity(routing: Assignment) -> Float[Tensor, ""]:
@@ -40,9 +41,9 @@ def diversity(routing: Assignment) -> Float[Tensor, ""]:
     Args:
         routing: a decision; it is 0 for one that keeps no answers.
     """
-    if routing.answers is None or routing.choice is None or routing.index is None:
+    if routing.expert_outputs is None or routing.choices is None:
         return routing.weight.new_zeros(())
-    tokens, k = routing.index.shape
-    unit = F.normalize(routing.answers.float(), dim=-1)
+    tokens, k = routing.choices.indices.shape
+    unit = F.normalize(routing.expert_outputs.float(), dim=-1)
     total = unit.new_zeros(math.prod(routing.shape), unit.shape[-1]).index_add(0, routing.source, unit)
     return (total.square().sum() - unit.square().sum()) / (tokens * k * k)

@@ -15,7 +15,7 @@ Scope = Literal["batch", "sequence"]
 
 def share(routing: Assignment) -> Float[Tensor, "E"]:
     """f_j: the share of all rows that each expert was asked for, before any capacity limit; sums to 1."""
-    return routing.demand / routing.demand.sum().clamp_min(1)
+    return routing.assigned / routing.assigned.sum().clamp_min(1)
 
 
 def probability(routing: Routing) -> Float[Tensor, "L E"]:
@@ -29,7 +29,7 @@ def probability(routing: Routing) -> Float[Tensor, "L E"]:
     return routing.scores / routing.scores.sum(-1, keepdim=True).clamp_min(1e-20)
 
 
-def balance(routing: Assignment, scope: Scope = "batch", demand: Num[Tensor, "E"] | None = None) -> Float[Tensor, ""]:
+def balance(routing: Assignment, scope: Scope = "batch", assigned: Num[Tensor, "E"] | None = None) -> Float[Tensor, ""]:
     """E · Σ_j f_j · P_j, which is 1.0 for perfect balance whatever k is (Switch, eqs. 4-6).
 
     The gradient flows through P only.
@@ -38,7 +38,7 @@ def balance(routing: Assignment, scope: Scope = "batch", demand: Num[Tensor, "E"
         routing: a decision with scores.
         scope: over what f and P are taken: the `batch` at hand, or each `sequence` by itself, averaged over their
             tokens (DeepSeek-V3, eqs. 17-20).
-        demand: the rows asked of each expert over a wider scope than this batch, such as all micro-batches and ranks
+        assigned: the load of each expert over a wider scope than this batch, such as all micro-batches and ranks
             of a step (global-batch balance, arXiv 2501.11873); only with scope `batch`.
 
     Raises:
@@ -47,12 +47,12 @@ def balance(routing: Assignment, scope: Scope = "batch", demand: Num[Tensor, "E"
     p = probability(routing)
     num_experts = p.shape[-1]
     if scope == "batch":
-        f = share(routing) if demand is None else demand / demand.sum().clamp_min(1)
+        f = share(routing) if assigned is None else assigned / assigned.sum().clamp_min(1)
         return num_experts * (f * p.mean(0)).sum()
-    if routing.index is None or routing.group is None or len(routing.index) != len(p):
+    if routing.choices is None or routing.sequence_id is None or routing.tokens != len(p):
         raise ValueError("balance by sequence needs a decision of its own for every token, with k experts each")
-    asked = torch.zeros_like(p).scatter(1, routing.index, 1.0)
-    group = routing.group.unique(return_inverse=True)[1]
+    asked = torch.zeros_like(p).scatter(1, routing.choices.indices, 1.0)
+    group = routing.sequence_id.unique(return_inverse=True)[1]
     by_group = asked.new_zeros(int(group.max()) + 1, num_experts).index_add(0, group, asked)
     f = by_group / by_group.sum(-1, keepdim=True)
     return num_experts * (f[group] * p).sum(-1).mean()
@@ -80,7 +80,7 @@ def group_balance(routing: Assignment, groups: int) -> Float[Tensor, ""]:
 
 def importance(routing: Assignment) -> Float[Tensor, ""]:
     """CV² of the summed weights of each expert; 0 for perfect balance (Shazeer et al. 2017, eq. 7)."""
-    weight = routing.weight.float().flatten(1).sum(-1) if routing.weight.dim() > 1 else routing.weight.float()
+    weight = routing.weight.float().flatten(1).sum(-1) if routing.has_gate_axis else routing.weight.float()
     return cv_squared(weight.new_zeros(len(routing.counts)).index_add(0, routing.expert, weight))
 
 
@@ -89,7 +89,8 @@ def load(routing: Assignment) -> Float[Tensor, ""]:
 
     A router with noise tells the expected rows, with a gradient; of any other it is the rows asked for, and measures.
     """
-    return cv_squared(routing.demand.float() if routing.load is None else routing.load)
+    expected = routing.evidence.expected_load
+    return cv_squared(routing.assigned.float() if expected is None else expected)
 
 
 def cv_squared(v: Float[Tensor, "E"]) -> Float[Tensor, ""]:

@@ -27,17 +27,17 @@ def localized(routing: Routing, delta: float = 0.1, types: Int[Tensor, "E"] | No
         ValueError: the decision keeps no scores, or does not know its samples and their types.
     """
     p = probability(routing)
-    if routing.kind is None or routing.group is None:
+    sample_type = routing.evidence.sample_type
+    if sample_type is None or routing.sequence_id is None:
         raise ValueError(
             "this decision does not know of what type its samples are; route by AllExperts, and call the model inside "
             "given(model, task_type=...)"
         )
     experts = p.shape[-1]
     types = 2 * torch.arange(experts, device=p.device) // experts if types is None else types.to(p.device)
-    sample = routing.group.unique(return_inverse=True)[1]
+    sample = routing.sequence_id.unique(return_inverse=True)[1]
     samples = int(sample.max()) + 1
     importance = p.new_zeros(samples, experts).index_add(0, sample, p)
-    kind = routing.kind.new_zeros(samples).scatter(0, sample, routing.kind)
-    own = kind.unsqueeze(1) == types
+    own = sample_type.new_zeros(samples).scatter(0, sample, sample_type).unsqueeze(1) == types
     z = importance * torch.where(own, 1 + delta, 1 - delta)
     return z.var() / (z.mean().square() + 1e-10)

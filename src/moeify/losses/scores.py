@@ -36,7 +36,7 @@ def l1(routing: Assignment, k: float) -> Float[Tensor, ""]:
     if routing.scores is None:
         raise ValueError("this router keeps no scores, so they cannot be made small")
     decisions, num_experts = routing.scores.shape
-    return num_experts * (routing.demand / (decisions * k) * routing.scores.mean(0)).sum()
+    return num_experts * (routing.assigned / (decisions * k) * routing.scores.mean(0)).sum()
 
 
 def local_entropy(routing: Routing, of: Bool[Tensor, "L"] | None = None) -> Float[Tensor, ""]:

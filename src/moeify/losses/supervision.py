@@ -19,8 +19,8 @@ def supervision(routing: Routing, target: Int[Tensor, "B"]) -> Float[Tensor, ""]
     Raises:
         ValueError: the decision keeps no logits, or does not know its sequences.
     """
-    if routing.logits is None or routing.group is None:
+    if routing.logits is None or routing.sequence_id is None:
         raise ValueError(
             "only a router that keeps its logits and the sequence of every decision can be told what to do"
         )
-    return F.cross_entropy(routing.logits, target.to(routing.logits.device)[routing.group])
+    return F.cross_entropy(routing.logits, target.to(routing.logits.device)[routing.sequence_id])

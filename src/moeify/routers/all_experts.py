@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -11,7 +9,7 @@ from torch import Tensor, nn
 from moeify.context import Context
 from moeify.registry import register
 from moeify.routers.base import Router, project, real_tokens
-from moeify.routing import Assignment
+from moeify.routing import Assignment, Evidence
 
 
 @register("router", "all")
@@ -41,5 +39,6 @@ class AllExperts(Router):
         logits = project(tokens.x, self.weight)
         scores = logits.softmax(-1)
         index = torch.arange(self.num_experts, device=x.device).expand(len(scores), -1)
-        routing = tokens.assign(index, scores, self.num_experts, logits=logits, scores=scores)
-        return replace(routing, kind=tokens.keys(context, self.key)) if self.key in context.inputs else routing
+        sample_type = tokens.keys(context, self.key) if self.key in context.inputs else None
+        evidence = Evidence(logits=logits, scores=scores, sample_type=sample_type)
+        return tokens.assign(index, scores, self.num_experts, evidence)

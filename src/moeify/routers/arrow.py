@@ -13,7 +13,7 @@ from moeify.kernels.cpu.packing import cached
 from moeify.registry import register
 from moeify.routers.base import Router, project, real_tokens
 from moeify.routers.topk import check_k
-from moeify.routing import Assignment
+from moeify.routing import Assignment, Evidence
 
 
 @register("router", "arrow")
@@ -69,7 +69,9 @@ class Arrow(Router):
         tokens = real_tokens(x, context)
         logits = project(tokens.x, self.prototypes).abs() / self.temperature
         best, index = logits.topk(self.k, dim=-1)
-        return tokens.assign(index, best.softmax(-1), self.num_experts, logits=logits, scores=logits.softmax(-1))
+        return tokens.assign(
+            index, best.softmax(-1), self.num_experts, Evidence(logits=logits, scores=logits.softmax(-1))
+        )
 
     @property
     def mixing_flops(self) -> int:

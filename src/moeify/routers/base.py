@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from moeify.context import Context
-from moeify.routing import Assignment, Routing, assign, assign_where
+from moeify.routing import NO_EVIDENCE, Assignment, Evidence, Routing, assign, assign_where
 
 
 class Router(nn.Module, ABC):
@@ -82,35 +82,45 @@ class Tokens:
         x: the real tokens.
         shape: leading shape of the input, padding included.
         positions: the real tokens among all flattened tokens, None if they are all.
-        group: the sequence or image of each real token.
+        sequence_id: the sequence or image of each real token.
     """
 
     x: Float[Tensor, "T D"]
     shape: tuple[int, ...]
     positions: Int[Tensor, "T"] | None
-    group: Int[Tensor, "T"]
+    sequence_id: Int[Tensor, "T"]
 
     def assign(
-        self, index: Int[Tensor, "T K"], gates: Float[Tensor, "T K *G"], num_experts: int, **kept: Any
+        self,
+        indices: Int[Tensor, "T K"],
+        weights: Float[Tensor, "T K *G"],
+        num_experts: int,
+        evidence: Evidence = NO_EVIDENCE,
     ) -> Assignment:
-        """The decision that gives every token its K experts; `kept` is kept in it."""
-        return assign(
-            index, gates, num_experts, shape=self.shape, positions=self.positions, **{"group": self.group} | kept
-        )
+        """The decision that gives every token its K experts."""
+        evidence = self._of_tokens(evidence)
+        return assign(indices, weights, num_experts, shape=self.shape, positions=self.positions, evidence=evidence)
 
-    def assign_where(self, chosen: Bool[Tensor, "T E"], weight: Float[Tensor, "T E *G"], **kept: Any) -> Assignment:
-        """The decision that gives every token the experts that are marked; `kept` is kept in it."""
-        return assign_where(chosen, weight, shape=self.shape, positions=self.positions, **{"group": self.group} | kept)
+    def assign_where(
+        self, chosen: Bool[Tensor, "T E"], weight: Float[Tensor, "T E *G"], evidence: Evidence = NO_EVIDENCE
+    ) -> Assignment:
+        """The decision that gives every token the experts that are marked."""
+        evidence = self._of_tokens(evidence)
+        return assign_where(chosen, weight, shape=self.shape, positions=self.positions, evidence=evidence)
+
+    def _of_tokens(self, evidence: Evidence) -> Evidence:
+        """The evidence with the sequences of the tokens, unless it names those of its decisions."""
+        return replace(evidence, sequence_id=self.sequence_id) if evidence.sequence_id is None else evidence
 
     def members(self) -> list[Int[Tensor, "N"]]:
-        """The tokens of each group, in order."""
-        _, group, sizes = self.group.unique(return_inverse=True, return_counts=True)
-        return list(group.argsort(stable=True).split(sizes.tolist()))
+        """The tokens of each sequence or image, in order."""
+        _, sequence, sizes = self.sequence_id.unique(return_inverse=True, return_counts=True)
+        return list(sequence.argsort(stable=True).split(sizes.tolist()))
 
-    def by_group(self) -> tuple[Int[Tensor, "B N"], Bool[Tensor, "B N"]]:
-        """The tokens of each group as rows of one table, and which entries of it are tokens, not filling."""
+    def by_sequence(self) -> tuple[Int[Tensor, "B N"], Bool[Tensor, "B N"]]:
+        """The tokens of each sequence or image as rows of one table, and which entries of it are tokens."""
         if self.positions is None:
-            table = self.group.argsort(stable=True).view(-1, int(self.group.bincount()[0]))
+            table = self.sequence_id.argsort(stable=True).view(-1, int(self.sequence_id.bincount()[0]))
             return table, torch.ones_like(table, dtype=torch.bool)
         members = self.members()
         table = pad_sequence(members, batch_first=True)
@@ -131,8 +141,8 @@ class Tokens:
             )
         if given.shape == self.shape or (given.numel(),) == self.shape:
             keys = given.flatten() if self.positions is None else given.flatten()[self.positions]
-        elif given.dim() == 1 and len(given) > int(self.group.max()):
-            keys = given[self.group]
+        elif given.dim() == 1 and len(given) > int(self.sequence_id.max()):
+            keys = given[self.sequence_id]
         else:
             raise ValueError(
                 f"{name!r} has shape {tuple(given.shape)}, which fits neither the tokens {self.shape} of the layer nor "
@@ -143,11 +153,11 @@ class Tokens:
 
 def real_tokens(x: Float[Tensor, "... D"], context: Context) -> Tokens:
     """The tokens of x that are not padding."""
-    tokens, group = x.reshape(-1, x.shape[-1]), context.groups(x.shape[:-1]).to(x.device)
+    tokens, sequence_id = x.reshape(-1, x.shape[-1]), context.sequence_ids(x.shape[:-1]).to(x.device)
     positions = context.real(tokens.shape[0])
     if positions is None:
-        return Tokens(tokens, x.shape[:-1], None, group)
-    return Tokens(tokens[positions], x.shape[:-1], positions, group[positions])
+        return Tokens(tokens, x.shape[:-1], None, sequence_id)
+    return Tokens(tokens[positions], x.shape[:-1], positions, sequence_id[positions])
 
 
 def project(

@@ -67,9 +67,9 @@ class Capacity(Router):
 
     def _scope(self, routing: Assignment) -> int:
         """The tokens that a capacity is for: those of the batch, or of the largest group."""
-        if self.per == "batch" or routing.group is None:
+        if self.per == "batch" or routing.sequence_id is None:
             return routing.tokens
-        return int(routing.group.unique(return_counts=True)[1].max())
+        return int(routing.sequence_id.unique(return_counts=True)[1].max())
 
 
 @register("router", "capacity")

@@ -14,7 +14,7 @@ from moeify.context import Context
 from moeify.registry import register
 from moeify.routers.base import Router, project, real_tokens
 from moeify.routers.topk import check_k
-from moeify.routing import Assignment
+from moeify.routing import Assignment, Evidence
 
 
 @register("router", "compete")
@@ -70,15 +70,16 @@ class Compete(Router):
         scores = logits.softmax(-1)
         if not (self.training and self.competes):
             index, gates = best(scores, self.k)
-            return tokens.assign(index, gates, self.num_experts, logits=logits, scores=scores)
+            return tokens.assign(index, gates, self.num_experts, Evidence(logits=logits, scores=scores))
         if not self._experts:
             raise ValueError("this router was never given the experts that compete; put it into a MoE, or attach them")
         answers = self._experts[0].answers(tokens.x)
         affinity = F.softplus(answers.float()).mean(-1)  # (T, E)
         index, gates = best(affinity, self.k)
-        routing = tokens.assign(index, gates, self.num_experts, logits=logits, scores=scores)
+        evidence = Evidence(logits=logits, scores=scores, affinity=affinity)
+        routing = tokens.assign(index, gates, self.num_experts, evidence)
         row = index.flatten().argsort(stable=True)  # rows are sorted by expert
-        return replace(routing, affinity=affinity, answers=answers[row // self.k, index.flatten()[row]])
+        return replace(routing, expert_outputs=answers[row // self.k, index.flatten()[row]])
 
     def extra_repr(self) -> str:
         """How many experts, and how often they compete."""

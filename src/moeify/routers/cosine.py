@@ -13,7 +13,7 @@ from moeify.context import Context
 from moeify.registry import register
 from moeify.routers.base import Router, project, real_tokens
 from moeify.routers.topk import check_k
-from moeify.routing import Assignment
+from moeify.routing import Assignment, Evidence
 
 
 @register("router", "cosine")
@@ -64,4 +64,4 @@ class Cosine(Router):
         scores = logits.softmax(-1)
         top = scores.topk(self.k, dim=-1)
         gates = top.values / top.values.sum(-1, keepdim=True) if self.normalize else top.values
-        return tokens.assign(top.indices, gates, self.num_experts, logits=logits, scores=scores)
+        return tokens.assign(top.indices, gates, self.num_experts, Evidence(logits=logits, scores=scores))

@@ -14,7 +14,7 @@ from moeify.context import Context, recomputing
 from moeify.registry import register
 from moeify.routers.base import Router, project, real_tokens
 from moeify.routers.topk import check_k
-from moeify.routing import Assignment
+from moeify.routing import Assignment, Evidence
 
 
 @register("router", "default_vector")
@@ -68,7 +68,7 @@ class DefaultVector(Router):
         logits = project(tokens.x, self.weight)
         p = logits.softmax(-1)
         gates, index = p.topk(self.k, dim=-1)
-        routing = tokens.assign(index, gates, self.num_experts, logits=logits, scores=p)
+        routing = tokens.assign(index, gates, self.num_experts, Evidence(logits=logits, scores=p))
         answers = self._experts[0](routing.dispatch(x), routing.counts)
         if self.training and torch.is_grad_enabled() and not recomputing():
             self._learn(routing, answers.detach().float())
@@ -76,7 +76,7 @@ class DefaultVector(Router):
             said = p.scatter(-1, index, 0.0) @ self.default.clone()  # a later pass may change the buffer
         if tokens.positions is not None:
             said = said.new_zeros(math.prod(tokens.shape), said.shape[-1]).index_add(0, tokens.positions, said)
-        return replace(routing, answers=answers, rest=said)
+        return replace(routing, expert_outputs=answers, default_output=said)
 
     @torch.no_grad()
     def _learn(self, routing: Assignment, answers: Float[Tensor, "R O"]) -> None:

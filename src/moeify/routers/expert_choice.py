@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from moeify.context import Context
 from moeify.registry import register
 from moeify.routers.base import Router, project, real_tokens
-from moeify.routing import Assignment
+from moeify.routing import Assignment, Evidence
 
 
 @register("router", "expert_choice")
@@ -61,7 +61,7 @@ class ExpertChoice(Router):
         for members in tokens.members() if self.per == "group" else [torch.arange(len(scores), device=x.device)]:
             taken = scores.detach()[members].topk(self.slots(len(members)), dim=0).indices  # (slots, E)
             chosen[members[taken], torch.arange(self.num_experts, device=x.device)] = True
-        return tokens.assign_where(chosen, scores, logits=logits, scores=scores)
+        return tokens.assign_where(chosen, scores, Evidence(logits=logits, scores=scores))
 
     def slots(self, tokens: int) -> int:
         """How many of so many tokens every expert takes."""

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from moeify.context import Context
 from moeify.registry import register
 from moeify.routers.base import Router, project, real_tokens
-from moeify.routing import Assignment
+from moeify.routing import Assignment, Evidence
 
 
 @register("router", "expert_threshold")
@@ -40,4 +40,4 @@ class ExpertThreshold(Router):
         tokens = real_tokens(x, context)
         logits = project(tokens.x, self.weight)
         scores = logits.sigmoid()
-        return tokens.assign_where(logits + self.selection_bias >= 0, scores, logits=logits, scores=scores)
+        return tokens.assign_where(logits + self.selection_bias >= 0, scores, Evidence(logits=logits, scores=scores))

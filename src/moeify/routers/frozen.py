@@ -9,7 +9,7 @@ from torch import Tensor
 from moeify.context import Context
 from moeify.registry import register
 from moeify.routers.base import Router, project, real_tokens
-from moeify.routing import Assignment
+from moeify.routing import Assignment, Evidence
 
 
 @register("router", "frozen")
@@ -42,9 +42,8 @@ class Frozen(Router):
         tokens = real_tokens(x, context)
         logits = project(tokens.x, self.weight)
         top = logits.topk(self.k, dim=-1)
-        return tokens.assign(
-            top.indices, top.values.softmax(-1), self.num_experts, logits=logits, scores=logits.softmax(-1)
-        )
+        evidence = Evidence(logits=logits, scores=logits.softmax(-1))
+        return tokens.assign(top.indices, top.values.softmax(-1), self.num_experts, evidence)
 
     def extra_repr(self) -> str:
         """Experts per token."""

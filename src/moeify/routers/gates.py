@@ -12,7 +12,7 @@ from moeify.context import Context
 from moeify.registry import register
 from moeify.routers.base import Router, Tokens, project, real_tokens
 from moeify.routers.topk import check_k
-from moeify.routing import Assignment
+from moeify.routing import Assignment, Evidence
 
 
 @register("router", "multi_gate")
@@ -47,7 +47,7 @@ class MultiGate(Router):
         logits = gate_logits(tokens, self.weight, self.sees)
         scores = logits.softmax(-1)
         index = torch.arange(self.num_experts, device=x.device).expand(len(scores), -1)
-        return tokens.assign(index, scores.mT, self.num_experts, **decisions(tokens, logits, scores))
+        return tokens.assign(index, scores.mT, self.num_experts, decisions(tokens, logits, scores))
 
     def extra_repr(self) -> str:
         """Who sees what."""
@@ -103,7 +103,7 @@ class SparseMultiGate(Router):
         weight = scores * (asked & kept.unsqueeze(1))  # (T, G, E)
         weight = weight / weight.sum(-1, keepdim=True)
         chosen = (asked & kept.unsqueeze(1)).any(1)
-        return tokens.assign_where(chosen, weight.mT, **decisions(tokens, logits, scores))
+        return tokens.assign_where(chosen, weight.mT, decisions(tokens, logits, scores))
 
     def _united(self, asked: Float[Tensor, "T G E"], first: Bool[Tensor, "T E"]) -> Bool[Tensor, "T E"]:
         """The experts of the union; a sum over gates is at most G, so first choices come before all others."""
@@ -147,7 +147,7 @@ def among(values: Float[Tensor, "... E"], k: int) -> Bool[Tensor, "... E"]:
     return torch.zeros_like(values, dtype=torch.bool).scatter(-1, values.topk(k, dim=-1).indices, True)
 
 
-def decisions(tokens: Tokens, logits: Float[Tensor, "T G E"], scores: Float[Tensor, "T G E"]) -> dict[str, Tensor]:
-    """What a decision keeps of every gate, as T · G decisions."""
-    group = tokens.group.repeat_interleave(logits.shape[1])
-    return {"logits": logits.flatten(0, 1), "scores": scores.flatten(0, 1), "group": group}
+def decisions(tokens: Tokens, logits: Float[Tensor, "T G E"], scores: Float[Tensor, "T G E"]) -> Evidence:
+    """The logits and scores of every gate, as T · G decisions."""
+    sequence_id = tokens.sequence_id.repeat_interleave(logits.shape[1])
+    return Evidence(logits=logits.flatten(0, 1), scores=scores.flatten(0, 1), sequence_id=sequence_id)

@@ -54,13 +54,13 @@ class Given(Router):
     def _of_tokens(self, given: Float[Tensor, "..."], tokens: Tokens) -> Float[Tensor, "T E"]:
         if given.dim() == 4:
             given = given[:, :, self.number if given.shape[2] > 1 else 0]
-        sequences = int(tokens.group.max()) + 1
+        sequences = int(tokens.sequence_id.max()) + 1
         if given.dim() == 0:
             return given.expand(len(tokens.x), self.num_experts)
         if given.dim() == 1 and len(given) >= sequences:
-            return given[tokens.group].unsqueeze(-1).expand(-1, self.num_experts)
+            return given[tokens.sequence_id].unsqueeze(-1).expand(-1, self.num_experts)
         if given.dim() == 2 and given.shape[1] == self.num_experts and len(given) >= sequences:
-            return given[tokens.group]
+            return given[tokens.sequence_id]
         flat = given.reshape(-1, given.shape[-1])
         if given.dim() == 3 and flat.shape == (math.prod(tokens.shape), self.num_experts):
             return flat if tokens.positions is None else flat[tokens.positions]

@@ -10,7 +10,7 @@ from moeify.context import Context
 from moeify.registry import register
 from moeify.routers.base import Router, project, real_tokens
 from moeify.routers.topk import check_k
-from moeify.routing import Assignment
+from moeify.routing import Assignment, Evidence
 
 
 @register("router", "gshard")
@@ -55,12 +55,12 @@ class GShard(Router):
         top = scores.topk(2, dim=-1)
         gates = top.values / (top.values.sum(-1, keepdim=True) + 1e-9)
         if not (self.training or self.eval_random):
-            return tokens.assign(top.indices, gates, self.num_experts, logits=logits, scores=scores)
+            return tokens.assign(top.indices, gates, self.num_experts, Evidence(logits=logits, scores=scores))
         second = torch.rand_like(gates[:, 1]) < gates[:, 1] / self.threshold
         kept = torch.stack([torch.ones_like(second), second], dim=1)
         chosen = torch.zeros_like(scores, dtype=torch.bool).scatter(-1, top.indices, kept)
         weight = torch.zeros_like(scores).scatter(-1, top.indices, gates)
-        return tokens.assign_where(chosen, weight, logits=logits, scores=scores)
+        return tokens.assign_where(chosen, weight, Evidence(logits=logits, scores=scores))
 
     def rows_per_token(self, tokens: int | None = None) -> float:
         """Two, as evaluation asks."""

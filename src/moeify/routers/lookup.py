@@ -16,7 +16,7 @@ from moeify.context import Context, given
 from moeify.registry import register
 from moeify.routers.base import Router, project, real_tokens
 from moeify.routers.topk import check_k
-from moeify.routing import Assignment
+from moeify.routing import Assignment, Evidence
 
 
 @register("router", "lookup")
@@ -70,7 +70,7 @@ class Lookup(Router):
         scores = nn.functional.softplus(logits).sqrt()
         gates = scores.gather(-1, index)
         gates = gates / gates.sum(-1, keepdim=True)
-        return tokens.assign(index, gates, self.num_experts, logits=logits, scores=scores)
+        return tokens.assign(index, gates, self.num_experts, Evidence(logits=logits, scores=scores))
 
 
 def balanced_table(size: int, num_experts: int, k: int) -> Int[Tensor, "size k"]:

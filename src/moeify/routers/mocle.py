@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from moeify.context import Context
 from moeify.registry import register
 from moeify.routers.base import Router, project, real_tokens
-from moeify.routing import Assignment
+from moeify.routing import Assignment, Evidence
 
 
 @register("router", "cluster")
@@ -75,8 +75,8 @@ class Cluster(Router):
     def forward(self, x: Float[Tensor, "... D"], context: Context) -> Assignment:
         """Route all real tokens of a sample to the expert of its cluster, and to the universal one."""
         tokens = real_tokens(x, context)
-        samples = torch.stack([tokens.group, tokens.keys(context, self.key)])
-        (group, cluster), which = samples.unique(dim=1, return_inverse=True)
+        samples = torch.stack([tokens.sequence_id, tokens.keys(context, self.key)])
+        (sequence_id, cluster), which = samples.unique(dim=1, return_inverse=True)
         self._require_known(cluster)
         logits = project(self.embedding(cluster), self.weight)
         p = (self._disturbed(logits) / self.temperature).softmax(-1)
@@ -87,7 +87,8 @@ class Cluster(Router):
             gates.append(1 - certainty)
             logits, p = F.pad(logits, (0, 1), value=torch.finfo(p.dtype).min), F.pad(p, (0, 1))  # nobody chooses it
         index, gates = torch.stack(index, dim=-1)[which], torch.stack(gates, dim=-1)[which]
-        return tokens.assign(index, gates, self.num_experts, logits=logits, scores=p, group=group)
+        evidence = Evidence(logits=logits, scores=p, sequence_id=sequence_id)
+        return tokens.assign(index, gates, self.num_experts, evidence)
 
     def _disturbed(self, logits: Float[Tensor, "L E"]) -> Float[Tensor, "L E"]:
         return logits + self.noise * torch.randn_like(logits) if self.training else logits

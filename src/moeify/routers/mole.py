@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from moeify.context import Context
 from moeify.registry import register
 from moeify.routers.base import Router, project, real_tokens
-from moeify.routing import Assignment
+from moeify.routing import Assignment, Evidence
 
 
 @register("router", "mole")
@@ -73,8 +73,8 @@ class MoLE(Router):
         logits = project(seen, self.weight) / self.log_temperature.float().exp()
         scores = logits.softmax(-1)
         index = torch.arange(self.num_experts, device=x.device).expand(len(scores), -1)
-        routing = tokens.assign(index, scores, self.num_experts, logits=logits, scores=scores)
-        return replace(routing, answers=answers.transpose(0, 1).flatten(0, 1))  # rows are sorted by expert
+        routing = tokens.assign(index, scores, self.num_experts, Evidence(logits=logits, scores=scores))
+        return replace(routing, expert_outputs=answers.transpose(0, 1).flatten(0, 1))  # rows are sorted by expert
 
     def extra_repr(self) -> str:
         """How many answers it weighs."""

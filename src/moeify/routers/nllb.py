@@ -18,15 +18,15 @@ from moeify.context import Context
 from moeify.registry import register
 from moeify.routers.base import Router, Tokens, project, real_tokens
 from moeify.routers.topk import TopK
-from moeify.routing import Assignment
+from moeify.routing import Assignment, Choices
 
 
 class FinalMask(Router):
     """Drops everything that a token gets from its experts with probability p, and scales it by 1 / (1 - p) otherwise.
 
     Final output masking (NLLB, arXiv 2207.04672): to mask Σ_j g_j E_j(x) is to mask the g_j, so a masked token has
-    no rows, and they cost nothing. In training only. What the inner router asked for stays in `demand`, `index` and
-    `scores`, by which losses and controllers go.
+    no rows, and they cost nothing. In training only. What the inner router asked for stays in `assigned`,
+    `choices` and `scores`, by which losses and controllers go.
 
     Args:
         router: the router whose decisions are masked; it must give `Assignment`s.
@@ -55,9 +55,10 @@ class FinalMask(Router):
             return routing
         tokens = real_tokens(x, context)
         _, kept = _everywhere(torch.rand(len(tokens.x), device=x.device) >= self.p, tokens)
-        rest = None if routing.rest is None else routing.rest * kept.unsqueeze(1) / (1 - self.p)
+        default = routing.default_output
+        default = None if default is None else default * kept.unsqueeze(1) / (1 - self.p)
         masked = routing.only(kept[routing.source])
-        return replace(masked, weight=masked.weight / (1 - self.p), rest=rest)
+        return replace(masked, weight=masked.weight / (1 - self.p), default_output=default)
 
     def extra_repr(self) -> str:
         """The probability."""
@@ -112,18 +113,26 @@ class Conditional(Router):
         g = F.dropout(project(tokens.x, self.weight, self.bias).sigmoid().squeeze(-1), self.p, self.training)
         positions, gates = _everywhere(g, tokens)
         every, dense = routing.counts.new_tensor([len(g)]), len(routing.counts)
-        k = dense if routing.index is None else routing.index.shape[1]
+        rank, choices, before = routing.rank, routing.choices, routing.before_limit
+        k = dense if choices is None else choices.k
+        if choices is not None:
+            choices = Choices(
+                indices=F.pad(choices.indices, (0, 1), value=dense),
+                weights=torch.stack([*(g * choices.weights.t()), 1 - g], dim=1),
+            )
         return replace(
             routing,
             counts=torch.cat([routing.counts, every]),
-            demand=torch.cat([routing.demand, every]),
+            before_limit=None if before is None else torch.cat([before, every]),
             source=torch.cat([routing.source, positions]),
             weight=torch.cat([gates[routing.source] * routing.weight, 1 - g]),
-            choice=None if routing.choice is None else F.pad(routing.choice, (0, len(g)), value=k),
-            logits=_beside(routing.logits, torch.finfo(g.dtype).min),  # nobody chooses the dense one
-            scores=_beside(routing.scores, 0.0),
-            index=_beside(routing.index, dense),
-            gates=None if routing.gates is None else torch.stack([*(g * routing.gates.t()), 1 - g], dim=1),
+            rank=None if rank is None else F.pad(rank, (0, len(g)), value=k),
+            choices=choices,
+            evidence=replace(
+                routing.evidence,
+                logits=_beside(routing.logits, torch.finfo(g.dtype).min),  # nobody chooses the dense one
+                scores=_beside(routing.scores, 0.0),
+            ),
         )
 
     def extra_repr(self) -> str:

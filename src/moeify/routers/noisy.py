@@ -13,7 +13,7 @@ from moeify.context import Context
 from moeify.registry import register
 from moeify.routers.base import Router, project, real_tokens
 from moeify.routers.topk import check_k
-from moeify.routing import Assignment
+from moeify.routing import Assignment, Evidence
 
 
 @register("router", "noisy")
@@ -66,7 +66,8 @@ class NoisyTopK(Router):
         scores = noisy.softmax(-1)
         top = noisy.topk(self.k, dim=-1)
         gates = top.values.softmax(-1) if self.order == "select" else scores.gather(-1, top.indices)
-        return tokens.assign(top.indices, gates, self.num_experts, logits=clean, scores=scores, load=load)
+        evidence = Evidence(logits=clean, scores=scores, expected_load=load)
+        return tokens.assign(top.indices, gates, self.num_experts, evidence)
 
     def _disturb(
         self, clean: Float[Tensor, "T E"], tokens: Float[Tensor, "T D"]

@@ -71,7 +71,7 @@ class Follow(Router):
                 "one context for both layers"
             )
         routing = context.decisions[self.leader]
-        if getattr(routing, "shape", x.shape[:-1]) != x.shape[:-1]:
+        if not routing.fits(x.shape[:-1]):
             raise ValueError(
                 f"the decision that this layer follows is for tokens of shape {tuple(routing.shape)}, and it was given "
                 f"{tuple(x.shape[:-1])}; let layers of different shapes decide for themselves"

@@ -11,7 +11,7 @@ from moeify.context import Context
 from moeify.registry import register
 from moeify.routers.base import Router, project, real_tokens
 from moeify.routers.topk import check_k
-from moeify.routing import Assignment
+from moeify.routing import Assignment, Evidence
 
 
 @register("router", "phatgoose")
@@ -49,7 +49,9 @@ class Phatgoose(Router):
         tokens = real_tokens(x, context)
         logits = project(_standardised(tokens.x), _standardised(self.weight)) / x.shape[-1] ** 0.5
         best, index = logits.topk(self.k, dim=-1)  # softmax of the kept is the softmax of all, renormalised
-        return tokens.assign(index, best.softmax(-1), self.num_experts, logits=logits, scores=logits.softmax(-1))
+        return tokens.assign(
+            index, best.softmax(-1), self.num_experts, Evidence(logits=logits, scores=logits.softmax(-1))
+        )
 
     def extra_repr(self) -> str:
         """Experts per token."""

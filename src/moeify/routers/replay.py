@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import fields, replace
+from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -47,7 +47,7 @@ class Replay(Router):
                 f"{type(router).__name__}; use weights='recorded'"
             )
         self.router = router
-        self.decisions = [detached(decision) for decision in decisions]
+        self.decisions = [replace(decision.detached(), expert_outputs=None) for decision in decisions]
         self.weights = weights
         self.given = 0
         self.causal, self.preserving = router.causal, router.preserving
@@ -55,7 +55,7 @@ class Replay(Router):
     def forward(self, x: Float[Tensor, "... D"], context: Context) -> Routing:
         """The next recorded decision."""
         decision = self._next()
-        if isinstance(decision, Assignment) and decision.shape != tuple(x.shape[:-1]):
+        if not decision.fits(x.shape[:-1]):
             raise ValueError(
                 f"the recorded decision is for tokens of shape {tuple(decision.shape)}, and the layer was given "
                 f"{tuple(x.shape[:-1])}; replay the inputs that were recorded"
@@ -72,17 +72,15 @@ class Replay(Router):
     def _reweighed(self, decision: Routing, x: Float[Tensor, "... D"], context: Context) -> Assignment:
         assert isinstance(decision, Assignment)
         assert isinstance(self.router, TopK)
-        assert decision.index is not None
-        assert decision.choice is not None
+        assert decision.choices is not None
+        assert decision.rank is not None
         tokens = real_tokens(x, context)
         logits, scores, *_ = self.router.decide(tokens.x)
-        gates = self.router.weigh(scores, decision.index)
+        gates = self.router.weigh(scores, decision.choices.indices)
         token = decision.source if tokens.positions is None else torch.searchsorted(tokens.positions, decision.source)
-        return replace(decision, weight=gates[token, decision.choice], gates=gates, logits=logits, scores=scores)
-
-
-def detached(routing: Routing) -> Routing:
-    """A decision without the autograd graph that made it, and without answers: experts give those of today."""
-    values = {field.name: getattr(routing, field.name) for field in fields(routing)}
-    plain = replace(routing, **{name: v.detach() for name, v in values.items() if isinstance(v, Tensor)})
-    return replace(plain, answers=None) if isinstance(plain, Assignment) else plain
+        return replace(
+            decision,
+            weight=gates[token, decision.rank],
+            choices=replace(decision.choices, weights=gates),
+            evidence=replace(decision.evidence, logits=logits, scores=scores),
+        )

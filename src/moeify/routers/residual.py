@@ -10,7 +10,7 @@ from moeify.context import Context
 from moeify.registry import register
 from moeify.routers.base import Router, project, real_tokens
 from moeify.routers.topk import check_k
-from moeify.routing import Assignment
+from moeify.routing import Assignment, Evidence
 
 
 @register("router", "residual")
@@ -70,7 +70,9 @@ class Residual(Router):
         gates, index = scores.topk(self.k, dim=-1)
         gates = gates.masked_fill(index >= self.num_experts - self.silent, 0.0)
         gates = gates / gates.sum(-1, keepdim=True).clamp_min(torch.finfo(gates.dtype).tiny)
-        context.decisions[self] = routing = tokens.assign(index, gates, self.num_experts, logits=logits, scores=scores)
+        context.decisions[self] = routing = tokens.assign(
+            index, gates, self.num_experts, Evidence(logits=logits, scores=scores)
+        )
         return routing
 
     def _logits(self, previous: Router, context: Context, tokens: int) -> Float[Tensor, "T E"]:

@@ -13,7 +13,7 @@ from moeify.context import Context
 from moeify.registry import register
 from moeify.routers.base import Router, project, real_tokens
 from moeify.routers.topk import check_k
-from moeify.routing import Assignment
+from moeify.routing import Assignment, Evidence
 
 
 @register("router", "similarity")
@@ -62,22 +62,16 @@ class Similarity(Router):
     def forward(self, x: Float[Tensor, "... D"], context: Context) -> Assignment:
         """Route all real tokens of a sequence, or each by itself, to what it is most like."""
         tokens = real_tokens(x, context)
-        units, names, which = tokens.x.float(), tokens.group, torch.arange(len(tokens.x), device=x.device)
+        units, ids, which = tokens.x.float(), tokens.sequence_id, torch.arange(len(tokens.x), device=x.device)
         if self.per == "group":
-            names, which = tokens.group.unique(return_inverse=True)
-            units = units.new_zeros(len(names), x.shape[-1]).index_add(
+            ids, which = tokens.sequence_id.unique(return_inverse=True)
+            units = units.new_zeros(len(ids), x.shape[-1]).index_add(
                 0, which, units
             )  # the length of a sum says nothing
         logits = project(F.normalize(units, dim=-1), F.normalize(self.centroids, dim=-1)) / self.temperature
         best, index = logits.topk(self.k, dim=-1)
-        return tokens.assign(
-            index[which],
-            best.softmax(-1)[which],
-            self.num_experts,
-            logits=logits,
-            scores=logits.softmax(-1),
-            group=names,
-        )
+        evidence = Evidence(logits=logits, scores=logits.softmax(-1), sequence_id=ids)
+        return tokens.assign(index[which], best.softmax(-1)[which], self.num_experts, evidence)
 
     def extra_repr(self) -> str:
         """For whom it decides, and how sharply."""

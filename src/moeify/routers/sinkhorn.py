@@ -12,7 +12,7 @@ from moeify.context import Context
 from moeify.registry import register
 from moeify.routers.base import Router, project, real_tokens
 from moeify.routers.topk import check_k
-from moeify.routing import Assignment
+from moeify.routing import Assignment, Evidence
 
 
 @register("router", "sinkhorn")
@@ -50,7 +50,7 @@ class Sinkhorn(Router):
         scores = logits.sigmoid() if self.k == 1 else logits.softmax(-1)
         choice = plan(logits.detach(), self.tolerance) if self.training else logits
         index = choice.topk(self.k, dim=-1).indices
-        return tokens.assign(index, scores.gather(-1, index), self.num_experts, logits=logits, scores=scores)
+        return tokens.assign(index, scores.gather(-1, index), self.num_experts, Evidence(logits=logits, scores=scores))
 
 
 def plan(logits: Float[Tensor, "T E"], tolerance: float, iterations: int = 1000) -> Float[Tensor, "T E"]:

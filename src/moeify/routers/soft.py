@@ -43,7 +43,7 @@ class Soft(Router):
     def forward(self, x: Float[Tensor, "... D"], context: Context) -> Mixture:
         """Mix the real tokens of every group into the slots, and back."""
         tokens = real_tokens(x, context)
-        table, real = tokens.by_group()  # (B, N)
+        table, real = tokens.by_sequence()  # (B, N)
         logits = self.scale.float() * project(_unit(tokens.x.float()), _unit(self.queries.float()))[table]  # (B, N, S)
         filling = ~real.unsqueeze(-1)
         return Mixture(

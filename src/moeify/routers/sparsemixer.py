@@ -12,7 +12,7 @@ from moeify.context import Context
 from moeify.registry import register
 from moeify.routers.base import Router, project, real_tokens
 from moeify.routers.topk import check_k
-from moeify.routing import Assignment
+from moeify.routing import Assignment, Evidence
 
 
 @register("router", "sparsemixer")
@@ -58,7 +58,10 @@ class SparseMixer(Router):
             index.append(expert)
             gates.append(gate)
         return tokens.assign(
-            torch.cat(index, -1), torch.cat(gates, -1), self.num_experts, logits=logits, scores=logits.softmax(-1)
+            torch.cat(index, -1),
+            torch.cat(gates, -1),
+            self.num_experts,
+            Evidence(logits=logits, scores=logits.softmax(-1)),
         )
 
     def draw(

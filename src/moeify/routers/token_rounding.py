@@ -58,7 +58,7 @@ class TokenRounding(Router):
 
     In evaluation tokens choose as they do without it, as in the paper. Rows that are dropped leave the other weights of
     their token as they are; rows that are added weigh the score of the router, as in the authors' code
-    (Dao-AILab/sonic-moe). What the inner router asked for stays in `demand` and `index`, by which losses and
+    (Dao-AILab/sonic-moe). What the inner router asked for stays in `assigned` and `choices`, by which losses and
     controllers go. An expert cannot read more tokens than there are: where the next tile would, rows are dropped.
 
     Args:
@@ -104,10 +104,11 @@ class TokenRounding(Router):
         return replace(
             routing,
             counts=counts,
+            before_limit=routing.assigned,
             source=token if positions is None else positions[token],
             weight=weight[token, expert],
-            choice=None,
-            answers=None,
+            rank=None,
+            expert_outputs=None,
         )
 
     def extra_repr(self) -> str:
@@ -124,13 +125,13 @@ def _best(chose: Bool[Tensor, "T E"], worth: Float[Tensor, "T E"], counts: Int[T
 
 
 def _check(routing: Assignment) -> None:
-    if routing.weight.dim() > 1:
+    if routing.has_gate_axis:
         raise ValueError(f"token rounding needs one weight per row, and this router gave {routing.weight[0].numel()}")
     if routing.scores is None or len(routing.scores) != routing.tokens:
         raise ValueError(
             "token rounding needs a router that scores all experts for every token, to know whom else to ask"
         )
-    if routing.rest is not None:
+    if routing.default_output is not None:
         raise ValueError("token rounding changes which experts are asked, and this router also speaks for the others")
 
 

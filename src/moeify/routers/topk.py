@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from moeify.context import Context
 from moeify.registry import register
 from moeify.routers.base import Router, project, real_tokens
-from moeify.routing import Assignment
+from moeify.routing import Assignment, Evidence
 
 Score = Callable[[Tensor], Tensor]
 
@@ -136,10 +136,11 @@ class TopK(Router):
         tokens = real_tokens(x, context)
         if self.per == "token":
             logits, scores, index, gates = self.decide(tokens.x)
-            return tokens.assign(index, gates, self.num_experts, logits=logits, scores=scores)
-        names, group = tokens.group.unique(return_inverse=True)
-        logits, scores, index, gates = self.decide(_mean(tokens.x.float(), group, len(names)))
-        return tokens.assign(index[group], gates[group], self.num_experts, logits=logits, scores=scores, group=names)
+            return tokens.assign(index, gates, self.num_experts, Evidence(logits=logits, scores=scores))
+        ids, sequence = tokens.sequence_id.unique(return_inverse=True)
+        logits, scores, index, gates = self.decide(_mean(tokens.x.float(), sequence, len(ids)))
+        evidence = Evidence(logits=logits, scores=scores, sequence_id=ids)
+        return tokens.assign(index[sequence], gates[sequence], self.num_experts, evidence)
 
     def decide(
         self, units: Float[Tensor, "L D"]

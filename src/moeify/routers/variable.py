@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from moeify.context import Context
 from moeify.registry import register
 from moeify.routers.base import Router, project, real_tokens
-from moeify.routing import Assignment
+from moeify.routing import Assignment, Evidence
 
 
 @register("router", "top_p")
@@ -48,7 +48,7 @@ class TopP(Router):
         logits = project(tokens.x, self.weight)
         scores = logits.softmax(-1)
         chosen = nucleus(scores.detach(), self.p, self.max_k)
-        return tokens.assign_where(chosen, scores, logits=logits, scores=scores)
+        return tokens.assign_where(chosen, scores, Evidence(logits=logits, scores=scores))
 
     def rows_per_token(self, tokens: int | None = None) -> float:
         """`max_k`, the most there can be."""
@@ -90,7 +90,7 @@ class Threshold(Router):
         logits = project(tokens.x, self.weight)
         scores = logits.sigmoid()
         chosen = (scores > self.threshold).scatter(-1, scores.argmax(-1, keepdim=True), True)
-        return tokens.assign_where(chosen, scores, logits=logits, scores=scores)
+        return tokens.assign_where(chosen, scores, Evidence(logits=logits, scores=scores))
 
 
 @register("router", "relu")
@@ -116,4 +116,4 @@ class ReLU(Router):
         tokens = real_tokens(x, context)
         logits = project(tokens.x, self.weight)
         gates = logits.relu()
-        return tokens.assign_where(gates > 0, gates, logits=logits, scores=gates)
+        return tokens.assign_where(gates > 0, gates, Evidence(logits=logits, scores=gates))

@@ -167,8 +167,8 @@ class StepLoss:
     def add(self, decisions: Decisions) -> None:
         """Remember what this micro-batch asked of the experts, for the f of the next step."""
         for name, routing in decisions:
-            if isinstance(routing, Assignment):
-                asked = routing.demand.float()
+            if routing.assigned is not None:
+                asked = routing.assigned.float()
                 self._asked[name] = self._asked[name] + asked if name in self._asked else asked
 
     def end(self) -> None:
@@ -179,7 +179,7 @@ class StepLoss:
     def _of_layer(self, name: str, routing: Assignment) -> Float[Tensor, ""]:
         if self.scope == "global":
             demand = self.demand.get(name, torch.ones(len(routing.counts)))
-            return losses.balance(routing, demand=demand.to(routing.counts.device))
+            return losses.balance(routing, assigned=demand.to(routing.counts.device))
         return losses.balance(routing, self.scope)
 
     def _part(self, made: int, sizes: Mapping[str, int]) -> float:

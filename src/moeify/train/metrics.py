@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from moeify.losses import probability
-from moeify.routing import Assignment
+from moeify.routing import Routing
 from moeify.train.loss import Decisions, all_reduce
 
 DEAD = 0.01
@@ -29,8 +29,8 @@ class Tally:
     def add(self, decisions: Decisions) -> None:
         """Add what one micro-batch asked of the experts; dense mixtures are balanced by construction."""
         for name, routing in decisions:
-            if isinstance(routing, Assignment):
-                new = _sums(routing)
+            if (assigned := routing.assigned) is not None:
+                new = _sums(routing, assigned)
                 self.layers[name] = self.layers[name] + new if name in self.layers else new
 
     def drain(self) -> dict[str, dict[str, float]]:
@@ -39,8 +39,8 @@ class Tally:
         return {name: measure(all_reduce(sums[name]).cpu()) for name in sorted(sums)}
 
 
-def _sums(routing: Assignment) -> Float[Tensor, "S"]:
-    demand, counts = routing.demand.float(), routing.counts.float()
+def _sums(routing: Routing, assigned: Int[Tensor, "E"]) -> Float[Tensor, "S"]:
+    demand, counts = assigned.float(), routing.counts.float()
     if routing.scores is None:
         return torch.cat([demand, counts, torch.zeros_like(demand), demand.new_zeros(2)])
     p = probability(routing).detach()

@@ -41,9 +41,7 @@ def routing_of(counts, tokens=9, gates=None):
     """A decision with given counts, its tokens at random; tokens may come twice to one expert, or never."""
     source = torch.cat([torch.randperm(tokens)[:n] if n <= tokens else torch.randint(tokens, (n,)) for n in counts])
     weight = torch.rand(len(source)) if gates is None else gates
-    return Assignment(
-        counts=torch.tensor(counts), demand=torch.tensor(counts), source=source, weight=weight, shape=(tokens,)
-    )
+    return Assignment(counts=torch.tensor(counts), source=source, weight=weight, shape=(tokens,))
 
 
 @pytest.fixture(params=[3, 512], ids=["small blocks", "large blocks"])

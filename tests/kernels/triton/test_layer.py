@@ -96,8 +96,10 @@ def test_strides_do_not_matter():
     leaves = [x, weight, *ffn.parameters()]
     agree(backends.run("triton", x, routing, ffn), leaves, compose(x, routing, ffn), leaves, rtol=1e-4, atol=1e-4)
     with torch.no_grad():
-        gates = routing.gates[:, :1].expand(-1, 2)
-        routing = replace(routing, gates=gates, weight=gates.reshape(-1)[routing.source * 2])
+        gates = routing.choices.weights[:, :1].expand(-1, 2)
+        routing = replace(
+            routing, choices=replace(routing.choices, weights=gates), weight=gates.reshape(-1)[routing.source * 2]
+        )
         torch.testing.assert_close(
             backends.run("decode", x, routing, ffn), compose(x, routing, ffn), rtol=1e-4, atol=1e-4
         )
@@ -138,7 +140,7 @@ def test_tokens_and_what_goes_into_the_nonlinearity_are_all_that_is_kept(bias):
 def test_fewer_numbers_are_kept_than_transformers_keeps(backend, numbers):
     use_transformers_backends()
     x, ffn = tokens(), experts(SWIGLU, bias=False, width_out=40)
-    routing = assign(decisions()["k choices"].index, torch.rand(11, 2, device=DEVICE, requires_grad=True), 4)
+    routing = assign(decisions()["k choices"].choices.indices, torch.rand(11, 2, device=DEVICE, requires_grad=True), 4)
     kept = {}
 
     def keep(tensor):
