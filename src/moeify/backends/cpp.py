@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from moeify.experts.base import Experts
 from moeify.experts.quantized import Quantized
+from moeify.kernels.constant import constant_result
 from moeify.kernels.cpu import cpp
 from moeify.kernels.cpu.packing import cached, may_pack
 from moeify.kernels.cpu.segments import WORTH_COMPILING
@@ -137,7 +138,7 @@ def _long(x: Tensor, experts: Experts) -> int:
     return LONG_WHERE_PACKED if may_pack(experts) else LONG
 
 
-@torch.compiler.assume_constant_result
+@constant_result
 def _has_tiles() -> bool:
     return torch.cpu._is_amx_tile_supported()
 
@@ -151,6 +152,6 @@ def words_of(inner: Inner) -> tuple[str, str, float, float]:
     return ("glu" if isinstance(inner, Glu) else "plain"), name, 0.0, 0.0
 
 
-@torch.compiler.assume_constant_result
+@constant_result
 def _unavailable() -> str | None:
     return cpp.why_not()

@@ -13,6 +13,7 @@ from moeify import env
 from moeify.experts.base import Experts
 from moeify.experts.lora import LoRA
 from moeify.experts.quantized import Quantized
+from moeify.kernels.constant import constant_result
 from moeify.kernels.stacked import KNOWN, ClampedGlu, Inner, name_of
 from moeify.routing import Assignment, Routing
 
@@ -123,7 +124,7 @@ def decode_chosen(x: Float[Tensor, "... D"], routing: Routing, experts: Experts)
     )
 
 
-@torch.compiler.assume_constant_result
+@constant_result
 def asked() -> bool:
     """Whether `auto` may take kernels that no GPU has run."""
     return env.TRITON.is_on
@@ -170,7 +171,7 @@ def _dtype(x: Tensor, experts: Experts) -> torch.dtype:
     return x.dtype if isinstance(experts, Quantized) else _matrices(experts)[0].dtype
 
 
-@torch.compiler.assume_constant_result
+@constant_result
 def _missing() -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed; run pip install 'moeify[gpu]'"
@@ -187,7 +188,7 @@ def _unfit(device: torch.device) -> str | None:
     return None
 
 
-@torch.compiler.assume_constant_result
+@constant_result
 def _interpreted() -> bool:
     from moeify.kernels.triton.launch import INTERPRETED
 

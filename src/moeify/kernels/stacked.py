@@ -11,6 +11,8 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
+from moeify.kernels.constant import constant_result
+
 Activation = Callable[[Tensor], Tensor]
 
 
@@ -105,7 +107,7 @@ KNOWN: dict[str, Activation] = {
 """The activations that kernels have a name for."""
 
 
-@torch.compiler.assume_constant_result
+@constant_result
 def name_of(act: Activation) -> str | None:
     """The name of an activation, told by what it computes; None for one that no kernel knows."""
     return _name_of(act)

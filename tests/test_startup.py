@@ -1,0 +1,46 @@
+"""`import moeify` is cheap: it brings in neither a compiler nor another heavy library beside torch."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from moeify.kernels.constant import constant_result
+
+HEAVY = ("accelerate", "safetensors", "sympy", "torch._dynamo", "torch._inductor", "transformers", "triton", "typer")
+
+
+def modules_after(statement: str) -> set[str]:
+    program = f"{statement}; import sys; print(*sys.modules)"
+    return set(
+        subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout.split()
+    )
+
+
+def test_importing_moeify_imports_nothing_heavy():
+    assert not modules_after("import moeify") & set(HEAVY)
+
+
+def test_a_layer_runs_and_learns_without_a_compiler():
+    layer = "moeify.MoE(TopK(8, 4), FFN(4, 8, 16))(torch.randn(3, 8)).sum().backward()"
+    statement = f"import torch, moeify; from moeify.experts import FFN; from moeify.routers import TopK; {layer}"
+    assert not modules_after(statement) & {"torch._dynamo", "triton"}
+
+
+def test_torch_takes_the_result_of_a_marked_function_as_a_constant():
+    @constant_result
+    def opaque() -> float:
+        return float(len(open(__file__).name) > 0)
+
+    def theirs() -> None:
+        pass
+
+    assert vars(opaque) == vars(torch.compiler.assume_constant_result(theirs))
+    compiled = torch.compile(lambda x: x + opaque(), fullgraph=True, backend="eager")
+    assert compiled(torch.zeros(2)).tolist() == [1, 1]
+
+
+@pytest.mark.parametrize("package", ["moeify.backends", "moeify.kernels", "moeify.routers", "moeify.losses"])
+def test_no_package_of_the_layer_imports_a_compiler(package):
+    assert not modules_after(f"import {package}") & {"sympy", "torch._dynamo", "triton"}
