@@ -30,8 +30,8 @@ from torch import nn
 from transformers import DynamicCache
 
 from moeify.serve import fast_decode
-from moeify.serve.fast import cache_name
-from moeify.serve.memory import into_huge_pages
+from moeify.serve.decode import cache_name
+from moeify.serve.huge_pages import into_huge_pages
 
 SHAPE = {
     "vocab_size": 32000, "hidden_size": 1024, "num_hidden_layers": 10, "num_attention_heads": 16,

@@ -33,7 +33,7 @@ from torch.nn import functional as F
 from moeify import backends
 from moeify.backends import BACKENDS
 from moeify.experts import LoRA
-from moeify.interface import use_transformers_backends
+from moeify.hf.interface import use_transformers_backends
 from moeify.kernels import naive_grouped_linear
 from moeify.routing import assign
 

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from moeify.flops import count
-from moeify.interface import use_moeify_experts
+from moeify.hf.interface import use_moeify_experts
 
 HIDDEN, K = 896, 2
 SHAPE = {

@@ -26,12 +26,12 @@ from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_fun
 
 from moeify import Recipe, losses, record, sparsify
 from moeify.balance import SMEBU, Proportional, Quantile, Rule, Sign, control
+from moeify.data import ByteTokenizer
+from moeify.data.text import Blocks
 from moeify.inspect import expert_load
 from moeify.routers import TopK
 from moeify.routing import Assignment
 from moeify.sparsify import fresh
-from moeify.train import ByteTokenizer
-from moeify.train.data import Blocks
 
 DOMAINS = ("novel", "math", "code_python", "code_rust", "shell", "docs_ko", "docs_zh", "docs_fr")
 CAP, LENGTH, BATCH, MICRO_BATCHES = 1_000_000, 128, 4, 4

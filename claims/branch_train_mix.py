@@ -23,10 +23,10 @@ from results import append
 from torch import Tensor, nn
 
 from moeify import losses, merge_models, record
+from moeify.compose import through
+from moeify.data import ByteTokenizer
+from moeify.data.text import Blocks
 from moeify.flops import count
-from moeify.sparsify import through
-from moeify.train import ByteTokenizer
-from moeify.train.data import Blocks
 from moeify.train.freeze import freeze
 
 DOMAINS = ("novel", "math", "code_python", "docs_fr")

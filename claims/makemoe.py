@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from moeify import MoE
+from moeify.data.files import data_file
 from moeify.experts import FFN, Plain
 from moeify.routers import NoisyTopK
-from moeify.train.research import data_file
 
 WIDTH, HEADS, LAYERS, EXPERTS, K, BLOCK, BATCH, DROPOUT = 128, 8, 8, 8, 2, 32, 16, 0.1
 REPORTED, ALLOWED = 1.7508, 0.03

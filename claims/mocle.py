@@ -27,12 +27,14 @@ from results import append
 from torch import Tensor, nn
 
 from moeify import Recipe, record, sparsify
+from moeify.compose import Clusters, Pooled, cluster
+from moeify.data.files import data_file
+from moeify.find import linears
 from moeify.routers import Cluster, Lookup, TopK
 from moeify.routers.lookup import routed
-from moeify.sparsify import frozen, linears, lora
-from moeify.train import Clusters, Pooled, cluster, trainable
+from moeify.sparsify import frozen, lora
+from moeify.train import trainable
 from moeify.train.freeze import freeze
-from moeify.train.research import data_file
 
 SEEN = (
     "banking77", "clinc150", "snips", "common_gen", "commonsense_qa", "qasc",

@@ -27,13 +27,15 @@ from results import RESULTS, append
 from torch import Tensor, nn
 
 from moeify import MoE, Recipe, record, sparsify
+from moeify.compose import set_gates
 from moeify.context import given
+from moeify.data import ByteTokenizer
+from moeify.data.files import data_file
+from moeify.find import linears
 from moeify.routers import Arrow, Lookup, Phatgoose, Router, TopK, Uniform
-from moeify.sparsify import frozen, linears, lora, set_gates
-from moeify.train import ByteTokenizer
+from moeify.sparsify import frozen, lora
+from moeify.train.adapter_gates import train_gates
 from moeify.train.freeze import freeze
-from moeify.train.gates import train_gates
-from moeify.train.research import data_file
 
 RANK = 8
 BASE, ADAPTER, GATE = 800, 60, 100

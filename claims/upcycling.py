@@ -22,9 +22,9 @@ from results import append
 from torch import Tensor, nn
 
 from moeify import Recipe, losses, record, sparsify
+from moeify.data.files import data_file
 from moeify.routers import TopK
 from moeify.sparsify import fresh
-from moeify.train.research import data_file
 
 LENGTH, BATCH = 256, 8
 ARMS: dict[str, Recipe | None] = {

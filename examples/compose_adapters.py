@@ -11,10 +11,10 @@ from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from moeify import from_adapters, load_adapters, save_adapters
+from moeify.compose import save_gates
+from moeify.data.corpus import build_corpus
 from moeify.routers import Phatgoose, Uniform
-from moeify.sparsify import save_gates
 from moeify.train import train_gates
-from moeify.train.corpus import build_corpus
 
 torch.manual_seed(0)
 corpus = build_corpus(cap=100_000)  # text that came with Python and torch, by domain

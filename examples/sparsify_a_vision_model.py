@@ -6,8 +6,8 @@ import torch
 from transformers import ViTConfig, ViTForImageClassification
 
 from moeify import Recipe, record, sparsify
+from moeify.find import last
 from moeify.routers import TopK
-from moeify.sparsify import last
 
 torch.manual_seed(0)
 sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4}

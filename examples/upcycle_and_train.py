@@ -9,10 +9,11 @@ from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments
 
 from moeify import Recipe, sparsify
 from moeify.balance import Sign
+from moeify.data import ByteTokenizer, blocks
+from moeify.data.corpus import build_corpus
 from moeify.routers import TopK
 from moeify.sparsify import copies
-from moeify.train import ByteTokenizer, SparseArguments, SparseTrainer, blocks
-from moeify.train.corpus import build_corpus
+from moeify.train import SparseArguments, SparseTrainer
 
 torch.manual_seed(0)
 sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}

@@ -9,14 +9,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from moeify import MoE, Recipe, from_adapters, sparsify
+from moeify.compose import save_gates
+from moeify.compose.files import read_adapter
+from moeify.find import linears
 from moeify.routers import Phatgoose
-from moeify.sparsify import (
-    frozen,
-    linears,
-    lora,
-    save_gates,
-)
-from moeify.sparsify.adapter_files import read_adapter
+from moeify.sparsify import frozen, lora
 from tiny_models import TINY, inputs
 
 ATTENTION = ["q_proj", "v_proj"]

@@ -11,11 +11,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from moeify import Recipe, sparsify
 from moeify.experts import FFN, Blocks, Constant, Each, Glu, Identity, Plain, Zero
+from moeify.find import last_half
 from moeify.flops import Count, count
 from moeify.moe import MoE
 from moeify.multihead import MultiHead
 from moeify.routers import Capacity, ExpertChoice, ReLU, Router, Soft, TopK, TopP
-from moeify.sparsify import fresh, last_half, recipes
+from moeify.sparsify import fresh, recipes
 from test_matrix import IDS as MATRIX_IDS
 from test_matrix import ROUTERS, D, E
 

@@ -11,7 +11,7 @@ from transformers import AutoConfig, PreTrainedModel
 
 from moeify import MoE
 from moeify.experts import FFN
-from moeify.interface import use_moeify_experts
+from moeify.hf.interface import use_moeify_experts
 from moeify.losses import balance, share, z
 from moeify.record import native_layers, observe, record
 from moeify.routers import TopK, sigmoid, softmax, sqrt_softplus

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from moeify.train.research import data_file
+from moeify.data.files import data_file
 
 GENERAL = ("encyclopedia", "diary", "economics", "biology", "code_rust", "code_go", "docs_pt", "lang_fr")
 CAP, LENGTH, BATCH = 300_000, 128, 4

@@ -5,9 +5,9 @@ from __future__ import annotations
 import gzip
 import json
 
-from moeify.train import ByteTokenizer, Texts, blocks
-from moeify.train.data import Blocks
-from moeify.train.research import data_file
+from moeify.data import ByteTokenizer, Texts, blocks
+from moeify.data.files import data_file
+from moeify.data.text import Blocks
 
 
 def text_by_domain(domains: tuple[str, ...], cap: int, length: int) -> tuple[Blocks, Blocks]:

@@ -9,7 +9,8 @@ import torch
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 from command_line import moeify
-from moeify.sparsify import load, recipes
+from moeify.sparsify import recipes
+from moeify.store import load
 from tiny_models import bert, causal_lm
 
 JSON = '{"num_experts": 3, "router": {"name": "topk", "k": 2, "normalize": false}, "experts": "fresh"}'

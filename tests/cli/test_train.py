@@ -10,7 +10,8 @@ import pytest
 
 from command_line import TINY, WORDS, moeify
 from moeify.routers import Cluster
-from moeify.sparsify import load, recipes
+from moeify.sparsify import recipes
+from moeify.store import load
 
 
 def strict(text):

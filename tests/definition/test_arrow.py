@@ -10,8 +10,9 @@ from torch import nn
 from moeify import MoE, Recipe, kernels, sparsify
 from moeify.backends import compose
 from moeify.experts import FFN, LoRA
+from moeify.find import linears
 from moeify.routers import Arrow
-from moeify.sparsify import frozen, linears, lora
+from moeify.sparsify import frozen, lora
 from strategies import agree, doubled
 from tiny_models import TINY, inputs
 

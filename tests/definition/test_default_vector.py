@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 from moeify import MoE
 from moeify.experts import FFN, Each
 from moeify.routers import Capacity, DefaultVector
-from moeify.train.checkpointing import keep_decisions
+from moeify.train.activation_checkpointing import keep_decisions
 from ranks import defaults, on_ranks
 from strategies import agree, doubled, gradients, sharpen
 

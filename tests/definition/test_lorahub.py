@@ -8,9 +8,12 @@ import torch
 from torch import nn
 
 from moeify import MoE, Recipe, sparsify
+from moeify.compose import compose_adapters, merge_adapters, merge_lora
 from moeify.experts import LoRA
+from moeify.find import linears
 from moeify.routers import Arrow, Uniform
-from moeify.sparsify import compose_adapters, frozen, linears, load, lora, merge_adapters, merge_lora, save
+from moeify.sparsify import frozen, lora
+from moeify.store import load, save
 from tiny_models import TINY, inputs
 
 pytestmark = pytest.mark.filterwarnings("ignore:COBYLA")  # of a search with a small budget

@@ -8,10 +8,12 @@ from torch.nn import functional as F
 
 from moeify import MoE, Recipe, losses, sparsify
 from moeify.experts import LoRA, LoRAFFN
+from moeify.find import linears
 from moeify.kernels.stacked import SWIGLU
 from moeify.routers import TopK
-from moeify.sparsify import linears, load_weights, lora, recipes, save
+from moeify.sparsify import lora, recipes
 from moeify.sparsify.shared import frozen
+from moeify.store import load_weights, save
 from plain_models import sparse_layers
 from strategies import agree, doubled, sharpen
 from tiny_models import causal_lm, inputs

@@ -8,12 +8,13 @@ from torch import nn
 
 from moeify import Context, MoE, Recipe, record, sparsify
 from moeify.experts import Each
+from moeify.find import last
 from moeify.flops import count
 from moeify.losses import supervision
 from moeify.routers import Capacity, Follow, Once, Residual, TopK
 from moeify.routers.once import once
-from moeify.sparsify import fresh, last
-from moeify.train.checkpointing import enable
+from moeify.sparsify import fresh
+from moeify.train.activation_checkpointing import enable
 from strategies import agree, doubled, gradients, route, sharpen
 from tiny_models import DENSE, causal_lm, inputs
 

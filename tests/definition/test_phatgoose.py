@@ -8,9 +8,11 @@ import torch
 from torch import nn
 
 from moeify import MoE, Recipe, sparsify
+from moeify.compose import load_gates, save_gates, set_gates
 from moeify.experts import LoRA
+from moeify.find import linears
 from moeify.routers import Phatgoose, TopK, Uniform
-from moeify.sparsify import frozen, linears, load_gates, lora, save_gates, set_gates
+from moeify.sparsify import frozen, lora
 from moeify.train import train_gates
 from strategies import agree, doubled, route
 from tiny_models import TINY, inputs

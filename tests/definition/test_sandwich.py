@@ -10,8 +10,9 @@ from torch import nn
 
 from moeify import MoE, Recipe, load, save, sparsify
 from moeify.experts import Glu, Plain
+from moeify.find import DenseFFN, every
 from moeify.flops import count
-from moeify.sparsify import DenseFFN, every, fresh, recipes, sandwich
+from moeify.sparsify import fresh, recipes, sandwich
 from plain_models import output
 from strategies import agree, doubled
 from tiny_models import DENSE, causal_lm, inputs

@@ -7,9 +7,11 @@ import torch
 from torch import nn
 
 from moeify import Context, MoE, Recipe, record, sparsify
+from moeify.compose import set_centroids
 from moeify.experts import LoRA
+from moeify.find import linears
 from moeify.routers import Similarity
-from moeify.sparsify import frozen, linears, lora, set_centroids
+from moeify.sparsify import frozen, lora
 from strategies import agree, doubled
 from tiny_models import TINY, inputs
 

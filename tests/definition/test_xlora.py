@@ -7,9 +7,11 @@ import torch
 from torch import nn
 
 from moeify import MoE, Recipe, sparsify
+from moeify.compose import XLoRA
 from moeify.experts import LoRA
+from moeify.find import linears
 from moeify.routers import Given
-from moeify.sparsify import XLoRA, frozen, linears, lora
+from moeify.sparsify import frozen, lora
 from strategies import agree, doubled
 from tiny_models import TINY, inputs
 

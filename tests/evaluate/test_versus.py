@@ -12,12 +12,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from moeify.data.text import Blocks
 from moeify.evaluate.run import Point, Run, Settings, Stopped
 from moeify.evaluate.versus import Versus, loss_at, versus
 from moeify.flops import Count
 from moeify.routers.topk import TopK
 from moeify.sparsify import Recipe
-from moeify.train.data import Blocks
 from tiny_models import VOCABULARY, causal_lm
 
 COUNT = Count(parameters=1, active_parameters=1, flops=1, dense_flops=1)

@@ -10,11 +10,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from moeify.data.text import Blocks
 from moeify.inspect import ExpertLoad, expert_load
 from moeify.record import record
 from moeify.routers.topk import TopK
 from moeify.sparsify import Recipe, sparsify
-from moeify.train.data import Blocks
 from tiny_models import VOCABULARY, causal_lm, mixtral
 
 LENGTH = 8

@@ -8,9 +8,10 @@ import torch
 from torch import nn
 
 from moeify import MoE, record
+from moeify.data.files import data_file
+from moeify.find import modules, named
 from moeify.routers import TopK, sigmoid
-from moeify.sparsify import Recipe, copies, dense, fresh, frozen, gated, modules, named, sparsify, splits
-from moeify.train.research import data_file
+from moeify.sparsify import Recipe, copies, dense, fresh, frozen, gated, sparsify, splits
 from plain_models import blocks, output, sparse_layers
 from tiny_models import DENSE, inputs, tokens, widened
 

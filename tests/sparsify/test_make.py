@@ -8,7 +8,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from moeify.experts import FFN, Constant, Glu, Identity, Masked, Plain, Zero
-from moeify.sparsify import DenseFFN, copies, fresh, masked, splits, with_free
+from moeify.find import DenseFFN
+from moeify.sparsify import copies, fresh, masked, splits, with_free
 from moeify.sparsify.make import clustered, importance, random
 
 SPLITS = [random, clustered, importance]

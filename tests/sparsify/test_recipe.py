@@ -9,26 +9,21 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from moeify.find import every, ffn, last, modules, named, odd
 from moeify.routers import Groups, TopK, sigmoid, softmax, sqrt_softplus
 from moeify.sparsify import (
     Recipe,
     copies,
     dense,
-    every,
-    ffn,
     fresh,
     frozen,
     gated,
-    last,
-    modules,
-    named,
     nothing,
-    odd,
     read_recipe,
     recipes,
     sparsify,
     splits,
-)  # fmt: skip
+)
 from moeify.sparsify.make import clustered, importance, random
 from plain_models import output, sparse_layers, told
 from tiny_models import DENSE, causal_lm, inputs

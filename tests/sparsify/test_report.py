@@ -5,8 +5,9 @@ import io
 from rich.console import Console
 from torch import nn
 
+from moeify.find import ffn
 from moeify.flops import count
-from moeify.sparsify import Recipe, dense, ffn, fresh, sparsify
+from moeify.sparsify import Recipe, dense, fresh, sparsify
 from moeify.sparsify.report import Report
 from plain_models import blocks, sparse_layers
 from tiny_models import DENSE

@@ -8,9 +8,10 @@ from transformers import TrainingArguments
 
 from moeify import Recipe, record, sparsify
 from moeify.context import given
+from moeify.find import linears
 from moeify.losses import localized
 from moeify.routers import Cluster
-from moeify.sparsify import frozen, linears, lora, recipes
+from moeify.sparsify import frozen, lora, recipes
 from moeify.train import SparseArguments, SparseTrainer, freeze
 from tiny_models import causal_lm, tokens
 

@@ -9,10 +9,10 @@ from torch import Tensor
 from transformers import BertConfig, BertForMaskedLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from moeify import MoE, Recipe, sparsify
+from moeify.data.corpus import build_corpus
+from moeify.data.text import ByteTokenizer, blocks
 from moeify.routers import Replay, Router, TopK, compete
 from moeify.sparsify import fresh, recipes
-from moeify.train.corpus import build_corpus
-from moeify.train.data import ByteTokenizer, blocks
 from plain_models import told
 from test_matrix import ROUTERS, D, E
 

@@ -12,9 +12,9 @@ from torch.nn import functional as F
 from transformers import ViTConfig, ViTForImageClassification
 
 from moeify import MoE, Recipe, record, sparsify
+from moeify.data.files import data_file
 from moeify.losses import supervision
 from moeify.sparsify import recipes
-from moeify.train.research import data_file
 
 Images = tuple[Tensor, Tensor, Tensor]  # pixels (B, C, H, W), classes (B,), super-classes (B,)
 ALIKE = torch.tensor([0, 1, 2, 2, 3, 4, 0, 1, 4, 3])  # the super-class of each digit, by its shape

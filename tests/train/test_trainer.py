@@ -13,7 +13,8 @@ from transformers import TrainerCallback, TrainingArguments
 
 from moeify.balance import Quantile, Sign
 from moeify.routers import Frozen, TopK
-from moeify.sparsify import Recipe, load, sparsify
+from moeify.sparsify import Recipe, sparsify
+from moeify.store import load
 from moeify.train import SparseArguments, SparseTrainer, SparseTrainerMixin
 from tiny_models import VOCABULARY, causal_lm, deepseek_v3, mixtral
 

@@ -13,13 +13,13 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-import moeify
 from moeify.backends import BACKENDS, choose
 from moeify.context import Context
 from moeify.experts import FFN
 from moeify.kernels import explain
 from moeify.kernels.cpu import cpp
 from moeify.routers import TopK
+from moeify.version import __version__
 
 _EXTRAS = {
     "adapters": ("nevergrad", "peft", "sklearn"),
@@ -33,7 +33,7 @@ def doctor() -> None:
     """Say what is installed, which kernels will run on this machine, and why."""
     console = Console()
     facts = Table("what", "found", title="machine", title_justify="left")
-    facts.add_row("moeify", moeify.__version__)
+    facts.add_row("moeify", __version__)
     facts.add_row("python", platform.python_version())
     for package in ("torch", "transformers", "accelerate", "safetensors"):
         facts.add_row(package, _version(package))

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from moeify.cli.text import sample, saved_tokenizer
-from moeify.sparsify import load
+from moeify.store import load
 
 
 def generate(

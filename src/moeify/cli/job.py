@@ -19,16 +19,17 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-import moeify
 from moeify.cli.text import load_dense, load_tokenizer, sample, save_tokenizer
+from moeify.data.corpus import build_corpus
+from moeify.data.text import ByteTokenizer, Tokenizer, blocks, read_texts
 from moeify.evaluate.run import Settings, Stopped
 from moeify.evaluate.versus import Versus, versus
 from moeify.inspect.load import ExpertLoad, expert_load
 from moeify.inspect.page import comparison_rows, load_rows, size_rows, write_report
 from moeify.inspect.pictures import draw_load, draw_losses
-from moeify.sparsify import Recipe, save
-from moeify.train.corpus import build_corpus
-from moeify.train.data import ByteTokenizer, Tokenizer, blocks, read_texts
+from moeify.sparsify import Recipe
+from moeify.store import save
+from moeify.version import __version__
 
 PROMPTS = ("def ", "The ", "import ")
 
@@ -172,7 +173,7 @@ class Job:
             "python": platform.python_version(),
             "torch": torch.__version__,
             "transformers": transformers.__version__,
-            "moeify": moeify.__version__,
+            "moeify": __version__,
             "threads": torch.get_num_threads(),
         }
 

@@ -11,8 +11,9 @@ from rich.table import Column, Table
 
 from moeify.cli import options as o
 from moeify.cli.text import load_dense, load_tokenizer, save_tokenizer
-from moeify.sparsify import catalogue, save
+from moeify.sparsify import catalogue
 from moeify.sparsify import sparsify as make_sparse
+from moeify.store import save
 
 
 def sparsify(

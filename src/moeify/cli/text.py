@@ -10,7 +10,7 @@ import torch
 import transformers
 from safetensors import SafetensorError
 
-from moeify.train.data import ByteTokenizer, Tokenizer
+from moeify.data.text import ByteTokenizer, Tokenizer
 
 
 def load_dense(model: str, architecture: str = "AutoModelForCausalLM", **options: Any) -> Any:

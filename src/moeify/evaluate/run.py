@@ -14,9 +14,9 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState, PrinterCallback
 
+from moeify.data.text import Blocks
 from moeify.flops import Count, count
 from moeify.train import SparseArguments, SparseTrainer
-from moeify.train.data import Blocks
 
 Measure = Callable[[nn.Module], float]
 

@@ -14,10 +14,11 @@ import torch
 from safetensors.torch import save_model
 from torch import nn
 
+from moeify.data.text import Blocks
 from moeify.evaluate.run import Run, Settings, train_run
-from moeify.sparsify import Recipe, load_weights, sparsify
-from moeify.train.data import Blocks
-from moeify.train.resume import checkpoints
+from moeify.sparsify import Recipe, sparsify
+from moeify.store import load_weights
+from moeify.train.checkpoint.folder import checkpoints
 
 Axis = Literal["tokens", "flops", "seconds"]
 

@@ -11,10 +11,10 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from moeify.context import Context
+from moeify.find.dense import fixed_randomness
+from moeify.find.probe import as_probe, find_probe
 from moeify.moe import MoE
 from moeify.record import native_layers, record
-from moeify.sparsify.dense import fixed_randomness
-from moeify.sparsify.probe import as_probe, find_probe
 
 
 @dataclass(frozen=True)

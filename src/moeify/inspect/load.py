@@ -11,9 +11,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from moeify.data.text import Blocks
 from moeify.record import observe
 from moeify.routing import Routing
-from moeify.train.data import Blocks
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ class Given(Router):
         with given(model, adapter_weights=weights):
             model(...)
 
-    No expert runs for a weight of 0. `moeify.sparsify.XLoRA` computes the weights in a pass of its own.
+    No expert runs for a weight of 0. `moeify.compose.XLoRA` computes the weights in a pass of its own.
 
     Args:
         width: D; the decision does not look at the tokens.

@@ -30,7 +30,7 @@ class Phatgoose(Router):
         k: experts per token.
 
     Attributes:
-        weight: the gates, (E, D); drawn at random until `moeify.sparsify.set_gates` puts trained ones in.
+        weight: the gates, (E, D); drawn at random until `moeify.compose.set_gates` puts trained ones in.
 
     Raises:
         ValueError: k outside 1..E.

@@ -23,7 +23,7 @@ class Similarity(Router):
         z_j = cos(mean of u over the sequence, c_j) / τ;  i = topk(z, k);  w = softmax(z[i])
 
     With k = E experts are merged by similarity, with k = 1 the nearest is retrieved: the baselines of PHATGOOSE
-    (arXiv 2402.05859). Nothing is trained; `moeify.sparsify.set_centroids` computes c from examples.
+    (arXiv 2402.05859). Nothing is trained; `moeify.compose.set_centroids` computes c from examples.
 
     Args:
         width: D.

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from moeify.serve.quantized import QuantizedLinear
+from moeify.compress.modules import QuantizedLinear
 
 Linear = nn.Linear | QuantizedLinear
 

@@ -11,8 +11,10 @@ from torch import Tensor, nn
 
 from moeify.backends.cpp import maps_of, words_of
 from moeify.backends.cpp import refuse as kernel_refuses
+from moeify.compress.modules import QuantizedExperts, QuantizedLinear
 from moeify.experts import Experts
-from moeify.interface import NativeExperts
+from moeify.find.dense import DenseFFN
+from moeify.hf.interface import NativeExperts
 from moeify.kernels.cpu.cpp import steps
 from moeify.kernels.cpu.cpp.steps import Step
 from moeify.kernels.stacked import Glu, name_of
@@ -21,8 +23,6 @@ from moeify.routers.topk import TopK
 from moeify.routing import assign
 from moeify.serve.cache import RoomyLayer
 from moeify.serve.decoder import Decoder, Layer, Linear, is_linear
-from moeify.serve.quantized import QuantizedExperts, QuantizedLinear
-from moeify.sparsify.dense import DenseFFN
 
 
 class Program:

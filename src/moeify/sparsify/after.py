@@ -10,8 +10,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from moeify.find.dense import DenseFFN, matrix
 from moeify.registry import register
-from moeify.sparsify.dense import DenseFFN, matrix
 from moeify.sparsify.make import draw
 from moeify.sparsify.shared import nothing
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from moeify import registry
 from moeify.capacity import double, per_choice_by_4, per_token
+from moeify.find.where import every, last, last_half, linears, odd
 from moeify.routers.all_experts import AllExperts
 from moeify.routers.arrow import Arrow
 from moeify.routers.capacity import capacity
@@ -32,9 +33,8 @@ from moeify.routers.soft import Soft
 from moeify.routers.sparsemixer import SparseMixer
 from moeify.routers.topk import Groups, TopK, sigmoid
 from moeify.routers.variable import ReLU, TopP
-from moeify.sparsify.adapters import lora, lora_ffn
 from moeify.sparsify.after import sandwich
-from moeify.sparsify.find import every, last, last_half, linears, odd
+from moeify.sparsify.lora import lora, lora_ffn
 from moeify.sparsify.make import fresh, masked, with_free
 from moeify.sparsify.recipe import Recipe
 from moeify.sparsify.shared import dense, frozen

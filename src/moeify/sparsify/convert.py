@@ -11,17 +11,17 @@ import torch
 from torch import Tensor, nn
 
 from moeify.context import Context
+from moeify.find.causal import refuse_causal_calls, says_causal
+from moeify.find.dense import DenseFFN, fixed_randomness
+from moeify.find.probe import Probe, as_probe, find_probe
+from moeify.find.shapes import Site
 from moeify.flops import count
 from moeify.moe import MoE
 from moeify.routers import Router
 from moeify.sparsify.after import append
-from moeify.sparsify.causal import refuse_causal_calls, says_causal
-from moeify.sparsify.dense import DenseFFN, fixed_randomness
 from moeify.sparsify.make import copies, masked, merged
-from moeify.sparsify.probe import Probe, as_probe, find_probe
 from moeify.sparsify.recipe import Recipe
 from moeify.sparsify.report import Report
-from moeify.sparsify.shapes import Site
 from moeify.sparsify.shared import nothing
 
 

@@ -15,8 +15,8 @@ from moeify.experts.blocks import Blocks, Each, Identity, Zero
 from moeify.experts.constant import Constant
 from moeify.experts.ffn import FFN
 from moeify.experts.masked import Masked
+from moeify.find.dense import DenseFFN
 from moeify.registry import register
-from moeify.sparsify.dense import DenseFFN
 
 
 @register("experts", "copies")

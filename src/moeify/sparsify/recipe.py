@@ -11,9 +11,9 @@ from torch import nn
 
 from moeify import registry
 from moeify.experts.base import Experts
+from moeify.find.where import Where, ffn
 from moeify.routers.base import Router
 from moeify.routers.topk import TopK
-from moeify.sparsify.find import Where, ffn
 from moeify.sparsify.make import copies
 from moeify.sparsify.shared import nothing
 

@@ -8,9 +8,9 @@ from rich.console import Console
 from rich.table import Table
 
 from moeify.experts.ffn import FFN
+from moeify.find.shapes import Site
 from moeify.flops import Count
 from moeify.moe import MoE
-from moeify.sparsify.shapes import Site
 
 
 @dataclass(frozen=True)

@@ -14,11 +14,11 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from moeify.context import Context, recomputing
+from moeify.find.dense import in_evaluation
 from moeify.moe import MoE
 from moeify.record import choices, looking_away, native_layers, observe, stacked_experts
 from moeify.routers.lookup import routed
 from moeify.routing import Assignment, Routing
-from moeify.sparsify.dense import in_evaluation
 
 
 @contextmanager

@@ -19,14 +19,14 @@ from moeify.moe import MoE
 from moeify.record import native_layers, observe
 from moeify.routers import compete
 from moeify.train import metrics
+from moeify.train.activation_checkpointing import enable
 from moeify.train.arguments import SparseArguments, at
 from moeify.train.callbacks import ExpertDropout, ProgressLine, SaveOnSignal
-from moeify.train.checkpointing import enable
+from moeify.train.checkpoint.saving import Saving, bare
 from moeify.train.columns import Columns
 from moeify.train.finite import find, is_finite
 from moeify.train.freeze import require_learning_routers
 from moeify.train.loss import StepLoss, Watch, count, silence_own_loss
-from moeify.train.saving import Saving, bare
 
 
 class SparseTrainerMixin(Columns, Saving):

@@ -9,7 +9,7 @@ from transformers.models.gpt_oss.modeling_gpt_oss import GptOssConfig, GptOssExp
 from moeify import assign, backends
 from moeify.backends import compose
 from moeify.experts.quantized import quantize
-from moeify.interface import NativeExperts
+from moeify.hf.interface import NativeExperts
 from moeify.kernels.stacked import SWIGLU, Glu
 from strategies import choices, seeds
 from triton_problems import DEVICE, INNER, decisions, experts

@@ -17,7 +17,7 @@ from moeify import MoE, assign, backends
 from moeify.backends import compose
 from moeify.backends.triton import visits
 from moeify.experts import FFN
-from moeify.interface import NativeExperts, use_transformers_backends
+from moeify.hf.interface import NativeExperts, use_transformers_backends
 from moeify.kernels.stacked import SWIGLU
 from moeify.kernels.triton import sparse_ffn
 from moeify.routers import TopK

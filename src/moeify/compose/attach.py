@@ -1,0 +1,287 @@
+"""Adapters beside the linear maps that they adapt: a bank of low-rank experts and a router for each map."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from moeify.compose.files import Adapter, LowRank
+from moeify.context import Context
+from moeify.experts.lora import LoRA, LoRAFFN
+from moeify.find.dense import is_linear, matrix
+from moeify.find.shapes import Site, fast_paths, whole
+from moeify.moe import MoE
+from moeify.routers.base import Router
+from moeify.routers.topk import TopK
+from moeify.sparsify.convert import put
+from moeify.sparsify.shared import frozen
+
+MakeRouter = Callable[..., Router]
+
+
+@dataclass(frozen=True)
+class Pool:
+    """How the sparse layers of a pool are made.
+
+    Attributes:
+        router: makes a router from width and number of experts.
+        dropout: probability of dropping an input of an adapter in training.
+        names: the adapters, in the order that they have wherever they are.
+    """
+
+    router: MakeRouter = TopK
+    dropout: float = 0.0
+    names: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Adapted:
+    """A linear map with adapters beside it.
+
+    Attributes:
+        layer: the sparse layer.
+        experts: its adapters.
+        dense: the map.
+    """
+
+    layer: MoE
+    experts: LoRA
+    dense: nn.Module
+
+    @property
+    def rows(self) -> Float[Tensor, "E D"] | None:
+        """The router's vector for every adapter, if it has them."""
+        weight = getattr(self.layer.router, "weight", None)
+        fits = isinstance(weight, Tensor) and weight.shape == (self.experts.num_experts, self.experts.width)
+        return weight if fits else None
+
+    def adapters(self) -> dict[str, LowRank]:
+        """The adapters by name, without the zeros that they were filled up with."""
+        return {name: _unfilled(self.experts, e) for e, name in enumerate(self.experts.names)}
+
+
+def sparse_layers(model: nn.Module) -> dict[str, MoE]:
+    """The sparse layers of a model by name."""
+    return {name: part for name, part in model.named_modules() if isinstance(part, MoE)}
+
+
+def adapted(model: nn.Module) -> dict[str, Adapted]:
+    """The linear maps with adapters beside them, by name.
+
+    Raises:
+        ValueError: there is none, or a sparse layer is another.
+    """
+    found: dict[str, Adapted] = {}
+    for name, layer in sparse_layers(model).items():
+        experts, dense = layer.experts, layer.shared
+        if not isinstance(experts, LoRA) or dense is None or not is_linear(dense):
+            raise ValueError(
+                f"{name} is no linear map with adapters beside it, but has {type(experts).__name__} experts; "
+                + ("bake(model) makes full networks of them; " if isinstance(experts, LoRAFFN) else "")
+                + "moeify.save(model, folder) writes the whole model"
+            )
+        found[name] = Adapted(layer, experts, dense)
+    if not found:
+        raise ValueError(f"this {type(model).__name__} has no adapters; make a pool with from_adapters first")
+    return found
+
+
+@torch.no_grad()
+def adapters_of(model: nn.Module) -> dict[str, Adapter]:
+    """The adapters of a pool by name, with the vectors that its routers have for them as gates.
+
+    Raises:
+        ValueError: the model has none, or a sparse layer that is no linear map with adapters beside it.
+    """
+    found = {name: Adapter({}, {}) for name in getattr(model, "moeify_pool", Pool()).names}
+    for module, here in adapted(model).items():
+        for e, (name, low) in enumerate(here.adapters().items()):
+            adapter = found.setdefault(name, Adapter({}, {}))
+            adapter.maps[module] = low
+            if here.rows is not None:
+                adapter.gates[module] = here.rows[e].clone()
+    return found
+
+
+def attach(model: nn.Module, adapters: Mapping[str, Adapter], pool: Pool, *, allow_noncausal: bool = False) -> None:
+    """Make the sparse layers that adapters ask for; those that are there keep what they have learned, and grow.
+
+    Args:
+        model: the base model, or a pool of some of the adapters; a call that raises leaves it as it was.
+        adapters: all adapters by name, those that are there first.
+        pool: how layers are made.
+        allow_noncausal: let decoders have routers that look at later tokens.
+
+    Raises:
+        ValueError: an adapter that does not fit the model; a router that cannot serve, or looks ahead in a decoder.
+    """
+    before = adapted(model) if sparse_layers(model) else {}
+    contexts = {whole(model, name).stack: here.layer.context for name, here in before.items()}
+    watched = set(contexts)
+    latest: dict[str, Adapted] = {}
+    made: list[tuple[Site, MoE]] = []
+    for site, experts in _wanted(model, adapters, pool.dropout):
+        old = before.get(site.name)
+        if old is not None and old.experts.names == experts.names:
+            latest[site.stack] = old
+            continue
+        router = _together(site, experts, _router(site, experts, pool.router), latest.get(site.stack))
+        if old is not None:
+            _grow(old.layer.router, router, _router(site, old.experts, pool.router))
+            _learn_alike(old.experts, experts)
+        layer = _layer(site, experts, router, old, contexts.setdefault(site.stack, Context()))
+        latest[site.stack] = Adapted(layer, experts, site.dense)
+        _open(latest[site.stack], adapters)
+        made.append((site, layer))
+    if new := [(site, layer) for site, layer in made if site.stack not in watched]:
+        put(model, [site for site, _ in new], [layer for _, layer in new], allow_noncausal=allow_noncausal)
+    for site, layer in made:
+        if site.stack in watched:
+            site.install(layer)
+    vars(model)["moeify_pool"] = replace(pool, names=tuple(adapters))
+
+
+def _layer(site: Site, experts: LoRA, router: Router, old: Adapted | None, context: Context) -> MoE:
+    """A sparse layer, beside the same map as the one that is there already."""
+    shared = frozen(site.dense, experts.width) if old is None else old.dense
+    backend = "auto" if old is None else old.layer.backend
+    router = router.to(experts.lora_A.dtype)
+    layer = MoE(router, experts, shared, backend=backend, context=context, name=site.name)
+    return layer.train(site.training)
+
+
+def _wanted(model: nn.Module, adapters: Mapping[str, Adapter], dropout: float) -> Iterator[tuple[Site, LoRA]]:
+    """The linear maps that are adapted, in the order of the model, and the experts that each gets."""
+    parts = _parts(model)
+    for name, adapter in adapters.items():
+        if not adapter.maps:
+            raise ValueError(f"nothing of the adapter {name!r} attaches: its file has no tensors")
+        for module, low in adapter.maps.items():
+            _refuse_unfit(model, parts, name, module, low)
+    for module, dense in parts.items():
+        here = {name: adapter.maps[module] for name, adapter in adapters.items() if module in adapter.maps}
+        if here:
+            site = whole(model, module, dense)
+            yield replace(site, silenced=tuple(fast_paths(model, site.place[0]))), stack(here, dense, dropout)
+
+
+def _parts(model: nn.Module) -> dict[str, nn.Module]:
+    """The modules of the base model; where a map has adapters beside it already, the map."""
+    return {
+        name: part.shared if isinstance(part, MoE) and part.shared is not None else part
+        for name, part in model.named_modules()
+    }
+
+
+def _refuse_unfit(model: nn.Module, parts: Mapping[str, nn.Module], name: str, module: str, low: LowRank) -> None:
+    kind, dense = type(model).__name__, parts.get(module)
+    if dense is None:
+        near = [other for other in parts if f".{other}".endswith(f".{module}") or f".{module}".endswith(f".{other}")]
+        hint = f" (here it is {near[-1]})" if near else ""
+        raise ValueError(
+            f"the adapter {name!r} adapts {module}{hint}, which this {kind} does not have; pass the model that it was "
+            "trained on"
+        )
+    if not is_linear(dense) or isinstance(parts[module.rpartition(".")[0]], nn.MultiheadAttention):
+        raise ValueError(
+            f"the adapter {name!r} adapts {module}, a {type(dense).__name__} that cannot have experts beside it: only "
+            "linear maps that are called can; leave it out of the adapter's target_modules, or merge it into the base"
+        )
+    out, width = matrix(dense).shape
+    for side, tensor, needed in (("A", low.A, (low.rank, width)), ("B", low.B, (out, low.rank))):
+        if tensor.shape != needed:
+            raise ValueError(
+                f"the adapter {name!r} is for another base: {module}.lora_{side} is {tuple(tensor.shape)}, and this "
+                f"{kind} needs {needed}"
+            )
+
+
+@torch.no_grad()
+def stack(adapters: Mapping[str, LowRank], dense: nn.Module, dropout: float = 0.0) -> LoRA:
+    """The adapters of one map in one bank, the smaller ones filled up with zeros, in the dtype of the map."""
+    weight = matrix(dense)
+    with torch.device(weight.device):
+        experts = LoRA(
+            len(adapters), weight.shape[1], weight.shape[0],
+            rank=max(low.rank for low in adapters.values()), dropout=dropout, names=tuple(adapters),
+        )  # fmt: skip
+    scale = experts.scale
+    experts.to(weight.dtype).scale = scale  # not rounded
+    experts.lora_A.zero_()
+    for e, low in enumerate(adapters.values()):
+        experts.lora_A[e, : low.rank] = low.A
+        experts.lora_B[e, :, : low.rank] = low.B
+        experts.scale[e] = low.scale
+    return experts
+
+
+def _unfilled(experts: LoRA, e: int) -> LowRank:
+    A, B = experts.lora_A[e].detach(), experts.lora_B[e].detach()
+    used = (A.any(1) | B.any(0)).nonzero()
+    rank = int(used.max()) + 1 if len(used) else 1
+    return LowRank(A[:rank].clone(), B[:, :rank].clone(), experts.scale[e].item())
+
+
+def _router(site: Site, experts: LoRA, make: MakeRouter) -> Router:
+    """A router for one map, of no more experts per token than there are."""
+    k = inspect.signature(make).parameters.get("k")
+    if k is not None and isinstance(k.default, int):
+        make = partial(make, k=min(k.default, experts.num_experts))
+    try:
+        with torch.device(experts.lora_A.device):
+            return make(experts.width, experts.num_experts)
+    except ValueError as error:
+        raise ValueError(
+            f"the router of {site.name}, which {', '.join(experts.names)} adapt, cannot be made; choose one that "
+            f"serves {experts.num_experts}: {error}"
+        ) from None
+
+
+def _together(site: Site, experts: LoRA, router: Router, previous: Adapted | None) -> Router:
+    """The router itself, or one that follows the router of the map before."""
+    following = router if previous is None else router.follow(previous.layer.router)
+    if previous is not None and following is not router and previous.experts.names != experts.names:
+        raise ValueError(
+            f"{site.name} is adapted by {', '.join(experts.names)} and {previous.layer.name} by "
+            f"{', '.join(previous.experts.names)}, so that one decision for both would mean different adapters; give "
+            "every adapter the same target_modules, or let every map decide for itself"
+        )
+    return following
+
+
+@torch.no_grad()
+def _open(here: Adapted, adapters: Mapping[str, Adapter]) -> None:
+    """Give a router the gates that adapters bring."""
+    if here.rows is None:
+        return
+    for row, name in zip(here.rows, here.experts.names, strict=True):
+        gate = adapters[name].gates.get(here.layer.name)
+        if gate is not None and gate.shape != row.shape:
+            raise ValueError(
+                f"the gate of {here.layer.name} of the adapter {name!r} is {tuple(gate.shape)}; it must be "
+                f"{tuple(row.shape)}, the width of what the map reads"
+            )
+        if gate is not None:
+            row.copy_(gate)
+
+
+@torch.no_grad()
+def _grow(old: nn.Module, new: nn.Module, began: nn.Module) -> None:
+    """Let a larger module begin with what a smaller one has learned: what it holds otherwise than when it `began`."""
+    start, after = began.state_dict(), new.state_dict()
+    for key, learned in old.state_dict().items():
+        if key not in start or not torch.equal(learned, start[key]):
+            after[key][tuple(map(slice, learned.shape))] = learned
+    _learn_alike(old, new)
+
+
+def _learn_alike(old: nn.Module, new: nn.Module) -> None:
+    learns = {key: parameter.requires_grad for key, parameter in old.named_parameters()}
+    for key, parameter in new.named_parameters():
+        parameter.requires_grad_(learns.get(key, True))

@@ -1,0 +1,218 @@
+"""LoRA adapters on disk as PEFT writes them, read without PEFT: `adapter_config.json`, `adapter_model.safetensors`."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from jaxtyping import Float
+from torch import Tensor
+
+from moeify.compose.adapter_gates import load_gates, save_gates
+
+_CONFIG, _WEIGHTS, _PICKLE, _GATES = (
+    "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin", "gates.safetensors",
+)  # fmt: skip
+_TENSOR = re.compile(r"(?:base_model\.model\.)?(?P<module>.+)\.lora_(?P<side>[AB])(?:\.(?!weight$)[^.]+)?\.weight")
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """What an adapter adds to one linear map: `s · B A`.
+
+    Attributes:
+        A: the map into the low rank.
+        B: the map out of it.
+        scale: s; alpha / r, or alpha / sqrt(r) of a rank-stabilised adapter.
+    """
+
+    A: Float[Tensor, "r D"]
+    B: Float[Tensor, "O r"]
+    scale: float
+
+    @property
+    def rank(self) -> int:
+        """r."""
+        return self.A.shape[0]
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """A LoRA adapter.
+
+    Attributes:
+        maps: what it adds, by the name of the linear map in the base model.
+        gates: a vector per linear map that a router may compare tokens with (PHATGOOSE); often none.
+    """
+
+    maps: dict[str, LowRank]
+    gates: dict[str, Float[Tensor, "D"]] = field(default_factory=dict)
+
+
+def read_adapter(folder: str | Path) -> Adapter:
+    """Read what PEFT's `save_pretrained` wrote, and `gates.safetensors` if it lies beside.
+
+    Raises:
+        FileNotFoundError: a file is missing, or the weights are there as a pickle only.
+        ValueError: damaged files; an adapter that is no plain LoRA of linear maps. The message says what to do.
+    """
+    folder = Path(folder)
+    config = _read_config(folder)
+    _refuse_settings(folder, config)
+    sides: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in _read_weights(folder).items():
+        found = _TENSOR.fullmatch(name)
+        if found is None or tensor.dim() != 2:
+            raise ValueError(f"{folder} has a tensor {name} of shape {tuple(tensor.shape)}: {_meaning(name)}")
+        sides.setdefault(found["module"], {})[found["side"]] = tensor
+    maps = {}
+    for module, pair in sides.items():
+        if pair.keys() != {"A", "B"} or pair["A"].shape[0] != pair["B"].shape[1]:
+            shapes = ", ".join(f"lora_{side} {tuple(tensor.shape)}" for side, tensor in pair.items())
+            raise ValueError(f"{folder}: {module} has {shapes}; lora_A must be (r, D) and lora_B (O, r)")
+        maps[module] = LowRank(pair["A"], pair["B"], _scale(folder, config, module, pair["A"].shape[0]))
+    gates = load_gates(folder) if (folder / _GATES).is_file() else {}
+    return Adapter(maps, {name.removeprefix("base_model.model."): gate for name, gate in gates.items()})
+
+
+def write_adapter(adapter: Adapter, folder: str | Path, *, targets: list[str], transposed: bool, base: str) -> None:
+    """Write an adapter so that PEFT reads it, and its gates beside.
+
+    Args:
+        adapter: what to write.
+        folder: made if it is not there.
+        targets: the names, or ends of names, that mean exactly its linear maps in the base model.
+        transposed: whether these are transformers' Conv1D.
+        base: the name of the base model, "" if it has none.
+    """
+    from safetensors.torch import save_file
+
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    ranks = {module: low.rank for module, low in adapter.maps.items()}
+    alphas = {module: _whole(low.scale * low.rank) for module, low in adapter.maps.items()}
+    rank, alpha = (Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas))
+    config = {
+        "peft_type": "LORA",
+        "base_model_name_or_path": base or None,
+        "bias": "none",
+        "fan_in_fan_out": transposed,
+        "inference_mode": True,
+        "r": rank,
+        "lora_alpha": alpha,
+        "target_modules": targets,
+        "rank_pattern": {f"^{re.escape(module)}": r for module, r in ranks.items() if r != rank},
+        "alpha_pattern": {f"^{re.escape(module)}": a for module, a in alphas.items() if a != alpha},
+        "task_type": None,
+        "use_dora": False,
+        "use_rslora": False,
+    }
+    (folder / _CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+    tensors = {
+        f"base_model.model.{module}.lora_{side}.weight": getattr(low, side).contiguous()
+        for module, low in adapter.maps.items()
+        for side in ("A", "B")
+    }
+    save_file(tensors, folder / _WEIGHTS, metadata={"format": "pt"})
+    (folder / _GATES).unlink(missing_ok=True)
+    if adapter.gates:
+        save_gates(adapter.gates, folder)
+
+
+def _whole(alpha: float) -> float | int:
+    return round(alpha) if alpha == round(alpha) else alpha
+
+
+def _scale(folder: Path, config: dict[str, Any], module: str, rank: int) -> float:
+    """alpha / r, or alpha / sqrt(r): what PEFT multiplies by; a pattern may give a map values of its own."""
+    stated, alpha = (
+        next((value for pattern, value in patterns.items() if re.match(rf"(.*\.)?({pattern})$", module)), config[key])
+        for key, patterns in (
+            ("r", config.get("rank_pattern") or {}),
+            ("lora_alpha", config.get("alpha_pattern") or {}),
+        )
+    )
+    if stated != rank:
+        raise ValueError(
+            f"{folder}: {module} has rank {rank} in {_WEIGHTS} and {stated} in {_CONFIG}, so its scale is not known"
+        )
+    return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+
+
+_PLAIN = "train a plain LoRA, or merge it into the base with PEFT's merge_and_unload()"
+_CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+_REFUSED: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
+    ("use_dora", bool, f"DoRA rescales the weight, which no sum of products does; {_PLAIN}"),
+    ("bias", lambda bias: bias not in (None, "none"), f"it changes the base's biases too; {_PLAIN} with bias='none'"),
+    ("lora_bias", bool, f"its maps have biases; {_PLAIN}"),
+    ("modules_to_save", bool, f"it replaces whole modules of the base, which no two adapters can share; {_PLAIN}"),
+    ("trainable_token_indices", bool, f"it changes embeddings; {_PLAIN}"),
+    ("target_parameters", bool, f"it adapts parameters that are not linear maps; {_PLAIN}"),
+    ("layer_replication", bool, "it repeats layers of the base; repeat them in the base before"),
+    ("alora_invocation_tokens", bool, f"it acts from certain tokens on; {_PLAIN}"),
+    *((key, bool, f"it is not computed as s · B A x; {_PLAIN}") for key in ("use_qalora", "use_bdlora", "kasa_config")),
+    (
+        "init_lora_weights",
+        lambda start: isinstance(start, str) and start.startswith(_CHANGES_BASE),
+        "such a start changes the base's weights; save it with PEFT's path_initial_model_for_weight_conversion=...",
+    ),
+)  # fmt: skip
+
+
+def _refuse_settings(folder: Path, config: dict[str, Any]) -> None:
+    if config.get("peft_type") != "LORA":
+        raise ValueError(
+            f"{folder} holds an adapter of type {config.get('peft_type')}; only LORA can be experts beside a map"
+        )
+    for key, refused, reason in _REFUSED:
+        if refused(config.get(key)):
+            raise ValueError(f"{folder} cannot be an expert ({key}={config[key]!r}): {reason}")
+
+
+def _meaning(name: str) -> str:
+    if "lora_embedding" in name:
+        return f"it adapts an embedding, which is no linear map; {_PLAIN}"
+    if "magnitude" in name:
+        return f"DoRA rescales the weight, which no sum of products does; {_PLAIN}"
+    return f"it is not one of a LoRA beside a linear map; {_PLAIN}"
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    path = folder / _CONFIG
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no {_CONFIG} in {folder}: it is not the folder of a PEFT adapter")
+    try:
+        config = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from None
+    if not isinstance(config, dict):
+        raise ValueError(f"{path} must hold a mapping, not a {type(config).__name__}")
+    return {"r": 8, "lora_alpha": 8} | config  # PEFT's defaults
+
+
+def _read_weights(folder: Path) -> dict[str, Tensor]:
+    path = folder / _WEIGHTS
+    if path.is_file():
+        return _load(path)
+    if (folder / _PICKLE).is_file():
+        raise FileNotFoundError(
+            f"{folder} has its weights in {_PICKLE}, a pickle, which may run code when it is read; if you trust it, "
+            "load it with PEFT and write it again with save_pretrained(folder, safe_serialization=True)"
+        )
+    raise FileNotFoundError(f"there is no {_WEIGHTS} in {folder}")
+
+
+def _load(path: Path) -> dict[str, Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged or not a safetensors file: {error}") from None

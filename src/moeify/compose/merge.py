@@ -1,0 +1,130 @@
+"""`merge_models`: several dense models in, one sparse model out whose experts they are (Branch-Train-MiX).
+
+    experts of each layer:  W_e = W of model e
+    everything else:        W   = base's, or the mean over the models
+
+(arXiv 2403.07816, section 3.2).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moeify.compose.router_init import route_by_examples
+from moeify.compose.sources import Names, Source, build, refuse_unlike, source_of, tensors
+from moeify.experts.base import Experts
+from moeify.experts.blocks import Each
+from moeify.find.dense import fixed_randomness
+from moeify.find.probe import as_probe, find_probe
+from moeify.find.shapes import Site
+from moeify.sparsify.convert import Comparison, convert
+from moeify.sparsify.make import copies, merged
+from moeify.sparsify.recipe import Recipe
+
+Model = nn.Module | str | Path
+
+
+def merge_models(
+    models: Mapping[str, Model] | Sequence[Model],
+    recipe: Recipe | None = None,
+    *,
+    base: Model | None = None,
+    router_init: Mapping[str, Sequence[Any]] | None = None,
+    probe: Any = None,
+    allow_noncausal: bool = False,
+    verbose: bool = True,
+) -> nn.Module:
+    """Make one sparse model of several dense ones of the same kind: each becomes one expert in every sparse layer.
+
+    The models stay as they are. Beside the model that is made, only one layer is in memory of those that are paths.
+
+    Args:
+        models: modules, or folders of saved models; by name, if the experts are to have names other than 0, 1, ...
+        recipe: where the experts stand and what routes to them; `Recipe()` if not given. Its experts are the models.
+        base: gives all tensors that are in no expert, and the dtype; without it they are the mean over the models.
+        router_init: for each name, example inputs of the domain that its expert is for (each a tensor, a tuple of
+            arguments or a mapping), see `route_by_examples`; without it routers start as the recipe makes them.
+        probe: as in `sparsify`.
+        allow_noncausal: as in `sparsify`.
+        verbose: print the table of `sparsify`; its function difference is to the base, or to the first model.
+
+    Raises:
+        ValueError: models that differ in more than their values, where the message names the tensor or setting; and
+            whatever `sparsify` refuses.
+        FileNotFoundError: a path without a model.
+    """
+    named = dict(models) if isinstance(models, Mapping) else {str(i): model for i, model in enumerate(models)}
+    recipe = _recipe_for(list(named), Recipe() if recipe is None else recipe)
+    if router_init is not None and router_init.keys() != named.keys():
+        raise ValueError(f"router_init has examples for {sorted(router_init)}, and the models are {sorted(named)}")
+    model = build(next(iter(named.values())) if base is None else base)
+    sources = [source_of(name, given, model) for name, given in named.items()]
+    for each in sources:
+        refuse_unlike(each, model)
+
+    own = tensors(model)
+    with fixed_randomness(model):
+        compare = Comparison.of(model, find_probe(model) if probe is None else as_probe(probe))
+    report = convert(model, recipe, probe=probe, allow_noncausal=allow_noncausal)
+    names = {id(tensor): group for group, tensor in own.items()}
+    inside = set[int]()
+    for site, layer in zip(report.sites, report.layers, strict=True):
+        inside |= _fill(layer.experts, site, sources, names)
+    if base is None:
+        for group, tensor in own.items():
+            if id(tensor) not in inside:
+                _average(tensor, group, sources)
+    if router_init is not None:
+        route_by_examples(model, router_init)
+    if verbose:
+        difference = None if compare is None else compare.difference(model)
+        dataclasses.replace(report, difference=difference).show()
+    return model
+
+
+def _recipe_for(names: list[str], recipe: Recipe) -> Recipe:
+    maker = recipe.experts.func if isinstance(recipe.experts, partial) else recipe.experts
+    if maker not in (copies, merged):
+        raise ValueError(
+            f"the recipe makes experts with {getattr(maker, '__name__', maker)}, but merged models are the experts "
+            "themselves; leave experts out of the recipe"
+        )
+    if not names:
+        raise ValueError("there is no model to merge; give at least one")
+    return dataclasses.replace(recipe, num_experts=len(names), experts=partial(merged, names=names))
+
+
+@torch.no_grad()
+def _fill(experts: Experts, site: Site, sources: list[Source], names: dict[int, Names]) -> set[int]:
+    """Give every expert the weights that its model has at a site; returns the tensors of the site."""
+    inside = list(site.dense.state_dict(keep_vars=True).values())
+    for e, model in enumerate(sources):
+        for tensor in inside:
+            tensor.copy_(model.first(names[id(tensor)]))
+        for own, new in zip(_parts(experts, e), _parts(copies(site.dense, 1), 0), strict=True):
+            own.copy_(new)
+    return {id(tensor) for tensor in inside}
+
+
+def _parts(experts: Experts, e: int) -> list[Tensor]:
+    """What one expert consists of."""
+    if isinstance(experts, Each):
+        return list(experts.experts[e].state_dict(keep_vars=True).values())
+    return [stacked[e] for stacked in experts.parameters()]
+
+
+@torch.no_grad()
+def _average(tensor: Tensor, names: Names, sources: list[Source]) -> None:
+    """Put the mean over the models into a tensor, added up in fp64; integers are the first model's."""
+    if tensor.is_floating_point():
+        total = torch.zeros_like(tensor, dtype=torch.float64)
+        for model in sources:
+            total += model.first(names).to(total.device)
+        tensor.copy_(total / len(sources))

@@ -1,0 +1,1 @@
+"""Smaller models: weights of 8 and 4 bits in the places of a model's linear layers and experts."""

@@ -1,0 +1,39 @@
+"""Find the files that claims and benchmarks are measured on, and make sure that they are the right ones."""
+
+import csv
+import hashlib
+import os
+from functools import cache
+from pathlib import Path
+
+DEFAULT = (Path(__file__).parent / "../../../../shared/data").resolve()
+"""Where the data lies if MOEIFY_DATA does not say: beside the repository."""
+
+
+def data_file(relative: str) -> Path:
+    """Return the path of a file of the data folder, with size and SHA-256 as its MANIFEST.tsv says.
+
+    The folder is what MOEIFY_DATA names; a file is checked once per process.
+
+    Raises FileNotFoundError if the file is not there, ValueError if it is another one.
+    """
+    return _checked(Path(os.environ.get("MOEIFY_DATA", DEFAULT)), relative)
+
+
+@cache
+def _checked(folder: Path, relative: str) -> Path:
+    path, manifest = folder / relative, folder / "MANIFEST.tsv"
+    if not (path.is_file() and manifest.is_file()):
+        raise FileNotFoundError(f"needs {relative}; set MOEIFY_DATA (tried {folder})")
+    with manifest.open(newline="", encoding="utf-8") as file:
+        rows = {row["path"]: row for row in csv.DictReader(file, delimiter="\t")}
+    if relative not in rows:
+        raise ValueError(f"{relative} is not listed in {manifest}; only listed files can be used")
+    expected = (int(rows[relative]["bytes"]), rows[relative]["sha256"])
+    data = path.read_bytes()
+    found = (len(data), hashlib.sha256(data).hexdigest())
+    if found != expected:
+        raise ValueError(
+            f"{path} has {found[0]} bytes and sha256 {found[1]}, not {expected[0]} and {expected[1]}; get it again"
+        )
+    return path

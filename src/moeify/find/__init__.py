@@ -1,0 +1,7 @@
+"""Find the feed-forward networks of a dense model, and make sure that they were read rightly."""
+
+from moeify.find.dense import DenseFFN
+from moeify.find.shapes import Site
+from moeify.find.where import chosen, every, ffn, last, last_half, linears, modules, named, odd
+
+__all__ = ["DenseFFN", "Site", "chosen", "every", "ffn", "last", "last_half", "linears", "modules", "named", "odd"]

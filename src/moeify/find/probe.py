@@ -1,0 +1,119 @@
+"""An input that a model accepts, to compare what it computes before and after a change."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moeify.context import given
+from moeify.find.dense import fixed_randomness, in_evaluation, is_linear, matrix
+from moeify.routers.lookup import columns
+
+
+@dataclass(frozen=True)
+class Probe:
+    """Arguments of one call of a model."""
+
+    args: tuple = ()
+    kwargs: dict[str, Any] | None = None
+
+    @torch.no_grad()
+    def run(self, model: nn.Module) -> Tensor:
+        """The model's main output in evaluation, in fp32; models that draw random numbers draw the same every time.
+
+        Routers that look up what the probe does not tell, a task, look up 0.
+        """
+        with in_evaluation(model), fixed_randomness(model), self._untold(model):
+            return _main(model(*self.args, **(self.kwargs or {}))).float()
+
+    def _untold(self, model: nn.Module) -> AbstractContextManager[None]:
+        names = columns(model) - (self.kwargs or {}).keys()
+        if not names:
+            return nullcontext()
+        first = next(value for value in (*self.args, *(self.kwargs or {}).values()) if isinstance(value, Tensor))
+        return given(model, **dict.fromkeys(names, torch.zeros(len(first), dtype=torch.int64)))
+
+
+def as_probe(given: Any) -> Probe:
+    """A probe from what a user passed: a tensor, a tuple of arguments, or a mapping of keyword arguments."""
+    if isinstance(given, dict):
+        return Probe(kwargs=given)
+    return Probe(args=given if isinstance(given, tuple) else (given,))
+
+
+def find_probe(model: nn.Module) -> Probe | None:
+    """A random input that the model accepts, None if every guess fails (or the model has no values, on meta)."""
+    parameter = next(model.parameters(), None)
+    if parameter is None or parameter.is_meta:
+        return None
+    for probe in _guesses(model):
+        probe = Probe(_moved(probe.args, parameter), _moved(probe.kwargs or {}, parameter))
+        try:
+            if torch.isfinite(probe.run(model)).all():
+                return probe
+        except Exception:  # a guess that the model does not accept, whatever it raises
+            continue
+    return None
+
+
+def _moved(inputs: Any, like: Tensor) -> Any:
+    if isinstance(inputs, dict):
+        return {name: _moved(value, like) for name, value in inputs.items()}
+    if isinstance(inputs, tuple):
+        return tuple(_moved(value, like) for value in inputs)
+    return inputs.to(like.device, like.dtype if inputs.is_floating_point() else None)
+
+
+def _guesses(model: nn.Module) -> Iterator[Probe]:
+    config = getattr(model, "config", None)
+    if config is not None:
+        inputs = dict(_named_inputs(model, config))
+        yield Probe(kwargs=inputs)
+        for name in inputs:
+            yield Probe(kwargs={name: inputs[name]})
+    given = inspect.signature(model.forward).parameters.values()
+    required = [p for p in given if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
+    sizes = [part.num_embeddings for part in model.modules() if isinstance(part, nn.Embedding)]
+    for shape in ((2, 8), (8,)) if sizes else ():
+        yield Probe((torch.randint(min(sizes), shape),) * len(required))
+    widths = [part.embed_dim for part in model.modules() if isinstance(part, nn.MultiheadAttention)]
+    widths += [matrix(part).shape[1] for part in model.modules() if is_linear(part)]
+    for width in dict.fromkeys(widths):
+        yield Probe((torch.randn(2, 5, width),) * len(required))
+        yield Probe((torch.randn(4, width),) * len(required))
+
+
+def _named_inputs(model: nn.Module, config: Any) -> Iterator[tuple[str, Tensor]]:
+    """Random values for the arguments that models of transformers commonly take."""
+    accepted = inspect.signature(model.forward).parameters
+    text = getattr(config, "text_config", config)
+    vision = getattr(config, "vision_config", config)
+    tokens = torch.randint(5, max(6, getattr(text, "vocab_size", None) or 6), (1, 8))
+    if "input_ids" in accepted:
+        yield "input_ids", tokens
+    if "decoder_input_ids" in accepted:
+        yield "decoder_input_ids", tokens
+    if "pixel_values" in accepted and (size := getattr(vision, "image_size", None)):
+        height, width = size if isinstance(size, tuple | list) else (size, size)
+        frames = [frames] if (frames := getattr(vision, "num_frames", None)) else []
+        yield "pixel_values", torch.randn(1, *frames, getattr(vision, "num_channels", 3), height, width)
+    if "input_values" in accepted:
+        yield "input_values", torch.randn(1, 4000)
+    if "input_features" in accepted and hasattr(config, "num_mel_bins"):
+        yield "input_features", torch.randn(1, config.num_mel_bins, 2 * config.max_source_positions)
+
+
+def _main(output: Any) -> Tensor:
+    """Logits or, failing these, the first floating-point tensor of an output."""
+    if isinstance(output, Tensor):
+        return output
+    if getattr(output, "logits", None) is not None:
+        return output.logits
+    values = output.values() if isinstance(output, dict) else output
+    return next(value for value in values if isinstance(value, Tensor) and value.is_floating_point())

@@ -1,0 +1,266 @@
+"""The shapes in which models keep a feed-forward network.
+
+- in a module of its own (Llama, T5, GPT-2, ViT, CLIP);
+- split over two neighbouring modules, the second of which may add dropout, norm and residual (BERT);
+- as loose parts that a layer calls inline (OPT, BART, Whisper, torch's own transformer layers);
+- as neighbours in a `nn.Sequential`, or a longer tower of linear maps there (recommenders).
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from moeify.find.dense import (
+    DenseFFN,
+    accepts,
+    activations,
+    closest,
+    dropouts,
+    held_activations,
+    is_linear,
+    matrix,
+    misfit,
+    read,
+)
+from moeify.kernels.stacked import Plain
+
+
+@dataclass(frozen=True)
+class Site:
+    """A place where a sparse layer can stand.
+
+    Attributes:
+        name: the name of the module that the sparse layer replaces.
+        dense: what stands there now: a `DenseFFN`, or any module from (..., D) to (..., O).
+        place: the module and attribute that the sparse layer is put into.
+        after: dropout that follows in the replaced module.
+        silenced: attributes of the model that must do nothing once the layer is there, with their harmless values.
+    """
+
+    name: str
+    dense: nn.Module
+    place: tuple[nn.Module, str]
+    after: float = 0.0
+    silenced: tuple[tuple[nn.Module, str, Any], ...] = ()
+
+    @property
+    def layer(self) -> str:
+        """The numbered layer that the site is in: its name up to and with the first number, '' if there is none.
+
+        A number of its own, as in a `nn.Sequential`, is no layer.
+        """
+        parts = self.name.split(".")
+        numbers = [i for i, part in enumerate(parts[:-1]) if part.isdigit()]
+        return ".".join(parts[: numbers[0] + 1]) if numbers else ""
+
+    @property
+    def stack(self) -> str:
+        """The stack of layers that the site is in: the name of what holds its numbered layer."""
+        return (self.layer or self.name).rpartition(".")[0]
+
+    @property
+    def width(self) -> int:
+        """D.
+
+        Raises:
+            ValueError: a module that does not take rows alone, and so cannot be an expert.
+        """
+        if isinstance(self.dense, DenseFFN):
+            return self.dense.width
+        widths = dict.fromkeys(linear.shape[1] for linear in self._linears)
+        for width in widths:
+            if accepts(self.dense, width):
+                return width
+        raise ValueError(
+            f"{self.name} ({type(self.dense).__name__}) cannot be an expert: it does not take a tensor of rows (R, D) "
+            f"alone, tried with D = {', '.join(map(str, widths))}; leave it out of where=..."
+        )
+
+    @property
+    def keeps_width(self) -> bool:
+        """Whether O is D."""
+        return self._linears[-1].shape[0] == self.width
+
+    @property
+    def _linears(self) -> list[Tensor]:
+        return [matrix(part) for part in self.dense.modules() if is_linear(part)]
+
+    @property
+    def training(self) -> bool:
+        """The mode of what stands there now."""
+        return getattr(*self.place).training
+
+    def install(self, module: nn.Module) -> Callable[[], None]:
+        """Put a module into the place, and return what takes it out again."""
+        if self.after:
+            module = nn.Sequential(module, nn.Dropout(self.after)).train(self.training)
+        undo = [_swap(*self.place, module)] + [_swap(*change) for change in self.silenced]
+        return lambda: [restore() for restore in reversed(undo)].clear()
+
+
+def _swap(owner: nn.Module, name: str, new: Any) -> Callable[[], None]:
+    old = getattr(owner, name)
+    setattr(owner, name, new)
+    return lambda: setattr(owner, name, old)
+
+
+def pass_through(x: Tensor) -> Tensor:
+    """What a silenced activation function does."""
+    return x
+
+
+def _silent(owner: nn.Module, name: str) -> tuple[nn.Module, str, Any]:
+    old = getattr(owner, name)
+    return owner, name, nn.Identity().train(old.training) if isinstance(old, nn.Module) else pass_through
+
+
+def recognise(model: nn.Module) -> tuple[list[Site], list[str]]:
+    """Every feed-forward network of a model, and the modules that have the parts of one but compute something else."""
+    sites: list[Site] = []
+    doubtful: list[str] = []
+    for name, module in model.named_modules():
+        if any(name == site.name or name.startswith(f"{site.name}.") for site in sites):
+            continue
+        site = _loose(model, name, module) or _split(name, module) or _sequential(model, name, module)
+        has_parts = site is None and bool(name) and _has_only_an_ffn(module)
+        if has_parts:
+            site = _own(model, name, module) or _inline(model, name, module)
+        if has_parts or site is not None:
+            doubtful = [other for other in doubtful if not name.startswith(f"{other}.")]
+        if site is not None:
+            sites.append(site)
+        elif has_parts:
+            doubtful.append(name)
+    return sites, doubtful
+
+
+def whole(model: nn.Module, name: str, dense: nn.Module | None = None, after: float = 0.0) -> Site:
+    """The site of a whole module."""
+    parent, _, child = name.rpartition(".")
+    dense = model.get_submodule(name) if dense is None else dense
+    return Site(name, dense, (model.get_submodule(parent), child), after)
+
+
+def _has_only_an_ffn(module: nn.Module) -> bool:
+    linears = [part for part in module.modules() if is_linear(part)]
+    if not 2 <= len(linears) <= 3 or isinstance(module, nn.Sequential):
+        return False
+    owned = {id(parameter) for linear in linears for parameter in linear.parameters()}
+    if any(id(parameter) not in owned for parameter in module.parameters()):
+        return False
+    return any(
+        {shape[1] for shape in ups} == {down[0]} and sum(shape[0] for shape in ups) in (down[1], 2 * down[1])
+        for *ups, down in itertools.permutations([matrix(linear).shape for linear in linears])
+    )
+
+
+def _own(model: nn.Module, name: str, module: nn.Module) -> Site | None:
+    dense = read(module, [part for part in module.modules() if is_linear(part)])
+    if dense is None:
+        return None
+    dense.dropout.p, after = dropouts(module, dense)
+    return whole(model, name, dense, after)
+
+
+def _split(name: str, module: nn.Module) -> Site | None:
+    for (first_name, first), (_, second) in itertools.pairwise(module.named_children()):
+        ups, downs = _direct_linears(first), _direct_linears(second)
+        drops = [part.p for part in first.modules() if isinstance(part, nn.Dropout)]
+        if len(ups) != 1 or len(downs) != 1 or len(list(first.modules())) > 3 + len(drops):
+            continue
+        (up,), ((down_name, down),) = ups.values(), downs.items()
+        if matrix(up).shape != matrix(down).shape[::-1]:
+            continue
+        acts = activations(first)
+        if up.get_parameter("weight").is_meta:
+            act = acts[0]
+        else:
+            act = closest(acts, lambda act, up=up, first=first: misfit(first, _Composed(up, act), matrix(up).shape[1]))
+        if act is not None:
+            dense = DenseFFN([up], down, Plain(act), max(drops, default=0.0))
+            silenced = (second, down_name, nn.Identity())
+            return Site(f"{name}.{first_name}".lstrip("."), dense, (module, first_name), silenced=(silenced,))
+    return None
+
+
+class _Composed(nn.Module):
+    def __init__(self, up: nn.Module, act: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.up, self.act = up, act
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(self.up(x))
+
+
+def _loose(model: nn.Module, name: str, module: nn.Module) -> Site | None:
+    return None if _has_only_an_ffn(module) else _inline(model, name, module)
+
+
+def _inline(model: nn.Module, name: str, module: nn.Module) -> Site | None:
+    linears = _direct_linears(module)
+    acts = list(held_activations(module))
+    if len(linears) != 2 or not acts or isinstance(module, nn.Sequential):
+        return None
+    (up_name, up), (down_name, down) = linears.items()
+    if matrix(up).shape != matrix(down).shape[::-1]:
+        return None
+    act_name, act = acts[0]
+    silenced = [_silent(module, act_name), _silent(module, down_name)]
+    dropout = 0.0
+    if isinstance(module, nn.TransformerEncoderLayer | nn.TransformerDecoderLayer):
+        dropout = module.dropout.p
+        silenced += [_silent(module, "dropout"), *fast_paths(model, module)]
+    elif isinstance(probability := getattr(module, "activation_dropout", None), float):
+        dropout = probability
+        silenced.append((module, "activation_dropout", 0.0))
+    dense = DenseFFN([up], down, Plain(act), dropout)
+    return Site(f"{name}.{up_name}".lstrip("."), dense, (module, up_name), silenced=tuple(silenced))
+
+
+def fast_paths(model: nn.Module, layer: nn.Module) -> Iterator[tuple[nn.Module, str, Any]]:
+    """Switches of torch's own transformer that would compute the FFN from the weights it expects to find."""
+    if isinstance(layer, nn.TransformerEncoderLayer):
+        yield layer, "activation_relu_or_gelu", 0
+        for encoder in model.modules():
+            if isinstance(encoder, nn.TransformerEncoder) and layer in list(encoder.layers):
+                yield encoder, "use_nested_tensor", False
+
+
+def _sequential(model: nn.Module, name: str, module: nn.Module) -> Site | None:
+    if not isinstance(module, nn.Sequential):
+        return None
+    linears = [i for i, part in enumerate(module) if is_linear(part)]
+    if len(linears) == 2:
+        first, last = linears
+        between = nn.Sequential(*[module[i] for i in range(first + 1, last)])
+        acts = [act for _, act in held_activations(between)]
+        drops = [part.p for part in between if isinstance(part, nn.Dropout)]
+        if len(acts) == 1 and len(acts) + len(drops) == len(between):
+            dense = DenseFFN([module[first]], module[last], Plain(acts[0]), max(drops, default=0.0))
+            silenced = tuple(_silent(module, str(i)) for i in range(first + 1, last + 1))
+            return Site(f"{name}.{first}".lstrip("."), dense, (module, str(first)), silenced=silenced)
+    return _tower(name, module)
+
+
+def _tower(name: str, module: nn.Sequential) -> Site | None:
+    """Linear maps with anything between them that reads one row at a time, from the first weights to the last map."""
+    maps = [i for i, part in enumerate(module) if is_linear(part)]
+    alone = all(is_linear(part) or isinstance(part, _ROW_NORMS) or not list(part.parameters()) for part in module)
+    if len(maps) < 2 or not alone:
+        return None
+    first = next(i for i, part in enumerate(module) if list(part.parameters()))
+    silenced = tuple(_silent(module, str(i)) for i in range(first + 1, maps[-1] + 1))
+    dense = nn.Sequential(*list(module)[first : maps[-1] + 1])
+    return Site(f"{name}.{first}".lstrip("."), dense, (module, str(first)), silenced=silenced)
+
+
+_ROW_NORMS = (nn.LayerNorm, nn.RMSNorm)  # statistics of a batch would change with the rows that an expert is given
+
+
+def _direct_linears(module: nn.Module) -> dict[str, nn.Module]:
+    return {name: part for name, part in module.named_children() if is_linear(part)}

@@ -1,0 +1,161 @@
+"""Where to put sparse layers: functions from a model to the sites in it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+
+from torch import nn
+
+from moeify.find.dense import is_linear
+from moeify.find.shapes import Site, fast_paths, recognise, whole
+from moeify.moe import MoE
+from moeify.record import native_layers
+from moeify.registry import register
+
+Where = Callable[[nn.Module], list[Site]]
+
+
+@register("where", "ffn")
+def ffn(model: nn.Module) -> list[Site]:
+    """Every feed-forward network in the numbered layers of a model; if it has no such layers, every one there is.
+
+    In a layer, a feed-forward network answers in the width that it reads; experts are left out as they are.
+
+    Raises:
+        ValueError: there is none; the model is sparse already; or a layer has no feed-forward network but a module with
+            the parts of one, that computes something else.
+    """
+    if any(isinstance(module, MoE) for module in model.modules()):
+        raise ValueError(f"this {type(model).__name__} is sparse already; start from the dense model")
+    found, doubtful = recognise(model)
+    native = [name for name, _ in native_layers(model)]
+    sites = [site for site in found if not _is_expert(site, native)]
+    sites = [site for site in sites if site.layer and site.keeps_width] or sites
+    _refuse_doubtful(model, sites, doubtful)
+    if not sites and (already := native + [site.name for site in found]):
+        raise ValueError(
+            f"this {type(model).__name__} is sparse already (see {already[0]}); start from the dense model"
+        )
+    if not sites:
+        raise ValueError(
+            f"no feed-forward network was found in this {type(model).__name__}; name the modules to make sparse, "
+            "where=modules(r'regular expression'), after a look at print(*dict(model.named_modules()), sep='\\n')"
+        )
+    return sites
+
+
+def _is_expert(site: Site, native: list[str]) -> bool:
+    return "expert" in site.name.lower() or any(site.name.startswith(f"{layer}.") for layer in native)
+
+
+def _refuse_doubtful(model: nn.Module, sites: list[Site], doubtful: list[str]) -> None:
+    served = {site.layer for site in sites}
+    for name in doubtful:
+        if whole(model, name).layer not in served:
+            raise ValueError(
+                f"{name} ({type(model.get_submodule(name)).__name__}) has the linear maps of a feed-forward network, "
+                "but does not compute down(act(up(x))) or down(act(gate(x)) · up(x)); leave it out with "
+                f"where=named(...), or make its experts whole copies of it with where=modules(r'{re.escape(name)}$')"
+            )
+
+
+def every(n: int) -> Where:
+    """Every n-th feed-forward network of each stack: the n-th, the 2n-th, ...; of a stack of fewer, the last."""
+    return partial(_every, n=n)
+
+
+@register("where", "every")
+def _every(model: nn.Module, n: int) -> list[Site]:
+    _at_least_one("every", n)
+    return [site for sites in _by_stack(ffn(model)) for site in sites[n - 1 :: n] or sites[-1:]]
+
+
+@register("where", "odd")
+def odd(model: nn.Module) -> list[Site]:
+    """The second, fourth, ... feed-forward network of each stack, whose layer numbers are odd (GShard, Switch)."""
+    return _every(model, n=2)
+
+
+def last(n: int) -> Where:
+    """The last n feed-forward networks of each stack (V-MoE)."""
+    return partial(_last, n=n)
+
+
+@register("where", "last")
+def _last(model: nn.Module, n: int) -> list[Site]:
+    _at_least_one("last", n)
+    return [site for sites in _by_stack(ffn(model)) for site in sites[-n:]]
+
+
+@register("where", "last_half")
+def last_half(model: nn.Module) -> list[Site]:
+    """The last half of the feed-forward networks of each stack, the middle one included (Soft MoE)."""
+    return [site for sites in _by_stack(ffn(model)) for site in sites[len(sites) // 2 :]]
+
+
+def named(regex: str) -> Where:
+    """The feed-forward networks whose name matches."""
+    return partial(_named, regex=regex)
+
+
+@register("where", "named")
+def _named(model: nn.Module, regex: str) -> list[Site]:
+    sites = ffn(model)
+    return _some([site for site in sites if re.search(regex, site.name)], regex, [site.name for site in sites])
+
+
+def chosen(predicate: Callable[[str, nn.Module], bool]) -> Where:
+    """The feed-forward networks for which `predicate(name, dense module)` holds."""
+    return lambda model: [site for site in ffn(model) if predicate(site.name, site.dense)]
+
+
+def modules(regex: str) -> Where:
+    """Any modules with linear maps whose name matches, taken as they are: their experts are whole copies."""
+    return partial(_modules, regex=regex)
+
+
+@register("where", "modules")
+def _modules(model: nn.Module, regex: str) -> list[Site]:
+    every_name = [name for name, part in model.named_modules() if name and any(map(is_linear, part.modules()))]
+    found = [name for name in every_name if re.search(regex, name)]
+    outermost = [name for name in found if not any(name.startswith(f"{other}.") for other in found)]
+    return _some([whole(model, name) for name in outermost], regex, every_name)
+
+
+def linears(regex: str = "") -> Where:
+    """The linear maps whose name matches, in the numbered layers of a model; for low-rank experts beside each."""
+    return partial(_linears, regex=regex)
+
+
+@register("where", "linears")
+def _linears(model: nn.Module, regex: str = "") -> list[Site]:
+    """Maps that a module computes from their weights, without calling them, are left out: nobody would ask experts."""
+    uncalled = [name for name, part in model.named_modules() if isinstance(part, nn.MultiheadAttention)]
+    names = [
+        name for name, part in model.named_modules() if is_linear(part) and name.rpartition(".")[0] not in uncalled
+    ]
+    sites = [whole(model, name) for name in names]
+    sites = [site for site in sites if site.layer] or sites
+    sites = [replace(site, silenced=tuple(fast_paths(model, site.place[0]))) for site in sites]
+    return _some([site for site in sites if re.search(regex, site.name)], regex, [site.name for site in sites])
+
+
+def _some(sites: list[Site], regex: str, names: list[str]) -> list[Site]:
+    if not sites:
+        raise ValueError(f"nothing matches {regex!r}; there are: {', '.join(names[:8])}{', ...' * (len(names) > 8)}")
+    return sites
+
+
+def _at_least_one(name: str, n: int) -> None:
+    if not isinstance(n, int) or n < 1:
+        raise ValueError(f"where={name}({n!r}): n must be a whole number from 1 on")
+
+
+def _by_stack(sites: list[Site]) -> list[list[Site]]:
+    stacks: dict[str, list[Site]] = {}
+    for site in sites:
+        stacks.setdefault(site.stack, []).append(site)
+    return list(stacks.values())

@@ -1,0 +1,1 @@
+"""Everything known about transformers' own MoE blocks."""

@@ -1,0 +1,199 @@
+"""Decoding on a CPU by the C++ kernel, behind `model.generate`."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import warnings
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from moeify.compress.modules import QuantizedExperts, QuantizedLinear
+from moeify.context import Context
+from moeify.experts.quantized import Quantized, quantize
+from moeify.hf.interface import NativeExperts, use_moeify_experts
+from moeify.kernels.cpu import cpp
+from moeify.moe import MoE
+from moeify.serve.cache import RoomyLayer, with_room
+from moeify.serve.decoder import Decoder, find_decoder
+from moeify.serve.huge_pages import into_huge_pages
+from moeify.serve.program import Program
+
+Model = TypeVar("Model", bound=nn.Module)
+
+_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1}
+_PLAIN = {
+    "input_ids",
+    "attention_mask",
+    "position_ids",
+    "use_cache",
+    "return_dict",
+    "logits_to_keep",
+}
+
+
+_CACHES = {"past_key_values", "cache"}
+_READ = {"attention_mask", "position_ids"}
+
+
+def cache_name(model: nn.Module) -> str:
+    """What a model calls its cache: `past_key_values`, or from transformers 5.24 on `cache`."""
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+
+
+def fast_decode(model: Model, *, bits: int = 16) -> Model:
+    """Decode by one call of the C++ kernel per token, on a CPU; in place, `model.generate` is used as before.
+
+    Prompts, and calls that ask for more than logits (hidden states, hooks, gradients), go through the model as it is.
+    With 8 or 4 bits its linear maps and experts are replaced by quantised ones, for good; the head keeps 8 bits, and
+    routers, norms and embeddings what they have. In bf16, activations are rounded to 8 bits too where a processor
+    multiplies bytes, for up to 24 tokens. The weights move into huge pages. A step is compared with the model's own
+    before the model is returned. Call it again when parameters were replaced or cast.
+
+    Args:
+        model: a decoder of transformers of the kind of Llama, Mixtral or Qwen3, dense or sparse, or one made sparse
+            by moeify.
+        bits: 16 for the weights as they are, 8 or 4.
+
+    Raises:
+        ValueError: other bits; a model of another kind; one that computes something else than its parts say.
+    """
+    if bits not in (16, 8, 4):
+        raise ValueError(f"weights of {bits} bits are not known; choose 16 (as they are), 8 or 4")
+    plain_decode(model)
+    find_decoder(model)
+    model.eval()
+    if bits < 16:
+        _quantize(model, bits)
+    if any(hasattr(module, "_apply_gate") for module in model.modules()):
+        use_moeify_experts(model)
+    if reason := cpp.why_not():
+        warnings.warn(f"the model decodes by torch, which is slower: the C++ kernel is missing, {reason}", stacklevel=2)
+        return model
+    decoder = find_decoder(model)
+    into_huge_pages([*(part for layer in decoder.layers for part in (layer.attention, layer.mlp)), decoder.head])
+    decode = _Decode(model, decoder)
+    _must_agree(model, decode)
+    model.forward = functools.wraps(model.forward)(decode)
+    return model
+
+
+def plain_decode(model: Model) -> Model:
+    """Decode by the model's own forward pass again; in place, quantised weights stay so."""
+    model.__dict__.pop("forward", None)
+    return model
+
+
+class _Decode:
+    """A model's forward pass, where a token per sequence goes through the kernel."""
+
+    def __init__(self, model: nn.Module, decoder: Decoder) -> None:
+        self.model, self.slow = model, model.forward
+        self.decoder = decoder
+        self.parts = [module for module in model.modules() if module is not model]
+        self.cache_name = cache_name(model)
+        self.program: Program | None = None
+
+    def __call__(self, input_ids: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
+        cache = next((kwargs.pop(name) for name in _CACHES if kwargs.get(name) is not None), None)
+        if cache is None and kwargs.get("use_cache") is not False and not self.model.training:
+            cache = DynamicCache()
+        if cache is not None:
+            kwargs[self.cache_name] = cache
+        roomy = isinstance(cache, Cache) and with_room(cache, len(self.decoder.layers))
+        if roomy and input_ids is not None and not args and self._serves(input_ids, cache, kwargs):
+            logits = self.fast(input_ids, cache, **{key: kwargs[key] for key in _READ & kwargs.keys()})
+            answer = CausalLMOutputWithPast(logits=logits)
+            answer[self.cache_name] = cache
+            return answer
+        return self.slow(input_ids, *args, **kwargs)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"program": None}  # a copy has other memory
+
+    def fast(
+        self,
+        input_ids: Tensor,
+        cache: Cache,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+    ) -> Tensor:
+        """The logits of one step."""
+        tokens, length = len(input_ids), cache.get_seq_length()
+        if self.program is None or self.program.tokens != tokens:
+            self.program = Program(self.decoder, tokens)
+        if attention_mask is None:
+            first = torch.zeros(tokens, dtype=torch.int64)
+        else:
+            first = attention_mask.shape[1] - attention_mask.sum(1)
+        if position_ids is None:
+            position_ids = torch.full((1, 1), length)
+        layers = [layer for layer in cache.layers if isinstance(layer, RoomyLayer)]
+        return self.program.run(input_ids, position_ids, first, layers)
+
+    def _serves(self, input_ids: Tensor, cache: Cache, kwargs: dict[str, Any]) -> bool:
+        """Whether a call wants nothing but the logits of one more token per sequence, padded on the left if at all."""
+        mask = kwargs.get("attention_mask")
+        wanted = {name for name, value in kwargs.items() if value is not None and value is not False}
+        return (
+            input_ids.dim() == 2
+            and input_ids.shape[1] == 1
+            and cache.get_seq_length() > 0
+            and wanted <= _PLAIN | _CACHES
+            and (mask is None or _padded_left(mask, cache.get_seq_length() + 1))
+            and not torch.is_grad_enabled()
+            and not self.model.training
+            and not any(_is_heard(part) for part in self.parts)
+        )
+
+
+def _is_heard(part: nn.Module) -> bool:
+    """Whether a module has hooks that wait for a call; those of a `Context` have read the same in the model's own."""
+    if part._forward_hooks:
+        return True
+    hooks = part._forward_pre_hooks
+    return bool(hooks) and not all(isinstance(getattr(hook, "__self__", None), Context) for hook in hooks.values())
+
+
+def _padded_left(mask: Tensor, length: int) -> bool:
+    return mask.dim() == 2 and mask.shape[1] == length and bool((mask[:, 1:] >= mask[:, :-1]).all())
+
+
+def _quantize(model: Any, bits: int) -> None:
+    """Put quantised modules in the places of linear maps and experts; a dense map that is a router's stays."""
+    for name, module in list(model.model.layers.named_modules()):
+        if type(module) is nn.Linear and _is_map(name):
+            model.model.layers.set_submodule(name, QuantizedLinear(module, bits))
+        elif isinstance(module, MoE) and not isinstance(module.experts, Quantized):
+            module.experts = quantize(module.experts, bits)
+        elif hasattr(module, "_apply_gate"):
+            model.model.layers.set_submodule(name, QuantizedExperts(quantize(NativeExperts(module), bits)))
+    if type(model.lm_head) is nn.Linear:
+        model.lm_head = QuantizedLinear(model.lm_head, 8)
+
+
+def _is_map(name: str) -> bool:
+    return name.rsplit(".", 1)[-1] in {f"{part}_proj" for part in ("q", "k", "v", "o", "gate", "up", "down")}
+
+
+@torch.no_grad()
+def _must_agree(model: Any, decode: _Decode) -> None:
+    """Compare one step of the kernel with the model's own, for eight sequences; few of them may be routed otherwise."""
+    ids = torch.arange(48).view(8, 6) * 7919 % model.config.vocab_size
+    cache = DynamicCache()
+    with_room(cache, len(decode.decoder.layers))
+    model(ids[:, :5], **{cache_name(model): cache}, use_cache=True)
+    ours = decode.fast(ids[:, 5:], cache)
+    cache.crop(-1)
+    theirs = model(ids[:, 5:], **{cache_name(model): cache}, use_cache=True).logits.float()
+    error = ((ours - theirs).norm(dim=-1) / theirs.norm(dim=-1)).median().item()
+    tolerance = _TOLERANCE[decode.decoder.dtype]
+    if not error <= tolerance:
+        raise ValueError(
+            f"{type(model).__name__} computes something else than its parts say: a step of the kernel differs from its "
+            f"own by {error:.2g} of the logits' length (allowed {tolerance:.2g}); decode it by model.generate as it is"
+        )

@@ -1,0 +1,77 @@
+"""Low-rank experts beside what is there: one for every linear map, or one for a whole feed-forward network."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from moeify.experts.lora import LoRA, LoRAFFN
+from moeify.find.dense import DenseFFN, is_linear, matrix
+from moeify.registry import register
+
+
+@register("experts", "lora")
+def lora(dense: nn.Module, num_experts: int, *, rank: int = 8, scale: float = 1.0, dropout: float = 0.0) -> LoRA:
+    """Low-rank experts for a linear map, or for whatever stands there; they start as nothing, so keep it in `shared`.
+
+    Args:
+        dense: what they are to stand beside: a linear map (`where=linears(...)`), or a feed-forward network.
+        num_experts: E.
+        rank: r.
+        scale: multiplies the answers; `alpha / rank` where a paper gives alpha.
+        dropout: probability of dropping an input in training.
+    """
+    first, last = _ends(dense)
+    return _lora(first.shape[1], last.shape[0], num_experts, rank, scale, dropout, like=last)
+
+
+@register("experts", "lora_ffn")
+def lora_ffn(dense: nn.Module, num_experts: int, *, rank: int = 8, scale: float = 1.0, dropout: float = 0.0) -> LoRAFFN:
+    """Experts that are the dense network, frozen, with low-rank changes of their own to its maps (MixLoRA).
+
+    Args:
+        dense: a `DenseFFN`.
+        num_experts: E.
+        rank: r.
+        scale: multiplies the changes; `alpha / rank` where a paper gives alpha.
+        dropout: probability of dropping an input of a change in training.
+
+    Raises:
+        ValueError: the module is no `DenseFFN`.
+    """
+    if not isinstance(dense, DenseFFN):
+        raise ValueError(
+            f"lora_ffn changes the maps of a feed-forward network, and this is a {type(dense).__name__}; use lora"
+        )
+    up, down = dense.up_weight, dense.down_weight
+    return LoRAFFN(
+        _frozen_linear(up, dense.up_bias),
+        _frozen_linear(down, dense.down_bias),
+        dense.inner,
+        _lora(up.shape[1], up.shape[0], num_experts, rank, scale, dropout, like=up),
+        _lora(down.shape[1], down.shape[0], num_experts, rank, scale, dropout, like=down),
+    )
+
+
+def _ends(dense: nn.Module) -> tuple[Tensor, Tensor]:
+    """The first and the last matrix of what stands there."""
+    if isinstance(dense, DenseFFN):
+        return dense.up_weight, dense.down_weight
+    maps = [matrix(part) for part in dense.modules() if is_linear(part)]
+    return maps[0], maps[-1]
+
+
+def _lora(width: int, width_out: int, num_experts: int, rank: int, scale: float, dropout: float, like: Tensor) -> LoRA:
+    with torch.device(like.device):
+        experts = LoRA(num_experts, width, width_out, rank=rank, scale=scale, dropout=dropout)
+    return experts.to(like.dtype)
+
+
+def _frozen_linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
+    """A linear map that shares the memory of a weight and does not train it."""
+    with torch.device("meta"):
+        linear = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None)
+    linear.weight = nn.Parameter(weight.detach(), requires_grad=False)
+    if bias is not None:
+        linear.bias = nn.Parameter(bias.detach(), requires_grad=False)
+    return linear

@@ -1,0 +1,181 @@
+"""Sparse models on disk: safetensors and a `config.json` that holds the recipe. Nothing is ever unpickled."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moeify.sparsify.convert import sparsify
+from moeify.sparsify.recipe import Recipe
+from moeify.version import __version__
+
+_WEIGHTS = "model.safetensors"
+_INDEX = "model.safetensors.index.json"
+
+
+def save(model: nn.Module, folder: str | Path, *, max_shard_size: str = "5GB") -> None:
+    """Write a sparsified model: its weights, and how to build it again.
+
+    Args:
+        model: what `sparsify` returned.
+        folder: made if it is not there.
+        max_shard_size: weights beyond this size are spread over several files.
+
+    Raises:
+        ValueError: the model was not made by `sparsify`, or its recipe has a part that no file can name.
+    """
+    from huggingface_hub import save_torch_state_dict
+
+    recipe = getattr(model, "moeify_recipe", None)
+    if recipe is None:
+        raise ValueError(f"this {type(model).__name__} was not made by moeify.sparsify, so its recipe is not known")
+    description = {"moeify": __version__, "recipe": recipe.to_dict(), "model": _describe(model)}
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    for old in [*folder.glob("model*.safetensors"), *folder.glob(_INDEX)]:
+        old.unlink()
+    save_torch_state_dict(model.state_dict(), folder, max_shard_size=max_shard_size, metadata={"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(description, indent=2) + "\n")
+
+
+def _describe(model: nn.Module) -> dict[str, Any]:
+    config = getattr(model, "config", None)
+    if config is None:
+        return {"class": f"{type(model).__module__}.{type(model).__qualname__}"}
+    return {"class": f"transformers.{type(model).__name__}", "config": config.to_dict()}
+
+
+def load(folder: str | Path, model: nn.Module | None = None, recipe: Recipe | None = None) -> nn.Module:
+    """Build a saved sparse model again.
+
+    Args:
+        folder: what `save` wrote.
+        model: the dense model to start from (its weights do not matter); needed for models that are not of
+            transformers.
+        recipe: used in place of the saved one, for recipes with parts of your own.
+
+    Raises:
+        FileNotFoundError: no such checkpoint.
+        ValueError: a damaged checkpoint, or one of another model; the message names the tensors.
+    """
+    folder = Path(folder)
+    description = _read_json(folder / "config.json")
+    for key, kind in (("moeify", str), ("recipe", dict), ("model", dict)):
+        if not isinstance(description.get(key), kind):
+            raise ValueError(f"{folder / 'config.json'} has no {key!r}: it was not written by moeify.store.save")
+    if recipe is None:
+        recipe = Recipe.from_dict(description["recipe"])
+    if model is None:
+        model = _build(description["model"], folder)
+    sparsify(model, recipe, verbose=False, allow_noncausal=True)  # whoever saved it allowed it
+    load_weights(model, folder)
+    return model.eval()
+
+
+def _build(description: dict[str, Any], folder: Path) -> nn.Module:
+    import transformers
+
+    saved = str(description.get("class"))
+    name = saved.removeprefix("transformers.")
+    architecture = getattr(transformers, name, None) if "config" in description else None
+    known = isinstance(architecture, type) and issubclass(architecture, transformers.PreTrainedModel)
+    if not known or architecture.config_class is None:
+        raise ValueError(
+            f"{folder} holds a {saved}, which is not a model of transformers; build the dense model "
+            "yourself and pass it: load(folder, model=...)"
+        )
+    return architecture(architecture.config_class.from_dict(description["config"]))
+
+
+def load_weights(model: nn.Module, folder: str | Path) -> None:
+    """Read weights into a model of exactly the same tensors; parameters take the dtype of the file.
+
+    Nothing is assigned unless everything fits. Tied parameters need to be in the files once.
+
+    Raises:
+        FileNotFoundError: no weights in the folder.
+        ValueError: files that are damaged or lie outside the folder; tensors that are missing, unexpected or of
+            another shape.
+    """
+    folder = Path(folder)
+    loaded = _read_tensors(folder)
+    own = {**dict(model.named_parameters(remove_duplicate=False)), **_persistent_buffers(model)}
+    present = {id(tensor) for name, tensor in own.items() if name in loaded}  # tied ones are one object
+    missing = [name for name, tensor in own.items() if id(tensor) not in present]
+    unexpected = [name for name in loaded if name not in own]
+    misshapen = [
+        f"{name} is {tuple(loaded[name].shape)}, the model needs {tuple(tensor.shape)}"
+        for name, tensor in own.items()
+        if name in loaded and loaded[name].shape != tensor.shape
+    ]
+    faults = [
+        f"{fault}: {', '.join(names[:5])}{f' and {len(names) - 5} more' if len(names) > 5 else ''}"
+        for fault, names in (("missing", missing), ("unexpected", unexpected), ("wrong shape", misshapen))
+        if names
+    ]
+    if faults:
+        raise ValueError(f"the weights in {folder} are not those of this {type(model).__name__}; {'; '.join(faults)}")
+    with torch.no_grad():
+        for name, tensor in loaded.items():
+            own[name].data = own[name].data.to(tensor.dtype)
+            own[name].data.copy_(tensor)
+
+
+def _persistent_buffers(model: nn.Module) -> dict[str, Tensor]:
+    kept = model.state_dict(keep_vars=True).keys()
+    return {name: buffer for name, buffer in model.named_buffers(remove_duplicate=False) if name in kept}
+
+
+def _read_tensors(folder: Path) -> dict[str, Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    tensors: dict[str, Tensor] = {}
+    for path in weight_files(folder):
+        try:
+            tensors.update(load_file(path))
+        except SafetensorError as error:
+            raise ValueError(f"{path} is damaged or not a safetensors file: {error}") from None
+    return tensors
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The files that hold the weights of a checkpoint: those that its index names, or the only one.
+
+    Raises:
+        FileNotFoundError: one of them is missing.
+        ValueError: the index is damaged or names a file outside the folder.
+    """
+    files = _listed(folder / _INDEX) if (folder / _INDEX).is_file() else [_WEIGHTS]
+    for file in files:
+        if not (folder / file).is_file():
+            raise FileNotFoundError(f"the checkpoint {folder} has no file {file}")
+    return [folder / file for file in files]
+
+
+def _listed(index: Path) -> list[str]:
+    """The files that an index names, all in its own folder."""
+    names = _read_json(index).get("weight_map")
+    if not isinstance(names, dict) or not names or not all(isinstance(file, str) for file in names.values()):
+        raise ValueError(f"{index} has no 'weight_map' from tensors to files")
+    files = sorted(set(names.values()))
+    for file in files:
+        if Path(file).name != file:
+            raise ValueError(f"{index} names the file {file!r}, which is outside the checkpoint folder")
+    return files
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no {path.name} in {path.parent}: it is not a checkpoint of moeify")
+    try:
+        values = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} must hold a mapping, not a {type(values).__name__}")
+    return values

@@ -1,0 +1,163 @@
+"""The part of the trainer that writes checkpoints and reads them back."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers.trainer_callback import ExportableState
+
+from moeify.store import load_weights, save
+from moeify.train.checkpoint import folder as resume
+from moeify.train.checkpoint import state
+
+_Trainer: Any = object  # at run time a trainer of transformers stands behind the mixin
+
+
+class Saving(_Trainer):
+    """Writes and reads a trainer's checkpoints in the format of `moeify.train.checkpoint.folder`.
+
+    transformers' own way loses the experts of its MoE models: it saves them under the names of the hub and reads them
+    back under the names of the model, with a warning only.
+    """
+
+    failures = 0
+    saved: Path | None = None
+
+    def _checkpoint_folder(self, step: int, trial: Any = None) -> Path:
+        return Path(self._get_output_dir(trial)) / f"checkpoint-{step}"
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any = None) -> None:
+        """Write a checkpoint of the current step; a full disk is survived twice, previous checkpoints are untouched.
+
+        Raises:
+            OSError: the third failure in a row.
+        """
+        self._refuse_sharded()
+        if self.hp_search_backend is None and trial is None:
+            self.store_flos()
+        final = self._checkpoint_folder(self.state.global_step, trial)
+        if self.state.best_global_step:
+            best = self._checkpoint_folder(self.state.best_global_step, trial)
+            if best == final or best.is_dir():
+                self.state.best_model_checkpoint = str(best)
+        if self.args.should_save and final != self.saved:
+            try:
+                with resume.writing(final) as folder:
+                    self._write(folder)
+                self.failures, self.saved = 0, final
+            except (OSError, SafetensorError) as error:
+                self.failures += 1
+                print(f"moeify: {final.name} could not be saved ({error}); earlier checkpoints are untouched")
+                if self.failures == 3:
+                    raise OSError(f"no checkpoint could be saved three times in a row: {error}") from error
+            resume.rotate(final.parent, self.args.save_total_limit, self.state.best_model_checkpoint)
+        self.accelerator.wait_for_everyone()
+        if self.args.push_to_hub:
+            self._push_from_checkpoint(str(final))
+
+    def _write(self, folder: Path) -> None:
+        state.save_weights(self.model, folder)
+        if self.processing_class is not None:
+            self.processing_class.save_pretrained(folder)
+        if not self.args.save_only_model:
+            state.save_optimizer(bare(self.optimizer), self.model, folder)
+            state.write_json(folder / "scheduler.json", self.lr_scheduler.state_dict())
+            save_file({name: t.cpu() for name, t in self._step_loss.demand.items()}, folder / "sparse.safetensors")
+            state.save_balance(self._control, self.targets, folder)
+            if (scaler := getattr(self.accelerator, "scaler", None)) is not None:
+                state.write_json(folder / "scaler.json", scaler.state_dict())
+        kept = self.state.stateful_callbacks
+        for callback in [*self.callback_handler.callbacks, self.control]:
+            if isinstance(callback, ExportableState):
+                name, value = type(callback).__name__, callback.state()
+                kept[name] = [*kept[name], value] if isinstance(kept.get(name), list) else value
+        self.state.save_to_json(str(folder / "trainer_state.json"))
+
+    def _checkpoint_to_resume(self, where: str | bool) -> Path:
+        """The checkpoint to go on from; the first rank chooses for all."""
+        folder = Path(self.args.output_dir if isinstance(where, bool) else where)
+        if not isinstance(where, bool) and not resume.checkpoints(folder):
+            if (reason := resume.fault(folder)) is not None:
+                raise FileNotFoundError(f"cannot go on from {folder}: {reason}")
+            return folder
+        choice = torch.tensor(-1, device=self.args.device)
+        failure: FileNotFoundError | None = None
+        if self.is_world_process_zero():
+            try:
+                choice.fill_(int(resume.newest(folder).name.split("-")[1]))
+            except FileNotFoundError as error:
+                failure = error
+        if self.accelerator.num_processes > 1:
+            torch.distributed.broadcast(choice, 0)
+        if choice < 0:
+            raise failure or FileNotFoundError(f"the first rank found no checkpoint in {folder} that can be trusted")
+        return folder / f"checkpoint-{int(choice)}"
+
+    def _warn_of_earlier_run(self) -> None:
+        found = resume.checkpoints(Path(self.args.output_dir))
+        if found and self.is_world_process_zero():
+            print(
+                f"moeify: {self.args.output_dir} holds checkpoints of an earlier run up to {found[0].name}; this run "
+                "starts afresh beside them, and resume_from_checkpoint=True will take the one with the highest step"
+            )
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        """Bring back every tensor of the model, experts included, or none."""
+        self._refuse_sharded()
+        load_weights(self.model, resume_from_checkpoint)
+
+    def _load_best_model(self) -> None:
+        """Bring back the best model of the run, experts included."""
+        best = Path(self.state.best_model_checkpoint)
+        if (reason := resume.fault(best)) is not None:
+            raise ValueError(f"the best model cannot be loaded from {best}: {reason}")
+        load_weights(self.model, best)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None:
+            return
+        folder = Path(checkpoint)
+        if not (folder / "scheduler.json").is_file():
+            print(f"moeify: {folder.name} holds the model only (save_only_model), optimizer and schedule begin anew")
+            return
+        state.load_optimizer(bare(self.optimizer), self.model, folder)
+        self.lr_scheduler.load_state_dict(json.loads((folder / "scheduler.json").read_text(encoding="utf-8")))
+        self._step_loss.demand = load_file(folder / "sparse.safetensors")
+        state.load_balance(self._control, self.targets, folder)
+
+    def _load_scaler(self, checkpoint: str | None) -> None:
+        if checkpoint is not None and (file := Path(checkpoint) / "scaler.json").is_file():
+            self.accelerator.scaler.load_state_dict(json.loads(file.read_text(encoding="utf-8")))
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        """Nothing to bring back: random numbers are a function of (seed, step, rank)."""
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        """Save a finished model for `moeify.store.load` if `sparsify` made it, and else as transformers does."""
+        if not hasattr(self.model, "moeify_recipe"):
+            return super()._save(output_dir, state_dict)
+        if self.args.should_save:
+            folder = Path(self.args.output_dir if output_dir is None else output_dir)
+            save(self.model, folder)
+            if self.processing_class is not None:
+                self.processing_class.save_pretrained(folder)
+        return None
+
+    def _refuse_sharded(self) -> None:
+        sharded = getattr(self, "is_distributed_loading_by_transformers", False)
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled or sharded:
+            raise ValueError(
+                "checkpoints of models that are sharded over ranks (FSDP, DeepSpeed, DistributedConfig) are not "
+                "supported; pass save_strategy='no' and save the model with torch.distributed.checkpoint"
+            )
+
+
+def bare(optimizer: Any) -> torch.optim.Optimizer:
+    """The optimizer inside accelerate's wrapper."""
+    return getattr(optimizer, "optimizer", optimizer)

@@ -1,0 +1,139 @@
+"""Weights, optimizer and scheduler as safetensors and JSON, strict in both directions."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import save_torch_state_dict
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from moeify.balance import Control, SparsityTarget
+from moeify.store import save
+
+OPTIMIZER = "optimizer"
+BALANCE = "balance.safetensors"
+
+
+def save_weights(model: nn.Module, folder: Path) -> None:
+    """Write all parameters and buffers under the names they have in the model, so that nothing is lost on the way back.
+
+    A model made by `moeify.sparsify` is written so that `moeify.store.load` reads it; one of transformers so that
+    `from_pretrained` does. If a recipe has parts that no file can name, only the weights are written.
+    """
+    if hasattr(model, "moeify_recipe"):
+        try:
+            return save(model, folder)
+        except ValueError as error:
+            print(f"moeify: checkpoints of this model can be resumed from, but not loaded by themselves: {error}")
+    save_torch_state_dict(model.state_dict(), folder, metadata={"format": "pt"})
+    if hasattr(config := getattr(model, "config", None), "save_pretrained"):
+        config.save_pretrained(folder)
+    return None
+
+
+def save_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, folder: Path) -> None:
+    """Write an optimizer's state by parameter name: tensors to safetensors, numbers to JSON.
+
+    Raises:
+        TypeError: the optimizer keeps something that is neither.
+    """
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    tensors: dict[str, Tensor] = {}
+    numbers: dict[str, dict[str, Any]] = {}
+    for parameter, state in optimizer.state.items():
+        name = names[id(parameter)]
+        for key, value in state.items():
+            if isinstance(value, Tensor):
+                tensors[f"{name}|{key}"] = value.detach().cpu().contiguous().clone()
+            else:
+                numbers.setdefault(name, {})[key] = value
+    groups = [g | {"params": [names[id(p)] for p in g["params"]]} for g in optimizer.param_groups]
+    save_file(tensors, folder / f"{OPTIMIZER}.safetensors")
+    write_json(folder / f"{OPTIMIZER}.json", {"state": numbers, "groups": groups})
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, folder: Path) -> None:
+    """Read an optimizer's state back.
+
+    Raises:
+        ValueError: the optimizer's groups hold other parameters than when it was saved.
+    """
+    saved = json.loads((folder / f"{OPTIMIZER}.json").read_text(encoding="utf-8"))
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    order = [names[id(p)] for group in optimizer.param_groups for p in group["params"]]
+    if [name for group in saved["groups"] for name in group["params"]] != order:
+        raise ValueError(
+            f"the optimizer groups other parameters than the checkpoint {folder}; freeze and group them as they were "
+            "when it was saved"
+        )
+    state: dict[str, dict[str, Any]] = saved["state"]
+    for key, tensor in load_file(folder / f"{OPTIMIZER}.safetensors").items():
+        name, _, kind = key.rpartition("|")
+        state.setdefault(name, {})[kind] = tensor
+    place = {name: i for i, name in enumerate(order)}
+    groups, start = [], 0
+    for live, group in zip(optimizer.param_groups, saved["groups"], strict=True):
+        stop = start + len(live["params"])
+        groups.append({k: _as(v, live.get(k)) for k, v in group.items()} | {"params": list(range(start, stop))})
+        start = stop
+    optimizer.load_state_dict({"state": {place[name]: s for name, s in state.items()}, "param_groups": groups})
+
+
+def save_balance(control: Control | None, targets: Sequence[SparsityTarget], folder: Path) -> None:
+    """Write what controllers remember between steps beside the biases, which the model holds."""
+    memory = {} if control is None else control.memory
+    tensors = {f"{layer}|{key}": value.cpu() for layer, kept in memory.items() for key, value in kept.items()}
+    weights = torch.tensor([target.value for target in targets], dtype=torch.float64)
+    save_file(tensors | {"weights": weights}, folder / BALANCE)
+
+
+def load_balance(control: Control | None, targets: Sequence[SparsityTarget], folder: Path) -> None:
+    """Read it back.
+
+    Raises:
+        ValueError: the run was saved with another number of loss weights that adapt.
+    """
+    tensors = load_file(folder / BALANCE)
+    weights = tensors.pop("weights").tolist()
+    if len(weights) != len(targets):
+        raise ValueError(
+            f"the checkpoint {folder} holds {len(weights)} adaptive loss weights, and this run has {len(targets)}; "
+            "give SparseArguments(losses=...) the SparsityTargets that the run began with"
+        )
+    for target, value in zip(targets, weights, strict=True):
+        target.value = value
+    if control is not None:
+        control.memory = {}
+        for name, value in tensors.items():
+            layer, _, key = name.rpartition("|")
+            control.memory.setdefault(layer, {})[key] = value
+
+
+def _as(value: Any, live: Any) -> Any:
+    """JSON knows lists only; betas are a tuple, and a learning rate may be a tensor."""
+    if isinstance(live, tuple):
+        return tuple(value)
+    return torch.tensor(value, dtype=live.dtype) if isinstance(live, Tensor) else value
+
+
+def write_json(file: Path, value: Any) -> None:
+    """Write JSON; single-element tensors become numbers.
+
+    Raises:
+        TypeError: something has no place in JSON.
+    """
+
+    def number(part: Any) -> Any:
+        if isinstance(part, Tensor) and part.numel() == 1:
+            return part.item()
+        raise TypeError(
+            f"cannot save a {type(part).__name__} in {file.name}: checkpoints hold tensors, numbers, strings and lists "
+            "of them; pickle is never written"
+        )
+
+    file.write_text(json.dumps(value, default=number), encoding="utf-8")

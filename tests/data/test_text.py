@@ -1,0 +1,236 @@
+import gzip
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.utils.data import DataLoader
+
+from moeify.data.corpus import Corpus
+from moeify.data.text import Blocks, ByteTokenizer, Texts, blocks, held_out, read_texts
+
+ROWS = [{"text": f"document {i}", "domain": "even" if i % 2 == 0 else "odd"} for i in range(40)]
+
+
+def jsonl(path: Path, rows: list) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = "\n".join(json.dumps(row) for row in rows)
+    path.write_bytes(gzip.compress(text.encode()) if path.suffix == ".gz" else text.encode())
+    return path
+
+
+def everything(texts: Texts) -> dict[str, list[str]]:
+    return {domain: sorted(texts.train[domain] + texts.validation.get(domain, [])) for domain in texts.train}
+
+
+# Sources
+
+
+def test_a_text_file_is_a_domain_of_its_name_and_a_tenth_is_held_out(tmp_path):
+    distinct = "".join(chr(0x4E00 + i) for i in range(2000))
+    (tmp_path / "signs.txt").write_text(distinct, encoding="utf-8")
+    texts = read_texts(str(tmp_path / "signs.txt"))
+    assert len("".join(texts.validation["signs"])) == 200
+    assert sorted("".join(texts.train["signs"] + texts.validation["signs"])) == sorted(distinct)
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.jsonl.gz"])
+def test_json_lines_give_a_document_per_row_and_a_domain_per_name(tmp_path, name):
+    expected = {domain: sorted(r["text"] for r in ROWS if r["domain"] == domain) for domain in ("even", "odd")}
+    assert everything(read_texts(jsonl(tmp_path / name, ROWS))) == expected
+
+
+def test_rows_without_a_domain_belong_to_their_file(tmp_path):
+    path = jsonl(tmp_path / "notes.jsonl", [{"text": "a"}, {"text": "b\u2028c", "domain": None}, {"text": " "}])
+    assert everything(read_texts(path)) == {"notes": ["a", "b\u2028c"]}
+
+
+def test_parquet_reads_like_json_lines(tmp_path):
+    arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    parquet.write_table(arrow.Table.from_pylist(ROWS), tmp_path / "rows.parquet")
+    assert read_texts(tmp_path / "rows.parquet") == read_texts(jsonl(tmp_path / "rows.jsonl", ROWS))
+
+
+def test_a_folder_of_sources_has_a_domain_per_subfolder(tmp_path):
+    for name in ("a/one.py", "a/deep/two.py", "b/three.c", "b/.git/config", "four.md", "a/__init__.py"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("" if "init" in name else name)
+    (tmp_path / "b" / "three.o").write_bytes(b"\x7fELF\0\xff")
+    (tmp_path / "b" / "twice.c").write_text("other")
+    texts = read_texts(tmp_path)
+    assert set(texts.train) == {"a", "b", tmp_path.name}
+    assert everything(texts)["a"] == ["a/deep/two.py", "a/one.py"]
+    assert everything(texts)["b"] == ["b/three.c", "other"]
+
+
+def test_a_folder_with_parts_keeps_them_and_never_reads_the_test_part(tmp_path):
+    for part in ("train", "validation", "test"):
+        jsonl(tmp_path / f"{part}.jsonl.gz", [{"text": part, "domain": "d"}])
+    (tmp_path / "README.md").write_text("about this data set")
+    assert read_texts(tmp_path) == Texts({"d": ["train"]}, {"d": ["validation"]})
+
+
+def test_a_train_part_alone_is_split(tmp_path):
+    jsonl(tmp_path / "train-00000.jsonl", ROWS[:20])
+    jsonl(tmp_path / "train-00001.jsonl", ROWS[20:])
+    assert read_texts(tmp_path) == read_texts(jsonl(tmp_path / "other" / "rows.jsonl", ROWS))
+
+
+def test_a_data_set_of_the_hub_keeps_its_parts(monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    parts = {part: datasets.Dataset.from_list([{"text": part}]) for part in ("train", "validation", "test")}
+    asked = []
+    monkeypatch.setattr(datasets, "load_dataset", lambda *name: asked.append(name) or datasets.DatasetDict(parts))
+    assert read_texts("org/name:small") == Texts({"org/name": ["train"]}, {"org/name": ["validation"]})
+    assert asked == [("org/name", "small")]
+
+
+# What a source can get wrong
+
+
+def test_a_missing_file_is_said_and_never_sought_on_the_hub(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("here").mkdir()
+    for source in (tmp_path / "none.txt", "elsewhere/none.jsonl", "none", "here/none"):
+        with pytest.raises(FileNotFoundError, match=r"no file or folder .*none"):
+            read_texts(source)
+
+
+def test_an_unreachable_hub_is_one_line(monkeypatch):
+    datasets = pytest.importorskip("datasets")
+
+    def offline(*_):
+        raise ConnectionError("could not reach the hub\nsecond line")
+
+    monkeypatch.setattr(datasets, "load_dataset", offline)
+    with pytest.raises(FileNotFoundError, match=r"no file or folder org/name, .*: could not reach the hub$"):
+        read_texts("org/name")
+
+
+@pytest.mark.parametrize(("name", "missing"), [("x.parquet", "pyarrow"), (None, "datasets")])
+def test_a_missing_library_names_the_extra(monkeypatch, tmp_path, name, missing):
+    monkeypatch.setitem(sys.modules, missing, None)
+    source = "org/name" if name is None else jsonl(tmp_path / name, ROWS)
+    with pytest.raises(ImportError, match=r"pip install 'moeify\[data\]'"):
+        read_texts(source)
+
+
+def test_rows_without_a_text_name_the_fields_seen(tmp_path):
+    with pytest.raises(ValueError, match=r"no field 'text', it has: content, id"):
+        read_texts(jsonl(tmp_path / "rows.jsonl", [{"content": "a", "id": 1}]))
+    arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    parquet.write_table(arrow.Table.from_pylist([{"content": "a", "id": 1}]), tmp_path / "rows.parquet")
+    with pytest.raises(ValueError, match=r"no field 'text', it has: content, id"):
+        read_texts(tmp_path / "rows.parquet")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.txt", b" \n", "is empty"),
+        ("a.jsonl", b"", "is empty"),
+        ("a.txt", b"abc\xff", r"is not UTF-8 \(at byte 3\)"),
+        ("a.jsonl", b'{"text": "a"}\n{"text"', "line 2 is not JSON"),
+        ("a.jsonl", b'["a"]', "line 1 is no object"),
+        ("a.jsonl", b'{"text": 1}', "row 1: the field 'text' is a int"),
+        ("a.jsonl.gz", b"plain", "cannot be unpacked"),
+        ("a.jsonl.gz", gzip.compress(b"abc", mtime=0)[:-9], "cannot be unpacked"),
+        ("a.parquet", b"plain", "is not a parquet file"),
+    ],
+)
+def test_a_bad_file_is_named_with_the_reason(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=message) as error:
+        read_texts(tmp_path / name)
+    assert name in str(error.value)
+
+
+# Holding out
+
+
+@given(st.lists(st.text(min_size=1), min_size=2, max_size=60))
+def test_no_document_is_in_both_parts_and_none_is_lost(documents):
+    texts = held_out({"d": documents})
+    assert sorted(texts.train["d"] + texts.validation["d"]) == sorted(documents)
+    assert not set(texts.train["d"]) & set(texts.validation["d"])
+    assert texts.validation["d"]
+
+
+@given(st.permutations([f"document {i}" for i in range(30)]))
+def test_the_order_of_documents_does_not_decide_what_is_held_out(documents):
+    assert len(held_out({"d": documents}).validation["d"]) == 3
+    assert set(held_out({"d": documents}).validation["d"]) == set(held_out({"d": sorted(documents)}).validation["d"])
+
+
+# Tokens and blocks
+
+
+@given(st.text())
+def test_bytes_decode_to_what_was_encoded(text):
+    tokenizer = ByteTokenizer()
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+    assert all(token < 256 for token in tokenizer.encode(text))
+
+
+def test_a_half_character_of_json_can_be_encoded():
+    assert ByteTokenizer().encode(json.loads('"a\\ud800"')) == [97, ord("?")]
+
+
+def test_decoding_replaces_what_is_not_utf8_and_leaves_out_special_tokens():
+    assert ByteTokenizer().decode(torch.tensor([97, 0xFF, 98, 256, 257])) == "a\ufffdb"
+
+
+@given(st.integers(1, 9), st.lists(st.integers(0, 50), min_size=1, max_size=4))
+def test_blocks_are_the_streams_in_order_without_their_tails(length, sizes):
+    streams = {str(i): torch.arange(size) + 100 * i for i, size in enumerate(sizes)}
+    data = Blocks(streams, length)
+    assert len(data) == sum(size // length for size in sizes)
+    for name, stream in streams.items():
+        own = [data[i]["input_ids"] for i in range(len(data)) if data.domain_of(i) == name]
+        assert torch.equal(torch.cat([stream[:0], *own]), stream[: len(own) * length])
+        assert len(stream) - len(own) * length < length
+
+
+def test_a_model_is_given_ids_and_labels_alone():
+    train, _ = blocks(Texts({"d": ["abcdefgh"]}, {"d": ["abcdefgh"]}), ByteTokenizer(), length=4)
+    batch = next(iter(DataLoader(train, batch_size=2)))
+    assert set(batch) == {"input_ids", "labels"}
+    assert batch["input_ids"].dtype == batch["labels"].dtype == torch.int64
+    assert torch.equal(batch["input_ids"], batch["labels"])
+    assert batch["input_ids"].shape == (2, 4)
+
+
+def test_every_document_ends_with_the_end_of_text():
+    train, validation = blocks(Texts({"d": ["ab", "c"]}, {"d": ["xyz"]}), ByteTokenizer(), length=1)
+    assert train.input_ids.flatten().tolist() == [97, 98, 256, 99, 256]
+    assert validation.input_ids.flatten().tolist() == [120, 121, 122, 256]
+
+
+def test_a_tokenizer_is_anything_that_encodes():
+    class Words:
+        def encode(self, text):
+            return [len(word) for word in text.split()]
+
+        def decode(self, token_ids):
+            return " ".join("x" * i for i in token_ids)
+
+    train, _ = blocks(Texts({"d": ["a bb ccc dddd"]}, {"d": ["a a"]}), Words(), length=2)
+    assert train.input_ids.tolist() == [[1, 2], [3, 4]]
+
+
+def test_a_corpus_becomes_blocks_of_its_domains():
+    corpus = Corpus({"a": b"aaaa", "b": b"bbbbbbbb"}, {"a": b"AAAA", "b": b""}, sha256="", versions={}, skipped={})
+    train, validation = blocks(corpus, ByteTokenizer(), length=4)
+    assert [train.domain_of(i) for i in range(len(train))] == ["a", "b", "b"]
+    assert train.domains == ("a", "b")
+    assert ByteTokenizer().decode(validation[0]["input_ids"]) == "AAAA"
+
+
+def test_a_part_too_small_for_a_block_says_how_long_a_block_could_be():
+    with pytest.raises(ValueError, match=r"validation part has 4 tokens .* block of 8; .* length of at most 4"):
+        blocks(Texts({"d": ["0123456789"]}, {"d": ["abc"]}), ByteTokenizer(), length=8)
+    with pytest.raises(ValueError, match="train part has 0 tokens"):
+        blocks(Texts({"d": []}, {"d": ["abc"]}), ByteTokenizer(), length=2)
