@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from typing import Self
 
 import torch
 from jaxtyping import Float
@@ -43,15 +44,28 @@ class MoE(nn.Module):
         name: str = "",
     ) -> None:
         super().__init__()
-        self.router = router
-        self.experts = experts
+        self.replace(router=router, experts=experts)
         self.shared = shared
         self.backend = backend
         self.context = Context() if context is None else context
         self.name = name
+
+    def replace(self, *, router: Router | None = None, experts: Experts | None = None) -> Self:
+        """Put another router or other experts into the layer, in place; every router inside then holds its experts.
+
+        This is the only way to change a layer's parts: a router that was not told would go on computing with the old
+        experts. What is not given stays. Returns the layer.
+
+        Raises:
+            ValueError: the router cannot work with the experts; the layer is as it was.
+        """
+        router = self.router if router is None else router
+        experts = self.experts if experts is None else experts
         for part in router.modules():
             if isinstance(part, Router):
                 part.attach(experts)
+        self.router, self.experts = router, experts
+        return self
 
     def forward(self, x: Float[Tensor, "... D"]) -> Float[Tensor, "..."]:
         """Route the tokens, run their experts, and add the shared module's answer."""

@@ -104,11 +104,11 @@ def replay(
     }
     try:
         for name, moe in layers.items():
-            moe.router = replays[name]
+            moe.replace(router=replays[name])
         yield
     finally:
         for name, moe in layers.items():
-            moe.router = routers[name]
+            moe.replace(router=routers[name])
 
 
 @contextmanager

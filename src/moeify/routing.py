@@ -115,6 +115,10 @@ class Routing(ABC):
     def weight_table(self) -> Float[Tensor, "all W"]:
         """The weight of every expert at every token, padding included; no column for a dense mixture."""
 
+    def for_other_experts(self) -> Self:
+        """The same decision for the experts of another layer: without outputs of those that it was made for."""
+        return self if self.expert_outputs is None else replace(self, expert_outputs=None)
+
     def detached(self) -> Self:
         """The same decision without the autograd graph that made it."""
         return _detached(self)
@@ -171,6 +175,11 @@ class Assignment(Routing):
     def expert(self) -> Int[Tensor, "R"]:
         """The expert of every row."""
         return torch.repeat_interleave(self.counts, output_size=self.source.shape[0])
+
+    def for_other_experts(self) -> Self:
+        """The same decision for the experts of another layer: without outputs of those that it was made for."""
+        own = super().for_other_experts()
+        return own if own.default_output is None else replace(own, default_output=None)
 
     def fits(self, shape: tuple[int, ...]) -> bool:
         """Whether the tokens have this leading shape."""

@@ -7,11 +7,12 @@ import torch
 from torch import nn
 
 from moeify import Context, MoE, Recipe, record, sparsify
-from moeify.experts import Each
+from moeify.backends import compose
+from moeify.experts import FFN, Each
 from moeify.find import last
 from moeify.flops import count
 from moeify.losses import supervision
-from moeify.routers import Capacity, Follow, Once, Residual, TopK
+from moeify.routers import Capacity, DefaultVector, Follow, MoLE, Once, Residual, TopK
 from moeify.routers.once import once
 from moeify.sparsify import fresh
 from moeify.train.activation_checkpointing import enable
@@ -163,3 +164,15 @@ def test_supervision_is_the_cross_entropy_with_the_wanted_expert(per):
             slow = slow - torch.log(torch.exp(z[wanted]) / sum(torch.exp(z_j) for z_j in z)) / sum(map(len, units))
     torch.testing.assert_close(loss.double(), slow)
     torch.testing.assert_close(gradients(loss, [router.weight])[0].double(), gradients(slow, [weight])[0])
+
+
+@pytest.mark.parametrize("holder", [MoLE, DefaultVector])
+def test_a_shared_decision_brings_no_outputs_of_the_first_layers_experts(holder):
+    first = MoE(Once(holder(D, E)), FFN(E, D, 8))
+    second = MoE(Follow(first.router), FFN(E, D, 8), context=first.context)
+    x = torch.randn(T, D)
+    first(x)
+    decision = second.router(x, second.context)
+    torch.testing.assert_close(second(x), compose(x, decision, second.experts))
+    assert decision.expert_outputs is None
+    assert (second(x) - first(x)).abs().max() > 1e-3

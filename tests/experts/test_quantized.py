@@ -9,7 +9,8 @@ from torch.nn import functional as F
 
 from moeify import MoE
 from moeify.backends import compose
-from moeify.experts import FFN, ClampedGlu, Identity, Masked, Quantized, quantize, quantize_experts
+from moeify.compress import quantize_experts
+from moeify.experts import FFN, ClampedGlu, Identity, Masked, Quantized, quantize
 from moeify.experts.quantized import Weights
 from moeify.routers import Compete, TopK
 from strategies import route, seeds

@@ -13,7 +13,6 @@ from moeify.experts.ffn import FFN
 from moeify.experts.lora import LoRA, LoRAFFN
 from moeify.find.dense import matrix
 from moeify.moe import MoE
-from moeify.routers.base import Router
 from moeify.sparsify.make import fresh
 
 
@@ -42,10 +41,7 @@ def bake(model: nn.Module) -> nn.Module:
             raise ValueError(_cannot_be_baked(name, layer, sum(isinstance(m.experts, LoRA) for m in layers.values())))
         banks.append((layer, _full(layer.experts)))
     for layer, full in banks:
-        layer.experts = full
-        for part in layer.router.modules():
-            if isinstance(part, Router):
-                part.attach(layer.experts)
+        layer.replace(experts=full)
     if (recipe := getattr(model, "moeify_recipe", None)) is not None:
         vars(model)["moeify_recipe"] = dataclasses.replace(recipe, experts=fresh)
     return model

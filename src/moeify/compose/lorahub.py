@@ -13,7 +13,6 @@ from torch import nn
 
 from moeify.experts.lora import LoRA
 from moeify.moe import MoE
-from moeify.routers.base import Router
 from moeify.routers.uniform import Uniform
 from moeify.sparsify.lora import lora
 
@@ -76,7 +75,7 @@ def merge_adapters(model: nn.Module, weights: Sequence[float] | None = None, *, 
     """
     merged = {layer: merge_lora(experts, weights, separately=separately) for layer, experts in _adapted(model)}
     for layer, one in merged.items():
-        _put(layer, one, Uniform(one.width, 1).to(one.lora_A.device))
+        layer.replace(experts=one, router=Uniform(one.width, 1).to(one.lora_A.device))
     if (recipe := getattr(model, "moeify_recipe", None)) is not None:
         experts = partial(lora, rank=next(iter(merged.values())).rank)
         vars(model)["moeify_recipe"] = replace(recipe, num_experts=1, router=Uniform, experts=experts)
@@ -127,7 +126,7 @@ def compose_adapters(
     def objective(w: Any) -> float:
         for layer, experts, _ in before:
             one = merge_lora(experts, w, separately=True)
-            _put(layer, one, Uniform(one.width, 1).to(one.lora_A.device))
+            layer.replace(experts=one, router=Uniform(one.width, 1).to(one.lora_A.device))
         with torch.no_grad():
             value = float(loss(model))
         if not math.isfinite(value):
@@ -141,7 +140,7 @@ def compose_adapters(
         found = nevergrad.optimizers.NGOpt(parametrization=space, budget=budget).minimize(objective).value
     finally:
         for layer, experts, router in before:
-            _put(layer, experts, router)
+            layer.replace(experts=experts, router=router)
     weights = [float(each) for each in found]
     merge_adapters(model, weights, separately=True)
     return weights
@@ -154,10 +153,3 @@ def _adapted(model: nn.Module) -> list[tuple[MoE, LoRA]]:
     if not found:
         raise ValueError(f"this {type(model).__name__} has no adapters to merge; make some with experts=lora")
     return found
-
-
-def _put(layer: MoE, experts: LoRA, router: Router) -> None:
-    layer.experts, layer.router = experts, router
-    for part in router.modules():
-        if isinstance(part, Router):
-            part.attach(experts)

@@ -6,10 +6,10 @@ from moeify.experts.constant import Constant
 from moeify.experts.ffn import FFN
 from moeify.experts.lora import LoRA, LoRAFFN
 from moeify.experts.masked import Masked
-from moeify.experts.quantized import Quantized, quantize, quantize_experts
+from moeify.experts.quantized import Quantized, quantize
 from moeify.kernels.stacked import ClampedGlu, Glu, Plain
 
 __all__ = [
     "FFN", "Blocks", "ClampedGlu", "Constant", "Each", "Experts", "Glu", "Identity", "LoRA", "LoRAFFN", "Masked",
-    "Plain", "Quantized", "Zero", "quantize", "quantize_experts",
+    "Plain", "Quantized", "Zero", "quantize",
 ]  # fmt: skip

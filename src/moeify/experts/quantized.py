@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypeVar
 
 import torch
 from jaxtyping import Float, Int
@@ -13,8 +12,6 @@ from torch.nn import functional as F
 from moeify.experts.base import Experts
 from moeify.kernels.cpu.huge_pages import in_huge_pages
 from moeify.kernels.stacked import Inner, Stacked
-
-Model = TypeVar("Model", bound=nn.Module)
 
 _BLOCK, _QUARTER = 128, 32
 _HUGE = 2**21  # bytes of a page
@@ -190,36 +187,6 @@ def quantize(experts: Experts, bits: int = 8, group: int = 64) -> Quantized:
     quantized.up.fill(s.up, s.up_bias)
     quantized.down.fill(s.down, s.down_bias)
     return quantized.train(experts.training)
-
-
-def quantize_experts(model: Model, bits: int = 8, group: int = 64) -> Model:
-    """Quantise all feed-forward experts of a model's sparse layers; in place, layer by layer.
-
-    Routers that hold on to their layer's experts are given the new ones.
-
-    Args:
-        model: a model with layers of `moeify.MoE`.
-        bits: 8 or 4.
-        group: weights that share a scale, 32 or 64; of 4 bits only.
-
-    Raises:
-        ValueError: the model has no experts that can be quantised.
-    """
-    found = [
-        (module, name, child)
-        for module in model.modules()
-        for name, child in module.named_children()
-        if isinstance(child, Experts) and child.stacked is not None
-    ]
-    if not found:
-        raise ValueError(f"{type(model).__name__} has no feed-forward experts to quantise; make it sparse first")
-    for module, name, experts in found:
-        quantized = quantize(experts, bits, group)
-        setattr(module, name, quantized)
-        for part in module.modules():
-            if getattr(part, "_experts", ()) == (experts,):
-                part.attach(quantized)  # pyrefly: ignore[not-callable]
-    return model
 
 
 def _filled(value: int, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -64,7 +64,7 @@ class Follow(Router):
         return self.leader.rows_per_token(tokens)
 
     def forward(self, x: Float[Tensor, "... D"], context: Context) -> Routing:
-        """The leader's decision."""
+        """The leader's decision, for the experts of this layer."""
         if self.leader not in context.decisions:
             raise ValueError(
                 "the router that this layer follows has not decided in this forward pass; run the whole model, with "
@@ -76,7 +76,7 @@ class Follow(Router):
                 f"the decision that this layer follows is for tokens of shape {tuple(routing.shape)}, and it was given "
                 f"{tuple(x.shape[:-1])}; let layers of different shapes decide for themselves"
             )
-        return routing
+        return routing.for_other_experts()
 
 
 @register("router", "once")

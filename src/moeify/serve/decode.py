@@ -169,7 +169,7 @@ def _quantize(model: Any, bits: int) -> None:
         if type(module) is nn.Linear and _is_map(name):
             model.model.layers.set_submodule(name, QuantizedLinear(module, bits))
         elif isinstance(module, MoE) and not isinstance(module.experts, Quantized):
-            module.experts = quantize(module.experts, bits)
+            module.replace(experts=quantize(module.experts, bits))
         elif hasattr(module, "_apply_gate"):
             model.model.layers.set_submodule(name, QuantizedExperts(quantize(NativeExperts(module), bits)))
     if type(model.lm_head) is nn.Linear:

@@ -78,11 +78,11 @@ def _gated(model: nn.Module, layers: dict[str, MoE]) -> Iterator[dict[str, nn.Pa
         for name, layer in layers.items():
             down = layer.experts.get_parameter("lora_A")
             gate = TopK(down.shape[-1], 1, k=1, score=sigmoid, normalize=False, init_std=0).to(down.device)
-            layer.router = gate
+            layer.replace(router=gate)
             gates[name] = gate.weight
         yield gates
     finally:
         for name, layer in layers.items():
-            layer.router = routers[name]
+            layer.replace(router=routers[name])
         for parameter in learnt:
             parameter.requires_grad_(True)
