@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from typing import Self
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from moeify import backends
+from moeify import backends, env
 from moeify.context import Context
 from moeify.experts.base import Experts
 from moeify.routers.base import Router
@@ -82,7 +81,7 @@ class MoE(nn.Module):
     def _require_finite(self, routing: Routing) -> None:
         if torch.compiler.is_compiling() or routing.logits is None:
             return
-        free = routing.logits.device.type == "cpu" or os.environ.get("MOEIFY_CHECK") == "1"
+        free = routing.logits.device.type == "cpu" or env.CHECK.is_on
         if free and not torch.isfinite(routing.logits.detach()).all():
             finite = torch.isfinite(routing.logits.detach()).all(-1)
             raise FloatingPointError(

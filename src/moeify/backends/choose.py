@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from functools import partial
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from moeify import env
 from moeify.backends import cpp, onednn, peers, plain, triton
 from moeify.backends.base import Backend
 from moeify.experts.base import Experts
@@ -44,7 +44,7 @@ def run(name: str, x: Float[Tensor, "... D"], routing: Routing, experts: Experts
     elif reason := BACKENDS[name].refuse(x, routing, experts):
         raise ValueError(f"backend {name!r} cannot run this layer: {reason}; use backend='auto'")
     backend = BACKENDS[name]
-    if os.environ.get("MOEIFY_CHECK") != "1" or backend.run is plain.compose:
+    if not env.CHECK.is_on or backend.run is plain.compose:
         return backend.run(x, routing, experts)
     with torch.no_grad(), torch.random.fork_rng():  # dropout falls on the same hidden units both times
         reference = plain.compose(x, routing, experts)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import importlib.util
 import math
-import os
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from moeify import env
 from moeify.experts.base import Experts
 from moeify.experts.lora import LoRA
 from moeify.experts.quantized import Quantized
@@ -127,7 +127,7 @@ def decode_chosen(x: Float[Tensor, "... D"], routing: Routing, experts: Experts)
 @constant_result
 def asked() -> bool:
     """Whether `auto` may take kernels that no GPU has run."""
-    return os.environ.get("MOEIFY_TRITON") == "1"
+    return env.TRITON.is_on
 
 
 def _unserved(x: Tensor, routing: Routing, experts: Experts) -> str | None:

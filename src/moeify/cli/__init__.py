@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import logging
-import os
 import sys
 
 import typer
 
+from moeify import env
 from moeify.cli import compare, doctor, generate, sparsify, train
 from moeify.evaluate.run import Stopped
 
@@ -41,7 +41,7 @@ def main() -> None:
 
 
 def _end(error: BaseException, prefix: str, code: int) -> None:
-    if os.environ.get("MOEIFY_TRACEBACK") == "1":
+    if env.TRACEBACK.is_on:
         raise error
     message = error.format_message() if isinstance(error, UsageError) else str(error)
     print(prefix + (" ".join(message.split()) or "interrupted"), file=sys.stderr)

@@ -2,9 +2,10 @@
 
 import csv
 import hashlib
-import os
 from functools import cache
 from pathlib import Path
+
+from moeify import env
 
 DEFAULT = (Path(__file__).parent / "../../../../shared/data").resolve()
 """Where the data lies if MOEIFY_DATA does not say: beside the repository."""
@@ -17,7 +18,7 @@ def data_file(relative: str) -> Path:
 
     Raises FileNotFoundError if the file is not there, ValueError if it is another one.
     """
-    return _checked(Path(os.environ.get("MOEIFY_DATA", DEFAULT)), relative)
+    return _checked(env.DATA.path or DEFAULT, relative)
 
 
 @cache

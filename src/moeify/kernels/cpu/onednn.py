@@ -6,7 +6,6 @@ Both compute with full precision. Which one serves is measured at first use, not
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Sequence
 from functools import cache
@@ -15,9 +14,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from moeify import env
 from moeify.kernels.cpu.packing import cached
 
-LIBRARIES = ("auto", "blas", "onednn")
 _SIZES = (1, 4, 32, 128)  # of the smallest side of a product, at which the libraries are compared
 _MARGIN = 1.1  # oneDNN must be so much faster, so that two runs on one machine rarely choose differently
 
@@ -26,7 +25,7 @@ def multiply(left: Float[Tensor, "M K"], right: Float[Tensor, "K N"], out: Float
     """Write `left @ right` into `out`; one dtype, any strides.
 
     Raises:
-        ValueError: `MOEIFY_FP32_GEMM` in the environment is none of `LIBRARIES`.
+        ValueError: `MOEIFY_FP32_GEMM` names no library.
     """
     if left.is_cpu and left.dtype == torch.float32 and left.numel():
         size = min(*left.shape, right.shape[1])
@@ -79,11 +78,9 @@ def takes_onednn(size: int, *, left_transposed: bool = False, right_transposed: 
         right_transposed: the same of the right matrix.
 
     Raises:
-        ValueError: `MOEIFY_FP32_GEMM` in the environment is none of `LIBRARIES`.
+        ValueError: `MOEIFY_FP32_GEMM` names no library.
     """
-    wish = os.environ.get("MOEIFY_FP32_GEMM", "auto")
-    if wish not in LIBRARIES:
-        raise ValueError(f"MOEIFY_FP32_GEMM={wish!r} is none of the ways to multiply in fp32: {', '.join(LIBRARIES)}")
+    wish = env.FP32_GEMM.value
     if wish == "blas" or not available() or not torch.backends.mkldnn.enabled:
         return False
     if wish == "onednn":

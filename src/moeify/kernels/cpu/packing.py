@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any, TypeVar
 from weakref import WeakSet
@@ -11,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.weak import WeakIdKeyDictionary
+
+from moeify import env
 
 Model = TypeVar("Model", bound=nn.Module)
 Thing = TypeVar("Thing")
@@ -43,7 +44,7 @@ def unpack(model: Model) -> Model:
 
 def may_pack(model: nn.Module) -> bool:
     """Whether `pack` was called for a model, for a part of it, or the environment allows it to all."""
-    return os.environ.get("MOEIFY_PACK") == "1" or any(module in _PACKED for module in model.modules())
+    return env.PACK.is_on or any(module in _PACKED for module in model.modules())
 
 
 def cached(owner: object, name: str, tensors: Sequence[Tensor], make: Callable[[], Thing]) -> Thing:

@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 import triton
 
+from moeify import env
 from moeify.kernels.triton.activation_backward import activation_backward
 from moeify.kernels.triton.config import Config, Kernel, table
 from moeify.kernels.triton.launch import INTERPRETED, power_of_2
@@ -60,12 +61,12 @@ def config(kernel: Kernel, x: torch.Tensor, rows_per_expert: int, *widths: int) 
 
 def asked() -> bool:
     """Whether sizes are to be measured; never while a CUDA graph is captured."""
-    return os.environ.get("MOEIFY_AUTOTUNE") == "1" and not torch.cuda.is_current_stream_capturing()
+    return env.AUTOTUNE.is_on and not torch.cuda.is_current_stream_capturing()
 
 
 def file() -> Path:
-    """Where measured sizes are kept: `triton.json` in `MOEIFY_CACHE`, else in `~/.cache/moeify`."""
-    return Path(os.environ.get("MOEIFY_CACHE", Path.home() / ".cache" / "moeify")) / "triton.json"
+    """Where measured sizes are kept: `triton.json` in the cache folder."""
+    return env.cache_folder() / "triton.json"
 
 
 def tuned(key: str, candidates: list[Config], measure: Measure) -> Config:

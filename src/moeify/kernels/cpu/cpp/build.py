@@ -16,6 +16,8 @@ from pathlib import Path
 
 import torch
 
+from moeify import env
+
 LEVELS: dict[str, list[str]] = {
     "avx512_bf16": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512bf16", "-mfma"],
     "avx512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma"],
@@ -67,6 +69,7 @@ def library() -> ctypes.CDLL:
 
     Raises:
         Unavailable: it is switched off, there is no compiler, or it fails.
+        ValueError: `MOEIFY_CPP` is something else.
     """
     outcome = _load(_level(), os.environ.get("CXX"))
     if isinstance(outcome, str):
@@ -75,11 +78,11 @@ def library() -> ctypes.CDLL:
 
 
 def _level() -> str:
-    setting = os.environ.get("MOEIFY_CPP", "1")
+    setting = env.CPP.value
     if setting == "0":
         raise Unavailable("it is switched off by MOEIFY_CPP=0")
     if setting != "1" and setting not in levels():
-        raise Unavailable(f"MOEIFY_CPP={setting} is not among the levels of this processor: {', '.join(levels())}")
+        raise Unavailable(f"MOEIFY_CPP={setting} is not among those of this processor: {', '.join(levels())}")
     return levels()[0] if setting == "1" else setting
 
 
@@ -110,7 +113,7 @@ def _compiled(level: str, compiler: list[str]) -> Path:
     content = b"\0".join(path.read_bytes() for path in _SOURCES)
     what = repr((version, compiler, platform.machine(), level, LEVELS[level], _FLAGS)).encode()
     name = f"layer-{level}-{hashlib.sha256(what + content).hexdigest()[:16]}.so"
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "moeify"
+    folder = env.cache_folder()
     file = folder / name
     if not file.exists():
         folder.mkdir(parents=True, exist_ok=True)
