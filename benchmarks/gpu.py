@@ -31,7 +31,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from moeify import backends
-from moeify.backends import BACKENDS
+from moeify.backends import find_backend, register_backend
 from moeify.experts import LoRA
 from moeify.hf.interface import use_transformers_backends
 from moeify.kernels import naive_grouped_linear
@@ -181,7 +181,8 @@ def main() -> None:
     use_transformers_backends()
     if dry:
         linear = _plain_linear
-        BACKENDS.update({name: replace(BACKENDS["compose"]) for name in ("triton", "decode")})
+        for name in ("triton", "decode"):
+            register_backend(name, replace(find_backend("compose")))
     else:
         from moeify.kernels.triton import grouped_linear as linear
 

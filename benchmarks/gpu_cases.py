@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from moeify.backends import BACKENDS
+from moeify.backends import find_backend
 from moeify.experts import FFN
 from moeify.kernels.stacked import SWIGLU, ClampedGlu, Inner, Plain
 from moeify.routing import Assignment, assign
@@ -93,12 +93,13 @@ class Case:
             names.remove("transformers/batched_mm")  # which copies the weights for every row
         ways, refused = {}, {}
         for name in names:
-            if reason := BACKENDS[name].refuse(self.x, self.routing, self.ffn):
+            backend = find_backend(name)
+            if reason := backend.refuse(self.x, self.routing, self.ffn):
                 refused[name] = reason
             elif name in PEERS:
-                ways[name] = lambda name=name: BACKENDS[name].run(self.x, self.routing, self.ffn)
+                ways[name] = lambda backend=backend: backend.run(self.x, self.routing, self.ffn)
             else:
-                ways[name] = lambda name=name: BACKENDS[name].run(self.x, self.route(), self.ffn)
+                ways[name] = lambda backend=backend: backend.run(self.x, self.route(), self.ffn)
         return ways, refused
 
     def backward(self, way: Callable[[], Tensor]) -> None:

@@ -1,13 +1,19 @@
+import functools
 from dataclasses import replace
 
+import accelerate
 import pytest
 import torch
+import transformers
 from hypothesis import given
 
 from moeify import Mixture, MoE, assign, backends
-from moeify.backends import BACKENDS, Backend, compose
+from moeify.backends import Backend, backend_names, choose, compose, find_backend, order, register_backend
 from moeify.experts import FFN, Identity
+from moeify.experts.quantized import Quantized, quantize
+from moeify.find import every
 from moeify.routers import Capacity, TopK
+from moeify.sparsify import Recipe, fresh, sparsify
 from strategies import agree, choices, seeds
 
 
@@ -62,14 +68,63 @@ def test_auto_falls_back():
 
 
 @pytest.fixture
+def registry(monkeypatch):
+    """What a test registers is gone after it."""
+    monkeypatch.setattr(order, "_ORDER", list(order._ORDER))
+
+
+def test_auto_considers_the_backends_in_this_order():
+    assert backend_names() == [
+        "precomputed", "decode", "triton", "cpp", "onednn", "recompute", "gather", "liger", "sonicmoe", "compose",
+    ]  # fmt: skip
+
+
+def doubled(*call):
+    return 2 * compose(*call)
+
+
+@pytest.mark.usefixtures("registry")
+def test_a_backend_of_ones_own_is_considered_where_it_is_put():
+    mine = Backend(doubled, refuse=lambda x, *_: "x is odd" if len(x) % 2 else None, chosen=lambda *call: True)
+    register_backend("mine", mine, before="decode")
+    assert backend_names()[:3] == ["precomputed", "mine", "decode"]
+    moe, slow = (MoE(TopK(4, 2, k=2), Identity(2), backend=name) for name in ("auto", "compose"))
+    x = torch.randn(4, 4)
+    torch.testing.assert_close(moe(x), 2 * slow(x))
+    torch.testing.assert_close(moe(x[1:]), slow(x[1:]))
+    with pytest.raises(ValueError, match="'mine' cannot run this layer: x is odd"):
+        MoE(TopK(4, 2), Identity(2), backend="mine")(x[1:])
+    register_backend("mine", find_backend("compose"), before="gather")
+    assert backend_names().count("mine") == 1
+    assert backend_names().index("mine") == backend_names().index("gather") - 1
+
+
+@pytest.mark.usefixtures("registry")
+@pytest.mark.parametrize(
+    ("name", "before", "reason"),
+    [
+        ("auto", "gather", "cannot be called 'auto'"),
+        ("compose", "gather", "cannot be called 'compose'"),
+        ("mine", "gahter", "no backend 'gahter' .* did you mean 'gather'"),
+        ("mine", "mine", "no backend 'mine' to put 'mine' before"),
+    ],
+)
+def test_a_backend_without_a_name_or_a_place_is_refused(name, before, reason):
+    known = backend_names()
+    with pytest.raises(ValueError, match=reason):
+        register_backend(name, find_backend("compose"), before=before)
+    assert backend_names() == known
+
+
+@pytest.fixture
 def checked(monkeypatch):
     monkeypatch.setenv("MOEIFY_CHECK", "1")
 
 
-@pytest.mark.usefixtures("checked")
-def test_a_wrong_backend_is_caught_when_checking(monkeypatch):
+@pytest.mark.usefixtures("checked", "registry")
+def test_a_wrong_backend_is_caught_when_checking():
     wrong = Backend(lambda *args: compose(*args) + 0.1, lambda *call: None, lambda *call: True)
-    monkeypatch.setitem(BACKENDS, "wrong", wrong)
+    register_backend("wrong", wrong)
     with pytest.raises(RuntimeError, match=r"'wrong' differs from the definition by 0\.1"):
         MoE(TopK(4, 2), Identity(2), backend="wrong")(torch.randn(3, 4))
 
@@ -83,3 +138,69 @@ def test_a_right_backend_with_dropout_passes_the_check():
 @pytest.mark.parametrize("name", ["gather", "compose", "auto"])
 def test_no_tokens_are_no_rows(name):
     assert MoE(TopK(8, 4), FFN(4, 8, 3), backend=name)(torch.empty(2, 0, 8)).shape == (2, 0, 8)
+
+
+def _meta(experts):
+    return experts.to("meta")
+
+
+def _forward_replaced(experts):
+    part = experts.up if isinstance(experts, Quantized) else experts
+    part.forward = functools.partial(type(part).forward, part)
+    return experts
+
+
+def _hooked(register):
+    def change(experts):
+        getattr(experts.up if isinstance(experts, Quantized) else experts, register)(lambda *call: None)
+        return experts
+
+    return change
+
+
+CHANGES = {
+    "weights where the tokens are, on cpu, and some are on meta": _meta,
+    "forward that was replaced": _forward_replaced,
+    "hooks .* wait for a call": _hooked("register_forward_hook"),
+    "hooks .* wait for .* call": _hooked("register_forward_pre_hook"),
+    "hooks on them, .* call": _hooked("register_full_backward_hook"),
+    "hooks on them, or .* call": _hooked("register_full_backward_pre_hook"),
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("reason", CHANGES)
+@pytest.mark.parametrize("quantized", [False, True])
+@pytest.mark.parametrize("name", ["cpp", "onednn"])
+def test_weights_are_read_only_where_calling_their_modules_would_do_no_more(name, quantized, reason):
+    experts = FFN(4, 64, 1024).eval()
+    experts = CHANGES[reason](quantize(experts) if quantized else experts)
+    call = torch.randn(3, 64), assign(torch.tensor([[0], [1], [3]]), torch.ones(3, 1), 4), experts
+    if name == "onednn" and quantized:
+        reason = "these are Quantized"
+    with pytest.raises(ValueError, match=f"'{name}' cannot run this layer: .*{reason}"):
+        backends.run(name, *call)
+    assert choose(*call) == "compose"
+
+
+def test_a_model_that_is_offloaded_computes_the_same_by_auto_and_refuses_by_name():
+    llama = transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(
+            vocab_size=101, hidden_size=128, intermediate_size=512, num_hidden_layers=2, num_attention_heads=4,
+            num_key_value_heads=2,
+        )
+    )  # fmt: skip
+    model = sparsify(llama, Recipe(where=every(1), num_experts=8, experts=fresh), verbose=False).eval()
+    ids = torch.arange(12).view(2, 6)
+    with torch.no_grad():
+        before = model(ids).logits
+        accelerate.cpu_offload(model, execution_device="cpu")
+        assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
+        torch.testing.assert_close(model(ids).logits, before, rtol=1e-4, atol=1e-5)
+        for layer in model.modules():
+            if isinstance(layer, MoE):
+                layer.backend = "onednn"
+        with pytest.raises(ValueError, match=r"'onednn' cannot run this layer: .*forward that was replaced"):
+            model(ids)
+        accelerate.hooks.remove_hook_from_module(model, recurse=True)
+        torch.testing.assert_close(model(ids).logits, before, rtol=1e-4, atol=1e-5)

@@ -10,6 +10,7 @@ import pytest
 import torch
 import transformers
 
+from moeify.backends import order
 from moeify.flops import count
 from moeify.kernels.cpu.packing import may_pack
 
@@ -43,7 +44,7 @@ def test_nothing_is_timed_where_a_check_fails(monkeypatch):
 
     monkeypatch.setattr(gpu, "check", lambda *rest: ["layer silu"])
     monkeypatch.setattr(gpu, "measure", lambda *rest: pytest.fail("timed"))
-    monkeypatch.setattr(gpu, "BACKENDS", {**gpu.BACKENDS})
+    monkeypatch.setattr(order, "_ORDER", list(order._ORDER))
     monkeypatch.setattr(sys, "argv", ["gpu.py", "--dry-run"])
     with pytest.raises(SystemExit, match="differ from the definition: layer silu"):
         gpu.main()

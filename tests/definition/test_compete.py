@@ -101,7 +101,7 @@ def test_the_winners_do_not_run_again():
     assert rows == [T * E]
 
 
-@pytest.mark.parametrize("backend", ["answered", "gather", "compose"])
+@pytest.mark.parametrize("backend", ["precomputed", "gather", "compose"])
 def test_every_backend_gives_the_answer_of_the_definition_to_a_competition(backend):
     moe, x = layer(), torch.randn(2, 4, D)
     moe.context.mask(torch.tensor([[1, 1, 1, 0], [1, 1, 0, 0]]))

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from transformers import AutoConfig, PreTrainedModel
 
 from moeify import Context, MoE, backends
+from moeify.backends import order
 from moeify.experts import FFN, ClampedGlu, Glu, Identity, Plain
 from moeify.hf.interface import NativeExperts, moeify_experts, use_moeify_experts, use_transformers_backends
 from moeify.kernels import grouped_linear
@@ -206,12 +207,9 @@ INNERS = {"glu": (SWIGLU, False), "plain": (Plain(F.gelu), False), "clamped": (C
 
 
 @pytest.fixture(autouse=True)
-def _their_backends_for_one_test():
-    ours = dict(backends.BACKENDS)
+def _their_backends_for_one_test(monkeypatch):
+    monkeypatch.setattr(order, "_ORDER", list(order._ORDER))
     use_transformers_backends()
-    yield
-    backends.BACKENDS.clear()
-    backends.BACKENDS.update(ours)
 
 
 def _layer(backend: str, *, inner=SWIGLU, bias: bool = False, dtype=torch.float32, **sizes: int) -> MoE:
@@ -310,5 +308,5 @@ def test_rows_that_are_not_aligned_are_refused_by_grouped_mm():
 
 
 def test_auto_takes_none_of_their_functions():
-    chosen = [backends.BACKENDS[name].chosen(torch.zeros(1), None, None) for name in THEIRS]
+    chosen = [backends.find_backend(name).chosen(torch.zeros(1), None, None) for name in THEIRS]
     assert chosen == [False, False]

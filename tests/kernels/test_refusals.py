@@ -31,10 +31,10 @@ def test_a_layer_on_the_cpu_is_refused_in_words(backend):
     ("reason", "routing", "experts"),
     [
         ("several gates", decision(3), FFN(2, 4, 3)),
-        ("feed-forward networks of one size, not Identity", decision(), Identity(2)),
+        ("stacked weights .* these are Identity", decision(), Identity(2)),
         ("knows the activations silu, .* none of them", decision(), FFN(2, 4, 3, inner=Glu(torch.tanh))),
         ("weights are torch.float64", decision(), FFN(2, 4, 3).double()),
-        ("not FFN", decision(), FFN(2, 4, 3, dropout=0.5)),
+        ("these are FFN", decision(), FFN(2, 4, 3, dropout=0.5)),
     ],
 )
 def test_what_kernels_do_not_know_is_refused_in_words(backend, reason, routing, experts):
@@ -44,7 +44,7 @@ def test_what_kernels_do_not_know_is_refused_in_words(backend, reason, routing, 
 
 @pytest.mark.parametrize("backend", ["liger", "sonicmoe"])
 def test_kernels_of_others_are_only_taken_by_name(backend):
-    assert not backends.BACKENDS[backend].chosen(X, decision(), FFN(2, 4, 3))
+    assert not backends.find_backend(backend).chosen(X, decision(), FFN(2, 4, 3))
 
 
 def test_a_layer_on_the_cpu_imports_no_triton():

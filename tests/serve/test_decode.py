@@ -3,6 +3,7 @@ from __future__ import annotations
 import copy
 from functools import partial
 
+import accelerate
 import pytest
 import torch
 import transformers
@@ -236,3 +237,24 @@ def test_a_model_that_computes_more_than_its_parts_say_is_refused():
     config = transformers.GraniteConfig(**SIZES, residual_multiplier=0.5)
     with pytest.raises(ValueError, match="computes something else than its parts say"):
         fast_decode(made(lambda: transformers.GraniteForCausalLM(config)))
+
+
+@needs_kernel
+@torch.no_grad()
+@pytest.mark.parametrize("bits", [16, 8])
+@pytest.mark.parametrize("family", [sparsified, mixtral])
+def test_a_fast_model_that_is_offloaded_computes_the_same(family, bits):
+    model, ids = made(family), torch.arange(1, 7).view(1, 6)
+    fast_decode(model, bits=bits)
+    cached = model(ids[:, :5], use_cache=True).past_key_values
+    step = model(ids[:, 5:], past_key_values=cached).logits
+    accelerate.cpu_offload(model, execution_device="cpu", offload_buffers=True)
+    cached = model(ids[:, :5], use_cache=True).past_key_values
+    torch.testing.assert_close(model(ids[:, 5:], past_key_values=cached).logits, step, rtol=1e-3, atol=1e-3)
+
+
+def test_an_offloaded_model_is_not_made_fast():
+    model = made(llama)
+    accelerate.cpu_offload(model, execution_device="cpu")
+    with pytest.raises(ValueError, match=r"is offloaded, .*load the model into memory"):
+        fast_decode(model)

@@ -1,14 +1,18 @@
-"""What a backend must be: a way to run a whole layer, and when not to."""
+"""What a backend is, a faster way to run a whole layer, and the reasons for which one cannot serve a call.
+
+A predicate `needs_...` returns None where its need is met, and else the reason in words. Backends chain them by `or`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from moeify.experts.base import Experts
-from moeify.routing import Routing
+from moeify.routing import Assignment, Routing
 
 
 @dataclass(frozen=True)
@@ -24,3 +28,121 @@ class Backend:
     run: Callable[[Tensor, Routing, Experts], Tensor]
     refuse: Callable[[Tensor, Routing, Experts], str | None]
     chosen: Callable[[Tensor, Routing, Experts], bool]
+
+
+def needs_cpu(x: Tensor) -> str | None:
+    """Tokens on a CPU."""
+    return None if x.device.type == "cpu" else f"it runs on a CPU, and the tokens are on {x.device.type}"
+
+
+def needs_nvidia(x: Tensor) -> str | None:
+    """Tokens on an NVIDIA GPU."""
+    return None if x.is_cuda else f"it runs on NVIDIA GPUs, and the tokens are on {x.device.type!r}"
+
+
+def needs_one_weight(routing: Routing) -> str | None:
+    """A sparse decision with one weight per row."""
+    if not isinstance(routing, Assignment):
+        return f"it needs an Assignment, and the router gave a {type(routing).__name__}"
+    return "it needs one weight per row, and the router gave several gates" if routing.has_gate_axis else None
+
+
+def needs_rows_only(routing: Routing) -> str | None:
+    """A sparse decision whose output is the weighted sum of rows."""
+    if getattr(routing, "default_output", None) is not None:
+        return "it adds up rows only, and this router adds a default output to every token"
+    return None
+
+
+def needs_all_choices(routing: Routing) -> str | None:
+    """A sparse decision in which every token has the rows of all the K experts that it chose."""
+    if not isinstance(routing, Assignment) or routing.choices is None:
+        return "it needs the same number of experts for every token"
+    if not routing.has_all_rows:
+        return "it needs every row of every token, and some are padding or were dropped"
+    if routing.is_limited:
+        return "it reads the experts that every token chose, and a limit has given some tokens to others"
+    return None
+
+
+def needs_stacked(experts: Experts) -> str | None:
+    """Feed-forward experts whose weights are stacked, in the state in which they are."""
+    if experts.stacked is None:
+        found = type(experts).__name__
+        return f"it needs stacked weights of feed-forward networks of one size without dropout, and these are {found}"
+    return None
+
+
+def needs_weights(x: Tensor, experts: Experts, tensors: Iterable[Tensor | None]) -> str | None:
+    """Weights that a backend may read itself, without calling the modules that hold them.
+
+    Whatever waits for a call of these modules would not happen: hooks, and what offloading does by them or by a
+    `forward` of its own, which is to bring the weights.
+
+    Args:
+        x: the tokens.
+        experts: the experts.
+        tensors: all that is read of them.
+    """
+    if any(waits_for_call(module) for module in experts.called_modules()):
+        return (
+            "it reads the experts' weights without calling the experts, and hooks on them, or a forward that was "
+            "replaced, wait for a call"
+        )
+    for tensor in (x, *tensors):
+        if tensor is None:
+            continue
+        if type(tensor) not in (Tensor, nn.Parameter):
+            return f"it reads tensors that lie whole in memory, and one is a {type(tensor).__name__}"
+        if tensor.device != x.device:
+            return f"it reads weights where the tokens are, on {x.device}, and some are on {tensor.device}"
+    return None
+
+
+def waits_for_call(module: nn.Module) -> bool:
+    """Whether a call of a module does more than the `forward` of its class: hooks, or another `forward`."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or has_other_forward(module)
+    )
+
+
+def has_other_forward(module: nn.Module) -> bool:
+    """Whether the `forward` of a module was replaced; what offloading puts back in the end is that of the class."""
+    if "forward" not in module.__dict__:
+        return False
+    return getattr(module.__dict__["forward"], "__func__", None) is not type(module).forward
+
+
+def needs_no_transform() -> str | None:
+    """No transform of `torch.func`."""
+    if not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None:
+        return "it knows no transforms of torch.func"
+    return None
+
+
+def needs_no_autocast(x: Tensor) -> str | None:
+    """No autocast on the tokens' device."""
+    return "it does not follow autocast" if torch.is_autocast_enabled(x.device.type) else None
+
+
+def needs_dtype(x: Tensor, dtypes: Sequence[torch.dtype], weights: Iterable[Tensor | None] = ()) -> str | None:
+    """Tokens in one of some dtypes, and weights in the same."""
+    if x.dtype not in dtypes:
+        return f"it computes in {', '.join(map(_short, dtypes))}, and the tokens are {x.dtype}"
+    other = next((weight.dtype for weight in weights if weight is not None and weight.dtype != x.dtype), None)
+    return None if other is None else f"it needs one dtype, and the tokens are {x.dtype} and the experts {other}"
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def needs_no_gradient(tensors: Iterable[Tensor | None]) -> str | None:
+    """Nothing to differentiate."""
+    if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors):
+        return "it has no gradient, and one is needed; call it under torch.no_grad()"
+    return None

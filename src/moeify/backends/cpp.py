@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
+from moeify.backends.base import (
+    needs_cpu,
+    needs_dtype,
+    needs_no_autocast,
+    needs_no_gradient,
+    needs_no_transform,
+    needs_one_weight,
+    needs_stacked,
+    needs_weights,
+)
 from moeify.experts.base import Experts
 from moeify.experts.quantized import Quantized
 from moeify.kernels.constant import constant_result
@@ -17,6 +27,7 @@ from moeify.kernels.cpu.segments import WORTH_COMPILING
 from moeify.kernels.stacked import ClampedGlu, Glu, Inner, Plain, name_of
 from moeify.routing import Assignment, Routing
 
+DTYPES = (torch.float32, torch.bfloat16)
 LONG = 256
 """Rows per expert from which on the library's products are as fast as the kernel's loops; measured on Zen 4."""
 LONG_WHERE_PACKED = 128
@@ -48,6 +59,13 @@ class Maps:
 
 def maps_of(experts: Experts) -> Maps | None:
     """What the kernel reads of experts, None of experts that it does not know."""
+    stored = _stored(experts)
+    if stored is None or stored.up_scales is not None:
+        return stored
+    return replace(stored, up=_by_rows(stored.up, experts), down=_by_rows(stored.down, experts))
+
+
+def _stored(experts: Experts) -> Maps | None:
     if isinstance(experts, Quantized):
         up, down = experts.up, experts.down
         return Maps(
@@ -56,8 +74,7 @@ def maps_of(experts: Experts) -> Maps | None:
     s = experts.stacked
     if s is None:
         return None
-    up, down = (_by_rows(weight, experts) for weight in (s.up, s.down))
-    return Maps(up, s.up_bias, None, down, s.down_bias, None, s.down.shape[2], 0, s.inner)
+    return Maps(s.up, s.up_bias, None, s.down, s.down_bias, None, s.down.shape[2], 0, s.inner)
 
 
 def _by_rows(weight: Float[Tensor, "E O D"], experts: Experts) -> Float[Tensor, "E O D"]:
@@ -84,41 +101,22 @@ def run(x: Float[Tensor, "... D"], routing: Routing, experts: Experts) -> Tensor
 
 def refuse(x: Tensor, routing: Routing, experts: Experts) -> str | None:
     """Why the C++ kernel cannot serve a call, None if it can."""
-    if x.device.type != "cpu":
-        return f"it runs on a CPU, and the tokens are on {x.device.type}"
-    if not isinstance(routing, Assignment):
-        return f"it needs an Assignment, and the router gave a {type(routing).__name__}"
-    if routing.has_gate_axis:
-        return "it needs one weight per row, and the router gave several gates"
+    if reason := needs_cpu(x) or needs_one_weight(routing):
+        return reason
+    if (stored := _stored(experts)) is None:
+        return needs_stacked(experts)
+    if reason := needs_weights(x, experts, stored.tensors):
+        return reason
     maps = maps_of(experts)
-    if maps is None:
-        return f"it needs stacked or quantised experts without dropout, and these are {type(experts).__name__}"
+    assert maps is not None
     if isinstance(maps.inner, Plain | Glu) and name_of(maps.inner.act) is None:
         return f"it does not know the activation {maps.inner.act}"
-    if any(type(tensor) not in (Tensor, nn.Parameter) for tensor in (x, *maps.tensors)):
-        return f"it reads weights that lie whole in memory, and these are {type(maps.up).__name__}"
-    if experts._forward_hooks or experts._forward_pre_hooks:
-        return "it runs the experts' weights without calling the experts, and hooks on them wait for a call"
-    if not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None:
-        return "it knows no transforms of torch.func"
-    if torch.is_autocast_enabled("cpu"):
-        return "it does not follow autocast"
-    if x.dtype not in (torch.float32, torch.bfloat16):
-        return f"it computes in fp32 and bf16, and the tokens are {x.dtype}"
-    if reason := _wrong_dtype(x, maps):
+    floats = [maps.up_bias, maps.down_bias, *([] if maps.up_scales is not None else [maps.up, maps.down])]
+    if reason := needs_no_transform() or needs_no_autocast(x) or needs_dtype(x, DTYPES, floats):
         return reason
     if any(tensor.stride(-1) != 1 for tensor in (maps.up, maps.down)):
         return "it reads weights row by row, and these are transposed; moeify.kernels.cpu.packing.pack allows a copy"
-    if torch.is_grad_enabled() and any(t.requires_grad for t in [x, routing.weight, *maps.tensors]):
-        return "it has no gradient, and one is needed; call it under torch.no_grad()"
-    return _unavailable()
-
-
-def _wrong_dtype(x: Tensor, maps: Maps) -> str | None:
-    quantised = maps.up_scales is not None
-    floats = [maps.up_bias, maps.down_bias, *([] if quantised else [maps.up, maps.down])]
-    other = next((t.dtype for t in floats if t is not None and t.dtype != x.dtype), None)
-    return None if other is None else f"it needs one dtype, and the tokens are {x.dtype} and the experts {other}"
+    return needs_no_gradient([x, getattr(routing, "weight", None), *maps.tensors]) or _unavailable()
 
 
 def chosen(x: Tensor, routing: Routing, experts: Experts) -> bool:

@@ -6,6 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from moeify.backends.base import needs_cpu, needs_one_weight, needs_rows_only, needs_stacked, needs_weights
 from moeify.experts.base import Experts
 from moeify.kernels.cpu.layer import infer_layer, run_layer
 from moeify.kernels.cpu.onednn import can_pack, packed
@@ -47,23 +48,13 @@ def _packed(stacked: Stacked, dtype: torch.dtype) -> tuple[Matrices, Matrices] |
 
 def refuse(x: Tensor, routing: Routing, experts: Experts) -> str | None:
     """Why this backend cannot serve a call, None if it can."""
-    if x.device.type != "cpu":
-        return f"it runs on a CPU, and the tokens are on {x.device}"
     if torch.compiler.is_compiling():
         return "torch.compile follows the definition and fuses what lies around its products"
-    if not isinstance(routing, Assignment):
-        return f"it needs an Assignment, and the router gave a {type(routing).__name__}"
-    if routing.has_gate_axis:
-        return "it needs one weight per row, and the router gave several gates"
-    if routing.default_output is not None:
-        return "it adds up rows only, and this router also speaks for experts that were not asked"
-    if (stacked := experts.stacked) is None:
-        return f"it needs the stacked weights of feed-forward experts, and the experts are {type(experts).__name__}"
-    act = getattr(stacked.inner, "act", None)
+    if reason := needs_cpu(x) or needs_one_weight(routing) or needs_rows_only(routing) or needs_stacked(experts):
+        return reason
+    s = experts.stacked
+    assert s is not None
+    act = getattr(s.inner, "act", None)
     if isinstance(act, nn.Module) and next(act.parameters(), None) is not None:
         return "it needs a nonlinearity without parameters"
-    if any(type(weight) not in (Tensor, nn.Parameter) for weight in (x, stacked.up, stacked.down)):
-        return f"it reads weights that lie whole in memory, and these are {type(stacked.up).__name__}"
-    if experts._forward_hooks or experts._forward_pre_hooks or experts._backward_hooks:
-        return "it runs the experts' weights without calling the experts, and hooks on them wait for a call"
-    return None
+    return needs_weights(x, experts, (s.up, s.up_bias, s.down, s.down_bias))

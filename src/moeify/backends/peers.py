@@ -11,9 +11,20 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from moeify.backends.base import (
+    needs_all_choices,
+    needs_dtype,
+    needs_no_autocast,
+    needs_nvidia,
+    needs_one_weight,
+    needs_rows_only,
+    needs_weights,
+)
 from moeify.experts.base import Experts
 from moeify.kernels.stacked import Glu, Stacked, name_of
 from moeify.routing import Assignment, Routing
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def liger(x: Float[Tensor, "... D"], routing: Routing, experts: Experts) -> Float[Tensor, "... D"]:
@@ -71,22 +82,17 @@ def _read(x: Tensor, routing: Routing, experts: Experts) -> tuple[Tensor, Stacke
 
 
 def _unserved(x: Tensor, routing: Routing, experts: Experts, activations: tuple[str, ...]) -> str | None:
-    if not isinstance(routing, Assignment) or routing.choices is None:
-        return "it needs the K experts of every token"
-    if routing.is_limited or routing.default_output is not None or routing.has_gate_axis:
-        return "it needs the experts that every token asked for with one weight each, and this decision has others"
-    if not routing.has_all_rows:
-        return "it needs every row of every token, and some are padding or were dropped"
-    stacked = experts.stacked
-    if stacked is None or not isinstance(stacked.inner, Glu) or name_of(stacked.inner.act) not in activations:
+    if reason := needs_one_weight(routing) or needs_rows_only(routing) or needs_all_choices(routing):
+        return reason
+    s = experts.stacked
+    if s is None or not isinstance(s.inner, Glu) or name_of(s.inner.act) not in activations:
         return f"it needs experts gated by {' or '.join(activations)}, gate and up map side by side"
-    if not x.is_cuda:
-        return f"it runs on NVIDIA GPUs, and the tokens are on {x.device.type!r}"
-    if x.dtype != stacked.up.dtype or torch.is_autocast_enabled("cuda"):
-        return "it needs tokens and weights of one dtype, outside autocast"
-    if stacked.down.shape[1] != x.shape[-1] or stacked.up.stride(-1) != 1:
-        return "it needs answers as wide as tokens, and weights that do not lie transposed"
-    return None
+    if s.down.shape[1] != x.shape[-1] or s.up.stride(-1) != 1:
+        return "it needs outputs as wide as tokens, and weights that do not lie transposed"
+    tensors = (s.up, s.up_bias, s.down, s.down_bias)
+    return (
+        needs_nvidia(x) or needs_weights(x, experts, tensors) or needs_no_autocast(x) or needs_dtype(x, DTYPES, tensors)
+    )
 
 
 def _missing(module: str, package: str) -> str | None:

@@ -6,6 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from moeify.backends.base import needs_one_weight, needs_rows_only
 from moeify.experts.base import Experts
 from moeify.routing import Assignment, Routing
 
@@ -16,7 +17,7 @@ def compose(x: Float[Tensor, "... D"], routing: Routing, experts: Experts) -> Te
 
 
 def gather(x: Float[Tensor, "... D"], routing: Routing, experts: Experts) -> Tensor:
-    """Undo the sort and add up each token's K answers: no atomic additions, so deterministic on a GPU."""
+    """Undo the sort and add up each token's K expert outputs: no atomic additions, so deterministic on a GPU."""
     assert isinstance(routing, Assignment)
     assert routing.rank is not None
     assert routing.choices is not None
@@ -30,27 +31,24 @@ def gather(x: Float[Tensor, "... D"], routing: Routing, experts: Experts) -> Ten
 
 def cannot_gather(x: Tensor, routing: Routing, experts: Experts) -> str | None:
     """Why `gather` cannot serve a call, None if it can."""
-    if not isinstance(routing, Assignment):
-        return f"it needs an Assignment, and the router gave a {type(routing).__name__}"
+    if reason := needs_one_weight(routing) or needs_rows_only(routing):
+        return reason
+    assert isinstance(routing, Assignment)
     if routing.choices is None or routing.rank is None:
         return "it needs the same number of experts for every token"
     if not routing.has_all_rows:
         return "it needs every row of every token, and some are padding or were dropped"
-    if routing.default_output is not None:
-        return "it adds up rows only, and this router also speaks for experts that were not asked"
-    if routing.has_gate_axis:
-        return "it needs one weight per row, and the router gave several gates"
     return None
 
 
-def answered(x: Float[Tensor, "... D"], routing: Routing, experts: Experts) -> Tensor:
-    """Combine the answers that the router has asked for already: no expert runs twice."""
+def combine_outputs(x: Float[Tensor, "... D"], routing: Routing, experts: Experts) -> Tensor:
+    """Combine the expert outputs that the router computed already: no expert runs twice."""
     assert routing.expert_outputs is not None
     return routing.combine(routing.expert_outputs)
 
 
-def unanswered(x: Tensor, routing: Routing, experts: Experts) -> str | None:
-    """Why `answered` cannot serve a call, None if it can."""
+def cannot_combine_outputs(x: Tensor, routing: Routing, experts: Experts) -> str | None:
+    """Why `combine_outputs` cannot serve a call, None if it can."""
     if routing.expert_outputs is None:
-        return "it needs a decision that brings the experts' answers, as only a router does that asks them first"
+        return "it needs a decision with expert outputs, which only a router brings that runs the experts itself"
     return None

@@ -10,6 +10,15 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from moeify import env
+from moeify.backends.base import (
+    needs_all_choices,
+    needs_no_gradient,
+    needs_nvidia,
+    needs_one_weight,
+    needs_rows_only,
+    needs_stacked,
+    needs_weights,
+)
 from moeify.experts.base import Experts
 from moeify.experts.lora import LoRA
 from moeify.experts.quantized import Quantized
@@ -55,8 +64,8 @@ def cannot(x: Float[Tensor, "... D"], routing: Routing, experts: Experts) -> str
     if isinstance(experts, LoRA):
         if experts.training and experts.dropout.p > 0:
             return "it knows no dropout before low-rank maps"
-    elif experts.stacked is None:
-        return f"it needs low-rank maps or plain feed-forward networks of one size, not {type(experts).__name__}"
+    elif reason := needs_stacked(experts):
+        return reason
     return _unserved(x, routing, experts)
 
 
@@ -102,19 +111,13 @@ def decode(x: Float[Tensor, "... D"], routing: Routing, experts: Experts) -> Flo
 
 def cannot_decode(x: Float[Tensor, "... D"], routing: Routing, experts: Experts) -> str | None:
     """Why `decode` cannot serve a call, None if it can."""
-    if experts.stacked is None and not isinstance(experts, Quantized):
-        return f"it needs experts that are plain feed-forward networks of one size, not {type(experts).__name__}"
-    if reason := _unserved(x, routing, experts):
+    if not isinstance(experts, Quantized) and (reason := needs_stacked(experts)):
         return reason
-    assert isinstance(routing, Assignment)
-    if routing.choices is None or routing.is_limited:
-        return "it needs the experts that every token asked for, and some did not get them"
-    if not routing.has_all_rows:
-        return "it needs every row of every token, and some are padding or were dropped"
-    trained = (x, routing.weight, *experts.parameters())
-    if torch.is_grad_enabled() and any(t.requires_grad for t in trained):
-        return "it gives no gradient; call it under torch.no_grad()"
-    return None
+    return (
+        _unserved(x, routing, experts)
+        or needs_all_choices(routing)
+        or needs_no_gradient((x, getattr(routing, "weight", None), *experts.parameters()))
+    )
 
 
 def decode_chosen(x: Float[Tensor, "... D"], routing: Routing, experts: Experts) -> bool:
@@ -131,12 +134,9 @@ def asked() -> bool:
 
 
 def _unserved(x: Tensor, routing: Routing, experts: Experts) -> str | None:
-    if not isinstance(routing, Assignment):
-        return f"it needs an Assignment, and the router gave a {type(routing).__name__}"
-    if routing.default_output is not None:
-        return "it adds up rows only, and this router also speaks for experts that were not asked"
-    if routing.has_gate_axis:
-        return "it needs one weight per row, and the router gave several gates"
+    if reason := needs_one_weight(routing) or needs_rows_only(routing):
+        return reason
+    assert isinstance(routing, Assignment)
     inner = _inner(experts)
     if inner is not None and not isinstance(inner, ClampedGlu) and name_of(inner.act) is None:
         return f"it knows the activations {', '.join(KNOWN)}, and {inner.act} is none of them"
@@ -145,7 +145,7 @@ def _unserved(x: Tensor, routing: Routing, experts: Experts) -> str | None:
         return f"it computes in {', '.join(str(d).removeprefix('torch.') for d in DTYPES)}, and the weights are {dtype}"
     if routing.source.shape[0] >= 2**31 or max(w[0].numel() for w in _matrices(experts)) >= 2**31:
         return "it counts rows, and numbers of one expert, in 31 bits"
-    return _missing() or _unfit(x.device)
+    return _missing() or _unfit(x) or needs_weights(x, experts, _tensors(experts))
 
 
 def _inner(experts: Experts) -> Inner | None:
@@ -171,6 +171,16 @@ def _dtype(x: Tensor, experts: Experts) -> torch.dtype:
     return x.dtype if isinstance(experts, Quantized) else _matrices(experts)[0].dtype
 
 
+def _tensors(experts: Experts) -> tuple[Tensor | None, ...]:
+    """All that is read of experts."""
+    if isinstance(experts, LoRA):
+        return experts.lora_A, experts.lora_B, experts.scale
+    if isinstance(experts, Quantized):
+        return tuple(tensor for map in (experts.up, experts.down) for tensor in (map.weight, map.bias, map.scales))
+    s = experts.stacked
+    return () if s is None else (s.up, s.up_bias, s.down, s.down_bias)
+
+
 @constant_result
 def _missing() -> str | None:
     if importlib.util.find_spec("triton") is None:
@@ -178,12 +188,12 @@ def _missing() -> str | None:
     return None
 
 
-def _unfit(device: torch.device) -> str | None:
-    if device.type != "cuda":
-        return None if _interpreted() else f"it runs on NVIDIA GPUs, and the tokens are on {device.type!r}"
+def _unfit(x: Tensor) -> str | None:
+    if not x.is_cuda:
+        return None if _interpreted() else needs_nvidia(x)
     if torch.version.hip is not None:
         return "it has been written for NVIDIA GPUs"
-    if torch.cuda.get_device_capability(device) < (8, 0):
+    if torch.cuda.get_device_capability(x.device) < (8, 0):
         return "it needs compute capability 8.0"
     return None
 

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from moeify.backends import BACKENDS, choose
+from moeify.backends import backend_names, choose, find_backend
 from moeify.context import Context
 from moeify.experts import FFN
 from moeify.kernels import explain
@@ -92,6 +92,6 @@ class _Layer:
     def refusals(self) -> Iterator[tuple[str, str]]:
         """Every backend that cannot serve it where no gradient is needed, and why."""
         with torch.no_grad():
-            for name, backend in BACKENDS.items():
-                if reason := backend.refuse(self.x, self.routing, self.experts):
+            for name in backend_names():
+                if reason := find_backend(name).refuse(self.x, self.routing, self.experts):
                     yield name, reason

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from moeify import backends
+from moeify.backends.base import waits_for_call
 from moeify.experts.quantized import Quantized, Weights
 from moeify.kernels.cpu import cpp
 from moeify.kernels.cpu.cpp import steps
@@ -32,7 +32,7 @@ class QuantizedLinear(nn.Module):
 
     def forward(self, x: Float[Tensor, "... D"]) -> Float[Tensor, "... O"]:
         """`W x + bias`, by the C++ kernel where there is one."""
-        if x.dtype in (torch.float32, torch.bfloat16) and not x.requires_grad and cpp.why_not() is None:
+        if self._serves(x):
             rows = x.reshape(-1, self.in_features).float().contiguous()
             y = torch.empty(len(rows), self.out_features)
             bias = None if self.map.bias is None else self.map.bias.to(x.dtype)
@@ -41,7 +41,18 @@ class QuantizedLinear(nn.Module):
             )
             steps.run_steps([step], len(rows))
             return y.to(x.dtype).view(*x.shape[:-1], self.out_features)
-        return F.linear(x, self.map.of(0, x.dtype), None if self.map.bias is None else self.map.bias[0].to(x.dtype))
+        rows = x.reshape(-1, self.in_features)
+        return self.map(rows, torch.tensor([len(rows)])).view(*x.shape[:-1], self.out_features)
+
+    def _serves(self, x: Tensor) -> bool:
+        """Whether the kernel may read the weights for such an input."""
+        return (
+            x.dtype in (torch.float32, torch.bfloat16)
+            and not x.requires_grad
+            and not waits_for_call(self.map)
+            and x.device == self.map.weight.device == torch.device("cpu")
+            and cpp.why_not() is None
+        )
 
 
 class QuantizedExperts(nn.Module):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterable
 
 import torch
 from jaxtyping import Float, Int
@@ -29,6 +30,10 @@ class Experts(nn.Module, ABC):
     def stacked(self) -> Stacked | None:
         """The weights of all experts, for kernels that run whole experts; None of experts that are no plain FFNs."""
         return None
+
+    def called_modules(self) -> Iterable[nn.Module]:
+        """The modules that a call of the experts calls; a kernel that reads their weights passes their hooks by."""
+        return self.modules()
 
     @abstractmethod
     def forward(self, rows: Float[Tensor, "R D"], counts: Int[Tensor, "E"]) -> Float[Tensor, "R O"]:

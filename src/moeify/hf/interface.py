@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from moeify import backends
-from moeify.backends import BACKENDS, Backend
+from moeify.backends import Backend, find_backend, register_backend
+from moeify.backends.base import needs_all_choices, needs_dtype, needs_no_autocast, needs_weights
 from moeify.experts import FFN, Experts
 from moeify.kernels import grouped_linear
 from moeify.kernels.stacked import ClampedGlu, Glu, Inner, Plain, Stacked
@@ -86,6 +87,10 @@ class NativeExperts(Experts):
         self.native = native
         self.num_experts: int = native.num_experts  # pyrefly: ignore[bad-assignment]
 
+    def called_modules(self) -> list[nn.Module]:
+        """Itself: the experts of transformers call it from their own forward pass, when their hooks have run."""
+        return [self]
+
     @property
     def stacked(self) -> Stacked | None:
         """Its weights, if all that its experts compute is `down(inner(up(row)))` with a nonlinearity of ours."""
@@ -142,11 +147,9 @@ def use_transformers_backends() -> list[str]:
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
     for name in ("grouped_mm", "batched_mm"):
-        BACKENDS[f"transformers/{name}"] = Backend(
-            partial(_run_theirs, ALL_EXPERTS_FUNCTIONS[name]),
-            _grouped_mm_cannot if name == "grouped_mm" else _theirs_cannot,
-            chosen=lambda *call: False,
-        )
+        refuse = _grouped_mm_cannot if name == "grouped_mm" else _theirs_cannot
+        theirs = Backend(partial(_run_theirs, ALL_EXPERTS_FUNCTIONS[name]), refuse, chosen=lambda *call: False)
+        register_backend(f"transformers/{name}", theirs)
     return ["transformers/grouped_mm", "transformers/batched_mm"]
 
 
@@ -176,21 +179,19 @@ def _as_theirs(ffn: FFN) -> SimpleNamespace:
 
 
 def _theirs_cannot(x: Float[Tensor, "... D"], routing: Routing, experts: Experts) -> str | None:
-    if reason := BACKENDS["gather"].refuse(x, routing, experts):
+    if reason := find_backend("gather").refuse(x, routing, experts) or needs_all_choices(routing):
         return reason
-    if routing.is_limited:  # pyrefly: ignore[missing-attribute]
-        return "it reads the experts that every token asked for, and a limit has given some tokens to others"
     if not isinstance(experts, FFN):
         return f"it needs the stacked weights of an FFN, and the experts are {type(experts).__name__}"
     if experts.width_out != experts.width:
-        return f"it needs answers as wide as tokens, and these experts map {experts.width} to {experts.width_out}"
+        return f"it needs outputs as wide as tokens, and these experts map {experts.width} to {experts.width_out}"
     if experts.training and experts.dropout.p > 0:
         return "it knows no expert dropout"
-    if torch.is_autocast_enabled(x.device.type):
-        return "it does not follow autocast"
-    if x.dtype != experts.up[0].dtype:
-        return f"it needs one dtype, and the tokens are {x.dtype} and the weights {experts.up[0].dtype}"
-    return None
+    return (
+        needs_weights(x, experts, experts.parameters())
+        or needs_no_autocast(x)
+        or needs_dtype(x, (x.dtype,), [experts.up[0]])
+    )
 
 
 def _grouped_mm_cannot(x: Float[Tensor, "... D"], routing: Routing, experts: Experts) -> str | None:

@@ -19,7 +19,7 @@ from moeify.hf.interface import NativeExperts, use_moeify_experts
 from moeify.kernels.cpu import cpp
 from moeify.moe import MoE
 from moeify.serve.cache import RoomyLayer, with_room
-from moeify.serve.decoder import Decoder, find_decoder
+from moeify.serve.decoder import Decoder, find_decoder, is_offloaded
 from moeify.serve.huge_pages import into_huge_pages
 from moeify.serve.program import Program
 
@@ -147,13 +147,16 @@ class _Decode:
             and (mask is None or _padded_left(mask, cache.get_seq_length() + 1))
             and not torch.is_grad_enabled()
             and not self.model.training
-            and not any(_is_heard(part) for part in self.parts)
+            and not any(_waits_for_call(part) for part in self.parts)
         )
 
 
-def _is_heard(part: nn.Module) -> bool:
-    """Whether a module has hooks that wait for a call; those of a `Context` have read the same in the model's own."""
-    if part._forward_hooks:
+def _waits_for_call(part: nn.Module) -> bool:
+    """Whether a module must be called: for hooks, or a `forward` or memory that offloading gave it.
+
+    Hooks of a `Context` have read the same in the model's own.
+    """
+    if part._forward_hooks or is_offloaded(part):
         return True
     hooks = part._forward_pre_hooks
     return bool(hooks) and not all(isinstance(getattr(hook, "__self__", None), Context) for hook in hooks.values())

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from moeify.backends.base import has_other_forward
 from moeify.compress.modules import QuantizedLinear
 
 Linear = nn.Linear | QuantizedLinear
@@ -67,6 +68,9 @@ def find_decoder(model: nn.Module) -> Decoder:
     names = ("embed_tokens", "layers", "norm", "rotary_emb")
     if body is None or not all(hasattr(body, name) for name in names) or not hasattr(model, "lm_head"):
         raise _no(model, "it has no lm_head over a model with embed_tokens, layers, norm and rotary_emb")
+    parts = ((name, module) for name, module in model.named_modules() if module is not model)
+    if away := next((name for name, module in parts if is_offloaded(module)), ""):
+        raise _no(model, f"{away} is offloaded, so its weights come only when it is called; load the model into memory")
     weight = body.embed_tokens.weight
     if weight.device.type != "cpu" or weight.dtype not in (torch.float32, torch.bfloat16):
         raise _no(
@@ -81,6 +85,12 @@ def find_decoder(model: nn.Module) -> Decoder:
         if not hasattr(norm, "variance_epsilon") or norm.weight.dim() != 1 or len(list(norm.parameters())) != 1:
             raise _no(model, f"{type(norm).__name__} is no root-mean-square norm of transformers")
     return decoder
+
+
+def is_offloaded(module: nn.Module) -> bool:
+    """Whether a module's weights are not in memory, or come when its `forward`, which was replaced, is called."""
+    weights = (*module._parameters.values(), *module._buffers.values())
+    return has_other_forward(module) or any(weight is not None and weight.is_meta for weight in weights)
 
 
 def is_linear(module: nn.Module | None) -> bool:

@@ -236,7 +236,10 @@ def soft():
         ("these are Identity", {"experts": Identity(2)}),
         ("without dropout", {"experts": FFN(2, 4, 3, dropout=0.1)}),
         ("does not know the activation", {"experts": FFN(2, 4, 3, inner=Plain(torch.tanh))}),
-        ("the tokens are torch.float16", {"x": torch.ones(1, 4).half(), "experts": FFN(2, 4, 3).half()}),
+        (
+            "in float32, bfloat16, and the tokens are torch.float16",
+            {"x": torch.ones(1, 4).half(), "experts": FFN(2, 4, 3).half()},
+        ),
         ("one dtype", {"experts": FFN(2, 4, 3).bfloat16()}),
         ("these are on meta|the tokens are on meta", {"x": torch.ones(1, 4, device="meta")}),
         ("lie whole in memory", {"x": torch.ones(1, 4).as_subclass(Recorded)}),
