@@ -1,6 +1,8 @@
 """What a layer deep inside learns of the call of its model."""
 
 import copy
+import pickle
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -8,6 +10,7 @@ from torch import nn
 from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
 
 from moeify import Context, MoE
+from moeify.context import given, running
 from moeify.experts import FFN
 from moeify.routers import TopK
 from strategies import layer, sharpen
@@ -68,8 +71,10 @@ def test_a_decoder_routes_no_padding(llama, mask):
 def test_a_mask_that_is_added_to_scores_is_read_as_one():
     module, context = Masked(), Context()
     context.watch([module])
+    seen = []
+    module.register_forward_pre_hook(lambda *args: seen.extend(context.call.positions.tolist()))
     module(torch.ones(2, 5, dtype=torch.long), attention_mask=(1.0 - LEFT.float()) * -10_000.0)
-    assert context.positions.tolist() == LEFT.flatten().nonzero().squeeze(1).tolist()
+    assert seen == real(LEFT)
 
 
 class Masked(nn.Module):
@@ -134,18 +139,21 @@ def test_handles_stop_the_listening(llama):
     model, moe = llama
     for module in model.modules():
         module._forward_pre_hooks.clear()
+        module._forward_hooks.clear()
     handles = moe.context.watch([model])
     for handle in handles:
         handle.remove()
     model(words(2, 5), attention_mask=LEFT)
-    assert moe.context.positions is None
+    assert moe.context.call.positions is None
 
 
 def test_inputs_are_kept_by_name(llama):
     model, moe = llama
     ids = words(2, 5)
+    seen = []
+    moe.register_forward_pre_hook(lambda *args: seen.append(moe.context.look_up("input_ids")))
     model(ids, attention_mask=LEFT)
-    assert torch.equal(moe.context.inputs["input_ids"], ids)
+    assert torch.equal(seen[0], ids)
 
 
 # Encoders and decoders
@@ -242,7 +250,7 @@ def test_the_order_of_axes_changes_no_decision_per_group():
     y = first(x, src_key_padding_mask=hiding)
     z = last(x.transpose(0, 1), src_key_padding_mask=hiding).transpose(0, 1)
     torch.testing.assert_close(y[RIGHT.bool()], z[RIGHT.bool()])
-    assert moe.context.batch_first
+    assert moe.context.call.batch_first
 
 
 def test_torchs_transformer_has_a_mask_for_each_of_its_stacks():
@@ -336,20 +344,78 @@ def test_every_sequence_is_a_group():
 
 def test_with_the_batch_last_the_columns_are_groups():
     context = Context()
-    context.batch_first = False
+    context.call.batch_first = False
     assert context.sequence_ids((3, 2)).tolist() == [0, 1, 0, 1, 0, 1]
 
 
 def test_flattened_tokens_take_their_groups_from_the_models_input():
     context = Context()
     assert context.sequence_ids((6,)).tolist() == [0] * 6
-    context.inputs = {"input_ids": torch.zeros(2, 3)}
+    context.call.inputs = {"input_ids": torch.zeros(2, 3)}
     assert context.sequence_ids((6,)).tolist() == [0, 0, 0, 1, 1, 1]
     assert context.sequence_ids((5,)).tolist() == [0] * 5
 
 
 def test_any_leading_axes_are_groups():
     assert Context().sequence_ids((2, 2, 2)).tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
+
+
+# Whose pass it is
+
+
+def test_threads_that_call_one_model_keep_their_masks_apart(llama):
+    model, _ = llama
+    masks = [LEFT, RIGHT, None, LEFT.flip(0)] * 8
+    ids = words(2, 5)
+    with torch.no_grad():
+        alone = [model(ids, attention_mask=mask).logits for mask in masks]
+
+        def run(mask):
+            with torch.no_grad():
+                return model(ids, attention_mask=mask).logits
+
+        with ThreadPoolExecutor(4) as pool:
+            together = list(pool.map(run, masks))
+    for a, b in zip(alone, together, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_inputs_that_one_thread_adds_are_not_those_of_another():
+    model = nn.Sequential(layer())
+    with given(model, task=[1]), ThreadPoolExecutor(1) as pool:
+        assert pool.submit(lambda: model[0].context.given).result() == {}
+        assert model[0].context.given["task"].tolist() == [1]
+
+
+def test_a_model_that_is_called_while_it_runs_goes_on_with_its_own_mask(llama):
+    model, moe = llama
+    seen = watched_tokens(moe)
+    inner = []
+
+    def call_again(*args):
+        if not inner:
+            inner.append(True)
+            model(words(2, 5), attention_mask=RIGHT)
+
+    moe.register_forward_pre_hook(call_again)
+    model(words(2, 5), attention_mask=LEFT)
+    assert seen == [real(RIGHT), real(LEFT)]
+
+
+def test_a_pass_that_fails_leaves_no_mask_behind(llama):
+    model, moe = llama
+    handle = moe.register_forward_pre_hook(lambda *args: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        model(words(2, 5), attention_mask=LEFT)
+    handle.remove()
+    assert moe.context.call.token_mask is None
+    assert running() == []
+
+
+def test_a_context_can_be_pickled():
+    context = Context()
+    context.mask(LEFT)
+    assert pickle.loads(pickle.dumps(context)).call.token_mask is None
 
 
 # Bad inputs
@@ -363,7 +429,7 @@ def test_a_mask_that_hides_everything_is_refused():
 def test_a_mask_that_hides_nothing_costs_nothing():
     context = Context()
     context.mask(torch.ones(2, 3))
-    assert context.token_mask is context.positions is None
+    assert context.call.token_mask is context.call.positions is None
 
 
 def test_an_empty_batch_is_refused_by_the_model_that_was_called():

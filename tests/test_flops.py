@@ -195,7 +195,7 @@ CHEAPER = ["per group", "similarity", "noisy"]  # one decision per image or sequ
 @pytest.mark.parametrize("name", [name for name in ROUTERS if name not in AT_MOST + CHEAPER])
 def test_a_layer_runs_what_is_counted_whatever_its_router(name):
     layer = MoE(ROUTERS[name](), Each(nn.Linear(D, D) for _ in range(E)))
-    layer.context.inputs["input_ids"] = MATRIX_IDS
+    layer.context.call.inputs["input_ids"] = MATRIX_IDS
     assert count(layer, tokens=4).flops * 12 == measured(layer, x=torch.randn(3, 4, D))
 
 

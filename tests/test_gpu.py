@@ -21,9 +21,9 @@ pytestmark = [
 @pytest.mark.parametrize("router", ROUTERS)
 def test_a_layer_computes_on_the_gpu_what_it_computes_on_the_cpu(router, experts):
     layer = MoE(ROUTERS[router](), EXPERTS[experts]()).eval()
-    layer.context.inputs["input_ids"] = IDS
+    layer.context.call.inputs["input_ids"] = IDS
     there = deepcopy(layer).cuda()
-    there.context.inputs["input_ids"] = IDS.cuda()
+    there.context.call.inputs["input_ids"] = IDS.cuda()
     x = torch.randn(3, 4, D, requires_grad=True)
     z = x.detach().cuda().requires_grad_()
     y, w = layer(x), there(z)

@@ -137,7 +137,7 @@ DTYPES = {torch.float32: 1e-5, torch.float64: 1e-5, torch.bfloat16: 6e-2}
 def test_every_combination_is_its_definition(router, experts, backend, dtype, monkeypatch):
     moe = MoE(ROUTERS[router](), EXPERTS[experts](), backend=backend).to(dtype)
     sharpen(moe)
-    moe.context.inputs["input_ids"] = IDS
+    moe.context.call.inputs["input_ids"] = IDS
     exact = deepcopy(moe).double()
     x = torch.randn(3, 4, D, dtype=dtype, requires_grad=True)
     x64 = x.detach().double().requires_grad_()
@@ -159,7 +159,7 @@ def test_every_combination_is_its_definition(router, experts, backend, dtype, mo
 @pytest.mark.parametrize("router", ROUTERS)
 def test_every_parameter_gets_a_finite_gradient(router, experts):
     moe = MoE(ROUTERS[router](), EXPERTS[experts]())
-    moe.context.inputs["input_ids"] = IDS
+    moe.context.call.inputs["input_ids"] = IDS
     moe(torch.randn(3, 4, D, requires_grad=True)).square().sum().backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in moe.parameters())
     assert all(p.grad.count_nonzero() for p in moe.router.parameters())

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import inspect
 import math
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -18,33 +20,103 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 
-class Context:
-    """The inputs of the current forward pass of one stack.
+@dataclass(eq=False)
+class Call:
+    """One forward pass of a stack: what the modules above it were called with, and what its routers decided.
 
     Attributes:
         token_mask: True where a token is real, None where every token is.
         positions: the real tokens as indices into the flattened tokens, None where every token is real.
         inputs: the tensors that the outermost module was called with, by argument name.
-        given: tensors that are inputs of every pass though the outermost module does not take them, see `given`.
         decisions: what routers decided in this pass for layers after theirs to read, by router.
         batch_first: whether tokens are laid out as (B, N, D); torch's own transformer layers may use (N, B, D).
+        outer: the pass that this one interrupts, of a model that is called while it runs.
+        repeated: whether a backward pass has repeated it without being told that it is this one.
+    """
+
+    token_mask: Bool[Tensor, "B N"] | None = None
+    positions: Int[Tensor, "T"] | None = None
+    inputs: dict[str, Tensor] = field(default_factory=dict)
+    decisions: dict[nn.Module, Any] = field(default_factory=dict)
+    batch_first: bool = True
+    outer: Call | None = None
+    repeated: bool = False
+
+
+class Context:
+    """Gives the layers of one stack the forward pass that they are in: each thread has its own.
+
+    A forward pass that activation checkpointing repeats in backward is given the pass that it repeats by `resumed`,
+    which `moeify.train.keep_decisions` calls; without it the latest is taken, if there is no doubt which it is.
     """
 
     def __init__(self) -> None:
-        self.given: dict[str, Tensor] = {}
-        self.clear()
-
-    def clear(self) -> None:
-        """Forget the last forward pass."""
-        self.token_mask: Bool[Tensor, "B N"] | None = None
-        self.positions: Int[Tensor, "T"] | None = None
-        self.inputs: dict[str, Tensor] = {}
-        self.decisions: dict[nn.Module, Any] = {}
-        self.batch_first = True
+        self._thread = threading.local()
+        self._unrepeated: list[Call] = []
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Context:
         copy = memo[id(self)] = Context()
         return copy
+
+    def __reduce__(self) -> tuple[type[Context], tuple[()]]:
+        return Context, ()
+
+    @property
+    def given(self) -> dict[str, Tensor]:
+        """Tensors that are inputs of every pass of this thread though the outermost module does not take them."""
+        return getattr(self._thread, "given", {})
+
+    @given.setter
+    def given(self, inputs: dict[str, Tensor]) -> None:
+        self._thread.given = inputs
+
+    @property
+    def call(self) -> Call:
+        """The forward pass that this thread is in; outside of one, what `mask` has set for layers called alone.
+
+        Raises:
+            RuntimeError: activation checkpointing repeats one of several passes, and nothing tells which.
+        """
+        if (call := getattr(self._thread, "call", None)) is not None:
+            return call
+        if self._unrepeated and recomputing():
+            return self._repeated()
+        if getattr(self._thread, "alone", None) is None:
+            self._thread.alone = Call()
+        return self._thread.alone
+
+    def _repeated(self) -> Call:
+        """The pass that is repeated: the latest, unless another one that differs waits for its backward pass too."""
+        earlier, latest = self._unrepeated[:-1], self._unrepeated[-1]
+        if any(not _same_mask(latest, other) for other in earlier):
+            raise RuntimeError(_WHICH_PASS)
+        latest.repeated = True
+        return latest
+
+    def look_up(self, name: str) -> Tensor | None:
+        """An input of the model by the name of its argument, None if the model was not given it.
+
+        Raises:
+            RuntimeError: as of `call`.
+        """
+        call = self.call
+        if call.repeated and len(self._unrepeated) > 1:
+            raise RuntimeError(_WHICH_PASS)
+        return call.inputs.get(name)
+
+    def clear(self) -> None:
+        """Forget the mask that was set for layers called alone."""
+        self._thread.alone = Call()
+
+    @contextmanager
+    def resumed(self, call: Call) -> Iterator[None]:
+        """Give layers an earlier forward pass again, to repeat it or to call one of them alone."""
+        before = getattr(self._thread, "call", None)
+        self._thread.call = call
+        try:
+            yield
+        finally:
+            self._thread.call = before
 
     def mask(self, token_mask: Tensor | None) -> None:
         """Set which tokens are real: 1 or True for a token, 0 or False for padding.
@@ -52,7 +124,8 @@ class Context:
         Raises:
             ValueError: not a single token is real.
         """
-        self.token_mask = self.positions = None
+        call = self.call
+        call.token_mask = call.positions = None
         if token_mask is None:
             return
         real = token_mask.bool()
@@ -63,7 +136,7 @@ class Context:
                 "leave such batches out, no expert can learn from them"
             )
         if positions.numel() < real.numel():
-            self.token_mask, self.positions = real, positions
+            call.token_mask, call.positions = real, positions
 
     def real(self, tokens: int) -> Int[Tensor, "T"] | None:
         """The positions of the real ones among `tokens` flattened tokens, None for all of them.
@@ -71,12 +144,13 @@ class Context:
         Raises:
             ValueError: the mask speaks of another number of tokens, so it belongs to another call.
         """
-        if self.token_mask is not None and self.token_mask.numel() != tokens:
+        call = self.call
+        if call.token_mask is not None and call.token_mask.numel() != tokens:
             raise ValueError(
-                f"the token mask has {tuple(self.token_mask.shape)} = {self.token_mask.numel()} tokens, but the layer "
+                f"the token mask has {tuple(call.token_mask.shape)} = {call.token_mask.numel()} tokens, but the layer "
                 f"was given {tokens}; call the layer through its model, or context.clear() before calling it alone"
             )
-        return self.positions
+        return call.positions
 
     def sequence_ids(self, shape: Sequence[int]) -> Int[Tensor, "T"]:
         """The sequence or image of each of the flattened tokens of a layer input with leading shape `shape`.
@@ -84,37 +158,50 @@ class Context:
         A flattened input is one sequence, unless the model's own input tells the length of its sequences.
         """
         if len(shape) == 1:
-            shape = next((t.shape for name, t in self.inputs.items() if _fits(name, t, shape[0])), (1, *shape))
+            shape = next((t.shape for name, t in self.call.inputs.items() if _fits(name, t, shape[0])), (1, *shape))
         tokens = torch.arange(math.prod(shape))
-        return tokens // shape[-1] if self.batch_first else tokens % shape[-1]
+        return tokens // shape[-1] if self.call.batch_first else tokens % shape[-1]
 
     def watch(self, ancestors: Sequence[nn.Module]) -> list[RemovableHandle]:
         """Read the inputs of a stack from the modules above it, outermost first."""
+        root, *others = ancestors
         return [
-            module.register_forward_pre_hook(self._read_root if i == 0 else self._read_stack, with_kwargs=True)
-            for i, module in enumerate(ancestors)
+            root.register_forward_pre_hook(self._begin, with_kwargs=True),
+            *(module.register_forward_pre_hook(self._read_stack, with_kwargs=True) for module in others),
+            root.register_forward_hook(self._end, always_call=True),
         ]
 
-    def _read_root(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        self.clear()
+    def _begin(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         given = _by_name(module, args, kwargs)
-        self.inputs = {name: value for name, value in given.items() if isinstance(value, Tensor)} | self.given
-        for name, value in self.inputs.items():
+        inputs = {name: value for name, value in given.items() if isinstance(value, Tensor)} | self.given
+        for name, value in inputs.items():
             if value.numel() == 0:
                 raise ValueError(
                     f"{type(module).__name__} was called with an empty batch: {name} has shape {tuple(value.shape)}"
                 )
+        call = Call(inputs=inputs, outer=getattr(self._thread, "call", None))
+        if torch.is_grad_enabled():
+            waiting = [] if any(earlier.repeated for earlier in self._unrepeated) else self._unrepeated[-1:]
+            self._unrepeated = [*waiting, call]
+        self._thread.call = call
+        _RUNNING.passes = [*getattr(_RUNNING, "passes", []), (self, call)]
         self._read_mask(module, given)
+
+    def _end(self, module: nn.Module, args: tuple, output: Any) -> None:
+        ended = self.call
+        self._thread.call = ended.outer
+        _RUNNING.passes = [each for each in _RUNNING.passes if each[1] is not ended]
 
     def _read_stack(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         given = _by_name(module, args, kwargs)
         tokens = _tokens(given)
-        if tokens is not None and self.token_mask is not None and _count(tokens) != self.token_mask.numel():
+        mask = self.call.token_mask
+        if tokens is not None and mask is not None and _count(tokens) != mask.numel():
             self.mask(None)  # the mask above speaks of other tokens: of words, where this stack reads an image
         self._read_mask(module, given)
 
     def _read_mask(self, module: nn.Module, given: dict[str, Any]) -> None:
-        self.batch_first = _batch_first(module)
+        self.call.batch_first = batch_first = _batch_first(module)
         if "attention_mask" in given:  # (B, past + N): 1 for a token; transformers turns it into 4-D further down
             mask = given["attention_mask"]
             tokens = _tokens(given)
@@ -129,7 +216,15 @@ class Context:
                     self.mask(mask[:, mask.shape[1] - tokens.shape[1] :])
         for name in _HIDING & given.keys():  # (B, N): True for padding
             hidden = given[name]
-            self.mask(None if hidden is None else ~hidden.bool() if self.batch_first else ~hidden.bool().T)
+            self.mask(None if hidden is None else ~hidden.bool() if batch_first else ~hidden.bool().T)
+
+
+_RUNNING = threading.local()
+
+
+def running() -> list[tuple[Context, Call]]:
+    """The forward passes that this thread is in, of every stack, to be `resumed` where they are repeated."""
+    return list(getattr(_RUNNING, "passes", []))
 
 
 @contextmanager
@@ -163,8 +258,18 @@ def given(model: nn.Module, **inputs: Tensor | Sequence[int]) -> Iterator[None]:
             context.given = outer
 
 
+_WHICH_PASS = (
+    "activation checkpointing repeats a forward pass, and the model was called several times, with different masks or "
+    "inputs, before this backward pass; let each checkpoint keep its own: "
+    'model.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": moeify.train.keep_decisions})'
+)
 _HIDING = {"src_key_padding_mask", "tgt_key_padding_mask"}
 _TOKENS = ("input_ids", "inputs_embeds", "hidden_states")
+
+
+def _same_mask(one: Call, other: Call) -> bool:
+    a, b = one.token_mask, other.token_mask
+    return a is b or (a is not None and b is not None and torch.equal(a, b))
 
 
 def _fits(name: str, tensor: Tensor, tokens: int) -> bool:

@@ -52,7 +52,7 @@ class MultiHead(nn.Module):
 
     def _turned(self, x: Tensor) -> Tensor:
         """Sequences before tokens, (B, N, D), and back: the sub-tokens of a token lie side by side in its sequence."""
-        return x if self.context.batch_first or x.dim() < 3 else x.transpose(0, 1)
+        return x if self.context.call.batch_first or x.dim() < 3 else x.transpose(0, 1)
 
     def _cut(self, x: Float[Tensor, "... N D"]) -> Float[Tensor, "... M d"]:
         return x.unflatten(-1, (self.heads, -1)).flatten(-3, -2)
@@ -62,14 +62,14 @@ class MultiHead(nn.Module):
 
     def _tell(self, tokens: int) -> None:
         """Fill the inner context: what holds for a token holds for its h sub-tokens."""
-        inner = self.moe.context
+        outer, inner = self.context.call, self.moe.context
         inner.clear()
-        for name, value in self.context.inputs.items():
+        for name, value in outer.inputs.items():
             of_tokens = value.dim() > 1 and value.shape[:2].numel() == tokens
-            inner.inputs[name] = value.repeat_interleave(self.heads, dim=1) if of_tokens else value
-        if self.context.token_mask is not None:
+            inner.call.inputs[name] = value.repeat_interleave(self.heads, dim=1) if of_tokens else value
+        if outer.token_mask is not None:
             self.context.real(tokens)
-            mask = self.context.token_mask if self.context.batch_first else self.context.token_mask.T
+            mask = outer.token_mask if outer.batch_first else outer.token_mask.T
             inner.mask(mask.repeat_interleave(self.heads, dim=1))
 
     def extra_repr(self) -> str:

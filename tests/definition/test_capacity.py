@@ -151,7 +151,7 @@ def test_padding_is_not_sent_to_the_next_expert():
 @pytest.mark.parametrize("router", [TopK(4, 2, k=1, normalize=False, per="group"), Lookup(4, 2)])
 def test_who_does_not_score_every_token_cannot_send_it_on(router):
     context = Context()
-    context.inputs["input_ids"] = torch.zeros(3, 5, dtype=torch.int64)
+    context.call.inputs["input_ids"] = torch.zeros(3, 5, dtype=torch.int64)
     with pytest.raises(ValueError, match="needs a router that scores all experts for every token"):
         Capacity(router, factor=0.5, overflow="next")(torch.randn(3, 5, 4), context)
 

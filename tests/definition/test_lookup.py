@@ -17,7 +17,7 @@ def test_a_lookup_is_its_table(k, learned):
     moe = MoE(Lookup(D, E, size=V, k=k, learned=learned), Each([nn.Linear(D, 3, bias=False) for _ in range(E)]))
     sharpen(moe)
     ids = torch.randint(V, (B, N))
-    moe.context.inputs["input_ids"] = ids
+    moe.context.call.inputs["input_ids"] = ids
     x = torch.randn(B, N, D, requires_grad=True)
     p, x64 = doubled(moe), x.detach().double().requires_grad_()
     slow = []

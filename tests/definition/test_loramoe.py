@@ -55,7 +55,7 @@ def test_the_localized_constraint_is_the_papers_formula_and_padding_does_not_cou
     slow = sum((value - mean) ** 2 for value in z) / (len(z) - 1) / mean**2
     moe = MoE(router, LoRA(E, D))
     moe.context.mask(MASK)
-    moe.context.inputs["task_type"] = TYPES
+    moe.context.call.inputs["task_type"] = TYPES
     agree(localized(router(x, moe.context), delta), [router.weight], slow, [weight])
 
 
@@ -64,7 +64,7 @@ def learnt(delta: float) -> float:
     torch.manual_seed(0)
     router = AllExperts(D, E)
     moe, x = MoE(router, LoRA(E, D)), torch.randn(2, 6, D) + torch.tensor([3.0, -3.0]).view(2, 1, 1)
-    moe.context.inputs["task_type"] = torch.tensor([0, 1])
+    moe.context.call.inputs["task_type"] = torch.tensor([0, 1])
     optimizer = torch.optim.Adam(router.parameters(), 0.05)
     for _ in range(60):
         optimizer.zero_grad()
@@ -81,7 +81,7 @@ def test_minimising_it_gives_a_samples_own_experts_less_if_delta_is_positive(del
 
 def test_the_types_of_experts_may_be_others_than_halves():
     moe = layer()
-    moe.context.inputs["task_type"] = TYPES
+    moe.context.call.inputs["task_type"] = TYPES
     routing = moe.router(torch.randn(B, N, D), moe.context)
     halves = torch.tensor([0, 0, 1, 1])
     torch.testing.assert_close(localized(routing, 0.2, halves), localized(routing, 0.2))

@@ -20,7 +20,7 @@ def test_cluster_conditional_experts_are_the_papers_formula(universal, gate, tra
     moe = MoE(router, LoRA(E, D, OUT, rank=2, scale=S), shared=nn.Linear(D, OUT)).train(training)
     nn.init.normal_(moe.experts.lora_B)
     cluster = torch.tensor([3, 0, 3, 6])
-    moe.context.inputs["cluster"] = cluster
+    moe.context.call.inputs["cluster"] = cluster
     x = torch.randn(B, N, D, requires_grad=True)
     p, x64 = doubled(moe), x.detach().double().requires_grad_()
     torch.manual_seed(5)

@@ -60,7 +60,7 @@ def test_a_mask_is_forgotten_with_its_forward_pass():
     model(torch.randn(1, 2, D))
     context.clear()
     assert model(torch.randn(3, 5, D)).shape == (3, 5, D)
-    assert model.moe.context.token_mask is None
+    assert model.moe.context.call.token_mask is None
 
 
 def test_sequences_that_come_second_stay_together():
@@ -69,7 +69,7 @@ def test_sequences_that_come_second_stay_together():
     mask = torch.tensor([[1, 1, 1, 0], [1, 0, 0, 0], [1, 1, 1, 1]])
     context.mask(mask)
     y = model(x)
-    context.batch_first = False
+    context.call.batch_first = False
     context.mask(mask.T)
     torch.testing.assert_close(model(x.transpose(0, 1)).transpose(0, 1), y)
 
@@ -77,7 +77,7 @@ def test_sequences_that_come_second_stay_together():
 def test_what_is_known_of_a_token_is_known_of_its_parts():
     context = Context()
     moe = MoE(Lookup(D // 3, E, size=10), FFN(E, D // 3, H))
-    context.inputs = {"input_ids": torch.tensor([[1, 2], [3, 1]])}
+    context.call.inputs = {"input_ids": torch.tensor([[1, 2], [3, 1]])}
     with record(MultiHead(moe, D, 3, context=context)) as decisions:
         MultiHead.forward(model := MultiHead(moe, D, 3, context=context), torch.randn(2, 2, D))
     table = moe.router.table[:, 0]

@@ -152,5 +152,5 @@ def test_a_context_may_lay_tokens_out_with_the_batch_last():
     sharpen(router)
     x = torch.randn(N, B, D)
     context = Context()
-    context.batch_first = False
+    context.call.batch_first = False
     assert torch.equal(router(x, context).logits, route(router, x.transpose(0, 1)).logits)

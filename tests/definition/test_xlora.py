@@ -26,7 +26,7 @@ def test_every_expert_answers_with_the_weight_that_was_given(shape):
     moe.router.number = 3
     weights = torch.randn(shape, requires_grad=True)
     moe.context.mask(MASK)
-    moe.context.inputs["adapter_weights"] = weights
+    moe.context.call.inputs["adapter_weights"] = weights
     x = torch.randn(2, 4, D, requires_grad=True)
     p, x64, w64 = doubled(moe), x.detach().double().requires_grad_(), weights.detach().double().requires_grad_()
     slow = torch.zeros(2, 4, D, dtype=torch.float64)
@@ -39,7 +39,7 @@ def test_every_expert_answers_with_the_weight_that_was_given(shape):
 
 def test_no_expert_runs_for_a_weight_of_zero():
     moe = MoE(Given(D, E), LoRA(E, D, rank=2))
-    moe.context.inputs["adapter_weights"] = torch.tensor([[1.0, 0.0, 0.5], [0.0, 0.0, 0.0]])
+    moe.context.call.inputs["adapter_weights"] = torch.tensor([[1.0, 0.0, 0.5], [0.0, 0.0, 0.0]])
     assert moe.router(torch.randn(2, 4, D), moe.context).counts.tolist() == [4, 0, 4]
 
 
@@ -48,7 +48,7 @@ def test_weights_that_are_missing_or_do_not_fit_are_refused():
     with pytest.raises(ValueError, match=r"under moeify\.context\.given\(model, adapter_weights=weights\)"):
         moe(torch.randn(2, 4, D))
     for shape in ((1,), (2, E + 1), (2, 5, E)):
-        moe.context.inputs["adapter_weights"] = torch.ones(shape)
+        moe.context.call.inputs["adapter_weights"] = torch.ones(shape)
         with pytest.raises(ValueError, match=r"fits neither the tokens \(2, 4\) of the layer nor their sequences"):
             moe(torch.randn(2, 4, D))
 

@@ -83,7 +83,7 @@ def run(moe: MoE, x: torch.Tensor, mask: torch.Tensor | None, ids: torch.Tensor)
     x = x.clone().requires_grad_()
     moe.context = Context()
     moe.context.mask(mask)
-    moe.context.inputs["input_ids"] = ids
+    moe.context.call.inputs["input_ids"] = ids
     torch.manual_seed(7)
     y = moe(x)
     real = ... if mask is None else mask
@@ -120,10 +120,10 @@ def test_groups_do_not_see_each_other_however_their_tokens_are_laid_out(name, se
     y = moe(x)
     for b in range(3):
         torch.testing.assert_close(moe(x[b : b + 1]), y[b : b + 1])
-    moe.context.batch_first = False
+    moe.context.call.batch_first = False
     torch.testing.assert_close(moe(x.transpose(0, 1)).transpose(0, 1), y)
-    moe.context.batch_first = True
-    moe.context.inputs["input_ids"] = torch.zeros(3, 5, dtype=torch.int64)
+    moe.context.call.batch_first = True
+    moe.context.call.inputs["input_ids"] = torch.zeros(3, 5, dtype=torch.int64)
     torch.testing.assert_close(moe(x.flatten(0, 1)).view(3, 5, D), y)
 
 
@@ -165,7 +165,7 @@ def test_routers_work_in_half_precision_and_decide_in_fp32(name):
 @pytest.mark.parametrize("name", sorted(ROUTERS.keys() - {"soft", "hash", "similarity", "uniform"}))
 def test_every_decision_has_a_finite_balance_loss_with_a_gradient(name):
     moe = layer(name)
-    moe.context.inputs["input_ids"] = torch.arange(12).view(2, 6)
+    moe.context.call.inputs["input_ids"] = torch.arange(12).view(2, 6)
     routing = moe.router(torch.randn(2, 6, D), moe.context)
     loss = losses.balance(routing) + losses.importance(routing) + losses.z(routing)
     loss.backward()

@@ -12,7 +12,7 @@ from strategies import seeds
 def look_up(router, shape, mask=None, **inputs):
     context = Context()
     context.mask(mask)
-    context.inputs.update(inputs)
+    context.call.inputs.update(inputs)
     return router(torch.randn(*shape, 8), context)
 
 

@@ -10,7 +10,7 @@ D, E = 8, 4
 def decide(router, shape, mask=None, **inputs):
     context = Context()
     context.mask(mask)
-    context.inputs |= {name: torch.as_tensor(value) for name, value in inputs.items()}
+    context.call.inputs |= {name: torch.as_tensor(value) for name, value in inputs.items()}
     return router(torch.randn(*shape, D), context)
 
 

@@ -10,7 +10,9 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from moeify.context import recomputing
-from moeify.sparsify import Recipe, sparsify
+from moeify.routers import Soft, TopK
+from moeify.routers.once import once
+from moeify.sparsify import Recipe, fresh, sparsify
 from moeify.train import keep_decisions
 from moeify.train.activation_checkpointing import enable
 from tiny_models import VOCABULARY, causal_lm, mixtral
@@ -64,6 +66,46 @@ def test_a_model_has_the_same_gradients_with_and_without_checkpointing(build):
         model(input_ids=ids, labels=ids).loss.backward()
     for (name, a), (_, b) in zip(plain.named_parameters(), checked.named_parameters(), strict=True):
         assert torch.allclose(a.grad, b.grad, rtol=1e-5, atol=1e-7), name
+
+
+LEFT, RIGHT = torch.tensor([[0, 0, 0, 1, 1, 1]]), torch.tensor([[1, 1, 1, 1, 0, 0]])
+
+
+def two_passes(model, masks=(LEFT, RIGHT)):
+    """The gradients of a loss of two forward passes with a mask each."""
+    ids = torch.arange(12).view(2, 6)
+    model.zero_grad()
+    logits = [model(input_ids=ids[i : i + 1], attention_mask=mask).logits for i, mask in enumerate(masks)]
+    (logits[0].square().mean() - logits[1].square().mean()).backward()
+    return [p.grad.clone() for p in model.parameters() if p.grad is not None]
+
+
+@pytest.mark.parametrize("router", [TopK, once, Soft])
+def test_two_forward_passes_before_one_backward_pass_keep_a_mask_each(router):
+    recipe = Recipe(num_experts=4, router=router, experts=fresh)
+    plain = sparsify(causal_lm("llama"), recipe, verbose=False, allow_noncausal=True).train()
+    checked = copy.deepcopy(plain)
+    enable(checked)
+    for a, b in zip(two_passes(plain), two_passes(checked), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_passes_that_nothing_tells_apart_are_an_error():
+    model = sparsify(causal_lm("llama"), Recipe(num_experts=4), verbose=False).train()
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    with pytest.raises(RuntimeError, match=r"called several times.*context_fn.*keep_decisions"):
+        two_passes(model)
+
+
+def test_one_pass_after_the_other_needs_no_telling_apart():
+    plain = sparsify(causal_lm("llama"), Recipe(num_experts=4), verbose=False).train()
+    checked = copy.deepcopy(plain)
+    checked.gradient_checkpointing_enable({"use_reentrant": False})
+    for mask in (LEFT, RIGHT, LEFT):
+        for model in (plain, checked):
+            model(input_ids=torch.arange(6).view(1, 6), attention_mask=mask).logits.square().mean().backward()
+    for (name, a), (_, b) in zip(plain.named_parameters(), checked.named_parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad, msg=name)
 
 
 def test_a_layer_that_chooses_more_often_when_it_is_repeated_is_an_error():

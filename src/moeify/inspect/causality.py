@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from moeify.context import Context
+from moeify.context import Call, Context
 from moeify.find.dense import fixed_randomness
 from moeify.find.probe import as_probe, find_probe
 from moeify.moe import MoE
@@ -73,7 +73,7 @@ def check_causality(model: nn.Module, tokens: Any = None, *, tries: int = 4) -> 
     probe = find_probe(model) if tokens is None else as_probe(tokens)
     if probe is None:
         raise ValueError(f"no input for {type(model).__name__} could be guessed; pass tokens")
-    calls: dict[str, tuple[tuple, dict[str, Any]]] = {}
+    calls: dict[str, tuple[tuple, dict[str, Any], Call]] = {}
     hooks = [layer.register_forward_pre_hook(_keep(name, calls), with_kwargs=True) for name, layer in layers.items()]
     try:
         with fixed_randomness(model):
@@ -82,17 +82,23 @@ def check_causality(model: nn.Module, tokens: Any = None, *, tries: int = 4) -> 
         for hook in hooks:
             hook.remove()
     with fixed_randomness(model):
-        return {name: _check(layers[name], *call, tries) for name, call in calls.items()}
+        return {name: _check_in_pass(layers[name], *call, tries) for name, call in calls.items()}
 
 
-def _keep(name: str, calls: dict[str, tuple[tuple, dict[str, Any]]]) -> Callable[..., None]:
+def _keep(name: str, calls: dict[str, tuple[tuple, dict[str, Any], Call]]) -> Callable[..., None]:
     def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        calls[name] = (args, kwargs)
+        calls[name] = (args, kwargs, module.context.call if isinstance(module, MoE) else Call())
 
     return hook
 
 
-def _check(layer: nn.Module, args: tuple, kwargs: dict[str, Any], tries: int) -> Causality:
+def _check_in_pass(layer: nn.Module, args: tuple, kwargs: dict[str, Any], call: Call, tries: int) -> Causality:
+    context = layer.context if isinstance(layer, MoE) else Context()
+    with context.resumed(call):
+        return _check(layer, context, args, kwargs, tries)
+
+
+def _check(layer: nn.Module, context: Context, args: tuple, kwargs: dict[str, Any], tries: int) -> Causality:
     x = args[0] if args else next(iter(kwargs.values()))
 
     def run(x: Tensor) -> list[Tensor]:
@@ -102,7 +108,6 @@ def _check(layer: nn.Module, args: tuple, kwargs: dict[str, Any], tries: int) ->
         y = y if isinstance(y, Tensor) else next(part for part in y if isinstance(part, Tensor))
         return [decisions[""].weight_table(), y.reshape(len(group), -1).float()]
 
-    context = layer.context if isinstance(layer, MoE) else Context()
     group = context.sequence_ids(x.shape[:-1]).to(x.device)
     position = _places(group)
     before = run(x)

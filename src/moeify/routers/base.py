@@ -42,7 +42,7 @@ class Router(nn.Module, ABC):
         """Work together with the router of the sparse layer before in the same stack, or let another take this place.
 
         `sparsify` calls it of every router but the first of a stack, and puts in place what it returns; such routers
-        leave their decisions in `context.decisions`. A router that decides alone returns itself.
+        leave their decisions in `context.call.decisions`. A router that decides alone returns itself.
         """
         return self
 
@@ -133,11 +133,11 @@ class Tokens:
         Raises:
             ValueError: the model was not given it, or it fits neither tokens nor sequences.
         """
-        given = context.inputs.get(name)
+        given = context.look_up(name)
         if given is None:
             raise ValueError(
                 f"this router looks up {name!r}, but the model was called without it; it was given: "
-                f"{', '.join(context.inputs) or 'nothing'}"
+                f"{', '.join(context.call.inputs) or 'nothing'}"
             )
         if given.shape == self.shape or (given.numel(),) == self.shape:
             keys = given.flatten() if self.positions is None else given.flatten()[self.positions]

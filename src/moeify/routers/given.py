@@ -42,7 +42,7 @@ class Given(Router):
     def forward(self, x: Float[Tensor, "... D"], context: Context) -> Assignment:
         """Ask of every real token the experts whose weight is not 0."""
         tokens = real_tokens(x, context)
-        given = context.inputs.get(self.key)
+        given = context.look_up(self.key)
         if given is None:
             raise ValueError(
                 f"this router reads {self.key!r}, but the model was called without it; call it under "

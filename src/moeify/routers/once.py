@@ -31,7 +31,7 @@ class Once(Router):
 
     def forward(self, x: Float[Tensor, "... D"], context: Context) -> Routing:
         """Decide, and leave the decision in the context."""
-        context.decisions[self] = routing = self.router(x, context)
+        context.call.decisions[self] = routing = self.router(x, context)
         return routing
 
     def follow(self, previous: Router) -> Router:
@@ -65,12 +65,12 @@ class Follow(Router):
 
     def forward(self, x: Float[Tensor, "... D"], context: Context) -> Routing:
         """The leader's decision, for the experts of this layer."""
-        if self.leader not in context.decisions:
+        if self.leader not in context.call.decisions:
             raise ValueError(
                 "the router that this layer follows has not decided in this forward pass; run the whole model, with "
                 "one context for both layers"
             )
-        routing = context.decisions[self.leader]
+        routing = context.call.decisions[self.leader]
         if not routing.fits(x.shape[:-1]):
             raise ValueError(
                 f"the decision that this layer follows is for tokens of shape {tuple(routing.shape)}, and it was given "

@@ -70,13 +70,13 @@ class Residual(Router):
         gates, index = scores.topk(self.k, dim=-1)
         gates = gates.masked_fill(index >= self.num_experts - self.silent, 0.0)
         gates = gates / gates.sum(-1, keepdim=True).clamp_min(torch.finfo(gates.dtype).tiny)
-        context.decisions[self] = routing = tokens.assign(
+        context.call.decisions[self] = routing = tokens.assign(
             index, gates, self.num_experts, Evidence(logits=logits, scores=scores)
         )
         return routing
 
     def _logits(self, previous: Router, context: Context, tokens: int) -> Float[Tensor, "T E"]:
-        decided = context.decisions.get(previous)
+        decided = context.call.decisions.get(previous)
         if decided is None or len(decided.logits) != tokens:
             raise ValueError(
                 "the sparse layer before has not routed these tokens in this forward pass; run the whole model, with "

@@ -2,7 +2,8 @@
 
 A forward pass that is repeated in backward may route a token elsewhere: kernels are not deterministic, and a tie or a
 last bit decides between two experts. The gradient then belongs to another function than the loss. So the choices are
-kept, as integers, and everything else is recomputed:
+kept, as integers, and everything else is recomputed. So is what the model was called with, its mask for one, since
+several forward passes may come before one backward pass (DPO, distillation):
 
     model.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": keep_decisions})
 """
@@ -10,12 +11,14 @@ kept, as integers, and everything else is recomputed:
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from moeify.context import running
 
 aten = torch.ops.aten
 _SELECT = {aten.topk.default, aten.sort.default, aten.sort.stable, aten.max.dim}
@@ -48,10 +51,18 @@ class _Replay(TorchDispatchMode):
     def __init__(self, choices: Choices) -> None:
         super().__init__()
         self.choices = choices
+        self.passes = running()
 
     def __enter__(self) -> _Replay:
         self.left = {kind: iter(kept) for kind, kept in self.choices.items()}
+        self.resumed = ExitStack()
+        for context, call in self.passes:
+            self.resumed.enter_context(context.resumed(call))
         return super().__enter__()
+
+    def __exit__(self, *exception: Any) -> None:
+        super().__exit__(*exception)
+        self.resumed.close()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}

@@ -211,7 +211,7 @@ def test_parameters_may_be_sharded(one_rank):
 
 def layer_with(router):
     layer = MoE(ROUTERS[router](), FFN(E, D, 6), backend="triton").to(DEVICE)
-    layer.context.inputs["input_ids"] = IDS.to(DEVICE)
+    layer.context.call.inputs["input_ids"] = IDS.to(DEVICE)
     sharpen(layer)
     return layer
 
