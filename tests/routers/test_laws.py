@@ -7,8 +7,8 @@ import torch
 from hypothesis import given
 from torch import nn
 
-from moeify import Context, losses
-from moeify.experts import FFN
+from moeify import Context, losses, routers
+from moeify.experts import FFN, LoRA
 from moeify.moe import MoE
 from moeify.routers import (
     AllExperts,
@@ -27,6 +27,7 @@ from moeify.routers import (
     Similarity,
     Sinkhorn,
     Soft,
+    SparseMultiGate,
     Threshold,
     TopK,
     TopP,
@@ -171,3 +172,16 @@ def test_every_decision_has_a_finite_balance_loss_with_a_gradient(name):
     loss.backward()
     assert loss.isfinite()
     assert nn.utils.get_total_norm([p.grad for p in moe.router.parameters() if p.grad is not None]) > 0
+
+
+@pytest.mark.parametrize("kind", [part for part in vars(routers).values() if getattr(part, "settable_k", False)])
+def test_a_k_that_is_declared_settable_is_the_number_of_experts_of_the_next_decision(kind):
+    layer = MoE(kind(D, E, k=2), LoRA(E, D)).eval()
+    for k in (2, 4, 3):
+        layer.router.k = k
+        assert layer.router(torch.randn(5, D), layer.context).choices.k == k
+
+
+@pytest.mark.parametrize("kind", [GShard, Lookup, AllExperts, Uniform, SparseMultiGate])
+def test_a_number_of_experts_that_belongs_to_the_method_is_not_settable(kind):
+    assert not kind.settable_k

@@ -17,7 +17,7 @@ from transformers import TrainerCallback, TrainingArguments
 
 from moeify.capacity import limit
 from moeify.experts import FFN
-from moeify.routers import Frozen
+from moeify.routers import Frozen, Lookup
 from moeify.routing import Evidence, assign
 from moeify.schedule import constant, linear
 from moeify.sparsify import Recipe, sparsify
@@ -74,6 +74,9 @@ def test_a_k_that_cannot_be_set_is_an_error(tmp_path):
         train(llama(), tmp_path, KSchedule(constant(5)))
     with pytest.raises(ValueError, match="MixtralForCausalLM has no router with a k to set"):
         train(mixtral(), tmp_path, KSchedule(constant(1)))
+    of_its_method = sparsify(causal_lm("llama"), Recipe(num_experts=4, router=Lookup), verbose=False)
+    with pytest.raises(ValueError, match="LlamaForCausalLM has no router with a k to set"):
+        train(of_its_method, tmp_path, KSchedule(constant(1)))
 
 
 def test_a_scheduled_balance_weight_reaches_the_gradient(tmp_path):

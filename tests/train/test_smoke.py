@@ -11,7 +11,7 @@ from transformers import BertConfig, BertForMaskedLM, LlamaConfig, LlamaForCausa
 from moeify import MoE, Recipe, sparsify
 from moeify.data.corpus import build_corpus
 from moeify.data.text import ByteTokenizer, blocks
-from moeify.routers import Replay, Router, TopK, compete
+from moeify.routers import Replay, Router, TopK, begin_step
 from moeify.sparsify import fresh, recipes
 from plain_models import told
 from test_matrix import ROUTERS, D, E
@@ -96,7 +96,7 @@ def learn(model: PreTrainedModel, text: Tensor) -> list[float]:
     seen = []
     model.train()
     for step, ids in enumerate(text):
-        compete(model, step)
+        begin_step(model, step)
         value = loss(model, ids, step)
         optimizer.zero_grad()
         value.backward()

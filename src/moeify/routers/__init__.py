@@ -2,9 +2,9 @@
 
 from moeify.routers.all_experts import AllExperts
 from moeify.routers.arrow import Arrow
-from moeify.routers.base import Router, Tokens, project, real_tokens
+from moeify.routers.base import Router, Tokens, begin_step, project, real_tokens
 from moeify.routers.capacity import Capacity
-from moeify.routers.competition import Compete, compete
+from moeify.routers.competition import Compete
 from moeify.routers.cosine import Cosine
 from moeify.routers.default_vector import DefaultVector
 from moeify.routers.expert_choice import ExpertChoice
@@ -35,6 +35,6 @@ __all__ = [
     "AllExperts", "Arrow", "Capacity", "Cluster", "Compete", "Conditional", "Cosine", "DefaultVector", "ExpertChoice",
     "ExpertThreshold", "FinalMask", "Follow", "Frozen", "GShard", "Given", "Groups", "Lookup", "MoLE", "MultiGate",
     "NoisyTopK", "Once", "Phatgoose", "ReLU", "Replay", "Residual", "Router", "Similarity", "Sinkhorn", "Soft",
-    "SparseMixer", "SparseMultiGate", "Threshold", "TokenRounding", "Tokens", "TopK", "TopP", "Uniform", "compete",
-    "project", "real_tokens", "sigmoid", "softmax", "sqrt_softplus",
+    "SparseMixer", "SparseMultiGate", "Threshold", "TokenRounding", "Tokens", "TopK", "TopP", "Uniform",
+    "begin_step", "project", "real_tokens", "sigmoid", "softmax", "sqrt_softplus",
 ]  # fmt: skip

@@ -37,6 +37,7 @@ class Arrow(Router):
             experts at all.
     """
 
+    settable_k = True
     preserving = True
 
     def __init__(self, width: int, num_experts: int, *, k: int = 3, temperature: float = 1.0) -> None:

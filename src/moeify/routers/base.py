@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -21,11 +21,13 @@ class Router(nn.Module, ABC):
 
     Attributes:
         causal: whether a token's decision depends on no later token; `sparsify` refuses others in decoders.
+        settable_k: whether its `k` may be set between two steps, as `moeify.train.KSchedule` does.
         preserving: whether the weights of every token sum to 1, so that identical experts act as one.
     """
 
     causal: bool = True
     preserving: bool = False
+    settable_k: ClassVar[bool] = False
 
     @abstractmethod
     def forward(self, x: Float[Tensor, "... D"], context: Context) -> Routing:
@@ -36,6 +38,18 @@ class Router(nn.Module, ABC):
 
         `MoE` calls it of its router and of every router inside it. Keep the experts where PyTorch does not look for
         parameters, as in `self._experts = (experts,)`: they are the layer's.
+        """
+
+    def begin_step(self, step: int, seed: int, routers: Sequence[Router]) -> None:
+        """Prepare for a training step, which by default needs nothing; the function `begin_step` calls it.
+
+        What is drawn here must follow from seed and step alone, so that it is the same on every rank, in every
+        micro-batch, when a step is recomputed and when a run is resumed.
+
+        Args:
+            step: the number of the optimizer step, from 0.
+            seed: of the run.
+            routers: all routers of the model in their order, this one among them.
         """
 
     def follow(self, previous: Router) -> Router:
@@ -72,6 +86,13 @@ class Router(nn.Module, ABC):
             if moved.dtype != buffer.dtype:
                 setattr(self, name, buffer.to(moved.device) if not buffer.is_meta else moved.to(buffer.dtype))
         return self
+
+
+def begin_step(model: nn.Module, step: int, *, seed: int = 0) -> None:
+    """Prepare every router of a model for a training step; the trainer of `moeify.train` calls it."""
+    routers = [part for part in model.modules() if isinstance(part, Router)]
+    for router in routers:
+        router.begin_step(step, seed, routers)
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -21,11 +22,11 @@ from moeify.routing import Assignment, Evidence
 class Compete(Router):
     """CompeteSMoE v2 (arXiv 2505.13380): softmax top-k with normalised weights, and competitions in between.
 
-    In a competition the affinity of an expert is the mean of softplus over its answer, the k experts of the greatest
-    affinity win, and their weights are their affinities, normalised. Which layers compete in a step is said by
-    `compete`; the trainer of `moeify.train` calls it. Evaluation never competes. The decision of a competition keeps
-    `affinity` and `answers`, from which `moeify.losses.distillation` and `diversity` teach router and experts, and
-    the winners do not run again.
+    In a competition the affinity of an expert is the mean of softplus over its output, the k experts of the greatest
+    affinity win, and their weights are their affinities, normalised. `begin_step`, which the trainer of `moeify.train`
+    calls, selects the layers that compete in a step. Evaluation never competes. The decision of a competition keeps
+    `affinity` and the winners' outputs, from which `moeify.losses.distillation` and `diversity` teach router and
+    experts, and the winners do not run again.
 
     Args:
         width: D.
@@ -38,6 +39,8 @@ class Compete(Router):
     Raises:
         ValueError: k outside 2..E; a rate outside 0..1; in `forward`, a competition without experts.
     """
+
+    settable_k = True
 
     def __init__(
         self,
@@ -62,6 +65,20 @@ class Compete(Router):
     def attach(self, experts: Any) -> None:
         """Take hold of the experts that compete."""
         self._experts = (experts,)
+
+    def begin_step(self, step: int, seed: int, routers: Sequence[Router]) -> None:
+        """Draw whether the layer competes in this step.
+
+        Every `Compete` of a model flips its own coin; if more than `most` come up, those with the lowest draws compete.
+        (The authors' code moves the surplus to neighbouring steps; here it is dropped, so that a draw is a function of
+        seed and step alone.)
+        """
+        competitors = [router for router in routers if isinstance(router, Compete)]
+        coin = torch.Generator().manual_seed(seed * 1_000_003 + step)
+        draw = torch.rand(len(competitors), generator=coin)
+        place = draw.argsort().argsort()
+        own = next(i for i, router in enumerate(competitors) if router is self)
+        self.competes = bool(draw[own] < self.rate and place[own] < self.most)
 
     def forward(self, x: Float[Tensor, "... D"], context: Context) -> Assignment:
         """Route every real token to k experts: those that win, or those that the router foresees."""
@@ -90,19 +107,3 @@ def best(worth: Float[Tensor, "T E"], k: int) -> tuple[Int[Tensor, "T K"], Float
     """The k experts worth most to every token, and their worth divided by its sum."""
     worth, index = worth.topk(k, dim=-1)
     return index, worth / worth.sum(-1, keepdim=True)
-
-
-def compete(model: nn.Module, step: int, *, seed: int = 0) -> list[Compete]:
-    """Say which layers of a model compete in a training step, and return their routers.
-
-    Every `Compete` flips its own coin; if more than `most` come up, those with the lowest draws compete. (The authors'
-    code moves the surplus to neighbouring steps; here it is dropped, so that a draw is a function of seed and step
-    alone, the same on every rank, in every micro-batch, when a step is recomputed and when a run is resumed.)
-    """
-    routers = [part for part in model.modules() if isinstance(part, Compete)]
-    coin = torch.Generator().manual_seed(seed * 1_000_003 + step)
-    draw = torch.rand(len(routers), generator=coin)
-    place = draw.argsort().argsort()
-    for i, router in enumerate(routers):
-        router.competes = bool(draw[i] < router.rate and place[i] < router.most)
-    return [router for router in routers if router.competes]

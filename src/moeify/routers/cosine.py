@@ -34,6 +34,8 @@ class Cosine(Router):
         ValueError: k outside 1..E; k = 1 with normalised weights; no dimension, or a temperature that is not positive.
     """
 
+    settable_k = True
+
     def __init__(
         self,
         width: int,

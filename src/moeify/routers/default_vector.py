@@ -37,6 +37,8 @@ class DefaultVector(Router):
         ValueError: k outside 1..E; β outside [0, 1); in `forward`, if no experts were attached.
     """
 
+    settable_k = True
+
     def __init__(
         self,
         width: int,

@@ -28,6 +28,7 @@ class Frozen(Router):
         ValueError: k outside 1..E.
     """
 
+    settable_k = True
     preserving = True
 
     def __init__(self, width: int, num_experts: int, *, k: int = 2) -> None:

@@ -40,6 +40,8 @@ class NoisyTopK(Router):
             positive.
     """
 
+    settable_k = True
+
     def __init__(
         self,
         width: int,

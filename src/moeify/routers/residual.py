@@ -35,6 +35,8 @@ class Residual(Router):
             for other tokens.
     """
 
+    settable_k = True
+
     def __init__(
         self, width: int, num_experts: int, *, k: int = 2, silent: int = 0, hidden: int = 0, init_std: float = 0.02
     ) -> None:

@@ -39,6 +39,7 @@ class Similarity(Router):
         ValueError: k outside 1..E; a temperature that is not positive.
     """
 
+    settable_k = True
     preserving = True
 
     def __init__(

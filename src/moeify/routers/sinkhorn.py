@@ -33,6 +33,7 @@ class Sinkhorn(Router):
         ValueError: k outside 1..E.
     """
 
+    settable_k = True
     causal = False
 
     def __init__(

@@ -38,6 +38,8 @@ class SparseMixer(Router):
         ValueError: k outside 1..E.
     """
 
+    settable_k = True
+
     def __init__(
         self, width: int, num_experts: int, *, k: int = 2, epsilon: float = 0.01, init_std: float = 0.02
     ) -> None:

@@ -96,6 +96,8 @@ class TopK(Router):
             fewer than k experts.
     """
 
+    settable_k = True
+
     def __init__(
         self,
         width: int,

@@ -12,7 +12,7 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from moeify.experts import FFN
-from moeify.routers import GShard, Lookup, Router
+from moeify.routers import Router
 from moeify.schedule import Schedule
 from moeify.train.arguments import at
 from moeify.train.loss import anywhere
@@ -51,7 +51,7 @@ class ExpertDropout(TrainerCallback):
 class KSchedule(TrainerCallback):
     """Sets how many experts a token asks, by a schedule over optimizer steps, rounded (SMoE-Dropout: k grows to E).
 
-    It sets the `k` of every router of ours that has one to set, which `GShard` and `Lookup` have not.
+    It sets the `k` of every router of ours that has one to set, see `Router.settable_k`.
 
     Raises:
         ValueError: when training begins, a model without such a router; in training, a k outside 1..E.
@@ -66,9 +66,7 @@ class KSchedule(TrainerCallback):
         """Find the routers."""
         model: nn.Module = kwargs["model"]
         self.routers: list[Any] = [
-            module
-            for module in model.modules()
-            if isinstance(module, Router) and "k" in vars(module) and not isinstance(module, (GShard, Lookup))
+            module for module in model.modules() if isinstance(module, Router) and module.settable_k
         ]
         if not self.routers:
             raise ValueError(f"a schedule of k was asked for, but {type(model).__name__} has no router with a k to set")

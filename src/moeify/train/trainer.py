@@ -17,7 +17,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from moeify.balance import Control, SparsityTarget, control
 from moeify.moe import MoE
 from moeify.record import native_layers, observe
-from moeify.routers import compete
+from moeify.routers import begin_step
 from moeify.train import metrics
 from moeify.train.activation_checkpointing import enable
 from moeify.train.arguments import SparseArguments, at
@@ -254,7 +254,7 @@ class _Steps(TrainerCallback):
         transformers.set_seed(_mix(args.seed, int(state.epoch or 0), -1))  # the order of data, on all ranks alike
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        compete(self.trainer.model, state.global_step, seed=args.seed)
+        begin_step(self.trainer.model, state.global_step, seed=args.seed)
 
     def on_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         self.trainer._step_loss.end()
