@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from moeify.backends import find_backend
 from moeify.experts import FFN
-from moeify.kernels.stacked import SWIGLU, ClampedGlu, Inner, Plain
+from moeify.kernels.stacked import SWIGLU, Activation, ClampedGlu, Plain
 from moeify.routing import Assignment, assign
 
 PEERS = {"transformers/grouped_mm": "P1", "transformers/batched_mm": "P1", "liger": "P2", "sonicmoe": "P3"}
@@ -35,7 +35,7 @@ class Goal:
     hidden: int
     experts: int
     k: int
-    inner: Inner = SWIGLU
+    activation: Activation = SWIGLU
     bias: bool = False
     forward: float = 0
     both: float = 0
@@ -46,7 +46,7 @@ class Goal:
     @property
     def flops(self) -> int:
         """Of a forward pass."""
-        return 2 * self.tokens * self.k * self.width * self.hidden * (self.inner.maps + 1)
+        return 2 * self.tokens * self.k * self.width * self.hidden * (self.activation.projections + 1)
 
     @property
     def shape(self) -> str:
@@ -75,7 +75,9 @@ class Case:
     def __init__(self, goal: Goal, device: str, dtype: torch.dtype) -> None:
         torch.manual_seed(0)
         self.goal, self.device = goal, device
-        self.ffn = FFN(goal.experts, goal.width, goal.hidden, inner=goal.inner, bias=goal.bias).to(device, dtype)
+        self.ffn = FFN(goal.experts, goal.width, goal.hidden, activation=goal.activation, bias=goal.bias).to(
+            device, dtype
+        )
         self.x = torch.randn(goal.tokens, goal.width, device=device, dtype=dtype)
         scores = torch.rand(goal.tokens, goal.experts, device=device).softmax(-1)
         self.gates, self.index = scores.topk(goal.k)

@@ -32,7 +32,7 @@ def _error(found: Tensor, right: Tensor) -> float:
 
 
 def check(device: str, backend: str, decoder: str) -> list[str]:
-    """What differs from the definition: every nonlinearity and dtype, widths that are round and odd."""
+    """What differs from the definition: every activation and dtype, widths that are round and odd."""
     wrong = []
 
     def note(what: str, error: float, tolerance: float) -> None:
@@ -40,11 +40,11 @@ def check(device: str, backend: str, decoder: str) -> list[str]:
         if not error <= tolerance:
             wrong.append(what)
 
-    inners = {name: Plain(act) for name, act in KNOWN.items()} | {"swiglu": SWIGLU, "geglu": Glu(F.gelu)}
+    activations = {name: Plain(act) for name, act in KNOWN.items()} | {"swiglu": SWIGLU, "geglu": Glu(F.gelu)}
     for dtype, tolerance in {torch.float32: 5e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}.items():
-        for name, inner in (inners | {"clamped": ClampedGlu()}).items():
+        for name, activation in (activations | {"clamped": ClampedGlu()}).items():
             for tokens, width, hidden, experts, k in ((700, 256, 192, 8, 2), (300, 250, 99, 40, 3), (3, 64, 48, 8, 2)):
-                goal = Goal(name, tokens, width, hidden, experts, k, inner, bias=name != "swiglu")
+                goal = Goal(name, tokens, width, hidden, experts, k, activation, bias=name != "swiglu")
                 case = Case(goal, device, dtype)
                 for parameter in case.ffn.parameters():
                     torch.nn.init.normal_(parameter, std=width**-0.5)

@@ -1,7 +1,7 @@
 """Draw the roofline of an H200 with the goals of `benchmarks/gpu.py`, and what was measured where there are rows.
 
 Every kernel of a layer takes at least the time of its products and that of its bytes; a layer takes the sum. Gathered
-rows are counted once per visit, without credit for the cache, and weights once per pass.
+rows are counted once per (token, expert) pair, without credit for the cache, and weights once per pass.
 
     python benchmarks/gpu_roofline.py               draws docs/images/gpu-roofline.svg, and prints the bounds
 """
@@ -45,18 +45,18 @@ class Kernel:
 def forward(goal: Goal) -> list[Kernel]:
     """The kernels of a forward pass in bf16; decoding reads weights and little else."""
     t, d, h, r = goal.tokens, goal.width, goal.hidden, goal.tokens * goal.k
-    m, visited = goal.inner.maps * h, goal.experts * (1 - (1 - goal.k / goal.experts) ** t)
+    m, chosen = goal.activation.projections * h, goal.experts * (1 - (1 - goal.k / goal.experts) ** t)
     if goal.microseconds:
-        return [Kernel(goal.flops, 2 * visited * (d * m + d * h))]
-    up = Kernel(2 * r * d * m, 2 * (r * d + visited * d * m + r * m + r * h))
-    down = Kernel(2 * r * h * d, 2 * (r * h + visited * d * h + r * d))
+        return [Kernel(goal.flops, 2 * read * (d * m + d * h))]
+    up = Kernel(2 * r * d * m, 2 * (r * d + chosen * d * m + r * m + r * h))
+    down = Kernel(2 * r * h * d, 2 * (r * h + chosen * d * h + r * d))
     return [up, down, Kernel(0, 2 * (r * d + t * d))]
 
 
 def backward(goal: Goal) -> list[Kernel]:
     """The kernels of a backward pass in bf16."""
     t, d, h, r, e = goal.tokens, goal.width, goal.hidden, goal.tokens * goal.k, goal.experts
-    m = goal.inner.maps * h
+    m = goal.activation.projections * h
     hidden = Kernel(2 * r * h * d, 2 * (r * d + e * d * h + 2 * r * m + r * h))
     of_down = Kernel(2 * r * h * d, 2 * (r * d + r * h + e * d * h))
     of_up = Kernel(2 * r * m * d, 2 * (r * m + r * d + e * d * m))

@@ -54,8 +54,8 @@ def loop(case: Case, experts: FFN) -> Tensor:
     y = torch.zeros_like(case.x)
     for expert, (token, scale) in enumerate(zip(routing.source.split(sizes), routing.weight.split(sizes), strict=True)):
         gate, up = F.linear(case.x[token], experts.gate_up_proj[expert]).chunk(2, dim=-1)
-        answers = F.linear(F.silu(gate) * up, experts.down_proj[expert])
-        y.index_add_(0, token, answers * scale.unsqueeze(1))
+        outputs = F.linear(F.silu(gate) * up, experts.down_proj[expert])
+        y.index_add_(0, token, outputs * scale.unsqueeze(1))
     return y
 
 

@@ -34,7 +34,9 @@ class Layer(nn.Module):
         self.qkv = nn.Linear(WIDTH, 3 * WIDTH, bias=False)
         self.out = nn.Linear(WIDTH, WIDTH)
         self.dropout = nn.Dropout(DROPOUT)
-        self.moe = MoE(NoisyTopK(WIDTH, EXPERTS, k=K), FFN(EXPERTS, WIDTH, 4 * WIDTH, inner=Plain(F.relu), bias=True))
+        self.moe = MoE(
+            NoisyTopK(WIDTH, EXPERTS, k=K), FFN(EXPERTS, WIDTH, 4 * WIDTH, activation=Plain(F.relu), bias=True)
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = self.qkv(self.attention_norm(x)).unflatten(-1, (3, HEADS, -1)).permute(2, 0, 3, 1, 4)

@@ -30,7 +30,7 @@ class MultiTask(nn.Module):
 
     def __init__(self, router: Router) -> None:
         super().__init__()
-        self.moe = MoE(router, FFN(EXPERTS, FEATURES, 16, inner=Plain(F.relu), bias=True, width_out=16))
+        self.moe = MoE(router, FFN(EXPERTS, FEATURES, 16, activation=Plain(F.relu), bias=True, width_out=16))
         self.towers = nn.ModuleList(nn.Sequential(nn.Linear(16, 8), nn.ReLU(), nn.Linear(8, 1)) for _ in range(TASKS))
 
     def forward(self, x):

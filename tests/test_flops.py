@@ -174,9 +174,9 @@ def test_a_native_sparse_model_in_which_every_expert_is_asked_runs_what_is_count
 
 
 @settings(max_examples=15, deadline=None)
-@given(num_experts=st.integers(1, 4), inner=st.sampled_from([Plain(F.relu), Glu(F.silu)]), bias=st.booleans())
-def test_a_layer_in_which_every_expert_is_asked_runs_what_is_counted(num_experts, inner, bias):
-    layer = MoE(TopK(8, num_experts, k=num_experts), FFN(num_experts, 8, 12, inner=inner, bias=bias))
+@given(num_experts=st.integers(1, 4), activation=st.sampled_from([Plain(F.relu), Glu(F.silu)]), bias=st.booleans())
+def test_a_layer_in_which_every_expert_is_asked_runs_what_is_counted(num_experts, activation, bias):
+    layer = MoE(TopK(8, num_experts, k=num_experts), FFN(num_experts, 8, 12, activation=activation, bias=bias))
     maps = 2 * layer.experts.up[0].numel() + 2 * layer.experts.down[0].numel()
     counted = count(layer)
     assert counted.flops == counted.dense_flops == maps + 2 * 8 * num_experts
@@ -257,8 +257,8 @@ def test_a_router_asks_all_experts_unless_it_or_one_inside_it_says_otherwise(rou
 def test_one_expert_counts_as_its_dense_network_plus_the_router(width, hidden, gated):
     maps = 2 if gated else 1
     dense = count(nn.Sequential(nn.Linear(width, maps * hidden, bias=False), nn.Linear(hidden, width, bias=False)))
-    inner = Glu(F.silu) if gated else Plain(F.relu)
-    sparse = count(MoE(TopK(width, 1, k=1), FFN(1, width, hidden, inner=inner)))
+    activation = Glu(F.silu) if gated else Plain(F.relu)
+    sparse = count(MoE(TopK(width, 1, k=1), FFN(1, width, hidden, activation=activation)))
     assert sparse.parameters == sparse.active_parameters == dense.parameters + width
     assert sparse.flops == sparse.dense_flops == dense.flops + 2 * width
 

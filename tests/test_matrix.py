@@ -111,10 +111,10 @@ def learned(experts: nn.Module) -> nn.Module:
 
 EXPERTS = {
     "swiglu": partial(FFN, E, D, 6),
-    "plain": partial(FFN, E, D, 6, inner=Plain(nn.functional.gelu), bias=True, width_out=D),
-    "clamped": partial(FFN, E, D, 6, inner=ClampedGlu(), bias=True),
+    "plain": partial(FFN, E, D, 6, activation=Plain(nn.functional.gelu), bias=True, width_out=D),
+    "clamped": partial(FFN, E, D, 6, activation=ClampedGlu(), bias=True),
     "each": lambda: Each([nn.Sequential(nn.Linear(D, 3 + e), nn.Tanh(), nn.Linear(3 + e, D)) for e in range(E)]),
-    "blocks": lambda: Blocks([FFN(1, D, 12), FFN(1, D, 2, inner=Glu(nn.functional.gelu)), Identity(), Zero()]),
+    "blocks": lambda: Blocks([FFN(1, D, 12), FFN(1, D, 2, activation=Glu(nn.functional.gelu)), Identity(), Zero()]),
     "quantised": lambda: quantize(FFN(E, D, 6, bias=True), 4),
     "masked": lambda: Masked(FFN(E, D, 6), 0.4).eval(),  # its draws would differ where a router asks the experts
     "lora": lambda: learned(LoRA(E, D, rank=3, scale=0.5)),

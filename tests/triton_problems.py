@@ -14,7 +14,7 @@ from moeify.routing import assign_where
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 6e-2}
-INNER = {
+ACTIVATIONS = {
     **{name: Plain(act) for name, act in KNOWN.items()},
     "swiglu": Glu(F.silu),
     "geglu": Glu(KNOWN["gelu_tanh"]),
@@ -67,9 +67,11 @@ def _on_device(value):
     return value
 
 
-def experts(inner, bias: bool, *, width: int = 40, hidden: int = 24, width_out: int = 36, num_experts: int = 4) -> FFN:
+def experts(
+    activation, bias: bool, *, width: int = 40, hidden: int = 24, width_out: int = 36, num_experts: int = 4
+) -> FFN:
     """Experts whose biases are not zero and whose activations leave the region around zero."""
-    ffn = FFN(num_experts, width, hidden, inner=inner, bias=bias, width_out=width_out)
+    ffn = FFN(num_experts, width, hidden, activation=activation, bias=bias, width_out=width_out)
     for parameter in ffn.parameters():
         torch.nn.init.normal_(parameter, std=0.4)
     return ffn.to(DEVICE)

@@ -76,7 +76,7 @@ def against_vmoe(given: Values) -> Values:
         "expert choice by 4": ExpertChoice(D, E, factor=1.7),
     }
     answers: Values = {}
-    experts = partial(FFN, E, D, H, inner=Plain(F.gelu))
+    experts = partial(FFN, E, D, H, activation=Plain(F.gelu))
     stacked = {"experts__up_proj": given["up"], "experts__down_proj": given["down"]}
     names = {"up": "experts.up_proj", "down": "experts.down_proj"}
     for case, router in routers.items():
@@ -118,7 +118,7 @@ def against_lucidrains(given: Values) -> Values:
     """Our answers under the names of `peers/lucidrains.py`."""
     answers: Values = {}
     soft = build(
-        Soft(D, E, slots=SLOTS), FFN(E, D, H, inner=Plain(F.gelu), bias=True),
+        Soft(D, E, slots=SLOTS), FFN(E, D, H, activation=Plain(F.gelu), bias=True),
         router__queries=given["slots"], router__scale=torch.tensor(float(D)),
         experts__up_proj=given["up"], experts__up_proj_bias=given["up_bias"],
         experts__down_proj=given["down"], experts__down_proj_bias=given["down_bias"],
@@ -138,7 +138,7 @@ def against_lucidrains(given: Values) -> Values:
     for case in ("top-2", "top-2 straight-through", "top-2 of groups"):
         moe = build(
             Capacity(GShard(D, E), factor=0.8, capacity=per_token, priority="choice", per="group"),
-            FFN(E, D, H, inner=Glu(F.gelu), bias=True),
+            FFN(E, D, H, activation=Glu(F.gelu), bias=True),
             router__router__weight=given["router"],
             experts__gate_up_proj=given["gate_up"], experts__gate_up_proj_bias=given["gate_up_bias"],
             experts__down_proj=given["down"], experts__down_proj_bias=given["down_bias"],

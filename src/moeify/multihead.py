@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from moeify.context import Context
 from moeify.experts.ffn import FFN
-from moeify.kernels.stacked import Glu, Inner
+from moeify.kernels.stacked import Activation, Glu
 from moeify.moe import MoE
 from moeify.routers.base import Router
 from moeify.routers.topk import TopK
@@ -88,7 +88,7 @@ def multi_head(
     heads: int,
     k: int = 2,
     router: Callable[..., Router] = TopK,
-    inner: Inner = _SWIGLU,
+    activation: Activation = _SWIGLU,
     context: Context | None = None,
 ) -> MultiHead:
     """A `MultiHead` that costs what k of `num_experts` experts of width `hidden` cost without it (arXiv 2411.16205).
@@ -105,13 +105,13 @@ def multi_head(
         heads: h.
         k: experts per sub-token, and per token of the layer that is matched.
         router: makes a router from width, number of experts and `k`.
-        inner: the nonlinearity of the experts.
+        activation: of the experts.
         context: what the model was called with.
 
     Raises:
         ValueError: h does not divide D, or experts too narrow to pay for the two maps.
     """
-    matrices = inner.maps + 1
+    matrices = activation.projections + 1
     narrow = round(hidden - 2 * width / (k * matrices))
     if narrow < 1:
         raise ValueError(
@@ -122,5 +122,5 @@ def multi_head(
     part = width // heads
     count = round((num_experts * matrices * hidden - 2 * width) * width / (matrices * narrow * part))
     return MultiHead(
-        MoE(router(part, count, k=k), FFN(count, part, narrow, inner=inner)), width, heads, context=context
+        MoE(router(part, count, k=k), FFN(count, part, narrow, activation=activation)), width, heads, context=context
     )

@@ -51,7 +51,7 @@ def test_equal_costs_are_plain_balance():
 
 def test_a_step_down_the_cost_uses_dear_experts_less():
     router, x = TopK(D, E), torch.randn(200, D)
-    bank = Blocks([FFN(2, D, 8, inner=Plain(F.relu)), FFN(1, D, 8, inner=Glu(F.silu)), Identity()])
+    bank = Blocks([FFN(2, D, 8, activation=Plain(F.relu)), FFN(1, D, 8, activation=Glu(F.silu)), Identity()])
     before = route(router, x)
     cost(before, bank.costs).backward()
     with torch.no_grad():

@@ -18,10 +18,10 @@ GATES = {
 
 
 @pytest.mark.parametrize("alpha", [1.0, 0.5])
-@pytest.mark.parametrize("inner", GATES)
-def test_erc_is_the_double_sum_over_router_rows_and_experts(inner, alpha):
-    kind, gate = GATES[inner]
-    experts = FFN(E, D, H, inner=kind)
+@pytest.mark.parametrize("activation", GATES)
+def test_erc_is_the_double_sum_over_router_rows_and_experts(activation, alpha):
+    kind, gate = GATES[activation]
+    experts = FFN(E, D, H, activation=kind)
     rows = torch.randn(E, D, requires_grad=True)
     up = experts.up[0]
     rows64, up64 = (t.detach().double().requires_grad_() for t in (rows, up))
@@ -35,7 +35,7 @@ def test_erc_is_the_double_sum_over_router_rows_and_experts(inner, alpha):
 
 
 def test_experts_that_hear_their_own_row_alone_lose_nothing():
-    experts = FFN(E, E, 1, inner=Plain(nn.functional.relu))
+    experts = FFN(E, E, 1, activation=Plain(nn.functional.relu))
     experts.up[0].data.copy_(torch.eye(E).unsqueeze(1))
     assert losses.erc(torch.eye(E), experts) == 0
 

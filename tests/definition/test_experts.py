@@ -23,36 +23,36 @@ def gelu(v):
     return 0.5 * v * (1 + torch.erf(v / sqrt(2)))
 
 
-def slow_inner(inner, hidden):
-    if isinstance(inner, Plain):
+def slow_inner(activation, hidden):
+    if isinstance(activation, Plain):
         return gelu(hidden)
-    if isinstance(inner, Glu):
+    if isinstance(activation, Glu):
         return silu(hidden[:H]) * hidden[H:]
-    gate, up = hidden[0::2].clamp(max=inner.limit), hidden[1::2].clamp(-inner.limit, inner.limit)
-    return (up + 1) * gate / (1 + torch.exp(-inner.alpha * gate))
+    gate, up = hidden[0::2].clamp(max=activation.limit), hidden[1::2].clamp(-activation.limit, activation.limit)
+    return (up + 1) * gate / (1 + torch.exp(-activation.alpha * gate))
 
 
 @pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("inner", [Plain(F.gelu), Glu(F.silu), ClampedGlu(limit=0.5)])
-def test_a_stack_of_ffns_is_each_ffn_by_itself(inner, bias):
-    experts = FFN(E, D, H, inner=inner, bias=bias, width_out=O)
+@pytest.mark.parametrize("activation", [Plain(F.gelu), Glu(F.silu), ClampedGlu(limit=0.5)])
+def test_a_stack_of_ffns_is_each_ffn_by_itself(activation, bias):
+    experts = FFN(E, D, H, activation=activation, bias=bias, width_out=O)
     for p in experts.parameters():
         nn.init.normal_(p)
     rows = torch.randn(6, D, requires_grad=True)
     p, rows64 = doubled(experts), rows.detach().double().requires_grad_()
-    up = "up_proj" if isinstance(inner, Plain) else "gate_up_proj"
+    up = "up_proj" if isinstance(activation, Plain) else "gate_up_proj"
     slow = []
     for e, row in zip(OWNER, rows64, strict=True):
         hidden = p[up][e] @ row + (p[f"{up}_bias"][e] if bias else 0)
-        slow.append(p["down_proj"][e] @ slow_inner(inner, hidden) + (p["down_proj_bias"][e] if bias else 0))
+        slow.append(p["down_proj"][e] @ slow_inner(activation, hidden) + (p["down_proj_bias"][e] if bias else 0))
     agree(experts(rows, COUNTS), [rows, *experts.parameters()], torch.stack(slow), [rows64, *p.values()])
 
 
 def test_a_clamped_gate_has_no_lower_bound():
-    inner = ClampedGlu()
+    activation = ClampedGlu()
     gate, up = -9.0, 30.0
     expected = (7.0 + 1) * gate / (1 + exp(1.702 * -gate))
-    assert inner(torch.tensor([[gate, up]])).item() == pytest.approx(expected, rel=1e-5)
+    assert activation(torch.tensor([[gate, up]])).item() == pytest.approx(expected, rel=1e-5)
     assert gelu(torch.tensor(1.0)).item() == pytest.approx(0.5 * (1 + erf(1 / sqrt(2))))
 
 

@@ -109,4 +109,4 @@ def test_what_cannot_be_cut_or_matched_is_refused():
     with pytest.raises(ValueError, match="width of 12 cannot be cut into 5 heads"):
         MultiHead(layer(), D, 5)
     with pytest.raises(ValueError, match="take more or wider experts"):
-        multi_head(D, E, 3, heads=2, inner=Plain(nn.functional.relu))
+        multi_head(D, E, 3, heads=2, activation=Plain(nn.functional.relu))

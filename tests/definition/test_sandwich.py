@@ -23,8 +23,8 @@ SPARSE = Recipe(num_experts=4, experts=fresh)
 
 def network(gated: bool, width_out: int = D) -> DenseFFN:
     maps = [nn.Linear(D, H) for _ in range(1 + gated)]
-    inner = Glu(nn.functional.silu) if gated else Plain(torch.tanh)
-    return DenseFFN(maps, nn.Linear(H, width_out), inner)
+    activation = Glu(nn.functional.silu) if gated else Plain(torch.tanh)
+    return DenseFFN(maps, nn.Linear(H, width_out), activation)
 
 
 @pytest.mark.parametrize("gated", [True, False])

@@ -120,7 +120,7 @@ def _gpt_oss() -> Twins:
     theirs = _block("gpt_oss", "GptOssMLP", num_local_experts=EXPERTS, intermediate_size=HIDDEN)
     with torch.no_grad():
         theirs.experts.gate_up_proj.mul_(10)  # so that many values are clamped
-    ours = MoE(TopK(WIDTH, EXPERTS, k=K, bias=True), FFN(EXPERTS, WIDTH, HIDDEN, inner=ClampedGlu(), bias=True))
+    ours = MoE(TopK(WIDTH, EXPERTS, k=K, bias=True), FFN(EXPERTS, WIDTH, HIDDEN, activation=ClampedGlu(), bias=True))
     pairs = [
         *_same_layout(ours.router, theirs.router),
         *(
@@ -138,7 +138,7 @@ def _switch(slots: int) -> Twins:
         router_jitter_noise=0.0, router_bias=False,
     )  # fmt: skip
     router = Capacity(TopK(WIDTH, EXPERTS, k=1, normalize=False), capacity=lambda factor, tokens, experts, k: slots)
-    ours = MoE(router, FFN(EXPERTS, WIDTH, HIDDEN, inner=Plain(F.relu)))
+    ours = MoE(router, FFN(EXPERTS, WIDTH, HIDDEN, activation=Plain(F.relu)))
     experts = list(theirs.experts.values())
     pairs = [
         (router.router.weight, [theirs.router.classifier.weight], _only),

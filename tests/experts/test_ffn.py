@@ -9,7 +9,7 @@ from strategies import seeds
 
 
 @pytest.mark.parametrize(
-    ("inner", "bias", "shapes"),
+    ("activation", "bias", "shapes"),
     [
         (Glu(F.silu), False, {"gate_up_proj": (4, 6, 5), "down_proj": (4, 5, 3)}),
         (Plain(F.gelu), False, {"up_proj": (4, 3, 5), "down_proj": (4, 5, 3)}),
@@ -20,13 +20,13 @@ from strategies import seeds
         ),
     ],
 )
-def test_parameters_are_named_and_stacked_as_transformers_stacks_them(inner, bias, shapes):
-    experts = FFN(4, 5, 3, inner=inner, bias=bias)
+def test_parameters_are_named_and_stacked_as_transformers_stacks_them(activation, bias, shapes):
+    experts = FFN(4, 5, 3, activation=activation, bias=bias)
     assert {name: tuple(p.shape) for name, p in experts.named_parameters()} == shapes
 
 
 def test_up_and_down_are_the_parameters_whatever_their_names():
-    plain, gated = FFN(4, 5, 3, inner=Plain(F.relu), bias=True), FFN(4, 5, 3)
+    plain, gated = FFN(4, 5, 3, activation=Plain(F.relu), bias=True), FFN(4, 5, 3)
     assert plain.up[0] is plain.up_proj
     assert plain.up[1] is plain.up_proj_bias
     assert gated.up[0] is gated.gate_up_proj

@@ -16,21 +16,21 @@ from moeify.routers import Compete, TopK
 from strategies import route, seeds
 
 
-def filled(matrices, bits, group=64):
-    weights = Weights(*matrices.shape, bits, group)
+def filled(matrices, bits, group_size=64):
+    weights = Weights(*matrices.shape, bits, group_size)
     weights.fill(matrices, None)
     return weights
 
 
 @given(st.integers(1, 200), st.sampled_from([32, 64]), seeds)
-def test_eight_bits_err_by_half_a_step_and_four_bits_by_one(width, group, seed):
+def test_eight_bits_err_by_half_a_step_and_four_bits_by_one(width, group_size, seed):
     torch.manual_seed(seed)
     w = torch.randn(2, 3, width)
-    eight, four = filled(w, 8), filled(w, 4, group)
+    eight, four = filled(w, 8), filled(w, 4, group_size)
     for e in range(2):
         step = w[e].abs().amax(-1, keepdim=True) / 127
         assert ((eight.of(e, torch.float32) - w[e]).abs() <= 0.501 * step).all()
-        for part, of in zip(w[e].split(group, -1), four.of(e, torch.float32).split(group, -1), strict=True):
+        for part, of in zip(w[e].split(group_size, -1), four.of(e, torch.float32).split(group_size, -1), strict=True):
             assert ((of - part).abs() <= 1.001 * part.abs().amax(-1, keepdim=True) / 8).all()
 
 
@@ -66,7 +66,7 @@ def test_no_weight_is_held_twice():
 
 @pytest.mark.parametrize("bits", [8, 4])
 def test_a_state_dict_brings_the_same_experts_back(bits):
-    saved = quantize(FFN(3, 20, 12, inner=ClampedGlu(), bias=True), bits)
+    saved = quantize(FFN(3, 20, 12, activation=ClampedGlu(), bias=True), bits)
     loaded = Quantized(3, 20, 12, ClampedGlu(), bits=bits, up_bias=True, down_bias=True)
     loaded.load_state_dict(saved.state_dict())
     rows, counts = torch.randn(6, 20), torch.tensor([1, 2, 3])

@@ -61,7 +61,7 @@ def test_a_plain_network_is_read_with_its_own_activation(act, linear):
     module = Mlp(act, linear)
     reading = read(module, linears(module))
     x = torch.randn(5, 8)
-    assert isinstance(reading.inner, Plain)
+    assert isinstance(reading.activation, Plain)
     torch.testing.assert_close(reading(x), module(x))
 
 
@@ -69,7 +69,7 @@ def test_a_fused_gate_is_read_if_it_comes_first():
     module = Fused(gate_first=True)
     reading = read(module, linears(module))
     x = torch.randn(5, 8)
-    assert isinstance(reading.inner, Glu)
+    assert isinstance(reading.activation, Glu)
     torch.testing.assert_close(reading(x), module(x))
 
 
@@ -109,7 +109,7 @@ def test_an_activation_that_only_code_names_is_found(act):
 
     module = Hidden().bfloat16()
     x = torch.randn(64)
-    torch.testing.assert_close(read(module, linears(module)).inner(x), act(x))
+    torch.testing.assert_close(read(module, linears(module)).activation(x), act(x))
 
 
 @pytest.mark.parametrize("inner", [0.0, 0.1])

@@ -187,10 +187,10 @@ STACKED = {
 def test_what_unusual_experts_compute_is_told_to_kernels(kind: str):
     experts = NativeExperts(_experts(kind).eval())
     stacked = experts.stacked
-    assert (stacked and type(stacked.inner).__name__) == STACKED[kind]
+    assert (stacked and type(stacked.activation).__name__) == STACKED[kind]
     if stacked is not None:
         rows, counts = torch.randn(8, 32), torch.tensor([3, 0, 1, 4])
-        hidden = stacked.inner(grouped_linear(rows, stacked.up, counts, stacked.up_bias))
+        hidden = stacked.activation(grouped_linear(rows, stacked.up, counts, stacked.up_bias))
         torch.testing.assert_close(
             grouped_linear(hidden, stacked.down, counts, stacked.down_bias), experts(rows, counts)
         )
@@ -203,7 +203,7 @@ def test_a_dense_model_has_nothing_to_compute_by_moeify():
 
 SWIGLU = Glu(F.silu)
 THEIRS = ("transformers/grouped_mm", "transformers/batched_mm")
-INNERS = {"glu": (SWIGLU, False), "plain": (Plain(F.gelu), False), "clamped": (ClampedGlu(), True)}
+ACTIVATIONS = {"glu": (SWIGLU, False), "plain": (Plain(F.gelu), False), "clamped": (ClampedGlu(), True)}
 
 
 @pytest.fixture(autouse=True)
@@ -212,9 +212,9 @@ def _their_backends_for_one_test(monkeypatch):
     use_transformers_backends()
 
 
-def _layer(backend: str, *, inner=SWIGLU, bias: bool = False, dtype=torch.float32, **sizes: int) -> MoE:
+def _layer(backend: str, *, activation=SWIGLU, bias: bool = False, dtype=torch.float32, **sizes: int) -> MoE:
     torch.manual_seed(0)
-    experts = FFN(EXPERTS, sizes.pop("width", 32), sizes.pop("hidden", 16), inner=inner, bias=bias, **sizes)
+    experts = FFN(EXPERTS, sizes.pop("width", 32), sizes.pop("hidden", 16), activation=activation, bias=bias, **sizes)
     if bias:
         for name in ("gate_up_proj_bias", "down_proj_bias"):
             nn.init.normal_(experts.get_parameter(name), std=0.3)
@@ -227,13 +227,13 @@ def _y_and_gradients(layer: MoE, x: Tensor) -> list[Tensor]:
     return [y, *torch.autograd.grad((y * torch.randn_like(y)).sum(), [x, *layer.parameters()])]
 
 
-@pytest.mark.parametrize("inner", INNERS)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("backend", THEIRS)
-def test_our_layer_runs_by_their_function(backend: str, inner: str):
-    nonlinearity, bias = INNERS[inner]
+def test_our_layer_runs_by_their_function(backend: str, activation: str):
+    function, bias = ACTIVATIONS[activation]
     x = torch.randn(3, 8, 32, requires_grad=True)
-    ours = _y_and_gradients(_layer("compose", inner=nonlinearity, bias=bias), x)
-    theirs = _y_and_gradients(_layer(backend, inner=nonlinearity, bias=bias), x)
+    ours = _y_and_gradients(_layer("compose", activation=function, bias=bias), x)
+    theirs = _y_and_gradients(_layer(backend, activation=function, bias=bias), x)
     torch.testing.assert_close(theirs, ours, atol=2e-5, rtol=1e-4)
 
 

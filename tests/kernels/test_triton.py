@@ -73,12 +73,12 @@ def compiled(run: Callable[[], None], gpu: str, folder: Path) -> list[Binary]:
     return [binary(*launch, capability, folder) for launch in launches_of(run, family)]
 
 
-def run_layer(inner, bias: bool, transposed: bool, dtype: torch.dtype, widths=ROUND, tokens: int = 4096) -> None:
+def run_layer(activation, bias: bool, transposed: bool, dtype: torch.dtype, widths=ROUND, tokens: int = 4096) -> None:
     """A layer forwards and backwards on memory that is never touched."""
     from moeify.kernels.triton import layer
-    from moeify.kernels.triton.nonlinearity import nonlinearity
+    from moeify.kernels.triton.activation import kernel_activation
 
-    (width, hidden), k, num_experts, n = widths, 2, 8, nonlinearity(inner)
+    (width, hidden), k, num_experts, n = widths, 2, 8, kernel_activation(activation)
 
     def floats(*shape):
         return torch.empty(shape, dtype=dtype)
@@ -89,7 +89,7 @@ def run_layer(inner, bias: bool, transposed: bool, dtype: torch.dtype, widths=RO
     def weight(out, size):
         return floats(num_experts, size, out).transpose(1, 2) if transposed else floats(num_experts, out, size)
 
-    rows, maps = tokens * k, inner.maps * hidden
+    rows, maps = tokens * k, activation.projections * hidden
     up, down = weight(maps, width), weight(width, hidden)
     biases = (floats(num_experts, maps), floats(num_experts, width)) if bias else (None, None)
     decision = torch.empty(rows), integers(rows), integers(num_experts), integers(rows), integers(tokens + 1)
@@ -203,14 +203,14 @@ def test_a_decoder_keeps_all_in_registers(bits, gpu, tmp_path):
     fits(compiled(lambda: decode(bits), gpu, tmp_path), gpu, "")
 
 
-def decode(bits: int, width: int = 1024, hidden: int = 768, num_experts: int = 8, group: int = 64) -> None:
+def decode(bits: int, width: int = 1024, hidden: int = 768, num_experts: int = 8, group_size: int = 64) -> None:
     """Two tokens by two experts each, on memory that is never touched."""
     from moeify.kernels.triton.decode import _decode
 
     def map_of(out, size):
         stored = {16: (size, torch.bfloat16), 8: (size, torch.int8), 4: (size // 2, torch.uint8)}
         columns, dtype = stored[bits]
-        scales = {16: None, 8: torch.empty(num_experts, out), 4: torch.empty(num_experts, out, size // group)}
+        scales = {16: None, 8: torch.empty(num_experts, out), 4: torch.empty(num_experts, out, size // group_size)}
         return torch.empty(num_experts, out, columns, dtype=dtype), None, scales[bits]
 
     index, gates = torch.empty(2, 2, dtype=torch.int64), torch.empty(2, 2)

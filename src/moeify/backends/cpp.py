@@ -24,21 +24,21 @@ from moeify.kernels.constant import constant_result
 from moeify.kernels.cpu import cpp
 from moeify.kernels.cpu.packing import cached, may_pack
 from moeify.kernels.cpu.segments import WORTH_COMPILING
-from moeify.kernels.stacked import ClampedGlu, Glu, Inner, Plain, name_of
+from moeify.kernels.stacked import Activation, ClampedGlu, Glu, Plain, name_of
 from moeify.routing import Assignment, Routing
 
 DTYPES = (torch.float32, torch.bfloat16)
-LONG = 256
+MAX_ROWS = 256
 """Rows per expert from which on the library's products are as fast as the kernel's loops; measured on Zen 4."""
-LONG_WHERE_PACKED = 128
+MAX_ROWS_PACKED = 128
 """The same where the library may pack its weights."""
-LONG_WITH_TILES = 8
+MAX_ROWS_AMX = 8
 """The same in bf16 where the processor has matrix tiles (AMX), which the kernel does not use; an estimate."""
 
 
 @dataclass(frozen=True)
-class Maps:
-    """The two maps of all experts as the kernel reads them."""
+class Projections:
+    """The up and the down projection of all experts, as the kernel reads them."""
 
     up: Tensor
     up_bias: Tensor | None
@@ -47,17 +47,17 @@ class Maps:
     down_bias: Tensor | None
     down_scales: Tensor | None
     hidden: int
-    group: int
-    inner: Inner
+    group_size: int
+    activation: Activation
 
     @property
     def tensors(self) -> list[Tensor]:
-        """All that there are."""
+        """The weights, biases and scales that there are."""
         found = [self.up, self.up_bias, self.up_scales, self.down, self.down_bias, self.down_scales]
         return [tensor for tensor in found if tensor is not None]
 
 
-def maps_of(experts: Experts) -> Maps | None:
+def projections_of(experts: Experts) -> Projections | None:
     """What the kernel reads of experts, None of experts that it does not know."""
     stored = _stored(experts)
     if stored is None or stored.up_scales is not None:
@@ -65,16 +65,24 @@ def maps_of(experts: Experts) -> Maps | None:
     return replace(stored, up=_by_rows(stored.up, experts), down=_by_rows(stored.down, experts))
 
 
-def _stored(experts: Experts) -> Maps | None:
+def _stored(experts: Experts) -> Projections | None:
     if isinstance(experts, Quantized):
         up, down = experts.up, experts.down
-        return Maps(
-            up.weight, up.bias, up.scales, down.weight, down.bias, down.scales, experts.hidden, up.group, experts.inner
+        return Projections(
+            up.weight,
+            up.bias,
+            up.scales,
+            down.weight,
+            down.bias,
+            down.scales,
+            experts.hidden,
+            up.group_size,
+            experts.activation,
         )
     s = experts.stacked
     if s is None:
         return None
-    return Maps(s.up, s.up_bias, None, s.down, s.down_bias, None, s.down.shape[2], 0, s.inner)
+    return Projections(s.up, s.up_bias, None, s.down, s.down_bias, None, s.down.shape[2], 0, s.activation)
 
 
 def _by_rows(weight: Float[Tensor, "E O D"], experts: Experts) -> Float[Tensor, "E O D"]:
@@ -88,13 +96,13 @@ def _by_rows(weight: Float[Tensor, "E O D"], experts: Experts) -> Float[Tensor, 
 def run(x: Float[Tensor, "... D"], routing: Routing, experts: Experts) -> Tensor:
     """Compute the layer by the C++ kernel."""
     assert isinstance(routing, Assignment)
-    maps = maps_of(experts)
-    assert maps is not None
+    p = projections_of(experts)
+    assert p is not None
     layer = torch.ops.moeify.cpp_layer if torch.compiler.is_compiling() else cpp.cpp_layer
     y = layer(
         x.reshape(-1, x.shape[-1]), routing.source, routing.weight, routing.counts, routing.default_output,
-        maps.up, maps.up_bias, maps.up_scales, maps.down, maps.down_bias, maps.down_scales,
-        maps.hidden, maps.group, *words_of(maps.inner),
+        p.up, p.up_bias, p.up_scales, p.down, p.down_bias, p.down_scales,
+        p.hidden, p.group_size, *kernel_activation(p.activation),
     )  # fmt: skip
     return y.view(*routing.shape, y.shape[-1])
 
@@ -107,16 +115,16 @@ def refuse(x: Tensor, routing: Routing, experts: Experts) -> str | None:
         return needs_stacked(experts)
     if reason := needs_weights(x, experts, stored.tensors):
         return reason
-    maps = maps_of(experts)
-    assert maps is not None
-    if isinstance(maps.inner, Plain | Glu) and name_of(maps.inner.act) is None:
-        return f"it does not know the activation {maps.inner.act}"
-    floats = [maps.up_bias, maps.down_bias, *([] if maps.up_scales is not None else [maps.up, maps.down])]
+    p = projections_of(experts)
+    assert p is not None
+    if isinstance(p.activation, Plain | Glu) and name_of(p.activation.act) is None:
+        return f"it does not know the activation {p.activation.act}"
+    floats = [p.up_bias, p.down_bias] if p.up_scales is not None else [p.up_bias, p.down_bias, p.up, p.down]
     if reason := needs_no_transform() or needs_no_autocast(x) or needs_dtype(x, DTYPES, floats):
         return reason
-    if any(tensor.stride(-1) != 1 for tensor in (maps.up, maps.down)):
+    if any(tensor.stride(-1) != 1 for tensor in (p.up, p.down)):
         return "it reads weights row by row, and these are transposed; moeify.kernels.cpu.packing.pack allows a copy"
-    return needs_no_gradient([x, getattr(routing, "weight", None), *maps.tensors]) or _unavailable()
+    return needs_no_gradient([x, getattr(routing, "weight", None), *p.tensors]) or _unavailable()
 
 
 def chosen(x: Tensor, routing: Routing, experts: Experts) -> bool:
@@ -127,13 +135,13 @@ def chosen(x: Tensor, routing: Routing, experts: Experts) -> bool:
         return experts.up.weight.numel() >= WORTH_COMPILING
     if (stacked := experts.stacked) is None or stacked.up.numel() < WORTH_COMPILING:
         return False
-    return routing.source.shape[0] < _long(x, experts) * experts.num_experts
+    return routing.source.shape[0] < _max_rows(x, experts) * experts.num_experts
 
 
-def _long(x: Tensor, experts: Experts) -> int:
+def _max_rows(x: Tensor, experts: Experts) -> int:
     if x.dtype == torch.bfloat16 and _has_tiles():
-        return LONG_WITH_TILES
-    return LONG_WHERE_PACKED if may_pack(experts) else LONG
+        return MAX_ROWS_AMX
+    return MAX_ROWS_PACKED if may_pack(experts) else MAX_ROWS
 
 
 @constant_result
@@ -141,13 +149,13 @@ def _has_tiles() -> bool:
     return torch.cpu._is_amx_tile_supported()
 
 
-def words_of(inner: Inner) -> tuple[str, str, float, float]:
-    """A nonlinearity as the kernel is told of it."""
-    if isinstance(inner, ClampedGlu):
-        return "clamped", "silu", inner.alpha, inner.limit
-    name = name_of(inner.act)
+def kernel_activation(activation: Activation) -> tuple[str, str, float, float]:
+    """The arguments by which the kernel takes an activation: gating, elementwise function, alpha and limit."""
+    if isinstance(activation, ClampedGlu):
+        return "clamped", "silu", activation.alpha, activation.limit
+    name = name_of(activation.act)
     assert name is not None
-    return ("glu" if isinstance(inner, Glu) else "plain"), name, 0.0, 0.0
+    return ("glu" if isinstance(activation, Glu) else "plain"), name, 0.0, 0.0
 
 
 @constant_result

@@ -34,9 +34,9 @@ def run(x: Float[Tensor, "... D"], routing: Routing, experts: Experts, *, keep: 
     if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in learned):
         y = run_layer(tokens, routing.source, routing.weight, routing.counts, stacked, dtype, keep=keep)
     else:
-        maps = _packed(stacked, dtype) if may_pack(experts) and can_pack(dtype) else None
+        matrices = _packed(stacked, dtype) if may_pack(experts) and can_pack(dtype) else None
         counts = routing.counts.tolist()
-        y = infer_layer(tokens, routing.source, routing.weight, counts, stacked, dtype, packed=maps)
+        y = infer_layer(tokens, routing.source, routing.weight, counts, stacked, dtype, packed=matrices)
     return y.view(*routing.shape, y.shape[-1])
 
 
@@ -54,7 +54,7 @@ def refuse(x: Tensor, routing: Routing, experts: Experts) -> str | None:
         return reason
     s = experts.stacked
     assert s is not None
-    act = getattr(s.inner, "act", None)
+    act = getattr(s.activation, "act", None)
     if isinstance(act, nn.Module) and next(act.parameters(), None) is not None:
-        return "it needs a nonlinearity without parameters"
+        return "it needs an activation without parameters"
     return needs_weights(x, experts, (s.up, s.up_bias, s.down, s.down_bias))

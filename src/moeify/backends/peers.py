@@ -50,12 +50,12 @@ def cannot_liger(x: Float[Tensor, "... D"], routing: Routing, experts: Experts) 
 def sonicmoe(x: Float[Tensor, "... D"], routing: Routing, experts: Experts) -> Float[Tensor, "... D"]:
     """SonicMoE's fused layer, through transformers."""
     tokens, stacked, routing = _read(x, routing, experts)
-    assert isinstance(stacked.inner, Glu)
+    assert isinstance(stacked.activation, Glu)
     theirs: Any = SimpleNamespace(
         gate_up_proj=stacked.up, gate_up_proj_bias=stacked.up_bias,
         down_proj=stacked.down, down_proj_bias=stacked.down_bias,
         num_experts=len(stacked.up), has_gate=True, has_bias=stacked.up_bias is not None, has_post_expert_norm=False,
-        is_transposed=False, is_concatenated=True, config=SimpleNamespace(hidden_act=name_of(stacked.inner.act)),
+        is_transposed=False, is_concatenated=True, config=SimpleNamespace(hidden_act=name_of(stacked.activation.act)),
     )  # fmt: skip
     forward = importlib.import_module("transformers.integrations.sonicmoe").sonicmoe_experts_forward
     assert routing.choices is not None
@@ -85,7 +85,7 @@ def _unserved(x: Tensor, routing: Routing, experts: Experts, activations: tuple[
     if reason := needs_one_weight(routing) or needs_rows_only(routing) or needs_all_choices(routing):
         return reason
     s = experts.stacked
-    if s is None or not isinstance(s.inner, Glu) or name_of(s.inner.act) not in activations:
+    if s is None or not isinstance(s.activation, Glu) or name_of(s.activation.act) not in activations:
         return f"it needs experts gated by {' or '.join(activations)}, gate and up map side by side"
     if s.down.shape[1] != x.shape[-1] or s.up.stride(-1) != 1:
         return "it needs outputs as wide as tokens, and weights that do not lie transposed"

@@ -23,19 +23,19 @@ from moeify.experts.base import Experts
 from moeify.experts.lora import LoRA
 from moeify.experts.quantized import Quantized
 from moeify.kernels.constant import constant_result
-from moeify.kernels.stacked import KNOWN, ClampedGlu, Inner, name_of
+from moeify.kernels.stacked import KNOWN, Activation, ClampedGlu, name_of
 from moeify.routing import Assignment, Routing
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def run(x: Float[Tensor, "... D"], routing: Routing, experts: Experts) -> Float[Tensor, "... O"]:
-    """A kernel for each map, gather and nonlinearity inside, and one for the weighted sum."""
+    """A kernel for each projection, gather and activation inside, and one for the weighted sum."""
     from moeify.kernels.triton import sparse_adapters, sparse_ffn
 
     assert isinstance(routing, Assignment)
     tokens = x.reshape(-1, x.shape[-1])
-    decision = routing.source, routing.weight, routing.counts, *visits(routing)
+    decision = routing.source, routing.weight, routing.counts, *rows_by_token(routing)
     if isinstance(experts, LoRA):
         y = sparse_adapters(tokens, experts.lora_A, experts.lora_B, experts.scale, *decision)
     else:
@@ -44,10 +44,10 @@ def run(x: Float[Tensor, "... D"], routing: Routing, experts: Experts) -> Float[
     return y.view(*x.shape[:-1], y.shape[-1])
 
 
-def visits(routing: Assignment) -> tuple[Int[Tensor, "V"], Int[Tensor, "T+1"]]:
+def rows_by_token(routing: Assignment) -> tuple[Int[Tensor, "V"], Int[Tensor, "T+1"]]:
     """The rows of token t: `order[begin[t] : begin[t + 1]]`, where -1 is a row that is not there.
 
-    Where every token asked for K experts they have K places each, so nothing is sorted.
+    Where every token chose K experts it has K places, so nothing is sorted.
     """
     source, tokens = routing.source, math.prod(routing.shape)
     if routing.rank is None or routing.choices is None:
@@ -91,7 +91,7 @@ def chosen(x: Float[Tensor, "... D"], routing: Routing, experts: Experts) -> boo
 
 
 def decode(x: Float[Tensor, "... D"], routing: Routing, experts: Experts) -> Float[Tensor, "... O"]:
-    """Read the weights of each visited expert once and in place, for a few tokens and without a gradient."""
+    """Read the weights of each chosen expert once and in place, for a few tokens and without a gradient."""
     from moeify.kernels.triton.decode import Matrices, decode
 
     assert isinstance(routing, Assignment)
@@ -100,12 +100,12 @@ def decode(x: Float[Tensor, "... D"], routing: Routing, experts: Experts) -> Flo
     tokens = x.reshape(-1, x.shape[-1]).to(_dtype(x, experts))
     if isinstance(experts, Quantized):
         up, down = (Matrices(map.weight, map.bias, map.scales) for map in (experts.up, experts.down))
-        y = decode(tokens, indices, weights, up, down, experts.hidden, experts.inner)
+        y = decode(tokens, indices, weights, up, down, experts.hidden, experts.activation)
     else:
         s = experts.stacked
         assert s is not None
         up, down = Matrices(s.up, s.up_bias), Matrices(s.down, s.down_bias)  # of any dtype, so autocast copies nothing
-        y = decode(tokens, indices, weights, up, down, s.down.shape[2], s.inner)
+        y = decode(tokens, indices, weights, up, down, s.down.shape[2], s.activation)
     return y.view(*x.shape[:-1], y.shape[-1])
 
 
@@ -121,7 +121,7 @@ def cannot_decode(x: Float[Tensor, "... D"], routing: Routing, experts: Experts)
 
 
 def decode_chosen(x: Float[Tensor, "... D"], routing: Routing, experts: Experts) -> bool:
-    """Whether they are asked for, and visits are so few that most experts that are visited are visited once."""
+    """Whether they are asked for, and rows are so few that most experts that are chosen have one row."""
     return (
         asked() and x.is_cuda and isinstance(routing, Assignment) and routing.source.shape[0] <= routing.counts.shape[0]
     )
@@ -137,9 +137,9 @@ def _unserved(x: Tensor, routing: Routing, experts: Experts) -> str | None:
     if reason := needs_one_weight(routing) or needs_rows_only(routing):
         return reason
     assert isinstance(routing, Assignment)
-    inner = _inner(experts)
-    if inner is not None and not isinstance(inner, ClampedGlu) and name_of(inner.act) is None:
-        return f"it knows the activations {', '.join(KNOWN)}, and {inner.act} is none of them"
+    activation = _activation(experts)
+    if activation is not None and not isinstance(activation, ClampedGlu) and name_of(activation.act) is None:
+        return f"it knows the activations {', '.join(KNOWN)}, and {activation.act} is none of them"
     dtype = _dtype(x, experts)
     if dtype not in DTYPES:
         return f"it computes in {', '.join(str(d).removeprefix('torch.') for d in DTYPES)}, and the weights are {dtype}"
@@ -148,10 +148,10 @@ def _unserved(x: Tensor, routing: Routing, experts: Experts) -> str | None:
     return _missing() or _unfit(x) or needs_weights(x, experts, _tensors(experts))
 
 
-def _inner(experts: Experts) -> Inner | None:
+def _activation(experts: Experts) -> Activation | None:
     if isinstance(experts, Quantized):
-        return experts.inner
-    return None if experts.stacked is None else experts.stacked.inner
+        return experts.activation
+    return None if experts.stacked is None else experts.stacked.activation
 
 
 def _matrices(experts: Experts) -> tuple[Tensor, Tensor]:

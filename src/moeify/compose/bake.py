@@ -51,8 +51,8 @@ def _full(experts: LoRAFFN) -> FFN:
     up, down = experts.up, experts.down
     with torch.device(up.weight.device):
         full = FFN(
-            experts.num_experts, up.in_features, down.in_features,
-            inner=experts.inner, bias=up.bias is not None or down.bias is not None, width_out=down.out_features,
+            experts.num_experts, up.in_features, down.in_features, width_out=down.out_features,
+            activation=experts.activation, bias=up.bias is not None or down.bias is not None,
         )  # fmt: skip
     full = full.to(up.weight.dtype).train(experts.training)
     maps = ((full.up, up, experts.up_lora), (full.down, down, experts.down_lora))

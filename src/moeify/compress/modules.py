@@ -20,13 +20,13 @@ class QuantizedLinear(nn.Module):
     Args:
         linear: the map that it stands for.
         bits: 8 or 4.
-        group: weights that share a scale, 32 or 64; of 4 bits only.
+        group_size: weights that share a scale, 32 or 64; of 4 bits only.
     """
 
-    def __init__(self, linear: nn.Linear, bits: int, group: int = 64) -> None:
+    def __init__(self, linear: nn.Linear, bits: int, group_size: int = 64) -> None:
         super().__init__()
         has_bias = linear.bias is not None
-        self.map = Weights(1, linear.out_features, linear.in_features, bits, group, has_bias)
+        self.map = Weights(1, linear.out_features, linear.in_features, bits, group_size, has_bias)
         self.map.fill(linear.weight.unsqueeze(0), linear.bias.unsqueeze(0) if has_bias else None)
         self.in_features, self.out_features = linear.in_features, linear.out_features
 
@@ -37,7 +37,13 @@ class QuantizedLinear(nn.Module):
             y = torch.empty(len(rows), self.out_features)
             bias = None if self.map.bias is None else self.map.bias.to(x.dtype)
             step = steps.linear(
-                rows, y, self.map.weight, scales=self.map.scales, group=self.map.group, bias=bias, dtype=x.dtype
+                rows,
+                y,
+                self.map.weight,
+                scales=self.map.scales,
+                group_size=self.map.group_size,
+                bias=bias,
+                dtype=x.dtype,
             )
             steps.run_steps([step], len(rows))
             return y.to(x.dtype).view(*x.shape[:-1], self.out_features)

@@ -1,4 +1,4 @@
-"""The usual expert: two or three linear maps with a nonlinearity between, stacked over all experts."""
+"""Feed-forward experts: up (and gate) projection, activation and down projection, stacked over all experts."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from moeify.experts.base import Experts
 from moeify.kernels import grouped_linear
-from moeify.kernels.stacked import SWIGLU, Inner, Stacked
+from moeify.kernels.stacked import SWIGLU, Activation, Stacked
 
 
 class FFN(Experts):
@@ -23,10 +23,10 @@ class FFN(Experts):
         num_experts: E.
         width: D.
         hidden: H.
-        inner: the nonlinearity between the maps; it also says whether the first map is gated.
-        bias: give every map a bias.
+        activation: between the projections; it also says whether there is a gate projection.
+        bias: give every projection a bias.
         width_out: O, D if not given.
-        dropout: probability of dropping a hidden unit after the nonlinearity (expert dropout of Switch).
+        dropout: probability of dropping a hidden unit after the activation (expert dropout of Switch).
     """
 
     down_proj: nn.Parameter
@@ -37,7 +37,7 @@ class FFN(Experts):
         width: int,
         hidden: int,
         *,
-        inner: Inner = SWIGLU,
+        activation: Activation = SWIGLU,
         bias: bool = False,
         width_out: int | None = None,
         dropout: float = 0.0,
@@ -45,11 +45,11 @@ class FFN(Experts):
         super().__init__()
         self.num_experts, self.width, self.hidden = num_experts, width, hidden
         self.width_out = width if width_out is None else width_out
-        self.inner = inner
+        self.activation = activation
         self.dropout = nn.Dropout(dropout)
-        self._up = "gate_up_proj" if inner.maps == 2 else "up_proj"
+        self._up = "gate_up_proj" if activation.projections == 2 else "up_proj"
         for name, rows, columns in [
-            (self._up, inner.maps * hidden, width),
+            (self._up, activation.projections * hidden, width),
             ("down_proj", self.width_out, hidden),
         ]:
             weight = torch.empty(num_experts, rows, columns).uniform_(-1, 1) / math.sqrt(columns)
@@ -58,17 +58,17 @@ class FFN(Experts):
 
     @property
     def up(self) -> tuple[Float[Tensor, "E M D"], Float[Tensor, "E M"] | None]:
-        """Weight and bias of the first map, whatever its name."""
+        """Weight and bias of the up projection (with the gate projection, if any), whatever its name."""
         return getattr(self, self._up), self._parameters[f"{self._up}_bias"]
 
     @property
     def activated(self) -> Float[Tensor, "E H D"]:
         """The weight of what goes into the activation."""
-        return self.inner.activated(self.up[0])
+        return self.activation.activated(self.up[0])
 
     @property
     def down(self) -> tuple[Float[Tensor, "E O H"], Float[Tensor, "E O"] | None]:
-        """Weight and bias of the last map."""
+        """Weight and bias of the down projection."""
         return self.down_proj, self._parameters["down_proj_bias"]
 
     @property
@@ -76,14 +76,15 @@ class FFN(Experts):
         """Its weights, unless hidden units are dropped now."""
         if self.training and self.dropout.p > 0:
             return None
-        return Stacked(*self.up, *self.down, self.inner)
+        return Stacked(*self.up, *self.down, self.activation)
 
     def forward(self, rows: Float[Tensor, "R D"], counts: Int[Tensor, "E"]) -> Float[Tensor, "R O"]:
-        """`down(inner(up(rows)))`, each row by its own expert."""
+        """`down(activation(up(rows)))`, each row by its own expert."""
         (up, up_bias), (down, down_bias) = self.up, self.down
-        hidden = self.dropout(self.inner(grouped_linear(rows, up, counts, up_bias)))
+        hidden = self.dropout(self.activation(grouped_linear(rows, up, counts, up_bias)))
         return grouped_linear(hidden, down, counts, down_bias)
 
     def extra_repr(self) -> str:
-        """Sizes and nonlinearity."""
-        return f"experts={self.num_experts}, {self.width} -> {self.hidden} -> {self.width_out}, inner={self.inner}"
+        """Sizes and activation."""
+        widths = f"{self.width} -> {self.hidden} -> {self.width_out}"
+        return f"experts={self.num_experts}, {widths}, activation={self.activation}"

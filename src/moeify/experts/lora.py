@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from moeify.experts.base import Experts
 from moeify.kernels import grouped_linear
-from moeify.kernels.stacked import Inner
+from moeify.kernels.stacked import Activation
 
 
 class LoRA(Experts):
@@ -81,23 +81,23 @@ class LoRA(Experts):
 class LoRAFFN(Experts):
     """E feed-forward networks that are one frozen network with low-rank changes to both its maps (MixLoRA).
 
-        E_j(x) = (W₂ + s B₂ⱼ A₂ⱼ) inner((W₁ + s B₁ⱼ A₁ⱼ) x)                       arXiv 2404.15159, equation 5
+        E_j(x) = (W₂ + s B₂ⱼ A₂ⱼ) activation((W₁ + s B₁ⱼ A₁ⱼ) x)                       arXiv 2404.15159, equation 5
 
     Args:
-        up: the first map of the network, gate and up side by side if `inner` is gated.
+        up: the up projection of the network, gate and up side by side if `activation` is gated.
         down: the last map.
-        inner: the nonlinearity.
+        activation: between the projections.
         up_lora: what the experts add to the first map.
         down_lora: what they add to the last.
     """
 
-    def __init__(self, up: nn.Linear, down: nn.Linear, inner: Inner, up_lora: LoRA, down_lora: LoRA) -> None:
+    def __init__(self, up: nn.Linear, down: nn.Linear, activation: Activation, up_lora: LoRA, down_lora: LoRA) -> None:
         super().__init__()
         self.num_experts = up_lora.num_experts
-        self.up, self.down, self.inner = up, down, inner
+        self.up, self.down, self.activation = up, down, activation
         self.up_lora, self.down_lora = up_lora, down_lora
 
     def forward(self, rows: Float[Tensor, "R D"], counts: Int[Tensor, "E"]) -> Float[Tensor, "R O"]:
         """The network, each row with the changes of its own expert."""
-        hidden = self.inner(self.up(rows) + self.up_lora(rows, counts))
+        hidden = self.activation(self.up(rows) + self.up_lora(rows, counts))
         return self.down(hidden) + self.down_lora(hidden, counts)

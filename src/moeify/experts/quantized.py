@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from moeify.experts.base import Experts
 from moeify.kernels.cpu.huge_pages import in_huge_pages
-from moeify.kernels.stacked import Inner, Stacked
+from moeify.kernels.stacked import Activation, Stacked
 
 _BLOCK, _QUARTER = 128, 32
 _HUGE = 2**21  # bytes of a page
@@ -30,7 +30,7 @@ class Weights(nn.Module):
         width_out: O.
         width: D.
         bits: 8 or 4.
-        group: 32 or 64, of 4 bits only.
+        group_size: 32 or 64, of 4 bits only.
         bias: have a bias.
     """
 
@@ -39,16 +39,19 @@ class Weights(nn.Module):
     bias: Tensor | None
 
     def __init__(
-        self, num_experts: int, width_out: int, width: int, bits: int = 8, group: int = 64, bias: bool = False
+        self, num_experts: int, width_out: int, width: int, bits: int = 8, group_size: int = 64, bias: bool = False
     ) -> None:
         super().__init__()
-        self.width, self.bits, self.group = width, bits, group
+        self.width, self.bits, self.group_size = width, bits, group_size
         padded = -(-width // _BLOCK) * _BLOCK
         shape = (num_experts, width_out)
         if bits == 8:
             numbers, scales = _filled(0, *shape, width, dtype=torch.int8), _filled(1, *shape)
         else:
-            numbers, scales = _filled(0x88, *shape, padded // 2, dtype=torch.uint8), _filled(1, *shape, padded // group)
+            numbers, scales = (
+                _filled(0x88, *shape, padded // 2, dtype=torch.uint8),
+                _filled(1, *shape, padded // group_size),
+            )
         self.register_buffer("weight", numbers)
         self.register_buffer("scales", scales)
         self.register_buffer("bias", torch.zeros(shape) if bias else None)
@@ -61,8 +64,8 @@ class Weights(nn.Module):
                 scales = _not_zero(matrix.float().abs().amax(-1) / 127)
                 self.weight[e] = (matrix.float() / scales.unsqueeze(-1)).round().clamp(-127, 127).to(torch.int8)
             else:
-                blocks = F.pad(matrix.float(), (0, self.scales.shape[-1] * self.group - self.width))
-                groups = blocks.unflatten(-1, (-1, self.group))
+                blocks = F.pad(matrix.float(), (0, self.scales.shape[-1] * self.group_size - self.width))
+                groups = blocks.unflatten(-1, (-1, self.group_size))
                 extreme = groups.gather(-1, groups.abs().argmax(-1, keepdim=True)).squeeze(-1)
                 scales = _not_zero(extreme / -8)  # the number that is largest becomes -8, which has no counterpart
                 numbers = (groups / scales.unsqueeze(-1)).round().clamp(-8, 7) + 8
@@ -75,7 +78,7 @@ class Weights(nn.Module):
         """The weights of one expert, as numbers to compute with."""
         if self.bits == 8:
             return (self.weight[expert].float() * self.scales[expert].unsqueeze(-1)).to(dtype)
-        numbers = _unpack(self.weight[expert]).float().unflatten(-1, (-1, self.group)) - 8
+        numbers = _unpack(self.weight[expert]).float().unflatten(-1, (-1, self.group_size)) - 8
         return (numbers * self.scales[expert].unsqueeze(-1)).flatten(-2)[:, : self.width].to(dtype)
 
     def forward(self, rows: Float[Tensor, "R D"], counts: Int[Tensor, "E"]) -> Float[Tensor, "R O"]:
@@ -105,9 +108,9 @@ class Quantized(Experts):
     The weights are buffers: they are saved and loaded, and never trained. Gradients reach the rows and no further.
     On a CPU the C++ kernel reads the packed weights as they are; elsewhere they are unpacked expert by expert.
 
-    Of an expert with at most 24 rows the kernel rounds the inputs of both maps to 8 bits as well, if tokens are in
-    bf16, weights have 8 bits or 4 in groups of 64, and the processor multiplies bytes (AVX-512 with VNNI and bf16):
-    64 neighbours share a scale, their largest over 127. For normally distributed tokens an answer then differs by
+    Of an expert with at most 24 rows the kernel rounds the inputs of both projections to int8 as well, if tokens are
+    in bf16, weights have 8 bits or 4 in groups of 64, and the processor multiplies int8 (AVX-512 with VNNI and bf16):
+    64 neighbours share a scale, their largest over 127. For normally distributed tokens an output then differs by
     1.5 % of its length from the definition's, more than 8 bits of the weights cost and less than 4 do. Otherwise inputs
     stay as they are.
 
@@ -115,12 +118,12 @@ class Quantized(Experts):
         num_experts: E.
         width: D.
         hidden: H.
-        inner: the nonlinearity between the maps.
+        activation: between the projections.
         width_out: O, D if not given.
         bits: 8 or 4.
-        group: weights that share a scale, 32 or 64; of 4 bits only.
-        up_bias: give the first map a bias.
-        down_bias: give the last map a bias.
+        group_size: weights that share a scale, 32 or 64; of 4 bits only.
+        up_bias: give the up projection a bias.
+        down_bias: give the down projection a bias.
 
     Raises:
         ValueError: other bits or groups.
@@ -131,37 +134,39 @@ class Quantized(Experts):
         num_experts: int,
         width: int,
         hidden: int,
-        inner: Inner,
+        activation: Activation,
         *,
         width_out: int | None = None,
         bits: int = 8,
-        group: int = 64,
+        group_size: int = 64,
         up_bias: bool = False,
         down_bias: bool = False,
     ) -> None:
         super().__init__()
-        if bits not in (8, 4) or group not in (32, 64):
-            raise ValueError(f"weights of {bits} bits in groups of {group} are not known; choose 8 or 4 bits, 32 or 64")
-        self.num_experts, self.hidden, self.inner = num_experts, hidden, inner
-        self.up = Weights(num_experts, inner.maps * hidden, width, bits, group, up_bias)
-        self.down = Weights(num_experts, width_out or width, hidden, bits, group, down_bias)
+        if bits not in (8, 4) or group_size not in (32, 64):
+            raise ValueError(
+                f"weights of {bits} bits in groups of {group_size} are not known; choose 8 or 4 bits, 32 or 64"
+            )
+        self.num_experts, self.hidden, self.activation = num_experts, hidden, activation
+        self.up = Weights(num_experts, activation.projections * hidden, width, bits, group_size, up_bias)
+        self.down = Weights(num_experts, width_out or width, hidden, bits, group_size, down_bias)
 
     def forward(self, rows: Float[Tensor, "R D"], counts: Int[Tensor, "E"]) -> Float[Tensor, "R O"]:
-        """`down(inner(up(rows)))` with the weights that the numbers and scales stand for."""
-        return self.down(self.inner(self.up(rows, counts)), counts)
+        """`down(activation(up(rows)))` with the weights that the numbers and scales stand for."""
+        return self.down(self.activation(self.up(rows, counts)), counts)
 
     def extra_repr(self) -> str:
-        """Sizes and nonlinearity."""
-        return f"experts={self.num_experts}, hidden={self.hidden}, inner={self.inner}"
+        """Sizes and activation."""
+        return f"experts={self.num_experts}, hidden={self.hidden}, activation={self.activation}"
 
 
-def quantize(experts: Experts, bits: int = 8, group: int = 64) -> Quantized:
+def quantize(experts: Experts, bits: int = 8, group_size: int = 64) -> Quantized:
     """The same experts with weights of 8 bits (a scale per row) or 4 bits (a scale per group).
 
     Args:
         experts: feed-forward experts.
         bits: 8 or 4.
-        group: weights that share a scale, 32 or 64; of 4 bits only.
+        group_size: weights that share a scale, 32 or 64; of 4 bits only.
 
     Raises:
         ValueError: the experts are no stacked feed-forward networks.
@@ -177,10 +182,10 @@ def quantize(experts: Experts, bits: int = 8, group: int = 64) -> Quantized:
         num_experts,
         s.up.shape[-1],
         hidden,
-        s.inner,
+        s.activation,
         width_out=width_out,
         bits=bits,
-        group=group,
+        group_size=group_size,
         up_bias=s.up_bias is not None,
         down_bias=s.down_bias is not None,
     ).to(s.up.device)

@@ -12,26 +12,26 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from moeify.kernels.stacked import Activation, Glu, Plain, gelu_tanh
+from moeify.kernels.stacked import Elementwise, Glu, Plain, gelu_tanh
 
 Candidate = TypeVar("Candidate")
 
 
 class DenseFFN(nn.Module):
-    """`down(inner(up(x)))`, holding the model's own linear maps.
+    """`down(activation(up(x)))`, holding the model's own linear maps.
 
     Args:
         ups: the up map; or gate and up map, in this order; or one map whose output is the gate's and then the up's.
         down: the down map.
-        inner: the nonlinearity.
-        dropout: probability of the dropout between nonlinearity and down map.
+        activation: between the projections.
+        dropout: probability of the dropout between activation and down projection.
     """
 
-    def __init__(self, ups: list[nn.Module], down: nn.Module, inner: Plain | Glu, dropout: float = 0.0) -> None:
+    def __init__(self, ups: list[nn.Module], down: nn.Module, activation: Plain | Glu, dropout: float = 0.0) -> None:
         super().__init__()
         self.ups = nn.ModuleList(ups)
         self.down = down
-        self.inner = inner
+        self.activation = activation
         self.dropout = nn.Dropout(dropout)
 
     @property
@@ -72,7 +72,7 @@ class DenseFFN(nn.Module):
 
     def forward(self, x: Float[Tensor, "... D"]) -> Float[Tensor, "... O"]:
         """The dense network."""
-        return self.down(self.dropout(self.inner(torch.cat([up(x) for up in self.ups], dim=-1))))
+        return self.down(self.dropout(self.activation(torch.cat([up(x) for up in self.ups], dim=-1))))
 
 
 def is_linear(module: nn.Module) -> bool:
@@ -90,10 +90,10 @@ def matrix(linear: nn.Module) -> Float[Tensor, "O D"]:
     return weight.t() if _is_conv1d(linear) else weight
 
 
-_USUAL_ACTIVATIONS: tuple[Activation, ...] = (F.silu, F.gelu, gelu_tanh, F.relu, torch.tanh, torch.sigmoid)
+_USUAL_ACTIVATIONS: tuple[Elementwise, ...] = (F.silu, F.gelu, gelu_tanh, F.relu, torch.tanh, torch.sigmoid)
 
 
-def held_activations(module: nn.Module) -> Iterator[tuple[str, Activation]]:
+def held_activations(module: nn.Module) -> Iterator[tuple[str, Elementwise]]:
     """The elementwise functions and parameterless modules that a module holds, by attribute name."""
     for name, part in [*module.named_children(), *vars(module).items()]:
         if name.startswith("_") or isinstance(part, nn.Dropout | nn.Identity | type) or not callable(part):
@@ -102,8 +102,8 @@ def held_activations(module: nn.Module) -> Iterator[tuple[str, Activation]]:
             yield name, part
 
 
-def activations(module: nn.Module) -> list[Activation]:
-    """What may be the nonlinearity of a module: what it holds, then the usual ones, which code may name directly."""
+def activations(module: nn.Module) -> list[Elementwise]:
+    """What may be the activation of a module: what it holds, then the usual ones, which code may name directly."""
     return [act for _, act in held_activations(module)] + list(_USUAL_ACTIVATIONS)
 
 

@@ -23,7 +23,7 @@ from moeify.backends import Backend, find_backend, register_backend
 from moeify.backends.base import needs_all_choices, needs_dtype, needs_no_autocast, needs_weights
 from moeify.experts import FFN, Experts
 from moeify.kernels import grouped_linear
-from moeify.kernels.stacked import ClampedGlu, Glu, Inner, Plain, Stacked
+from moeify.kernels.stacked import Activation, ClampedGlu, Glu, Plain, Stacked
 from moeify.routing import Assignment, Routing, assign
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -93,16 +93,16 @@ class NativeExperts(Experts):
 
     @property
     def stacked(self) -> Stacked | None:
-        """Its weights, if all that its experts compute is `down(inner(up(row)))` with a nonlinearity of ours."""
+        """Its weights, if all that its experts compute is `down(activation(up(row)))` with an activation of ours."""
         n: Any = self.native
-        inner = _inner(n)
-        if inner is None or getattr(n, "has_post_expert_norm", False):
+        activation = _activation(n)
+        if activation is None or getattr(n, "has_post_expert_norm", False):
             return None
         (up, up_bias), (down, down_bias) = (
             self._map("gate_up_proj" if n.has_gate else "up_proj"),
             self._map("down_proj"),
         )
-        return Stacked(up, up_bias, down, down_bias, inner)
+        return Stacked(up, up_bias, down, down_bias, activation)
 
     def forward(self, rows: Float[Tensor, "R D"], counts: Int[Tensor, "E"]) -> Float[Tensor, "R O"]:
         """Up, gate or activation, down, and the norm that some families put behind."""
@@ -124,18 +124,20 @@ class NativeExperts(Experts):
         return weight.transpose(1, 2) if n.is_transposed else weight, getattr(n, f"{name}_bias") if n.has_bias else None
 
 
-_INNER: WeakKeyDictionary[nn.Module, Inner | None] = WeakKeyDictionary()
+_ACTIVATIONS: WeakKeyDictionary[nn.Module, Activation | None] = WeakKeyDictionary()
 
 
-def _inner(native: Any) -> Inner | None:
-    """The nonlinearity of transformers' experts, told by what it computes; None for one that is none of ours."""
-    if native not in _INNER:
+def _activation(native: Any) -> Activation | None:
+    """The activation of transformers' experts, recognised by what it computes; None for one that is none of ours."""
+    if native not in _ACTIVATIONS:
         act = getattr(native, "act_fn", F.silu)
         theirs, ours = (native._apply_gate, [ClampedGlu(), Glu(act)]) if native.has_gate else (act, [Plain(act)])
         x = torch.linspace(-12, 12, 96, dtype=torch.float64).view(4, 24)
         with torch.no_grad():
-            _INNER[native] = next((inner for inner in ours if torch.allclose(theirs(x), inner(x))), None)
-    return _INNER[native]
+            _ACTIVATIONS[native] = next(
+                (activation for activation in ours if torch.allclose(theirs(x), activation(x))), None
+            )
+    return _ACTIVATIONS[native]
 
 
 def use_transformers_backends() -> list[str]:
@@ -163,7 +165,7 @@ def _run_theirs(theirs: Callable[..., Tensor], x: Float[Tensor, "... D"], routin
 
 def _as_theirs(ffn: FFN) -> SimpleNamespace:
     """What transformers' experts functions read from experts."""
-    gated = ffn.inner.maps == 2
+    gated = ffn.activation.projections == 2
     return SimpleNamespace(
         **ffn._parameters,
         num_experts=ffn.num_experts,
@@ -171,10 +173,10 @@ def _as_theirs(ffn: FFN) -> SimpleNamespace:
         has_bias=ffn.up[1] is not None,
         has_post_expert_norm=False,
         is_transposed=False,
-        is_concatenated=isinstance(ffn.inner, Glu),
+        is_concatenated=isinstance(ffn.activation, Glu),
         _is_expert_parallel=False,
-        _apply_gate=ffn.inner,
-        act_fn=ffn.inner,
+        _apply_gate=ffn.activation,
+        act_fn=ffn.activation,
     )
 
 
@@ -198,6 +200,6 @@ def _grouped_mm_cannot(x: Float[Tensor, "... D"], routing: Routing, experts: Exp
     if reason := _theirs_cannot(x, routing, experts):
         return reason
     assert isinstance(experts, FFN)
-    sizes = (experts.width, experts.inner.maps * experts.hidden, experts.hidden)
+    sizes = (experts.width, experts.activation.projections * experts.hidden, experts.hidden)
     odd = [size for size in sizes if size * x.element_size() % 16]
     return f"its rows must be multiples of 16 bytes, and {odd[0]} {x.dtype} values are not" if odd else None

@@ -1,4 +1,4 @@
-"""What a kernel for whole experts reads: stacked weights of E feed-forward networks, and the nonlinearity between."""
+"""What a kernel for whole experts reads: stacked weights of E feed-forward experts, and their activation."""
 
 from __future__ import annotations
 
@@ -13,31 +13,31 @@ from torch.nn import functional as F
 
 from moeify.kernels.constant import constant_result
 
-Activation = Callable[[Tensor], Tensor]
+Elementwise = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
 class Plain:
-    """`act(up)`: the nonlinearity of an FFN with two linear maps."""
+    """`act(up)`: the activation of an FFN with an up and a down projection."""
 
-    act: Activation
-    maps = 1
+    act: Elementwise
+    projections = 1
 
     def __call__(self, up: Float[Tensor, "R H"]) -> Float[Tensor, "R H"]:
         """Apply the activation."""
         return self.act(up)
 
     def activated(self, up: Float[Tensor, "E M D"]) -> Float[Tensor, "E H D"]:
-        """The part of the first map that the activation is applied to: all of it."""
+        """The part of the up projection that the activation is applied to: all of it."""
         return up
 
 
 @dataclass(frozen=True)
 class Glu:
-    """`act(gate) · up`: the gated nonlinearity; SwiGLU for silu, GEGLU for gelu (Shazeer 2020)."""
+    """`act(gate) · up`: a gated linear unit; SwiGLU for silu, GEGLU for gelu (Shazeer 2020)."""
 
-    act: Activation
-    maps = 2
+    act: Elementwise
+    projections = 2
 
     def __call__(self, gate_up: Float[Tensor, "R M"]) -> Float[Tensor, "R H"]:
         """Gate the second half by the activated first half."""
@@ -45,7 +45,7 @@ class Glu:
         return self.act(gate) * up
 
     def activated(self, gate_up: Float[Tensor, "E M D"]) -> Float[Tensor, "E H D"]:
-        """The part of the first map that the activation is applied to: the first half."""
+        """The part of the up projection that the activation is applied to: the first half."""
         return gate_up.chunk(2, dim=1)[0]
 
 
@@ -55,7 +55,7 @@ class ClampedGlu:
 
     alpha: float = 1.702
     limit: float = 7.0
-    maps = 2
+    projections = 2
 
     def __call__(self, gate_up: Float[Tensor, "R M"]) -> Float[Tensor, "R H"]:
         """Gate the odd columns by the even ones."""
@@ -64,31 +64,31 @@ class ClampedGlu:
         return (up + 1) * gate * torch.sigmoid(self.alpha * gate)
 
     def activated(self, gate_up: Float[Tensor, "E M D"]) -> Float[Tensor, "E H D"]:
-        """The part of the first map that the activation is applied to: the even rows."""
+        """The part of the up projection that the activation is applied to: the even rows."""
         return gate_up[:, ::2]
 
 
-Inner = Plain | Glu | ClampedGlu
+Activation = Plain | Glu | ClampedGlu
 SWIGLU = Glu(F.silu)
 
 
 @dataclass(frozen=True)
 class Stacked:
-    """E feed-forward networks `down(inner(up(row)))` of one size.
+    """E feed-forward networks `down(activation(up(row)))` of one size.
 
     Attributes:
-        up: the first map; gate and up map side by side if `inner` is gated.
+        up: the up projection; gate and up projection side by side if `activation` is gated.
         up_bias: its bias.
-        down: the last map.
+        down: the down projection.
         down_bias: its bias.
-        inner: the nonlinearity.
+        activation: what lies between.
     """
 
     up: Float[Tensor, "E M D"]
     up_bias: Float[Tensor, "E M"] | None
     down: Float[Tensor, "E O H"]
     down_bias: Float[Tensor, "E O"] | None
-    inner: Inner
+    activation: Activation
 
 
 def relu2(x: Tensor) -> Tensor:
@@ -101,20 +101,20 @@ def gelu_tanh(x: Tensor) -> Tensor:
     return F.gelu(x, approximate="tanh")
 
 
-KNOWN: dict[str, Activation] = {
+KNOWN: dict[str, Elementwise] = {
     "silu": F.silu, "gelu": F.gelu, "gelu_tanh": gelu_tanh, "relu": F.relu, "relu2": relu2,
 }  # fmt: skip
 """The activations that kernels have a name for."""
 
 
 @constant_result
-def name_of(act: Activation) -> str | None:
-    """The name of an activation, told by what it computes; None for one that no kernel knows."""
+def name_of(act: Elementwise) -> str | None:
+    """The name of an activation, recognised by what it computes; None for one that no kernel knows."""
     return _name_of(act)
 
 
 @lru_cache(maxsize=64)
-def _name_of(act: Activation) -> str | None:
+def _name_of(act: Elementwise) -> str | None:
     if isinstance(act, torch.nn.Module) and next(act.parameters(), None) is not None:
         return None
     x = torch.linspace(-6, 6, 97, dtype=torch.float64)

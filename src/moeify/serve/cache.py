@@ -1,4 +1,4 @@
-"""Keys and values with room to grow: a token more is written in place, where the kernel can write it too."""
+"""A preallocated KV cache: the C++ kernel writes the keys and values of a new token in place."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
-from moeify.kernels.cpu.cpp.steps import Room
+from moeify.kernels.cpu.cpp.steps import LayerCache
 
 _LEAST = 256  # positions
 
 
-class RoomyLayer(DynamicLayer):
+class PreallocatedLayer(DynamicLayer):
     """The keys and values of one layer, in memory for twice as many positions as were needed when it was taken.
 
     `keys` and `values` (B, heads, positions, width) are what transformers sees: views of the first positions. Where
@@ -37,10 +37,10 @@ class RoomyLayer(DynamicLayer):
         values[:, :, length:] = value_states
         return keys, values
 
-    def append(self) -> Room:
-        """Make place for one position, and tell where it is; the kernel fills it."""
+    def append(self) -> LayerCache:
+        """Make space for one position, which the kernel fills, and return the memory."""
         keys, values = self._grown(1)
-        return Room(keys.data_ptr(), values.data_ptr(), keys.stride(0), keys.stride(1))
+        return LayerCache(keys.data_ptr(), values.data_ptr(), keys.stride(0), keys.stride(1))
 
     def _grown(self, new: int) -> tuple[Tensor, Tensor]:
         """Keys and values with so many positions more."""
@@ -51,25 +51,25 @@ class RoomyLayer(DynamicLayer):
         if self._store is None or not (
             _begins(keys, self._store[0], length) and _begins(values, self._store[1], length)
         ):
-            self._store = _roomier(keys, length), _roomier(values, length)
+            self._store = _larger(keys, length), _larger(values, length)
         self.keys, self.values = (whole.narrow(2, 0, length) for whole in self._store)
         return self.keys, self.values
 
 
 def _begins(part: Tensor, whole: Tensor, length: int) -> bool:
-    """Whether a tensor is the beginning of another that has room for `length` positions."""
+    """Whether a tensor is the beginning of another that has space for `length` positions."""
     return whole.shape[2] >= length and part.data_ptr() == whole.data_ptr() and part.shape[:2] == whole.shape[:2]
 
 
-def _roomier(part: Tensor, length: int) -> Tensor:
+def _larger(part: Tensor, length: int) -> Tensor:
     whole = part.new_empty(*part.shape[:2], max(_LEAST, 2 * length), part.shape[3])
     whole[:, :, : part.shape[2]] = part
     return whole
 
 
-def with_room(cache: Cache, layers: int) -> bool:
-    """Whether the kernel can append to a cache; one of transformers' dynamic caches is given room while it is empty."""
+def preallocate(cache: Cache, layers: int) -> bool:
+    """Whether the kernel can append to a cache; an empty dynamic cache of transformers is made one that it can."""
     if type(cache) is DynamicCache and not cache.offloading and not cache.get_seq_length():
         cache.layer_class_to_replicate = None
-        cache.layers = [RoomyLayer() for _ in range(layers)]
-    return len(cache.layers) == layers and all(type(layer) is RoomyLayer for layer in cache.layers)
+        cache.layers = [PreallocatedLayer() for _ in range(layers)]
+    return len(cache.layers) == layers and all(type(layer) is PreallocatedLayer for layer in cache.layers)

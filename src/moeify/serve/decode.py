@@ -18,7 +18,7 @@ from moeify.experts.quantized import Quantized, quantize
 from moeify.hf.interface import NativeExperts, use_moeify_experts
 from moeify.kernels.cpu import cpp
 from moeify.moe import MoE
-from moeify.serve.cache import RoomyLayer, with_room
+from moeify.serve.cache import PreallocatedLayer, preallocate
 from moeify.serve.decoder import Decoder, find_decoder, is_offloaded
 from moeify.serve.huge_pages import into_huge_pages
 from moeify.serve.program import Program
@@ -104,12 +104,12 @@ class _Decode:
             cache = DynamicCache()
         if cache is not None:
             kwargs[self.cache_name] = cache
-        roomy = isinstance(cache, Cache) and with_room(cache, len(self.decoder.layers))
-        if roomy and input_ids is not None and not args and self._serves(input_ids, cache, kwargs):
+        has_space = isinstance(cache, Cache) and preallocate(cache, len(self.decoder.layers))
+        if has_space and input_ids is not None and not args and self._serves(input_ids, cache, kwargs):
             logits = self.fast(input_ids, cache, **{key: kwargs[key] for key in _READ & kwargs.keys()})
-            answer = CausalLMOutputWithPast(logits=logits)
-            answer[self.cache_name] = cache
-            return answer
+            output = CausalLMOutputWithPast(logits=logits)
+            output[self.cache_name] = cache
+            return output
         return self.slow(input_ids, *args, **kwargs)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -132,7 +132,7 @@ class _Decode:
             first = attention_mask.shape[1] - attention_mask.sum(1)
         if position_ids is None:
             position_ids = torch.full((1, 1), length)
-        layers = [layer for layer in cache.layers if isinstance(layer, RoomyLayer)]
+        layers = [layer for layer in cache.layers if isinstance(layer, PreallocatedLayer)]
         return self.program.run(input_ids, position_ids, first, layers)
 
     def _serves(self, input_ids: Tensor, cache: Cache, kwargs: dict[str, Any]) -> bool:
@@ -188,7 +188,7 @@ def _must_agree(model: Any, decode: _Decode) -> None:
     """Compare one step of the kernel with the model's own, for eight sequences; few of them may be routed otherwise."""
     ids = torch.arange(48).view(8, 6) * 7919 % model.config.vocab_size
     cache = DynamicCache()
-    with_room(cache, len(decode.decoder.layers))
+    preallocate(cache, len(decode.decoder.layers))
     model(ids[:, :5], **{cache_name(model): cache}, use_cache=True)
     ours = decode.fast(ids[:, 5:], cache)
     cache.crop(-1)

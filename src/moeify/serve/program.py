@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from moeify.backends.cpp import maps_of, words_of
+from moeify.backends.cpp import kernel_activation, projections_of
 from moeify.backends.cpp import refuse as kernel_refuses
 from moeify.compress.modules import QuantizedExperts, QuantizedLinear
 from moeify.experts import Experts
@@ -21,7 +21,7 @@ from moeify.kernels.stacked import Glu, name_of
 from moeify.moe import MoE
 from moeify.routers.topk import TopK
 from moeify.routing import assign
-from moeify.serve.cache import RoomyLayer
+from moeify.serve.cache import PreallocatedLayer
 from moeify.serve.decoder import Decoder, Layer, Linear, is_linear
 
 
@@ -53,11 +53,15 @@ class Program:
         self.attentions = [0 if callable(part) else sum(map(steps.attends, part)) for part in self.ready]
 
     def run(
-        self, ids: Int[Tensor, "T 1"], positions: Int[Tensor, "T 1"], first: Int[Tensor, "T"], cache: list[RoomyLayer]
+        self,
+        ids: Int[Tensor, "T 1"],
+        positions: Int[Tensor, "T 1"],
+        first: Int[Tensor, "T"],
+        cache: list[PreallocatedLayer],
     ) -> Float[Tensor, "T 1 V"]:
         """The logits of the token after each of `ids`, whose keys and values join the cache."""
         length = cache[0].get_seq_length()
-        rooms = [layer.append() for layer in cache]
+        caches = [layer.append() for layer in cache]
         self.x.copy_(self.decoder.embed(ids)[:, 0])
         cos, sin = self.decoder.rotary(self.x, positions.expand(self.tokens, -1))
         angles = cos[:, 0].contiguous(), sin[:, 0].contiguous()
@@ -65,8 +69,8 @@ class Program:
             if callable(part):
                 part()
             else:
-                here, rooms = rooms[:attentions], rooms[attentions:]
-                steps.run_steps(part, self.tokens, angles=angles, rooms=here, length=length, first=first)
+                here, caches = caches[:attentions], caches[attentions:]
+                steps.run_steps(part, self.tokens, angles=angles, caches=here, length=length, first=first)
         return self.logits.unsqueeze(1).clone()
 
     def _attention(self, layer: Layer) -> None:
@@ -92,8 +96,8 @@ class Program:
             self.parts += [lambda: self._call(layer.mlp, normed), []]
 
     def _call(self, module: nn.Module, normed: Tensor) -> None:
-        answer = module(normed.to(self.dtype).unsqueeze(1))
-        self.x += answer.view_as(self.x)
+        output = module(normed.to(self.dtype).unsqueeze(1))
+        self.x += output.view_as(self.x)
 
     def _dense(self, mlp: nn.Module, x: Tensor) -> bool:
         """down(act(gate(x)) · up(x))."""
@@ -144,11 +148,11 @@ class Program:
         routing = assign(torch.zeros(1, 1, dtype=torch.int64), torch.ones(1, 1), experts.num_experts)
         if kernel_refuses(some, routing, experts) is not None:
             return False
-        maps = maps_of(experts)
-        assert maps is not None
+        p = projections_of(experts)
+        assert p is not None
         layer = steps.Experts(
-            x.shape[1], (maps.up, maps.up_bias, maps.up_scales), (maps.down, maps.down_bias, maps.down_scales),
-            maps.hidden, maps.group, *words_of(maps.inner),
+            x.shape[1], (p.up, p.up_bias, p.up_scales), (p.down, p.down_bias, p.down_scales),
+            p.hidden, p.group_size, *kernel_activation(p.activation),
         )  # fmt: skip
         logits = self._buffer("router", len(router))
         weight = self._hold(router.detach().float().unsqueeze(0).contiguous())
@@ -166,13 +170,15 @@ class Program:
     def _linear(self, map: Linear, x: Tensor, y: Tensor, *, adds: bool = False) -> None:
         if isinstance(map, QuantizedLinear):
             w = map.map
-            weight, scales, group, bias = w.weight, w.scales, w.group, w.bias
+            weight, scales, group_size, bias = w.weight, w.scales, w.group_size, w.bias
         else:
-            weight, scales, group = map.weight.detach().unsqueeze(0), None, 0
+            weight, scales, group_size = map.weight.detach().unsqueeze(0), None, 0
             bias = None if map.bias is None else map.bias.detach().unsqueeze(0)
         bias = None if bias is None else self._hold(bias.to(self.dtype))
         self._hold(weight)
-        self._add(steps.linear(x, y, weight, scales=scales, group=group, bias=bias, dtype=self.dtype, adds=adds))
+        self._add(
+            steps.linear(x, y, weight, scales=scales, group_size=group_size, bias=bias, dtype=self.dtype, adds=adds)
+        )
 
     def _add(self, *more: Step) -> None:
         last = self.parts[-1]
@@ -189,15 +195,15 @@ class Program:
 
 def _gated(mlp: Any) -> tuple[Any, Any, Any, str] | None:
     """Gate, up map, down map and activation of a gated network, as transformers or we name them."""
-    maps: list[Any]
+    projections: list[Any]
     if isinstance(mlp, DenseFFN):
-        maps, act = [*mlp.ups, mlp.down], mlp.inner.act if isinstance(mlp.inner, Glu) else None
+        projections, act = [*mlp.ups, mlp.down], mlp.activation.act if isinstance(mlp.activation, Glu) else None
     elif set(dict(mlp.named_children())) - {"act_fn"} == {"gate_proj", "up_proj", "down_proj"}:
-        maps, act = [mlp.gate_proj, mlp.up_proj, mlp.down_proj], mlp.act_fn
+        projections, act = [mlp.gate_proj, mlp.up_proj, mlp.down_proj], mlp.act_fn
     else:
         return None
     activation = None if act is None else name_of(act)
-    if activation is None or len(maps) != 3 or not all(is_linear(module) for module in maps):
+    if activation is None or len(projections) != 3 or not all(is_linear(module) for module in projections):
         return None
-    gate, up, down = maps
+    gate, up, down = projections
     return gate, up, down, activation

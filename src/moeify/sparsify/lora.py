@@ -47,7 +47,7 @@ def lora_ffn(dense: nn.Module, num_experts: int, *, rank: int = 8, scale: float 
     return LoRAFFN(
         _frozen_linear(up, dense.up_bias),
         _frozen_linear(down, dense.down_bias),
-        dense.inner,
+        dense.activation,
         _lora(up.shape[1], up.shape[0], num_experts, rank, scale, dropout, like=up),
         _lora(down.shape[1], down.shape[0], num_experts, rank, scale, dropout, like=down),
     )

@@ -221,7 +221,7 @@ def _like(dense: DenseFFN, num_experts: int, hidden: int) -> FFN:
     with torch.device(old.device):
         experts = FFN(
             num_experts, dense.width, hidden,
-            inner=dense.inner, bias=dense.down_bias is not None or dense.up_bias is not None,
+            activation=dense.activation, bias=dense.down_bias is not None or dense.up_bias is not None,
             width_out=dense.width_out, dropout=dense.dropout.p,
         )  # fmt: skip
     return experts.to(old.dtype)
@@ -230,7 +230,7 @@ def _like(dense: DenseFFN, num_experts: int, hidden: int) -> FFN:
 def _fill(experts: FFN, dense: DenseFFN, units: list[Int[Tensor, "H"]], scale: float) -> None:
     """Give expert e the hidden units `units[e]` of the dense network."""
     (up, up_bias), (down, down_bias) = experts.up, experts.down
-    maps = dense.inner.maps
+    maps = dense.activation.projections
     old_up = dense.up_weight.unflatten(0, (maps, -1))  # (maps, H, D)
     for e, chosen in enumerate(units):
         chosen = chosen.to(down.device)
@@ -246,7 +246,7 @@ def _fill(experts: FFN, dense: DenseFFN, units: list[Int[Tensor, "H"]], scale: f
 def _redraw(experts: FFN, e: int, units: Int[Tensor, "h"]) -> None:
     (up, _), (down, _) = experts.up, experts.down
     units = units.to(down.device)
-    for matrix in (*up[e].unflatten(0, (experts.inner.maps, -1)), down[e].t()):  # each (H, .)
+    for matrix in (*up[e].unflatten(0, (experts.activation.projections, -1)), down[e].t()):  # each (H, .)
         old = matrix[units]
         matrix[units] = torch.randn_like(old) * old.std() + old.mean()
 
@@ -260,7 +260,7 @@ def random(dense: DenseFFN, parts: int) -> Int[Tensor, "E h"]:
 @register("split", "importance")
 def importance(dense: DenseFFN, parts: int) -> Int[Tensor, "E h"]:
     """Every expert gets its share of the important hidden units, by the size of the weights into and out of them."""
-    into = dense.up_weight.unflatten(0, (dense.inner.maps, -1)).norm(dim=-1).prod(0)
+    into = dense.up_weight.unflatten(0, (dense.activation.projections, -1)).norm(dim=-1).prod(0)
     order = (into * dense.down_weight.norm(dim=0)).argsort(descending=True).view(-1, parts)
     order[1::2] = order[1::2].flip(1)  # dealt back and forth, so that no expert always gets the better one
     return order.t()

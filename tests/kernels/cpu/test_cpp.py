@@ -27,13 +27,13 @@ from moeify.kernels.stacked import KNOWN
 from moeify.routers import Capacity, DefaultVector, TopK, TopP
 from strategies import choices, route, seeds, sharpen
 
-INNERS = [ClampedGlu(), *(kind(act) for kind in (Plain, Glu) for act in KNOWN.values())]
+ACTIVATIONS = [ClampedGlu(), *(kind(act) for kind in (Plain, Glu) for act in KNOWN.values())]
 TOLERANCE = {torch.float32: 3e-6, torch.bfloat16: 2e-2}
 TOLERANCE_OF_BYTES = 4e-2  # where activations may be rounded to 8 bits
 
 
 def run(x, routing, experts):
-    """The kernel's answer; where there is no kernel, its reason is checked and the definition answers."""
+    """The kernel's output; where there is no kernel, its reason is checked and the definition runs."""
     if reason := cpp.why_not():
         with pytest.raises(ValueError, match=re.escape(reason)):
             backends.run("cpp", x, routing, experts)
@@ -68,13 +68,15 @@ def level(request, monkeypatch):
 @pytest.mark.parametrize("bits", [16, 8, 4])
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @settings(max_examples=12)
-@given(choices(max_tokens=30), st.integers(1, 150), st.integers(1, 150), st.sampled_from(INNERS), st.booleans(), seeds)
-def test_every_level_agrees_with_the_definition(dtype, bits, choice, width, hidden, inner, bias, seed):
+@given(
+    choices(max_tokens=30), st.integers(1, 150), st.integers(1, 150), st.sampled_from(ACTIVATIONS), st.booleans(), seeds
+)
+def test_every_level_agrees_with_the_definition(dtype, bits, choice, width, hidden, activation, bias, seed):
     torch.manual_seed(seed)
     index, gates, num_experts = choice
-    experts = ffn(num_experts, width, hidden, inner=inner, bias=bias, width_out=width + 3, dtype=dtype)
+    experts = ffn(num_experts, width, hidden, activation=activation, bias=bias, width_out=width + 3, dtype=dtype)
     if bits < 16:
-        experts = quantize(experts, bits, group=32 if seed % 2 else 64)
+        experts = quantize(experts, bits, group_size=32 if seed % 2 else 64)
     x = torch.randn(len(index), width).to(dtype)
     check(x, assign(index, gates.detach(), num_experts), experts)
 
@@ -82,11 +84,13 @@ def test_every_level_agrees_with_the_definition(dtype, bits, choice, width, hidd
 @pytest.mark.usefixtures("level")
 @pytest.mark.parametrize("bits", [8, 4])
 @settings(max_examples=8)
-@given(st.data(), st.integers(1, 60), st.integers(1, 5), st.sampled_from(INNERS), seeds)
-def test_few_rows_and_many_agree_with_the_definition(bits, data, tokens, used, inner, seed):
+@given(st.data(), st.integers(1, 60), st.integers(1, 5), st.sampled_from(ACTIVATIONS), seeds)
+def test_few_rows_and_many_agree_with_the_definition(bits, data, tokens, used, activation, seed):
     torch.manual_seed(seed)
     width, hidden = (data.draw(st.sampled_from([63, 200, 256, 1025, 1200])) for _ in range(2))
-    experts = quantize(ffn(6, width, hidden, inner=inner, bias=True, width_out=71, dtype=torch.bfloat16), bits)
+    experts = quantize(
+        ffn(6, width, hidden, activation=activation, bias=True, width_out=71, dtype=torch.bfloat16), bits
+    )
     index = torch.rand(tokens, used).topk(min(used, 2)).indices  # experts from `used` on get no rows
     check(torch.randn(tokens, width).bfloat16(), assign(index, torch.rand(index.shape), 6), experts)
 
@@ -95,13 +99,13 @@ def test_few_rows_and_many_agree_with_the_definition(bits, data, tokens, used, i
 @pytest.mark.parametrize("bits", [8, 4])
 @settings(max_examples=12)
 @given(st.integers(1, 2100), st.integers(1, 70), st.integers(1, 8), st.sampled_from([32, 64]), seeds)
-def test_activations_that_are_whole_numbers_already_are_multiplied_exactly(bits, width, width_out, tokens, group, seed):
+def test_inputs_that_are_whole_numbers_already_are_multiplied_exactly(bits, width, width_out, tokens, group_size, seed):
     torch.manual_seed(seed)
-    weights = Weights(1, width_out, width, bits, group)
+    weights = Weights(1, width_out, width, bits, group_size)
     weights.fill(torch.randn(1, width_out, width), None)
     x, y = torch.randint(-127, 128, (tokens, width)).float(), torch.empty(tokens, width_out)
     x[:, ::64] = 127
-    step = steps.linear(x, y, weights.weight, scales=weights.scales, group=group, dtype=torch.bfloat16)
+    step = steps.linear(x, y, weights.weight, scales=weights.scales, group_size=group_size, dtype=torch.bfloat16)
     if cpp.why_not() is None:
         steps.run_steps([step], tokens)
         exact = x.double() @ weights.of(0, torch.float64).t()
@@ -115,7 +119,7 @@ def test_many_rows_of_one_expert_are_cut_into_pieces(bits, monkeypatch):
     check(torch.randn(130, 40), assign(torch.ones(130, 1, dtype=torch.int64), torch.rand(130, 1), 3), experts)
 
 
-def test_the_number_of_threads_changes_no_bit_of_the_answer_of_few_rows():
+def test_the_number_of_threads_changes_no_bit_of_the_output_of_few_rows():
     experts, index = (
         quantize(ffn(6, 70, 300, width_out=333, dtype=torch.bfloat16), 4),
         torch.rand(50, 6).topk(2).indices,
@@ -123,14 +127,14 @@ def test_the_number_of_threads_changes_no_bit_of_the_answer_of_few_rows():
     x, routing = torch.randn(50, 70).bfloat16(), assign(index, torch.rand(50, 2), 6)
     before = torch.get_num_threads()
     try:
-        answers = []
+        outputs = []
         for threads in (1, 2):
             torch.set_num_threads(threads)
             with torch.no_grad():
-                answers.append(run(x, routing, experts))
+                outputs.append(run(x, routing, experts))
     finally:
         torch.set_num_threads(before)
-    assert torch.equal(*answers)
+    assert torch.equal(*outputs)
 
 
 @pytest.mark.parametrize("threads", [1, 2])
@@ -235,7 +239,7 @@ def soft():
         ("several gates", {"routing": assign(torch.tensor([[0]]), torch.ones(1, 1, 2), 2)}),
         ("these are Identity", {"experts": Identity(2)}),
         ("without dropout", {"experts": FFN(2, 4, 3, dropout=0.1)}),
-        ("does not know the activation", {"experts": FFN(2, 4, 3, inner=Plain(torch.tanh))}),
+        ("does not know the activation", {"experts": FFN(2, 4, 3, activation=Plain(torch.tanh))}),
         (
             "in float32, bfloat16, and the tokens are torch.float16",
             {"x": torch.ones(1, 4).half(), "experts": FFN(2, 4, 3).half()},
@@ -337,4 +341,4 @@ def test_nothing_is_compiled_at_import(tmp_path):
 
 
 def test_the_sources_lie_in_the_package():
-    assert {"layer.cpp", "dots.h", "maps.h"} <= {path.name for path in Path(build.__file__).parent.iterdir()}
+    assert {"layer.cpp", "dots.h", "projections.h"} <= {path.name for path in Path(build.__file__).parent.iterdir()}

@@ -25,11 +25,11 @@ from moeify.routers import TopK
 from moeify.routing import Assignment
 from strategies import agree, choices, seeds
 
-INNERS = [Glu(F.silu), Glu(F.gelu), ClampedGlu(), Plain(F.relu), Plain(torch.tanh)]
+ACTIVATIONS = [Glu(F.silu), Glu(F.gelu), ClampedGlu(), Plain(F.relu), Plain(torch.tanh)]
 NAMES = ["onednn", "recompute"]
 
 
-def bank(num_experts, width=8, hidden=6, dtype=torch.float32, **options):
+def ffn(num_experts, width=8, hidden=6, dtype=torch.float32, **options):
     """Experts whose biases are not zero."""
     experts = FFN(num_experts, width, hidden, **options).to(dtype)
     for parameter in experts.parameters():
@@ -56,11 +56,11 @@ def products(request, monkeypatch):
 
 @pytest.mark.usefixtures("rows_of_a_block", "products")
 @pytest.mark.parametrize("name", NAMES)
-@given(choices(), st.sampled_from(INNERS), st.booleans(), st.sampled_from([(6, 3), (8, 8), (5, 7)]), seeds)
-def test_output_and_gradients_are_those_of_the_definition(name, choice, inner, bias, sizes, seed):
+@given(choices(), st.sampled_from(ACTIVATIONS), st.booleans(), st.sampled_from([(6, 3), (8, 8), (5, 7)]), seeds)
+def test_output_and_gradients_are_those_of_the_definition(name, choice, activation, bias, sizes, seed):
     torch.manual_seed(seed)
     index, gates, num_experts = choice
-    experts = bank(num_experts, *sizes, inner=inner, bias=bias, width_out=4)
+    experts = ffn(num_experts, *sizes, activation=activation, bias=bias, width_out=4)
     x = torch.randn(len(index), sizes[0], requires_grad=True)
     leaves = [x, gates, *experts.parameters()]
     y = backends.run(name, x, assign(*choice), experts)
@@ -73,7 +73,7 @@ def test_output_and_gradients_are_those_of_the_definition(name, choice, inner, b
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("counts", [[0, 5, 0], [0, 0, 1], [9, 0, 0], [1, 3, 5], [0, 0, 0], [4, 4, 0]])
 def test_any_counts_will_do(counts, name):
-    experts, x, gates = bank(3, bias=True), torch.randn(9, 8, requires_grad=True), torch.rand(sum(counts))
+    experts, x, gates = ffn(3, bias=True), torch.randn(9, 8, requires_grad=True), torch.rand(sum(counts))
     leaves = [x, gates.requires_grad_(), *experts.parameters()]
     routing = routing_of(counts, gates=gates)
     agree(backends.run(name, x, routing, experts), leaves, compose(x, routing, experts), leaves)
@@ -82,7 +82,7 @@ def test_any_counts_will_do(counts, name):
 @pytest.mark.parametrize("trained", ["x", "gates", "gate_up_proj", "gate_up_proj_bias", "down_proj", "down_proj_bias"])
 @pytest.mark.parametrize("name", NAMES)
 def test_what_is_frozen_gets_no_gradient_and_the_others_the_same(name, trained):
-    experts, x, gates = bank(3, bias=True), torch.randn(9, 8), torch.rand(12)
+    experts, x, gates = ffn(3, bias=True), torch.randn(9, 8), torch.rand(12)
     leaves = {"x": x, "gates": gates, **dict(experts.named_parameters())}
     for leaf_name, leaf in leaves.items():
         leaf.requires_grad_(leaf_name == trained)
@@ -95,9 +95,9 @@ def test_what_is_frozen_gets_no_gradient_and_the_others_the_same(name, trained):
 @pytest.mark.usefixtures("products")
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 4e-2), (torch.float16, 6e-3), (torch.float32, 1e-5)])
 @pytest.mark.parametrize("name", NAMES)
-def test_low_precision_is_near_the_exact_answer(name, dtype, tolerance):
-    experts, x, gates = bank(3, 16, 8, dtype, bias=True), torch.randn(9, 16, dtype=dtype), torch.rand(12)
-    exact = bank(3, 16, 8, torch.float64, bias=True)
+def test_low_precision_is_near_the_exact_output(name, dtype, tolerance):
+    experts, x, gates = ffn(3, 16, 8, dtype, bias=True), torch.randn(9, 16, dtype=dtype), torch.rand(12)
+    exact = ffn(3, 16, 8, torch.float64, bias=True)
     exact.load_state_dict(experts.state_dict())
     leaves = [x.requires_grad_(), gates.requires_grad_(), *experts.parameters()]
     twins = [x.detach().double().requires_grad_(), gates.detach().double().requires_grad_(), *exact.parameters()]
@@ -141,7 +141,7 @@ def test_strides_do_not_matter(name):
 
 @pytest.mark.parametrize("keep", [True, False])
 def test_the_derivative_is_the_limit_of_differences(keep):
-    experts, routing = bank(3, 4, 3, torch.float64, bias=True), routing_of([3, 0, 2], 4)
+    experts, routing = ffn(3, 4, 3, torch.float64, bias=True), routing_of([3, 0, 2], 4)
     x, gates = torch.randn(4, 4, dtype=torch.float64), torch.rand(5, dtype=torch.float64)
 
     def call(x, gates, up, up_bias, down, down_bias):
@@ -155,7 +155,7 @@ def test_the_derivative_is_the_limit_of_differences(keep):
 
 
 def test_a_gradient_penalty_sees_gates_that_depend_on_the_tokens():
-    moe = MoE(TopK(8, 3, init_std=1.0), bank(3))
+    moe = MoE(TopK(8, 3, init_std=1.0), ffn(3))
     x = torch.randn(9, 8, requires_grad=True)
     penalties = []
     for moe.backend in ("onednn", "compose"):
@@ -167,7 +167,7 @@ def test_a_gradient_penalty_sees_gates_that_depend_on_the_tokens():
 
 @pytest.mark.parametrize("name", NAMES)
 def test_autocast_is_followed_and_gradients_keep_the_dtype_of_the_parameters(name):
-    experts, x, routing = bank(3, 16, 8, bias=True), torch.randn(9, 16, requires_grad=True), routing_of([7, 0, 5])
+    experts, x, routing = ffn(3, 16, 8, bias=True), torch.randn(9, 16, requires_grad=True), routing_of([7, 0, 5])
     leaves = [x, *experts.parameters()]
     with torch.autocast("cpu", dtype=torch.bfloat16):
         ours, theirs = backends.run(name, x, routing, experts), compose(x, routing, experts)
@@ -181,7 +181,7 @@ def test_autocast_is_followed_and_gradients_keep_the_dtype_of_the_parameters(nam
 @pytest.mark.parametrize("reentrant", [True, False])
 @pytest.mark.parametrize("name", NAMES)
 def test_activation_checkpointing_changes_nothing(name, reentrant):
-    moe = MoE(TopK(8, 3, init_std=1.0), bank(3, bias=True), backend=name)
+    moe = MoE(TopK(8, 3, init_std=1.0), ffn(3, bias=True), backend=name)
     x = torch.randn(9, 8, requires_grad=True)
     moe(x).square().sum().backward()
     plain = [p.grad.clone() for p in moe.parameters()]
@@ -193,7 +193,7 @@ def test_activation_checkpointing_changes_nothing(name, reentrant):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_gradients_of_several_batches_add_up(name):
-    experts, batches = bank(3, bias=True), [torch.randn(9, 8) for _ in range(3)]
+    experts, batches = ffn(3, bias=True), [torch.randn(9, 8) for _ in range(3)]
     routings = [routing_of(counts) for counts in ([5, 0, 0], [0, 3, 0], [2, 2, 2])]
     for x, routing in zip(batches, routings, strict=True):
         backends.run(name, x, routing, experts).square().sum().backward()
@@ -205,7 +205,7 @@ def test_gradients_of_several_batches_add_up(name):
 @pytest.mark.parametrize("backward", [False, True])
 def test_a_compiled_layer_is_captured_whole(backward):
     torch._dynamo.reset()
-    moe = MoE(TopK(8, 3, init_std=1.0), bank(3, bias=True))
+    moe = MoE(TopK(8, 3, init_std=1.0), ffn(3, bias=True))
     x = torch.randn(9, 8, requires_grad=backward)
     compiled = torch.compile(moe, fullgraph=True, backend="aot_eager")
     with nullcontext() if backward else torch.no_grad():
@@ -218,8 +218,8 @@ def test_a_compiled_layer_is_captured_whole(backward):
 
 REFUSED = {
     "stacked weights": (lambda: Each([nn.Linear(8, 8), nn.Linear(8, 8)]), lambda x: x),
-    "a nonlinearity without parameters": (lambda: bank(2, inner=Plain(nn.PReLU())), lambda x: x),
-    "on a CPU": (lambda: bank(2), lambda x: x.to("meta")),
+    "an activation without parameters": (lambda: ffn(2, activation=Plain(nn.PReLU())), lambda x: x),
+    "on a CPU": (lambda: ffn(2), lambda x: x.to("meta")),
 }
 
 
@@ -231,14 +231,14 @@ def test_what_it_cannot_serve_it_refuses_with_the_reason(reason):
 
 
 def test_hooks_on_experts_are_called():
-    moe, seen = MoE(TopK(8, 3), bank(3)), []
+    moe, seen = MoE(TopK(8, 3), ffn(3)), []
     moe.experts.register_forward_hook(lambda module, args, output: seen.append(output.shape))
     moe(torch.randn(9, 8))
     assert seen == [(18, 8)]
 
 
 def test_auto_takes_it_where_a_gradient_is_needed():
-    experts, x = bank(3), torch.randn(9, 8)
+    experts, x = ffn(3), torch.randn(9, 8)
     assert backends.choose(x, routing_of([3, 0, 2]), experts) == "onednn"
 
 
@@ -252,7 +252,7 @@ CHANGES = {
 @pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize("autocast", [False, True])
 def test_packed_weights_are_never_stale(change, autocast):
-    experts, x, routing = pack(bank(3, 16, 8, bias=True)), torch.randn(9, 16), routing_of([7, 0, 5])
+    experts, x, routing = pack(ffn(3, 16, 8, bias=True)), torch.randn(9, 16), routing_of([7, 0, 5])
     with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
         for _ in range(2):
             ours, theirs = backends.run("onednn", x, routing, experts), compose(x, routing, experts)
@@ -285,20 +285,20 @@ def _dense(value):
 
 
 def loop_over_segments(x, routing, experts):
-    """The leanest obvious way: one expert at a time, its rows gathered, answered and added."""
+    """The leanest obvious way: one expert at a time, its rows gathered, computed and added."""
     up, down = experts.up[0], experts.down[0]
     y = torch.zeros_like(x)
     weight = routing.weight.to(x.dtype)
     for expert, token in enumerate(routing.source.split(routing.counts.tolist())):
         scale = weight.split(routing.counts.tolist())[expert].unsqueeze(1)
-        y.index_add_(0, token, F.linear(experts.inner(F.linear(x[token], up[expert])), down[expert]) * scale)
+        y.index_add_(0, token, F.linear(experts.activation(F.linear(x[token], up[expert])), down[expert]) * scale)
     return y
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("counts", [[512] * 8, [4096 - 7, 1, 1, 1, 1, 1, 1, 1], [1024, 0, 1024, 0, 1024, 0, 1024, 0]])
 def test_a_forward_pass_holds_no_more_than_one_expert_at_a_time_would(counts, dtype):
-    experts, x, routing = bank(8, 32, 64, dtype), torch.randn(2048, 32, dtype=dtype), routing_of(counts, 2048)
+    experts, x, routing = ffn(8, 32, 64, dtype), torch.randn(2048, 32, dtype=dtype), routing_of(counts, 2048)
     peaks = []
     for way in (lambda *call: backends.run("onednn", *call), loop_over_segments):
         with torch.no_grad():
@@ -306,13 +306,13 @@ def test_a_forward_pass_holds_no_more_than_one_expert_at_a_time_would(counts, dt
             with Live() as live:
                 way(x, routing, experts)
         peaks.append(live.peak)
-    wider = x.numel() * (4 - x.element_size())  # answers are added up in fp32, which the loop does in its own dtype
+    wider = x.numel() * (4 - x.element_size())  # outputs are added up in fp32, which the loop does in its own dtype
     assert peaks[0] <= peaks[1] + wider
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_what_is_computed_again_is_not_held(name):
-    experts, x, routing = bank(4, 32, 64), torch.randn(256, 32, requires_grad=True), routing_of([128] * 4, 256)
+    experts, x, routing = ffn(4, 32, 64), torch.randn(256, 32, requires_grad=True), routing_of([128] * 4, 256)
     with Live() as live:
         y = backends.run(name, x, routing, experts)
         held = sum(size for ref, size in live.held.items() if not ref.expired())
@@ -325,8 +325,8 @@ def test_named_backends_are_known():
     assert set(NAMES) < set(backend_names())
 
 
-def test_rows_may_be_fewer_than_experts_and_the_layer_still_answers():
-    experts = bank(64, bias=True)
+def test_rows_may_be_fewer_than_experts_and_the_layer_still_runs():
+    experts = ffn(64, bias=True)
     x, routing = torch.randn(1, 8), routing_of([0] * 30 + [1] + [0] * 32 + [1], 1)
     with torch.no_grad():
         y = infer_layer(x, routing.source, routing.weight, routing.counts.tolist(), experts.stacked, x.dtype)

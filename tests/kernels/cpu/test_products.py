@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moeify.kernels.cpu import cpp, segments
-from moeify.kernels.cpu.cpp.products import max_rows, multiply_few, multiply_few_tn
+from moeify.kernels.cpu.cpp.products import max_rows, multiply_runs, multiply_runs_tn
 from moeify.kernels.cpu.segments import blocks, multiply_rows, multiply_rows_tn
 from strategies import seeds
 
@@ -47,10 +47,10 @@ def test_products_of_few_rows_are_those_of_the_definition(threads, dtype, counts
     before, were = torch.get_num_threads(), torch.ones_like(weight)
     torch.set_num_threads(threads)
     try:
-        out = multiply_few(rows, weight, block)
+        out = multiply_runs(rows, weight, block)
         sums, total = torch.full_like(weight, torch.nan), were.clone()
-        multiply_few_tn(left, rows, sums, block, add=False)
-        multiply_few_tn(left, rows, total, block, add=True)
+        multiply_runs_tn(left, rows, sums, block, add=False)
+        multiply_runs_tn(left, rows, total, block, add=True)
     finally:
         torch.set_num_threads(before)
     expert = torch.repeat_interleave(torch.tensor(counts))
@@ -68,8 +68,8 @@ def test_products_of_few_rows_are_those_of_the_definition(threads, dtype, counts
 def test_rows_of_one_block_may_begin_anywhere():
     counts, weight = [2, 3, 1], torch.randn(3, 5, 7)
     rows = torch.randn(6, 7)
-    whole = multiply_few(rows, weight, next(blocks(counts)))
-    parts = [multiply_few(rows[block[0][1] : block[-1][2]], weight, block) for block in blocks(counts, 3)]
+    whole = multiply_runs(rows, weight, next(blocks(counts)))
+    parts = [multiply_runs(rows[block[0][1] : block[-1][2]], weight, block) for block in blocks(counts, 3)]
     assert len(parts) > 1
     assert torch.equal(torch.cat(parts), whole)
 
@@ -81,8 +81,8 @@ def test_the_kernel_is_taken_for_few_rows_of_large_stacks(more, monkeypatch):
     monkeypatch.setattr(segments, "max_rows", lambda kind, dtype: 20)
     rows_each = 20 + more
     taken = []
-    monkeypatch.setattr(segments, "multiply_few", lambda *a: taken.append("map") or multiply_few(*a))
-    monkeypatch.setattr(segments, "multiply_few_tn", lambda *a, **k: taken.append("tn") or multiply_few_tn(*a, **k))
+    monkeypatch.setattr(segments, "multiply_runs", lambda *a: taken.append("map") or multiply_runs(*a))
+    monkeypatch.setattr(segments, "multiply_runs_tn", lambda *a, **k: taken.append("tn") or multiply_runs_tn(*a, **k))
     weight = torch.randn(2, 384, 384)
     rows = torch.randn(2 * rows_each, 384)
     (block,) = blocks([rows_each] * 2)
@@ -104,7 +104,7 @@ def test_fewer_rows_are_few_where_the_instructions_are_not_those_of_the_measurem
 
 def test_without_a_kernel_few_rows_go_to_the_library(monkeypatch):
     monkeypatch.setenv("MOEIFY_CPP", "0")
-    monkeypatch.setattr(segments, "multiply_few", lambda *a: pytest.fail("the kernel is switched off"))
+    monkeypatch.setattr(segments, "multiply_runs", lambda *a: pytest.fail("the kernel is switched off"))
     weight, rows = torch.randn(2, 384, 384), torch.randn(4, 384)
     out = multiply_rows(rows, weight, None, next(blocks([2, 2])))
     near(

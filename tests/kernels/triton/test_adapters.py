@@ -8,7 +8,7 @@ from torch import nn
 
 from moeify import MoE, assign, backends
 from moeify.backends import compose
-from moeify.backends.triton import visits
+from moeify.backends.triton import rows_by_token
 from moeify.experts import LoRA
 from moeify.kernels.triton import sparse_adapters
 from moeify.kernels.triton.adapters import naive_sparse_adapters
@@ -56,7 +56,14 @@ def test_the_weight_may_be_taken_in_between_the_maps():
     x, routing, lora = tokens(), decisions()["k choices"], adapters()
     maps = x, lora.lora_A, lora.lora_B, lora.scale, routing.source, routing.weight, routing.counts
     leaves = [x, routing.weight, *lora.parameters()]
-    agree(sparse_adapters(*maps, *visits(routing)), leaves, naive_sparse_adapters(*maps), leaves, rtol=1e-4, atol=1e-4)
+    agree(
+        sparse_adapters(*maps, *rows_by_token(routing)),
+        leaves,
+        naive_sparse_adapters(*maps),
+        leaves,
+        rtol=1e-4,
+        atol=1e-4,
+    )
 
 
 def test_no_wide_row_is_kept():

@@ -12,7 +12,7 @@ from moeify.experts.quantized import quantize
 from moeify.hf.interface import NativeExperts
 from moeify.kernels.stacked import SWIGLU, Glu
 from strategies import choices, seeds
-from triton_problems import DEVICE, INNER, decisions, experts
+from triton_problems import ACTIVATIONS, DEVICE, decisions, experts
 
 pytestmark = pytest.mark.usefixtures("uninitialised_memory_is_nan")
 
@@ -23,9 +23,9 @@ def agrees(x, routing, ffn):
 
 
 @pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("inner", INNER)
-def test_every_nonlinearity(inner, bias):
-    agrees(torch.randn(3, 40, device=DEVICE), decisions(3)["k choices"], experts(INNER[inner], bias))
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_every_activation(activation, bias):
+    agrees(torch.randn(3, 40, device=DEVICE), decisions(3)["k choices"], experts(ACTIVATIONS[activation], bias))
 
 
 @settings(max_examples=4)
@@ -39,10 +39,10 @@ def test_any_decision_and_any_widths(choice, widths, seed):
     agrees(torch.randn(len(index), width, device=DEVICE), routing, ffn)
 
 
-@pytest.mark.parametrize(("bits", "group"), [(8, 64), (4, 32), (4, 64)])
-@pytest.mark.parametrize("inner", ["swiglu", "clamped", "gelu"])
-def test_weights_of_few_bits_are_read_as_they_are(inner, bits, group):
-    ffn = quantize(experts(INNER[inner], True, width=150, hidden=40, width_out=33), bits, group)
+@pytest.mark.parametrize(("bits", "group_size"), [(8, 64), (4, 32), (4, 64)])
+@pytest.mark.parametrize("activation", ["swiglu", "clamped", "gelu"])
+def test_weights_of_few_bits_are_read_as_they_are(activation, bits, group_size):
+    ffn = quantize(experts(ACTIVATIONS[activation], True, width=150, hidden=40, width_out=33), bits, group_size)
     agrees(torch.randn(2, 150, device=DEVICE), decisions(2)["k choices"], ffn)
 
 

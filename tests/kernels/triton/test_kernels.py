@@ -6,15 +6,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
+from moeify.kernels.triton.activation import kernel_activation
 from moeify.kernels.triton.activation_backward import activation_backward, naive_activation_backward, weights
 from moeify.kernels.triton.combine import combine, naive_combine
 from moeify.kernels.triton.config import Config
-from moeify.kernels.triton.nonlinearity import nonlinearity
 from moeify.kernels.triton.product import naive_product, product
 from moeify.kernels.triton.product_tn import column_sums, naive_column_sums, naive_product_tn, product_tn
 from moeify.kernels.triton.tiles import naive_tile_table, tile_table
 from strategies import seeds
-from triton_problems import COUNTS, DEVICE, INNER, TOLERANCE
+from triton_problems import ACTIVATIONS, COUNTS, DEVICE, TOLERANCE
 
 pytestmark = pytest.mark.usefixtures("uninitialised_memory_is_nan")
 SIZE = Config(16, 32, 16, 4, 2)
@@ -42,14 +42,14 @@ def test_every_row_lies_in_one_tile_of_its_expert(counts, block):
     assert_close(tile_table(counts, rows, block).cpu(), naive_tile_table(counts, rows, block))
 
 
-@pytest.mark.parametrize("inner", INNER)
-def test_what_goes_into_the_nonlinearity_and_what_comes_out(inner):
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_what_goes_into_the_activation_and_what_comes_out(activation):
     counts, source = case("two tiles and a bit")
-    inner = INNER[inner]
-    x, weight, bias = randn(9, 17), randn(2, inner.maps * 13, 17), randn(2, inner.maps * 13)
+    activation = ACTIVATIONS[activation]
+    x, weight, bias = randn(9, 17), randn(2, activation.projections * 13, 17), randn(2, activation.projections * 13)
     table = tile_table(counts, len(source), SIZE.m)
-    found = product(x, source, weight, bias, table, len(source), SIZE, nonlinearity(inner), keep=True)
-    for a, b in zip(found, naive_product(x, source, weight, bias, counts, inner), strict=True):
+    found = product(x, source, weight, bias, table, len(source), SIZE, kernel_activation(activation), keep=True)
+    for a, b in zip(found, naive_product(x, source, weight, bias, counts, activation), strict=True):
         close(a, b)
 
 
@@ -73,16 +73,18 @@ def test_weights_may_lie_in_any_order():
 
 
 @pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("inner", INNER)
-def test_the_gradient_inside_an_expert(inner, bias):
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_the_gradient_inside_an_expert(activation, bias):
     counts, source = case("two tiles and a bit")
-    inner, width, rows = INNER[inner], 37, len(source)
+    activation, width, rows = ACTIVATIONS[activation], 37, len(source)
     dy, weight, down = randn(9, 18), torch.rand(rows, device=DEVICE), randn(2, 18, width)
-    before, down_bias = randn(rows, inner.maps * width), randn(2, 18) if bias else None
+    before, down_bias = randn(rows, activation.projections * width), randn(2, 18) if bias else None
     table = tile_table(counts, rows, SIZE.m)
-    gradient, weighted, parts = activation_backward(dy, source, weight, down, before, table, SIZE, nonlinearity(inner))
+    gradient, weighted, parts = activation_backward(
+        dy, source, weight, down, before, table, SIZE, kernel_activation(activation)
+    )
     by_weight = weights(parts, dy, source, down_bias, table, SIZE.m)
-    right = naive_activation_backward(dy, source, weight, down, down_bias, before, counts, inner)
+    right = naive_activation_backward(dy, source, weight, down, down_bias, before, counts, activation)
     for a, b in zip((gradient, weighted, by_weight), right, strict=True):
         close(a, b)
 
@@ -111,10 +113,10 @@ def test_sums_of_columns(counts, weighted):
 
 
 @given(st.lists(st.integers(0, 6), min_size=1, max_size=5), st.integers(1, 40), st.booleans(), seeds)
-def test_every_token_adds_up_its_rows(visits, width, weighted, seed):
+def test_every_token_adds_up_its_rows(pairs, width, weighted, seed):
     torch.manual_seed(seed)
-    begin = torch.tensor([0, *visits], device=DEVICE).cumsum(0)
-    count = sum(visits)
+    begin = torch.tensor([0, *pairs], device=DEVICE).cumsum(0)
+    count = sum(pairs)
     order = torch.where(torch.rand(count) < 0.2, -1, torch.randperm(count)).to(DEVICE)
     rows, weight = randn(count, width), torch.rand(count, device=DEVICE) if weighted else None
     close(combine(rows, weight, order, begin), naive_combine(rows, weight, order, begin))

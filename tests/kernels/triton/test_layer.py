@@ -15,7 +15,7 @@ from transformers.models.gpt_oss.modeling_gpt_oss import GptOssConfig, GptOssExp
 
 from moeify import MoE, assign, backends
 from moeify.backends import compose
-from moeify.backends.triton import visits
+from moeify.backends.triton import rows_by_token
 from moeify.experts import FFN
 from moeify.hf.interface import NativeExperts, use_transformers_backends
 from moeify.kernels.stacked import SWIGLU
@@ -23,12 +23,12 @@ from moeify.kernels.triton import sparse_ffn
 from moeify.routers import TopK
 from strategies import agree, choices, gradients, seeds, sharpen
 from test_matrix import IDS, ROUTERS, D, E
-from triton_problems import DEVICE, INNER, decisions, experts, moved
+from triton_problems import ACTIVATIONS, DEVICE, decisions, experts, moved
 
 pytestmark = pytest.mark.usefixtures("uninitialised_memory_is_nan")
 REFUSED = {
     "soft": "it needs an Assignment",
-    "default vector": "this router also speaks for experts that were not asked",
+    "default vector": "this router adds a default output to every token",
     **dict.fromkeys(("mmoe", "ple", "bounded union"), "it needs one weight per row"),
 }
 
@@ -45,9 +45,9 @@ def tokens(count=11, width=40, dtype=torch.float32):
     return torch.randn(count, width, device=DEVICE, dtype=dtype, requires_grad=True)
 
 
-@pytest.mark.parametrize("inner", ["gelu", "relu2", "geglu", "clamped"])
-def test_nonlinearities_with_a_bias(inner):
-    agrees(tokens(), decisions()["k choices"], experts(INNER[inner], bias=True))
+@pytest.mark.parametrize("activation", ["gelu", "relu2", "geglu", "clamped"])
+def test_activations_with_a_bias(activation):
+    agrees(tokens(), decisions()["k choices"], experts(ACTIVATIONS[activation], bias=True))
 
 
 @pytest.mark.parametrize("decision", decisions())
@@ -76,14 +76,14 @@ def test_half_precision(dtype, tolerance):
 @given(
     choices(max_tokens=5, max_experts=4),
     st.tuples(*[st.integers(1, 37)] * 3),
-    st.sampled_from(list(INNER)),
+    st.sampled_from(list(ACTIVATIONS)),
     st.booleans(),
     seeds,
 )
-def test_any_decision_and_any_widths(choice, widths, inner, bias, seed):
+def test_any_decision_and_any_widths(choice, widths, activation, bias, seed):
     torch.manual_seed(seed)
     width, hidden, width_out = widths
-    ffn = experts(INNER[inner], bias, width=width, hidden=hidden, width_out=width_out, num_experts=choice[2])
+    ffn = experts(ACTIVATIONS[activation], bias, width=width, hidden=hidden, width_out=width_out, num_experts=choice[2])
     agrees(tokens(len(choice[0]), width), moved(assign(*choice)), ffn)
 
 
@@ -116,9 +116,9 @@ def test_what_is_frozen_gets_no_gradient(frozen):
 
 
 @pytest.mark.parametrize("bias", [False, True])
-def test_tokens_and_what_goes_into_the_nonlinearity_are_all_that_is_kept(bias):
+def test_tokens_and_what_goes_into_the_activation_are_all_that_is_kept(bias):
     x, routing, ffn = tokens(), decisions()["k choices"], experts(SWIGLU, bias)
-    order, begin = visits(routing)
+    order, begin = rows_by_token(routing)
     known = {t.data_ptr() for t in (routing.weight, routing.source, routing.counts, order, begin, *ffn.parameters())}
     kept = []
 
@@ -221,11 +221,11 @@ def test_every_router(router):
     fast = layer_with(router)
     slow = deepcopy(fast)
     slow.backend, slow.context = "compose", fast.context
-    x, answers = torch.randn(3, 4, D, device=DEVICE, requires_grad=True), []
+    x, output = torch.randn(3, 4, D, device=DEVICE, requires_grad=True), []
     for layer in (fast, slow):
         torch.manual_seed(1)
-        answers.append((layer(x), [x, *layer.parameters()]))
-    agree(*answers[0], *answers[1], rtol=1e-4, atol=1e-5)
+        output.append((layer(x), [x, *layer.parameters()]))
+    agree(*output[0], *output[1], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("router", REFUSED)
@@ -244,7 +244,7 @@ def test_it_is_captured_whole_by_the_compiler():
 
 def test_the_operators_keep_the_promises_of_custom_operators():
     x, routing, ffn = tokens(5), decisions(5)["k choices"], experts(SWIGLU, bias=True)
-    decision = routing.weight, routing.source, routing.counts, *visits(routing)
+    decision = routing.weight, routing.source, routing.counts, *rows_by_token(routing)
     library.opcheck(
         torch.ops.moeify.sparse_ffn,
         (x, *ffn.up, *ffn.down, *decision, "silu", True, 0.0, 0.0, True),

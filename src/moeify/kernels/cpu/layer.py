@@ -1,4 +1,4 @@
-"""A whole layer of feed-forward experts on a CPU: gather, up, nonlinearity, down, weigh and add, block by block.
+"""A whole layer of feed-forward experts on a CPU: gather, up, activation, down, weight and add, block by block.
 
 A block is a few hundred rows, so that what lies between x and y stays small and in cache, however many the tokens are.
 The backward pass writes gradients of experts with rows only, and copies no weights.
@@ -15,7 +15,7 @@ from torch import Tensor
 from moeify.kernels.cpu.gradients import Place, place_for
 from moeify.kernels.cpu.segments import Block, Matrices, blocks, multiply_rows, multiply_rows_tn, span
 from moeify.kernels.naive import naive_grouped_linear
-from moeify.kernels.stacked import Inner, Stacked
+from moeify.kernels.stacked import Activation, Stacked
 
 _ROWS = 512  # of a block
 
@@ -30,19 +30,19 @@ def run_layer(
     *,
     keep: bool = True,
 ) -> Float[Tensor, "T O"]:
-    """`y[source] += weight · down(inner(up(x[source])))`, differentiable in the tokens and all weights.
+    """`y[source] += weight · down(activation(up(x[source])))`, differentiable in the tokens and all weights.
 
     Args:
         x: the tokens.
         source: the token of every row; rows are sorted by expert.
-        weight: what every row's answer is multiplied by.
+        weight: what every row's expert output is multiplied by.
         counts: rows of each expert.
         stacked: the experts.
         dtype: of the products and of y; rows are added up in fp32.
-        keep: keep what goes into the nonlinearity, (R, M), for the backward pass, or compute it there again.
+        keep: keep the inputs of the activation, (R, M), for the backward pass, or compute it there again.
     """
     learned = (x, weight, stacked.up, stacked.up_bias, stacked.down, stacked.down_bias)
-    return _Layer.apply(*learned, source, counts, stacked.inner, dtype, keep)
+    return _Layer.apply(*learned, source, counts, stacked.activation, dtype, keep)
 
 
 def infer_layer(
@@ -61,12 +61,12 @@ def infer_layer(
     Args:
         x: the tokens.
         source: the token of every row; rows are sorted by expert.
-        weight: what every row's answer is multiplied by.
+        weight: what every row's expert output is multiplied by.
         counts: rows of each expert.
         stacked: the experts.
         dtype: of the products and of y; rows are added up in fp32.
-        packed: the maps of the experts in an order that is read faster.
-        kept: is given what goes into the nonlinearity, by block.
+        packed: the projections of the experts in an order that is read faster.
+        kept: is given the inputs of the activation, by block.
     """
     up, down = packed or (stacked.up, stacked.down)
     y = x.new_zeros(len(x), stacked.down.shape[1], dtype=_wide(dtype))
@@ -75,7 +75,7 @@ def infer_layer(
         before = multiply_rows(x.index_select(0, token).to(dtype), up, stacked.up_bias, block)
         if kept is not None:
             kept.append(before)
-        hidden = stacked.inner(before)
+        hidden = stacked.activation(before)
         del before  # nothing of a block outlives it
         y.index_add_(0, token, multiply_rows(hidden, down, stacked.down_bias, block).to(y.dtype).mul_(scale))
         del hidden
@@ -97,21 +97,23 @@ def define_layer(
     )
     assert up is not None
     assert down is not None
-    hidden = stacked.inner(naive_grouped_linear(x[source].to(dtype), up, counts, up_bias))
-    answers = naive_grouped_linear(hidden, down, counts, down_bias)
+    hidden = stacked.activation(naive_grouped_linear(x[source].to(dtype), up, counts, up_bias))
+    outputs = naive_grouped_linear(hidden, down, counts, down_bias)
     y = x.new_zeros(len(x), stacked.down.shape[1], dtype=_wide(dtype))
-    return y.index_add(0, source, answers * weight.to(y.dtype).unsqueeze(1)).to(dtype)
+    return y.index_add(0, source, outputs * weight.to(y.dtype).unsqueeze(1)).to(dtype)
 
 
 class _Layer(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, up: Tensor, up_bias: Tensor | None, down: Tensor, down_bias: Tensor | None,
-        source: Tensor, counts: Tensor, inner: Inner, dtype: torch.dtype, keep: bool,
+        source: Tensor, counts: Tensor, activation: Activation, dtype: torch.dtype, keep: bool,
     ) -> Tensor:  # fmt: skip
         kept: list[Tensor] | None = [] if keep else None
-        ctx.counts, ctx.inner, ctx.dtype = counts.tolist(), inner, dtype
-        y = infer_layer(x, source, weight, ctx.counts, Stacked(up, up_bias, down, down_bias, inner), dtype, kept=kept)
+        ctx.counts, ctx.activation, ctx.dtype = counts.tolist(), activation, dtype
+        y = infer_layer(
+            x, source, weight, ctx.counts, Stacked(up, up_bias, down, down_bias, activation), dtype, kept=kept
+        )
         ctx.save_for_backward(x, weight, up, up_bias, down, down_bias, source, counts, *kept or ())
         return y
 
@@ -135,7 +137,7 @@ def _gradients(ctx: Any, gradient: Float[Tensor, "T O"]) -> list[Tensor | None]:
         rows, dy = x.index_select(0, token).to(dtype), gradient.index_select(0, token)
         before = (kept[number] if kept else multiply_rows(rows, up, up_bias, block)).detach()
         with torch.set_grad_enabled(through_inner):
-            hidden = ctx.inner(before.requires_grad_(through_inner))
+            hidden = ctx.activation(before.requires_grad_(through_inner))
         _weight_gradient(dy * scale, hidden.detach(), ddown, ddown_bias, block)
         if not (through_inner or for_weight):
             continue
@@ -160,7 +162,7 @@ def _weight_gradient(
     bias: Place | None,
     block: Block,
 ) -> None:
-    """Write the gradients of a map's weight and bias, where they are wanted."""
+    """Write the gradients of a projection's weight and bias, where they are wanted."""
     if weight is not None:
         multiply_rows_tn(gradient, rows, weight.into, block, add=weight.adds)
     if bias is not None:
@@ -177,7 +179,7 @@ def _differentiable_gradients(ctx: Any, gradient: Float[Tensor, "T O"]) -> list[
     *inputs, source, counts = ctx.saved_tensors[:8]
     learned: Any = [None if i is None else i.view_as(i) for i in inputs]  # apart: weights may be computed from x
     x, weight, up, up_bias, down, down_bias = learned
-    y = define_layer(x, source, weight, counts, Stacked(up, up_bias, down, down_bias, ctx.inner), ctx.dtype)
+    y = define_layer(x, source, weight, counts, Stacked(up, up_bias, down, down_bias, ctx.activation), ctx.dtype)
     needed = ctx.needs_input_grad[:6]
     wanted = [i for i, need in zip(learned, needed, strict=True) if need]
     found = iter(torch.autograd.grad(y, wanted, gradient, create_graph=True))

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from moeify.kernels.cpu import cpp
-from moeify.kernels.cpu.cpp.products import Run, max_rows, multiply_few, multiply_few_tn
+from moeify.kernels.cpu.cpp.products import Run, max_rows, multiply_runs, multiply_runs_tn
 from moeify.kernels.cpu.onednn import linear, multiply, takes_onednn
 
 Matrices = Tensor | Sequence[Tensor]  # (E, O, D), or E packed ones
@@ -67,21 +67,21 @@ def multiply_rows(
         block: who reads which rows.
     """
     layout = "nt" if isinstance(weight, Tensor) and weight.stride(2) == 1 else "nn"
-    if isinstance(weight, Tensor) and _are_few(rows, weight, block, layout):
-        out = multiply_few(rows, weight, block)
+    if isinstance(weight, Tensor) and _fit_cpp(rows, weight, block, layout):
+        out = multiply_runs(rows, weight, block)
     elif rows.is_cpu and isinstance(weight, Tensor) and group_obstacle(rows, weight, len(rows) // len(block)) is None:
         out = _in_one_call(rows, weight, block)
     else:
         out = rows.new_empty(len(rows), weight[0].shape[0])
-        for expert, part, answer in _by_expert(block, rows, out):
+        for expert, part, output in _by_expert(block, rows, out):
             matrix = weight[expert]
             if matrix.is_mkldnn:
-                answer.copy_(linear(part, matrix))
+                output.copy_(linear(part, matrix))
             else:
-                multiply(part, matrix.to(rows.dtype).t(), answer)
+                multiply(part, matrix.to(rows.dtype).t(), output)
     if bias is not None:
-        for expert, answer in _by_expert(block, out):
-            answer.add_(bias[expert])
+        for expert, output in _by_expert(block, out):
+            output.add_(bias[expert])
     return out
 
 
@@ -102,8 +102,8 @@ def multiply_rows_tn(
         block: who reads which rows.
         add: to what the matrices hold.
     """
-    if _are_few(left, into, block, "tn") and right.stride(-1) == 1:
-        multiply_few_tn(left, right, into, block, add=add)
+    if _fit_cpp(left, into, block, "tn") and right.stride(-1) == 1:
+        multiply_runs_tn(left, right, into, block, add=add)
         return
     for expert, a, b in _by_expert(block, left, right):
         if into.dtype != left.dtype or add:
@@ -113,8 +113,8 @@ def multiply_rows_tn(
             multiply(a.t(), b, into[expert])
 
 
-def _are_few(rows: Float[Tensor, "B D"], weight: Float[Tensor, "E O D"], block: Block, layout: str) -> bool:
-    """Whether the C++ kernel is there, and best at so few rows."""
+def _fit_cpp(rows: Float[Tensor, "B D"], weight: Float[Tensor, "E O D"], block: Block, layout: str) -> bool:
+    """Whether the C++ kernel is there, and is the fastest for so many rows."""
     return (
         weight.is_cpu
         and weight.numel() >= WORTH_COMPILING

@@ -1,10 +1,10 @@
-"""The gradient inside an expert: back through the last map and the nonlinearity, in one kernel.
+"""The gradient inside an expert: back through the down projection and the activation, in one kernel.
 
 With y = W2 · A + b2 for a row and w its weight, the output has the gradient dy, and
 
     dA' = W2ᵀ · dy                          what the row's hidden units would get if it had weight 1
-    dP  = w · dA' · inner'(P)               P is what went into the nonlinearity, A = inner(P) is computed anew
-    dw  = <dy, y> = <dA', A> + <dy, b2>     so the experts' answers y are never kept (SonicMoE, arXiv 2512.14080)
+    dP  = w · dA' · activation'(P)               P is what went into the activation, A = activation(P) is computed anew
+    dw  = <dy, y> = <dA', A> + <dy, b2>     so the expert outputs y are never kept (SonicMoE, arXiv 2512.14080)
 
 Every program adds up <dA', A> over its own columns; `weights` adds up the programs, in a fixed order.
 """
@@ -18,10 +18,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from moeify.kernels.naive import naive_grouped_linear
-from moeify.kernels.stacked import Inner
+from moeify.kernels.stacked import Activation
+from moeify.kernels.triton.activation import KernelActivation, activate, gated
 from moeify.kernels.triton.config import Config
 from moeify.kernels.triton.launch import arithmetic, launch, power_of_2
-from moeify.kernels.triton.nonlinearity import Nonlinearity, activate, gated
 from moeify.kernels.triton.product import halves, multiply, place
 
 
@@ -33,7 +33,7 @@ def activation_backward(
     before: Float[Tensor, "R M"],
     table: Int[Tensor, "3 tiles"],
     size: Config,
-    inner: Nonlinearity,
+    activation: KernelActivation,
 ) -> tuple[Float[Tensor, "R M"], Float[Tensor, "R H"], Float[Tensor, "R blocks"]]:
     """The gradient of `before`, w · A for the gradient of `down`, and the parts of <dA', A> in fp32."""
     rows, width = len(source), down.shape[2]
@@ -46,8 +46,8 @@ def activation_backward(
         _activation_backward,
         table.shape[1] * blocks,
         *(dy, source, weight, down, before, gradient, weighted, parts, table, table.shape[1], width, dy.shape[1]),
-        *(down.stride(0), down.stride(2), down.stride(1), inner.alpha, inner.limit),
-        ACT=inner.act, GATED=inner.gated, EVEN=dy.shape[1] % size.k == 0,
+        *(down.stride(0), down.stride(2), down.stride(1), activation.alpha, activation.limit),
+        ACT=activation.act, GATED=activation.gated, EVEN=dy.shape[1] % size.k == 0,
         BM=size.m, BN=size.n, BK=size.k, GROUP=8,
         **arithmetic(dy.dtype), num_warps=size.warps, num_stages=size.stages,
     )  # fmt: skip
@@ -81,12 +81,12 @@ def naive_activation_backward(
     bias: Float[Tensor, "E O"] | None,
     before: Float[Tensor, "R M"],
     counts: Int[Tensor, "E"],
-    inner: Inner,
+    activation: Activation,
 ) -> tuple[Float[Tensor, "R M"], Float[Tensor, "R H"], Float[Tensor, "R"]]:
     """The definition: the gradient of `before`, w · A, and the gradient of the weights, by autograd."""
     with torch.enable_grad():
         before, weight = before.detach().requires_grad_(), weight.detach().requires_grad_()
-        a = inner(before)
+        a = activation(before)
         y = weight.unsqueeze(1) * naive_grouped_linear(a, down, counts, bias)
         gradient, by_weight = torch.autograd.grad(y, (before, weight), dy[source])
     return gradient, (weight.unsqueeze(1) * a).detach(), by_weight

@@ -17,10 +17,10 @@ import torch
 import triton
 
 from moeify import env
+from moeify.kernels.triton.activation import KernelActivation
 from moeify.kernels.triton.activation_backward import activation_backward
 from moeify.kernels.triton.config import Config, Kernel, table
 from moeify.kernels.triton.launch import INTERPRETED, power_of_2
-from moeify.kernels.triton.nonlinearity import Nonlinearity
 from moeify.kernels.triton.product import product
 from moeify.kernels.triton.product_tn import product_tn
 from moeify.kernels.triton.tiles import tile_table
@@ -121,9 +121,9 @@ def trial(
         left = floats(total, m)
         like = floats(num_experts, m, d)
         return lambda: product_tn(left, None, x, source, counts, like, size)
-    inner = Nonlinearity("silu", m == 2 * h)
+    activation = KernelActivation("silu", m == 2 * h)
     weight, down, before = torch.rand(total, device=device), floats(num_experts, o, h), floats(total, m)
-    return lambda: activation_backward(dy, source, weight, down, before, tiles, size, inner)
+    return lambda: activation_backward(dy, source, weight, down, before, tiles, size, activation)
 
 
 def milliseconds(call: Callable[[], object], rounds: int = 9) -> float:

@@ -41,8 +41,8 @@ def naive_combine(
 ) -> Float[Tensor, "T O"]:
     """The definition of `combine`."""
     weighted = rows.float() if weight is None else rows.float() * weight.float().unsqueeze(1)
-    visits = [part[part >= 0] for part in order.tensor_split(begin[1:-1].cpu())]
-    return torch.stack([weighted[part].sum(0) for part in visits]).to(rows.dtype)
+    pairs = [part[part >= 0] for part in order.tensor_split(begin[1:-1].cpu())]
+    return torch.stack([weighted[part].sum(0) for part in pairs]).to(rows.dtype)
 
 
 @triton.jit
@@ -53,8 +53,8 @@ def _combine(rows, weight, order, begin, out, N, blocks, BLOCK: tl.constexpr, RO
     end = tl.load(begin + token + 1)
     acc = tl.zeros((BLOCK,), tl.float32)
     for first in range(tl.load(begin + token), end, ROWS):
-        visit = first + tl.arange(0, ROWS)
-        row = tl.load(order + visit, mask=visit < end, other=-1)
+        pair = first + tl.arange(0, ROWS)
+        row = tl.load(order + pair, mask=pair < end, other=-1)
         there = row >= 0
         y = tl.load(rows + row[:, None] * N + column[None, :], mask=there[:, None] & inside[None, :], other=0.0)
         if weight is None:

@@ -1,9 +1,9 @@
-"""Decoding: a few tokens, where all that takes time is reading the weights of their experts, once and in place.
+"""Decode a few tokens, where all that takes time is reading the weights of their experts, once and in place.
 
-Every visit of a token to an expert is a vector times two matrices. One kernel makes A = inner(W1 x + b1), a program for
-every few hidden units of every visit; the second adds up Σ w (W2 A + b2), a program for every few outputs of every
-token. There are more programs than a GPU runs at once, so sums need no splitting. Neither rows nor weights are sorted,
-copied or padded, and weights may be whole numbers of 8 or 4 bits (`moeify.experts.quantized`).
+Every (token, expert) pair is a vector times two matrices. One kernel makes A = activation(W1 x + b1), a program for
+every few hidden units of every pair; the second adds up Σ w (W2 A + b2), a program for every few outputs of each token.
+There are more programs than a GPU runs at once, so sums need no splitting. Neither rows nor weights are sorted, copied
+or padded, and weights may be whole numbers of 8 or 4 bits (`moeify.experts.quantized`).
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ import triton.language as tl
 from jaxtyping import Float, Int
 from torch import Tensor, library
 
-from moeify.kernels.stacked import Inner
+from moeify.kernels.stacked import Activation
+from moeify.kernels.triton.activation import activate, gated, kernel_activation
 from moeify.kernels.triton.launch import INTERPRETED, in_order, launch
-from moeify.kernels.triton.nonlinearity import activate, gated, nonlinearity
 
 PROGRAMS = 512
 """Programs that keep a GPU busy: four for each of about 128 multiprocessors."""
@@ -28,7 +28,7 @@ NUMBERS = 1024 if INTERPRETED else 4096
 
 @dataclass(frozen=True)
 class Matrices:
-    """A map of all experts, as it is stored.
+    """A projection of all experts, as it is stored.
 
     Attributes:
         weight: numbers (E, O, D) in any order, int8 of that shape, or two bytes for four numbers (E, O, bytes).
@@ -48,20 +48,20 @@ def decode(
     up: Matrices,
     down: Matrices,
     hidden: int,
-    inner: Inner,
+    activation: Activation,
 ) -> Float[Tensor, "T O"]:
     """`Σ gates · experts(x)` for few tokens and without a gradient.
 
     Args:
         x: tokens, in the dtype that is computed in.
-        index: the experts of every token.
+        index: the experts of each token.
         gates: their weights.
-        up: the first map.
-        down: the last map.
+        up: the up projection.
+        down: the down projection.
         hidden: H.
-        inner: the nonlinearity.
+        activation: between the projections.
     """
-    n = nonlinearity(inner)
+    n = kernel_activation(activation)
     maps = (up.weight, *in_order(up.bias, up.scales), down.weight, *in_order(down.bias, down.scales))
     call = (*in_order(x, index, gates), *maps, hidden, n.act, n.gated, n.alpha, n.limit)
     return torch.ops.moeify.decode(*call)
@@ -79,14 +79,14 @@ def _decode(
     a, y = x.new_empty(tokens * k, hidden), x.new_empty(tokens, width_out)
     units = _units(tokens * k * hidden)
     launch(
-        _visit,
+        _hidden_units,
         tokens * k * triton.cdiv(hidden, units),
         *(x, index, up, up_bias, up_scales, a, tokens * k, k, hidden, width, *up.stride(), alpha, limit),
         ACT=act, GATED=gated, **_stored(up, up_scales, units),
     )  # fmt: skip
     units = _units(tokens * width_out)
     launch(
-        _answer,
+        _outputs,
         tokens * triton.cdiv(width_out, units),
         *(a, index, gates, down, down_bias, down_scales, y, tokens, k, width_out, hidden, *down.stride()),
         **_stored(down, down_scales, units),
@@ -112,7 +112,7 @@ def _units(outputs: int) -> int:
 
 
 def _stored(weight: Tensor, scales: Tensor | None, units: int) -> dict[str, int]:
-    """How a map is stored: bits, numbers of a row that share a scale, and scales of a row; and the sizes of tiles."""
+    """How a projection is stored: bits, numbers of a row that share a scale, scales of a row, and tile sizes."""
     bits = {torch.int8: 8, torch.int16: 4}.get(weight.dtype, 0)
     groups = scales.shape[2] if bits == 4 and scales is not None else 1
     group = 4 * weight.shape[2] // groups if bits == 4 else 1
@@ -120,7 +120,7 @@ def _stored(weight: Tensor, scales: Tensor | None, units: int) -> dict[str, int]
 
 
 @triton.jit
-def _visit(
+def _hidden_units(
     x, index, weight, bias, scales, a, R, k, H, D, stride_e, stride_m, stride_d, alpha, limit,
     ACT: tl.constexpr, GATED: tl.constexpr,
     BITS: tl.constexpr, GROUP: tl.constexpr, GROUPS: tl.constexpr, UNITS: tl.constexpr, STEP: tl.constexpr,
@@ -166,7 +166,7 @@ def _visit(
 
 
 @triton.jit
-def _answer(
+def _outputs(
     a, index, gates, weight, bias, scales, y, T, k, N, H, stride_e, stride_o, stride_h,
     BITS: tl.constexpr, GROUP: tl.constexpr, GROUPS: tl.constexpr, UNITS: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
@@ -176,13 +176,13 @@ def _answer(
     total = tl.zeros((UNITS,), tl.float32)
     for row in range(token * k, token * k + k):
         expert = tl.load(index + row).to(tl.int64)
-        answer = _times(
+        output = _times(
             weight + expert * stride_e, scales, expert * N + unit, unit, there, a + row * H, H, stride_o, stride_h,
             BITS, GROUP, GROUPS, UNITS, STEP,
         )  # fmt: skip
         if bias is not None:
-            answer += tl.load(bias + expert * N + unit, mask=there, other=0.0).to(tl.float32)
-        total += tl.load(gates + row).to(tl.float32) * answer.to(y.dtype.element_ty).to(tl.float32)
+            output += tl.load(bias + expert * N + unit, mask=there, other=0.0).to(tl.float32)
+        total += tl.load(gates + row).to(tl.float32) * output.to(y.dtype.element_ty).to(tl.float32)
     tl.store(y + token * N + unit, total.to(y.dtype.element_ty), mask=there)
 
 

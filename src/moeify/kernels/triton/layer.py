@@ -1,7 +1,7 @@
 """Sparse feed-forward layers: two grouped products and a sum forwards, four and a sum backwards.
 
-    forward     P = W1 x + b1        one kernel: the gather before, the nonlinearity behind
-                A = inner(P)
+    forward     P = W1 x + b1        one kernel: the gather before, the activation behind
+                A = activation(P)
                 Y = W2 A + b2
                 y = Σ w Y            over the rows of each token
 
@@ -21,11 +21,11 @@ from jaxtyping import Float, Int
 from torch import Tensor, library
 
 from moeify.kernels.stacked import Stacked
+from moeify.kernels.triton.activation import KernelActivation, kernel_activation
 from moeify.kernels.triton.activation_backward import activation_backward, weights
 from moeify.kernels.triton.autotune import config
 from moeify.kernels.triton.combine import combine
 from moeify.kernels.triton.launch import in_order
-from moeify.kernels.triton.nonlinearity import Nonlinearity, nonlinearity
 from moeify.kernels.triton.product import product
 from moeify.kernels.triton.product_tn import column_sums, product_tn
 from moeify.kernels.triton.tiles import tile_table
@@ -46,7 +46,7 @@ def sparse_ffn(
 
     Args:
         x: tokens.
-        experts: weights and nonlinearity.
+        experts: weights and activation.
         source: the token that each row reads; rows are sorted by expert.
         weight: of every row.
         counts: rows of each expert.
@@ -58,14 +58,14 @@ def sparse_ffn(
     """
     device = x.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else experts.up.dtype
-    inner = nonlinearity(experts.inner)
+    activation = kernel_activation(experts.activation)
     up, up_bias, down, down_bias = (
         None if map is None else map.to(dtype) for map in (experts.up, experts.up_bias, experts.down, experts.down_bias)
     )
     differentiable = (x, weight, up, up_bias, down, down_bias)
     keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in differentiable)
     up_bias, down_bias, *decision = in_order(up_bias, down_bias, weight, source, counts, order, begin)
-    kind = inner.act, inner.gated, inner.alpha, inner.limit
+    kind = activation.act, activation.gated, activation.alpha, activation.limit
     tokens = x.to(dtype).contiguous()
     y, _ = torch.ops.moeify.sparse_ffn(tokens, up, up_bias, down, down_bias, *decision, *kind, keep)
     return y
@@ -77,10 +77,10 @@ def _forward(
     source: Tensor, counts: Tensor, order: Tensor, begin: Tensor,
     act: str, gated: bool, alpha: float, limit: float, keep: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    inner, rows = Nonlinearity(act, gated, alpha, limit), len(source)
+    activation, rows = KernelActivation(act, gated, alpha, limit), len(source)
     size = config("product", x, rows // len(counts), *up.shape[1:], *down.shape[1:])
     table = tile_table(counts, rows, size.m)
-    a, before = product(x, source, up, up_bias, table, rows, size, inner, keep=keep)
+    a, before = product(x, source, up, up_bias, table, rows, size, activation, keep=keep)
     y, _ = product(a, None, down, down_bias, table, rows, size)
     return combine(y, weight, order, begin), x.new_empty(0, up.shape[1]) if before is None else before
 
@@ -98,13 +98,13 @@ def _backward(
     act: str, gated: bool, alpha: float, limit: float, wanted: list[bool],
 ) -> list[Tensor]:  # fmt: skip
     """The gradients of x, up, its bias, down, its bias and the weights; those that nobody wants are empty."""
-    dy, inner, rows = dy.contiguous(), Nonlinearity(act, gated, alpha, limit), len(source)
+    dy, activation, rows = dy.contiguous(), KernelActivation(act, gated, alpha, limit), len(source)
     for_x, for_up, for_up_bias, for_down, for_down_bias, for_weight = wanted
     widths = *up.shape[1:], *down.shape[1:]
     dx = d_up = d_up_bias = d_down = d_down_bias = d_weight = None
     size = config("activation_backward", x, rows // len(counts), *widths)
     table = tile_table(counts, rows, size.m)
-    gradient, weighted, parts = activation_backward(dy, source, weight, down, before, table, size, inner)
+    gradient, weighted, parts = activation_backward(dy, source, weight, down, before, table, size, activation)
     if for_weight:
         d_weight = weights(parts, dy, source, down_bias, table, size.m).to(weight.dtype)
     of_sums = config("product_tn", x, rows // len(counts), *widths)
@@ -146,12 +146,12 @@ def _keep(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(output[1])
     ctx.save_for_backward(x, output[1], up, down, down_bias, weight, *decision)
-    ctx.inner = act, gated, alpha, limit
+    ctx.activation = act, gated, alpha, limit
 
 
 def _gradients(ctx: Any, dy: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
     wanted = list(ctx.needs_input_grad[:6])
-    found = torch.ops.moeify.sparse_ffn_backward(dy, *ctx.saved_tensors, *ctx.inner, wanted)
+    found = torch.ops.moeify.sparse_ffn_backward(dy, *ctx.saved_tensors, *ctx.activation, wanted)
     return *(g if want else None for g, want in zip(found, wanted, strict=True)), *[None] * 9
 
 

@@ -1,4 +1,4 @@
-"""Rows times the weight of their expert: the gather before it and the nonlinearity behind it cost no memory traffic."""
+"""Rows times the weight of their expert: the gather before it and the activation behind it cost no memory traffic."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from moeify.kernels.naive import naive_grouped_linear
-from moeify.kernels.stacked import Inner
+from moeify.kernels.stacked import Activation
+from moeify.kernels.triton.activation import KernelActivation, activate, gated
 from moeify.kernels.triton.config import Config
 from moeify.kernels.triton.launch import arithmetic, launch
-from moeify.kernels.triton.nonlinearity import Nonlinearity, activate, gated
 
 
 def product(
@@ -22,11 +22,11 @@ def product(
     table: Int[Tensor, "3 tiles"],
     rows: int,
     size: Config,
-    inner: Nonlinearity | None = None,
+    activation: KernelActivation | None = None,
     *,
     keep: bool = False,
 ) -> tuple[Float[Tensor, "R O"], Float[Tensor, "R M"] | None]:
-    """`inner(weight[e] · x[source[r]] + bias[e])` for every row r of expert e, and the same before `inner`.
+    """`activation(weight[e] · x[source[r]] + bias[e])` for every row r of expert e, and the same before `activation`.
 
     Args:
         x: tokens, or rows.
@@ -36,12 +36,12 @@ def product(
         table: of tiles of `size.m` rows.
         rows: R.
         size: tile sizes.
-        inner: the nonlinearity, if any.
-        keep: also return what went into `inner`.
+        activation: the activation, if any.
+        keep: also return what went into `activation`.
     """
     columns, depth = weight.shape[1:]
     size = size.within(n=columns, k=depth)
-    width = columns // 2 if inner is not None and inner.gated else columns
+    width = columns // 2 if activation is not None and activation.gated else columns
     out = x.new_empty(rows, width)
     before = x.new_empty(rows, columns) if keep else None
     blocks = triton.cdiv(columns, size.n)
@@ -49,9 +49,9 @@ def product(
         _product,
         table.shape[1] * blocks,
         *(x, source, weight, bias, before, out, table, table.shape[1], columns, depth, *weight.stride()),
-        *(0.0, 0.0) if inner is None else (inner.alpha, inner.limit),
-        ACT="none" if inner is None else inner.act,
-        GATED=inner is not None and inner.gated,
+        *(0.0, 0.0) if activation is None else (activation.alpha, activation.limit),
+        ACT="none" if activation is None else activation.act,
+        GATED=activation is not None and activation.gated,
         EVEN=depth % size.k == 0,
         BM=size.m, BN=size.n, BK=size.k, GROUP=8,
         **arithmetic(x.dtype), num_warps=size.warps, num_stages=size.stages,
@@ -65,11 +65,11 @@ def naive_product(
     weight: Float[Tensor, "E M D"],
     bias: Float[Tensor, "E M"] | None,
     counts: Int[Tensor, "E"],
-    inner: Inner | None = None,
+    activation: Activation | None = None,
 ) -> tuple[Float[Tensor, "R O"], Float[Tensor, "R M"]]:
     """The definition of `product`."""
     before = naive_grouped_linear(x if source is None else x[source], weight, counts, bias)
-    return before if inner is None else inner(before), before
+    return before if activation is None else activation(before), before
 
 
 @triton.jit
@@ -108,7 +108,7 @@ def _finish(
     acc, block, before, out, row, there, N, alpha, limit,
     ACT: tl.constexpr, GATED: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """Store a block of columns, and what the nonlinearity makes of it; the derivative is taken at what is stored."""
+    """Store a block of columns, and what the activation makes of it; the derivative is taken at what is stored."""
     y = acc.to(out.dtype.element_ty)
     column = block * BN + tl.arange(0, BN)
     mask = there[:, None] & (column < N)[None, :]

@@ -1,9 +1,9 @@
-// The nonlinearities, on vectors.
+// Activations of feed-forward experts, on vectors.
 #pragma once
 #include "vectors.h"
 
 enum Activation { SILU, GELU, GELU_TANH, RELU, RELU2 };
-enum Inner { PLAIN, GLU, CLAMPED };
+enum Gating { PLAIN, GLU, CLAMPED };
 
 INLINE Floats select(Ints mask, Floats yes, Floats no) {
     return cast<Floats>((mask & cast<Ints>(yes)) | (~mask & cast<Ints>(no)));
@@ -47,10 +47,10 @@ INLINE Floats activate(Activation act, Floats x) {
     return x;
 }
 
-// What lies between the two maps; `up` is not read by PLAIN, `alpha` and `limit` only by CLAMPED.
-INLINE Floats between(Inner inner, Activation act, float alpha, float limit, Floats gate, Floats up) {
-    if (inner == PLAIN) return activate(act, gate);
-    if (inner == GLU) return activate(act, gate) * up;
+// The activation between the up and the down projection; `up` is not read by PLAIN, `alpha` and `limit` only by CLAMPED.
+INLINE Floats between(Gating gating, Activation act, float alpha, float limit, Floats gate, Floats up) {
+    if (gating == PLAIN) return activate(act, gate);
+    if (gating == GLU) return activate(act, gate) * up;
     gate = at_most(gate, limit);
     up = at_least(at_most(up, limit), -limit);
     return (up + 1.f) * gate * sigmoid(alpha * gate);

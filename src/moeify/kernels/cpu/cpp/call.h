@@ -1,6 +1,6 @@
 // What a whole sparse layer is told.
 #pragma once
-#include "maps.h"
+#include "projections.h"
 
 struct Call {
     const void* x;
@@ -10,7 +10,7 @@ struct Call {
     const int64_t* counts;  // the rows of every expert
     int64_t experts, width, hidden, width_out;
     Stack up, down;
-    int32_t inner, activation;
+    int32_t gating, activation;
     float alpha, limit;
     float* y;  // (tokens, width_out), added to
     int32_t threads;

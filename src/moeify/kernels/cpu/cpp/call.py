@@ -1,4 +1,4 @@
-"""The kernel as an operator of torch."""
+"""The C++ kernel of a whole sparse layer as an operator of torch."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from moeify.kernels.stacked import KNOWN
 
 FORMATS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2, torch.uint8: 3}
 """How weights are stored, by dtype; uint8 holds two weights of 4 bits."""
-INNER = ["plain", "glu", "clamped"]
+GATING = ["plain", "glu", "clamped"]
 _ACTIVATIONS = list(KNOWN)
 
 
@@ -23,7 +23,7 @@ class _Stack(ctypes.Structure):
     _fields_ = (
         ("data", c_void_p), ("scales", c_void_p), ("bias", c_void_p),
         ("expert_stride", c_int64), ("row_stride", c_int64), ("bias_stride", c_int64),
-        ("format", c_int32), ("group", c_int32),
+        ("format", c_int32), ("group_size", c_int32),
     )  # fmt: skip
 
 
@@ -33,7 +33,7 @@ class _Call(ctypes.Structure):
         ("source", c_void_p), ("weight", c_void_p), ("counts", c_void_p),
         ("experts", c_int64), ("width", c_int64), ("hidden", c_int64), ("width_out", c_int64),
         ("up", _Stack), ("down", _Stack),
-        ("inner", c_int32), ("activation", c_int32), ("alpha", c_float), ("limit", c_float),
+        ("gating", c_int32), ("activation", c_int32), ("alpha", c_float), ("limit", c_float),
         ("y", c_void_p), ("threads", c_int32),
     )  # fmt: skip
 
@@ -41,7 +41,7 @@ class _Call(ctypes.Structure):
 _OPERATORS = operators.Library("moeify", "FRAGMENT")
 _OPERATORS.define(
     "cpp_layer(Tensor x, Tensor source, Tensor weight, Tensor counts, Tensor? rest, Tensor up, Tensor? up_bias, "
-    "Tensor? up_scales, Tensor down, Tensor? down_bias, Tensor? down_scales, int hidden, int group, str inner, "
+    "Tensor? up_scales, Tensor down, Tensor? down_bias, Tensor? down_scales, int hidden, int group_size, str gating, "
     "str activation, float alpha, float limit) -> Tensor"
 )
 
@@ -59,16 +59,16 @@ def cpp_layer(
     down_bias: Float[Tensor, "E O"] | None,
     down_scales: Float[Tensor, "E O *groups"] | None,
     hidden: int,
-    group: int,
-    inner: str,
+    group_size: int,
+    gating: str,
     activation: str,
     alpha: float,
     limit: float,
 ) -> Float[Tensor, "T O"]:
-    """Every token's weighted sum of its experts' answers, and the rest.
+    """Every token's weighted sum of its experts' outputs, and its default output.
 
     Args:
-        x: tokens, in fp32 or bf16; the answer has their dtype.
+        x: tokens, in fp32 or bf16; the output has their dtype.
         source: the token of every row.
         weight: the weight of every row.
         counts: the rows of every expert.
@@ -80,8 +80,8 @@ def cpp_layer(
         down_bias: its bias.
         down_scales: its scales.
         hidden: H.
-        group: the weights of a row that share a scale, where they are of 4 bits.
-        inner: "plain", "glu" or "clamped".
+        group_size: the weights of a row that share a scale, where they are of 4 bits.
+        gating: "plain", "glu" or "clamped".
         activation: a name of `moeify.kernels.stacked.KNOWN`.
         alpha: of "clamped".
         limit: of "clamped".
@@ -98,8 +98,8 @@ def cpp_layer(
     call = _Call(
         x.data_ptr(), x.stride(0), tokens, len(source), source.data_ptr(), weight.data_ptr(), counts.data_ptr(),
         len(counts), width, hidden, down.shape[1],
-        _stack(up, up_bias, up_scales, group), _stack(down, down_bias, down_scales, group),
-        INNER.index(inner), _ACTIVATIONS.index(activation), alpha, limit, y.data_ptr(), torch.get_num_threads(),
+        _stack(up, up_bias, up_scales, group_size), _stack(down, down_bias, down_scales, group_size),
+        GATING.index(gating), _ACTIVATIONS.index(activation), alpha, limit, y.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
     if library().moeify_layer(ctypes.byref(call), x.dtype == torch.bfloat16):
         raise ValueError(
@@ -108,7 +108,7 @@ def cpp_layer(
     return y.to(x.dtype)
 
 
-def _stack(weight: Tensor, bias: Tensor | None, scales: Tensor | None, group: int) -> _Stack:
+def _stack(weight: Tensor, bias: Tensor | None, scales: Tensor | None, group_size: int) -> _Stack:
     return _Stack(
         weight.data_ptr(),
         None if scales is None else scales.data_ptr(),
@@ -117,7 +117,7 @@ def _stack(weight: Tensor, bias: Tensor | None, scales: Tensor | None, group: in
         weight.stride(1),
         0 if bias is None else bias.stride(0),
         FORMATS[weight.dtype],
-        group,
+        group_size,
     )
 
 

@@ -1,10 +1,10 @@
-// Dot products of C neighbouring weight rows with M activations, all of length K: the inner loop of everything.
+// Dot products of C neighbouring weight rows with M activations, all of length K: the gating loop of everything.
 #pragma once
 #include "vectors.h"
 
 constexpr int LINE = 64;    // bytes that memory gives at once
 constexpr int LEAD = 8192;  // bytes of weights that are fetched into the second cache before they are needed, at least
-constexpr int FEW_NEAR = 2;  // activations that leave room in the nearest cache for the weights that come next
+constexpr int MAX_ROWS_NEAR = 2;  // activations that leave room in the nearest cache for the weights that come next
 constexpr int COLUMNS = 4;  // weight rows that share the loads of the activations
 #if defined(__AVX512F__)
 constexpr int ROWS = 6;  // activations that share the loads of the weights: 4 x 6 sums and 4 + 1 operands in 32 registers
@@ -75,7 +75,7 @@ INLINE void dots(const Weight* w, int64_t w_stride, const Weight* next, const X*
         for (int c = 0; c < C; c++) {
             weights[c] = P::weights(w + c * w_stride + i);
             if (c * P::step * sizeof(Weight) % LINE == 0)
-                __builtin_prefetch(next + i * C + c * P::step, 0, M <= FEW_NEAR ? 3 : 2);
+                __builtin_prefetch(next + i * C + c * P::step, 0, M <= MAX_ROWS_NEAR ? 3 : 2);
         }
 #pragma GCC unroll 8
         for (int m = 0; m < M; m++) {
@@ -119,7 +119,7 @@ void some_dots(int m, const Weight* w, int64_t w_stride, const Weight* next, con
 template <class Weight, class X>
 void product(const Weight* w, int64_t w_stride, int columns, const Weight* next, const X* const* x, int rows, int64_t k,
              float* out, int64_t out_stride) {
-    const int lead = rows <= FEW_NEAR ? COLUMNS : int((LEAD / (k * sizeof(Weight)) / COLUMNS + 1) * COLUMNS);
+    const int lead = rows <= MAX_ROWS_NEAR ? COLUMNS : int((LEAD / (k * sizeof(Weight)) / COLUMNS + 1) * COLUMNS);
     const int groups = (rows + ROWS - 1) / ROWS, most = (rows + groups - 1) / groups;
     for (int n = 0; n < columns;) {
         const int width = columns - n >= COLUMNS ? COLUMNS : 1, then = n + lead;

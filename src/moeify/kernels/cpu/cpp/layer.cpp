@@ -1,9 +1,9 @@
-// A whole sparse layer in one call: gather, first map, nonlinearity, last map, weighted sum.
+// A whole sparse layer in one call: gather, first projection, nonlinearity, last projection, weighted sum.
 //
-// Rows are read through pointers, so nothing is gathered. A thread owns output columns, so answers are added up without
+// Rows are read through pointers, so nothing is gathered. A thread owns output columns, so outputs are added up without
 // atomics, always in the order of the rows.
 #include "activations.h"
-#include "bytes.h"
+#include "int8.h"
 #include "call.h"
 
 #include <algorithm>
@@ -32,27 +32,27 @@ std::vector<Chunk> chunks_of(const Call& call, int64_t most) {
 }
 
 template <class X>
-struct Inputs {  // rows that a map reads, and the same rounded to bytes for experts that few rows visit
+struct Inputs {  // rows that a projection reads, and the same rounded to int8 for experts with few rows
     X* x;
     int64_t stride;
-    Rounded* bytes;
+    Rounded* rounded;
 
     void round(int64_t rows, int64_t k) const {  // by all threads together
 #pragma omp for schedule(static)
-        for (int64_t row = 0; row < rows; row++) bytes->round(row, x + row * stride, k);
+        for (int64_t row = 0; row < rows; row++) rounded->round(row, x + row * stride, k);
     }
 };
 
-template <class X, template <class> class Map>
+template <class X, template <class> class Projection>
 struct Layer {
     const Call& call;
-    const Map<X> up{call.up}, down{call.down};
-    const bool may_round = takes_bytes<X>(call.up) && takes_bytes<X>(call.down);
+    const Projection<X> up{call.up}, down{call.down};
+    const bool may_round = takes_int8<X>(call.up) && takes_int8<X>(call.down);
 
-    bool by_bytes(const Segment& s) const { return may_round && call.counts[s.expert] <= MOST_BYTES; }
+    bool by_int8(const Segment& s) const { return may_round && call.counts[s.expert] <= INT8_MAX_ROWS; }
 
-    bool any_by_bytes(const Chunk& chunk) const {
-        return std::any_of(chunk.begin(), chunk.end(), [&](const Segment& s) { return by_bytes(s); });
+    bool any_by_int8(const Chunk& chunk) const {
+        return std::any_of(chunk.begin(), chunk.end(), [&](const Segment& s) { return by_int8(s); });
     }
 
     void run() const {
@@ -63,36 +63,36 @@ struct Layer {
         static thread_local std::vector<X> kept;
         static thread_local Rounded tokens, units;
         if (int64_t(kept.size()) < rows * call.hidden) kept.resize(rows * call.hidden);
-        const bool rounds = std::any_of(chunks.begin(), chunks.end(), [&](const Chunk& c) { return any_by_bytes(c); });
-        if (rounds) tokens.make_room(call.tokens, call.width), units.make_room(rows, call.hidden);
+        const bool rounds = std::any_of(chunks.begin(), chunks.end(), [&](const Chunk& c) { return any_by_int8(c); });
+        if (rounds) tokens.resize(call.tokens, call.width), units.resize(rows, call.hidden);
         const Inputs<const X> x{(const X*)call.x, call.x_stride, &tokens};
         const Inputs<X> hidden{kept.data(), call.hidden, &units};
 #pragma omp parallel num_threads(call.threads) if (call.threads > 1)
         {
-            static thread_local std::vector<X> room;
-            const int64_t needed = std::max(2 * Map<X>::room(call.width), Map<X>::room(call.hidden));
-            if (int64_t(room.size()) < needed) room.resize(needed);
+            static thread_local std::vector<X> scratch;
+            const int64_t needed = std::max(2 * Projection<X>::scratch_size(call.width), Projection<X>::scratch_size(call.hidden));
+            if (int64_t(scratch.size()) < needed) scratch.resize(needed);
             if (rounds) x.round(call.tokens, call.width);
-            for (const Chunk& chunk : chunks) run(chunk, x, hidden, room.data());
+            for (const Chunk& chunk : chunks) run(chunk, x, hidden, scratch.data());
         }
     }
 
     // By all threads together; each loop ends when all threads have ended it.
-    void run(const Chunk& chunk, const Inputs<const X>& x, const Inputs<X>& hidden, X* room) const {
+    void run(const Chunk& chunk, const Inputs<const X>& x, const Inputs<X>& hidden, X* scratch) const {
         const int64_t segments = chunk.size();
         if (segments == 0) return;
         const int64_t first = chunk.front().first;
         int64_t most = 0, rows = 0;
-        for (const Segment& s : chunk) most = std::max(most, by_bytes(s) ? 1 : s.rows), rows += s.rows;
-        const int64_t size = most > FEW ? Map<X>::widest : BLOCK, blocks = (call.hidden + size - 1) / size;
+        for (const Segment& s : chunk) most = std::max(most, by_int8(s) ? 1 : s.rows), rows += s.rows;
+        const int64_t size = most > MAX_ROWS ? Projection<X>::widest : BLOCK, blocks = (call.hidden + size - 1) / size;
 #pragma omp for schedule(dynamic)
         for (int64_t unit = 0; unit < segments * blocks; unit++) {
             const Segment& s = chunk[unit / blocks];
             const int64_t column = unit % blocks * size;
             const int count = int(std::min(size, call.hidden - column));
-            map_up(s, column, count, x, hidden.x + (s.first - first) * call.hidden, room);
+            project_up(s, column, count, x, hidden.x + (s.first - first) * call.hidden, scratch);
         }
-        if (any_by_bytes(chunk)) hidden.round(rows, call.hidden);
+        if (any_by_int8(chunk)) hidden.round(rows, call.hidden);
         const int64_t shares = call.threads > 1 ? 4 * call.threads : 1, share = (call.width_out + shares - 1) / shares;
 #pragma omp for schedule(dynamic)
         for (int64_t begin = 0; begin < call.width_out; begin += share) {
@@ -100,32 +100,32 @@ struct Layer {
             for (const Segment& s : chunk)
                 for (int64_t column = begin; column < end; column += size) {
                     const Columns c = {column, 1, int(std::min(size, end - column))};
-                    map_down(s, c, hidden, s.first - first, room);
+                    project_down(s, c, hidden, s.first - first, scratch);
                 }
         }
     }
 
-    // hidden[row][column ...] = inner(up(x[source[row]]))
-    void map_up(const Segment& s, int64_t column, int count, const Inputs<const X>& x, X* hidden, X* room) const {
-        const Inner inner = Inner(call.inner);
-        const int step = inner == CLAMPED ? 2 : 1;
+    // hidden[row][column ...] = gating(up(x[source[row]]))
+    void project_up(const Segment& s, int64_t column, int count, const Inputs<const X>& x, X* hidden, X* scratch) const {
+        const Gating gating = Gating(call.gating);
+        const int step = gating == CLAMPED ? 2 : 1;
         const Columns gates = {step * column, step, count};
-        const Columns ups = {inner == CLAMPED ? 2 * column + 1 : call.hidden + column, step, count};
+        const Columns ups = {gating == CLAMPED ? 2 * column + 1 : call.hidden + column, step, count};
         const Place after = {s.expert, gates.first + step * count}, then = {s.expert, ups.first};
         alignas(64) float gate[PANEL * BLOCK], up_[PANEL * BLOCK];
         for (int64_t done = 0; done < s.rows; done += PANEL) {
             const int rows = int(std::min<int64_t>(PANEL, s.rows - done));
             const int64_t* tokens = call.source + s.first + done;
-            const bool bytes = by_bytes(s), is_new = done == 0;
-            multiply(up, {s.expert, gates, inner == PLAIN ? after : then, s.rows, is_new}, x, tokens, rows, bytes,
-                     call.width, gate, room);
-            if (inner != PLAIN)
-                multiply(up, {s.expert, ups, after, s.rows, is_new}, x, tokens, rows, bytes, call.width, up_,
-                         room + Map<X>::room(call.width));
+            const bool int8 = by_int8(s), is_new = done == 0;
+            multiply(up, {s.expert, gates, gating == PLAIN ? after : then, s.rows, is_new}, x, tokens, rows, int8,
+                     call.width, gate, scratch);
+            if (gating != PLAIN)
+                multiply(up, {s.expert, ups, after, s.rows, is_new}, x, tokens, rows, int8, call.width, up_,
+                         scratch + Projection<X>::scratch_size(call.width));
             for (int m = 0; m < rows; m++) {
                 X* to = hidden + (done + m) * call.hidden + column;
                 for (int n = 0; n < count; n += W) {
-                    const Floats value = between(inner, Activation(call.activation), call.alpha, call.limit,
+                    const Floats value = between(gating, Activation(call.activation), call.alpha, call.limit,
                                                  load(gate + m * BLOCK + n), load(up_ + m * BLOCK + n));
                     n + W <= count ? store(to + n, value) : store_first(to + n, value, count - n);
                 }
@@ -134,14 +134,14 @@ struct Layer {
     }
 
     // y[source[row]][columns] += weight[row] * down(hidden[row])
-    void map_down(const Segment& s, Columns c, const Inputs<X>& hidden, int64_t begin, X* room) const {
+    void project_down(const Segment& s, Columns c, const Inputs<X>& hidden, int64_t begin, X* scratch) const {
         alignas(64) float out[PANEL * BLOCK];
         for (int64_t done = 0; done < s.rows; done += PANEL) {
             const int rows = int(std::min<int64_t>(PANEL, s.rows - done));
             int64_t units[PANEL];
             for (int m = 0; m < rows; m++) units[m] = begin + done + m;
             multiply(down, {s.expert, c, {s.expert, c.first + c.count}, s.rows, done == 0}, hidden, units, rows,
-                     by_bytes(s), call.hidden, out, room);
+                     by_int8(s), call.hidden, out, scratch);
             for (int m = 0; m < rows; m++) {
                 const int64_t row = s.first + done + m;
                 float* y = call.y + call.source[row] * call.width_out + c.first;
@@ -150,20 +150,20 @@ struct Layer {
         }
     }
 
-    // out[m] = columns of the map of in[which[m]]
+    // out[m] = columns of the projection of in[which[m]]
     template <class In>
-    static void multiply(const Map<X>& map, const Block& b, const Inputs<In>& in, const int64_t* which, int rows,
-                         bool bytes, int64_t k, float* out, X* room) {
+    static void multiply(const Projection<X>& projection, const Block& b, const Inputs<In>& in, const int64_t* which, int rows,
+                         bool int8, int64_t k, float* out, X* scratch) {
         const X* x[PANEL];
         Token tokens[PANEL];
         for (int m = 0; m < rows; m++) x[m] = in.x + which[m] * in.stride;
-        for (int m = 0; bytes && m < rows; m++) tokens[m] = (*in.bytes)[which[m]];
-        if (bytes)
-            byte_products(map.s, b.expert, b.columns, tokens, rows, k, out, BLOCK);
+        for (int m = 0; int8 && m < rows; m++) tokens[m] = (*in.rounded)[which[m]];
+        if (int8)
+            int8_products(projection.s, b.expert, b.columns, tokens, rows, k, out, BLOCK);
         else
-            map.multiply(b, x, rows, k, out, room);
-        if (!map.s.bias) return;
-        const X* bias = (const X*)map.s.bias + b.expert * map.s.bias_stride + b.columns.first;
+            projection.multiply(b, x, rows, k, out, scratch);
+        if (!projection.s.bias) return;
+        const X* bias = (const X*)projection.s.bias + b.expert * projection.s.bias_stride + b.columns.first;
         for (int m = 0; m < rows; m++)
             for (int n = 0; n < b.columns.count; n++) out[m * BLOCK + n] += number(bias[n * b.columns.step]);
     }

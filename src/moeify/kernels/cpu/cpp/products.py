@@ -45,7 +45,7 @@ class _Products(ctypes.Structure):
     )  # fmt: skip
 
 
-def multiply_few(
+def multiply_runs(
     rows: Float[Tensor, "B D"], weight: Float[Tensor, "E O D"], runs: Sequence[Run]
 ) -> Float[Tensor, "B O"]:
     """Every row times the transposed matrix of its expert.
@@ -66,7 +66,7 @@ def multiply_few(
     return out
 
 
-def multiply_few_tn(
+def multiply_runs_tn(
     left: Float[Tensor, "B O"],
     right: Float[Tensor, "B D"],
     into: Float[Tensor, "E O D"],

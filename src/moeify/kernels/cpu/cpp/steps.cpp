@@ -6,7 +6,7 @@
 #include <limits>
 #include <vector>
 
-#include "bytes.h"
+#include "int8.h"
 
 namespace {
 
@@ -33,12 +33,12 @@ void round(const float* x, int64_t count, Bf16* out) {
 }
 
 // y = act(gate) · up, or act(gate)
-void between(Inner inner, int32_t activation, const float* gate, const float* up, int64_t count, float* y) {
+void between(Gating gating, int32_t activation, const float* gate, const float* up, int64_t count, float* y) {
     for (int64_t i = 0; i < count; i += W) {
         const bool whole = count - i >= W;
         const Floats g = whole ? load(gate + i) : load_first(gate + i, count - i);
-        const Floats u = inner == PLAIN ? g : whole ? load(up + i) : load_first(up + i, count - i);
-        const Floats value = between(inner, Activation(activation), 0, 0, g, u);
+        const Floats u = gating == PLAIN ? g : whole ? load(up + i) : load_first(up + i, count - i);
+        const Floats value = between(gating, Activation(activation), 0, 0, g, u);
         whole ? store(y + i, value) : store_first(y + i, value, count - i);
     }
 }
@@ -51,26 +51,26 @@ const X* rounded(const float* x, int64_t count) {
     return kept.data();
 }
 
-// Some columns of a token's y = map(x) + bias, or y += map(x) + bias
+// Some columns of a token's y = W x + bias, or y += W x + bias
 template <class X>
-void answer(const Step& s, int64_t token, const Columns& c, const float* mapped) {
+void write_output(const Step& s, int64_t token, const Columns& c, const float* product) {
     float* y = s.y + token * s.width_out + c.first;
     for (int n = 0; n < c.count; n++) {
-        const float bias = s.map.bias ? number(((const X*)s.map.bias)[c.first + n]) : 0.f;
-        y[n] = (s.adds ? y[n] : 0.f) + mapped[n] + bias;
+        const float bias = s.weights.bias ? number(((const X*)s.weights.bias)[c.first + n]) : 0.f;
+        y[n] = (s.adds ? y[n] : 0.f) + product[n] + bias;
     }
 }
 
-// y = map(x) + bias
+// y = W x + bias
 template <class X, template <class> class M>
 void linear(const Step& s, int64_t tokens, int threads) {
-    const M<X> map{s.map};
+    const M<X> projection{s.weights};
     const X* inputs = rounded<X>(s.x, tokens * s.width);
-    const int64_t size = tokens > FEW ? M<X>::widest : BLOCK, blocks = (s.width_out + size - 1) / size;
+    const int64_t size = tokens > MAX_ROWS ? M<X>::widest : BLOCK, blocks = (s.width_out + size - 1) / size;
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
-        static thread_local std::vector<X> room;
-        if (int64_t(room.size()) < M<X>::room(s.width)) room.resize(M<X>::room(s.width));
+        static thread_local std::vector<X> scratch;
+        if (int64_t(scratch.size()) < M<X>::scratch_size(s.width)) scratch.resize(M<X>::scratch_size(s.width));
         alignas(64) float out[PANEL * BLOCK];
 #pragma omp for schedule(static)
         for (int64_t block = 0; block < blocks; block++) {
@@ -80,8 +80,8 @@ void linear(const Step& s, int64_t tokens, int threads) {
                 const int rows = int(std::min<int64_t>(PANEL, tokens - done));
                 const X* x[PANEL];
                 for (int m = 0; m < rows; m++) x[m] = inputs + (done + m) * s.width;
-                map.multiply({0, c, {0, column + c.count}, tokens, done == 0}, x, rows, s.width, out, room.data());
-                for (int m = 0; m < rows; m++) answer<X>(s, done + m, c, out + m * BLOCK);
+                projection.multiply({0, c, {0, column + c.count}, tokens, done == 0}, x, rows, s.width, out, scratch.data());
+                for (int m = 0; m < rows; m++) write_output<X>(s, done + m, c, out + m * BLOCK);
             }
         }
     }
@@ -89,28 +89,28 @@ void linear(const Step& s, int64_t tokens, int threads) {
 
 // The same, of few tokens that are rounded to bytes.
 template <class X>
-void linear_bytes(const Step& s, int64_t tokens, int threads) {
+void linear_int8(const Step& s, int64_t tokens, int threads) {
     static thread_local Rounded kept;
-    kept.make_room(tokens, s.width);
+    kept.resize(tokens, s.width);
     for (int64_t t = 0; t < tokens; t++) kept.round(t, s.x + t * s.width, s.width);
-    Token x[MOST_BYTES];
+    Token x[INT8_MAX_ROWS];
     for (int64_t t = 0; t < tokens; t++) x[t] = kept[t];
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
     for (int64_t column = 0; column < s.width_out; column += BLOCK) {
         const Columns c = {column, 1, int(std::min<int64_t>(BLOCK, s.width_out - column))};
-        alignas(64) float out[MOST_BYTES * BLOCK];
-        byte_products(s.map, 0, c, x, int(tokens), s.width, out, BLOCK);
-        for (int64_t t = 0; t < tokens; t++) answer<X>(s, t, c, out + t * BLOCK);
+        alignas(64) float out[INT8_MAX_ROWS * BLOCK];
+        int8_products(s.weights, 0, c, x, int(tokens), s.width, out, BLOCK);
+        for (int64_t t = 0; t < tokens; t++) write_output<X>(s, t, c, out + t * BLOCK);
     }
 }
 
 template <class X>
 void linear(const Step& s, int64_t tokens, int threads) {
-    if (takes_bytes<X>(s.map) && tokens <= MOST_BYTES)
-        linear_bytes<X>(s, tokens, threads);
-    else if (s.map.format == INT8)
+    if (takes_int8<X>(s.weights) && tokens <= INT8_MAX_ROWS)
+        linear_int8<X>(s, tokens, threads);
+    else if (s.weights.format == INT8)
         linear<X, Int8>(s, tokens, threads);
-    else if (s.map.format == INT4)
+    else if (s.weights.format == INT4)
         linear<X, Int4>(s, tokens, threads);
     else
         linear<X, Dense>(s, tokens, threads);
@@ -141,16 +141,16 @@ void softmax(float* x, int64_t count) {
 
 // y = softmax(scale · q kᵀ) v over the positions of a sequence so far, after its new key and value joined them.
 template <class X>
-void attend(const Step& s, const Turn& t, const Room& room) {
+void attend(const Step& s, const Turn& t, const LayerCache& cache) {
     const int64_t shared = s.heads / s.kv_heads, width = s.width;
 #pragma omp parallel for collapse(2) schedule(static) num_threads(t.threads) if (t.threads > 1)
     for (int64_t token = 0; token < t.tokens; token++)
-        for (int64_t group = 0; group < s.kv_heads; group++) {
-            const int64_t place = token * room.token_stride + group * room.head_stride;
-            X *keys = (X*)room.keys + place, *values = (X*)room.values + place;
-            round(s.x2 + (token * s.kv_heads + group) * width, width, keys + t.length * width);
-            round(s.x3 + (token * s.kv_heads + group) * width, width, values + t.length * width);
-            const int64_t first = t.first[token], count = t.length + 1 - first, head = token * s.heads + group * shared;
+        for (int64_t kv_head = 0; kv_head < s.kv_heads; kv_head++) {
+            const int64_t place = token * cache.token_stride + kv_head * cache.head_stride;
+            X *keys = (X*)cache.keys + place, *values = (X*)cache.values + place;
+            round(s.x2 + (token * s.kv_heads + kv_head) * width, width, keys + t.length * width);
+            round(s.x3 + (token * s.kv_heads + kv_head) * width, width, values + t.length * width);
+            const int64_t first = t.first[token], count = t.length + 1 - first, head = token * s.heads + kv_head * shared;
             static thread_local std::vector<float> kept;
             if (int64_t(kept.size()) < shared * count) kept.resize(shared * count);
             float* scores = kept.data();
@@ -181,7 +181,7 @@ float score_of(Score score, float logit) {
     return std::sqrt(std::max(logit, 0.f) + std::log1p(std::exp(-std::fabs(logit))));
 }
 
-// Token choice, then y += the weighted answers of the chosen experts.
+// Token choice, then y += the weighted outputs of the chosen experts.
 template <class X>
 void experts(const Step& s, int64_t tokens, int threads) {
     const int64_t num_experts = s.call->experts, rows = tokens * s.k;
@@ -220,13 +220,13 @@ void experts(const Step& s, int64_t tokens, int threads) {
 
 extern "C" void moeify_steps(const Turn* turn) {
     const Turn& t = *turn;
-    const Room* room = t.rooms;
+    const LayerCache* cache = t.caches;
     for (const Step* s = t.steps; s < t.steps + t.count; s++) switch (Kind(s->kind)) {
             case NORM: norm(*s, t.tokens); break;
             case LINEAR: s->is_bf16 ? linear<Bf16>(*s, t.tokens, t.threads) : linear<float>(*s, t.tokens, t.threads); break;
             case ROTATE: rotate(*s, t); break;
-            case ATTEND: s->is_bf16 ? attend<Bf16>(*s, t, *room) : attend<float>(*s, t, *room); room++; break;
-            case BETWEEN: between(Inner(s->inner), s->activation, s->x, s->x2, t.tokens * s->width, s->y); break;
+            case ATTEND: s->is_bf16 ? attend<Bf16>(*s, t, *cache) : attend<float>(*s, t, *cache); cache++; break;
+            case BETWEEN: between(Gating(s->gating), s->activation, s->x, s->x2, t.tokens * s->width, s->y); break;
             case EXPERTS: s->is_bf16 ? experts<Bf16>(*s, t.tokens, t.threads) : experts<float>(*s, t.tokens, t.threads);
         }
 }

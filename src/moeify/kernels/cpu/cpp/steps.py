@@ -15,7 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from moeify.kernels.cpu.cpp.build import library
-from moeify.kernels.cpu.cpp.call import _ACTIVATIONS, INNER, _Call, _Stack, _stack
+from moeify.kernels.cpu.cpp.call import _ACTIVATIONS, GATING, _Call, _Stack, _stack
 
 SCORES = ["softmax", "sigmoid", "sqrt_softplus"]
 _KINDS = ["norm", "linear", "rotate", "attend", "between", "experts"]
@@ -26,16 +26,16 @@ class Step(ctypes.Structure):
 
     _fields_ = (
         ("kind", c_int32), ("is_bf16", c_int32), ("adds", c_int32), ("heads", c_int32), ("kv_heads", c_int32),
-        ("inner", c_int32), ("activation", c_int32),
+        ("gating", c_int32), ("activation", c_int32),
         ("score", c_int32), ("by_logit", c_int32), ("normalize", c_int32), ("k", c_int32),
         ("eps", c_float), ("scale", c_float),
         ("x", c_void_p), ("x2", c_void_p), ("x3", c_void_p), ("y", c_void_p),
-        ("width", c_int64), ("width_out", c_int64), ("gain", c_void_p), ("map", _Stack), ("call", c_void_p),
+        ("width", c_int64), ("width_out", c_int64), ("gain", c_void_p), ("weights", _Stack), ("call", c_void_p),
     )  # fmt: skip
 
 
-class Room(ctypes.Structure):
-    """Where the keys and values of one layer lie."""
+class LayerCache(ctypes.Structure):
+    """The memory of one layer's preallocated keys and values."""
 
     _fields_ = (("keys", c_void_p), ("values", c_void_p), ("token_stride", c_int64), ("head_stride", c_int64))
 
@@ -44,7 +44,7 @@ class _Turn(ctypes.Structure):
     _fields_ = (
         ("steps", c_void_p), ("count", c_int64), ("tokens", c_int64),
         ("cos", c_void_p), ("sin", c_void_p), ("rotated", c_int64),
-        ("rooms", c_void_p), ("length", c_int64), ("first", c_void_p), ("threads", c_int32),
+        ("caches", c_void_p), ("length", c_int64), ("first", c_void_p), ("threads", c_int32),
     )  # fmt: skip
 
 
@@ -64,7 +64,7 @@ def linear(
     weight: Tensor,
     *,
     scales: Tensor | None = None,
-    group: int = 0,
+    group_size: int = 0,
     bias: Float[Tensor, "1 O"] | None = None,
     dtype: torch.dtype,
     adds: bool = False,
@@ -72,18 +72,18 @@ def linear(
     """`y = W x + bias`, or `y += W x + bias`.
 
     Args:
-        x: what is mapped.
+        x: the input.
         y: where to.
         weight: (1, O, D) of `dtype`, or as `moeify.experts.quantized` stores it.
         scales: its scales, if it is of 8 or 4 bits.
-        group: the weights that share a scale, if it is of 4 bits.
+        group_size: the weights that share a scale, if it is of 4 bits.
         bias: in `dtype`.
         dtype: what is multiplied in, fp32 or bf16.
         adds: add to y.
     """
     return _step(
         "linear", x=x, y=y, width=x.shape[1], width_out=y.shape[1], adds=adds, is_bf16=dtype == torch.bfloat16,
-        map=_stack(weight, bias, scales, group),
+        weights=_stack(weight, bias, scales, group_size),
     )  # fmt: skip
 
 
@@ -102,7 +102,7 @@ def attend(
     scale: float,
     dtype: torch.dtype,
 ) -> Step:
-    """Append k and v to the layer's room, in its `dtype`, and attend to all that is there; heads of `head` numbers."""
+    """Append k and v to the layer's cache, in its `dtype`, and attend to all that it holds; heads of `head` numbers."""
     return _step(
         "attend", x=q, x2=k, x3=v, y=y, width=head, scale=scale, is_bf16=dtype == torch.bfloat16,
         heads=q.shape[1] // head, kv_heads=k.shape[1] // head,
@@ -110,7 +110,7 @@ def attend(
 
 
 def attends(step: Step) -> bool:
-    """Whether a step takes a room."""
+    """Whether a step reads a cache."""
     return step.kind == _KINDS.index("attend")
 
 
@@ -118,9 +118,9 @@ def between(
     gate: Float[Tensor, "T H"], up: Float[Tensor, "T H"] | None, y: Float[Tensor, "T H"], activation: str
 ) -> Step:
     """`y = act(gate) · up`, or `act(gate)` without up; `activation` is a name of `moeify.kernels.stacked.KNOWN`."""
-    inner = INNER.index("plain" if up is None else "glu")
+    gating = GATING.index("plain" if up is None else "glu")
     return _step(
-        "between", x=gate, x2=up, y=y, width=gate.shape[1], inner=inner, activation=_ACTIVATIONS.index(activation)
+        "between", x=gate, x2=up, y=y, width=gate.shape[1], gating=gating, activation=_ACTIVATIONS.index(activation)
     )
 
 
@@ -129,11 +129,11 @@ class Experts:
 
     Args:
         width: D.
-        up: weight (E, M, D), bias and scales of the first map, as `cpp_layer` takes them.
-        down: the same of the last map.
+        up: weight (E, M, D), bias and scales of the up projection, as `cpp_layer` takes them.
+        down: the same of the down projection.
         hidden: H.
-        group: the weights that share a scale, if they are of 4 bits.
-        inner: "plain", "glu" or "clamped".
+        group_size: the weights that share a scale, if they are of 4 bits.
+        gating: "plain", "glu" or "clamped".
         activation: a name of `moeify.kernels.stacked.KNOWN`.
         alpha: of "clamped".
         limit: of "clamped".
@@ -145,8 +145,8 @@ class Experts:
         up: tuple[Tensor, Tensor | None, Tensor | None],
         down: tuple[Tensor, Tensor | None, Tensor | None],
         hidden: int,
-        group: int,
-        inner: str,
+        group_size: int,
+        gating: str,
         activation: str,
         alpha: float,
         limit: float,
@@ -154,8 +154,8 @@ class Experts:
         self.tensors = up, down
         self.call = _Call(
             experts=len(up[0]), width=width, hidden=hidden, width_out=down[0].shape[1],
-            up=_stack(*up, group), down=_stack(*down, group),
-            inner=INNER.index(inner), activation=_ACTIVATIONS.index(activation), alpha=alpha, limit=limit,
+            up=_stack(*up, group_size), down=_stack(*down, group_size),
+            gating=GATING.index(gating), activation=_ACTIVATIONS.index(activation), alpha=alpha, limit=limit,
         )  # fmt: skip
 
 
@@ -173,7 +173,7 @@ def experts(
     scale: float,
     dtype: torch.dtype,
 ) -> Step:
-    """Add the weighted answers of every token's k best experts to y, chosen as `moeify.routers.TopK` does."""
+    """Add the weighted outputs of every token's k best experts to y, chosen as `moeify.routers.TopK` does."""
     return _step(
         "experts", x=x, x2=logits, y=y, call=ctypes.addressof(layer.call), k=k, score=SCORES.index(score),
         by_logit=by_logit, gain=bias, normalize=normalize, scale=scale, is_bf16=dtype == torch.bfloat16,
@@ -185,7 +185,7 @@ def run_steps(
     tokens: int,
     *,
     angles: tuple[Float[Tensor, "T A"], Float[Tensor, "T A"]] | None = None,
-    rooms: Sequence[Room] = (),
+    caches: Sequence[LayerCache] = (),
     length: int = 0,
     first: Int[Tensor, "T"] | None = None,
 ) -> None:
@@ -195,15 +195,15 @@ def run_steps(
         steps: the steps; a ctypes array of them costs no copy.
         tokens: T.
         angles: cosine and sine of every rotated number, fp32.
-        rooms: of each `attend` in turn.
-        length: positions that the rooms hold already.
+        caches: of each `attend` in turn.
+        length: positions that the caches hold already.
         first: the first position of every sequence that is no padding.
 
     Raises:
         Unavailable: there is no kernel.
     """
     listed = steps if isinstance(steps, ctypes.Array) else (Step * len(steps))(*steps)
-    places = (Room * len(rooms))(*rooms)
+    places = (LayerCache * len(caches))(*caches)
     cos, sin = (None, None) if angles is None else angles
     turn = _Turn(
         ctypes.addressof(listed), len(listed), tokens,

@@ -1,7 +1,7 @@
-// Stacked linear maps, one per expert, by the way their weights are stored.
+// Stacked projections, one matrix per expert, by the format that their weights are stored in.
 #pragma once
 #include "dots.h"
-#include "nibbles.h"
+#include "int4.h"
 
 enum Format { FLOAT32, BFLOAT16, INT8, INT4 };
 
@@ -10,14 +10,14 @@ struct Stack {  // as the caller describes it; strides count numbers, of INT4 by
     const float* scales;
     const void* bias;
     int64_t expert_stride, row_stride, bias_stride;
-    int32_t format, group;  // `group`: the weights of a row that share a scale
+    int32_t format, group_size;  // `group_size`: the weights of a row that share a scale
 };
 
 constexpr int BLOCK = 64;  // output columns computed together, at most
 constexpr int PANEL = 24;  // rows that share a block of weights, at most
-constexpr int FEW = 8;     // rows of an expert for which unpacking its weights is not worth while
+constexpr int MAX_ROWS = 8;     // rows of an expert for which unpacking its weights is not worth while
 
-struct Columns {  // `count` columns of a map: first, first + step, ...
+struct Columns {  // `count` columns of a projection: first, first + step, ...
     int64_t first, step;
     int count;
 };
@@ -40,7 +40,7 @@ struct Dense {
     static constexpr int widest = BLOCK;
     const Stack& s;
 
-    static int64_t room(int64_t) { return 0; }
+    static int64_t scratch_size(int64_t) { return 0; }
 
     const X* at(int64_t expert, int64_t column) const {
         return (const X*)s.data + expert * s.expert_stride + column * s.row_stride;
@@ -64,20 +64,20 @@ struct Int8 {
     static constexpr int widest = 16;
     const Stack& s;
 
-    static int64_t room(int64_t k) { return widest * k; }
+    static int64_t scratch_size(int64_t k) { return widest * k; }
 
     const int8_t* at(int64_t expert, int64_t column) const {
         return (const int8_t*)s.data + expert * s.expert_stride + column * s.row_stride;
     }
-    void multiply(const Block& b, const X* const* x, int rows, int64_t k, float* out, X* room) const {
+    void multiply(const Block& b, const X* const* x, int rows, int64_t k, float* out, X* scratch) const {
         const Columns& c = b.columns;
         const int8_t* w = at(b.expert, c.first);
-        if (b.rows_of_expert <= FEW) {
+        if (b.rows_of_expert <= MAX_ROWS) {
             product(w, c.step * s.row_stride, c.count, at(b.next.expert, b.next.column), x, rows, k, out, BLOCK);
         } else {
             for (int n = 0; b.is_new && n < c.count; n++)
-                unpack(w + n * c.step * s.row_stride, k, room + n * k);
-            product(room, k, c.count, room, x, rows, k, out, BLOCK);
+                unpack(w + n * c.step * s.row_stride, k, scratch + n * k);
+            product(scratch, k, c.count, scratch, x, rows, k, out, BLOCK);
         }
         const float* scales = s.scales + b.expert * (s.expert_stride / s.row_stride);
         for (int m = 0; m < rows; m++)
@@ -91,27 +91,27 @@ struct Int4 {
     static constexpr int widest = 16;
     const Stack& s;
 
-    static int64_t room(int64_t k) { return widest * (k + NIBBLES); }
+    static int64_t scratch_size(int64_t k) { return widest * (k + INT4_BLOCK); }
 
-    void multiply(const Block& b, const X* const* x, int rows, int64_t k, float* out, X* room) const {
+    void multiply(const Block& b, const X* const* x, int rows, int64_t k, float* out, X* scratch) const {
         const Columns& c = b.columns;
-        const int64_t blocks = (k + NIBBLES - 1) / NIBBLES, padded = blocks * NIBBLES, groups = padded / s.group;
+        const int64_t blocks = (k + INT4_BLOCK - 1) / INT4_BLOCK, padded = blocks * INT4_BLOCK, groups = padded / s.group_size;
         const int64_t row = b.expert * (s.expert_stride / s.row_stride) + c.first;
         const uint8_t* w = (const uint8_t*)s.data + row * s.row_stride;
         const float* scales = s.scales + row * groups;
-        if (b.rows_of_expert > FEW) {
+        if (b.rows_of_expert > MAX_ROWS) {
             for (int n = 0; b.is_new && n < c.count; n++)
-                unpack(w + n * c.step * s.row_stride, scales + n * c.step * groups, s.group, blocks, room + n * padded);
-            product(room, padded, c.count, room, x, rows, k, out, BLOCK);
+                unpack(w + n * c.step * s.row_stride, scales + n * c.step * groups, s.group_size, blocks, scratch + n * padded);
+            product(scratch, padded, c.count, scratch, x, rows, k, out, BLOCK);
             return;
         }
-        const X* full[FEW];
+        const X* full[MAX_ROWS];
         for (int m = 0; m < rows; m++) {
             full[m] = x[m];
             if (k == padded) continue;
-            std::memcpy(room + m * padded, x[m], k * sizeof(X));
-            std::memset((void*)(room + m * padded + k), 0, (padded - k) * sizeof(X));
-            full[m] = room + m * padded;
+            std::memcpy(scratch + m * padded, x[m], k * sizeof(X));
+            std::memset((void*)(scratch + m * padded + k), 0, (padded - k) * sizeof(X));
+            full[m] = scratch + m * padded;
         }
         for (int n = 0; n < c.count; n += 2) {
             const int64_t at = n * c.step, pair = n + 1 < c.count ? c.step : 0;
@@ -119,10 +119,10 @@ struct Int4 {
                 float sums[2][2];
                 const uint8_t* here = w + at * s.row_stride;
                 if (m + 1 < rows)
-                    nibble_dots<2>(here, pair * s.row_stride, scales + at * groups, pair * groups, s.group, blocks,
+                    int4_dots<2>(here, pair * s.row_stride, scales + at * groups, pair * groups, s.group_size, blocks,
                                    full + m, sums);
                 else
-                    nibble_dots<1>(here, pair * s.row_stride, scales + at * groups, pair * groups, s.group, blocks,
+                    int4_dots<1>(here, pair * s.row_stride, scales + at * groups, pair * groups, s.group_size, blocks,
                                    full + m, sums);
                 for (int i = 0; i < (m + 1 < rows ? 2 : 1); i++)
                     for (int j = 0; j < (pair ? 2 : 1); j++) out[(m + i) * BLOCK + n + j] = sums[i][j];

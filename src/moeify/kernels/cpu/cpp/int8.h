@@ -1,12 +1,12 @@
 // Products of whole numbers: weights of 8 or 4 bits with activations that are rounded to 8, of which every 64 share a
 // scale. A processor that multiplies bytes does four products at once where one in bf16 takes as long.
 #pragma once
-#include "maps.h"
+#include "projections.h"
 
 #include <algorithm>
 #include <vector>
 
-constexpr int MOST_BYTES = 24;  // rows of an expert for which its weights are multiplied so
+constexpr int INT8_MAX_ROWS = 24;  // rows of an expert for which its weights are multiplied so
 
 struct Token {  // one row of activations, filled up with zeros
     const int8_t* numbers;  // in the order of `Span`
@@ -15,7 +15,7 @@ struct Token {  // one row of activations, filled up with zeros
 };
 
 #if defined(__AVX512BF16__)  // such processors know the instructions of VNNI too
-#define BYTES __attribute__((target("avx512vnni")))
+#define VNNI __attribute__((target("avx512vnni")))
 
 constexpr int SHARED = 64, SCALES = 16;  // numbers that share a scale, scales that are loaded at once
 constexpr int AHEAD = 16384;             // bytes, beyond the rows at hand, of the weights to fetch into the second cache
@@ -56,7 +56,7 @@ struct Group {  // activations that share a scale
     float scale, sum;
 };
 
-BYTES inline Group round_group(const float* x) {
+VNNI inline Group round_group(const float* x) {
     __m512i largest = _mm512_setzero_si512();
     for (int i = 0; i < SHARED; i += W)  // bits have the order of the numbers that they stand for, and NaN comes last
         largest = _mm512_max_epi32(largest, _mm512_and_si512(_mm512_loadu_si512(x + i), _mm512_set1_epi32(0x7fffffff)));
@@ -76,7 +76,7 @@ struct Rounded {  // the activations of some rows
     std::vector<int8_t> numbers;
     std::vector<float> scales, sums;
 
-    void make_room(int64_t rows, int64_t k) {
+    void resize(int64_t rows, int64_t k) {
         width = (k + SCALES * SHARED - 1) / (SCALES * SHARED) * SCALES * SHARED;
         const size_t size = rows * width;
         if (numbers.size() < size) numbers.resize(size), scales.resize(size / SHARED), sums.resize(size / SHARED);
@@ -105,11 +105,11 @@ struct Rounded {  // the activations of some rows
 
 // total[c][m] += w[c] · x[m], in parts, for c < C, m < M.
 template <Format format, int C, int M>
-BYTES inline void add_bytes(const uint8_t* const* w, const float* const* scales, int64_t ahead, const Token* x, int64_t k,
+VNNI inline void add_int8_dots(const uint8_t* const* w, const float* const* scales, int64_t ahead, const Token* x, int64_t k,
                             Floats (*total)[M]) {
     constexpr int bytes = format == INT8 ? SPAN : SPAN / 2;
     constexpr bool by_itself = C == 1 && format == INT8;  // the processor sees what comes next, if nothing is in between
-    const int64_t blocks = (k + NIBBLES - 1) / NIBBLES, row_bytes = format == INT8 ? k : blocks * NIBBLES / 2;
+    const int64_t blocks = (k + INT4_BLOCK - 1) / INT4_BLOCK, row_bytes = format == INT8 ? k : blocks * INT4_BLOCK / 2;
     for (int64_t begin = 0; begin < k; begin += SCALES * SHARED) {
         const int64_t end = std::min<int64_t>(begin + SCALES * SHARED, k);
         const int64_t groups = std::min<int64_t>(SCALES, 2 * blocks - begin / SHARED);
@@ -159,11 +159,11 @@ BYTES inline void add_bytes(const uint8_t* const* w, const float* const* scales,
 
 // out[m * stride + c] = w[c] · x[m] for c < C, m < M; for one token, row after row as they lie in memory.
 template <Format format, int C, int M>
-BYTES inline void byte_dots(const uint8_t* const* w, const float* const* scales, int64_t ahead, const Token* x, int64_t k,
+VNNI inline void int8_dots(const uint8_t* const* w, const float* const* scales, int64_t ahead, const Token* x, int64_t k,
                             float* out, int64_t stride) {
     Floats total[C][M] = {};
     constexpr int together = M == 1 ? 1 : C;
-    for (int c = 0; c < C; c += together) add_bytes<format, together, M>(w + c, scales + c, ahead, x, k, total + c);
+    for (int c = 0; c < C; c += together) add_int8_dots<format, together, M>(w + c, scales + c, ahead, x, k, total + c);
 #pragma GCC unroll 8
     for (int m = 0; format == INT8 && m < M; m++)
 #pragma GCC unroll 4
@@ -182,20 +182,20 @@ template <Format format>
 void some_byte_dots(int m, const uint8_t* const* w, const float* const* scales, int64_t ahead, const Token* x,
                     int64_t k, float* out, int64_t stride) {
     switch (m) {
-        case 1: return byte_dots<format, 4, 1>(w, scales, ahead, x, k, out, stride);
-        case 2: return byte_dots<format, 4, 2>(w, scales, ahead, x, k, out, stride);
-        case 3: return byte_dots<format, 2, 3>(w, scales, ahead, x, k, out, stride);
-        case 4: return byte_dots<format, 2, 4>(w, scales, ahead, x, k, out, stride);
-        case 5: return byte_dots<format, 2, 5>(w, scales, ahead, x, k, out, stride);
-        case 6: return byte_dots<format, 2, 6>(w, scales, ahead, x, k, out, stride);
+        case 1: return int8_dots<format, 4, 1>(w, scales, ahead, x, k, out, stride);
+        case 2: return int8_dots<format, 4, 2>(w, scales, ahead, x, k, out, stride);
+        case 3: return int8_dots<format, 2, 3>(w, scales, ahead, x, k, out, stride);
+        case 4: return int8_dots<format, 2, 4>(w, scales, ahead, x, k, out, stride);
+        case 5: return int8_dots<format, 2, 5>(w, scales, ahead, x, k, out, stride);
+        case 6: return int8_dots<format, 2, 6>(w, scales, ahead, x, k, out, stride);
     }
 }
 
 template <Format format>
-void byte_products(const Stack& s, int64_t expert, const Columns& columns, const Token* x, int rows, int64_t k, float* out,
+void int8_products(const Stack& s, int64_t expert, const Columns& columns, const Token* x, int rows, int64_t k, float* out,
                    int64_t stride) {
     const int64_t begin = expert * (s.expert_stride / s.row_stride) + columns.first;
-    const int64_t groups = format == INT8 ? 1 : (k + NIBBLES - 1) / NIBBLES * 2;
+    const int64_t groups = format == INT8 ? 1 : (k + INT4_BLOCK - 1) / INT4_BLOCK * 2;
     const int width = rows <= 2 ? 4 : 2, parts = (rows + AT_ONCE - 1) / AT_ONCE, height = (rows + parts - 1) / parts;
     const int64_t ahead = AHEAD + width * s.row_stride;
     for (int n = 0; n < columns.count; n += width) {
@@ -211,28 +211,28 @@ void byte_products(const Stack& s, int64_t expert, const Columns& columns, const
     }
 }
 
-// out[m * stride + n] = column n of an expert · x[m]; there is room for a multiple of four columns.
-inline void byte_products(const Stack& s, int64_t expert, const Columns& columns, const Token* x, int rows, int64_t k,
+// out[m * stride + n] = column n of an expert · x[m]; there is space for a multiple of four columns.
+inline void int8_products(const Stack& s, int64_t expert, const Columns& columns, const Token* x, int rows, int64_t k,
                           float* out, int64_t stride) {
-    s.format == INT8 ? byte_products<INT8>(s, expert, columns, x, rows, k, out, stride)
-                     : byte_products<INT4>(s, expert, columns, x, rows, k, out, stride);
+    s.format == INT8 ? int8_products<INT8>(s, expert, columns, x, rows, k, out, stride)
+                     : int8_products<INT4>(s, expert, columns, x, rows, k, out, stride);
 }
 
-// Whether a map's weights can be multiplied so.
+// Whether a projection's weights can be multiplied so.
 template <class X>
-bool takes_bytes(const Stack& s) {
-    return sizeof(X) == sizeof(Bf16) && (s.format == INT8 || (s.format == INT4 && s.group == SHARED));
+bool takes_int8(const Stack& s) {
+    return sizeof(X) == sizeof(Bf16) && (s.format == INT8 || (s.format == INT4 && s.group_size == SHARED));
 }
 #else
 struct Rounded {
-    void make_room(int64_t, int64_t) {}
+    void resize(int64_t, int64_t) {}
     Token operator[](int64_t) const { return {}; }
     template <class X>
     void round(int64_t, const X*, int64_t) {}
 };
-inline void byte_products(const Stack&, int64_t, const Columns&, const Token*, int, int64_t, float*, int64_t) {}
+inline void int8_products(const Stack&, int64_t, const Columns&, const Token*, int, int64_t, float*, int64_t) {}
 template <class X>
-bool takes_bytes(const Stack&) {
+bool takes_int8(const Stack&) {
     return false;
 }
 #endif

@@ -1,4 +1,4 @@
-"""The nonlinearity between the two maps of an expert, with its derivative, as kernels compute it (fp32)."""
+"""The activation of an expert and its derivative, as Triton kernels compute them (in fp32)."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from dataclasses import dataclass
 import triton
 import triton.language as tl
 
-from moeify.kernels.stacked import KNOWN, ClampedGlu, Inner, name_of
+from moeify.kernels.stacked import KNOWN, Activation, ClampedGlu, name_of
 
 
 @dataclass(frozen=True)
-class Nonlinearity:
-    """A nonlinearity as kernels know it.
+class KernelActivation:
+    """An activation as kernels know it.
 
     Attributes:
         act: the name of the activation, or "clamped".
-        gated: whether a gate and an up map go in.
+        gated: whether a gate and an up projection go in.
         alpha: of the clamped one.
         limit: of the clamped one.
     """
@@ -27,18 +27,18 @@ class Nonlinearity:
     limit: float = 0.0
 
 
-def nonlinearity(inner: Inner) -> Nonlinearity:
-    """The nonlinearity of experts as kernels know it.
+def kernel_activation(activation: Activation) -> KernelActivation:
+    """The activation of experts as kernels know it.
 
     Raises:
         ValueError: an activation that no kernel knows.
     """
-    if isinstance(inner, ClampedGlu):
-        return Nonlinearity("clamped", True, inner.alpha, inner.limit)
-    act = name_of(inner.act)
+    if isinstance(activation, ClampedGlu):
+        return KernelActivation("clamped", True, activation.alpha, activation.limit)
+    act = name_of(activation.act)
     if act is None:
-        raise ValueError(f"no kernel knows the activation {inner.act}; known are {', '.join(KNOWN)}")
-    return Nonlinearity(act, inner.maps == 2)
+        raise ValueError(f"no kernel knows the activation {activation.act}; known are {', '.join(KNOWN)}")
+    return KernelActivation(act, activation.projections == 2)
 
 
 @triton.jit
@@ -69,7 +69,7 @@ def activate(x, ACT: tl.constexpr):
 
 @triton.jit
 def gated(gate, up, alpha, limit, ACT: tl.constexpr):
-    """The gated nonlinearity, and its derivatives by gate and up."""
+    """The gated activation, and its derivatives by gate and up."""
     if ACT == "clamped":
         g = tl.minimum(gate, limit)
         u = tl.minimum(tl.maximum(up, -limit), limit)

@@ -3,7 +3,7 @@
 #pragma once
 #include "vectors.h"
 
-constexpr int NIBBLES = 128, QUARTER = 32;
+constexpr int INT4_BLOCK = 128, QUARTER = 32;
 constexpr int PREFETCH = 4096;  // bytes ahead
 
 INLINE Floats quarter_of(Words words, int quarter) {
@@ -59,22 +59,22 @@ struct Quarters<Bf16> {
 
 // The dot products of two rows of weights with M inputs. Row 1 begins `w_stride` bytes and `scale_stride` scales behind.
 template <int M, class X>
-INLINE void nibble_dots(const uint8_t* w, int64_t w_stride, const float* scales, int64_t scale_stride, int group,
+INLINE void int4_dots(const uint8_t* w, int64_t w_stride, const float* scales, int64_t scale_stride, int group_size,
                         int64_t blocks, const X* const* x, float (*out)[2]) {
     Floats total[M][2] = {};
     for (int64_t b = 0; b < blocks; b++)
 #pragma GCC unroll 2
         for (int c = 0; c < 2; c++) {
-            const uint8_t* here = w + c * w_stride + b * NIBBLES / 2;
-            const float* scale = scales + c * scale_stride + b * NIBBLES / group;
+            const uint8_t* here = w + c * w_stride + b * INT4_BLOCK / 2;
+            const float* scale = scales + c * scale_stride + b * INT4_BLOCK / group_size;
             __builtin_prefetch(here + PREFETCH);
             const Quarters<X> quarters(here);
 #pragma GCC unroll 4
             for (int q = 0; q < 4; q++) {
                 Floats sums[M];
-                quarters.template dot<M>(q, x, b * NIBBLES + q * QUARTER, sums);
+                quarters.template dot<M>(q, x, b * INT4_BLOCK + q * QUARTER, sums);
 #pragma GCC unroll 2
-                for (int m = 0; m < M; m++) total[m][c] += sums[m] * scale[q * QUARTER / group];
+                for (int m = 0; m < M; m++) total[m][c] += sums[m] * scale[q * QUARTER / group_size];
             }
         }
     for (int m = 0; m < M; m++)
@@ -83,10 +83,10 @@ INLINE void nibble_dots(const uint8_t* w, int64_t w_stride, const float* scales,
 
 // The numbers of one row of weights.
 template <class X>
-void unpack(const uint8_t* w, const float* scales, int group, int64_t blocks, X* out) {
-    for (int64_t b = 0; b < blocks; b++, w += NIBBLES / 2, out += NIBBLES, scales += NIBBLES / group)
+void unpack(const uint8_t* w, const float* scales, int group_size, int64_t blocks, X* out) {
+    for (int64_t b = 0; b < blocks; b++, w += INT4_BLOCK / 2, out += INT4_BLOCK, scales += INT4_BLOCK / group_size)
         for (int p = 0; p < QUARTER; p += W) {
             const Words words = widen(load_bits<Halves>(w + 2 * p));
-            for (int q = 0; q < 4; q++) store(out + q * QUARTER + p, quarter_of(words, q) * scales[q * QUARTER / group]);
+            for (int q = 0; q < 4; q++) store(out + q * QUARTER + p, quarter_of(words, q) * scales[q * QUARTER / group_size]);
         }
 }
