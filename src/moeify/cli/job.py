@@ -24,6 +24,7 @@ from moeify.data.corpus import build_corpus
 from moeify.data.text import ByteTokenizer, Tokenizer, blocks, read_texts
 from moeify.evaluate.run import Settings, Stopped
 from moeify.evaluate.versus import Versus, versus
+from moeify.files import read_json, write_json, write_text
 from moeify.inspect.load import ExpertLoad, expert_load
 from moeify.inspect.page import comparison_rows, load_rows, size_rows, write_report
 from moeify.inspect.pictures import draw_load, draw_losses
@@ -125,7 +126,7 @@ class Job:
         if not os.access(output, os.W_OK):
             raise ValueError(f"{output} cannot be written to; name another --output")
         ours = json.loads(json.dumps(self._decisive(), default=repr))
-        theirs = json.loads(begun.read_text()) if used and begun.is_file() else ours
+        theirs = read_json(begun) if used and begun.is_file() else ours
         others = [
             f"{name} {theirs.get(name)!r} instead of {value!r}"
             for name, value in ours.items()
@@ -135,7 +136,7 @@ class Job:
             raise ValueError(
                 f"{output} was begun with {', '.join(others)}; go on with its own options, or in another --output"
             )
-        begun.write_text(json.dumps(ours, indent=2) + "\n")
+        write_json(begun, ours)
 
     def _decisive(self) -> dict[str, Any]:
         """What decides the numbers that come out, by name; a job that goes on must have the same."""
@@ -186,9 +187,9 @@ class Job:
         cost: dict[str, float],
     ) -> None:
         summary = {"facts": facts, "job": cost, **result.to_dict(), "experts": load.to_dict(), "samples": samples}
-        (self.output / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+        write_json(self.output / "summary.json", summary)
         metrics = self.output / f"sparse-{self.settings.seed}" / "metrics.jsonl"
-        (self.output / "metrics.jsonl").write_bytes(metrics.read_bytes())
+        write_text(self.output / "metrics.jsonl", metrics.read_text(encoding="utf-8"))
         pictures = [self.output / "loss.png", self.output / "experts.png"]
         try:
             draw_losses(result, pictures[0])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ import transformers
 from safetensors import SafetensorError
 
 from moeify.data.text import ByteTokenizer, Tokenizer
+from moeify.files import write_json
 
 
 def load_dense(model: str, architecture: str = "AutoModelForCausalLM", **options: Any) -> Any:
@@ -47,7 +47,7 @@ def _first_line(error: Exception) -> str:
 def save_tokenizer(tokenizer: Any, folder: Path) -> None:
     """Put a tokenizer beside a model; of the byte tokenizer only its name."""
     if isinstance(tokenizer, ByteTokenizer):
-        (folder / "tokenizer.moeify.json").write_text(json.dumps({"tokenizer": "bytes"}) + "\n")
+        write_json(folder / "tokenizer.moeify.json", {"tokenizer": "bytes"})
     else:
         tokenizer.save_pretrained(folder)
 

@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from moeify.files import read_tensors, write_tensors
 from moeify.moe import MoE
 from moeify.routers.phatgoose import Phatgoose
 
@@ -20,11 +21,7 @@ Gates = Mapping[str, Float[Tensor, "D"]]
 
 def save_gates(gates: Gates, folder: str | Path) -> None:
     """Write the gate of one adapter to `gates.safetensors`, in the folder of the adapter."""
-    from safetensors.torch import save_file
-
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file({name: vector.detach().cpu().contiguous() for name, vector in gates.items()}, folder / FILE)
+    write_tensors(Path(folder) / FILE, gates)
 
 
 def load_gates(folder: str | Path) -> dict[str, Float[Tensor, "D"]]:
@@ -33,12 +30,10 @@ def load_gates(folder: str | Path) -> dict[str, Float[Tensor, "D"]]:
     Raises:
         FileNotFoundError: the folder has no gate.
     """
-    from safetensors.torch import load_file
-
     path = Path(folder) / FILE
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist; make it with train_gates and save_gates")
-    return load_file(path)
+    return read_tensors(path)
 
 
 @torch.no_grad()

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from moeify.data.text import Tokenizer
 from moeify.experts.lora import LoRA
+from moeify.files import read_tensors, write_tensors
 from moeify.find.dense import in_evaluation
 from moeify.moe import MoE
 
@@ -57,10 +58,7 @@ class Clusters:
 
     def save(self, folder: str | Path) -> None:
         """Write the centres into the folder of a model, made if it is not there, as `clusters.safetensors`."""
-        from safetensors.torch import save_file
-
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        save_file({"centres": self.centres.contiguous()}, Path(folder) / _FILE)
+        write_tensors(Path(folder) / _FILE, {"centres": self.centres})
 
     @classmethod
     def load(cls, folder: str | Path) -> Clusters:
@@ -70,16 +68,10 @@ class Clusters:
             FileNotFoundError: no clusters are in the folder.
             ValueError: the file is damaged, or holds something else.
         """
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-
         path = Path(folder) / _FILE
         if not path.is_file():
             raise FileNotFoundError(f"{folder} has no {_FILE}; write one with Clusters.save")
-        try:
-            tensors = load_file(path)
-        except SafetensorError as error:
-            raise ValueError(f"{path} is damaged or not a safetensors file: {error}") from None
+        tensors = read_tensors(path)
         if tensors.keys() != {"centres"} or tensors["centres"].dim() != 2:
             raise ValueError(f"{path} holds {', '.join(tensors) or 'nothing'}, and no centres (C, D)")
         return cls(tensors["centres"])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections import Counter
@@ -15,6 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from moeify.compose.adapter_gates import load_gates, save_gates
+from moeify.files import read_json, read_tensors, write_json, write_tensors
 
 _CONFIG, _WEIGHTS, _PICKLE, _GATES = (
     "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin", "gates.safetensors",
@@ -91,10 +91,7 @@ def write_adapter(adapter: Adapter, folder: str | Path, *, targets: list[str], t
         transposed: whether these are transformers' Conv1D.
         base: the name of the base model, "" if it has none.
     """
-    from safetensors.torch import save_file
-
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     ranks = {module: low.rank for module, low in adapter.maps.items()}
     alphas = {module: _whole(low.scale * low.rank) for module, low in adapter.maps.items()}
     rank, alpha = (Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas))
@@ -113,13 +110,13 @@ def write_adapter(adapter: Adapter, folder: str | Path, *, targets: list[str], t
         "use_dora": False,
         "use_rslora": False,
     }
-    (folder / _CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+    write_json(folder / _CONFIG, config)
     tensors = {
-        f"base_model.model.{module}.lora_{side}.weight": getattr(low, side).contiguous()
+        f"base_model.model.{module}.lora_{side}.weight": getattr(low, side)
         for module, low in adapter.maps.items()
         for side in ("A", "B")
     }
-    save_file(tensors, folder / _WEIGHTS, metadata={"format": "pt"})
+    write_tensors(folder / _WEIGHTS, tensors)
     (folder / _GATES).unlink(missing_ok=True)
     if adapter.gates:
         save_gates(adapter.gates, folder)
@@ -187,32 +184,16 @@ def _read_config(folder: Path) -> dict[str, Any]:
     path = folder / _CONFIG
     if not path.is_file():
         raise FileNotFoundError(f"there is no {_CONFIG} in {folder}: it is not the folder of a PEFT adapter")
-    try:
-        config = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from None
-    if not isinstance(config, dict):
-        raise ValueError(f"{path} must hold a mapping, not a {type(config).__name__}")
-    return {"r": 8, "lora_alpha": 8} | config  # PEFT's defaults
+    return {"r": 8, "lora_alpha": 8} | read_json(path)  # PEFT's defaults
 
 
 def _read_weights(folder: Path) -> dict[str, Tensor]:
     path = folder / _WEIGHTS
     if path.is_file():
-        return _load(path)
+        return read_tensors(path)
     if (folder / _PICKLE).is_file():
         raise FileNotFoundError(
             f"{folder} has its weights in {_PICKLE}, a pickle, which may run code when it is read; if you trust it, "
             "load it with PEFT and write it again with save_pretrained(folder, safe_serialization=True)"
         )
     raise FileNotFoundError(f"there is no {_WEIGHTS} in {folder}")
-
-
-def _load(path: Path) -> dict[str, Tensor]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        return load_file(path)
-    except SafetensorError as error:
-        raise ValueError(f"{path} is damaged or not a safetensors file: {error}") from None

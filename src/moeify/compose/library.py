@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections import Counter
 from collections.abc import Mapping
@@ -15,6 +14,7 @@ from torch import nn
 from moeify import registry
 from moeify.compose.attach import MakeRouter, Pool, adapted, adapters_of, attach, sparse_layers
 from moeify.compose.files import Adapter, read_adapter, write_adapter
+from moeify.files import read_json, read_tensors, write_json, write_tensors
 from moeify.find.dense import is_linear
 from moeify.moe import MoE
 from moeify.routers.topk import TopK
@@ -100,8 +100,6 @@ def save_adapters(model: nn.Module, folder: str | Path) -> None:
     Raises:
         ValueError: a sparse layer that is no frozen linear map beside low-rank experts; a router that no file can name.
     """
-    from safetensors.torch import save_file
-
     folder, pool, adapters, maps = Path(folder), _pool(model), adapters_of(model), adapted(model)
     for module, here in maps.items():
         if any(parameter.requires_grad for parameter in here.dense.parameters()):
@@ -123,12 +121,12 @@ def save_adapters(model: nn.Module, folder: str | Path) -> None:
             base=getattr(getattr(model, "config", None), "_name_or_path", ""),
         )  # fmt: skip
     routers = {
-        f"{module}.{key}": tensor.contiguous()
+        f"{module}.{key}": tensor
         for module, here in maps.items()
         for key, tensor in here.layer.router.state_dict().items()
     }
-    save_file(routers, folder / "router.safetensors", metadata={"format": "pt"})
-    (folder / "moeify.json").write_text(json.dumps(description, indent=2) + "\n")
+    write_tensors(folder / "router.safetensors", routers)
+    write_json(folder / "moeify.json", description)
 
 
 def load_adapters(
@@ -146,20 +144,17 @@ def load_adapters(
         FileNotFoundError: no such pool, or a file of it is missing.
         ValueError: a damaged pool, or one of another model; the message names the tensors.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
     folder = Path(folder)
     for file in ("moeify.json", "router.safetensors"):
         if not (folder / file).is_file():
             raise FileNotFoundError(f"there is no {file} in {folder}: it was not written by moeify.save_adapters")
     try:
-        description = json.loads((folder / "moeify.json").read_text())
+        description = read_json(folder / "moeify.json")
         make = registry.decode("router", description["router"]) if router is None else router
         names, pool = list(map(str, description["adapters"])), Pool(make, float(description["dropout"]))
-        routers = load_file(folder / "router.safetensors")
-    except (KeyError, TypeError, json.JSONDecodeError, SafetensorError) as error:
+    except (KeyError, TypeError) as error:
         raise ValueError(f"{folder} is damaged, or not written by moeify.save_adapters: {error!r}") from None
+    routers = read_tensors(folder / "router.safetensors")
     adapters = {name: read_adapter(folder / _checked(name)) for name in names}
     attach(base, adapters, pool, allow_noncausal=True)  # whoever saved it allowed it
     for module, layer in sparse_layers(base).items():

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from moeify.files import open_tensors
 from moeify.store.store import weight_files
 
 Names = tuple[str, ...]
@@ -74,7 +75,7 @@ class Checkpoint(Source):
         self.settings = _config(_read_config(path)) if (path / "config.json").is_file() else {}
         name_of = _renaming(model)
         for file in [path] if path.is_file() else weight_files(path):
-            with _opened(file) as tensors:
+            with open_tensors(file) as tensors:
                 for stored in tensors.keys():  # noqa: SIM118  it is no mapping
                     own = name_of(stored)
                     self._where[own] = (file, stored)
@@ -83,7 +84,7 @@ class Checkpoint(Source):
     def read(self, name: str) -> Tensor:
         """One tensor, read from its file."""
         file, stored = self._where[name]
-        with _opened(file) as tensors:
+        with open_tensors(file) as tensors:
             return tensors.get_tensor(stored)
 
 
@@ -222,12 +223,3 @@ def _renaming(model: nn.Module) -> Callable[[str], str]:
     changes = [change for change in get_model_conversion_mapping(model) if isinstance(change, WeightRenaming)]
     own = model.state_dict()
     return lambda stored: rename_source_key(stored, changes, [], model.base_model_prefix, own)[0]
-
-
-def _opened(file: Path) -> Any:
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        return safe_open(file, framework="pt")
-    except SafetensorError as error:
-        raise ValueError(f"{file} is damaged or not a safetensors file: {error}") from None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,6 +15,7 @@ from torch import nn
 
 from moeify.data.text import Blocks
 from moeify.evaluate.run import Run, Settings, train_run
+from moeify.files import read_json, write_json
 from moeify.sparsify import Recipe, sparsify
 from moeify.store import load_weights
 from moeify.train.checkpoint.folder import checkpoints
@@ -143,16 +143,14 @@ def versus(
             place = folder / f"{name}-{seed}"
             done = place / "run.json"
             if resume and done.is_file():
-                run = Run.from_dict(json.loads(done.read_text()))
+                run = Run.from_dict(read_json(done))
                 load_weights(model, place)
             else:
                 tell(f"training the {name} model, seed {seed}")
                 begun = resume and bool(checkpoints(place))
                 run = train_run(name, model, train, validation, place, replace(settings, seed=seed), resume=begun)
                 save_model(model, str(place / "model.safetensors"))
-                finished = place / "run.json.tmp"
-                finished.write_text(json.dumps(run.to_dict()))
-                finished.replace(done)
+                write_json(done, run.to_dict(), indent=None)
             arms[name].append(run)
             keep(name, model)
     return Versus(**arms)

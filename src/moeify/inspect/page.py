@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from moeify.evaluate.versus import Versus
+from moeify.files import write_text
 from moeify.inspect.load import ExpertLoad
 
 _STYLE = """
@@ -48,9 +49,10 @@ def write_report(
     for name, texts in samples.items():
         parts += [f"<h2>What the {escape(name)} model writes</h2>", *(f"<pre>{escape(text)}</pre>" for text in texts)]
     body = "\n".join(parts)
-    file.write_text(
+    write_text(
+        file,
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>moeify report</title>'
-        f"<style>{_STYLE}</style></head><body>\n{body}\n</body></html>\n"
+        f"<style>{_STYLE}</style></head><body>\n{body}\n</body></html>\n",
     )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import tomllib
 from dataclasses import dataclass
 from functools import partial
@@ -10,6 +9,7 @@ from pathlib import Path
 
 from moeify import registry
 from moeify.capacity import double, per_choice_by_4, per_token
+from moeify.files import read_json
 from moeify.find.where import every, last, last_half, linears, odd
 from moeify.routers.all_experts import AllExperts
 from moeify.routers.arrow import Arrow
@@ -388,7 +388,7 @@ def read_recipe(source: str | Path) -> Recipe:
     if not path.is_file():
         raise FileNotFoundError(f"the recipe file {path} does not exist")
     try:
-        values = json.loads(path.read_text()) if path.suffix == ".json" else tomllib.loads(path.read_text())
+        values = read_json(path) if path.suffix == ".json" else tomllib.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path} cannot be read: {error}") from None
     if not isinstance(values, dict):

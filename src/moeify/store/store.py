@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from moeify.files import read_json, read_tensors, write_json
 from moeify.sparsify.convert import sparsify
 from moeify.sparsify.recipe import Recipe
 from moeify.version import __version__
@@ -39,7 +39,7 @@ def save(model: nn.Module, folder: str | Path, *, max_shard_size: str = "5GB") -
     for old in [*folder.glob("model*.safetensors"), *folder.glob(_INDEX)]:
         old.unlink()
     save_torch_state_dict(model.state_dict(), folder, max_shard_size=max_shard_size, metadata={"format": "pt"})
-    (folder / "config.json").write_text(json.dumps(description, indent=2) + "\n")
+    write_json(folder / "config.json", description)
 
 
 def _describe(model: nn.Module) -> dict[str, Any]:
@@ -131,15 +131,9 @@ def _persistent_buffers(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _read_tensors(folder: Path) -> dict[str, Tensor]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
     tensors: dict[str, Tensor] = {}
     for path in weight_files(folder):
-        try:
-            tensors.update(load_file(path))
-        except SafetensorError as error:
-            raise ValueError(f"{path} is damaged or not a safetensors file: {error}") from None
+        tensors.update(read_tensors(path))
     return tensors
 
 
@@ -172,10 +166,4 @@ def _listed(index: Path) -> list[str]:
 def _read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"there is no {path.name} in {path.parent}: it is not a checkpoint of moeify")
-    try:
-        values = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from None
-    if not isinstance(values, dict):
-        raise ValueError(f"{path} must hold a mapping, not a {type(values).__name__}")
-    return values
+    return read_json(path)

@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from moeify.files import write_text
 from moeify.losses import probability
 from moeify.routing import Routing
 from moeify.train.loss import Decisions, all_reduce
@@ -113,6 +114,4 @@ def forget_after(file: Path, step: int) -> None:
                 kept.append(line + "\n")
         except json.JSONDecodeError:
             continue
-    new = file.with_suffix(".tmp")
-    new.write_text("".join(kept), encoding="utf-8")
-    new.replace(file)
+    write_text(file, "".join(kept))

@@ -6,8 +6,6 @@ that share the file compute the same; without the variable nothing is measured, 
 
 from __future__ import annotations
 
-import json
-import os
 import statistics
 from collections.abc import Callable
 from dataclasses import asdict
@@ -18,6 +16,7 @@ import triton
 
 from moeify import env
 from moeify.kernels.triton.activation import KernelActivation
+from moeify.files import read_json, write_json
 from moeify.kernels.triton.activation_backward import activation_backward
 from moeify.kernels.triton.config import Config, Kernel, table
 from moeify.kernels.triton.launch import INTERPRETED, power_of_2
@@ -78,7 +77,7 @@ def tuned(key: str, candidates: list[Config], measure: Measure) -> Config:
         measure: milliseconds of a size.
     """
     path = file()
-    known = json.loads(path.read_text()) if path.exists() else {}
+    known = read_json(path) if path.exists() else {}
     if key not in known:
         times = {}
         for candidate in candidates:
@@ -87,10 +86,7 @@ def tuned(key: str, candidates: list[Config], measure: Measure) -> Config:
             except triton.runtime.errors.OutOfResources:
                 continue
         known[key] = asdict(min(times, key=lambda candidate: times[candidate]))
-        path.parent.mkdir(parents=True, exist_ok=True)
-        written = path.with_suffix(f".{os.getpid()}")
-        written.write_text(json.dumps(known, indent=1, sort_keys=True))
-        written.replace(path)
+        write_json(path, known, indent=1, sort_keys=True)
     return Config(**known[key])
 
 

@@ -21,6 +21,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from moeify.files import read_json, sync, write_text
+
 MANIFEST = "MANIFEST.json"
 _NAME = re.compile(r"checkpoint-(\d+)")
 
@@ -43,26 +45,15 @@ def writing(final: Path) -> Iterator[Path]:
     if final.exists():
         discard(final)
     os.rename(folder, final)
-    _sync(final.parent)
+    sync(final.parent)
 
 
 def _seal(folder: Path) -> None:
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     for path in files:
-        _sync(path)
+        sync(path)
     listed = {path.relative_to(folder).as_posix(): _fingerprint(path) for path in files}
-    manifest = folder / MANIFEST
-    manifest.write_text(json.dumps({"format": 1, "files": listed}, indent=1), encoding="utf-8")
-    _sync(manifest)
-    _sync(folder)
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    write_text(folder / MANIFEST, json.dumps({"format": 1, "files": listed}, indent=1))
 
 
 def _fingerprint(path: Path) -> dict[str, Any]:
@@ -82,7 +73,7 @@ def discard(folder: Path) -> None:
 def fault(folder: Path) -> str | None:
     """Why a checkpoint cannot be trusted, or None if every file is what the manifest says."""
     try:
-        listed = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
+        listed = read_json(folder / MANIFEST)["files"]
     except FileNotFoundError:
         return f"it has no {MANIFEST}, so it was never finished, or was written by another trainer"
     except (ValueError, KeyError, TypeError):

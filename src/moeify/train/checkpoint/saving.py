@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers.trainer_callback import ExportableState
 
+from moeify.files import read_json, read_tensors, write_tensors
 from moeify.store import load_weights, save
 from moeify.train.checkpoint import folder as resume
 from moeify.train.checkpoint import state
@@ -68,7 +66,7 @@ class Saving(_Trainer):
         if not self.args.save_only_model:
             state.save_optimizer(bare(self.optimizer), self.model, folder)
             state.write_json(folder / "scheduler.json", self.lr_scheduler.state_dict())
-            save_file({name: t.cpu() for name, t in self._step_loss.demand.items()}, folder / "sparse.safetensors")
+            write_tensors(folder / "sparse.safetensors", self._step_loss.demand)
             state.save_balance(self._control, self.targets, folder)
             if (scaler := getattr(self.accelerator, "scaler", None)) is not None:
                 state.write_json(folder / "scaler.json", scaler.state_dict())
@@ -127,13 +125,13 @@ class Saving(_Trainer):
             print(f"moeify: {folder.name} holds the model only (save_only_model), optimizer and schedule begin anew")
             return
         state.load_optimizer(bare(self.optimizer), self.model, folder)
-        self.lr_scheduler.load_state_dict(json.loads((folder / "scheduler.json").read_text(encoding="utf-8")))
-        self._step_loss.demand = load_file(folder / "sparse.safetensors")
+        self.lr_scheduler.load_state_dict(read_json(folder / "scheduler.json"))
+        self._step_loss.demand = read_tensors(folder / "sparse.safetensors")
         state.load_balance(self._control, self.targets, folder)
 
     def _load_scaler(self, checkpoint: str | None) -> None:
         if checkpoint is not None and (file := Path(checkpoint) / "scaler.json").is_file():
-            self.accelerator.scaler.load_state_dict(json.loads(file.read_text(encoding="utf-8")))
+            self.accelerator.scaler.load_state_dict(read_json(file))
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         """Nothing to bring back: random numbers are a function of (seed, step, rank)."""

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub import save_torch_state_dict
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from moeify import files
 from moeify.balance import Control, SparsityTarget
+from moeify.files import read_json, read_tensors, write_tensors
 from moeify.store import save
 
 OPTIMIZER = "optimizer"
@@ -53,7 +53,7 @@ def save_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, folder: P
             else:
                 numbers.setdefault(name, {})[key] = value
     groups = [g | {"params": [names[id(p)] for p in g["params"]]} for g in optimizer.param_groups]
-    save_file(tensors, folder / f"{OPTIMIZER}.safetensors")
+    write_tensors(folder / f"{OPTIMIZER}.safetensors", tensors)
     write_json(folder / f"{OPTIMIZER}.json", {"state": numbers, "groups": groups})
 
 
@@ -63,7 +63,7 @@ def load_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, folder: P
     Raises:
         ValueError: the optimizer's groups hold other parameters than when it was saved.
     """
-    saved = json.loads((folder / f"{OPTIMIZER}.json").read_text(encoding="utf-8"))
+    saved = read_json(folder / f"{OPTIMIZER}.json")
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     order = [names[id(p)] for group in optimizer.param_groups for p in group["params"]]
     if [name for group in saved["groups"] for name in group["params"]] != order:
@@ -72,7 +72,7 @@ def load_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, folder: P
             "when it was saved"
         )
     state: dict[str, dict[str, Any]] = saved["state"]
-    for key, tensor in load_file(folder / f"{OPTIMIZER}.safetensors").items():
+    for key, tensor in read_tensors(folder / f"{OPTIMIZER}.safetensors").items():
         name, _, kind = key.rpartition("|")
         state.setdefault(name, {})[kind] = tensor
     place = {name: i for i, name in enumerate(order)}
@@ -89,7 +89,7 @@ def save_balance(control: Control | None, targets: Sequence[SparsityTarget], fol
     memory = {} if control is None else control.memory
     tensors = {f"{layer}|{key}": value.cpu() for layer, kept in memory.items() for key, value in kept.items()}
     weights = torch.tensor([target.value for target in targets], dtype=torch.float64)
-    save_file(tensors | {"weights": weights}, folder / BALANCE)
+    write_tensors(folder / BALANCE, tensors | {"weights": weights})
 
 
 def load_balance(control: Control | None, targets: Sequence[SparsityTarget], folder: Path) -> None:
@@ -98,7 +98,7 @@ def load_balance(control: Control | None, targets: Sequence[SparsityTarget], fol
     Raises:
         ValueError: the run was saved with another number of loss weights that adapt.
     """
-    tensors = load_file(folder / BALANCE)
+    tensors = read_tensors(folder / BALANCE)
     weights = tensors.pop("weights").tolist()
     if len(weights) != len(targets):
         raise ValueError(
@@ -136,4 +136,4 @@ def write_json(file: Path, value: Any) -> None:
             "of them; pickle is never written"
         )
 
-    file.write_text(json.dumps(value, default=number), encoding="utf-8")
+    files.write_json(file, value, default=number, indent=None)
