@@ -15,8 +15,8 @@ import torch
 import triton
 
 from moeify import env
-from moeify.kernels.triton.activation import KernelActivation
 from moeify.files import read_json, write_json
+from moeify.kernels.triton.activation import KernelActivation
 from moeify.kernels.triton.activation_backward import activation_backward
 from moeify.kernels.triton.config import Config, Kernel, table
 from moeify.kernels.triton.launch import INTERPRETED, power_of_2
