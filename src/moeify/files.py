@@ -87,7 +87,8 @@ def write_json(path: str | Path, values: Any, **options: Any) -> None:
         values: what `json.dumps` takes.
         options: further ones of `json.dumps`.
     """
-    write_text(path, json.dumps(values, **{"indent": 2} | options) + "\n")
+    settings: dict[str, Any] = {"indent": 2} | options
+    write_text(path, json.dumps(values, **settings) + "\n")
 
 
 def write_tensors(path: str | Path, tensors: Mapping[str, Tensor]) -> None:
