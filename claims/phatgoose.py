@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from moeify import MoE, Recipe, record, sparsify
 from moeify.compose import set_gates
-from moeify.context import given
+from moeify.context import extra_inputs
 from moeify.data import ByteTokenizer
 from moeify.data.files import data_file
 from moeify.find import linears
@@ -149,7 +149,7 @@ def held_out(model: nn.Module, blocks: Blocks, task: Tensor | None = None) -> fl
     for at in torch.arange(len(blocks)).split(32):
         part = blocks[at]
         counted = int((part.labels[:, 1:] >= 0).sum())
-        with nullcontext() if task is None else given(model, task=task[at]):
+        with nullcontext() if task is None else extra_inputs(model, task=task[at]):
             total += counted * model(input_ids=part.ids, labels=part.labels).loss.item()
         tokens += counted
     return total / tokens

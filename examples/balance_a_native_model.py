@@ -5,7 +5,7 @@ from transformers import DeepseekV3Config, DeepseekV3ForCausalLM, MixtralConfig,
 
 from moeify import record
 from moeify.balance import Sign, control
-from moeify.losses import balance, load, z
+from moeify.losses import balance, load_loss, z
 
 torch.manual_seed(0)
 sizes = {"vocab_size": 256, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -38,6 +38,6 @@ with record(deepseek) as decisions:
         optimizer.zero_grad()
         deepseek(tokens, labels=tokens).loss.backward()
         optimizer.step()  # and then the controller moves the biases
-        unevenness += [load(decision).item() for decision in decisions.values()]
+        unevenness += [load_loss(decision).item() for decision in decisions.values()]
 controller.remove()
 print(f"squared coefficient of variation of the load: {unevenness[0]:.3f} at first, {unevenness[-1]:.3f} at last")

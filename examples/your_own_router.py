@@ -15,7 +15,7 @@ class Deep(Router):
     s = softmax(V · tanh(W x));  g = the k largest of s, divided by their sum
     """
 
-    preserving = True  # the weights of a token sum to 1, so copied experts compute what the dense network did
+    weights_sum_to_one = True  # the weights of a token sum to 1, so copied experts compute what the dense network did
 
     def __init__(self, width: int, num_experts: int, *, k: int = 2, hidden: int = 16) -> None:
         super().__init__()

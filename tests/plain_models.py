@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from moeify import MoE
-from moeify.context import given
+from moeify.context import extra_inputs
 from moeify.routers.lookup import columns
 
 
@@ -124,7 +124,7 @@ def output(model: nn.Module, given: dict | tuple) -> Tensor:
 
 def told(model: nn.Module, sequences: int) -> AbstractContextManager[None]:
     """Inside, routers that look up what no forward takes, a cluster, find 0 for every sequence."""
-    return given(model, **dict.fromkeys(columns(model), torch.zeros(sequences, dtype=torch.int64)))
+    return extra_inputs(model, **dict.fromkeys(columns(model), torch.zeros(sequences, dtype=torch.int64)))
 
 
 def sparse_layers(model: nn.Module) -> dict[str, MoE]:

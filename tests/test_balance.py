@@ -8,7 +8,7 @@ from torch.utils.checkpoint import checkpoint
 from moeify import MoE, record
 from moeify.balance import Quantile, Sign, control
 from moeify.experts import FFN, Identity
-from moeify.routers import Capacity, Groups, TopK, sigmoid
+from moeify.routers import Capacity, ExpertGroups, TopK, sigmoid
 from strategies import layer, sharpen
 
 D, E, K, T = 8, 16, 4, 512
@@ -221,9 +221,9 @@ def test_quantile_balances_choices_by_logit():
     assert max(steps(model, optimizer, 5)[3:]) < 0.35
 
 
-@pytest.mark.parametrize("groups", [Groups(4, 2), Groups(2, 1, reduce="top2")])
+@pytest.mark.parametrize("groups", [ExpertGroups(4, 2), ExpertGroups(2, 1, reduce="top2")])
 def test_quantile_refuses_routers_that_limit_tokens_to_groups(groups):
-    model = nn.Sequential(MoE(TopK(8, 8, groups=groups, selection_bias=True), FFN(8, 8, 4)))
+    model = nn.Sequential(MoE(TopK(8, 8, expert_groups=groups, selection_bias=True), FFN(8, 8, 4)))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
     with pytest.raises(ValueError, match=r"router of 0 limits them to some groups, .*; use Sign\(\)"):
         control(model, optimizer, Quantile())
@@ -231,5 +231,5 @@ def test_quantile_refuses_routers_that_limit_tokens_to_groups(groups):
 
 
 def test_groups_that_are_all_kept_limit_nobody():
-    model = nn.Sequential(MoE(TopK(8, 8, groups=Groups(4, 4), selection_bias=True), FFN(8, 8, 4)))
+    model = nn.Sequential(MoE(TopK(8, 8, expert_groups=ExpertGroups(4, 4), selection_bias=True), FFN(8, 8, 4)))
     assert control(model, torch.optim.SGD(model.parameters(), lr=0.0), Quantile()).biases

@@ -10,7 +10,7 @@ from torch import nn
 from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
 
 from moeify import Context, MoE
-from moeify.context import given, running
+from moeify.context import extra_inputs, running
 from moeify.experts import FFN
 from moeify.routers import TopK
 from strategies import layer, sharpen
@@ -382,9 +382,9 @@ def test_threads_that_call_one_model_keep_their_masks_apart(llama):
 
 def test_inputs_that_one_thread_adds_are_not_those_of_another():
     model = nn.Sequential(layer())
-    with given(model, task=[1]), ThreadPoolExecutor(1) as pool:
-        assert pool.submit(lambda: model[0].context.given).result() == {}
-        assert model[0].context.given["task"].tolist() == [1]
+    with extra_inputs(model, task=[1]), ThreadPoolExecutor(1) as pool:
+        assert pool.submit(lambda: model[0].context.extra_inputs).result() == {}
+        assert model[0].context.extra_inputs["task"].tolist() == [1]
 
 
 def test_a_model_that_is_called_while_it_runs_goes_on_with_its_own_mask(llama):

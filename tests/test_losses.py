@@ -80,7 +80,7 @@ def test_with_the_demand_of_the_step_micro_batches_add_up_to_the_whole_batch(mic
     torch.testing.assert_close(losses.balance(whole), sum(parts) / len(x))
 
 
-@pytest.mark.parametrize("loss", [losses.importance, losses.load])
+@pytest.mark.parametrize("loss", [losses.importance, losses.load_loss])
 def test_even_weights_have_no_variation(loss):
     assert loss(even(6, 2)).item() == pytest.approx(0.0, abs=1e-6)
 

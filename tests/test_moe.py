@@ -13,7 +13,7 @@ from moeify.experts import FFN, Each, Identity
 from moeify.routers import Capacity, TopK, sigmoid
 from strategies import agree, gradients, layer, masks, seeds
 
-LOSSES = {"balance": losses.balance, "importance": losses.importance, "load": losses.load, "z": losses.z}
+LOSSES = {"balance": losses.balance, "importance": losses.importance, "load": losses.load_loss, "z": losses.z}
 
 
 # Laws

@@ -8,8 +8,9 @@ from moeify import registry
 from moeify.balance import Quantile, Sign
 from moeify.capacity import double
 from moeify.registry import decode, encode, lookup, names, register
-from moeify.routers import Groups, TopK, sigmoid, softmax
-from moeify.routers.capacity import capacity
+from moeify.routers import ExpertGroups, InputWeights, TopK, sigmoid, softmax
+from moeify.routers.limited import capacity
+from moeify.routers.shared_routing import shared_routing
 
 
 @pytest.fixture(autouse=True)
@@ -21,12 +22,12 @@ def forget_what_a_test_registers(monkeypatch):
     ("kind", "thing"),
     [
         ("router", TopK),
-        ("router", partial(TopK, k=3, score=sigmoid, groups=Groups(4, 2, "top2"), scale=2.5)),
+        ("router", partial(TopK, k=3, score=sigmoid, expert_groups=ExpertGroups(4, 2, "top2"), scale=2.5)),
         ("router", partial(capacity, factor=1.5, capacity=double)),
         ("controller", Sign(rate=0.01)),
         ("controller", Quantile()),
         ("score", softmax),
-        ("groups", Groups(8, 4)),
+        ("expert_groups", ExpertGroups(8, 4)),
     ],
 )
 def test_what_is_written_as_json_is_read_back(kind, thing):
@@ -105,3 +106,27 @@ def test_ones_own_dataclass_is_written_with_its_options():
 def test_what_a_thing_is_called_with_is_no_option_of_a_file():
     with pytest.raises(ValueError, match="router 'topk' has no option 'width'"):
         decode("router", {"name": "topk", "width": 8})
+
+
+@pytest.mark.parametrize(
+    ("former", "now"),
+    [
+        ({"name": "once", "router": {"name": "topk", "k": 1, "normalize": False}},
+         partial(shared_routing, router=partial(TopK, k=1, normalize=False))),
+        ("given", InputWeights),
+        ({"name": "topk", "groups": {"name": "groups", "count": 4, "keep": 2}},
+         partial(TopK, expert_groups=ExpertGroups(4, 2))),
+        ({"name": "capacity", "router": {"name": "topk", "groups": None}},
+         partial(capacity, router=partial(TopK, expert_groups=None))),
+    ],
+)  # fmt: skip
+def test_files_of_earlier_versions_are_understood(former, now):
+    assert encode("router", decode("router", former)) == encode("router", now)
+
+
+def test_ones_own_router_may_have_a_former_name_and_option():
+    @register("router", "once")
+    def mine(width, num_experts, *, groups=1):
+        return width, num_experts, groups
+
+    assert decode("router", {"name": "once", "groups": 3})(8, 4) == (8, 4, 3)

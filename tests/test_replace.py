@@ -19,7 +19,7 @@ from moeify.experts import FFN
 from moeify.find import linears
 from moeify.kernels.cpu import cpp
 from moeify.record import replay
-from moeify.routers import Arrow, Capacity, Compete, DefaultVector, MoLE, Once, Router, TopK
+from moeify.routers import Arrow, Capacity, Compete, DefaultVector, MoLE, Router, SharedRouting, TopK
 from moeify.serve import fast_decode
 from moeify.sparsify import fresh, frozen, lora, lora_ffn
 from tiny_models import TINY, inputs
@@ -89,7 +89,7 @@ def test_these_routers_hold_experts():
     assert set(HOLDERS) == {Arrow, Compete, DefaultVector, MoLE}
 
 
-@pytest.mark.parametrize("around", [None, Capacity, Once])
+@pytest.mark.parametrize("around", [None, Capacity, SharedRouting])
 @pytest.mark.parametrize("holder", READS_NETWORKS)
 def test_quantised_experts(holder, around):
     if around is Capacity and holder is DefaultVector:

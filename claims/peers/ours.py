@@ -98,7 +98,7 @@ def against_vmoe(given: Values) -> Values:
                 routing.logits.softmax(-1).sum(0)
             )
         if case == "noisy top-2":
-            answers[f"{case}/load_loss"] = losses.load(routing)
+            answers[f"{case}/load_loss"] = losses.load_loss(routing)
 
     mixing = {"router__queries": given["slots"], "router__scale": given["scale"]}
     moe = build(Soft(D, E, slots=SLOTS), experts(), **mixing, **stacked)

@@ -62,13 +62,13 @@ class Context:
         return Context, ()
 
     @property
-    def given(self) -> dict[str, Tensor]:
+    def extra_inputs(self) -> dict[str, Tensor]:
         """Tensors that are inputs of every pass of this thread though the outermost module does not take them."""
-        return getattr(self._thread, "given", {})
+        return getattr(self._thread, "extra_inputs", {})
 
-    @given.setter
-    def given(self, inputs: dict[str, Tensor]) -> None:
-        self._thread.given = inputs
+    @extra_inputs.setter
+    def extra_inputs(self, inputs: dict[str, Tensor]) -> None:
+        self._thread.extra_inputs = inputs
 
     @property
     def call(self) -> Call:
@@ -173,7 +173,7 @@ class Context:
 
     def _begin(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         given = _by_name(module, args, kwargs)
-        inputs = {name: value for name, value in given.items() if isinstance(value, Tensor)} | self.given
+        inputs = {name: value for name, value in given.items() if isinstance(value, Tensor)} | self.extra_inputs
         for name, value in inputs.items():
             if value.numel() == 0:
                 raise ValueError(
@@ -228,10 +228,10 @@ def running() -> list[tuple[Context, Call]]:
 
 
 @contextmanager
-def given(model: nn.Module, **inputs: Tensor | Sequence[int]) -> Iterator[None]:
+def extra_inputs(model: nn.Module, **inputs: Tensor | Sequence[int]) -> Iterator[None]:
     """Let routers look up what the model's forward does not take: the task of a sequence, its cluster, a modality.
 
-        with given(model, task=[2, 0]):
+        with extra_inputs(model, task=[2, 0]):
             model.generate(prompts)
 
     Args:
@@ -248,14 +248,14 @@ def given(model: nn.Module, **inputs: Tensor | Sequence[int]) -> Iterator[None]:
         )
     device = next((parameter.device for parameter in model.parameters()), None)
     tensors = {name: torch.as_tensor(value, device=device) for name, value in inputs.items()}
-    before = [(context, context.given) for context in contexts.values()]
+    before = [(context, context.extra_inputs) for context in contexts.values()]
     try:
         for context, outer in before:
-            context.given = outer | tensors
+            context.extra_inputs = outer | tensors
         yield
     finally:
         for context, outer in before:
-            context.given = outer
+            context.extra_inputs = outer
 
 
 _WHICH_PASS = (

@@ -13,8 +13,14 @@ from functools import partial
 from typing import Any
 
 _BY_NAME: dict[str, dict[str, Callable]] = {}
-_GIVEN = {"router": 2, "experts": 2, "shared": 2, "after": 2, "where": 1}
+_LEADING = {"router": 2, "experts": 2, "shared": 2, "after": 2, "where": 1}
 """How many leading arguments things of a kind are called with, which a file therefore cannot set."""
+_FORMER_NAMES = {
+    "router": {"once": "shared_routing", "given": "input_weights"},
+    "expert_groups": {"groups": "expert_groups"},
+}
+_FORMER_OPTIONS = {"router": {"groups": "expert_groups"}}
+"""What files of earlier versions call things and their options, by kind."""
 
 
 def register(kind: str, name: str) -> Callable[[Any], Any]:
@@ -85,7 +91,8 @@ def _encode_options(options: dict[str, Any]) -> Iterator[tuple[str, Any]]:
 def decode(kind: str, value: Any) -> Any:
     """The inverse of `encode`: a name, or a mapping of a name and its options.
 
-    An option whose own key is a kind (`score`, `groups`, ...) may again be a name or a mapping.
+    An option whose own key is a kind (`score`, `expert_groups`, ...) may again be a name or a mapping. Names and
+    options of earlier versions are understood.
 
     Raises:
         ValueError: an unknown name, or options that the named thing does not take.
@@ -94,20 +101,32 @@ def decode(kind: str, value: Any) -> Any:
         value = {"name": value}
     if not isinstance(value, dict) or "name" not in value:
         raise ValueError(f"{kind} must be a name or a mapping with a 'name', got {value!r}")
+    name, written = value["name"], {key: option for key, option in value.items() if key != "name"}
+    if name not in _BY_NAME.get(kind, {}):
+        name = _FORMER_NAMES.get(kind, {}).get(name, name)
+    thing = lookup(kind, name)
     options = {
         key: decode(key, option) if key in _BY_NAME and isinstance(option, str | dict) else option
-        for key, option in value.items()
-        if key != "name"
+        for key, option in _renamed(kind, thing, written).items()
     }
-    thing = lookup(kind, value["name"])
-    _check_options(kind, value["name"], thing, options)
+    _check_options(kind, name, thing, options)
     if isinstance(thing, type) and dataclasses.is_dataclass(thing):
         return thing(**options)
     return partial(thing, **options) if options else thing
 
 
+def _options_of(kind: str, thing: Callable) -> list[str]:
+    return list(inspect.signature(thing).parameters)[_LEADING.get(kind, 0) :]
+
+
+def _renamed(kind: str, thing: Callable, options: dict[str, Any]) -> dict[str, Any]:
+    """The options by the names of today."""
+    known, former = _options_of(kind, thing), _FORMER_OPTIONS.get(kind, {})
+    return {key if key in known else former.get(key, key): option for key, option in options.items()}
+
+
 def _check_options(kind: str, name: str, thing: Callable, options: dict[str, Any]) -> None:
-    known = list(inspect.signature(thing).parameters)[_GIVEN.get(kind, 0) :]
+    known = _options_of(kind, thing)
     for key in options:
         if key not in known:
             raise ValueError(f"{kind} {name!r} has no option {key!r}; {suggest(key, known)}")

@@ -10,7 +10,7 @@ from torch import nn
 
 from moeify import Recipe, sparsify
 from moeify.compose import Clusters, Pooled, cluster
-from moeify.context import given
+from moeify.context import extra_inputs
 from moeify.data import ByteTokenizer
 from moeify.find import linears
 from moeify.routers import Cluster
@@ -129,5 +129,5 @@ def test_what_adapters_learn_does_not_move_the_embeddings():
         if name.endswith("lora_B"):
             nn.init.normal_(parameter)
     torch.testing.assert_close(embed(TEXTS), before)
-    with given(embed.model, cluster=[0]):
+    with extra_inputs(embed.model, cluster=[0]):
         assert (embed.model(ids).logits - dense).abs().max() > 0.1

@@ -14,7 +14,7 @@ from moeify.compose.files import read_adapter
 from moeify.experts import LoRA
 from moeify.find import linears
 from moeify.routers import Arrow, ExpertChoice, Phatgoose, TopK, Uniform
-from moeify.routers.once import once
+from moeify.routers.shared_routing import shared_routing
 from moeify.sparsify import frozen, lora
 from tiny_models import TINY
 
@@ -124,7 +124,7 @@ def test_a_pool_grows_into_maps_that_had_no_adapter(tmp_path, folders):
 
 
 def test_one_decision_for_all_maps_needs_the_same_adapters_in_each(folders, tmp_path):
-    decided = partial(once, router=Phatgoose)
+    decided = partial(shared_routing, router=Phatgoose)
     with pytest.raises(ValueError, match=r"v_proj is adapted by law, med, bio and .*q_proj by law, med, so that one"):
         pool(folders, decided)
     alike = {name: make_adapter(tmp_path / f"{name} alike", seed=seed) for seed, name in enumerate("abc")}

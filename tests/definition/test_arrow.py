@@ -111,7 +111,7 @@ def dense(moe: MoE, x: torch.Tensor) -> torch.Tensor:
     z = (u @ moe.router.prototypes.T).abs()
     low = z.topk(2).values[:, -1:]
     weight = z.masked_fill(z < low, float("-inf")).softmax(-1)
-    return moe.shared(x) + torch.einsum("te,teo->to", weight, moe.experts.answers(u)).view(*x.shape[:-1], -1)
+    return moe.shared(x) + torch.einsum("te,teo->to", weight, moe.experts.all_outputs(u)).view(*x.shape[:-1], -1)
 
 
 def recipe(**parts) -> Recipe:

@@ -156,7 +156,7 @@ def test_every_expert_answers_every_token():
         for e in range(E):
             counts = torch.zeros(E, dtype=torch.int64)
             counts[e] = T
-            torch.testing.assert_close(experts.answers(x)[:, e], experts(x, counts))
+            torch.testing.assert_close(experts.all_outputs(x)[:, e], experts(x, counts))
 
 
 def test_layers_compete_at_their_rate_and_few_at_a_time():

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from moeify import MoE, record
-from moeify.context import given
+from moeify.context import extra_inputs
 from moeify.experts import LoRA
 from moeify.losses import localized
 from moeify.routers import AllExperts
@@ -90,7 +90,7 @@ def test_the_types_of_experts_may_be_others_than_halves():
 
 def test_a_model_is_told_the_types_of_its_samples_and_all_layers_keep_them():
     model = sparsify(causal_lm("llama"), recipes["loramoe"], verbose=False)
-    with given(model, task_type=[1, 0]), record(model) as decisions:
+    with extra_inputs(model, task_type=[1, 0]), record(model) as decisions:
         model(**inputs(model))
     assert len(decisions) == 2 * 3
     for routing in decisions.values():
@@ -100,5 +100,7 @@ def test_a_model_is_told_the_types_of_its_samples_and_all_layers_keep_them():
 
 def test_without_types_there_is_no_localized_constraint_and_the_model_runs():
     routing = route(AllExperts(D, E), torch.randn(B, N, D))
-    with pytest.raises(ValueError, match=r"route by AllExperts, and call the model inside given\(model, task_type"):
+    with pytest.raises(
+        ValueError, match=r"route by AllExperts, and call the model inside extra_inputs\(model, task_type"
+    ):
         localized(routing)

@@ -79,7 +79,7 @@ def test_load_counts_the_rows_that_were_asked_for_before_any_were_dropped():
     torch.nn.init.zeros_(router.router.weight)
     routing = route(router, torch.ones(8, D))
     assert routing.counts.sum() < 8
-    assert losses.load(routing).item() == pytest.approx(1.0)  # counts 8 and 0: mean 4, deviation 4
+    assert losses.load_loss(routing).item() == pytest.approx(1.0)  # counts 8 and 0: mean 4, deviation 4
     assert losses.share(routing).sum() == 1
 
 

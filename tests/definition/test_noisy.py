@@ -91,7 +91,7 @@ def test_the_load_loss_is_shazeers_appendix_a(noise):
     torch.testing.assert_close(routing.evidence.expected_load.double(), torch.stack(load), rtol=1e-4, atol=1e-5)
     mean = sum(load) / E
     slow = sum((v - mean) ** 2 for v in load) / E / mean**2
-    agree(losses.load(routing), list(router.parameters()), slow, list(p.values()))
+    agree(losses.load_loss(routing), list(router.parameters()), slow, list(p.values()))
 
 
 def test_the_expected_load_is_how_often_another_draw_of_ones_own_noise_wins():

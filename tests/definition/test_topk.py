@@ -8,7 +8,7 @@ from torch import nn
 
 from moeify import Context, MoE
 from moeify.experts import Each
-from moeify.routers import Groups, TopK, sigmoid, softmax, sqrt_softplus
+from moeify.routers import ExpertGroups, TopK, sigmoid, softmax, sqrt_softplus
 from strategies import agree, doubled, route, sharpen
 
 B, N, D, E = 3, 5, 7, 8
@@ -20,12 +20,18 @@ SETTINGS = {
     "all": {"k": E},
     "gpt-oss": {"k": 2, "select": "logit", "bias": True},
     "sigmoid": {"k": 2, "score": sigmoid},
-    "deepseek-v2": {"k": 3, "groups": Groups(4, 2), "normalize": False, "scale": 16.0},
-    "deepseek-v3": {"k": 3, "score": sigmoid, "selection_bias": True, "groups": Groups(4, 2, "top2"), "scale": 2.5},
+    "deepseek-v2": {"k": 3, "expert_groups": ExpertGroups(4, 2), "normalize": False, "scale": 16.0},
+    "deepseek-v3": {
+        "k": 3,
+        "score": sigmoid,
+        "selection_bias": True,
+        "expert_groups": ExpertGroups(4, 2, "top2"),
+        "scale": 2.5,
+    },
     "deepseek-v3, zero-filled": {
         "k": 3,
         "score": sigmoid,
-        "groups": Groups(4, 2, "top2", fill=0.0),
+        "expert_groups": ExpertGroups(4, 2, "top2", fill=0.0),
         "scale": 2.5,
     },
     "deepseek-v4": {"k": 2, "score": sqrt_softplus, "selection_bias": True, "scale": 1.5},
@@ -53,14 +59,16 @@ def slow_groups(c, groups):
     return [c[j] if j // size in kept else groups.fill for j in range(len(c))]
 
 
-def slow_choice(token, weight, bias, moved, *, k, score=softmax, select="score", groups=None, normalize=True, scale=1):
+def slow_choice(
+    token, weight, bias, moved, *, k, score=softmax, select="score", expert_groups=None, normalize=True, scale=1
+):
     z = [weight[j] @ token + (0 if bias is None else bias[j]) for j in range(len(weight))]
     s = slow_scores(z, score)
     c = [v.item() for v in (s if select == "score" else z)]
     if moved is not None:
         c = [c_j + b_j for c_j, b_j in zip(c, moved.tolist(), strict=True)]
-    if groups is not None:
-        c = slow_groups(c, groups)
+    if expert_groups is not None:
+        c = slow_groups(c, expert_groups)
     chosen = sorted(range(len(c)), key=lambda j: -c[j])[:k]
     total = sum(s[j] for j in chosen) if normalize else 1
     return {j: scale * s[j] / total for j in chosen}
@@ -102,11 +110,11 @@ def test_a_bias_moves_choices_but_never_weights():
 
 
 def test_no_expert_outside_the_kept_groups_is_chosen():
-    router = TopK(D, E, k=3, groups=Groups(4, 2))
+    router = TopK(D, E, k=3, expert_groups=ExpertGroups(4, 2))
     sharpen(router)
     group = route(router, torch.randn(50, D)).choices.indices // 2
     assert max(len(set(row)) for row in group.tolist()) <= 2
-    assert router.groups.fill == -inf
+    assert router.expert_groups.fill == -inf
 
 
 def test_jitter_disturbs_the_router_in_training_and_never_the_experts():

@@ -19,7 +19,7 @@ from transformers import AutoConfig
 
 from moeify import MoE
 from moeify.experts import FFN, ClampedGlu, Plain
-from moeify.routers import Capacity, Groups, TopK, sigmoid
+from moeify.routers import Capacity, ExpertGroups, TopK, sigmoid
 
 WIDTH, HIDDEN, EXPERTS, K = 32, 16, 8, 2
 Layout = Callable[[Tensor], Tensor]
@@ -91,8 +91,8 @@ def _deepseek_v3() -> Twins:
         "deepseek_v3", "DeepseekV3MoE", n_routed_experts=EXPERTS, moe_intermediate_size=HIDDEN,
         n_group=4, topk_group=2, n_shared_experts=2, routed_scaling_factor=2.5, norm_topk_prob=True,
     )  # fmt: skip
-    groups = Groups(4, 2, "top2")
-    router = TopK(WIDTH, EXPERTS, k=K, score=sigmoid, selection_bias=True, groups=groups, scale=2.5)
+    groups = ExpertGroups(4, 2, "top2")
+    router = TopK(WIDTH, EXPERTS, k=K, score=sigmoid, selection_bias=True, expert_groups=groups, scale=2.5)
     bias = (torch.randn(EXPERTS) * 0.1).bfloat16()
     for buffer in (router.selection_bias, theirs.gate.e_score_correction_bias):
         buffer.copy_(bias)

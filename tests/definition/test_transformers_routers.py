@@ -16,22 +16,22 @@ from packaging.version import Version
 from torch import Tensor, nn
 
 from moeify.context import Context
-from moeify.routers import Groups, TopK, sigmoid, softmax, sqrt_softplus
+from moeify.routers import ExpertGroups, TopK, sigmoid, softmax, sqrt_softplus
 
 TOKENS, WIDTH, EXPERTS, K, SCALE = 64, 32, 16, 4, 2.5
-MAX, TOP2 = Groups(4, 2, "max"), Groups(4, 2, "top2")
+MAX, TOP2 = ExpertGroups(4, 2, "max"), ExpertGroups(4, 2, "top2")
 
 SETTINGS = {
     1: partial(TopK, score=softmax),
-    2: partial(TopK, score=sigmoid, selection_bias=True, groups=TOP2, scale=SCALE),
+    2: partial(TopK, score=sigmoid, selection_bias=True, expert_groups=TOP2, scale=SCALE),
     3: partial(TopK, score=sigmoid, selection_bias=True, scale=SCALE),
     4: partial(TopK, score=sigmoid, selection_bias=True),
-    5: partial(TopK, score=softmax, groups=MAX, normalize=False, scale=SCALE),
+    5: partial(TopK, score=softmax, expert_groups=MAX, normalize=False, scale=SCALE),
     6: partial(TopK, score=sigmoid),
     7: partial(TopK, score=sqrt_softplus, selection_bias=True, scale=SCALE),
     8: partial(TopK, score=softmax, selection_bias=True),
-    9: partial(TopK, score=softmax, groups=TOP2, scale=SCALE),
-    10: partial(TopK, score=sigmoid, selection_bias=True, groups=TOP2),
+    9: partial(TopK, score=softmax, expert_groups=TOP2, scale=SCALE),
+    10: partial(TopK, score=sigmoid, selection_bias=True, expert_groups=TOP2),
     11: partial(TopK, score=softmax, normalize=False),
     12: partial(TopK, score=sigmoid, select="logit", selection_bias=True),
     13: partial(TopK, score=softmax, selection_bias=True, normalize=False, scale=SCALE),

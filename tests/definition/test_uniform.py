@@ -29,9 +29,9 @@ def test_one_expert_is_the_expert_itself():
 
 
 def test_weights_that_sum_to_one_keep_what_identical_experts_say():
-    assert Uniform(D, 3).preserving
-    assert Uniform(D, 2, weights=[1.5, -0.5]).preserving
-    assert not Uniform(D, 2, weights=[1.0, 1.0]).preserving
+    assert Uniform(D, 3).weights_sum_to_one
+    assert Uniform(D, 2, weights=[1.5, -0.5]).weights_sum_to_one
+    assert not Uniform(D, 2, weights=[1.0, 1.0]).weights_sum_to_one
 
 
 def test_a_weight_is_needed_for_every_expert():

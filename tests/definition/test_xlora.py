@@ -10,7 +10,7 @@ from moeify import MoE, Recipe, sparsify
 from moeify.compose import XLoRA
 from moeify.experts import LoRA
 from moeify.find import linears
-from moeify.routers import Given
+from moeify.routers import InputWeights
 from moeify.sparsify import frozen, lora
 from strategies import agree, doubled
 from tiny_models import TINY, inputs
@@ -21,7 +21,7 @@ MASK = torch.tensor([[1, 1, 1, 0], [1, 1, 0, 0]]).bool()
 
 @pytest.mark.parametrize("shape", [(), (2,), (2, E), (2, 4, E), (2, 4, 5, E)])
 def test_every_expert_answers_with_the_weight_that_was_given(shape):
-    moe = MoE(Given(D, E), LoRA(E, D, rank=2))
+    moe = MoE(InputWeights(D, E), LoRA(E, D, rank=2))
     nn.init.normal_(moe.experts.lora_B)
     moe.router.number = 3
     weights = torch.randn(shape, requires_grad=True)
@@ -38,14 +38,14 @@ def test_every_expert_answers_with_the_weight_that_was_given(shape):
 
 
 def test_no_expert_runs_for_a_weight_of_zero():
-    moe = MoE(Given(D, E), LoRA(E, D, rank=2))
+    moe = MoE(InputWeights(D, E), LoRA(E, D, rank=2))
     moe.context.call.inputs["adapter_weights"] = torch.tensor([[1.0, 0.0, 0.5], [0.0, 0.0, 0.0]])
     assert moe.router(torch.randn(2, 4, D), moe.context).counts.tolist() == [4, 0, 4]
 
 
 def test_weights_that_are_missing_or_do_not_fit_are_refused():
-    moe = MoE(Given(D, E), LoRA(E, D, rank=2))
-    with pytest.raises(ValueError, match=r"under moeify\.context\.given\(model, adapter_weights=weights\)"):
+    moe = MoE(InputWeights(D, E), LoRA(E, D, rank=2))
+    with pytest.raises(ValueError, match=r"under moeify\.context\.extra_inputs\(model, adapter_weights=weights\)"):
         moe(torch.randn(2, 4, D))
     for shape in ((1,), (2, E + 1), (2, 5, E)):
         moe.context.call.inputs["adapter_weights"] = torch.ones(shape)
@@ -57,7 +57,7 @@ def pool() -> nn.Module:
     recipe = Recipe(
         where=linears("q_proj|v_proj"),
         num_experts=E,
-        router=Given,
+        router=InputWeights,
         experts=partial(lora, rank=2, scale=3.0),
         shared=frozen,
     )
@@ -120,7 +120,7 @@ def test_the_first_pass_is_the_model_without_adapters_and_only_the_network_learn
 
 
 def test_what_x_lora_cannot_weigh_is_refused():
-    with pytest.raises(ValueError, match="no layer with a Given router"):
+    with pytest.raises(ValueError, match="no layer with an InputWeights router"):
         XLoRA(TINY["llama"](), 32)
     with pytest.raises(ValueError, match="depth=0 leaves no network"):
         XLoRA(pool(), 32, depth=0)

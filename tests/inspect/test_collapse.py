@@ -145,7 +145,7 @@ def test_without_its_first_expert_a_token_is_answered_by_the_others_alone():
     slow = []
     for t in range(T):
         rest = gates[t, 1:] * gates[t].sum() / gates[t, 1:].sum()
-        answers = moe.experts.answers(x[t : t + 1])[0]
+        answers = moe.experts.all_outputs(x[t : t + 1])[0]
         slow.append(sum(g * answers[e] for g, e in zip(rest, index[t, 1:], strict=True)))
     whole = moe(x)
     with without_first({"": moe}):

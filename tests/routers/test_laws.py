@@ -20,10 +20,10 @@ from moeify.routers import (
     GShard,
     Lookup,
     NoisyTopK,
-    Once,
     Phatgoose,
     ReLU,
     Residual,
+    SharedRouting,
     Similarity,
     Sinkhorn,
     Soft,
@@ -55,7 +55,7 @@ TOKEN_BY_TOKEN = {
     "expert threshold": ExpertThreshold,
     "residual": Residual,
     "conditional": lambda width, experts: Conditional(Capacity(TopK(width, experts - 1), factor=0.7), width),
-    "once": lambda *sizes: Once(TopK(*sizes)),
+    "shared routing": lambda *sizes: SharedRouting(TopK(*sizes)),
     "expert choice of the batch": partial(ExpertChoice, per="batch"),
     "phatgoose": Phatgoose,
     "uniform": Uniform,
@@ -148,7 +148,7 @@ def test_identical_experts_act_as_one_under_a_router_that_says_so(name):
         parameter.data.copy_(parameter.data[:1].expand_as(parameter))
     x, ids = torch.randn(2, 6, D), torch.arange(12).view(2, 6)
     dense = moe.experts(x.flatten(0, 1), torch.tensor([12, 0, 0, 0])).view(2, 6, D)
-    assert torch.allclose(run(moe, x, None, ids)[0], dense, atol=1e-5) is moe.router.preserving
+    assert torch.allclose(run(moe, x, None, ids)[0], dense, atol=1e-5) is moe.router.weights_sum_to_one
 
 
 @pytest.mark.parametrize("name", ROUTERS)

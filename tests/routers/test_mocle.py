@@ -60,8 +60,8 @@ def test_the_less_certain_a_decision_the_more_the_universal_expert_is_asked():
 def test_only_the_papers_gate_has_weights_that_sum_to_one(gate, total):
     router = Cluster(D, E, clusters=9, gate=gate, temperature=1.0)
     sums = decide(router, (4, 1), cluster=[0, 3, 5, 6]).choices.weights.sum(-1)
-    assert router.preserving == (total is not None)
-    assert torch.allclose(sums, torch.ones(4)) == router.preserving
+    assert router.weights_sum_to_one == (total is not None)
+    assert torch.allclose(sums, torch.ones(4)) == router.weights_sum_to_one
 
 
 def test_what_stands_in_the_padding_is_never_read():

@@ -33,7 +33,7 @@ def test_the_noise_is_as_wide_as_it_is_told():
 def test_the_load_loss_teaches_the_router_and_its_noise():
     router = NoisyTopK(8, 4, k=1, order="softmax")
     sharpen(router)
-    losses.load(route(router, torch.randn(20, 8))).backward()
+    losses.load_loss(route(router, torch.randn(20, 8))).backward()
     assert router.weight.grad.count_nonzero()
     assert router.noise_weight.grad.count_nonzero()
 
@@ -60,7 +60,7 @@ def test_noise_that_has_died_out_gives_a_finite_gradient():
     router = NoisyTopK(1, 4)
     nn.init.normal_(router.weight)
     nn.init.constant_(router.noise_weight, -200.0)  # softplus(-200) = 0
-    losses.load(route(router, torch.ones(6, 1))).backward()
+    losses.load_loss(route(router, torch.ones(6, 1))).backward()
     assert all(p.grad.isfinite().all() for p in router.parameters())
 
 

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from moeify.routers import Groups, TopK, sigmoid, softmax, sqrt_softplus
+from moeify.routers import ExpertGroups, TopK, sigmoid, softmax, sqrt_softplus
 from strategies import route, seeds, sharpen
 
 # Bad inputs
@@ -28,15 +28,15 @@ def test_a_single_normalised_weight_is_refused_because_the_router_would_not_lear
 @pytest.mark.parametrize(
     ("groups", "reason"),
     [
-        (Groups(3, 1), "8 experts cannot be divided into 3 groups"),
-        (Groups(4, 1), "1 groups of 2 experts leave fewer than k=3"),
-        (Groups(4, 5), "a token cannot use 5 of 4 groups"),
-        (Groups(0, 0), "a token cannot use 0 of 0 groups"),
+        (ExpertGroups(3, 1), "8 experts cannot be divided into 3 groups"),
+        (ExpertGroups(4, 1), "1 groups of 2 experts leave fewer than k=3"),
+        (ExpertGroups(4, 5), "a token cannot use 5 of 4 groups"),
+        (ExpertGroups(0, 0), "a token cannot use 0 of 0 groups"),
     ],
 )
 def test_groups_that_do_not_fit_are_refused(groups, reason):
     with pytest.raises(ValueError, match=reason):
-        TopK(8, 8, k=3, groups=groups)
+        TopK(8, 8, k=3, expert_groups=groups)
 
 
 # Laws
@@ -69,9 +69,9 @@ def test_normalised_weights_sum_to_the_scale(score, scale, seed):
 
 
 def test_only_normalised_weights_without_a_scale_preserve_a_function():
-    assert TopK(8, 4).preserving
-    assert not TopK(8, 4, normalize=False).preserving
-    assert not TopK(8, 4, scale=2.5).preserving
+    assert TopK(8, 4).weights_sum_to_one
+    assert not TopK(8, 4, normalize=False).weights_sum_to_one
+    assert not TopK(8, 4, scale=2.5).weights_sum_to_one
 
 
 def test_only_a_decision_per_token_is_causal():

@@ -12,7 +12,7 @@ from torch import nn
 from moeify.find import every
 from moeify.kernels.cpu import cpp
 from moeify.record import record
-from moeify.routers.topk import Groups, TopK
+from moeify.routers.topk import ExpertGroups, TopK
 from moeify.serve import fast_decode, plain_decode
 from moeify.sparsify import Recipe, dense, fresh, sparsify
 
@@ -169,7 +169,7 @@ def test_a_cache_grows_beyond_its_first_room():
 
 @needs_kernel
 def test_a_router_that_the_kernel_does_not_know_is_called():
-    recipe = Recipe(where=every(2), num_experts=4, router=partial(TopK, groups=Groups(count=2, keep=1)))
+    recipe = Recipe(where=every(2), num_experts=4, router=partial(TopK, expert_groups=ExpertGroups(count=2, keep=1)))
     model = sparsify(made(llama), recipe, verbose=False)
     inputs = prompts()
     expected = tokens(model, inputs)

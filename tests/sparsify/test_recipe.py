@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moeify.find import every, ffn, last, modules, named, odd
-from moeify.routers import Groups, TopK, sigmoid, softmax, sqrt_softplus
+from moeify.routers import ExpertGroups, TopK, sigmoid, softmax, sqrt_softplus
 from moeify.sparsify import (
     Recipe,
     copies,
@@ -39,7 +39,7 @@ any_recipe = st.builds(
         st.just(TopK),
         k=st.integers(1, 8),
         score=st.sampled_from([softmax, sigmoid, sqrt_softplus]),
-        groups=st.sampled_from([None, Groups(4, 2), Groups(8, 1, reduce="top2", fill=0.0)]),
+        expert_groups=st.sampled_from([None, ExpertGroups(4, 2), ExpertGroups(8, 1, reduce="top2", fill=0.0)]),
         scale=st.floats(0.5, 2.5),
     ),
     experts=st.sampled_from(

@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from moeify.context import recomputing
 from moeify.routers import Soft, TopK
-from moeify.routers.once import once
+from moeify.routers.shared_routing import shared_routing
 from moeify.sparsify import Recipe, fresh, sparsify
 from moeify.train import keep_decisions
 from moeify.train.activation_checkpointing import enable
@@ -80,7 +80,7 @@ def two_passes(model, masks=(LEFT, RIGHT)):
     return [p.grad.clone() for p in model.parameters() if p.grad is not None]
 
 
-@pytest.mark.parametrize("router", [TopK, once, Soft])
+@pytest.mark.parametrize("router", [TopK, shared_routing, Soft])
 def test_two_forward_passes_before_one_backward_pass_keep_a_mask_each(router):
     recipe = Recipe(num_experts=4, router=router, experts=fresh)
     plain = sparsify(causal_lm("llama"), recipe, verbose=False, allow_noncausal=True).train()

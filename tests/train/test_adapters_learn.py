@@ -7,7 +7,7 @@ import torch
 from transformers import TrainingArguments
 
 from moeify import Recipe, record, sparsify
-from moeify.context import given
+from moeify.context import extra_inputs
 from moeify.find import linears
 from moeify.losses import localized
 from moeify.routers import Cluster
@@ -32,7 +32,7 @@ def test_of_the_experts_by_cluster_those_of_the_data_learn_and_the_universal_one
     freeze(model, "base", verbose=False)
     ids, clusters = train(model, tmp_path, "cluster")
     layer = model.get_submodule("model.layers.0.self_attn.q_proj")
-    with given(model, cluster=clusters), record(model) as decisions:
+    with extra_inputs(model, cluster=clusters), record(model) as decisions:
         model(torch.tensor(ids))
     used = decisions["model.layers.0.self_attn.q_proj"].counts > 0
     assert torch.equal(layer.experts.lora_B.detach().flatten(1).any(1), used)
@@ -45,7 +45,7 @@ def test_the_localized_constraint_reads_the_types_from_the_data(delta, tmp_path)
     loss = partial(localized, delta=delta)
 
     def constraint(ids, types):
-        with given(model, task_type=types), record(model.eval()) as decisions, torch.no_grad():
+        with extra_inputs(model, task_type=types), record(model.eval()) as decisions, torch.no_grad():
             model(torch.tensor(ids))
         return sum(loss(routing).item() for routing in decisions.values())
 

@@ -9,11 +9,11 @@ import torch
 from torch import nn
 
 from moeify import MoE, Recipe, record, sparsify
-from moeify.context import given
+from moeify.context import extra_inputs
 from moeify.experts import FFN, Each
 from moeify.multihead import MultiHead
 from moeify.record import native_layers
-from moeify.routers import Capacity, ExpertChoice, Lookup, Once, Soft, TopK
+from moeify.routers import Capacity, ExpertChoice, Lookup, SharedRouting, Soft, TopK
 from moeify.sparsify import fresh
 from moeify.train.calibrate import calibrate_all_experts, tokens_per_expert
 from tiny_models import DENSE, SPARSE, causal_lm, tokens
@@ -24,7 +24,7 @@ ROUTERS = {
     "topk": TopK,
     "capacity": lambda width, count: Capacity(TopK(width, count), factor=0.5),
     "expert_choice": ExpertChoice,
-    "once": lambda width, count: Once(TopK(width, count)),
+    "shared routing": lambda width, count: SharedRouting(TopK(width, count)),
 }
 
 
@@ -164,5 +164,5 @@ def test_experts_that_the_data_misses_are_named(capsys):
     assert report.missed(at_least=17)["model.layers.0.mlp"] == [0, 1, 2, 3]
     report.show()
     assert "model.layers.0.mlp" in capsys.readouterr().out
-    with given(model, task=[0, 3]):
+    with extra_inputs(model, task=[0, 3]):
         assert tokens_per_expert(model, [tokens(2, 8)]).layers["model.layers.0.mlp"].tolist().count(8) == 2

@@ -11,7 +11,7 @@ from torch import nn
 from transformers import DataCollatorWithPadding, TrainingArguments
 
 from moeify import MoE, Recipe, record, sparsify
-from moeify.context import given
+from moeify.context import extra_inputs
 from moeify.experts import FFN
 from moeify.multihead import MultiHead
 from moeify.record import observe
@@ -144,7 +144,7 @@ def test_a_forward_that_takes_the_key_is_given_it_as_an_argument():
 
 
 def generated(model, prompts, tasks, **options):
-    with given(model, task=tasks):
+    with extra_inputs(model, task=tasks):
         return model.generate(prompts, max_new_tokens=6, min_new_tokens=6, do_sample=False, **options)[:, 6:]
 
 
@@ -167,8 +167,8 @@ def test_generation_follows_the_task_that_is_given():
 def test_what_is_given_is_given_inside_alone_and_the_innermost_counts():
     model, ids = model_that_asks().eval(), tokens(2, 6)
     with record(model) as decisions:
-        with given(model, task=[0, 0]):
-            with given(model, task=[1, 1]):
+        with extra_inputs(model, task=[0, 0]):
+            with extra_inputs(model, task=[1, 1]):
                 model(ids)
                 assert decisions[LAYER].counts.nonzero().tolist() == [[table(model)[1]]]
             model(ids)
@@ -181,7 +181,7 @@ def test_sub_tokens_have_the_task_of_their_sequence():
     outer = MultiHead(MoE(Lookup(4, 4, key="task", size=4), FFN(4, 4, 8)), 8, heads=2)
     model = nn.Sequential(outer)
     outer.context.watch([model])
-    with record(model) as decisions, given(model, task=[3, 3]):
+    with record(model) as decisions, extra_inputs(model, task=[3, 3]):
         model(torch.randn(2, 5, 8))
     (routing,) = decisions.values()
     assert routing.counts[outer.moe.router.table[3, 0]] == 2 * 5 * 2
@@ -192,7 +192,7 @@ def test_a_plain_model_is_made_sparse_by_a_key_that_its_forward_does_not_take():
     router = partial(Lookup, key="task", size=4)
     sparsify(model, Recipe(num_experts=4, router=router), verbose=False)
     x = torch.randn(3, 8)
-    with record(model) as decisions, given(model, task=[0, 1, 1]):
+    with record(model) as decisions, extra_inputs(model, task=[0, 1, 1]):
         model(x)
     (routing,) = decisions.values()
     assert routing.counts.tolist().count(0) == 2
@@ -200,10 +200,10 @@ def test_a_plain_model_is_made_sparse_by_a_key_that_its_forward_does_not_take():
 
 def test_a_model_that_cannot_look_up_refuses_to_be_given_anything():
     with pytest.raises(ValueError, match="no sparse layer of moeify, so nothing in it can look up task"):
-        given(causal_lm("llama"), task=[0]).__enter__()
+        extra_inputs(causal_lm("llama"), task=[0]).__enter__()
 
 
 def test_too_few_tasks_are_an_error():
     model = model_that_asks()
-    with given(model, task=[0]), pytest.raises(ValueError, match="fits neither the tokens"):
+    with extra_inputs(model, task=[0]), pytest.raises(ValueError, match="fits neither the tokens"):
         model(tokens(2, 6))

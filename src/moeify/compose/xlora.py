@@ -10,8 +10,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from moeify.context import given
-from moeify.routers.given import Given
+from moeify.context import extra_inputs
+from moeify.routers.input_weights import InputWeights
 
 
 class XLoRA(nn.Module):
@@ -22,7 +22,7 @@ class XLoRA(nn.Module):
         y = W u + Σ_j g_j s_j B_j A_j u                                  in the second pass, in every adapted map
 
     Args:
-        model: of transformers, with `Given` routers and one number of experts everywhere.
+        model: of transformers, with `InputWeights` routers and one number of experts everywhere.
         width: width of its hidden states.
         depth: linear maps of the network, with ReLU and dropout in between.
         hidden: their width.
@@ -49,12 +49,13 @@ class XLoRA(nn.Module):
         k: int | None = None,
     ) -> None:
         super().__init__()
-        routers = [part for part in model.modules() if isinstance(part, Given)]
+        routers = [part for part in model.modules() if isinstance(part, InputWeights)]
         sizes = sorted({router.num_experts for router in routers})
         if len(sizes) != 1:
             raise ValueError(
-                f"X-LoRA weighs the same experts in every layer, and found {sizes or 'no layer with a Given router'}; "
-                "make the model with router=Given, and adapters that are all in the same places"
+                "X-LoRA weighs the same experts in every layer, and found "
+                f"{sizes or 'no layer with an InputWeights router'}; make the model with "
+                "router=InputWeights, and adapters that are all in the same places"
             )
         if depth < 1:
             raise ValueError(f"depth={depth} leaves no network; choose depth >= 1")
@@ -74,14 +75,14 @@ class XLoRA(nn.Module):
         if kwargs.get("past_key_values") is not None or kwargs.get("cache") is not None:
             raise ValueError("X-LoRA passes the model twice, which a cache does not survive; pass use_cache=False")
         weights = self.weights(*args, **kwargs)
-        with given(self.model, **dict.fromkeys(self.keys, weights)):
+        with extra_inputs(self.model, **dict.fromkeys(self.keys, weights)):
             return self.model(*args, **kwargs)
 
     def weights(self, *args: Any, **kwargs: Any) -> Float[Tensor, "B N layers E"]:
         """What the first pass decides; of one layer where all get the same."""
         first = {name: value for name, value in kwargs.items() if name != "labels"}
         first |= {"output_hidden_states": True, "return_dict": True, "use_cache": False}
-        with torch.no_grad(), given(self.model, **dict.fromkeys(self.keys, torch.tensor(0.0))):
+        with torch.no_grad(), extra_inputs(self.model, **dict.fromkeys(self.keys, torch.tensor(0.0))):
             states = self.model(*args, **first).hidden_states[-1]
         logits = self.classifier(states).unflatten(-1, (self.layers, self.num_experts))
         scores = (logits / self.temperature).softmax(-1)

@@ -39,7 +39,7 @@ class Experts(nn.Module, ABC):
     def forward(self, rows: Float[Tensor, "R D"], counts: Int[Tensor, "E"]) -> Float[Tensor, "R O"]:
         """Answer `counts[0]` rows by the first expert, the next `counts[1]` by the second, and so on."""
 
-    def answers(self, x: Float[Tensor, "T D"]) -> Float[Tensor, "T E O"]:
+    def all_outputs(self, x: Float[Tensor, "T D"]) -> Float[Tensor, "T E O"]:
         """Every expert's answer to every token."""
         counts = torch.full((self.num_experts,), len(x), dtype=torch.int64, device=x.device)
         return self(x.repeat(self.num_experts, 1), counts).unflatten(0, (self.num_experts, -1)).transpose(0, 1)

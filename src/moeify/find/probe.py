@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moeify.context import given
+from moeify.context import extra_inputs
 from moeify.find.dense import fixed_randomness, in_evaluation, is_linear, matrix
 from moeify.routers.lookup import columns
 
@@ -37,7 +37,7 @@ class Probe:
         if not names:
             return nullcontext()
         first = next(value for value in (*self.args, *(self.kwargs or {}).values()) if isinstance(value, Tensor))
-        return given(model, **dict.fromkeys(names, torch.zeros(len(first), dtype=torch.int64)))
+        return extra_inputs(model, **dict.fromkeys(names, torch.zeros(len(first), dtype=torch.int64)))
 
 
 def as_probe(given: Any) -> Probe:

@@ -66,7 +66,7 @@ def answer_similarity(experts: Experts, x: Float[Tensor, "T D"]) -> dict[str, fl
     `moeify.losses.cosine` and `moeify.losses.linear_cka` have the pairs. A few hundred tokens are enough.
     """
     with torch.no_grad():
-        answers = experts.answers(x)
+        answers = experts.all_outputs(x)
         pairs = {"cosine": losses.cosine(answers), "cka": losses.linear_cka(answers)}
         return {name: losses.similarity(matrix).item() for name, matrix in pairs.items()}
 

@@ -84,7 +84,7 @@ def importance(routing: Assignment) -> Float[Tensor, ""]:
     return cv_squared(weight.new_zeros(len(routing.counts)).index_add(0, routing.expert, weight))
 
 
-def load(routing: Assignment) -> Float[Tensor, ""]:
+def load_loss(routing: Assignment) -> Float[Tensor, ""]:
     """CV² of the rows that each expert can expect; 0 for perfect balance (Shazeer et al. 2017, eq. 11).
 
     A router with noise tells the expected rows, with a gradient; of any other it is the rows asked for, and measures.

@@ -31,7 +31,7 @@ def localized(routing: Routing, delta: float = 0.1, types: Int[Tensor, "E"] | No
     if sample_type is None or routing.sequence_id is None:
         raise ValueError(
             "this decision does not know of what type its samples are; route by AllExperts, and call the model inside "
-            "given(model, task_type=...)"
+            "extra_inputs(model, task_type=...)"
         )
     experts = p.shape[-1]
     types = 2 * torch.arange(experts, device=p.device) // experts if types is None else types.to(p.device)

@@ -3,38 +3,76 @@
 from moeify.routers.all_experts import AllExperts
 from moeify.routers.arrow import Arrow
 from moeify.routers.base import Router, Tokens, begin_step, project, real_tokens
-from moeify.routers.capacity import Capacity
 from moeify.routers.competition import Compete
 from moeify.routers.cosine import Cosine
 from moeify.routers.default_vector import DefaultVector
 from moeify.routers.expert_choice import ExpertChoice
 from moeify.routers.expert_threshold import ExpertThreshold
 from moeify.routers.frozen import Frozen
-from moeify.routers.gates import MultiGate, SparseMultiGate
-from moeify.routers.given import Given
 from moeify.routers.gshard import GShard
+from moeify.routers.input_weights import InputWeights
+from moeify.routers.limited import Capacity
 from moeify.routers.lookup import Lookup
 from moeify.routers.mocle import Cluster
 from moeify.routers.mole import MoLE
+from moeify.routers.multi_gate import MultiGate, SparseMultiGate
 from moeify.routers.nllb import Conditional, FinalMask
 from moeify.routers.noisy import NoisyTopK
-from moeify.routers.once import Follow, Once
 from moeify.routers.phatgoose import Phatgoose
 from moeify.routers.replay import Replay
 from moeify.routers.residual import Residual
+from moeify.routers.shared_routing import ReusedRouting, SharedRouting
 from moeify.routers.similarity import Similarity
 from moeify.routers.sinkhorn import Sinkhorn
 from moeify.routers.soft import Soft
 from moeify.routers.sparsemixer import SparseMixer
 from moeify.routers.token_rounding import TokenRounding
-from moeify.routers.topk import Groups, TopK, sigmoid, softmax, sqrt_softplus
+from moeify.routers.topk import ExpertGroups, TopK, sigmoid, softmax, sqrt_softplus
 from moeify.routers.uniform import Uniform
 from moeify.routers.variable import ReLU, Threshold, TopP
 
 __all__ = [
-    "AllExperts", "Arrow", "Capacity", "Cluster", "Compete", "Conditional", "Cosine", "DefaultVector", "ExpertChoice",
-    "ExpertThreshold", "FinalMask", "Follow", "Frozen", "GShard", "Given", "Groups", "Lookup", "MoLE", "MultiGate",
-    "NoisyTopK", "Once", "Phatgoose", "ReLU", "Replay", "Residual", "Router", "Similarity", "Sinkhorn", "Soft",
-    "SparseMixer", "SparseMultiGate", "Threshold", "TokenRounding", "Tokens", "TopK", "TopP", "Uniform",
-    "begin_step", "project", "real_tokens", "sigmoid", "softmax", "sqrt_softplus",
+    "AllExperts",
+    "Arrow",
+    "Capacity",
+    "Cluster",
+    "Compete",
+    "Conditional",
+    "Cosine",
+    "DefaultVector",
+    "ExpertChoice",
+    "ExpertGroups",
+    "ExpertThreshold",
+    "FinalMask",
+    "Frozen",
+    "GShard",
+    "InputWeights",
+    "Lookup",
+    "MoLE",
+    "MultiGate",
+    "NoisyTopK",
+    "Phatgoose",
+    "ReLU",
+    "Replay",
+    "Residual",
+    "ReusedRouting",
+    "Router",
+    "SharedRouting",
+    "Similarity",
+    "Sinkhorn",
+    "Soft",
+    "SparseMixer",
+    "SparseMultiGate",
+    "Threshold",
+    "TokenRounding",
+    "Tokens",
+    "TopK",
+    "TopP",
+    "Uniform",
+    "begin_step",
+    "project",
+    "real_tokens",
+    "sigmoid",
+    "softmax",
+    "sqrt_softplus",
 ]  # fmt: skip

@@ -26,7 +26,7 @@ class AllExperts(Router):
         init_std: standard deviation of the normal initialisation of W.
     """
 
-    preserving = True
+    weights_sum_to_one = True
 
     def __init__(self, width: int, num_experts: int, *, key: str = "task_type", init_std: float = 0.02) -> None:
         super().__init__()

@@ -38,7 +38,7 @@ class Arrow(Router):
     """
 
     settable_k = True
-    preserving = True
+    weights_sum_to_one = True
 
     def __init__(self, width: int, num_experts: int, *, k: int = 3, temperature: float = 1.0) -> None:
         super().__init__()

@@ -22,11 +22,11 @@ class Router(nn.Module, ABC):
     Attributes:
         causal: whether a token's decision depends on no later token; `sparsify` refuses others in decoders.
         settable_k: whether its `k` may be set between two steps, as `moeify.train.KSchedule` does.
-        preserving: whether the weights of every token sum to 1, so that identical experts act as one.
+        weights_sum_to_one: whether the weights of every token sum to 1, so that identical experts act as one.
     """
 
     causal: bool = True
-    preserving: bool = False
+    weights_sum_to_one: bool = False
     settable_k: ClassVar[bool] = False
 
     @abstractmethod

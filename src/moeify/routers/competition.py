@@ -57,7 +57,7 @@ class Compete(Router):
         if not 0 <= rate <= 1:
             raise ValueError(f"rate={rate} is no share of the training steps; choose 0 <= rate <= 1")
         self.num_experts, self.k, self.rate, self.most = num_experts, k, rate, most
-        self.preserving = True
+        self.weights_sum_to_one = True
         self.competes = False
         self.weight = nn.Parameter(torch.randn(num_experts, width) * init_std)
         self._experts: tuple[Any, ...] = ()
@@ -90,7 +90,7 @@ class Compete(Router):
             return tokens.assign(index, gates, self.num_experts, Evidence(logits=logits, scores=scores))
         if not self._experts:
             raise ValueError("this router was never given the experts that compete; put it into a MoE, or attach them")
-        answers = self._experts[0].answers(tokens.x)
+        answers = self._experts[0].all_outputs(tokens.x)
         affinity = F.softplus(answers.float()).mean(-1)  # (T, E)
         index, gates = best(affinity, self.k)
         evidence = Evidence(logits=logits, scores=scores, affinity=affinity)

@@ -52,7 +52,7 @@ class Cosine(Router):
         if dimensions < 1 or temperature <= 0:
             raise ValueError(f"dimensions={dimensions} and temperature={temperature} must be positive")
         self.num_experts, self.k, self.normalize = num_experts, k, normalize
-        self.preserving = normalize
+        self.weights_sum_to_one = normalize
         self.projection = nn.Parameter(torch.randn(dimensions, width) / math.sqrt(width))
         self.embedding = nn.Parameter(F.normalize(torch.randn(num_experts, dimensions), dim=-1))
         self.log_temperature = nn.Parameter(torch.tensor([math.log(temperature)]))

@@ -29,7 +29,7 @@ class Frozen(Router):
     """
 
     settable_k = True
-    preserving = True
+    weights_sum_to_one = True
 
     def __init__(self, width: int, num_experts: int, *, k: int = 2) -> None:
         super().__init__()

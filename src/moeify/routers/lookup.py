@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from moeify.context import Context, given
+from moeify.context import Context, extra_inputs
 from moeify.registry import register
 from moeify.routers.base import Router, project, real_tokens
 from moeify.routers.topk import check_k
@@ -39,7 +39,7 @@ class Lookup(Router):
             `forward`, an input that the model was not given, or that fits neither tokens nor sequences.
     """
 
-    preserving = True
+    weights_sum_to_one = True
 
     def __init__(
         self,
@@ -97,5 +97,5 @@ def routed(model: nn.Module, batch: Mapping[str, Any]) -> Iterator[dict[str, Any
     if not looked_up:
         yield rest
         return
-    with given(model, **looked_up):
+    with extra_inputs(model, **looked_up):
         yield rest

@@ -67,7 +67,7 @@ class Cluster(Router):
         self.num_experts, self.clusters, self.key = num_experts, clusters, key
         self.temperature, self.noise, self.universal, self.gate = temperature, noise, universal, gate
         self.k = 1 + universal
-        self.preserving = universal and gate == "once"
+        self.weights_sum_to_one = universal and gate == "once"
         self.embedding = nn.Embedding(clusters, dimensions)
         bound = 1 / math.sqrt(dimensions)
         self.weight = nn.Parameter(torch.empty(num_experts - universal, dimensions).uniform_(-bound, bound))

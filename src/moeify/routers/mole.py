@@ -40,7 +40,7 @@ class MoLE(Router):
         ValueError: a temperature that is not positive; in `forward`, no experts.
     """
 
-    preserving = True
+    weights_sum_to_one = True
 
     def __init__(self, width: int, num_experts: int, *, temperature: float = 1.0, init_std: float = 0.02) -> None:
         super().__init__()
@@ -56,7 +56,7 @@ class MoLE(Router):
         self._experts = (experts,)
         like = next(experts.parameters(), self.log_temperature)
         with torch.no_grad():
-            answers = experts.answers(torch.zeros(1, self.width, dtype=like.dtype, device=like.device))
+            answers = experts.all_outputs(torch.zeros(1, self.width, dtype=like.dtype, device=like.device))
         if self.weight is None or self.weight.shape[1] != answers.numel():
             weight = torch.randn(self.num_experts, answers.numel(), device=like.device) * self.init_std
             self.weight = nn.Parameter(weight.to(like.dtype))
@@ -68,7 +68,7 @@ class MoLE(Router):
                 "this router was never given the experts that it weighs; put it into a MoE, or attach them"
             )
         tokens = real_tokens(x, context)
-        answers = self._experts[0].answers(tokens.x)  # (T, E, O)
+        answers = self._experts[0].all_outputs(tokens.x)  # (T, E, O)
         seen = F.layer_norm(answers.float().flatten(1), self.weight.shape[1:])
         logits = project(seen, self.weight) / self.log_temperature.float().exp()
         scores = logits.softmax(-1)

@@ -40,7 +40,7 @@ class FinalMask(Router):
         super().__init__()
         _check(p)
         self.router, self.p = router, p
-        self.causal, self.preserving = router.causal, router.preserving
+        self.causal, self.weights_sum_to_one = router.causal, router.weights_sum_to_one
 
     def follow(self, previous: Router) -> Router:
         """Let the inner router follow the one inside the layer before."""
@@ -92,7 +92,7 @@ class Conditional(Router):
                 "balance by a loss instead, with selection_bias=False"
             )
         self.router, self.p = router, p
-        self.causal, self.preserving = router.causal, router.preserving
+        self.causal, self.weights_sum_to_one = router.causal, router.weights_sum_to_one
         self.weight = nn.Parameter(torch.randn(1, width) * init_std)
         self.bias = nn.Parameter(torch.zeros(1))
 

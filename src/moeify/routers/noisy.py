@@ -26,7 +26,7 @@ class NoisyTopK(Router):
         g    = the k largest of softmax(H)          with order="softmax"  (V-MoE)
 
     In training, and for k < E, the decision keeps the expected load, Σ_x P(another draw of ε_j leaves H_j among the k
-    largest), whose CV², `moeify.losses.load`, is a loss with a gradient.
+    largest), whose CV², `moeify.losses.load_loss`, is a loss with a gradient.
 
     Args:
         width: D.
@@ -56,7 +56,7 @@ class NoisyTopK(Router):
         if noise != "learned" and noise <= 0:
             raise ValueError(f"noise={noise} is no standard deviation; choose noise > 0, or TopK for none")
         self.num_experts, self.k, self.noise, self.order = num_experts, k, noise, order
-        self.preserving = order == "select"
+        self.weights_sum_to_one = order == "select"
         self.weight = nn.Parameter(torch.zeros(num_experts, width))
         self.noise_weight = nn.Parameter(torch.zeros(num_experts, width)) if noise == "learned" else None
 

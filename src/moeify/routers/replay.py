@@ -50,7 +50,7 @@ class Replay(Router):
         self.decisions = [replace(decision.detached(), expert_outputs=None) for decision in decisions]
         self.weights = weights
         self.given = 0
-        self.causal, self.preserving = router.causal, router.preserving
+        self.causal, self.weights_sum_to_one = router.causal, router.weights_sum_to_one
 
     def forward(self, x: Float[Tensor, "... D"], context: Context) -> Routing:
         """The next recorded decision."""

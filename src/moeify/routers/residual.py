@@ -47,7 +47,7 @@ class Residual(Router):
                 f"silent={silent} of {num_experts} experts leaves none that answers; choose 0 <= silent < E"
             )
         self.num_experts, self.k, self.silent, self.init_std = num_experts, k, silent, init_std
-        self.preserving = silent < k
+        self.weights_sum_to_one = silent < k
         self.weight = nn.Parameter(torch.randn(num_experts, hidden or width) * init_std)
         self.hidden = nn.Parameter(torch.randn(hidden, width) * init_std) if hidden else None
         self.register_parameter("residual", None)

@@ -40,7 +40,7 @@ class Similarity(Router):
     """
 
     settable_k = True
-    preserving = True
+    weights_sum_to_one = True
 
     def __init__(
         self,

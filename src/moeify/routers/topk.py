@@ -4,7 +4,7 @@ Mixtral, Switch, OLMoE, Qwen, DeepSeek, GPT-OSS and most routers of released mod
 
     s = score(W x)                     softmax | sigmoid | sqrt(softplus)
     c = s + b   (or W x + b)           the bias moves choices, never weights
-    c = groups(c)                      experts of the other groups cannot be chosen
+    c = expert_groups(c)                      experts of the other groups cannot be chosen
     i = topk(c, k);  g = s[i]
     g = g / sum(g);  g = scale · g
 """
@@ -46,9 +46,9 @@ def sqrt_softplus(logits: Float[Tensor, "T E"]) -> Float[Tensor, "T E"]:
     return F.softplus(logits).sqrt()
 
 
-@register("groups", "groups")
+@register("expert_groups", "expert_groups")
 @dataclass(frozen=True)
-class Groups:
+class ExpertGroups:
     """Group-limited routing: a token may only use experts of its best groups (DeepSeek-V2 and V3).
 
     Attributes:
@@ -83,7 +83,7 @@ class TopK(Router):
         score: what turns logits into weights.
         select: whether experts are chosen by their score or by their logit, which differ once there is a bias.
         selection_bias: keep a bias per expert, in fp32, that a controller of `moeify.balance` moves.
-        groups: limits the choice to a token's best groups of experts.
+        expert_groups: limits the choice to a token's best groups of experts.
         normalize: divide a token's weights by their sum.
         scale: multiplies the weights.
         per: decide for every token, or once for all tokens of a sequence or image from their mean (Mobile V-MoE).
@@ -107,7 +107,7 @@ class TopK(Router):
         score: Score = softmax,
         select: Literal["score", "logit"] = "score",
         selection_bias: bool = False,
-        groups: Groups | None = None,
+        expert_groups: ExpertGroups | None = None,
         normalize: bool = True,
         scale: float = 1.0,
         per: Literal["token", "group"] = "token",
@@ -117,17 +117,17 @@ class TopK(Router):
     ) -> None:
         super().__init__()
         check_k(k, num_experts, normalize)
-        _check_groups(groups, num_experts, k)
+        _check_groups(expert_groups, num_experts, k)
         self.num_experts = num_experts
         self.k = k
         self.score = score
         self.select = select
-        self.groups = groups
+        self.expert_groups = expert_groups
         self.normalize = normalize
         self.scale = scale
         self.per = per
         self.causal = per == "token"
-        self.preserving = normalize and scale == 1.0
+        self.weights_sum_to_one = normalize and scale == 1.0
         self.jitter = jitter
         self.weight = nn.Parameter(torch.randn(num_experts, width) * init_std)
         self.bias = nn.Parameter(torch.zeros(num_experts)) if bias else None
@@ -159,8 +159,8 @@ class TopK(Router):
         choice = scores if self.select == "score" else logits
         if self.selection_bias is not None:
             choice = choice + self.selection_bias
-        if self.groups is not None:
-            choice = self.groups(choice)
+        if self.expert_groups is not None:
+            choice = self.expert_groups(choice)
         index = choice.topk(self.k, dim=-1).indices
         return index, self.weigh(scores, index)
 
@@ -202,7 +202,7 @@ def check_k(k: int, num_experts: int, normalize: bool) -> None:
         )
 
 
-def _check_groups(groups: Groups | None, num_experts: int, k: int) -> None:
+def _check_groups(groups: ExpertGroups | None, num_experts: int, k: int) -> None:
     if groups is not None:
         if not 1 <= groups.keep <= groups.count:
             raise ValueError(f"a token cannot use {groups.keep} of {groups.count} groups; choose 1 <= keep <= count")

@@ -35,7 +35,7 @@ class Uniform(Router):
         if len(weights) != num_experts:
             raise ValueError(f"{len(weights)} weights for {num_experts} experts; give one weight per expert")
         self.num_experts = self.k = num_experts
-        self.preserving = abs(sum(weights) - 1) < 1e-6
+        self.weights_sum_to_one = abs(sum(weights) - 1) < 1e-6
         self.register_buffer("weights", torch.tensor(weights, dtype=torch.float32))
 
     def forward(self, x: Float[Tensor, "... D"], context: Context) -> Assignment:

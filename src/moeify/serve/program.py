@@ -127,7 +127,12 @@ class Program:
 
     def _ours(self, moe: nn.Module, x: Tensor) -> bool:
         """A layer with token choice, and perhaps a dense network beside."""
-        if not isinstance(moe, MoE) or type(moe.router) is not TopK or moe.router.per != "token" or moe.router.groups:
+        if (
+            not isinstance(moe, MoE)
+            or type(moe.router) is not TopK
+            or moe.router.per != "token"
+            or moe.router.expert_groups
+        ):
             return False
         r = moe.router
         if r.score.__name__ not in steps.SCORES:

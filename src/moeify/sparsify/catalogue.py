@@ -13,7 +13,6 @@ from moeify.files import read_json
 from moeify.find.where import every, last, last_half, linears, odd
 from moeify.routers.all_experts import AllExperts
 from moeify.routers.arrow import Arrow
-from moeify.routers.capacity import capacity
 from moeify.routers.competition import Compete
 from moeify.routers.cosine import Cosine
 from moeify.routers.default_vector import DefaultVector
@@ -21,17 +20,18 @@ from moeify.routers.expert_choice import ExpertChoice
 from moeify.routers.expert_threshold import ExpertThreshold
 from moeify.routers.frozen import Frozen
 from moeify.routers.gshard import GShard
+from moeify.routers.limited import capacity
 from moeify.routers.lookup import Lookup
 from moeify.routers.mocle import Cluster
 from moeify.routers.mole import MoLE
 from moeify.routers.noisy import NoisyTopK
-from moeify.routers.once import once
 from moeify.routers.phatgoose import Phatgoose
 from moeify.routers.residual import Residual
+from moeify.routers.shared_routing import shared_routing
 from moeify.routers.sinkhorn import Sinkhorn
 from moeify.routers.soft import Soft
 from moeify.routers.sparsemixer import SparseMixer
-from moeify.routers.topk import Groups, TopK, sigmoid
+from moeify.routers.topk import ExpertGroups, TopK, sigmoid
 from moeify.routers.variable import ReLU, TopP
 from moeify.sparsify.after import sandwich
 from moeify.sparsify.lora import lora, lora_ffn
@@ -103,7 +103,12 @@ catalogue: dict[str, Entry] = {
         Recipe(
             num_experts=32,
             router=partial(
-                TopK, k=4, score=sigmoid, selection_bias=True, groups=Groups(4, 2, reduce="top2"), scale=2.5
+                TopK,
+                k=4,
+                score=sigmoid,
+                selection_bias=True,
+                expert_groups=ExpertGroups(4, 2, reduce="top2"),
+                scale=2.5,
             ),
             experts=partial(fresh, granularity=4),
             shared=dense,
@@ -115,7 +120,7 @@ catalogue: dict[str, Entry] = {
         "DeepSeek-V2",
         Recipe(
             num_experts=32,
-            router=partial(TopK, k=4, groups=Groups(4, 2), normalize=False, scale=4.0),
+            router=partial(TopK, k=4, expert_groups=ExpertGroups(4, 2), normalize=False, scale=4.0),
             experts=partial(fresh, granularity=4),
             shared=dense,
         ),
@@ -149,7 +154,7 @@ catalogue: dict[str, Entry] = {
         Recipe(num_experts=32, router=partial(TopK, k=4), experts=partial(fresh, granularity=4)),
     ),
     "noisy": Entry(
-        "noisy top-4 with learned noise; train with the losses importance and load",
+        "noisy top-4 with learned noise; train with the losses importance and load_loss",
         "arXiv 1701.06538",
         None,
         Recipe(num_experts=16, router=partial(NoisyTopK, k=4), experts=partial(fresh, granularity=2)),
@@ -309,7 +314,7 @@ catalogue: dict[str, Entry] = {
         Recipe(
             where=last(2),
             num_experts=10,
-            router=partial(once, router=partial(TopK, k=1, normalize=False, per="group")),
+            router=partial(shared_routing, router=partial(TopK, k=1, normalize=False, per="group")),
             experts=fresh,
         ),
     ),

@@ -146,7 +146,7 @@ def _followed(model: nn.Module, sites: list[Site], recipe: Recipe) -> list[tuple
 
 def _refuse(layers: list[MoE], recipe: Recipe) -> None:
     router = layers[0].router
-    if _is_copy(recipe) and not router.preserving and recipe.num_experts > 1:
+    if _is_copy(recipe) and not router.weights_sum_to_one and recipe.num_experts > 1:
         raise ValueError(
             f"copied experts under {type(router).__name__} weights that do not sum to 1 destroy the dense model's "
             "function at the first step; let the router normalise its weights (TopK(normalize=True)), give a "
@@ -193,7 +193,7 @@ def _is_copy(recipe: Recipe) -> bool:
 def _keeps_function(recipe: Recipe, layers: list[MoE]) -> bool:
     _, options = _options(recipe.experts)
     same = not options.get("noise") and not options.get("drop") and recipe.after is nothing
-    return same and _is_copy(recipe) and layers[0].router.preserving
+    return same and _is_copy(recipe) and layers[0].router.weights_sum_to_one
 
 
 @dataclass(frozen=True)

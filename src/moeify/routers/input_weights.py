@@ -1,4 +1,4 @@
-"""Weights that come from outside of the layer: somebody else has decided, for every token (X-LoRA)."""
+"""Expert weights that are an input of the model, computed outside of the layer (X-LoRA)."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from moeify.routers.base import Router, Tokens, real_tokens
 from moeify.routing import Assignment
 
 
-@register("router", "given")
-class Given(Router):
+@register("router", "input_weights")
+class InputWeights(Router):
     """The weights that the model was called with, of every token or sequence, for all layers or for each its own.
 
-        with given(model, adapter_weights=weights):
+        with extra_inputs(model, adapter_weights=weights):
             model(...)
 
     No expert runs for a weight of 0. `moeify.compose.XLoRA` computes the weights in a pass of its own.
@@ -32,7 +32,7 @@ class Given(Router):
         number: which of the layers this is, for weights of each layer's own.
 
     Raises:
-        ValueError: in `forward`, weights that the model was not given, or that fit neither tokens nor sequences.
+        ValueError: in `forward`, weights that the model was not weights, or that fit neither tokens nor sequences.
     """
 
     def __init__(self, width: int, num_experts: int, *, key: str = "adapter_weights") -> None:
@@ -40,33 +40,33 @@ class Given(Router):
         self.num_experts, self.k, self.key, self.number = num_experts, num_experts, key, 0
 
     def forward(self, x: Float[Tensor, "... D"], context: Context) -> Assignment:
-        """Ask of every real token the experts whose weight is not 0."""
+        """Give every real token the experts whose weight is not 0."""
         tokens = real_tokens(x, context)
-        given = context.look_up(self.key)
-        if given is None:
+        weights = context.look_up(self.key)
+        if weights is None:
             raise ValueError(
                 f"this router reads {self.key!r}, but the model was called without it; call it under "
-                f"moeify.context.given(model, {self.key}=weights), or through XLoRA"
+                f"moeify.context.extra_inputs(model, {self.key}=weights), or through XLoRA"
             )
-        weights = self._of_tokens(given.float(), tokens)
+        weights = self._of_tokens(weights.float(), tokens)
         return tokens.assign_where(weights != 0, weights)
 
-    def _of_tokens(self, given: Float[Tensor, "..."], tokens: Tokens) -> Float[Tensor, "T E"]:
-        if given.dim() == 4:
-            given = given[:, :, self.number if given.shape[2] > 1 else 0]
+    def _of_tokens(self, weights: Float[Tensor, "..."], tokens: Tokens) -> Float[Tensor, "T E"]:
+        if weights.dim() == 4:
+            weights = weights[:, :, self.number if weights.shape[2] > 1 else 0]
         sequences = int(tokens.sequence_id.max()) + 1
-        if given.dim() == 0:
-            return given.expand(len(tokens.x), self.num_experts)
-        if given.dim() == 1 and len(given) >= sequences:
-            return given[tokens.sequence_id].unsqueeze(-1).expand(-1, self.num_experts)
-        if given.dim() == 2 and given.shape[1] == self.num_experts and len(given) >= sequences:
-            return given[tokens.sequence_id]
-        flat = given.reshape(-1, given.shape[-1])
-        if given.dim() == 3 and flat.shape == (math.prod(tokens.shape), self.num_experts):
+        if weights.dim() == 0:
+            return weights.expand(len(tokens.x), self.num_experts)
+        if weights.dim() == 1 and len(weights) >= sequences:
+            return weights[tokens.sequence_id].unsqueeze(-1).expand(-1, self.num_experts)
+        if weights.dim() == 2 and weights.shape[1] == self.num_experts and len(weights) >= sequences:
+            return weights[tokens.sequence_id]
+        flat = weights.reshape(-1, weights.shape[-1])
+        if weights.dim() == 3 and flat.shape == (math.prod(tokens.shape), self.num_experts):
             return flat if tokens.positions is None else flat[tokens.positions]
         raise ValueError(
-            f"{self.key!r} has shape {tuple(given.shape)}, which fits neither the tokens {tuple(tokens.shape)} of the "
-            f"layer nor their sequences, each with {self.num_experts} experts"
+            f"{self.key!r} has shape {tuple(weights.shape)}, which fits neither the tokens {tuple(tokens.shape)} of "
+            f"the layer nor their sequences, each with {self.num_experts} experts"
         )
 
     def extra_repr(self) -> str:

@@ -33,7 +33,7 @@ class MultiGate(Router):
         ValueError: more private experts than there are experts, or a gate without an expert.
     """
 
-    preserving = True
+    weights_sum_to_one = True
 
     def __init__(self, width: int, num_experts: int, *, gates: int, private: int = 0) -> None:
         super().__init__()
@@ -74,7 +74,7 @@ class SparseMultiGate(Router):
         ValueError: k outside what a gate sees, or a union without room for the first choice of every gate.
     """
 
-    preserving = True
+    weights_sum_to_one = True
 
     def __init__(
         self, width: int, num_experts: int, *, gates: int, k: int = 2, union: int = 4, private: int = 0

@@ -12,15 +12,15 @@ from moeify.experts import FFN, Each
 from moeify.find import last
 from moeify.flops import count
 from moeify.losses import supervision
-from moeify.routers import Capacity, DefaultVector, Follow, MoLE, Once, Residual, TopK
-from moeify.routers.once import once
+from moeify.routers import Capacity, DefaultVector, MoLE, Residual, ReusedRouting, SharedRouting, TopK
+from moeify.routers.shared_routing import shared_routing
 from moeify.sparsify import fresh
 from moeify.train.activation_checkpointing import enable
 from strategies import agree, doubled, gradients, route, sharpen
 from tiny_models import DENSE, causal_lm, inputs
 
 T, D, E = 7, 6, 4
-PER_IMAGE = partial(once, router=partial(TopK, k=1, normalize=False, per="group"))
+PER_IMAGE = partial(shared_routing, router=partial(TopK, k=1, normalize=False, per="group"))
 
 
 def routers(model: nn.Module) -> list[nn.Module]:
@@ -31,8 +31,8 @@ def test_the_first_layer_decides_for_all_images_and_layers():
     recipe = Recipe(where=last(2), num_experts=E, router=PER_IMAGE, experts=fresh)
     model = sparsify(DENSE["vit"](), recipe, verbose=False)
     first, second = routers(model)
-    assert isinstance(first, Once)
-    assert isinstance(second, Follow)
+    assert isinstance(first, SharedRouting)
+    assert isinstance(second, ReusedRouting)
     assert not list(second.parameters())
     for seed in range(2):
         with record(model) as decisions:
@@ -44,32 +44,32 @@ def test_the_first_layer_decides_for_all_images_and_layers():
 
 
 def test_followers_of_followers_follow_the_first():
-    leader = Once(TopK(D, E))
-    follower = Once(TopK(D, E)).follow(Once(TopK(D, E)).follow(leader))
-    assert follower.leader is leader
-    assert (follower.rows_per_token(), follower.causal, follower.preserving) == (2, True, True)
+    leader = SharedRouting(TopK(D, E))
+    follower = SharedRouting(TopK(D, E)).follow(SharedRouting(TopK(D, E)).follow(leader))
+    assert follower.shared is leader
+    assert (follower.rows_per_token(), follower.causal, follower.weights_sum_to_one) == (2, True, True)
 
 
 def test_a_stack_that_decides_once_costs_what_it_costs_to_decide_everywhere():
     each, together = (
         sparsify(DENSE["vit"](), Recipe(num_experts=E, router=router, experts=fresh), verbose=False)
-        for router in (partial(TopK, per="group"), partial(once, router=partial(TopK, per="group")))
+        for router in (partial(TopK, per="group"), partial(shared_routing, router=partial(TopK, per="group")))
     )
     assert count(each).flops - count(together).flops == 2 * 32 * E  # one router less
 
 
-@pytest.mark.parametrize("inner", [Once(TopK(D, E)), Residual(D, E)])
+@pytest.mark.parametrize("inner", [SharedRouting(TopK(D, E)), Residual(D, E)])
 def test_a_layer_before_that_has_not_decided_is_missed(inner):
-    router = type(inner)(TopK(D, E)) if isinstance(inner, Once) else type(inner)(D, E)
+    router = type(inner)(TopK(D, E)) if isinstance(inner, SharedRouting) else type(inner)(D, E)
     with pytest.raises(ValueError, match="in this forward pass; run the whole model"):
         route(router.follow(inner), torch.randn(T, D))
 
 
 def test_other_tokens_cannot_follow():
-    leader, context = Once(TopK(D, E)), Context()
+    leader, context = SharedRouting(TopK(D, E)), Context()
     leader(torch.randn(T, D), context)
     with pytest.raises(ValueError, match="let layers of different shapes decide for themselves"):
-        Follow(leader)(torch.randn(T + 1, D), context)
+        ReusedRouting(leader)(torch.randn(T + 1, D), context)
 
 
 @pytest.mark.parametrize("k", [2, 3])
@@ -117,7 +117,7 @@ def test_a_silent_expert_takes_no_weight_and_a_hidden_layer_bends_the_map(silent
             sum((torch.exp(z[j]) / total * (p[f"experts.experts.{j}.weight"] @ token) for j in speaking), 0 * token)
         )
     assert (lost > 0) == (silent == k)
-    assert router.preserving == (silent < k)
+    assert router.weights_sum_to_one == (silent < k)
     agree(moe(x), [x, *moe.parameters()], torch.stack(slow), [x64, *p.values()])
 
 
@@ -135,7 +135,7 @@ def test_a_capacity_around_them_keeps_the_link():
     assert linked(x, context).counts.max() <= 4
 
 
-@pytest.mark.parametrize("router", [partial(once, router=TopK), Residual])
+@pytest.mark.parametrize("router", [partial(shared_routing, router=TopK), Residual])
 def test_recomputation_reads_the_layer_before_as_it_was(router):
     found = []
     for repeat in (False, True):
@@ -168,8 +168,8 @@ def test_supervision_is_the_cross_entropy_with_the_wanted_expert(per):
 
 @pytest.mark.parametrize("holder", [MoLE, DefaultVector])
 def test_a_shared_decision_brings_no_outputs_of_the_first_layers_experts(holder):
-    first = MoE(Once(holder(D, E)), FFN(E, D, 8))
-    second = MoE(Follow(first.router), FFN(E, D, 8), context=first.context)
+    first = MoE(SharedRouting(holder(D, E)), FFN(E, D, 8))
+    second = MoE(ReusedRouting(first.router), FFN(E, D, 8), context=first.context)
     x = torch.randn(T, D)
     first(x)
     decision = second.router(x, second.context)
