@@ -27,6 +27,7 @@ from moeify.compose import through
 from moeify.data import ByteTokenizer
 from moeify.data.text import Blocks
 from moeify.flops import count
+from moeify.origin import Origin
 from moeify.train.freeze import freeze
 
 DOMAINS = ("novel", "math", "code_python", "docs_fr")
@@ -76,7 +77,7 @@ def train(model: nn.Module, batches: Batches, steps: int, seed: int, rate: float
 
 
 def _loss(model: nn.Module, ids: Tensor) -> Tensor:
-    if not hasattr(model, "moeify_recipe"):
+    if Origin.of(model).recipe is None:
         return model(input_ids=ids, labels=ids).loss
     with record(model) as decisions:
         task = model(input_ids=ids, labels=ids).loss
@@ -163,7 +164,7 @@ def main() -> None:
     for seed in options.seeds:
         for arm, model, steps in arms(seed, learnt):
             found = {domain: held_out(model, ids) for domain, ids in unseen.items()}
-            is_sparse = hasattr(model, "moeify_recipe")
+            is_sparse = Origin.of(model).recipe is not None
             report(arm, seed, steps, found, model, f"{own_share(model, unseen):.3f}" if is_sparse else "")
             if arm == "merged, rest mean, router from examples":
                 found = {}

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from moeify import Recipe, losses, record, sparsify
 from moeify.data.files import data_file
+from moeify.origin import Origin
 from moeify.routers import TopK
 from moeify.sparsify import fresh
 
@@ -63,7 +64,7 @@ def go_on(model: nn.Module, blocks: Tensor, steps: int, seed: int, balance: floa
     order = torch.randperm(len(blocks), generator=torch.Generator().manual_seed(seed))
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-4, weight_decay=0.0)
     warm = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / 20))
-    run: Callable = partial(_loss, balance=balance) if getattr(model, "moeify_recipe", None) else _dense_loss
+    run: Callable = partial(_loss, balance=balance) if Origin.of(model).recipe else _dense_loss
     for step in range(steps):
         chosen = order[torch.arange(step * BATCH, (step + 1) * BATCH) % len(order)]
         run(model, blocks[chosen]).backward()

@@ -14,6 +14,7 @@ from transformers import TrainingArguments
 from moeify import MoE, Recipe, load, merge_models, record, save
 from moeify.compose import expert_names, route_by_examples, through
 from moeify.find import modules
+from moeify.origin import Origin
 from moeify.routers import Frozen, TopK
 from moeify.sparsify import fresh, sparsify
 from moeify.sparsify import merged as merged_experts
@@ -320,7 +321,7 @@ def test_names_are_kept_and_a_merged_model_comes_back_without_its_sources(tmp_pa
     save(merged, tmp_path)
     loaded = load(tmp_path)
     assert expert_names(loaded) == ["novels", "code", "math"]
-    assert loaded.moeify_recipe.to_dict() == merged.moeify_recipe.to_dict()
+    assert Origin.of(loaded).recipe.to_dict() == Origin.of(merged).recipe.to_dict()
     assert torch.equal(output(loaded, inputs(merged)), output(merged, inputs(merged)))
     with through(loaded, "code"), through(merged, 1):
         assert torch.equal(output(loaded, inputs(merged)), output(merged, inputs(merged)))

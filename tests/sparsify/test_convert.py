@@ -10,6 +10,7 @@ from torch import nn
 from moeify import MoE, record
 from moeify.data.files import data_file
 from moeify.find import modules, named
+from moeify.origin import Origin
 from moeify.routers import TopK, sigmoid
 from moeify.sparsify import Recipe, copies, dense, fresh, frozen, gated, sparsify, splits
 from plain_models import blocks, output, sparse_layers
@@ -61,7 +62,7 @@ def test_a_refusal_says_why_and_leaves_the_model_as_it_was(case):
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
     assert {name: type(part) for name, part in model.named_modules()} == kinds
     assert hooks(model) == 0
-    assert not hasattr(model, "moeify_recipe")
+    assert Origin.of(model) == Origin()
     assert torch.equal(output(model, given), before)
 
 

@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from moeify.find import every
+from moeify.origin import Origin
 from moeify.routers import TopK, sigmoid
 from moeify.sparsify import Recipe, copies, dense, fresh, gated, recipes, sparsify, splits
 from moeify.store import load, load_weights, save
@@ -60,7 +61,7 @@ def test_every_recipe_comes_back(recipe, tmp_path):
     save(model, tmp_path)
     loaded = load(tmp_path)
     assert_equal(loaded, model)
-    assert loaded.moeify_recipe.to_dict() == recipe.to_dict()
+    assert Origin.of(loaded).recipe.to_dict() == recipe.to_dict()
 
 
 def test_weights_spread_over_files_come_back(tmp_path):

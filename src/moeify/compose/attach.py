@@ -17,6 +17,7 @@ from moeify.experts.lora import LoRA, LoRAFFN
 from moeify.find.dense import is_linear, matrix
 from moeify.find.shapes import Site, fast_paths, whole
 from moeify.moe import MoE
+from moeify.origin import Origin
 from moeify.routers.base import Router
 from moeify.routers.topk import TopK
 from moeify.sparsify.convert import put
@@ -99,7 +100,7 @@ def adapters_of(model: nn.Module) -> dict[str, Adapter]:
     Raises:
         ValueError: the model has none, or a sparse layer that is no linear map with adapters beside it.
     """
-    found = {name: Adapter({}, {}) for name in getattr(model, "moeify_pool", Pool()).names}
+    found = {name: Adapter({}, {}) for name in (Origin.of(model).adapters or Pool()).names}
     for module, here in adapted(model).items():
         for e, (name, low) in enumerate(here.adapters().items()):
             adapter = found.setdefault(name, Adapter({}, {}))
@@ -144,7 +145,7 @@ def attach(model: nn.Module, adapters: Mapping[str, Adapter], pool: Pool, *, all
     for site, layer in made:
         if site.stack in watched:
             site.install(layer)
-    vars(model)["moeify_pool"] = replace(pool, names=tuple(adapters))
+    replace(Origin.of(model), adapters=replace(pool, names=tuple(adapters))).write_to(model)
 
 
 def _layer(site: Site, experts: LoRA, router: Router, old: Adapted | None, context: Context) -> MoE:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 from torch import nn
@@ -13,6 +13,7 @@ from moeify.experts.ffn import FFN
 from moeify.experts.lora import LoRA, LoRAFFN
 from moeify.find.dense import matrix
 from moeify.moe import MoE
+from moeify.origin import Origin
 from moeify.sparsify.make import fresh
 
 
@@ -42,8 +43,9 @@ def bake(model: nn.Module) -> nn.Module:
         banks.append((layer, _full(layer.experts)))
     for layer, full in banks:
         layer.replace(experts=full)
-    if (recipe := getattr(model, "moeify_recipe", None)) is not None:
-        vars(model)["moeify_recipe"] = dataclasses.replace(recipe, experts=fresh)
+    origin = Origin.of(model)
+    if origin.recipe is not None:
+        replace(origin, recipe=replace(origin.recipe, experts=fresh)).write_to(model)
     return model
 
 
@@ -103,6 +105,5 @@ def merge_into_dense(model: nn.Module, weights: Mapping[str, float]) -> nn.Modul
         here.dense.requires_grad_(True)
         parent, _, child = module.rpartition(".")
         setattr(model.get_submodule(parent), child, here.dense)
-    for note in ("moeify_pool", "moeify_recipe"):
-        vars(model).pop(note, None)
+    Origin().write_to(model)
     return model

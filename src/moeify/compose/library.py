@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
@@ -17,6 +18,7 @@ from moeify.compose.files import Adapter, read_adapter, write_adapter
 from moeify.files import read_json, read_tensors, write_json, write_tensors
 from moeify.find.dense import is_linear
 from moeify.moe import MoE
+from moeify.origin import Origin
 from moeify.routers.topk import TopK
 from moeify.version import __version__
 
@@ -82,7 +84,7 @@ def add_adapter(model: nn.Module, name: str, folder: str | Path, *, verbose: boo
         raise ValueError(f"the pool has an adapter {name!r} already; choose another name")
     arriving = {_checked(name): read_adapter(folder)}
     attach(model, present | arriving, _pool(model), allow_noncausal=True)
-    vars(model).pop("moeify_recipe", None)
+    replace(Origin.of(model), recipe=None).write_to(model)
     if verbose:
         _show(model, arriving)
     return model
@@ -193,14 +195,15 @@ def _show(model: nn.Module, adapters: Mapping[str, Adapter]) -> None:
 
 
 def _pool(model: nn.Module) -> Pool:
-    if (pool := getattr(model, "moeify_pool", None)) is not None:
-        return pool
+    origin = Origin.of(model)
+    if origin.adapters is not None:
+        return origin.adapters
     first, *_ = adapted(model).values()
-    if (recipe := getattr(model, "moeify_recipe", None)) is None:
+    if origin.recipe is None:
         raise ValueError(
             f"how the routers of this {type(model).__name__} were made is not known; make it with sparsify"
         )
-    return Pool(recipe.router, first.experts.dropout.p)
+    return Pool(origin.recipe.router, first.experts.dropout.p)
 
 
 def _checked(name: str) -> str:

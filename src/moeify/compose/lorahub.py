@@ -13,6 +13,7 @@ from torch import nn
 
 from moeify.experts.lora import LoRA
 from moeify.moe import MoE
+from moeify.origin import Origin
 from moeify.routers.uniform import Uniform
 from moeify.sparsify.lora import lora
 
@@ -76,11 +77,13 @@ def merge_adapters(model: nn.Module, weights: Sequence[float] | None = None, *, 
     merged = {layer: merge_lora(experts, weights, separately=separately) for layer, experts in _adapted(model)}
     for layer, one in merged.items():
         layer.replace(experts=one, router=Uniform(one.width, 1).to(one.lora_A.device))
-    if (recipe := getattr(model, "moeify_recipe", None)) is not None:
+    recipe, adapters = (origin := Origin.of(model)).recipe, origin.adapters
+    if recipe is not None:
         experts = partial(lora, rank=next(iter(merged.values())).rank)
-        vars(model)["moeify_recipe"] = replace(recipe, num_experts=1, router=Uniform, experts=experts)
-    if (pool := getattr(model, "moeify_pool", None)) is not None:
-        vars(model)["moeify_pool"] = replace(pool, router=Uniform, names=("merged",))
+        recipe = replace(recipe, num_experts=1, router=Uniform, experts=experts)
+    if adapters is not None:
+        adapters = replace(adapters, router=Uniform, names=("merged",))
+    replace(origin, recipe=recipe, adapters=adapters).write_to(model)
     return model
 
 

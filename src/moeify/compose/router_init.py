@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from moeify.context import Context
 from moeify.find.probe import as_probe
 from moeify.moe import MoE
+from moeify.origin import Origin
 from moeify.routers.base import Router, real_tokens
 from moeify.routing import Assignment, Routing
 
@@ -24,7 +25,7 @@ def expert_names(model: nn.Module) -> list[str]:
     Raises:
         ValueError: the model was not made by `merge_models`.
     """
-    names = getattr(getattr(getattr(model, "moeify_recipe", None), "experts", None), "keywords", {}).get("names")
+    names = getattr(getattr(Origin.of(model).recipe, "experts", None), "keywords", {}).get("names")
     if names is None:
         raise ValueError(f"the experts of this {type(model).__name__} have no names; merge_models gives them names")
     return list(names)

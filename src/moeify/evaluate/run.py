@@ -16,6 +16,7 @@ from transformers.trainer_callback import ExportableState, PrinterCallback
 
 from moeify.data.text import Blocks
 from moeify.flops import Count, count
+from moeify.origin import Origin
 from moeify.train import SparseArguments, SparseTrainer
 
 Measure = Callable[[nn.Module], float]
@@ -135,7 +136,7 @@ def train_run(
     Raises:
         Stopped: a signal ended the run before its last step; a checkpoint is saved.
     """
-    is_sparse = getattr(model, "moeify_recipe", None) is not None
+    is_sparse = Origin.of(model).recipe is not None
     size = count(model, tokens=train.length)
     curve = _Curve(
         size, settings.batch * train.length, settings, lambda model: validation_loss(model, validation, settings)[0]

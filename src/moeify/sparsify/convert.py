@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -17,6 +17,7 @@ from moeify.find.probe import Probe, as_probe, find_probe
 from moeify.find.shapes import Site
 from moeify.flops import count
 from moeify.moe import MoE
+from moeify.origin import Origin
 from moeify.routers import Router
 from moeify.sparsify.after import append
 from moeify.sparsify.make import copies, masked, merged
@@ -82,7 +83,7 @@ def convert(model: nn.Module, recipe: Recipe, *, probe: Any = None, allow_noncau
     except Exception:
         _undo(undo)
         raise
-    vars(model)["moeify_recipe"] = recipe
+    replace(Origin.of(model), recipe=recipe).write_to(model)
     return Report(sites=sites, layers=layers, before=dense_count, after=count(model), difference=difference)
 
 

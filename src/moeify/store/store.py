@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from moeify.files import read_json, read_tensors, write_json
+from moeify.origin import Origin
 from moeify.sparsify.convert import sparsify
 from moeify.sparsify.recipe import Recipe
 from moeify.version import __version__
@@ -30,7 +31,7 @@ def save(model: nn.Module, folder: str | Path, *, max_shard_size: str = "5GB") -
     """
     from huggingface_hub import save_torch_state_dict
 
-    recipe = getattr(model, "moeify_recipe", None)
+    recipe = Origin.of(model).recipe
     if recipe is None:
         raise ValueError(f"this {type(model).__name__} was not made by moeify.sparsify, so its recipe is not known")
     description = {"moeify": __version__, "recipe": recipe.to_dict(), "model": _describe(model)}

@@ -16,6 +16,7 @@ import torch
 from transformers import MixtralForCausalLM, TrainingArguments
 
 from moeify.balance import Sign
+from moeify.origin import Origin
 from moeify.routers.topk import TopK
 from moeify.schedule import linear
 from moeify.sparsify import Recipe, sparsify
@@ -42,7 +43,7 @@ def trainer(folder, model, **arguments):
         "logging_steps": 1, "save_total_limit": 3, "learning_rate": 1e-2, "report_to": [], "use_cpu": True,
         "disable_tqdm": True,
     } | arguments  # fmt: skip
-    ours = hasattr(model, "moeify_recipe")
+    ours = Origin.of(model).recipe is not None
     sparse = SparseArguments(
         balance=linear(0.1, 0.01, STEPS), controller=Sign(0.01) if ours else None, dropout=0.2 if ours else None
     )

@@ -11,6 +11,7 @@ from torch import nn
 from transformers.trainer_callback import ExportableState
 
 from moeify.files import read_json, read_tensors, write_tensors
+from moeify.origin import Origin
 from moeify.store import load_weights, save
 from moeify.train.checkpoint import folder as resume
 from moeify.train.checkpoint import state
@@ -139,7 +140,7 @@ class Saving(_Trainer):
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         """Save a finished model for `moeify.store.load` if `sparsify` made it, and else as transformers does."""
-        if not hasattr(self.model, "moeify_recipe"):
+        if Origin.of(self.model).recipe is None:
             return super()._save(output_dir, state_dict)
         if self.args.should_save:
             folder = Path(self.args.output_dir if output_dir is None else output_dir)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from moeify import files
 from moeify.balance import Control, SparsityTarget
 from moeify.files import read_json, read_tensors, write_tensors
+from moeify.origin import Origin
 from moeify.store import save
 
 OPTIMIZER = "optimizer"
@@ -25,7 +26,7 @@ def save_weights(model: nn.Module, folder: Path) -> None:
     A model made by `moeify.sparsify` is written so that `moeify.store.load` reads it; one of transformers so that
     `from_pretrained` does. If a recipe has parts that no file can name, only the weights are written.
     """
-    if hasattr(model, "moeify_recipe"):
+    if Origin.of(model).recipe is not None:
         try:
             return save(model, folder)
         except ValueError as error:

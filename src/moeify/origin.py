@@ -1,0 +1,34 @@
+"""Where a sparse model came from: the recipe and the adapters that it was made of, kept with the model itself."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+_ATTRIBUTE = "moeify_origin"
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What a model was made of; a dense model, and one that nobody knows about, has the empty origin.
+
+    Copies of a model have its origin.
+
+    Attributes:
+        recipe: the `Recipe` that `sparsify` followed, None if no recipe makes the model as it is.
+        adapters: how adapters were put beside its linear maps (a `Pool`), None if none were.
+    """
+
+    recipe: Any = None
+    adapters: Any = None
+
+    @classmethod
+    def of(cls, model: nn.Module) -> Origin:
+        """The origin of a model."""
+        return getattr(model, _ATTRIBUTE, cls())  # wrappers such as those of PEFT pass it on
+
+    def write_to(self, model: nn.Module) -> None:
+        """Let this be the origin of a model."""
+        vars(model)[_ATTRIBUTE] = self
