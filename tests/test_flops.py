@@ -333,11 +333,11 @@ class ExpertsWithoutK(nn.Module):
         return hidden_states
 
 
-def test_a_native_layer_that_does_not_say_its_k_is_refused():
+def test_a_block_of_transformers_that_does_not_say_its_k_is_refused():
     model = nn.Module()
     model.mlp = nn.Module()
     model.mlp.experts = ExpertsWithoutK()
-    with pytest.raises(ValueError, match=r"how many experts a token asks in mlp: .* set `top_k`"):
+    with pytest.raises(ValueError, match=r"how many experts a token uses in mlp: .* set `top_k`"):
         count(model)
 
 

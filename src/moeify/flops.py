@@ -1,7 +1,7 @@
 """Parameters and FLOPs, total and active, read off the module tree: nothing runs, so the meta device is enough.
 
-active = sum over parameters of size · share        share = rows per token / E in experts, 1 elsewhere
-FLOPs  = sum over matrices of 2 · size · share      a token multiplies every matrix once
+active = sum over parameters of size · min(share, 1)   share = rows per token / E in experts, 1 elsewhere
+FLOPs  = sum over matrices of 2 · size · share         a token multiplies every matrix once
        + sum over attentions of 2 · heads · (query width + value width) · tokens
 
 Rows per token are what the router says: k, the factor of expert choice, or E · p slots over N tokens (Soft MoE).
@@ -9,24 +9,16 @@ Rows per token are what the router says: k, the factor of expert choice, or E ·
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 
 from torch import Tensor, nn
 
-from moeify.moe import MoE
+from moeify.hf.names import FLAT_WEIGHTS, HEADS, QUERY_WIDTH, VALUE_WIDTH, number
+from moeify.layers import sparse_layers
 from moeify.multihead import MultiHead
-from moeify.record import native_layers, stacked_experts
 from moeify.routers.base import Router
-
-Shares = defaultdict[nn.Module, Fraction]
-
-_K = ("num_experts_per_tok", "moe_topk", "moe_top_k", "moe_k", "top_k_experts", "top_k")
-_HEADS = ("num_heads", "num_attention_heads", "n_heads", "n_head", "num_attn_heads")
-_QUERY_WIDTH = ("qk_head_dim", "head_dim", "attention_head_size", "key_value_proj_dim", "head_size")
-_VALUE_WIDTH = ("v_head_dim", *_QUERY_WIDTH)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,12 +59,12 @@ def count(model: nn.Module, tokens: int | None = None) -> Count:
     A FLOP is a multiplication or an addition. Matrices are counted; lookups, norms, activations and the moving of
     rows are free. Every module is taken to be passed once per token: in encoder-decoders by one token on either side,
     in vision models by one patch, and a pooler or classifier, which runs once per sequence, as if it ran once per
-    token. Experts are taken to be asked equally often, so that among experts of different sizes a row costs their mean,
+    token. Experts are taken to be used equally often, so that among experts of different sizes a row costs their mean,
     and among zero, copy and FFN experts the FFN experts' share. How many rows a token gets its router says by
     `Router.rows_per_token`: k (capacity drops nothing, and nobody competes), the factor of expert choice, E · p / N for
     Soft MoE (1 if `tokens` is not given), and at most that many where the number varies: `max_k` of `TopP`, and all
-    experts of `Threshold`, `ReLU` and `ExpertThreshold`. A native layer whose experts are not stacked (Switch, NLLB,
-    DBRX, JetMoE) counts as one that asks all.
+    experts of `Threshold`, `ReLU` and `ExpertThreshold`. A row also passes what all experts have in common, such as the
+    network that MixLoRA's experts change. Of NLLB-MoE every row counts that transformers computes, E per token.
 
     Args:
         model: any model, on any device.
@@ -80,23 +72,23 @@ def count(model: nn.Module, tokens: int | None = None) -> Count:
             token attended to all of it: causal masks and windows save nothing.
 
     Raises:
-        ValueError: a MoE layer of transformers that does not say how many experts a token asks.
+        ValueError: an MoE block of transformers that does not say how many experts a token uses.
     """
     passes = _passes(model)
     shares = _shares(model, passes, tokens)
     held: dict[Tensor, Fraction] = {}
     flops, dense_flops = Fraction(0), Fraction(0)
     for module in model.modules():
-        share, times = shares.get(module, Fraction(1)), passes.get(module, 1)
+        share, times = shares.get(module, _Share()), passes.get(module, 1)
         for parameter in module.parameters(recurse=False):
-            active = min(share * times, Fraction(1)) * _used(module, parameter)
+            active = min(share.rows * times, Fraction(1)) * _used(module, parameter)
             held[parameter] = max(active, held.get(parameter, Fraction(0)))
         work = 2 * sum(matrix.numel() * _used(module, matrix) for matrix in _matrices(module, module in shares))
         work = times * (work + _mixing(module))
         if tokens is not None:
             work += _attention(module, tokens)
-        flops += work * share
-        dense_flops += work
+        flops += work * share.rows
+        dense_flops += work * share.all_rows
     return Count(
         parameters=sum(parameter.numel() for parameter in held),
         active_parameters=round(sum(parameter.numel() * share for parameter, share in held.items())),
@@ -113,12 +105,34 @@ def human(number: float, billion: str = "B") -> str:
     return f"{number} "
 
 
-def _shares(model: nn.Module, passes: dict[nn.Module, int], tokens: int | None) -> Shares:
-    """The share of its work that one token asks of every module inside experts; nested layers multiply."""
-    shares: Shares = defaultdict(lambda: Fraction(1))
-    for experts, share in [*_our_experts(model, passes, tokens), *_native_experts(model)]:
-        for part in experts.modules():
-            shares[part] *= share
+@dataclass(frozen=True)
+class _Share:
+    """How often one token passes a module, averaged over its stacked parameters: 1 outside experts.
+
+    Attributes:
+        rows: by the rows that the routers give it.
+        all_rows: if every expert ran.
+    """
+
+    rows: Fraction = Fraction(1)
+    all_rows: Fraction = Fraction(1)
+
+
+def _shares(model: nn.Module, passes: dict[nn.Module, int], tokens: int | None) -> dict[nn.Module, _Share]:
+    """The share of every module inside experts; those of nested layers multiply.
+
+    A row passes one of E experts, but also whatever all experts have in common, such as the network that MixLoRA's
+    experts change.
+    """
+    shares: dict[nn.Module, _Share] = {}
+    for layer in sparse_layers(model).values():
+        rows = layer.rows_per_token(None if tokens is None else tokens * passes.get(layer.module, 1))
+        rows = Fraction(layer.num_experts if rows is None else rows)
+        common = {part for module in layer.common_modules() for part in module.modules()}
+        for part in layer.experts.modules():
+            experts = 1 if part in common else layer.num_experts
+            outer = shares.get(part, _Share())
+            shares[part] = _Share(outer.rows * rows / experts, outer.all_rows * layer.num_experts / experts)
     return shares
 
 
@@ -128,41 +142,21 @@ def _passes(model: nn.Module) -> dict[nn.Module, int]:
     return {part: layer.heads for layer in layers for part in layer.moe.modules()}
 
 
-def _our_experts(
-    model: nn.Module, passes: dict[nn.Module, int], tokens: int | None
-) -> Iterator[tuple[nn.Module, Fraction]]:
-    for moe in model.modules():
-        if isinstance(moe, MoE):
-            num_experts = moe.experts.num_experts
-            rows = moe.router.rows_per_token(None if tokens is None else tokens * passes.get(moe, 1))
-            yield moe.experts, Fraction(num_experts if rows is None else rows) / num_experts
-
-
-def _native_experts(model: nn.Module) -> Iterator[tuple[nn.Module, Fraction]]:
-    for name, (router, experts) in native_layers(model):
-        owners = (router, model.get_submodule(name), experts, getattr(experts, "config", None))
-        k = next((k for owner in owners if (k := _number(owner, _K))), None)
-        if k is None:
-            raise ValueError(
-                f"cannot tell how many experts a token asks in {name or type(model).__name__}: neither its router nor "
-                f"its configuration has one of {', '.join(_K)}; set `top_k` on {type(experts).__name__}"
-            )
-        yield experts, Fraction(k) / stacked_experts(experts)
-
-
 def _matrices(module: nn.Module, in_experts: bool) -> Iterator[Tensor]:
     """What a token is multiplied by: weights of two dimensions or more, and whatever experts stack as (E, ., .).
 
-    A router's tables are all matrices, whatever they are called, unless they hold no real numbers.
+    Embeddings among experts (Doge) are rows of matrices; elsewhere a lookup costs nothing. A router's tables are all
+    matrices, whatever they are called, unless they hold no real numbers.
     """
-    if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
+    if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and not in_experts:
         return
     if isinstance(module, Router):
         tables = (*module.parameters(recurse=False), *module.buffers(recurse=False))
         yield from (table for table in tables if table.dim() >= 2 and table.is_floating_point())
         return
     for name, parameter in module.named_parameters(recurse=False):
-        if (parameter.dim() >= 2 and "weight" in name) or (parameter.dim() >= 3 and in_experts):
+        stacked = in_experts and (parameter.dim() >= 3 or name in FLAT_WEIGHTS)
+        if (parameter.dim() >= 2 and "weight" in name) or stacked:
             yield parameter
 
 
@@ -179,14 +173,8 @@ def _mixing(module: nn.Module) -> int:
 
 def _attention(module: nn.Module, tokens: int) -> int:
     """FLOPs of one token's scores and values in a module that is called attention and says how wide its heads are."""
-    query, value = _number(module, _QUERY_WIDTH), _number(module, _VALUE_WIDTH)
-    heads = _number(module, _HEADS) or _number(getattr(module, "config", None), _HEADS)
+    query, value = number(module, QUERY_WIDTH), number(module, VALUE_WIDTH)
+    heads = number(module, HEADS) or number(getattr(module, "config", None), HEADS)
     if "Attention" not in type(module).__name__ or not (heads and query and value):
         return 0
     return int(2 * heads * (query + value) * tokens)
-
-
-def _number(owner: object, names: tuple[str, ...]) -> int | float | None:
-    """The first of the attributes that is a number: families call the same thing by different names."""
-    values = (getattr(owner, name, None) for name in names)
-    return next((value for value in values if isinstance(value, (int, float))), None)

@@ -14,7 +14,7 @@ from transformers import AutoConfig, PreTrainedModel
 from moeify import Context, MoE, backends
 from moeify.backends import order
 from moeify.experts import FFN, ClampedGlu, Glu, Identity, Plain
-from moeify.hf.interface import NativeExperts, moeify_experts, use_moeify_experts, use_transformers_backends
+from moeify.hf.interface import HfExperts, moeify_experts, use_moeify_experts, use_transformers_backends
 from moeify.kernels import grouped_linear
 from moeify.routers import Capacity, TopK
 from tiny_models import SPARSE, causal_lm, deepseek_v3, inputs, mixtral
@@ -185,7 +185,7 @@ STACKED = {
 
 @pytest.mark.parametrize("kind", PRESENT)
 def test_what_unusual_experts_compute_is_told_to_kernels(kind: str):
-    experts = NativeExperts(_experts(kind).eval())
+    experts = HfExperts(_experts(kind).eval())
     stacked = experts.stacked
     assert (stacked and type(stacked.activation).__name__) == STACKED[kind]
     if stacked is not None:

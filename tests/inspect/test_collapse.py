@@ -20,7 +20,7 @@ from moeify.inspect import (
     weight_cosine,
     without_first,
 )
-from moeify.record import native_layers
+from moeify.layers import sparse_layers
 from moeify.routers import TopK
 from moeify.sparsify import Recipe, copies, sparsify
 from strategies import layer, route
@@ -92,7 +92,8 @@ def test_experts_are_one_and_the_same_after_upcycling():
 
 def test_the_stacked_experts_of_transformers_have_cosines_too():
     model = mixtral()
-    name, (_, experts) = next(native_layers(model))
+    name, layer = next(iter(sparse_layers(model).items()))
+    experts = layer.experts
     assert name == "model.layers.0.mlp"
     vector = [torch.cat([p[e].detach().flatten() for p in experts.parameters()]) for e in (0, 1)]
     expected = torch.nn.functional.cosine_similarity(*vector, dim=0)

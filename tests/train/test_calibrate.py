@@ -11,8 +11,8 @@ from torch import nn
 from moeify import MoE, Recipe, record, sparsify
 from moeify.context import extra_inputs
 from moeify.experts import FFN, Each
+from moeify.layers import sparse_layers
 from moeify.multihead import MultiHead
-from moeify.record import native_layers
 from moeify.routers import Capacity, ExpertChoice, Lookup, SharedRouting, Soft, TopK
 from moeify.sparsify import fresh
 from moeify.train.calibrate import calibrate_all_experts, tokens_per_expert
@@ -70,7 +70,7 @@ def test_experts_of_transformers_read_every_token_once(name):
     model, ids = SPARSE[name](), tokens(2, 8)
     with torch.no_grad():
         before = model(ids).logits
-        layers = [experts for _, (_, experts) in native_layers(model)]
+        layers = [layer.experts for layer in sparse_layers(model).values()]
         visits = [visits_of(experts, experts.down_proj.shape[0]) for experts in layers]
         with calibrate_all_experts(model), record(model) as decisions:
             during = model(ids).logits
@@ -83,7 +83,7 @@ def test_experts_of_transformers_read_every_token_once(name):
 
 def test_padding_is_no_calibration_data_of_a_native_model():
     model, ids = SPARSE["mixtral"](), tokens(2, 8)
-    _, experts = dict(native_layers(model))["model.layers.0.mlp"]
+    experts = sparse_layers(model)["model.layers.0.mlp"].experts
     with torch.no_grad(), record(model) as decisions:
         model(ids, attention_mask=MASK)
         routed = decisions["model.layers.0.mlp"].counts

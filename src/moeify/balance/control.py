@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 from moeify.balance.rules import Rule
 from moeify.context import recomputing
-from moeify.moe import MoE
-from moeify.record import native_layers, observe
+from moeify.hf.names import EXPERT_GROUPS
+from moeify.layers import sparse_layers
+from moeify.record import observe
 from moeify.routing import Assignment, Routing
 
 
@@ -51,7 +52,7 @@ class Bias:
     def grouped(self) -> bool:
         """Whether a token may use the experts of some groups only; native routers say so in numbers."""
         groups = getattr(self.owner, "expert_groups", None)
-        count, keep = (groups.count, groups.keep) if groups else (getattr(self.owner, g, 1) for g in _NATIVE_GROUPS)
+        count, keep = (groups.count, groups.keep) if groups else (getattr(self.owner, g, 1) for g in EXPERT_GROUPS)
         return keep < count
 
 
@@ -158,21 +159,6 @@ def control(model: nn.Module, optimizer: torch.optim.Optimizer, rule: Rule) -> C
 
 
 def _biases(model: nn.Module) -> Iterator[tuple[str, Bias]]:
-    for name, moe in model.named_modules():
-        if isinstance(moe, MoE):
-            for router in moe.router.modules():
-                if router._buffers.get("selection_bias") is not None:
-                    yield name, Bias(router, "selection_bias")
-    for name, (_, experts) in native_layers(model):
-        for owner in _outside(experts, model.get_submodule(name)):
-            for key in _NATIVE_BIASES & (owner._buffers.keys() | owner._parameters.keys()):
-                yield name, Bias(owner, key)
-
-
-_NATIVE_BIASES = {"e_score_correction_bias", "expert_bias"}
-_NATIVE_GROUPS = ("num_group", "topk_group")
-
-
-def _outside(experts: nn.Module, block: nn.Module) -> Iterator[nn.Module]:
-    inside = set(experts.modules())
-    return (module for module in block.modules() if module not in inside)
+    for name, layer in sparse_layers(model).items():
+        for owner, key in layer.selection_biases():
+            yield name, Bias(owner, key)

@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from moeify.files import read_tensors, write_tensors
+from moeify.layers import moe_layers
 from moeify.moe import MoE
 from moeify.routers.phatgoose import Phatgoose
 
@@ -48,11 +49,7 @@ def set_gates(model: nn.Module, pool: Sequence[Gates]) -> None:
         ValueError: no such router; not one gate per expert; a gate without a vector, or with one of another width, for
             one of the modules. Nothing is changed then.
     """
-    layers = {
-        name: part
-        for name, part in model.named_modules()
-        if isinstance(part, MoE) and isinstance(part.router, Phatgoose)
-    }
+    layers = {name: layer for name, layer in moe_layers(model).items() if isinstance(layer.router, Phatgoose)}
     if not layers:
         raise ValueError(f"this {type(model).__name__} has no Phatgoose router to put gates into")
     rows = {layer: _rows(name, layer, pool) for name, layer in layers.items()}

@@ -16,6 +16,7 @@ from moeify.context import Context
 from moeify.experts.lora import LoRA, LoRAFFN
 from moeify.find.dense import is_linear, matrix
 from moeify.find.shapes import Site, fast_paths, whole
+from moeify.layers import moe_layers
 from moeify.moe import MoE
 from moeify.origin import Origin
 from moeify.routers.base import Router
@@ -67,11 +68,6 @@ class Adapted:
         return {name: _unfilled(self.experts, e) for e, name in enumerate(self.experts.names)}
 
 
-def sparse_layers(model: nn.Module) -> dict[str, MoE]:
-    """The sparse layers of a model by name."""
-    return {name: part for name, part in model.named_modules() if isinstance(part, MoE)}
-
-
 def adapted(model: nn.Module) -> dict[str, Adapted]:
     """The linear maps with adapters beside them, by name.
 
@@ -79,7 +75,7 @@ def adapted(model: nn.Module) -> dict[str, Adapted]:
         ValueError: there is none, or a sparse layer is another.
     """
     found: dict[str, Adapted] = {}
-    for name, layer in sparse_layers(model).items():
+    for name, layer in moe_layers(model).items():
         experts, dense = layer.experts, layer.shared
         if not isinstance(experts, LoRA) or dense is None or not is_linear(dense):
             raise ValueError(
@@ -122,7 +118,7 @@ def attach(model: nn.Module, adapters: Mapping[str, Adapter], pool: Pool, *, all
     Raises:
         ValueError: an adapter that does not fit the model; a router that cannot serve, or looks ahead in a decoder.
     """
-    before = adapted(model) if sparse_layers(model) else {}
+    before = adapted(model) if moe_layers(model) else {}
     contexts = {whole(model, name).stack: here.layer.context for name, here in before.items()}
     watched = set(contexts)
     latest: dict[str, Adapted] = {}

@@ -8,10 +8,11 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from moeify.compose.attach import adapted, sparse_layers
+from moeify.compose.attach import adapted
 from moeify.experts.ffn import FFN
 from moeify.experts.lora import LoRA, LoRAFFN
 from moeify.find.dense import matrix
+from moeify.layers import moe_layers
 from moeify.moe import MoE
 from moeify.origin import Origin
 from moeify.sparsify.make import fresh
@@ -33,7 +34,7 @@ def bake(model: nn.Module) -> nn.Module:
         ValueError: no sparse layer, or one with other experts; adapters beside single maps decide in every map for
             themselves, which no mixture of whole networks does. The model is as it was.
     """
-    layers = sparse_layers(model)
+    layers = moe_layers(model)
     if not layers:
         raise ValueError(f"this {type(model).__name__} has no sparse layer, so that there is nothing to bake")
     banks: list[tuple[MoE, FFN]] = []

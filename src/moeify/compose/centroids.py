@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from moeify.compose.router_init import mean_inputs
-from moeify.moe import MoE
+from moeify.layers import moe_layers
 from moeify.routers.similarity import Similarity
 
 
@@ -26,7 +26,7 @@ def set_centroids(model: nn.Module, examples: Sequence[Sequence[Any]]) -> None:
     Raises:
         ValueError: no such router; not some examples for every expert.
     """
-    layers = [part for part in model.modules() if isinstance(part, MoE) and isinstance(part.router, Similarity)]
+    layers = [layer for layer in moe_layers(model).values() if isinstance(layer.router, Similarity)]
     if not layers:
         raise ValueError(f"this {type(model).__name__} has no Similarity router whose centroids could be set")
     num_experts = layers[0].experts.num_experts

@@ -17,7 +17,7 @@ from moeify.data.text import Tokenizer
 from moeify.experts.lora import LoRA
 from moeify.files import read_tensors, write_tensors
 from moeify.find.dense import in_evaluation
-from moeify.moe import MoE
+from moeify.layers import moe_layers
 
 Embed = Callable[[Sequence[str]], Any]
 """Instructions -> (T, D): `Pooled`, or the `encode` of a sentence encoder."""
@@ -153,7 +153,7 @@ def _parts(items: list[int], size: int) -> Iterator[list[int]]:
 @contextmanager
 def _without_experts(model: nn.Module) -> Iterator[None]:
     """Inside, maps with low-rank experts beside them are the maps alone; no router is asked."""
-    layers = [part for part in model.modules() if isinstance(part, MoE) and isinstance(part.experts, LoRA)]
+    layers = [layer for layer in moe_layers(model).values() if isinstance(layer.experts, LoRA)]
     beside = [(layer, layer.shared) for layer in layers if layer.shared is not None]
     try:
         for layer, dense in beside:

@@ -13,10 +13,11 @@ from rich.table import Table
 from torch import nn
 
 from moeify import registry
-from moeify.compose.attach import MakeRouter, Pool, adapted, adapters_of, attach, sparse_layers
+from moeify.compose.attach import MakeRouter, Pool, adapted, adapters_of, attach
 from moeify.compose.files import Adapter, read_adapter, write_adapter
 from moeify.files import read_json, read_tensors, write_json, write_tensors
 from moeify.find.dense import is_linear
+from moeify.layers import moe_layers
 from moeify.moe import MoE
 from moeify.origin import Origin
 from moeify.routers.topk import TopK
@@ -50,7 +51,7 @@ def from_adapters(
         ValueError: an adapter that is no plain LoRA of linear maps, or of another model, the message names its tensors;
             a router that cannot serve so few experts, or that looks at later tokens in a decoder.
     """
-    if layers := sparse_layers(base):
+    if layers := moe_layers(base):
         raise ValueError(
             f"this {type(base).__name__} is sparse already (see {next(iter(layers))}); add to a pool with "
             "add_adapter(model, name, folder), or start from the dense model"
@@ -159,7 +160,7 @@ def load_adapters(
     routers = read_tensors(folder / "router.safetensors")
     adapters = {name: read_adapter(folder / _checked(name)) for name in names}
     attach(base, adapters, pool, allow_noncausal=True)  # whoever saved it allowed it
-    for module, layer in sparse_layers(base).items():
+    for module, layer in moe_layers(base).items():
         own = layer.router.state_dict()
         saved = {key: routers.get(f"{module}.{key}") for key in own}
         wrong = [f"{module}.{key}" for key, t in saved.items() if t is None or t.shape != own[key].shape]

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from moeify.experts.lora import LoRA
+from moeify.layers import moe_layers
 from moeify.moe import MoE
 from moeify.origin import Origin
 from moeify.routers.uniform import Uniform
@@ -150,9 +151,7 @@ def compose_adapters(
 
 
 def _adapted(model: nn.Module) -> list[tuple[MoE, LoRA]]:
-    found = [
-        (part, part.experts) for part in model.modules() if isinstance(part, MoE) and isinstance(part.experts, LoRA)
-    ]
+    found = [(layer, layer.experts) for layer in moe_layers(model).values() if isinstance(layer.experts, LoRA)]
     if not found:
         raise ValueError(f"this {type(model).__name__} has no adapters to merge; make some with experts=lora")
     return found

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from moeify.context import Context
 from moeify.find.probe import as_probe
+from moeify.layers import moe_layers
 from moeify.moe import MoE
 from moeify.origin import Origin
 from moeify.routers.base import Router, real_tokens
@@ -93,7 +94,7 @@ def route_by_examples(model: nn.Module, examples: Mapping[str, Sequence[Any]]) -
 
 
 def _layers(model: nn.Module) -> list[MoE]:
-    layers = [part for part in model.modules() if isinstance(part, MoE)]
+    layers = list(moe_layers(model).values())
     if not layers:
         raise ValueError(f"this {type(model).__name__} has no sparse layer; make one with merge_models or sparsify")
     return layers

@@ -35,6 +35,10 @@ class Experts(nn.Module, ABC):
         """The modules that a call of the experts calls; a kernel that reads their weights passes their hooks by."""
         return self.modules()
 
+    def common_modules(self) -> Iterable[nn.Module]:
+        """The modules that every row passes, whichever expert it is sent to: by default none."""
+        return ()
+
     @abstractmethod
     def forward(self, rows: Float[Tensor, "R D"], counts: Int[Tensor, "E"]) -> Float[Tensor, "R O"]:
         """Answer `counts[0]` rows by the first expert, the next `counts[1]` by the second, and so on."""

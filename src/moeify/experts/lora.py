@@ -97,6 +97,10 @@ class LoRAFFN(Experts):
         self.up, self.down, self.activation = up, down, activation
         self.up_lora, self.down_lora = up_lora, down_lora
 
+    def common_modules(self) -> tuple[nn.Module, ...]:
+        """Both maps of the network."""
+        return self.up, self.down
+
     def forward(self, rows: Float[Tensor, "R D"], counts: Int[Tensor, "E"]) -> Float[Tensor, "R O"]:
         """The network, each row with the changes of its own expert."""
         hidden = self.activation(self.up(rows) + self.up_lora(rows, counts))

@@ -11,8 +11,7 @@ from torch import nn
 
 from moeify.find.dense import is_linear
 from moeify.find.shapes import Site, fast_paths, recognise, whole
-from moeify.moe import MoE
-from moeify.record import native_layers
+from moeify.layers import moe_layers, sparse_layers
 from moeify.registry import register
 
 Where = Callable[[nn.Module], list[Site]]
@@ -28,14 +27,14 @@ def ffn(model: nn.Module) -> list[Site]:
         ValueError: there is none; the model is sparse already; or a layer has no feed-forward network but a module with
             the parts of one, that computes something else.
     """
-    if any(isinstance(module, MoE) for module in model.modules()):
+    if moe_layers(model):
         raise ValueError(f"this {type(model).__name__} is sparse already; start from the dense model")
     found, doubtful = recognise(model)
-    native = [name for name, _ in native_layers(model)]
-    sites = [site for site in found if not _is_expert(site, native)]
+    sparse = list(sparse_layers(model))
+    sites = [site for site in found if not _is_expert(site, sparse)]
     sites = [site for site in sites if site.layer and site.keeps_width] or sites
     _refuse_doubtful(model, sites, doubtful)
-    if not sites and (already := native + [site.name for site in found]):
+    if not sites and (already := sparse + [site.name for site in found]):
         raise ValueError(
             f"this {type(model).__name__} is sparse already (see {already[0]}); start from the dense model"
         )
@@ -47,8 +46,8 @@ def ffn(model: nn.Module) -> list[Site]:
     return sites
 
 
-def _is_expert(site: Site, native: list[str]) -> bool:
-    return "expert" in site.name.lower() or any(site.name.startswith(f"{layer}.") for layer in native)
+def _is_expert(site: Site, layers: list[str]) -> bool:
+    return "expert" in site.name.lower() or any(site.name.startswith(f"{layer}.") for layer in layers)
 
 
 def _refuse_doubtful(model: nn.Module, sites: list[Site], doubtful: list[str]) -> None:

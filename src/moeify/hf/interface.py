@@ -63,7 +63,7 @@ def moeify_experts(
 
     The rows of no expert are not there, so their number is read: one synchronisation with an accelerator.
     """
-    native = NativeExperts(experts)
+    native = HfExperts(experts)
     nobody = native.num_experts
     routing = _without_last(assign(top_k_index.clamp(max=nobody), top_k_weights, nobody + 1))
     return backends.run("auto", hidden_states, routing, native).to(hidden_states.dtype)
@@ -75,7 +75,7 @@ def _without_last(routing: Assignment) -> Assignment:
     return replace(routing.only(slice(int(counts.sum())), counts=counts), before_limit=None)
 
 
-class NativeExperts(Experts):
+class HfExperts(Experts):
     """The experts of a model of transformers, as a layer of ours calls experts.
 
     Args:

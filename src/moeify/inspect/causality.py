@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from moeify.context import Call, Context
 from moeify.find.dense import fixed_randomness
 from moeify.find.probe import as_probe, find_probe
-from moeify.moe import MoE
-from moeify.record import native_layers, record
+from moeify.layers import SparseLayer, sparse_layers
+from moeify.record import record
 
 
 @dataclass(frozen=True)
@@ -66,15 +66,17 @@ def check_causality(model: nn.Module, tokens: Any = None, *, tries: int = 4) -> 
     Raises:
         ValueError: the model has no sparse layer, or no input for it could be guessed.
     """
-    layers: dict[str, nn.Module] = {name: m for name, m in model.named_modules() if isinstance(m, MoE)}
-    layers |= {name: model.get_submodule(name) for name, _ in native_layers(model)}
+    layers = sparse_layers(model)
     if not layers:
         raise ValueError(f"{type(model).__name__} has no sparse layer whose causality could be checked")
     probe = find_probe(model) if tokens is None else as_probe(tokens)
     if probe is None:
         raise ValueError(f"no input for {type(model).__name__} could be guessed; pass tokens")
     calls: dict[str, tuple[tuple, dict[str, Any], Call]] = {}
-    hooks = [layer.register_forward_pre_hook(_keep(name, calls), with_kwargs=True) for name, layer in layers.items()]
+    hooks = [
+        layer.module.register_forward_pre_hook(_keep(name, layer.context, calls), with_kwargs=True)
+        for name, layer in layers.items()
+    ]
     try:
         with fixed_randomness(model):
             model(*probe.args, **(probe.kwargs or {}))
@@ -85,17 +87,16 @@ def check_causality(model: nn.Module, tokens: Any = None, *, tries: int = 4) -> 
         return {name: _check_in_pass(layers[name], *call, tries) for name, call in calls.items()}
 
 
-def _keep(name: str, calls: dict[str, tuple[tuple, dict[str, Any], Call]]) -> Callable[..., None]:
+def _keep(name: str, context: Context, calls: dict[str, tuple[tuple, dict[str, Any], Call]]) -> Callable[..., None]:
     def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        calls[name] = (args, kwargs, module.context.call if isinstance(module, MoE) else Call())
+        calls[name] = (args, kwargs, context.call)
 
     return hook
 
 
-def _check_in_pass(layer: nn.Module, args: tuple, kwargs: dict[str, Any], call: Call, tries: int) -> Causality:
-    context = layer.context if isinstance(layer, MoE) else Context()
-    with context.resumed(call):
-        return _check(layer, context, args, kwargs, tries)
+def _check_in_pass(layer: SparseLayer, args: tuple, kwargs: dict[str, Any], call: Call, tries: int) -> Causality:
+    with layer.context.resumed(call):
+        return _check(layer.module, layer.context, args, kwargs, tries)
 
 
 def _check(layer: nn.Module, context: Context, args: tuple, kwargs: dict[str, Any], tries: int) -> Causality:

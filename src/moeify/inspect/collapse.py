@@ -17,6 +17,7 @@ from torch.nn.utils import parameters_to_vector
 
 from moeify import losses
 from moeify.experts import Each, Experts
+from moeify.layers import moe_layers
 from moeify.moe import MoE
 from moeify.routing import Assignment, Routing
 
@@ -153,7 +154,7 @@ def redundancy(model: nn.Module, loss: Callable[[], float]) -> dict[str, float]:
     Raises:
         ValueError: the model has no sparse layer of ours.
     """
-    layers = {name: moe for name, moe in model.named_modules() if isinstance(moe, MoE)}
+    layers = moe_layers(model)
     if not layers:
         raise ValueError(f"{type(model).__name__} has no sparse layer of moeify whose first experts could be masked")
     with torch.no_grad():

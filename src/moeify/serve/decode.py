@@ -15,7 +15,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from moeify.compress.modules import QuantizedExperts, QuantizedLinear
 from moeify.context import Context
 from moeify.experts.quantized import Quantized, quantize
-from moeify.hf.interface import NativeExperts, use_moeify_experts
+from moeify.hf.interface import HfExperts, use_moeify_experts
 from moeify.kernels.cpu import cpp
 from moeify.moe import MoE
 from moeify.serve.cache import PreallocatedLayer, preallocate
@@ -174,7 +174,7 @@ def _quantize(model: Any, bits: int) -> None:
         elif isinstance(module, MoE) and not isinstance(module.experts, Quantized):
             module.replace(experts=quantize(module.experts, bits))
         elif hasattr(module, "_apply_gate"):
-            model.model.layers.set_submodule(name, QuantizedExperts(quantize(NativeExperts(module), bits)))
+            model.model.layers.set_submodule(name, QuantizedExperts(quantize(HfExperts(module), bits)))
     if type(model.lm_head) is nn.Linear:
         model.lm_head = QuantizedLinear(model.lm_head, 8)
 

@@ -14,7 +14,7 @@ from moeify.backends.cpp import refuse as kernel_refuses
 from moeify.compress.modules import QuantizedExperts, QuantizedLinear
 from moeify.experts import Experts
 from moeify.find.dense import DenseFFN
-from moeify.hf.interface import NativeExperts
+from moeify.hf.interface import HfExperts
 from moeify.kernels.cpu.cpp import steps
 from moeify.kernels.cpu.cpp.steps import Step
 from moeify.kernels.stacked import Glu, name_of
@@ -118,7 +118,7 @@ class Program:
             return False
         if set(dict(block.gate.named_parameters())) != {"weight"} or list(block.gate.buffers()):
             return False
-        experts = block.experts.experts if isinstance(block.experts, QuantizedExperts) else NativeExperts(block.experts)
+        experts = block.experts.experts if isinstance(block.experts, QuantizedExperts) else HfExperts(block.experts)
         normalize = getattr(block.gate, "norm_topk_prob", True)
         return self._experts(
             experts, x, block.gate.weight, None, k=block.gate.top_k, score="softmax", by_logit=False, bias=None,

@@ -12,6 +12,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from moeify.experts.lora import LoRA
+from moeify.layers import moe_layers
 from moeify.moe import MoE
 from moeify.routers.topk import TopK, sigmoid
 
@@ -53,7 +54,7 @@ def train_gates(
 
 
 def _single(model: nn.Module) -> dict[str, MoE]:
-    layers = {name: part for name, part in model.named_modules() if isinstance(part, MoE)}
+    layers = moe_layers(model)
     if not layers:
         raise ValueError(
             f"this {type(model).__name__} has no sparse layer; sparsify it with num_experts=1, router=Uniform"

@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Int
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from moeify.context import Context, recomputing
 from moeify.find.dense import in_evaluation
-from moeify.moe import MoE
-from moeify.record import choices, looking_away, native_layers, observe, stacked_experts
+from moeify.layers import moe_layers, sparse_layers, watch_inputs
+from moeify.record import observe
 from moeify.routers.lookup import routed
-from moeify.routing import Assignment, Routing
+from moeify.routing import Routing
 
 
 @contextmanager
@@ -33,93 +32,22 @@ def calibrate_all_experts(model: nn.Module) -> Iterator[None]:
     Raises:
         ValueError: the model has no sparse layer.
     """
-    layers = [module for module in model.modules() if isinstance(module, MoE)]
-    native = [experts for _, (_, experts) in native_layers(model)]
-    if not layers and not native:
+    layers = sparse_layers(model)
+    if not layers:
         raise ValueError(f"{type(model).__name__} has no sparse layer, so it has no experts to calibrate")
-    backends = [layer.backend for layer in layers]
-    context = Context()
-    handles = context.watch([model]) if native else []
+    backends = {moe: moe.backend for moe in moe_layers(model).values()}
+    handles = watch_inputs(model, layers)
     try:
-        for layer in layers:
-            layer.backend = "compose"  # others may read the weights of experts without calling them
-            latest: list[Routing] = []
-            handles.append(layer.router.register_forward_hook(_keep(latest)))
-            handles.append(layer.register_forward_hook(_show_the_rest(latest)))
-        for experts in native:
-            handles.append(experts.register_forward_hook(_show_native_the_rest(context), with_kwargs=True))
+        for moe in backends:
+            moe.backend = "compose"  # others may read the weights of experts without calling them
+        for layer in layers.values():
+            handles += layer.show_unread()
         yield
     finally:
         for handle in handles:
             handle.remove()
-        for layer, backend in zip(layers, backends, strict=True):
-            layer.backend = backend
-
-
-def _keep(latest: list[Routing]) -> Callable[..., None]:
-    def hook(router: nn.Module, args: tuple, routing: Routing) -> None:
-        latest[:] = [routing]
-
-    return hook
-
-
-def _show_the_rest(latest: list[Routing]) -> Callable[..., None]:
-    @torch.no_grad()
-    def hook(layer: MoE, args: tuple, output: Tensor) -> None:
-        routing = latest.pop()
-        if recomputing() or not isinstance(routing, Assignment):
-            return
-        tokens = args[0].reshape(-1, args[0].shape[-1])
-        read = torch.zeros(len(tokens), len(routing.counts), dtype=torch.bool, device=tokens.device)
-        read[routing.source, routing.expert] = True
-        expert, token = _unread(read, layer.context.real(len(tokens)))
-        layer.experts(tokens[token], expert.bincount(minlength=len(routing.counts)))
-
-    return hook
-
-
-def _unread(
-    read: Bool[Tensor, "all E"], positions: Int[Tensor, "T"] | None
-) -> tuple[Int[Tensor, "R"], Int[Tensor, "R"]]:
-    """Expert and token of every visit that was not made, sorted by expert; padding need not be read."""
-    unread = ~read
-    if positions is not None:
-        real = torch.zeros_like(read)
-        real[positions] = True
-        unread &= real
-    expert, token = unread.T.nonzero(as_tuple=True)
-    return expert, token
-
-
-def _show_native_the_rest(context: Context) -> Callable[..., None]:
-    showing = False
-
-    @torch.no_grad()
-    def hook(experts: nn.Module, args: tuple, kwargs: dict[str, Any], output: Tensor) -> None:
-        nonlocal showing
-        if recomputing() or showing:
-            return
-        index, gates = choices((*args, *kwargs.values()))
-        positions = context.real(len(index))
-        positions = torch.arange(len(index), device=index.device) if positions is None else positions
-        unread = torch.ones(len(index), stacked_experts(experts), device=index.device).scatter(1, index, 0.0)
-        others = unread.argsort(dim=1, descending=True)[positions, : unread.shape[1] - index.shape[1]]  # (T, E - K)
-
-        def rest(value: Any) -> Any:
-            if value is index:
-                return others
-            if value is gates:
-                return torch.zeros_like(others, dtype=gates.dtype)
-            return value[positions] if isinstance(value, Tensor) else value
-
-        showing = True
-        try:
-            with looking_away():
-                experts(*map(rest, args), **{name: rest(value) for name, value in kwargs.items()})
-        finally:
-            showing = False
-
-    return hook
+        for moe, backend in backends.items():
+            moe.backend = backend
 
 
 @dataclass(frozen=True)

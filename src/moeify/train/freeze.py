@@ -10,8 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from moeify.moe import MoE
-from moeify.record import native_layers
+from moeify.layers import sparse_layers
 
 BASE = ("attention", "embeddings", "norms", "rest")
 """The parts outside the sparse layers; papers call them non-MoE or non-expert parameters."""
@@ -147,24 +146,20 @@ def part_of(model: nn.Module) -> dict[str, str]:
     for part, module in _sparse_parts(model):
         for parameter in module.parameters():
             sparse.setdefault(id(parameter), part)
-    layers = [name.rpartition(".")[0] for name, _ in native_layers(model)]
+    layers = [name.rpartition(".")[0] for name in sparse_layers(model)]
     return {name: sparse.get(id(p)) or _outside(model, name, layers) for name, p in model.named_parameters()}
 
 
 def _sparse_parts(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    for module in model.modules():
-        if isinstance(module, MoE):
-            yield "router", module.router
-            yield "experts", module.experts
-            if module.shared is not None:
-                yield "shared", module.shared
-    for _, (router, experts) in native_layers(model):
-        yield "experts", experts
-        if router is not None:
-            yield "router", router
+    for layer in sparse_layers(model).values():
+        if layer.router is not None:
+            yield "router", layer.router
+        yield "experts", layer.experts
+        if layer.shared is not None:
+            yield "shared", layer.shared
 
 
-def _outside(model: nn.Module, name: str, native: list[str]) -> str:
+def _outside(model: nn.Module, name: str, layers: list[str]) -> str:
     """The part of a parameter that belongs to neither routers nor experts.
 
     Families of transformers agree on the words in names, `shared_experts`, `self_attn`, `embed_tokens`, more than on
@@ -174,7 +169,7 @@ def _outside(model: nn.Module, name: str, native: list[str]) -> str:
     above = [model.get_submodule(".".join(path[: i + 1])) for i in range(len(path))]
     owner = above[-1] if above else model
     words = name.lower()
-    if any("shared" in words.removeprefix(layer) for layer in native if name.startswith(f"{layer}.")):
+    if any("shared" in words.removeprefix(layer) for layer in layers if name.startswith(f"{layer}.")):
         return "shared"
     if "norm" in type(owner).__name__.lower():
         return "norms"

@@ -15,8 +15,8 @@ from transformers import TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from moeify.balance import Control, SparsityTarget, control
-from moeify.moe import MoE
-from moeify.record import native_layers, observe
+from moeify.layers import sparse_layers
+from moeify.record import observe
 from moeify.routers import begin_step
 from moeify.train import metrics
 from moeify.train.activation_checkpointing import enable
@@ -209,7 +209,7 @@ class SparseTrainerMixin(Columns, Saving):
         """Called when the model is wrapped and loaded, before the first step."""
         self._begin_checkpointing()
         self._unhook()
-        if _is_sparse(self.model):
+        if sparse_layers(self.model):
             if self.sparse.balance != 0 or self.sparse.z != 0:
                 require_learning_routers(self.model)
             self._hooks = observe(self.model, self._watch.observe)
@@ -265,7 +265,3 @@ class _Steps(TrainerCallback):
 def _mix(seed: int, step: int, rank: int) -> int:
     """A seed that is a function of nothing else, so that a resumed run draws what it would have drawn."""
     return (seed * 1_000_003 + step * 7_919 + rank + 1) % 2**32
-
-
-def _is_sparse(model: nn.Module) -> bool:
-    return any(isinstance(module, MoE) for module in model.modules()) or any(True for _ in native_layers(model))

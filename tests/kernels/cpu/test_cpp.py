@@ -19,7 +19,7 @@ from moeify import Mixture, MoE, assign, backends
 from moeify.backends import choose, compose
 from moeify.experts import FFN, ClampedGlu, Glu, Identity, Plain, Quantized, quantize
 from moeify.experts.quantized import Weights
-from moeify.hf.interface import NativeExperts
+from moeify.hf.interface import HfExperts
 from moeify.kernels.cpu import cpp
 from moeify.kernels.cpu.cpp import build, steps
 from moeify.kernels.cpu.packing import pack
@@ -212,7 +212,7 @@ def test_transposed_weights_are_copied_where_that_is_allowed():
     native_experts = GptOssExperts(config)
     for parameter in native_experts.parameters():
         nn.init.normal_(parameter, std=0.3)
-    experts, x = NativeExperts(native_experts), torch.randn(5, 32)
+    experts, x = HfExperts(native_experts), torch.randn(5, 32)
     routing = assign(torch.rand(5, 4).topk(2).indices, torch.rand(5, 2), 4)
     with torch.no_grad():
         with pytest.raises(ValueError, match=r"these are transposed; .*pack allows a copy"):

@@ -9,7 +9,7 @@ from transformers.models.gpt_oss.modeling_gpt_oss import GptOssConfig, GptOssExp
 from moeify import assign, backends
 from moeify.backends import compose
 from moeify.experts.quantized import quantize
-from moeify.hf.interface import NativeExperts
+from moeify.hf.interface import HfExperts
 from moeify.kernels.stacked import SWIGLU, Glu
 from strategies import choices, seeds
 from triton_problems import ACTIVATIONS, DEVICE, decisions, experts
@@ -66,7 +66,7 @@ def test_weights_that_lie_transposed():
     theirs = GptOssExperts(config).to(DEVICE)
     for parameter in theirs.parameters():
         torch.nn.init.normal_(parameter, std=0.4)
-    agrees(torch.randn(3, 40, device=DEVICE), decisions(3)["k choices"], NativeExperts(theirs))
+    agrees(torch.randn(3, 40, device=DEVICE), decisions(3)["k choices"], HfExperts(theirs))
 
 
 def test_it_is_captured_whole_by_the_compiler():

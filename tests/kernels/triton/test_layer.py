@@ -17,7 +17,7 @@ from moeify import MoE, assign, backends
 from moeify.backends import compose
 from moeify.backends.triton import rows_by_token
 from moeify.experts import FFN
-from moeify.hf.interface import NativeExperts, use_transformers_backends
+from moeify.hf.interface import HfExperts, use_transformers_backends
 from moeify.kernels.stacked import SWIGLU
 from moeify.kernels.triton import sparse_ffn
 from moeify.routers import TopK
@@ -258,4 +258,4 @@ def test_the_layer_of_a_model_of_transformers_whose_weights_lie_transposed():
     theirs = GptOssExperts(config).to(DEVICE)
     for parameter in theirs.parameters():
         torch.nn.init.normal_(parameter, std=0.4)
-    agrees(tokens(), decisions()["k choices"], NativeExperts(theirs))
+    agrees(tokens(), decisions()["k choices"], HfExperts(theirs))

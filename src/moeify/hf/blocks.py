@@ -1,0 +1,197 @@
+"""Finds the mixture-of-experts blocks of transformers' models, and sees what each of them chooses.
+
+Most families call a module of stacked experts with tokens, expert indices and weights: `InterfaceBlock`. Those that do
+otherwise are in `moeify.hf.families`.
+"""
+
+from __future__ import annotations
+
+import inspect
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from moeify.context import recomputing
+from moeify.hf.decisions import Chosen, choices, is_observed, unobserved
+from moeify.hf.names import EXPERTS_PER_TOKEN, number
+from moeify.moe import MoE
+
+Observer = Callable[[Chosen], None]
+Hook = Callable[..., None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Block(ABC):
+    """A mixture-of-experts block of transformers.
+
+    Attributes:
+        name: of the module that holds router and experts.
+        module: this module.
+        router: the module that computes the logits, if there is one; with what PEFT put around it.
+        experts: all that one token uses a part of; with what PEFT put around it.
+        shared: what every token passes beside the experts.
+        num_experts: E, zero experts included.
+    """
+
+    name: str
+    module: nn.Module
+    router: nn.Module | None
+    experts: nn.Module
+    shared: nn.Module | None
+    num_experts: int
+
+    @property
+    def experts_per_token(self) -> int | None:
+        """K, as the router, the block or a configuration says it."""
+        experts = unwrapped(self.experts)
+        router = None if self.router is None else unwrapped(self.router)
+        owners = (router, self.module, experts, getattr(experts, "config", None))
+        k = next((k for owner in owners if (k := number(owner, EXPERTS_PER_TOKEN)) is not None), None)
+        return None if k is None else int(k)
+
+    @abstractmethod
+    def observe(self, observer: Observer, *, repeated: bool = False) -> list[RemovableHandle]:
+        """Call `observer` with what the block chooses in every pass, also a repeated one if asked for."""
+
+    def show_unread(self, real: Callable[[int], Int[Tensor, "T"] | None]) -> list[RemovableHandle]:
+        """After every pass let each expert read the tokens that were not sent to it, and drop the outputs.
+
+        Args:
+            real: positions of the real ones among so many tokens, None for all.
+
+        Raises:
+            ValueError: the block cannot call its experts so.
+        """
+        raise ValueError(
+            f"{self.name or type(self.module).__name__} does not call its experts with chosen tokens, so they cannot "
+            f"be shown the others; call every expert of {type(self.module).__name__} yourself"
+        )
+
+
+def find_blocks(model: nn.Module) -> Iterator[Block]:
+    """Every MoE block of a model that is transformers' own, with what PEFT has put around its parts or not."""
+    from moeify.hf.families import family
+
+    ours = {id(part) for moe in model.modules() if isinstance(moe, MoE) for part in moe.modules()}
+    for name, module in model.named_modules():
+        if id(module) in ours or is_wrapper(module):
+            continue
+        if (build := family(module)) is not None:
+            yield build(name, module)
+        elif (block := _interface_block(name, module, ours)) is not None:
+            yield block
+
+
+def is_wrapper(module: nn.Module) -> bool:
+    """Whether a module is an adapter of PEFT around another module."""
+    return isinstance(getattr(module, "base_layer", None), nn.Module) and not isinstance(module, MoE)
+
+
+def unwrapped(module: nn.Module) -> nn.Module:
+    """The module inside the adapters of PEFT that lie around it, the module itself if there are none."""
+    while is_wrapper(module):
+        module = module.get_submodule("base_layer")
+    return module
+
+
+def stacked_experts(module: nn.Module) -> int:
+    """The number of experts that a module of transformers stacks, zero experts included, 0 if it stacks none."""
+    down = module._parameters.get("down_proj")
+    up = next((module._parameters[name] for name in ("gate_up_proj", "up_proj") if name in module._parameters), None)
+    return up.shape[0] if up is not None and down is not None and down.dim() == 3 else 0
+
+
+def _interface_block(name: str, module: nn.Module, ours: set[int]) -> InterfaceBlock | None:
+    for experts in module.children():
+        inside = unwrapped(experts)
+        if id(experts) in ours or not (num_experts := stacked_experts(inside)) or not _takes_choices(inside):
+            continue
+        others = [part for part in module.children() if part is not experts]
+        router = next((part for part in others if _routes(part, num_experts)), None)
+        shared = next((part for key, part in module.named_children() if "shared" in key and part is not router), None)
+        return InterfaceBlock(
+            name=name, module=module, router=router, experts=experts, shared=shared, num_experts=num_experts
+        )
+    return None
+
+
+def _takes_choices(experts: nn.Module) -> bool:
+    """Whether experts are called with tokens, indices and weights."""
+    return len(inspect.signature(experts.forward).parameters) >= 3
+
+
+def _routes(module: nn.Module, num_experts: int) -> bool:
+    return any(p.dim() == 2 and p.shape[0] == num_experts for p in module.parameters())
+
+
+@dataclass(frozen=True, kw_only=True)
+class InterfaceBlock(Block):
+    """A block whose experts are called with tokens, indices and weights, as the experts interface has it.
+
+    Experts are recognised by what they hold, stacked weights `down_proj (E, ., .)`, and by what they are called with;
+    the router is the sibling with a weight or a linear map of E rows, and returns its logits first.
+    """
+
+    def observe(self, observer: Observer, *, repeated: bool = False) -> list[RemovableHandle]:
+        """See the arguments of the experts, and the router's first output."""
+        latest: dict[str, Tensor] = {}
+        return [*self._watch_router(latest, repeated), self._watch_experts(latest, observer, repeated)]
+
+    def _watch_router(self, latest: dict[str, Tensor], repeated: bool) -> Iterator[RemovableHandle]:
+        def hook(module: nn.Module, args: tuple, output: Any) -> None:
+            if repeated or not recomputing():
+                latest["output"] = self._logits(output)
+
+        if self.router is not None:
+            yield self.router.register_forward_hook(hook)
+
+    def _logits(self, output: Any) -> Tensor:
+        return output[0] if isinstance(output, tuple) else output
+
+    def _watch_experts(self, latest: dict[str, Tensor], observer: Observer, repeated: bool) -> RemovableHandle:
+        def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+            if (repeated or not recomputing()) and is_observed():
+                observer(self._chosen((*args, *kwargs.values()), latest.pop("output", None)))
+
+        return self.experts.register_forward_pre_hook(hook, with_kwargs=True)
+
+    def _chosen(self, arguments: tuple, router_output: Tensor | None) -> Chosen:
+        index, weights = choices(arguments)
+        return Chosen(index=index, weights=weights, router_output=router_output)
+
+    def show_unread(self, real: Callable[[int], Int[Tensor, "T"] | None]) -> list[RemovableHandle]:
+        """Call the experts once more, with all other choices and weights of 0."""
+        calling = False
+
+        @torch.no_grad()
+        def hook(experts: nn.Module, args: tuple, kwargs: dict[str, Any], output: Tensor) -> None:
+            nonlocal calling
+            if recomputing() or calling:
+                return
+            index, weights = choices((*args, *kwargs.values()))
+            positions = real(len(index))
+            positions = torch.arange(len(index), device=index.device) if positions is None else positions
+            unread = torch.ones(len(index), self.num_experts, device=index.device).scatter(1, index, 0.0)
+            others = unread.argsort(dim=1, descending=True)[positions, : unread.shape[1] - index.shape[1]]  # (T, E - K)
+
+            def rest(value: Any) -> Any:
+                if value is index:
+                    return others
+                if value is weights:
+                    return torch.zeros_like(others, dtype=weights.dtype)
+                return value[positions] if isinstance(value, Tensor) else value
+
+            calling = True
+            try:
+                with unobserved():
+                    experts(*map(rest, args), **{name: rest(value) for name, value in kwargs.items()})
+            finally:
+                calling = False
+
+        return [self.experts.register_forward_hook(hook, with_kwargs=True)]
