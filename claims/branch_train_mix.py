@@ -23,7 +23,7 @@ from results import append
 from torch import Tensor, nn
 
 from moeify import losses, merge_models, record
-from moeify.compose import through
+from moeify.compose import route_all_to
 from moeify.data import ByteTokenizer
 from moeify.data.text import Blocks
 from moeify.flops import count
@@ -169,7 +169,7 @@ def main() -> None:
             if arm == "merged, rest mean, router from examples":
                 found = {}
                 for domain, ids in unseen.items():
-                    with through(model, domain):
+                    with route_all_to(model, domain):
                         found[domain] = held_out(model, ids)
                 report("merged, rest mean, own expert", seed, steps, found, model, "1.000")
     for arm, values in ends.items():

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from moeify import MoE
-from moeify.data.files import data_file
+from moeify.data.claim_files import data_file
 from moeify.experts import FFN, Plain
 from moeify.routers import NoisyTopK
 

@@ -27,8 +27,8 @@ from results import append
 from torch import Tensor, nn
 
 from moeify import Recipe, record, sparsify
-from moeify.compose import Clusters, Pooled, cluster
-from moeify.data.files import data_file
+from moeify.compose import Clusters, MeanPooling, cluster
+from moeify.data.claim_files import data_file
 from moeify.find import linears
 from moeify.routers import Cluster, Lookup, TopK
 from moeify.routers.lookup import routed
@@ -164,7 +164,7 @@ def purity(learnt: list[Sample]) -> float:
     return (counts.amax(1).sum() / counts.sum()).item()
 
 
-def mark(found: Clusters, embed: Pooled, unmarked: list[Sample]) -> None:
+def mark(found: Clusters, embed: MeanPooling, unmarked: list[Sample]) -> None:
     """Write into every sample the cluster of its instruction."""
     for sample, number in zip(unmarked, found.column([s.text for s in unmarked], embed), strict=True):
         sample.cluster = number
@@ -179,7 +179,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     dense, tokenizer = base()
-    embed = Pooled(dense, tokenizer)
+    embed = MeanPooling(dense, tokenizer)
     learnt = [s for rows in samples("train", tokenizer, SEEN, TRAIN_ROWS).values() for s in rows]
     near = samples("test", tokenizer, SEEN + NEAR, TEST_ROWS)
     test = near | samples("heldout-bbh", tokenizer, (*SEEN, *NEAR, "bbh"), 4 * TEST_ROWS)

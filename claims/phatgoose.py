@@ -1,7 +1,7 @@
 """PHATGOOSE (arXiv 2402.05859, section 4): adapters that were trained apart, composed per token by gates trained after.
 
 One LoRA per domain is trained alone beside every linear map of a frozen base, then a gate per map, all else frozen. The
-adapters are put in one pool and answer their own domains, domains that nobody trained on, and documents whose halves
+adapters become one library, evaluated on their own domains, domains that nobody trained on, and documents whose halves
 are of two domains, under one router after the other. Two bases (stories260K, somebody else's, and a small byte-level
 one that is trained here on other domains) by two collections (pieces of text; instructions, whose answers alone count).
 
@@ -30,7 +30,7 @@ from moeify import MoE, Recipe, record, sparsify
 from moeify.compose import set_gates
 from moeify.context import extra_inputs
 from moeify.data import ByteTokenizer
-from moeify.data.files import data_file
+from moeify.data.claim_files import data_file
 from moeify.find import linears
 from moeify.routers import Arrow, Lookup, Phatgoose, Router, TopK, Uniform
 from moeify.sparsify import frozen, lora
@@ -52,7 +52,7 @@ def stories(seed: int) -> Base:
 
 
 def own(seed: int) -> Base:
-    """A model of bytes, trained on domains that are in no pool."""
+    """A model of bytes, trained on domains that no adapter is for."""
     torch.manual_seed(seed)
     config = transformers.LlamaConfig(
         vocab_size=ByteTokenizer.vocab_size, hidden_size=96, intermediate_size=256, num_hidden_layers=3,

@@ -22,7 +22,7 @@ from results import append
 from torch import Tensor, nn
 
 from moeify import Recipe, losses, record, sparsify
-from moeify.data.files import data_file
+from moeify.data.claim_files import data_file
 from moeify.origin import Origin
 from moeify.routers import TopK
 from moeify.sparsify import fresh

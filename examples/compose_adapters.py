@@ -41,7 +41,7 @@ def train(model, text, steps, lr):
 def losses(model):
     """The loss on the held-out text of every domain, in nats per byte."""
     model.eval()
-    torch.manual_seed(1)  # everybody is asked the same
+    torch.manual_seed(1)  # the same probe for all
     return [model(**batch(corpus.validation[name], size=32)).loss.item() for name in domains]
 
 
@@ -65,16 +65,16 @@ for name in domains:
 
 # what the fourth does: no training, and no text of the others
 folders = {name: Path("adapters") / name for name in domains}
-pool = from_adapters(copy.deepcopy(base), folders, Phatgoose)
-table["all three, routed"] = losses(pool)
+library = from_adapters(copy.deepcopy(base), folders, Phatgoose)
+table["all three, routed"] = losses(library)
 table["all three, averaged"] = losses(from_adapters(copy.deepcopy(base), folders, Uniform, verbose=False))
 
 print(f"{'held-out loss':26}" + "".join(f"{name:>14}" for name in domains) + f"{'mean':>10}")
 for who, row in table.items():
     print(f"{who:26}" + "".join(f"{loss:14.3f}" for loss in row) + f"{sum(row) / len(row):10.3f}")
 
-save_adapters(pool, "pool")  # one folder for each adapter, which PEFT reads too
-again = load_adapters(copy.deepcopy(base).eval(), "pool")
+save_adapters(library, "library")  # one folder for each adapter, which PEFT reads too
+again = load_adapters(copy.deepcopy(base).eval(), "library")
 ids = batch(corpus.validation[domains[0]])["input_ids"]
-assert torch.equal(again(ids).logits, pool(ids).logits)
-print("saved to 'pool', loaded again: the outputs are equal")
+assert torch.equal(again(ids).logits, library(ids).logits)
+print("saved to 'library', loaded again: the outputs are equal")

@@ -1,4 +1,4 @@
-"""Adapters of the tiny models as PEFT writes them, and pools of them."""
+"""Adapters of the tiny models as PEFT writes them, and libraries of them."""
 
 import json
 from functools import partial
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from moeify import MoE, Recipe, from_adapters, sparsify
 from moeify.compose import save_gates
-from moeify.compose.files import read_adapter
+from moeify.compose.peft_files import read_adapter
 from moeify.find import linears
 from moeify.routers import Phatgoose
 from moeify.sparsify import frozen, lora
@@ -37,12 +37,12 @@ def make_adapter(folder: Path, targets=ATTENTION, rank: int = 2, *, seed: int = 
 
 def make_gates(folder: Path, seed: int = 0) -> Path:
     generator = torch.Generator().manual_seed(seed)
-    maps = read_adapter(folder).maps
+    maps = read_adapter(folder).modules
     save_gates({name: torch.randn(low.A.shape[1], generator=generator) for name, low in maps.items()}, folder)
     return folder
 
 
-def pool(folders: dict[str, Path], router=Phatgoose, **options) -> nn.Module:
+def library(folders: dict[str, Path], router=Phatgoose, **options) -> nn.Module:
     return from_adapters(TINY["llama"]().eval(), folders, router, verbose=False, **options)
 
 
@@ -60,7 +60,7 @@ def same(actual: Tensor, expected: Tensor) -> None:
 
 
 def state(model: nn.Module, name: str) -> dict[str, Tensor]:
-    """What a pool holds of one adapter."""
+    """What a library holds of one adapter."""
     found = {}
     for module, layer in layers(model).items():
         if name in layer.experts.names:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from adapter_folders import fill, layers
 from moeify import MoE, Recipe, record, routers, sparsify
-from moeify.compose import bake, compose_adapters, merge_adapters
+from moeify.compose import combine_adapters, combine_adapters_by_search, merge_into_experts
 from moeify.compress import quantize_experts
 from moeify.experts import FFN
 from moeify.find import linears
@@ -112,14 +112,14 @@ def test_quantised_experts_of_a_fast_decoder(holder):
 def test_baked_experts(holder):
     model = made(holder, "changes of a network")
     old = experts_of(model)
-    check(bake(model), old)
+    check(merge_into_experts(model), old)
 
 
 @pytest.mark.parametrize("holder", HOLDERS)
 def test_adapters_that_were_merged(holder):
     model = made(holder, "adapters")
     old = experts_of(model)
-    check(merge_adapters(model), old)
+    check(combine_adapters(model), old)
 
 
 @pytest.mark.parametrize("holder", HOLDERS)
@@ -127,7 +127,7 @@ def test_adapters_of_a_search_that_failed(holder):
     pytest.importorskip("nevergrad")
     model = made(holder, "adapters")
     with pytest.raises(ValueError, match="the loss is nan"):
-        compose_adapters(model, lambda model: float("nan"), budget=2)
+        combine_adapters_by_search(model, lambda model: float("nan"), budget=2)
     assert all(type(layer.router) is holder for layer in layers(model).values())
     check(model, [])
 

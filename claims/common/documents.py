@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from moeify.data.files import data_file
+from moeify.data.claim_files import data_file
 
 GENERAL = ("encyclopedia", "diary", "economics", "biology", "code_rust", "code_go", "docs_pt", "lang_fr")
 CAP, LENGTH, BATCH = 300_000, 128, 4
@@ -19,7 +19,7 @@ CAP, LENGTH, BATCH = 300_000, 128, 4
 
 @dataclass(frozen=True)
 class Collection:
-    """Documents by domain: those of the pool, and those that no adapter sees."""
+    """Documents by domain: those of the adapters, and those that no adapter sees."""
 
     folder: str
     test: str

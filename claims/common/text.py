@@ -6,7 +6,7 @@ import gzip
 import json
 
 from moeify.data import ByteTokenizer, Texts, blocks
-from moeify.data.files import data_file
+from moeify.data.claim_files import data_file
 from moeify.data.text import Blocks
 
 

@@ -18,7 +18,7 @@ class Origin:
 
     Attributes:
         recipe: the `Recipe` that `sparsify` followed, None if no recipe makes the model as it is.
-        adapters: how adapters were put beside its linear maps (a `Pool`), None if none were.
+        adapters: how adapters were put beside its linear layers (an `AdapterLibrary`), None if none were.
     """
 
     recipe: Any = None

@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from moeify import Recipe, sparsify
-from moeify.compose import Clusters, Pooled, cluster
+from moeify.compose import Clusters, MeanPooling, cluster
 from moeify.context import extra_inputs
 from moeify.data import ByteTokenizer
 from moeify.find import linears
@@ -104,7 +104,7 @@ def model() -> nn.Module:
 
 def test_a_models_own_embedding_is_the_mean_of_its_last_states_whatever_stands_beside_it_in_the_batch():
     dense, texts = model().train(), ["to be", "or not to be that is", "a"]
-    embeddings = Pooled(dense, ByteTokenizer(), batch=2)(texts)
+    embeddings = MeanPooling(dense, ByteTokenizer(), batch=2)(texts)
     assert dense.training
     dense.eval()
     for text, embedding in zip(texts, embeddings, strict=True):
@@ -114,14 +114,14 @@ def test_a_models_own_embedding_is_the_mean_of_its_last_states_whatever_stands_b
 
 
 def test_it_reads_no_more_than_it_is_told_to():
-    embed = Pooled(model(), ByteTokenizer(), length=5)
+    embed = MeanPooling(model(), ByteTokenizer(), length=5)
     assert torch.equal(embed(["to be or not"]), embed(["to be"]))
     with pytest.raises(ValueError, match="text 1 has no token"):
         embed(["to be", ""])
 
 
 def test_what_adapters_learn_does_not_move_the_embeddings():
-    embed, ids = Pooled(model(), ByteTokenizer()), torch.tensor([[65, 66]])
+    embed, ids = MeanPooling(model(), ByteTokenizer()), torch.tensor([[65, 66]])
     before, dense = embed(TEXTS), embed.model(ids).logits
     recipe = Recipe(where=linears(), num_experts=3, router=Cluster, experts=lora, shared=frozen)
     sparsify(embed.model, recipe, verbose=False)

@@ -7,10 +7,21 @@ from rich.console import Console
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from adapter_folders import ATTENTION, adapted_llama, answer, fill, layers, make_adapter, make_gates, pool, same, state
+from adapter_folders import (
+    ATTENTION,
+    adapted_llama,
+    answer,
+    fill,
+    layers,
+    library,
+    make_adapter,
+    make_gates,
+    same,
+    state,
+)
 from moeify import Recipe, from_adapters, load_adapters, record, save_adapters, sparsify
-from moeify.compose import adapters_of, add_adapter, merge_into_dense, show_pool
-from moeify.compose.files import read_adapter
+from moeify.compose import adapters_of, add_adapter, merge_into_base, show_adapters
+from moeify.compose.peft_files import read_adapter
 from moeify.experts import LoRA
 from moeify.find import linears
 from moeify.routers import Arrow, ExpertChoice, Phatgoose, TopK, Uniform
@@ -40,7 +51,7 @@ def test_patterns_of_ranks_and_alphas_are_pefts(tmp_path):
     theirs = peft.get_peft_model(TINY["llama"](), peft.LoraConfig(r=2, target_modules=ATTENTION, **patterns)).eval()
     fill(theirs)
     theirs.save_pretrained(tmp_path)
-    same(answer(pool({"only": tmp_path})), answer(theirs))
+    same(answer(library({"only": tmp_path})), answer(theirs))
 
 
 def test_names_of_an_adapter_inside_the_keys_are_read(tmp_path, folders):
@@ -50,23 +61,23 @@ def test_names_of_an_adapter_inside_the_keys_are_read(tmp_path, folders):
         {key.replace(".weight", ".default.weight").removeprefix("base_model.model."): t for key, t in old.items()},
         renamed / "adapter_model.safetensors",
     )
-    assert torch.equal(answer(pool({"a": renamed})), answer(pool({"a": folders["law"]})))
+    assert torch.equal(answer(library({"a": renamed})), answer(library({"a": folders["law"]})))
 
 
 def test_every_map_has_the_adapters_that_adapt_it_filled_up_to_one_rank(folders):
-    made = {name.partition("layers.")[2]: layer.experts for name, layer in layers(pool(folders)).items()}
+    made = {name.partition("layers.")[2]: layer.experts for name, layer in layers(library(folders)).items()}
     assert {name: experts.names for name, experts in made.items() if name.startswith("1")} == {
         "1.self_attn.q_proj": ("law", "med"),
         "1.self_attn.v_proj": ("law", "med", "bio"),
         "1.mlp.down_proj": ("med", "bio"),
     }
     assert {experts.rank for experts in made.values()} == {4}
-    low = read_adapter(folders["law"]).maps["model.layers.1.self_attn.v_proj"]
+    low = read_adapter(folders["law"]).modules["model.layers.1.self_attn.v_proj"]
     torch.testing.assert_close(made["1.self_attn.v_proj"].delta(0), 4 / 2 * low.B @ low.A)
 
 
 def test_a_router_takes_all_adapters_where_there_are_fewer_than_k(tmp_path, folders):
-    model = pool(folders | {"out": make_adapter(tmp_path / "out", ["o_proj"])}, partial(TopK, k=3))
+    model = library(folders | {"out": make_adapter(tmp_path / "out", ["o_proj"])}, partial(TopK, k=3))
     found = {
         name.rpartition(".")[2]: (layer.router.k, layer.experts.num_experts) for name, layer in layers(model).items()
     }
@@ -84,26 +95,26 @@ def test_a_router_that_cannot_serve_is_refused_by_the_name_of_the_map_and_nothin
 
 
 def test_the_order_of_the_adapters_does_not_matter(folders):
-    torch.testing.assert_close(answer(pool(folders)), answer(pool(dict(reversed(folders.items())))))
+    torch.testing.assert_close(answer(library(folders)), answer(library(dict(reversed(folders.items())))))
 
 
 def test_gates_in_the_folders_become_the_rows_of_the_routers(folders):
     for name in folders:
         gates = load_file(folders[name] / "gates.safetensors")
-        assert {f"{module} gate" for module in gates} == {key for key in state(pool(folders), name) if "gate" in key}
-        assert all(torch.equal(state(pool(folders), name)[f"{module} gate"], gate) for module, gate in gates.items())
+        assert {f"{module} gate" for module in gates} == {key for key in state(library(folders), name) if "gate" in key}
+        assert all(torch.equal(state(library(folders), name)[f"{module} gate"], gate) for module, gate in gates.items())
 
 
 @pytest.mark.parametrize("router", [Phatgoose, Uniform, Arrow, partial(TopK, k=3)])
 def test_growing_a_pool_is_making_it_with_one_more(router, folders):
     arriving = {"bio": folders.pop("bio")}
-    model = add_adapter(pool(folders, router), "bio", arriving["bio"], verbose=False)
-    torch.testing.assert_close(answer(model), answer(pool(folders | arriving, router)))
+    model = add_adapter(library(folders, router), "bio", arriving["bio"], verbose=False)
+    torch.testing.assert_close(answer(model), answer(library(folders | arriving, router)))
 
 
 def test_who_is_in_a_pool_stays_as_it_is_when_another_comes(folders):
     bio = folders.pop("bio")
-    model = pool(folders, TopK)
+    model = library(folders, TopK)
     for layer in layers(model).values():
         nn.init.normal_(layer.router.weight)
         layer.experts.lora_A.requires_grad_(False)
@@ -118,17 +129,17 @@ def test_who_is_in_a_pool_stays_as_it_is_when_another_comes(folders):
 
 def test_a_pool_grows_into_maps_that_had_no_adapter(tmp_path, folders):
     new = make_gates(make_adapter(tmp_path / "new", ["o_proj"]))
-    model = add_adapter(pool(folders), "new", new, verbose=False)
-    assert torch.equal(answer(model), answer(pool(folders | {"new": new})))
+    model = add_adapter(library(folders), "new", new, verbose=False)
+    assert torch.equal(answer(model), answer(library(folders | {"new": new})))
     assert len({id(layer.context) for layer in layers(model).values()}) == 1
 
 
 def test_one_decision_for_all_maps_needs_the_same_adapters_in_each(folders, tmp_path):
     decided = partial(shared_routing, router=Phatgoose)
     with pytest.raises(ValueError, match=r"v_proj is adapted by law, med, bio and .*q_proj by law, med, so that one"):
-        pool(folders, decided)
+        library(folders, decided)
     alike = {name: make_adapter(tmp_path / f"{name} alike", seed=seed) for seed, name in enumerate("abc")}
-    model = pool({name: alike[name] for name in "ab"}, decided)
+    model = library({name: alike[name] for name in "ab"}, decided)
     add_adapter(model, "c", alike["c"], verbose=False)
     with record(model) as decisions:
         answer(model)
@@ -145,9 +156,9 @@ def test_adapters_that_were_trained_as_experts_take_another_among_them(folders):
 
 @pytest.mark.parametrize("router", [Phatgoose, partial(TopK, k=1, normalize=False, scale=2.0), Arrow])
 def test_a_pool_is_restored_exactly(router, folders, tmp_path):
-    model = pool(dict(reversed(folders.items())), router, dropout=0.1)
-    save_adapters(model, tmp_path / "pool")
-    again = load_adapters(TINY["llama"]().eval(), tmp_path / "pool")
+    model = library(dict(reversed(folders.items())), router, dropout=0.1)
+    save_adapters(model, tmp_path / "library")
+    again = load_adapters(TINY["llama"]().eval(), tmp_path / "library")
     assert torch.equal(answer(again), answer(model))
     assert repr(again) == repr(model)
     assert {key: t.tolist() for key, t in again.state_dict().items()} == {
@@ -166,11 +177,11 @@ def test_experts_that_were_trained_together_become_adapters_and_come_back(tmp_pa
 
 
 def test_a_router_of_your_own_is_given_when_loading(folders, tmp_path):
-    save_adapters(pool(folders), tmp_path / "pool")
-    again = load_adapters(TINY["llama"]().eval(), tmp_path / "pool", router=partial(TopK, k=2), verbose=True)
+    save_adapters(library(folders), tmp_path / "library")
+    again = load_adapters(TINY["llama"]().eval(), tmp_path / "library", router=partial(TopK, k=2), verbose=True)
     assert all(isinstance(layer.router, TopK) for layer in layers(again).values())
     with pytest.raises(ValueError, match="has no name, so a file cannot refer to it"):
-        save_adapters(pool(folders, lambda width, experts: TopK(width, experts)), tmp_path / "pool")
+        save_adapters(library(folders, lambda width, experts: TopK(width, experts)), tmp_path / "library")
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
@@ -192,7 +203,7 @@ def test_peft_computes_with_saved_adapters_what_each_of_them_adds(family, tmp_pa
     save_adapters(model, tmp_path)
     for name in ("0", "1"):
         theirs = peft.PeftModel.from_pretrained(TINY[family](), tmp_path / name).eval()
-        ours = merge_into_dense(copy.deepcopy(model), {name: 1.0})
+        ours = merge_into_base(copy.deepcopy(model), {name: 1.0})
         same(answer(theirs), answer(ours))
 
 
@@ -200,7 +211,7 @@ def test_the_table_says_who_is_where_and_whose_gates_are_missing(folders, capsys
     (folders["bio"] / "gates.safetensors").unlink()
     model = from_adapters(TINY["llama"](), folders, Phatgoose)
     assert "no gates in the folders of bio: their rows of the routers are still" in capsys.readouterr().out
-    show_pool(model, console := Console(record=True, width=120))
+    show_adapters(model, console := Console(record=True, width=120))
     rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in console.export_text().splitlines()]
     assert ["model.layers.*.self_attn.v_proj", "2", "law (2), med (4), bio (1)", "Phatgoose"] in rows
     assert ["model.layers.*.self_attn.q_proj", "2", "law (2), med (4)", "Phatgoose"] in rows

@@ -12,7 +12,7 @@ from torch import nn
 from transformers import TrainingArguments
 
 from moeify import MoE, Recipe, load, merge_models, record, save
-from moeify.compose import expert_names, route_by_examples, through
+from moeify.compose import expert_names, route_all_to, route_by_examples
 from moeify.find import modules
 from moeify.origin import Origin
 from moeify.routers import Frozen, TopK
@@ -78,9 +78,9 @@ def test_all_tokens_through_an_expert_and_the_rest_from_its_model_is_that_model(
     x = given(models[0])
     for e, model in enumerate(models):
         merged = merge(models, base=model)
-        with through(merged, e):
+        with route_all_to(merged, e):
             assert same(output(merged, x), output(model, x))
-        with through(merged, (e + 1) % 3):
+        with route_all_to(merged, (e + 1) % 3):
             assert not same(output(merged, x), output(model, x))
 
 
@@ -89,7 +89,7 @@ def test_padding_goes_through_no_expert():
     merged = merge(models, base=models[1])
     mask = torch.ones(2, 12)
     mask[1, 8:] = 0
-    with through(merged, 1), record(merged) as decisions:
+    with route_all_to(merged, 1), record(merged) as decisions:
         logits = merged(input_ids=tokens(), attention_mask=mask).logits
     assert {int(routing.counts[1]) for routing in decisions.values()} == {20}
     assert same(logits[1, :8], models[1](input_ids=tokens(), attention_mask=mask).logits[1, :8])
@@ -142,7 +142,7 @@ def test_whole_modules_become_experts_too():
     models = branches("plain")
     merged = merge(models, Recipe(where=modules("ffn$")), base=models[2])
     x = given(models[2])
-    with through(merged, 2):
+    with route_all_to(merged, 2):
         assert same(output(merged, x), output(models[2], x))
 
 
@@ -167,7 +167,7 @@ def test_a_file_of_a_plain_model_merges_into_one_of_its_kind(tmp_path):
         safetensors.torch.save_file(model.state_dict(), tmp_path / f"{e}.safetensors")
     merged = merge([tmp_path / f"{e}.safetensors" for e in range(3)], base=models[0])
     x = (torch.randn(2, 5, 8),)
-    with through(merged, 0):
+    with route_all_to(merged, 0):
         assert same(output(merged, x), output(models[0], x))
 
 
@@ -298,9 +298,9 @@ def test_what_makes_no_sense_is_refused_with_the_way_out():
         merge(models, router_init={"0": [tokens()], "1": []})
     with pytest.raises(ValueError, match="look alike to the router of"):
         merge(models, router_init={"0": [tokens()], "1": [tokens()]}, base=models[0])
-    with pytest.raises(ValueError, match="there is no expert 'x'; there are: 0, 1"), through(merge(models), "x"):
+    with pytest.raises(ValueError, match="there is no expert 'x'; there are: 0, 1"), route_all_to(merge(models), "x"):
         pass
-    with pytest.raises(ValueError, match="has no sparse layer"), through(models[0], 0):
+    with pytest.raises(ValueError, match="has no sparse layer"), route_all_to(models[0], 0):
         pass
     with pytest.raises(ValueError, match="no example for the expert '0'; give a list"):
         merge(models, router_init={"0": {"input_ids": tokens()}, "1": {"input_ids": tokens()}})
@@ -323,7 +323,7 @@ def test_names_are_kept_and_a_merged_model_comes_back_without_its_sources(tmp_pa
     assert expert_names(loaded) == ["novels", "code", "math"]
     assert Origin.of(loaded).recipe.to_dict() == Origin.of(merged).recipe.to_dict()
     assert torch.equal(output(loaded, inputs(merged)), output(merged, inputs(merged)))
-    with through(loaded, "code"), through(merged, 1):
+    with route_all_to(loaded, "code"), route_all_to(merged, 1):
         assert torch.equal(output(loaded, inputs(merged)), output(merged, inputs(merged)))
 
 
@@ -358,7 +358,7 @@ def test_rows_have_length_one_and_the_mean_token_leans_to_no_expert():
     read = []
     layer.router.register_forward_pre_hook(lambda router, given: read.append(given[0].flatten(0, 1)))
     for e, seen in enumerate(examples.values()):
-        with through(merged, e):
+        with route_all_to(merged, e):
             merged(torch.cat(seen))
     common = torch.stack([x.mean(0) for x in read]).mean(0)
     assert torch.allclose(layer.router.weight.norm(dim=-1), torch.ones(3))

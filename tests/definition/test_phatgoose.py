@@ -118,20 +118,20 @@ def test_trained_gates_lower_the_loss_of_their_own_text():
 
 
 def test_gates_are_files_beside_their_adapters_and_a_pool_grows_without_training(tmp_path):
-    pool = []
+    library = []
     for seed in range(3):
         model = one_adapter(seed)
         save_gates(train_gates(model, [inputs(model, seed=seed)], steps=2), tmp_path / str(seed))
-        pool.append(load_gates(tmp_path / str(seed)))
+        library.append(load_gates(tmp_path / str(seed)))
     for size in (2, 3):
         recipe = Recipe(
             where=linears(r"q_proj|v_proj"), num_experts=size, router=Phatgoose, experts=lora, shared=frozen
         )
         model = sparsify(TINY["llama"](), recipe, verbose=False)
-        set_gates(model, pool[:size])
+        set_gates(model, library[:size])
         for name, part in model.named_modules():
             if isinstance(part, MoE):
-                assert torch.equal(part.router.weight, torch.stack([gates[name] for gates in pool[:size]]))
+                assert torch.equal(part.router.weight, torch.stack([gates[name] for gates in library[:size]]))
 
 
 def test_gates_that_do_not_fit_are_refused_before_anything_changes():
@@ -140,13 +140,13 @@ def test_gates_that_do_not_fit_are_refused_before_anything_changes():
     whole = {f"model.layers.{i}.self_attn.q_proj": torch.ones(32) for i in range(2)}
     before = {name: value.clone() for name, value in model.state_dict().items()}
     last = "model.layers.1.self_attn.q_proj"
-    for pool, words in (
+    for library, words in (
         ([whole], "1 gates for the 2 experts of"),
         ([whole, {name: v for name, v in whole.items() if name != last}], f"gate 1 has no vector for {last}"),
         ([whole, whole | {last: torch.ones(3)}], "where tokens are 32 wide"),
     ):
         with pytest.raises(ValueError, match=words):
-            set_gates(model, pool)
+            set_gates(model, library)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     with pytest.raises(ValueError, match="no Phatgoose router"):
         set_gates(TINY["llama"](), [whole])

@@ -45,13 +45,13 @@ def test_only_a_decision_per_token_looks_at_no_later_one():
     assert not Similarity(D, E).causal
 
 
-def pool() -> nn.Module:
+def library() -> nn.Module:
     recipe = Recipe(where=linears("query|value"), num_experts=2, router=Similarity, experts=lora, shared=frozen)
     return sparsify(TINY["bert"](), recipe, verbose=False)
 
 
 def test_centroids_are_the_means_of_what_routers_read():
-    model = pool()
+    model = library()
     examples = [[inputs(model, batch=1, seed=seed), inputs(model, batch=2, seed=seed + 9)] for seed in range(2)]
     set_centroids(model, examples)
     for e, own in enumerate(examples):
@@ -69,7 +69,7 @@ def test_centroids_are_the_means_of_what_routers_read():
 
 
 def test_a_sequence_goes_to_the_expert_whose_examples_it_is_like():
-    model = pool()
+    model = library()
     own = [torch.full((1, 12), 5), torch.full((1, 12), 17)]
     set_centroids(model, [[ids] for ids in own])
     with record(model) as decisions:
@@ -79,7 +79,7 @@ def test_a_sequence_goes_to_the_expert_whose_examples_it_is_like():
 
 
 def test_examples_are_needed_for_every_expert():
-    model = pool()
+    model = library()
     with pytest.raises(ValueError, match="2 experts need 2 lists of examples, none empty; got lists of 1, 0"):
         set_centroids(model, [[inputs(model)], []])
     with pytest.raises(ValueError, match="has no Similarity router"):

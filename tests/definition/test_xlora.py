@@ -53,7 +53,7 @@ def test_weights_that_are_missing_or_do_not_fit_are_refused():
             moe(torch.randn(2, 4, D))
 
 
-def pool() -> nn.Module:
+def library() -> nn.Module:
     recipe = Recipe(
         where=linears("q_proj|v_proj"),
         num_experts=E,
@@ -74,7 +74,7 @@ def pool() -> nn.Module:
 @pytest.mark.parametrize(("depth", "k"), [(1, None), (3, 2)])
 def test_it_computes_what_peft_computes(tmp_path, depth, k, layerwise):
     peft = pytest.importorskip("peft")
-    model = pool()
+    model = library()
     config = peft.LoraConfig(r=2, lora_alpha=6, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
     for j in range(E):
         adapter = peft.get_peft_model(TINY["llama"](), config)
@@ -103,7 +103,7 @@ def test_it_computes_what_peft_computes(tmp_path, depth, k, layerwise):
 
 
 def test_the_first_pass_is_the_model_without_adapters_and_only_the_network_learns_from_the_second():
-    model = pool()
+    model = library()
     wrapped = XLoRA(model, 32, k=2)
     batch, rows = inputs(model), []
     watch = model.model.layers[0].self_attn.q_proj.experts.register_forward_hook(lambda m, a, y: rows.append(len(y)))
@@ -123,8 +123,8 @@ def test_what_x_lora_cannot_weigh_is_refused():
     with pytest.raises(ValueError, match="no layer with an InputWeights router"):
         XLoRA(TINY["llama"](), 32)
     with pytest.raises(ValueError, match="depth=0 leaves no network"):
-        XLoRA(pool(), 32, depth=0)
+        XLoRA(library(), 32, depth=0)
     with pytest.raises(ValueError, match="k=4 of 3 experts"):
-        XLoRA(pool(), 32, k=4)
+        XLoRA(library(), 32, k=4)
     with pytest.raises(ValueError, match="pass use_cache=False"):
-        XLoRA(pool(), 32)(past_key_values=object())
+        XLoRA(library(), 32)(past_key_values=object())

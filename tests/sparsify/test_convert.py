@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from moeify import MoE, record
-from moeify.data.files import data_file
+from moeify.data.claim_files import data_file
 from moeify.find import modules, named
 from moeify.origin import Origin
 from moeify.routers import TopK, sigmoid

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from transformers import ViTConfig, ViTForImageClassification
 
 from moeify import MoE, Recipe, record, sparsify
-from moeify.data.files import data_file
+from moeify.data.claim_files import data_file
 from moeify.losses import supervision
 from moeify.sparsify import recipes
 

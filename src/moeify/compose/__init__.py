@@ -1,18 +1,27 @@
-"""Several models into one: dense models as experts, and libraries of LoRA adapters behind routers."""
+"""Several models into one: dense models become experts, and LoRA adapters become experts behind routers.
+
+from_adapters(base, {name: folder}, router)    adapters of PEFT -> experts beside the base's linear layers
+combine_adapters(model, weights)               E adapters -> one adapter
+combine_adapters_by_search(model, loss)        the same, with weights that LoraHub's search finds
+merge_into_base(model, weights)                adapters under fixed weights -> one dense model
+merge_into_experts(model)                      LoRA experts of whole networks -> experts with full weights
+merge_models({name: model})                    E dense models -> one sparse model
+"""
 
 from moeify.compose.adapter_gates import load_gates, save_gates, set_gates
 from moeify.compose.attach import adapters_of
-from moeify.compose.bake import bake, merge_into_dense
 from moeify.compose.centroids import set_centroids
-from moeify.compose.clusters import Clusters, Pooled, cluster
-from moeify.compose.library import add_adapter, from_adapters, load_adapters, save_adapters, show_pool
-from moeify.compose.lorahub import compose_adapters, merge_adapters, merge_lora
+from moeify.compose.clusters import Clusters, MeanPooling, cluster
+from moeify.compose.combine import combine_adapters, combine_adapters_by_search, combine_lora
+from moeify.compose.library import add_adapter, from_adapters, load_adapters, save_adapters, show_adapters
 from moeify.compose.merge import merge_models
-from moeify.compose.router_init import expert_names, route_by_examples, through
+from moeify.compose.merge_weights import merge_into_base, merge_into_experts
+from moeify.compose.router_init import expert_names, route_all_to, route_by_examples
 from moeify.compose.xlora import XLoRA
 
 __all__ = [
-    "Clusters", "Pooled", "XLoRA", "adapters_of", "add_adapter", "bake", "cluster", "compose_adapters", "expert_names",
-    "from_adapters", "load_adapters", "load_gates", "merge_adapters", "merge_into_dense", "merge_lora", "merge_models",
-    "route_by_examples", "save_adapters", "save_gates", "set_centroids", "set_gates", "show_pool", "through",
+    "Clusters", "MeanPooling", "XLoRA", "adapters_of", "add_adapter", "cluster", "combine_adapters",
+    "combine_adapters_by_search", "combine_lora", "expert_names", "from_adapters", "load_adapters",
+    "load_gates", "merge_into_base", "merge_into_experts", "merge_models", "route_all_to", "route_by_examples",
+    "save_adapters", "save_gates", "set_centroids", "set_gates", "show_adapters",
 ]  # fmt: skip

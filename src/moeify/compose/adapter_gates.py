@@ -1,4 +1,4 @@
-"""Gates of adapters as files and as rows of routers: one vector per module, beside the adapter it belongs to."""
+"""PHATGOOSE's gates of adapters: saved beside each adapter, one vector per linear layer, and set as rows of routers."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from moeify.routers.phatgoose import Phatgoose
 FILE = "gates.safetensors"
 
 Gates = Mapping[str, Float[Tensor, "D"]]
-"""The gate of one adapter: a vector for the name of every module that it adapts."""
+"""The gate of one adapter: the name of every linear layer that it adapts -> a vector of its width."""
 
 
 def save_gates(gates: Gates, folder: str | Path) -> None:
@@ -38,36 +38,36 @@ def load_gates(folder: str | Path) -> dict[str, Float[Tensor, "D"]]:
 
 
 @torch.no_grad()
-def set_gates(model: nn.Module, pool: Sequence[Gates]) -> None:
-    """Put the gates of a pool of adapters into the routers of a model, in the order of its experts.
+def set_gates(model: nn.Module, gates: Sequence[Gates]) -> None:
+    """Set the rows of the `Phatgoose` routers of a model to the gates of its adapters, in the order of its experts.
 
     Args:
         model: with `Phatgoose` routers.
-        pool: the gate of every adapter.
+        gates: the gate of every adapter.
 
     Raises:
         ValueError: no such router; not one gate per expert; a gate without a vector, or with one of another width, for
-            one of the modules. Nothing is changed then.
+            one of the layers. Nothing is changed then.
     """
     layers = {name: layer for name, layer in moe_layers(model).items() if isinstance(layer.router, Phatgoose)}
     if not layers:
         raise ValueError(f"this {type(model).__name__} has no Phatgoose router to put gates into")
-    rows = {layer: _rows(name, layer, pool) for name, layer in layers.items()}
+    rows = {layer: _rows(name, layer, gates) for name, layer in layers.items()}
     for layer, vectors in rows.items():
         layer.router.get_parameter("weight").copy_(vectors)
 
 
-def _rows(name: str, layer: MoE, pool: Sequence[Gates]) -> Float[Tensor, "E D"]:
+def _rows(name: str, layer: MoE, gates: Sequence[Gates]) -> Float[Tensor, "E D"]:
     weight = layer.router.get_parameter("weight")
-    if len(pool) != len(weight):
+    if len(gates) != len(weight):
         raise ValueError(
-            f"{len(pool)} gates for the {len(weight)} experts of {name}; give one gate per expert, in order"
+            f"{len(gates)} gates for the {len(weight)} experts of {name}; give one gate per expert, in order"
         )
-    for number, gates in enumerate(pool):
-        if name not in gates:
+    for number, gate in enumerate(gates):
+        if name not in gate:
             raise ValueError(f"gate {number} has no vector for {name}; train it on a model adapted in the same places")
-        if gates[name].shape != weight.shape[1:]:
+        if gate[name].shape != weight.shape[1:]:
             raise ValueError(
-                f"gate {number} is {tuple(gates[name].shape)} in {name}, where tokens are {weight.shape[1]} wide"
+                f"gate {number} is {tuple(gate[name].shape)} in {name}, where tokens are {weight.shape[1]} wide"
             )
-    return torch.stack([gates[name].to(weight) for gates in pool])
+    return torch.stack([gate[name].to(weight) for gate in gates])

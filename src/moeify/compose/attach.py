@@ -1,4 +1,4 @@
-"""Adapters beside the linear maps that they adapt: a bank of low-rank experts and a router for each map."""
+"""Put LoRA adapters beside the linear layers that they adapt: each becomes a sparse layer with LoRA experts."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from moeify.compose.files import Adapter, LowRank
+from moeify.compose.peft_files import Adapter, LowRank
 from moeify.context import Context
 from moeify.experts.lora import LoRA, LoRAFFN
 from moeify.find.dense import is_linear, matrix
@@ -28,8 +28,8 @@ MakeRouter = Callable[..., Router]
 
 
 @dataclass(frozen=True)
-class Pool:
-    """How the sparse layers of a pool are made.
+class AdapterLibrary:
+    """The settings that the sparse layers of an adapter library are made with.
 
     Attributes:
         router: makes a router from width and number of experts.
@@ -43,13 +43,13 @@ class Pool:
 
 
 @dataclass(frozen=True)
-class Adapted:
-    """A linear map with adapters beside it.
+class AdaptedLinear:
+    """A linear layer with adapters beside it.
 
     Attributes:
-        layer: the sparse layer.
+        layer: the sparse layer that stands in its place.
         experts: its adapters.
-        dense: the map.
+        dense: the linear layer.
     """
 
     layer: MoE
@@ -57,95 +57,97 @@ class Adapted:
     dense: nn.Module
 
     @property
-    def rows(self) -> Float[Tensor, "E D"] | None:
-        """The router's vector for every adapter, if it has them."""
+    def router_vectors(self) -> Float[Tensor, "E D"] | None:
+        """The router's vector for every adapter, or None where the router has none."""
         weight = getattr(self.layer.router, "weight", None)
         fits = isinstance(weight, Tensor) and weight.shape == (self.experts.num_experts, self.experts.width)
         return weight if fits else None
 
     def adapters(self) -> dict[str, LowRank]:
-        """The adapters by name, without the zeros that they were filled up with."""
-        return {name: _unfilled(self.experts, e) for e, name in enumerate(self.experts.names)}
+        """The adapters by name, each at its own rank: without the zeros that padded it to the largest."""
+        return {name: _unpadded(self.experts, e) for e, name in enumerate(self.experts.names)}
 
 
-def adapted(model: nn.Module) -> dict[str, Adapted]:
-    """The linear maps with adapters beside them, by name.
+def adapted_linears(model: nn.Module) -> dict[str, AdaptedLinear]:
+    """The linear layers with adapters beside them, by name.
 
     Raises:
         ValueError: there is none, or a sparse layer is another.
     """
-    found: dict[str, Adapted] = {}
+    found: dict[str, AdaptedLinear] = {}
     for name, layer in moe_layers(model).items():
         experts, dense = layer.experts, layer.shared
         if not isinstance(experts, LoRA) or dense is None or not is_linear(dense):
             raise ValueError(
-                f"{name} is no linear map with adapters beside it, but has {type(experts).__name__} experts; "
-                + ("bake(model) makes full networks of them; " if isinstance(experts, LoRAFFN) else "")
+                f"{name} is no linear layer with adapters beside it, but has {type(experts).__name__} experts; "
+                + ("merge_into_experts(model) merges them into full weights; " if isinstance(experts, LoRAFFN) else "")
                 + "moeify.save(model, folder) writes the whole model"
             )
-        found[name] = Adapted(layer, experts, dense)
+        found[name] = AdaptedLinear(layer, experts, dense)
     if not found:
-        raise ValueError(f"this {type(model).__name__} has no adapters; make a pool with from_adapters first")
+        raise ValueError(f"this {type(model).__name__} has no adapters; attach some with from_adapters first")
     return found
 
 
 @torch.no_grad()
 def adapters_of(model: nn.Module) -> dict[str, Adapter]:
-    """The adapters of a pool by name, with the vectors that its routers have for them as gates.
+    """The adapters of a model by name, with the vectors that its routers have for them as gates.
 
     Raises:
-        ValueError: the model has none, or a sparse layer that is no linear map with adapters beside it.
+        ValueError: the model has none, or a sparse layer that is no linear layer with adapters beside it.
     """
-    found = {name: Adapter({}, {}) for name in (Origin.of(model).adapters or Pool()).names}
-    for module, here in adapted(model).items():
+    found = {name: Adapter({}, {}) for name in (Origin.of(model).adapters or AdapterLibrary()).names}
+    for module, here in adapted_linears(model).items():
         for e, (name, low) in enumerate(here.adapters().items()):
             adapter = found.setdefault(name, Adapter({}, {}))
-            adapter.maps[module] = low
-            if here.rows is not None:
-                adapter.gates[module] = here.rows[e].clone()
+            adapter.modules[module] = low
+            if here.router_vectors is not None:
+                adapter.gates[module] = here.router_vectors[e].clone()
     return found
 
 
-def attach(model: nn.Module, adapters: Mapping[str, Adapter], pool: Pool, *, allow_noncausal: bool = False) -> None:
-    """Make the sparse layers that adapters ask for; those that are there keep what they have learned, and grow.
+def attach(
+    model: nn.Module, adapters: Mapping[str, Adapter], library: AdapterLibrary, *, allow_noncausal: bool = False
+) -> None:
+    """Make the sparse layers that adapters need; those that are there keep what they have learned, and grow.
 
     Args:
-        model: the base model, or a pool of some of the adapters; a call that raises leaves it as it was.
+        model: the base model, with or without some of the adapters; a call that raises leaves it as it was.
         adapters: all adapters by name, those that are there first.
-        pool: how layers are made.
+        library: how the sparse layers are made.
         allow_noncausal: let decoders have routers that look at later tokens.
 
     Raises:
         ValueError: an adapter that does not fit the model; a router that cannot serve, or looks ahead in a decoder.
     """
-    before = adapted(model) if moe_layers(model) else {}
+    before = adapted_linears(model) if moe_layers(model) else {}
     contexts = {whole(model, name).stack: here.layer.context for name, here in before.items()}
     watched = set(contexts)
-    latest: dict[str, Adapted] = {}
+    latest: dict[str, AdaptedLinear] = {}
     made: list[tuple[Site, MoE]] = []
-    for site, experts in _wanted(model, adapters, pool.dropout):
+    for site, experts in _experts_by_site(model, adapters, library.dropout):
         old = before.get(site.name)
         if old is not None and old.experts.names == experts.names:
             latest[site.stack] = old
             continue
-        router = _together(site, experts, _router(site, experts, pool.router), latest.get(site.stack))
+        router = _together(site, experts, _router(site, experts, library.router), latest.get(site.stack))
         if old is not None:
-            _grow(old.layer.router, router, _router(site, old.experts, pool.router))
+            _grow(old.layer.router, router, _router(site, old.experts, library.router))
             _learn_alike(old.experts, experts)
         layer = _layer(site, experts, router, old, contexts.setdefault(site.stack, Context()))
-        latest[site.stack] = Adapted(layer, experts, site.dense)
-        _open(latest[site.stack], adapters)
+        latest[site.stack] = AdaptedLinear(layer, experts, site.dense)
+        _set_gates(latest[site.stack], adapters)
         made.append((site, layer))
     if new := [(site, layer) for site, layer in made if site.stack not in watched]:
         put(model, [site for site, _ in new], [layer for _, layer in new], allow_noncausal=allow_noncausal)
     for site, layer in made:
         if site.stack in watched:
             site.install(layer)
-    replace(Origin.of(model), adapters=replace(pool, names=tuple(adapters))).write_to(model)
+    replace(Origin.of(model), adapters=replace(library, names=tuple(adapters))).write_to(model)
 
 
-def _layer(site: Site, experts: LoRA, router: Router, old: Adapted | None, context: Context) -> MoE:
-    """A sparse layer, beside the same map as the one that is there already."""
+def _layer(site: Site, experts: LoRA, router: Router, old: AdaptedLinear | None, context: Context) -> MoE:
+    """A sparse layer, beside the same linear layer as the one that is there already."""
     shared = frozen(site.dense, experts.width) if old is None else old.dense
     backend = "auto" if old is None else old.layer.backend
     router = router.to(experts.lora_A.dtype)
@@ -153,23 +155,23 @@ def _layer(site: Site, experts: LoRA, router: Router, old: Adapted | None, conte
     return layer.train(site.training)
 
 
-def _wanted(model: nn.Module, adapters: Mapping[str, Adapter], dropout: float) -> Iterator[tuple[Site, LoRA]]:
-    """The linear maps that are adapted, in the order of the model, and the experts that each gets."""
+def _experts_by_site(model: nn.Module, adapters: Mapping[str, Adapter], dropout: float) -> Iterator[tuple[Site, LoRA]]:
+    """The linear layers that are adapted, in the order of the model, and the experts that each gets."""
     parts = _parts(model)
     for name, adapter in adapters.items():
-        if not adapter.maps:
+        if not adapter.modules:
             raise ValueError(f"nothing of the adapter {name!r} attaches: its file has no tensors")
-        for module, low in adapter.maps.items():
+        for module, low in adapter.modules.items():
             _refuse_unfit(model, parts, name, module, low)
     for module, dense in parts.items():
-        here = {name: adapter.maps[module] for name, adapter in adapters.items() if module in adapter.maps}
+        here = {name: adapter.modules[module] for name, adapter in adapters.items() if module in adapter.modules}
         if here:
             site = whole(model, module, dense)
             yield replace(site, silenced=tuple(fast_paths(model, site.place[0]))), stack(here, dense, dropout)
 
 
 def _parts(model: nn.Module) -> dict[str, nn.Module]:
-    """The modules of the base model; where a map has adapters beside it already, the map."""
+    """The modules of the base model; where a linear layer has adapters beside it already, the linear layer."""
     return {
         name: part.shared if isinstance(part, MoE) and part.shared is not None else part
         for name, part in model.named_modules()
@@ -188,7 +190,7 @@ def _refuse_unfit(model: nn.Module, parts: Mapping[str, nn.Module], name: str, m
     if not is_linear(dense) or isinstance(parts[module.rpartition(".")[0]], nn.MultiheadAttention):
         raise ValueError(
             f"the adapter {name!r} adapts {module}, a {type(dense).__name__} that cannot have experts beside it: only "
-            "linear maps that are called can; leave it out of the adapter's target_modules, or merge it into the base"
+            "linear layers that are called can; leave it out of the adapter's target_modules, or merge it into the base"
         )
     out, width = matrix(dense).shape
     for side, tensor, needed in (("A", low.A, (low.rank, width)), ("B", low.B, (out, low.rank))):
@@ -201,7 +203,7 @@ def _refuse_unfit(model: nn.Module, parts: Mapping[str, nn.Module], name: str, m
 
 @torch.no_grad()
 def stack(adapters: Mapping[str, LowRank], dense: nn.Module, dropout: float = 0.0) -> LoRA:
-    """The adapters of one map in one bank, the smaller ones filled up with zeros, in the dtype of the map."""
+    """The adapters of one linear layer as experts of one rank, padded with zeros, in the dtype of the layer."""
     weight = matrix(dense)
     with torch.device(weight.device):
         experts = LoRA(
@@ -218,7 +220,7 @@ def stack(adapters: Mapping[str, LowRank], dense: nn.Module, dropout: float = 0.
     return experts
 
 
-def _unfilled(experts: LoRA, e: int) -> LowRank:
+def _unpadded(experts: LoRA, e: int) -> LowRank:
     A, B = experts.lora_A[e].detach(), experts.lora_B[e].detach()
     used = (A.any(1) | B.any(0)).nonzero()
     rank = int(used.max()) + 1 if len(used) else 1
@@ -226,7 +228,7 @@ def _unfilled(experts: LoRA, e: int) -> LowRank:
 
 
 def _router(site: Site, experts: LoRA, make: MakeRouter) -> Router:
-    """A router for one map, of no more experts per token than there are."""
+    """A router for one linear layer, with k at most the number of its experts."""
     k = inspect.signature(make).parameters.get("k")
     if k is not None and isinstance(k.default, int):
         make = partial(make, k=min(k.default, experts.num_experts))
@@ -240,29 +242,29 @@ def _router(site: Site, experts: LoRA, make: MakeRouter) -> Router:
         ) from None
 
 
-def _together(site: Site, experts: LoRA, router: Router, previous: Adapted | None) -> Router:
-    """The router itself, or one that follows the router of the map before."""
+def _together(site: Site, experts: LoRA, router: Router, previous: AdaptedLinear | None) -> Router:
+    """The router itself, or one that follows the router of the linear layer before."""
     following = router if previous is None else router.follow(previous.layer.router)
     if previous is not None and following is not router and previous.experts.names != experts.names:
         raise ValueError(
             f"{site.name} is adapted by {', '.join(experts.names)} and {previous.layer.name} by "
             f"{', '.join(previous.experts.names)}, so that one decision for both would mean different adapters; give "
-            "every adapter the same target_modules, or let every map decide for itself"
+            "every adapter the same target_modules, or a router that decides in every layer by itself"
         )
     return following
 
 
 @torch.no_grad()
-def _open(here: Adapted, adapters: Mapping[str, Adapter]) -> None:
-    """Give a router the gates that adapters bring."""
-    if here.rows is None:
+def _set_gates(here: AdaptedLinear, adapters: Mapping[str, Adapter]) -> None:
+    """Set the rows of a router to the gates that adapters bring."""
+    if here.router_vectors is None:
         return
-    for row, name in zip(here.rows, here.experts.names, strict=True):
+    for row, name in zip(here.router_vectors, here.experts.names, strict=True):
         gate = adapters[name].gates.get(here.layer.name)
         if gate is not None and gate.shape != row.shape:
             raise ValueError(
                 f"the gate of {here.layer.name} of the adapter {name!r} is {tuple(gate.shape)}; it must be "
-                f"{tuple(row.shape)}, the width of what the map reads"
+                f"{tuple(row.shape)}, the width that the layer reads"
             )
         if gate is not None:
             row.copy_(gate)

@@ -1,4 +1,4 @@
-"""Centroids of routers by likeness, from a few examples of what each expert was trained on."""
+"""Compute the centroids of `Similarity` routers from a few examples of what each expert was trained on."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Clusters of instructions, for routers that look up which one a sample is in (MoCLE, arXiv 2312.12379)."""
+"""Cluster instructions by k-means, for routers that look up the cluster of a sample (MoCLE, arXiv 2312.12379)."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from moeify.find.dense import in_evaluation
 from moeify.layers import moe_layers
 
 Embed = Callable[[Sequence[str]], Any]
-"""Instructions -> (T, D): `Pooled`, or the `encode` of a sentence encoder."""
+"""Instructions -> (T, D): `MeanPooling`, or the `encode` of a sentence encoder."""
 
 _FILE = "clusters.safetensors"
 
 
 @dataclass(frozen=True)
 class Clusters:
-    """Which cluster an instruction is in: the one whose centre is nearest to its embedding.
+    """The centres of clusters; an instruction is in the cluster whose centre is nearest to its embedding.
 
     Attributes:
         centres: of every cluster, in fp32.
@@ -104,17 +104,16 @@ def cluster(instructions: Sequence[str], embed: Embed, count: int = 64, *, seed:
 
 
 @dataclass(frozen=True)
-class Pooled:
-    """Embeddings by a model itself: its last hidden states, averaged over the tokens of a text, made length 1.
+class MeanPooling:
+    """Embeddings by mean pooling: the last hidden states of a model, averaged over the tokens of a text, normalised.
 
-    Maps with low-rank experts beside them answer alone, so that the embeddings of a frozen model stay what they were
-    before its adapters learnt anything.
+    Adapters are disabled, so that the embeddings of a frozen model stay what they were before its adapters learned.
 
     Attributes:
         model: of transformers.
         tokenizer: its tokenizer.
-        length: what is beyond so many tokens of a text is not read.
-        batch: texts of one call.
+        length: tokens of a text that are read; the rest is cut off.
+        batch: texts per forward pass.
     """
 
     model: nn.Module
@@ -133,7 +132,7 @@ class Pooled:
         if not all(map(len, tokens)):
             raise ValueError(f"text {[len(ids) for ids in tokens].index(0)} has no token; leave empty instructions out")
         by_length = sorted(range(len(tokens)), key=lambda i: len(tokens[i]))
-        with in_evaluation(self.model), _without_experts(self.model):
+        with in_evaluation(self.model), _adapters_disabled(self.model):
             found = [self._embed([tokens[i] for i in part]) for part in _parts(by_length, self.batch)]
         return torch.cat(found)[torch.tensor(by_length).argsort()]
 
@@ -151,8 +150,8 @@ def _parts(items: list[int], size: int) -> Iterator[list[int]]:
 
 
 @contextmanager
-def _without_experts(model: nn.Module) -> Iterator[None]:
-    """Inside, maps with low-rank experts beside them are the maps alone; no router is asked."""
+def _adapters_disabled(model: nn.Module) -> Iterator[None]:
+    """Inside, linear layers with LoRA experts beside them compute without these; no router is called."""
     layers = [layer for layer in moe_layers(model).values() if isinstance(layer.experts, LoRA)]
     beside = [(layer, layer.shared) for layer in layers if layer.shared is not None]
     try:

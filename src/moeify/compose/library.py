@@ -1,4 +1,4 @@
-"""Pools of adapters: LoRA adapters that were trained apart become the experts beside the maps that they adapt."""
+"""Adapter libraries: LoRA adapters of PEFT, trained apart, become the experts beside the layers that they adapt."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from rich.table import Table
 from torch import nn
 
 from moeify import registry
-from moeify.compose.attach import MakeRouter, Pool, adapted, adapters_of, attach
-from moeify.compose.files import Adapter, read_adapter, write_adapter
+from moeify.compose.attach import AdapterLibrary, MakeRouter, adapted_linears, adapters_of, attach
+from moeify.compose.peft_files import Adapter, read_adapter, write_adapter
 from moeify.files import read_json, read_tensors, write_json, write_tensors
 from moeify.find.dense import is_linear
 from moeify.layers import moe_layers
@@ -32,12 +32,12 @@ def from_adapters(
     dropout: float = 0.0,
     verbose: bool = True,
 ) -> nn.Module:
-    """Put LoRA adapters of PEFT beside the linear maps of the model that they were trained on; returns the same model.
+    """Put LoRA adapters of PEFT beside the linear layers of the model that they were trained on; returns the model.
 
-    Every map that is adapted by any of them gets a sparse layer, `y = W x + Σ g_j s_j B_j A_j x` over those that adapt
-    it, with a router of its own. Ranks may differ: the smaller ones are filled up with zeros. So may the maps: a router
-    that takes k experts takes them all where there are fewer. If a folder also holds `gates.safetensors` (the name of
-    a map -> a vector of its width), its vectors become the adapter's rows of the routers that have a row per expert.
+    Every linear layer that any of them adapts becomes a sparse layer, `y = W x + Σ g_j s_j B_j A_j x` over those that
+    adapt it, with a router of its own. Ranks may differ: smaller ones are padded with zeros. So may the layers: a
+    router of k experts selects all where there are fewer. If a folder also holds `gates.safetensors` (the name of a
+    linear layer -> a vector of its width), its vectors become the adapter's rows of routers that have a row per expert.
 
     Args:
         base: the model that the adapters were trained on; a call that raises leaves it as it was.
@@ -48,25 +48,25 @@ def from_adapters(
 
     Raises:
         FileNotFoundError: a folder without an adapter, or with a pickle only.
-        ValueError: an adapter that is no plain LoRA of linear maps, or of another model, the message names its tensors;
-            a router that cannot serve so few experts, or that looks at later tokens in a decoder.
+        ValueError: an adapter that is no plain LoRA of linear layers, or of another model, the message names its
+            tensors; a router that cannot serve so few experts, or that looks at later tokens in a decoder.
     """
     if layers := moe_layers(base):
         raise ValueError(
-            f"this {type(base).__name__} is sparse already (see {next(iter(layers))}); add to a pool with "
+            f"this {type(base).__name__} is sparse already (see {next(iter(layers))}); add one more with "
             "add_adapter(model, name, folder), or start from the dense model"
         )
     if not adapters:
         raise ValueError("there is no adapter to attach; give at least one: {'law': 'folder'}")
     read = {_checked(name): read_adapter(folder) for name, folder in adapters.items()}
-    attach(base, read, Pool(router, dropout))
+    attach(base, read, AdapterLibrary(router, dropout))
     if verbose:
         _show(base, read)
     return base
 
 
 def add_adapter(model: nn.Module, name: str, folder: str | Path, *, verbose: bool = True) -> nn.Module:
-    """Give a pool one more adapter, the last expert of its maps; the others and their routers stay as they are.
+    """Add one adapter to a library, as the last expert of its linear layers; the others and their routers stay.
 
     The parameters of the layers that grow are new ones: make the optimizer afterwards.
 
@@ -78,13 +78,13 @@ def add_adapter(model: nn.Module, name: str, folder: str | Path, *, verbose: boo
 
     Raises:
         FileNotFoundError: a folder without an adapter, or with a pickle only.
-        ValueError: as in `from_adapters`; a name that is taken; a model that is no pool. The model is as it was.
+        ValueError: as in `from_adapters`; a name that is taken; a model without adapters. The model is as it was.
     """
     present = adapters_of(model)
     if name in present:
-        raise ValueError(f"the pool has an adapter {name!r} already; choose another name")
+        raise ValueError(f"the library has an adapter {name!r} already; choose another name")
     arriving = {_checked(name): read_adapter(folder)}
-    attach(model, present | arriving, _pool(model), allow_noncausal=True)
+    attach(model, present | arriving, _library_of(model), allow_noncausal=True)
     replace(Origin.of(model), recipe=None).write_to(model)
     if verbose:
         _show(model, arriving)
@@ -101,31 +101,32 @@ def save_adapters(model: nn.Module, folder: str | Path) -> None:
         folder: made if it is not there.
 
     Raises:
-        ValueError: a sparse layer that is no frozen linear map beside low-rank experts; a router that no file can name.
+        ValueError: a sparse layer that is no frozen linear layer with LoRA experts beside it; a router that no file can
+            name.
     """
-    folder, pool, adapters, maps = Path(folder), _pool(model), adapters_of(model), adapted(model)
-    for module, here in maps.items():
+    folder, library, adapters, linears = Path(folder), _library_of(model), adapters_of(model), adapted_linears(model)
+    for module, here in linears.items():
         if any(parameter.requires_grad for parameter in here.dense.parameters()):
             raise ValueError(
-                f"the map {module} is trained with its adapters, so these alone do not tell what it computes; write "
-                "the whole model with moeify.save, or make it with shared=frozen"
+                f"the linear layer {module} is trained with its adapters, so these alone do not tell what it computes; "
+                "write the whole model with moeify.save, or make it with shared=frozen"
             )
     description = {
         "moeify": __version__,
-        "router": registry.encode("router", pool.router),
-        "dropout": pool.dropout,
+        "router": registry.encode("router", library.router),
+        "dropout": library.dropout,
         "adapters": list(adapters),
     }
     for name, adapter in adapters.items():
         write_adapter(
             adapter, folder / _checked(name),
-            targets=_targets(model, list(adapter.maps)),
-            transposed=not any(isinstance(maps[module].dense, nn.Linear) for module in adapter.maps),
+            targets=_targets(model, list(adapter.modules)),
+            transposed=not any(isinstance(linears[module].dense, nn.Linear) for module in adapter.modules),
             base=getattr(getattr(model, "config", None), "_name_or_path", ""),
         )  # fmt: skip
     routers = {
         f"{module}.{key}": tensor
-        for module, here in maps.items()
+        for module, here in linears.items()
         for key, tensor in here.layer.router.state_dict().items()
     }
     write_tensors(folder / "router.safetensors", routers)
@@ -135,17 +136,17 @@ def save_adapters(model: nn.Module, folder: str | Path) -> None:
 def load_adapters(
     base: nn.Module, folder: str | Path, router: MakeRouter | None = None, *, verbose: bool = False
 ) -> nn.Module:
-    """Put a saved pool beside the maps of its base model again, routers included; returns the same model.
+    """Put a saved adapter library beside the linear layers of its base model, routers included; returns the same model.
 
     Args:
-        base: the model that the pool was made from.
+        base: the model that the adapters were trained on.
         folder: what `save_adapters` wrote.
         router: used in place of the saved one, for routers of your own.
         verbose: print a table of what was put where.
 
     Raises:
-        FileNotFoundError: no such pool, or a file of it is missing.
-        ValueError: a damaged pool, or one of another model; the message names the tensors.
+        FileNotFoundError: no such library, or a file of it is missing.
+        ValueError: a damaged library, or one of another model; the message names the tensors.
     """
     folder = Path(folder)
     for file in ("moeify.json", "router.safetensors"):
@@ -154,12 +155,12 @@ def load_adapters(
     try:
         description = read_json(folder / "moeify.json")
         make = registry.decode("router", description["router"]) if router is None else router
-        names, pool = list(map(str, description["adapters"])), Pool(make, float(description["dropout"]))
+        names, library = list(map(str, description["adapters"])), AdapterLibrary(make, float(description["dropout"]))
     except (KeyError, TypeError) as error:
         raise ValueError(f"{folder} is damaged, or not written by moeify.save_adapters: {error!r}") from None
     routers = read_tensors(folder / "router.safetensors")
     adapters = {name: read_adapter(folder / _checked(name)) for name in names}
-    attach(base, adapters, pool, allow_noncausal=True)  # whoever saved it allowed it
+    attach(base, adapters, library, allow_noncausal=True)  # whoever saved it allowed it
     for module, layer in moe_layers(base).items():
         own = layer.router.state_dict()
         saved = {key: routers.get(f"{module}.{key}") for key in own}
@@ -168,17 +169,17 @@ def load_adapters(
             raise ValueError(f"router.safetensors in {folder} lacks {', '.join(wrong)}, or has another shape of it")
         layer.router.load_state_dict(saved)
     if verbose:
-        show_pool(base)
+        show_adapters(base)
     return base
 
 
-def show_pool(model: nn.Module, console: Console | None = None) -> None:
-    """Print which adapters are beside which maps."""
+def show_adapters(model: nn.Module, console: Console | None = None) -> None:
+    """Print which adapters are beside which linear layers."""
     table = Table(title="adapters", title_justify="left")
-    for heading in ("linear maps", "of them", "adapters (rank)", "router"):
+    for heading in ("linear layers", "count", "adapters (rank)", "router"):
         table.add_column(heading, no_wrap=heading != "adapters (rank)")
     rows: Counter[tuple[str, str, str]] = Counter()
-    for module, here in adapted(model).items():
+    for module, here in adapted_linears(model).items():
         where = re.sub(r"(?<=\.)\d+(?=\.)", "*", module)
         who = ", ".join(f"{name} ({low.rank})" for name, low in here.adapters().items())
         rows[where, who, type(here.layer.router).__name__] += 1
@@ -188,23 +189,24 @@ def show_pool(model: nn.Module, console: Console | None = None) -> None:
 
 
 def _show(model: nn.Module, adapters: Mapping[str, Adapter]) -> None:
-    """Print the pool, and whose rows of the routers nobody has trained yet."""
-    show_pool(model)
+    """Print the library, and the adapters whose rows of the routers are not trained yet."""
+    show_adapters(model)
     untrained = [name for name, adapter in adapters.items() if not adapter.gates]
-    if untrained and any(here.rows is not None and len(here.rows) > 1 for here in adapted(model).values()):
+    rows = [here.router_vectors for here in adapted_linears(model).values()]
+    if untrained and any(each is not None and len(each) > 1 for each in rows):
         print(f"no gates in the folders of {', '.join(untrained)}: their rows of the routers are still to be trained")
 
 
-def _pool(model: nn.Module) -> Pool:
+def _library_of(model: nn.Module) -> AdapterLibrary:
     origin = Origin.of(model)
     if origin.adapters is not None:
         return origin.adapters
-    first, *_ = adapted(model).values()
+    first, *_ = adapted_linears(model).values()
     if origin.recipe is None:
         raise ValueError(
             f"how the routers of this {type(model).__name__} were made is not known; make it with sparsify"
         )
-    return Pool(origin.recipe.router, first.experts.dropout.p)
+    return AdapterLibrary(origin.recipe.router, first.experts.dropout.p)
 
 
 def _checked(name: str) -> str:
@@ -217,7 +219,7 @@ def _checked(name: str) -> str:
 
 
 def _targets(model: nn.Module, modules: list[str]) -> list[str]:
-    """The ends of the names of linear maps, if these mean no other map; their names if they do."""
+    """The last parts of the names of linear layers, or their whole names where the last parts mean other layers too."""
     ends = sorted({module.rpartition(".")[2] for module in modules})
     meant = [
         name

@@ -1,4 +1,4 @@
-"""`merge_models`: several dense models in, one sparse model out whose experts they are (Branch-Train-MiX).
+"""Merge several dense models into one sparse model whose experts they are: `merge_models` (Branch-Train-MiX).
 
     experts of each layer:  W_e = W of model e
     everything else:        W   = base's, or the mean over the models
@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from moeify.compose.model_sources import Names, Source, build, refuse_unlike, source_of, tensors
 from moeify.compose.router_init import route_by_examples
-from moeify.compose.sources import Names, Source, build, refuse_unlike, source_of, tensors
 from moeify.experts.base import Experts
 from moeify.experts.blocks import Each
 from moeify.find.dense import fixed_randomness
@@ -47,7 +47,8 @@ def merge_models(
 
     Args:
         models: modules, or folders of saved models; by name, if the experts are to have names other than 0, 1, ...
-        recipe: where the experts stand and what routes to them; `Recipe()` if not given. Its experts are the models.
+        recipe: which layers become sparse and what routes to the experts; `Recipe()` if not given. Its experts are
+            the models.
         base: gives all tensors that are in no expert, and the dtype; without it they are the mean over the models.
         router_init: for each name, example inputs of the domain that its expert is for (each a tensor, a tuple of
             arguments or a mapping), see `route_by_examples`; without it routers start as the recipe makes them.

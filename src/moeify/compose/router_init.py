@@ -1,4 +1,4 @@
-"""Routers that know their domains from a few examples of each, before any training."""
+"""Initialise routers from a few examples (prompts) per expert, before any training; send all tokens to one expert."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def expert_names(model: nn.Module) -> list[str]:
 
 
 @contextmanager
-def through(model: nn.Module, expert: int | str) -> Iterator[None]:
+def route_all_to(model: nn.Module, expert: int | str) -> Iterator[None]:
     """Send every real token to one expert, by number or by name, with weight 1, whatever the routers decide.
 
     Raises:
@@ -60,7 +60,7 @@ def through(model: nn.Module, expert: int | str) -> Iterator[None]:
 
 @torch.no_grad()
 def route_by_examples(model: nn.Module, examples: Mapping[str, Sequence[Any]]) -> None:
-    """Point the row of every expert in every router to where the tokens of its domain lie:
+    """Initialise the row of every expert in every router from examples of the expert's domain:
 
         m_e = mean of what the router reads, over all tokens of the examples of e, while all go through expert e
         c   = mean of m_e over the experts
@@ -129,7 +129,7 @@ def mean_inputs(model: nn.Module, e: int, layers: list[MoE], examples: Sequence[
     with ExitStack() as hooks:
         for layer in layers:
             hooks.callback(layer.router.register_forward_pre_hook(add).remove)
-        hooks.enter_context(through(model, e))
+        hooks.enter_context(route_all_to(model, e))
         for example in examples:
             as_probe(example).run(model)
     for layer in layers:

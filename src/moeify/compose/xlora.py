@@ -1,4 +1,4 @@
-"""X-LoRA: a first pass without adapters tells, by a small network on its last states, how the second weighs them."""
+"""X-LoRA: a forward pass without adapters feeds a small network, whose outputs weigh the adapters in a second pass."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from moeify.routers.input_weights import InputWeights
 
 
 class XLoRA(nn.Module):
-    """A model with adapters that is asked twice for everything (X-LoRA, arXiv 2402.07148).
+    """A model with adapters whose every call is two forward passes (X-LoRA, arXiv 2402.07148).
 
         h = last hidden states of the model without its adapters        no gradient
         g = softmax(MLP(h) / τ)                                          per token, for all layers or for each its own
-        y = W u + Σ_j g_j s_j B_j A_j u                                  in the second pass, in every adapted map
+        y = W u + Σ_j g_j s_j B_j A_j u                                  in the second pass, in every adapted layer
 
     Args:
         model: of transformers, with `InputWeights` routers and one number of experts everywhere.
         width: width of its hidden states.
-        depth: linear maps of the network, with ReLU and dropout in between.
+        depth: linear layers of the network, with ReLU and dropout in between.
         hidden: their width.
         dropout: in between.
         temperature: τ.
@@ -71,7 +71,7 @@ class XLoRA(nn.Module):
         self.classifier = nn.Sequential(*_network(widths, dropout)).to(like.device, like.dtype)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The model's answer in the second pass."""
+        """The output of the second pass."""
         if kwargs.get("past_key_values") is not None or kwargs.get("cache") is not None:
             raise ValueError("X-LoRA passes the model twice, which a cache does not survive; pass use_cache=False")
         weights = self.weights(*args, **kwargs)
@@ -79,7 +79,7 @@ class XLoRA(nn.Module):
             return self.model(*args, **kwargs)
 
     def weights(self, *args: Any, **kwargs: Any) -> Float[Tensor, "B N layers E"]:
-        """What the first pass decides; of one layer where all get the same."""
+        """The weights that the first pass gives; of one layer where all get the same."""
         first = {name: value for name, value in kwargs.items() if name != "labels"}
         first |= {"output_hidden_states": True, "return_dict": True, "use_cache": False}
         with torch.no_grad(), extra_inputs(self.model, **dict.fromkeys(self.keys, torch.tensor(0.0))):

@@ -21,7 +21,7 @@ class Phatgoose(Router):
         z_j = v̂_j · û / √D          û, v̂_j: mean 0 and variance 1 over the width
         s   = softmax(z);  i = topk(s, k);  w = s[i] / Σ s[i]
 
-    A gate is trained beside its own adapter alone, by `moeify.train.train_gates`; a pool grows by a row. With the mean
+    A gate is trained beside its own adapter alone, by `moeify.train.train_gates`; a library grows by one row. With mean
     activations of domains as rows it is the paper's baseline of that name.
 
     Args:

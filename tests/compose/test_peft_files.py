@@ -7,10 +7,10 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from adapter_folders import adapted_llama, make_adapter, pool
+from adapter_folders import adapted_llama, library, make_adapter
 from moeify import from_adapters, load_adapters, save_adapters
 from moeify.compose import add_adapter, save_gates
-from moeify.compose.files import Adapter, LowRank, read_adapter, write_adapter
+from moeify.compose.peft_files import Adapter, LowRank, read_adapter, write_adapter
 from moeify.find import ffn
 from moeify.sparsify import dense, lora_ffn
 from strategies import seeds
@@ -26,7 +26,7 @@ def test_an_adapter_comes_back_from_its_files_exactly(tmp_path_factory, sizes, s
     }
     folder = tmp_path_factory.mktemp("adapter")
     write_adapter(Adapter(maps), folder, targets=["fc"], transposed=False, base="")
-    again = read_adapter(folder).maps
+    again = read_adapter(folder).modules
     assert again.keys() == maps.keys()
     for name, low in maps.items():
         assert torch.equal(again[name].A, low.A)
@@ -48,7 +48,7 @@ def test_an_adapter_comes_back_from_its_files_exactly(tmp_path_factory, sizes, s
 )
 def test_adapters_that_are_no_plain_lora_are_refused_in_words(config, message, tmp_path):
     with pytest.raises(ValueError, match=message):
-        pool({"a": make_adapter(tmp_path / "a", **config)})
+        library({"a": make_adapter(tmp_path / "a", **config)})
 
 
 @pytest.mark.parametrize(
@@ -57,10 +57,10 @@ def test_adapters_that_are_no_plain_lora_are_refused_in_words(config, message, t
         (
             "base_model.model.model.embed_tokens.lora_embedding_A",
             (2, 256),
-            "adapts an embedding, which is no linear map",
+            "adapts an embedding, which is no linear layer",
         ),
         ("base_model.model.model.layers.0.self_attn.q_proj.lora_magnitude_vector", (32,), "DoRA"),
-        ("base_model.model.model.norm.weight", (32,), "not one of a LoRA beside a linear map"),
+        ("base_model.model.model.norm.weight", (32,), "not one of a LoRA beside a linear layer"),
         ("base_model.model.model.layers.0.mlp.up_proj.lora_A.weight", (2, 32), r"up_proj has lora_A \(2, 32\)"),
     ],
 )
@@ -68,7 +68,7 @@ def test_tensors_that_are_not_of_a_lora_are_named(key, shape, message, tmp_path)
     file = make_adapter(tmp_path / "a") / "adapter_model.safetensors"
     save_file(load_file(file) | {key: torch.zeros(shape)}, file)
     with pytest.raises(ValueError, match=message):
-        pool({"a": tmp_path / "a"})
+        library({"a": tmp_path / "a"})
 
 
 def test_adapters_of_another_base_are_refused_by_their_tensors(tmp_path):
@@ -86,9 +86,9 @@ def test_adapters_of_another_base_are_refused_by_their_tensors(tmp_path):
         from_adapters(TINY["llama"]().model, {"a": folder})
 
 
-def test_maps_that_are_not_called_cannot_have_adapters(tmp_path):
+def test_linear_layers_that_are_not_called_cannot_have_adapters(tmp_path):
     base = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 32, batch_first=True), 2, enable_nested_tensor=False)
-    with pytest.raises(ValueError, match=r"self_attn.out_proj, a NonDynamically.* only linear maps that are called"):
+    with pytest.raises(ValueError, match=r"self_attn.out_proj, a NonDynamically.* only linear layers that are called"):
         from_adapters(base, {"a": make_adapter(tmp_path / "a", ["out_proj"], base=base)})
     x = torch.randn(2, 5, 16)
     before = base.eval()(x)
@@ -98,63 +98,63 @@ def test_maps_that_are_not_called_cannot_have_adapters(tmp_path):
 
 def test_missing_and_unsafe_files_are_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match="not the folder of a PEFT adapter"):
-        pool({"a": tmp_path})
+        library({"a": tmp_path})
     folder = make_adapter(tmp_path / "a")
     (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin")
     with pytest.raises(FileNotFoundError, match="a pickle, which may run code"):
-        pool({"a": folder})
+        library({"a": folder})
     save_file({}, folder / "adapter_model.safetensors")
     with pytest.raises(ValueError, match="nothing of the adapter 'a' attaches"):
-        pool({"a": folder})
+        library({"a": folder})
     (folder / "adapter_model.safetensors").write_bytes(b"no tensors")
     with pytest.raises(ValueError, match="is damaged or not a safetensors file"):
-        pool({"a": folder})
+        library({"a": folder})
     (folder / "adapter_config.json").write_text("[]")
     with pytest.raises(ValueError, match="must hold a mapping"):
-        pool({"a": folder})
+        library({"a": folder})
 
 
 def test_names_that_cannot_be_folders_or_are_taken_are_refused(folders):
     with pytest.raises(ValueError, match=r"cannot be called '../law'"):
-        pool({"../law": folders["law"]})
+        library({"../law": folders["law"]})
     with pytest.raises(ValueError, match="has an adapter 'law' already"):
-        add_adapter(pool(folders), "law", folders["law"])
+        add_adapter(library(folders), "law", folders["law"])
     with pytest.raises(ValueError, match="sparse already"):
-        from_adapters(pool(folders), folders)
+        from_adapters(library(folders), folders)
     with pytest.raises(ValueError, match="there is no adapter to attach"):
-        pool({})
-    with pytest.raises(ValueError, match="has no adapters; make a pool"):
+        library({})
+    with pytest.raises(ValueError, match="has no adapters; attach some"):
         add_adapter(TINY["llama"](), "law", folders["law"])
 
 
 def test_a_gate_of_another_width_is_refused(folders):
     save_gates({"model.layers.0.self_attn.q_proj": torch.ones(3)}, folders["law"])
     with pytest.raises(ValueError, match=r"the gate of model.layers.0.self_attn.q_proj of the adapter 'law' is \(3,\)"):
-        pool(folders)
+        library(folders)
 
 
 def test_damaged_pools_are_refused(folders, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"not written by moeify\.save_adapters"):
         load_adapters(TINY["llama"](), tmp_path / "law")
-    save_adapters(pool(folders), tmp_path / "pool")
-    routers = load_file(tmp_path / "pool/router.safetensors")
+    save_adapters(library(folders), tmp_path / "library")
+    routers = load_file(tmp_path / "library/router.safetensors")
     routers.pop("model.layers.0.self_attn.q_proj.weight")
-    save_file(routers, tmp_path / "pool/router.safetensors")
+    save_file(routers, tmp_path / "library/router.safetensors")
     with pytest.raises(ValueError, match=r"lacks model.layers.0.self_attn.q_proj.weight"):
-        load_adapters(TINY["llama"](), tmp_path / "pool")
-    description = json.loads((tmp_path / "pool/moeify.json").read_text())
-    (tmp_path / "pool/moeify.json").write_text(json.dumps(description | {"adapters": ["../law"]}))
+        load_adapters(TINY["llama"](), tmp_path / "library")
+    description = json.loads((tmp_path / "library/moeify.json").read_text())
+    (tmp_path / "library/moeify.json").write_text(json.dumps(description | {"adapters": ["../law"]}))
     with pytest.raises(ValueError, match="cannot be called"):
-        load_adapters(TINY["llama"](), tmp_path / "pool")
-    (tmp_path / "pool/moeify.json").write_text("{}")
+        load_adapters(TINY["llama"](), tmp_path / "library")
+    (tmp_path / "library/moeify.json").write_text("{}")
     with pytest.raises(ValueError, match="is damaged, or not written by"):
-        load_adapters(TINY["llama"](), tmp_path / "pool")
+        load_adapters(TINY["llama"](), tmp_path / "library")
 
 
 def test_what_no_adapter_of_peft_can_be_is_not_written_as_one(tmp_path):
     with pytest.raises(ValueError, match="q_proj is trained with its adapters"):
         save_adapters(adapted_llama(shared=dense), tmp_path)
-    with pytest.raises(ValueError, match="has LoRAFFN experts; bake"):
+    with pytest.raises(ValueError, match="has LoRAFFN experts; merge_into_experts"):
         save_adapters(adapted_llama(where=ffn, experts=lora_ffn, shared=lambda dense, width: None), tmp_path)
-    with pytest.raises(ValueError, match="is no linear map with adapters beside it"):
+    with pytest.raises(ValueError, match="is no linear layer with adapters beside it"):
         save_adapters(adapted_llama(where=ffn), tmp_path)

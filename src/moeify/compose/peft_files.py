@@ -1,4 +1,4 @@
-"""LoRA adapters on disk as PEFT writes them, read without PEFT: `adapter_config.json`, `adapter_model.safetensors`."""
+"""Read and write LoRA adapters as PEFT does, without PEFT: `adapter_config.json`, `adapter_model.safetensors`."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ _TENSOR = re.compile(r"(?:base_model\.model\.)?(?P<module>.+)\.lora_(?P<side>[AB
 
 @dataclass(frozen=True)
 class LowRank:
-    """What an adapter adds to one linear map: `s · B A`.
+    """What an adapter adds to the weight of one linear layer: `s · B A`.
 
     Attributes:
-        A: the map into the low rank.
-        B: the map out of it.
+        A: the down-projection, `lora_A`.
+        B: the up-projection, `lora_B`.
         scale: s; alpha / r, or alpha / sqrt(r) of a rank-stabilised adapter.
     """
 
@@ -38,7 +38,7 @@ class LowRank:
 
     @property
     def rank(self) -> int:
-        """r."""
+        """r, the rank."""
         return self.A.shape[0]
 
 
@@ -47,11 +47,11 @@ class Adapter:
     """A LoRA adapter.
 
     Attributes:
-        maps: what it adds, by the name of the linear map in the base model.
-        gates: a vector per linear map that a router may compare tokens with (PHATGOOSE); often none.
+        modules: what it adds, by the name of the linear layer in the base model.
+        gates: a vector per linear layer that a router may compare tokens with (PHATGOOSE); often none.
     """
 
-    maps: dict[str, LowRank]
+    modules: dict[str, LowRank]
     gates: dict[str, Float[Tensor, "D"]] = field(default_factory=dict)
 
 
@@ -60,7 +60,7 @@ def read_adapter(folder: str | Path) -> Adapter:
 
     Raises:
         FileNotFoundError: a file is missing, or the weights are there as a pickle only.
-        ValueError: damaged files; an adapter that is no plain LoRA of linear maps. The message says what to do.
+        ValueError: damaged files; an adapter that is no plain LoRA of linear layers. The message says what to do.
     """
     folder = Path(folder)
     config = _read_config(folder)
@@ -71,14 +71,14 @@ def read_adapter(folder: str | Path) -> Adapter:
         if found is None or tensor.dim() != 2:
             raise ValueError(f"{folder} has a tensor {name} of shape {tuple(tensor.shape)}: {_meaning(name)}")
         sides.setdefault(found["module"], {})[found["side"]] = tensor
-    maps = {}
+    modules = {}
     for module, pair in sides.items():
         if pair.keys() != {"A", "B"} or pair["A"].shape[0] != pair["B"].shape[1]:
             shapes = ", ".join(f"lora_{side} {tuple(tensor.shape)}" for side, tensor in pair.items())
             raise ValueError(f"{folder}: {module} has {shapes}; lora_A must be (r, D) and lora_B (O, r)")
-        maps[module] = LowRank(pair["A"], pair["B"], _scale(folder, config, module, pair["A"].shape[0]))
+        modules[module] = LowRank(pair["A"], pair["B"], _scale(folder, config, module, pair["A"].shape[0]))
     gates = load_gates(folder) if (folder / _GATES).is_file() else {}
-    return Adapter(maps, {name.removeprefix("base_model.model."): gate for name, gate in gates.items()})
+    return Adapter(modules, {name.removeprefix("base_model.model."): gate for name, gate in gates.items()})
 
 
 def write_adapter(adapter: Adapter, folder: str | Path, *, targets: list[str], transposed: bool, base: str) -> None:
@@ -87,13 +87,13 @@ def write_adapter(adapter: Adapter, folder: str | Path, *, targets: list[str], t
     Args:
         adapter: what to write.
         folder: made if it is not there.
-        targets: the names, or ends of names, that mean exactly its linear maps in the base model.
+        targets: the names, or ends of names, that mean exactly its linear layers in the base model.
         transposed: whether these are transformers' Conv1D.
         base: the name of the base model, "" if it has none.
     """
     folder = Path(folder)
-    ranks = {module: low.rank for module, low in adapter.maps.items()}
-    alphas = {module: _whole(low.scale * low.rank) for module, low in adapter.maps.items()}
+    ranks = {module: low.rank for module, low in adapter.modules.items()}
+    alphas = {module: _integer_if_whole(low.scale * low.rank) for module, low in adapter.modules.items()}
     rank, alpha = (Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas))
     config = {
         "peft_type": "LORA",
@@ -113,7 +113,7 @@ def write_adapter(adapter: Adapter, folder: str | Path, *, targets: list[str], t
     write_json(folder / _CONFIG, config)
     tensors = {
         f"base_model.model.{module}.lora_{side}.weight": getattr(low, side)
-        for module, low in adapter.maps.items()
+        for module, low in adapter.modules.items()
         for side in ("A", "B")
     }
     write_tensors(folder / _WEIGHTS, tensors)
@@ -122,12 +122,12 @@ def write_adapter(adapter: Adapter, folder: str | Path, *, targets: list[str], t
         save_gates(adapter.gates, folder)
 
 
-def _whole(alpha: float) -> float | int:
+def _integer_if_whole(alpha: float) -> float | int:
     return round(alpha) if alpha == round(alpha) else alpha
 
 
 def _scale(folder: Path, config: dict[str, Any], module: str, rank: int) -> float:
-    """alpha / r, or alpha / sqrt(r): what PEFT multiplies by; a pattern may give a map values of its own."""
+    """alpha / r, or alpha / sqrt(r): what PEFT multiplies by; a pattern may give a layer values of its own."""
     stated, alpha = (
         next((value for pattern, value in patterns.items() if re.match(rf"(.*\.)?({pattern})$", module)), config[key])
         for key, patterns in (
@@ -147,10 +147,10 @@ _CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 _REFUSED: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("use_dora", bool, f"DoRA rescales the weight, which no sum of products does; {_PLAIN}"),
     ("bias", lambda bias: bias not in (None, "none"), f"it changes the base's biases too; {_PLAIN} with bias='none'"),
-    ("lora_bias", bool, f"its maps have biases; {_PLAIN}"),
+    ("lora_bias", bool, f"its projections have biases; {_PLAIN}"),
     ("modules_to_save", bool, f"it replaces whole modules of the base, which no two adapters can share; {_PLAIN}"),
     ("trainable_token_indices", bool, f"it changes embeddings; {_PLAIN}"),
-    ("target_parameters", bool, f"it adapts parameters that are not linear maps; {_PLAIN}"),
+    ("target_parameters", bool, f"it adapts parameters that are not linear layers; {_PLAIN}"),
     ("layer_replication", bool, "it repeats layers of the base; repeat them in the base before"),
     ("alora_invocation_tokens", bool, f"it acts from certain tokens on; {_PLAIN}"),
     *((key, bool, f"it is not computed as s · B A x; {_PLAIN}") for key in ("use_qalora", "use_bdlora", "kasa_config")),
@@ -165,7 +165,8 @@ _REFUSED: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
 def _refuse_settings(folder: Path, config: dict[str, Any]) -> None:
     if config.get("peft_type") != "LORA":
         raise ValueError(
-            f"{folder} holds an adapter of type {config.get('peft_type')}; only LORA can be experts beside a map"
+            f"{folder} holds an adapter of type {config.get('peft_type')}; "
+            "only LORA can be experts beside a linear layer"
         )
     for key, refused, reason in _REFUSED:
         if refused(config.get(key)):
@@ -174,10 +175,10 @@ def _refuse_settings(folder: Path, config: dict[str, Any]) -> None:
 
 def _meaning(name: str) -> str:
     if "lora_embedding" in name:
-        return f"it adapts an embedding, which is no linear map; {_PLAIN}"
+        return f"it adapts an embedding, which is no linear layer; {_PLAIN}"
     if "magnitude" in name:
         return f"DoRA rescales the weight, which no sum of products does; {_PLAIN}"
-    return f"it is not one of a LoRA beside a linear map; {_PLAIN}"
+    return f"it is not one of a LoRA beside a linear layer; {_PLAIN}"
 
 
 def _read_config(folder: Path) -> dict[str, Any]:

@@ -2,8 +2,8 @@ import hashlib
 
 import pytest
 
-from moeify.data import files as research
-from moeify.data.files import data_file
+from moeify.data import claim_files as research
+from moeify.data.claim_files import data_file
 
 
 @pytest.fixture

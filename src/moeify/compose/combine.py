@@ -1,4 +1,4 @@
-"""Merging adapters into one: by given weights, or by weights that a search finds on a few examples (LoraHub)."""
+"""Combine several LoRA adapters into one: by given weights, or by weights that a search finds (LoraHub)."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from moeify.sparsify.lora import lora
 
 
 @torch.no_grad()
-def merge_lora(experts: LoRA, weights: Sequence[float] | None = None, *, separately: bool = False) -> LoRA:
-    """One adapter, called `merged`, out of E:
+def combine_lora(experts: LoRA, weights: Sequence[float] | None = None, *, separately: bool = False) -> LoRA:
+    """Combine E adapters of one layer into one, called `merged`:
 
         together      Σ_j w_j s_j B_j A_j            exactly, with rank E · r
         separately    s (Σ_j w_j B_j) (Σ_j w_j A_j)  of rank r; what LoraHub does, a product of sums
@@ -29,7 +29,7 @@ def merge_lora(experts: LoRA, weights: Sequence[float] | None = None, *, separat
     Args:
         experts: the adapters.
         weights: w; 1 / E if not given.
-        separately: merge the factors rather than the products.
+        separately: add up the factors rather than the products.
 
     Raises:
         ValueError: not one weight per adapter; factors of adapters of different scales.
@@ -39,8 +39,8 @@ def merge_lora(experts: LoRA, weights: Sequence[float] | None = None, *, separat
         raise ValueError(f"{len(weights)} weights for {experts.num_experts} adapters; give one weight per adapter")
     if separately and not torch.equal(experts.scale, experts.scale[:1].expand_as(experts.scale)):
         raise ValueError(
-            f"adapters of scales {experts.scale.tolist()} cannot be merged separately, for sums of factors have one "
-            "scale; merge the products, separately=False"
+            f"adapters of scales {experts.scale.tolist()} cannot be combined separately, for sums of factors have one "
+            "scale; combine the products, separately=False"
         )
     a, b = experts.lora_A, experts.lora_B
     w = torch.tensor([float(weight) for weight in weights], device=a.device).view(-1, 1, 1)
@@ -64,18 +64,22 @@ def merge_lora(experts: LoRA, weights: Sequence[float] | None = None, *, separat
     return one
 
 
-def merge_adapters(model: nn.Module, weights: Sequence[float] | None = None, *, separately: bool = False) -> nn.Module:
-    """Merge the adapters of every sparse layer into one, which every token gets; in place, returns the model.
+def combine_adapters(
+    model: nn.Module, weights: Sequence[float] | None = None, *, separately: bool = False
+) -> nn.Module:
+    """Combine the adapters of every sparse layer into one, which every token gets; in place, returns the model.
+
+    The base keeps its weights; `merge_into_base` adds adapters to them.
 
     Args:
         model: sparse, with `LoRA` experts.
         weights: one per adapter, the same in every layer; 1 / E if not given.
-        separately: see `merge_lora`.
+        separately: see `combine_lora`.
 
     Raises:
-        ValueError: no adapters, and whatever `merge_lora` refuses. The model is as it was.
+        ValueError: no adapters, and whatever `combine_lora` refuses. The model is as it was.
     """
-    merged = {layer: merge_lora(experts, weights, separately=separately) for layer, experts in _adapted(model)}
+    merged = {layer: combine_lora(experts, weights, separately=separately) for layer, experts in _adapted(model)}
     for layer, one in merged.items():
         layer.replace(experts=one, router=Uniform(one.width, 1).to(one.lora_A.device))
     recipe, adapters = (origin := Origin.of(model)).recipe, origin.adapters
@@ -88,7 +92,7 @@ def merge_adapters(model: nn.Module, weights: Sequence[float] | None = None, *, 
     return model
 
 
-def compose_adapters(
+def combine_adapters_by_search(
     model: nn.Module,
     loss: Callable[[nn.Module], float],
     *,
@@ -97,18 +101,18 @@ def compose_adapters(
     penalty: float = 0.05,
     seed: int = 42,
 ) -> list[float]:
-    """Find weights of the adapters without a gradient, and merge them by these (LoraHub, arXiv 2307.13269):
+    """Find weights of the adapters without a gradient, and combine them by these (LoraHub, arXiv 2307.13269):
 
         minimise  loss(w) + 0.05 · mean |w|   over w in [-1.5, 1.5]^E, by Nevergrad's NGOpt from w = 0
 
-    A and B are merged separately, with the same w in every layer.
+    A and B are combined separately, with the same w in every layer.
 
     Args:
         model: sparse, with `LoRA` experts, the same number in every layer; ends up with one adapter.
         loss: the loss of the model on a few examples; called `budget` times.
-        budget: models that are tried.
+        budget: weights that are tried.
         bound: the largest weight.
-        penalty: what weighs mean |w|.
+        penalty: the factor of mean |w|.
         seed: of the search.
 
     Returns:
@@ -116,7 +120,8 @@ def compose_adapters(
 
     Raises:
         ImportError: nevergrad is not installed.
-        ValueError: no adapters; adapters that `merge_lora` refuses; a loss that is not finite. The model is as it was.
+        ValueError: no adapters; adapters that `combine_lora` refuses; a loss that is not finite. The model is as it
+            was.
     """
     try:
         import nevergrad
@@ -129,7 +134,7 @@ def compose_adapters(
 
     def objective(w: Any) -> float:
         for layer, experts, _ in before:
-            one = merge_lora(experts, w, separately=True)
+            one = combine_lora(experts, w, separately=True)
             layer.replace(experts=one, router=Uniform(one.width, 1).to(one.lora_A.device))
         with torch.no_grad():
             value = float(loss(model))
@@ -146,12 +151,12 @@ def compose_adapters(
         for layer, experts, router in before:
             layer.replace(experts=experts, router=router)
     weights = [float(each) for each in found]
-    merge_adapters(model, weights, separately=True)
+    combine_adapters(model, weights, separately=True)
     return weights
 
 
 def _adapted(model: nn.Module) -> list[tuple[MoE, LoRA]]:
     found = [(layer, layer.experts) for layer in moe_layers(model).values() if isinstance(layer.experts, LoRA)]
     if not found:
-        raise ValueError(f"this {type(model).__name__} has no adapters to merge; make some with experts=lora")
+        raise ValueError(f"this {type(model).__name__} has no adapters to combine; make some with experts=lora")
     return found

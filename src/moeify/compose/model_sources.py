@@ -1,4 +1,4 @@
-"""Where the models to merge come from: modules in memory, or checkpoints that are read one tensor at a time."""
+"""Read the tensors of models to merge, from memory or from files one tensor at a time, and compare the models."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Names = tuple[str, ...]
 
 
 class Source(ABC):
-    """A model to take tensors from.
+    """A model whose tensors are read one at a time.
 
     Attributes:
         name: what messages call it.

@@ -1,4 +1,4 @@
-"""Adapters become weights: a mixture of full networks, or one dense model."""
+"""Merge LoRA adapters into weights: of the base (one dense model), or of full experts (an ordinary mixture)."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from moeify.compose.attach import adapted
+from moeify.compose.attach import adapted_linears
 from moeify.experts.ffn import FFN
 from moeify.experts.lora import LoRA, LoRAFFN
 from moeify.find.dense import matrix
@@ -19,30 +19,30 @@ from moeify.sparsify.make import fresh
 
 
 @torch.no_grad()
-def bake(model: nn.Module) -> nn.Module:
-    """Turn networks with low-rank changes (`lora_ffn`) into ordinary experts of full weights, in place:
+def merge_into_experts(model: nn.Module) -> nn.Module:
+    """Merge the LoRA experts of whole networks (`lora_ffn`) into full weights of each expert, in place:
 
         W_j = W + s · B_j A_j
 
-    What it computes stays, but for rounding; the low-rank maps are gone. It can then be saved, exported and served as
-    any mixture of feed-forward networks.
+    The function stays, but for rounding; the adapters are gone. The model can then be saved, exported and served as any
+    mixture of feed-forward networks.
 
     Args:
-        model: sparse, with one decision per feed-forward network.
+        model: sparse, with one routing decision per feed-forward network.
 
     Raises:
-        ValueError: no sparse layer, or one with other experts; adapters beside single maps decide in every map for
-            themselves, which no mixture of whole networks does. The model is as it was.
+        ValueError: no sparse layer, or one with other experts; adapters beside single linear layers are routed in each
+            layer by itself, which no mixture of whole networks does. The model is as it was.
     """
     layers = moe_layers(model)
     if not layers:
-        raise ValueError(f"this {type(model).__name__} has no sparse layer, so that there is nothing to bake")
-    banks: list[tuple[MoE, FFN]] = []
+        raise ValueError(f"this {type(model).__name__} has no sparse layer, so that there is nothing to merge")
+    merged: list[tuple[MoE, FFN]] = []
     for name, layer in layers.items():
         if not isinstance(layer.experts, LoRAFFN):
-            raise ValueError(_cannot_be_baked(name, layer, sum(isinstance(m.experts, LoRA) for m in layers.values())))
-        banks.append((layer, _full(layer.experts)))
-    for layer, full in banks:
+            raise ValueError(_why_not_experts(name, layer, sum(isinstance(m.experts, LoRA) for m in layers.values())))
+        merged.append((layer, _full(layer.experts)))
+    for layer, full in merged:
         layer.replace(experts=full)
     origin = Origin.of(model)
     if origin.recipe is not None:
@@ -58,8 +58,8 @@ def _full(experts: LoRAFFN) -> FFN:
             activation=experts.activation, bias=up.bias is not None or down.bias is not None,
         )  # fmt: skip
     full = full.to(up.weight.dtype).train(experts.training)
-    maps = ((full.up, up, experts.up_lora), (full.down, down, experts.down_lora))
-    for (weight, bias), linear, lora in maps:
+    projections = ((full.up, up, experts.up_lora), (full.down, down, experts.down_lora))
+    for (weight, bias), linear, lora in projections:
         for e in range(experts.num_experts):
             weight[e] = linear.weight.float() + lora.delta(e)
         if bias is not None and linear.bias is not None:
@@ -67,36 +67,36 @@ def _full(experts: LoRAFFN) -> FFN:
     return full
 
 
-def _cannot_be_baked(name: str, layer: MoE, beside_maps: int) -> str:
+def _why_not_experts(name: str, layer: MoE, beside_linears: int) -> str:
     if isinstance(layer.experts, LoRA):
         return (
-            f"{name} and {beside_maps - 1} other maps have adapters beside them and decide for themselves, so that a "
-            "token may take one adapter in one map and another in the next, which no mixture of whole networks does; "
-            "merge_into_dense(model, weights) makes one dense model of fixed weights, save_adapters(model, folder) "
+            f"{name} and {beside_linears - 1} other linear layers have adapters and a router each, so that a token "
+            "may take one adapter in one layer and another in the next, which no mixture of whole networks does; "
+            "merge_into_base(model, weights) makes one dense model of fixed weights, save_adapters(model, folder) "
             "writes adapters that PEFT reads"
         )
-    return f"{name} has {type(layer.experts).__name__} experts, which are no low-rank changes of a network (lora_ffn)"
+    return f"{name} has {type(layer.experts).__name__} experts, which are no LoRA experts of a whole network (lora_ffn)"
 
 
 @torch.no_grad()
-def merge_into_dense(model: nn.Module, weights: Mapping[str, float]) -> nn.Module:
-    """Turn a pool of adapters into the dense model that it is under fixed weights, in place:
+def merge_into_base(model: nn.Module, weights: Mapping[str, float]) -> nn.Module:
+    """Merge adapters under fixed weights into the weights of the base, in place; what is left is a dense model:
 
         W' = W + Σ_j w_j s_j B_j A_j
 
     Args:
         model: what `from_adapters` or `sparsify(..., experts=lora)` made.
-        weights: w of the adapters by name; those that are left out have 0.
+        weights: w of the adapters by name; adapters left out have 0.
 
     Raises:
-        ValueError: an adapter that is not there; a sparse layer that is no linear map with adapters beside it. The
+        ValueError: an adapter that is not there; a sparse layer that is no linear layer with adapters beside it. The
             model is as it was.
     """
-    maps = adapted(model)
-    known = {name for here in maps.values() for name in here.experts.names}
+    linears = adapted_linears(model)
+    known = {name for here in linears.values() for name in here.experts.names}
     if unknown := weights.keys() - known:
         raise ValueError(f"there is no adapter {', '.join(sorted(unknown))}; there are: {', '.join(sorted(known))}")
-    for module, here in maps.items():
+    for module, here in linears.items():
         merged = matrix(here.dense).float()
         for e, name in enumerate(here.experts.names):
             merged = merged + weights.get(name, 0.0) * here.experts.delta(e)
