@@ -16,6 +16,7 @@ import torch
 import transformers
 from transformers import TrainerCallback, TrainingArguments
 
+from moeify.ranks import all_reduce, anywhere, broadcast
 from moeify.sparsify import Recipe, sparsify
 from moeify.train import SparseArguments, SparseTrainer, SparseTrainerMixin
 from tiny_models import VOCABULARY, causal_lm
@@ -109,6 +110,13 @@ def defaults(rank, ranks, moe, x):
     torch.distributed.init_process_group("gloo", rank=rank, world_size=ranks)
     moe(x.chunk(ranks)[rank])
     return moe.router.default.tolist()
+
+
+def collectives(rank, ranks):
+    torch.distributed.init_process_group("gloo", rank=rank, world_size=ranks)
+    mine = torch.tensor(rank + 1.0)
+    total, first = all_reduce(mine.clone()), broadcast(mine.clone())
+    return total.item(), first.item(), anywhere(rank == 1), anywhere(False)
 
 
 def _become(rank, ranks, port, case, arguments, answers):

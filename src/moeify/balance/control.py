@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from moeify import ranks
 from moeify.balance.rules import Rule
 from moeify.context import recomputing
 from moeify.hf.names import EXPERT_GROUPS
@@ -106,9 +107,8 @@ class Control:
         """Move every bias by what all ranks saw, and forget it."""
         for name in sorted(self.seen):
             seen = self.seen[name]
-            if torch.distributed.is_available() and torch.distributed.is_initialized():
-                for value in seen.values():
-                    torch.distributed.all_reduce(value)
+            for value in seen.values():
+                ranks.all_reduce(value)
             bias = self.biases[name].exact()
             bias.copy_(self.rule.move(bias, seen, self.memory.setdefault(name, {})))
         self.seen.clear()

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from moeify import ranks
 from moeify.routing import Routing
 
 
@@ -57,9 +58,7 @@ class SparsityTarget:
 
     def step(self) -> None:
         """Move the weight by what all ranks saw, and forget it; nothing seen moves nothing."""
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            torch.distributed.all_reduce(self._seen)
-        rows, tokens = self._seen.tolist()
+        rows, tokens = ranks.all_reduce(self._seen).tolist()
         self._seen = torch.zeros_like(self._seen)
         if rows > self.k * tokens:
             self.value *= self.factor

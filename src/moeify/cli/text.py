@@ -11,6 +11,7 @@ from safetensors import SafetensorError
 
 from moeify.data.text import ByteTokenizer, Tokenizer
 from moeify.files import write_json
+from moeify.modes import in_evaluation
 
 
 def load_dense(model: str, architecture: str = "AutoModelForCausalLM", **options: Any) -> Any:
@@ -78,12 +79,9 @@ def sample(
     device = next(model.parameters()).device
     given = torch.tensor([ids], device=device)
     how = {"do_sample": True, "temperature": temperature, "top_k": 40} if temperature else {"do_sample": False}
-    training = model.training
-    model.eval()
-    with torch.no_grad():
+    with in_evaluation(model), torch.no_grad():
         out = model.generate(
             input_ids=given, attention_mask=torch.ones_like(given), max_new_tokens=tokens,
             pad_token_id=getattr(tokenizer, "pad_token_id", None) or getattr(tokenizer, "eos_token_id", None), **how,
         )  # fmt: skip
-    model.train(training)
     return str(tokenizer.decode(out[0].tolist()))

@@ -16,8 +16,8 @@ from torch.nn import functional as F
 from moeify.data.text import Tokenizer
 from moeify.experts.lora import LoRA
 from moeify.files import read_tensors, write_tensors
-from moeify.find.dense import in_evaluation
 from moeify.layers import moe_layers
+from moeify.modes import in_evaluation
 
 Embed = Callable[[Sequence[str]], Any]
 """Instructions -> (T, D): `MeanPooling`, or the `encode` of a sentence encoder."""

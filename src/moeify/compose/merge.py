@@ -21,9 +21,9 @@ from moeify.compose.model_sources import Names, Source, build, refuse_unlike, so
 from moeify.compose.router_init import route_by_examples
 from moeify.experts.base import Experts
 from moeify.experts.blocks import Each
-from moeify.find.dense import fixed_randomness
 from moeify.find.probe import as_probe, find_probe
 from moeify.find.shapes import Site
+from moeify.modes import fixed_randomness
 from moeify.sparsify.convert import Comparison, convert
 from moeify.sparsify.make import copies, merged
 from moeify.sparsify.recipe import Recipe

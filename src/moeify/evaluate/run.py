@@ -16,6 +16,7 @@ from transformers.trainer_callback import ExportableState, PrinterCallback
 
 from moeify.data.text import Blocks
 from moeify.flops import Count, count
+from moeify.modes import in_evaluation
 from moeify.origin import Origin
 from moeify.train import SparseArguments, SparseTrainer
 
@@ -212,8 +213,6 @@ class _Curve(TrainerCallback, ExportableState):
 @torch.no_grad()
 def validation_loss(model: nn.Module, blocks: Blocks, settings: Settings) -> tuple[float, dict[str, float]]:
     """Mean loss in nats per token, over the evaluation blocks and for each domain among them."""
-    training = model.training
-    model.eval()
     device = next(model.parameters()).device
     step = max(1, len(blocks) // settings.evaluation_blocks)
     chosen = range(step // 2, len(blocks), step)
@@ -221,10 +220,10 @@ def validation_loss(model: nn.Module, blocks: Blocks, settings: Settings) -> tup
     for start in range(0, len(chosen), settings.batch):
         indices = chosen[start : start + settings.batch]
         tokens = torch.stack([blocks[i]["input_ids"] for i in indices]).to(device)
-        logits = model(input_ids=tokens).logits[:, :-1].float()
+        with in_evaluation(model):
+            logits = model(input_ids=tokens).logits[:, :-1].float()
         losses = nn.functional.cross_entropy(logits.transpose(1, 2), tokens[:, 1:], reduction="none").mean(1)
         for i, loss in zip(indices, losses.tolist(), strict=True):
             by_domain.setdefault(blocks.domain_of(i), []).append(loss)
-    model.train(training)
     everything = [loss for losses in by_domain.values() for loss in losses]
     return fmean(everything), {name: fmean(losses) for name, losses in by_domain.items()}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from typing import TypeVar
 
 import torch
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from moeify.kernels.stacked import Elementwise, Glu, Plain, gelu_tanh
+from moeify.modes import fixed_randomness, in_evaluation
 
 Candidate = TypeVar("Candidate")
 
@@ -174,27 +174,6 @@ def accepts(module: nn.Module, width: int) -> bool:
     except Exception:  # whatever it raises
         return False
     return True
-
-
-@contextmanager
-def in_evaluation(module: nn.Module) -> Iterator[None]:
-    """Evaluation mode, then every part back in the mode it had."""
-    modes = [(part, part.training) for part in module.modules()]
-    module.eval()
-    try:
-        yield
-    finally:
-        for part, training in modes:
-            part.training = training
-
-
-@contextmanager
-def fixed_randomness(model: nn.Module) -> Iterator[None]:
-    """The same random numbers every time, then the generators back in the state they had."""
-    devices = {parameter.device for parameter in model.parameters() if parameter.is_cuda}
-    with torch.random.fork_rng(devices=devices):
-        torch.manual_seed(0)
-        yield
 
 
 def dropouts(module: nn.Module, ffn: DenseFFN) -> tuple[float, float]:

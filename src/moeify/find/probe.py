@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from moeify.context import extra_inputs
-from moeify.find.dense import fixed_randomness, in_evaluation, is_linear, matrix
+from moeify.find.dense import is_linear, matrix
+from moeify.modes import fixed_randomness, in_evaluation
 from moeify.routers.lookup import columns
 
 

@@ -11,9 +11,9 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from moeify.context import Call, Context
-from moeify.find.dense import fixed_randomness
 from moeify.find.probe import as_probe, find_probe
 from moeify.layers import SparseLayer, sparse_layers
+from moeify.modes import fixed_randomness
 from moeify.record import record
 
 

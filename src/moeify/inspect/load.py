@@ -12,6 +12,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from moeify.data.text import Blocks
+from moeify.modes import in_evaluation
 from moeify.record import observe
 from moeify.routing import Routing
 
@@ -80,18 +81,16 @@ def expert_load(model: nn.Module, blocks: Blocks, *, per_domain: int = 16, batch
             seen[domain] = seen.get(domain, 0) + routing.assigned.float().cpu()
 
     handles = observe(model, add)
-    training = model.training
-    model.eval()
     device = next(model.parameters()).device
     members: dict[str, list[int]] = {}
     for i in range(len(blocks)):
         members.setdefault(blocks.domain_of(i), []).append(i)
     try:
-        for domain, indices in members.items():  # noqa: B007 (read by `add`)
-            for chosen in _chunks(indices[:: max(1, len(indices) // per_domain)][:per_domain], batch):
-                model(input_ids=torch.stack([blocks[i]["input_ids"] for i in chosen]).to(device))
+        with in_evaluation(model):
+            for domain, indices in members.items():  # noqa: B007 (read by `add`)
+                for chosen in _chunks(indices[:: max(1, len(indices) // per_domain)][:per_domain], batch):
+                    model(input_ids=torch.stack([blocks[i]["input_ids"] for i in chosen]).to(device))
     finally:
-        model.train(training)
         for handle in handles:
             handle.remove()
     if not layers:

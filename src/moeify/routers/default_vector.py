@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from moeify import ranks
 from moeify.context import Context, recomputing
 from moeify.registry import register
 from moeify.routers.base import Router, project, real_tokens
@@ -84,9 +85,8 @@ class DefaultVector(Router):
     def _learn(self, routing: Assignment, answers: Float[Tensor, "R O"]) -> None:
         total = torch.zeros_like(self.default).index_add(0, routing.expert, answers)
         rows = routing.counts.to(total.dtype)
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            torch.distributed.all_reduce(total)
-            torch.distributed.all_reduce(rows)
+        ranks.all_reduce(total)
+        ranks.all_reduce(rows)
         mean = total / rows.clamp_min(1).unsqueeze(1)
         asked = (rows > 0).unsqueeze(1)
         self.default.copy_(torch.where(asked, self.beta * self.default + (1 - self.beta) * mean, self.default))

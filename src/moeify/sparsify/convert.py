@@ -12,10 +12,11 @@ from torch import Tensor, nn
 
 from moeify.context import Context
 from moeify.find.causal import refuse_causal_calls, says_causal
-from moeify.find.dense import DenseFFN, fixed_randomness
+from moeify.find.dense import DenseFFN
 from moeify.find.probe import Probe, as_probe, find_probe
 from moeify.find.shapes import Site
 from moeify.flops import count
+from moeify.modes import fixed_randomness
 from moeify.moe import MoE
 from moeify.origin import Origin
 from moeify.routers import Router

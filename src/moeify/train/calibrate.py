@@ -13,8 +13,8 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from moeify.find.dense import in_evaluation
 from moeify.layers import moe_layers, sparse_layers, watch_inputs
+from moeify.modes import in_evaluation
 from moeify.record import observe
 from moeify.routers.lookup import routed
 from moeify.routing import Routing

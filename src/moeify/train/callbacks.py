@@ -12,10 +12,10 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from moeify.experts import FFN
+from moeify.ranks import anywhere
 from moeify.routers import Router
 from moeify.schedule import Schedule
 from moeify.train.arguments import at
-from moeify.train.loss import anywhere
 
 
 class ExpertDropout(TrainerCallback):

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from moeify.ranks import all_reduce
 from moeify.routers.lookup import routed
-from moeify.train.loss import all_reduce
 
 
 def is_finite(losses: Sequence[Tensor], model: nn.Module, *, gradients: bool = True) -> bool:

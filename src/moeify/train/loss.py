@@ -21,6 +21,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from moeify import losses
+from moeify.ranks import all_reduce
 from moeify.routing import Assignment, Routing
 from moeify.train.arguments import Loss, Scope
 
@@ -42,20 +43,6 @@ def count(inputs: Mapping[str, Any]) -> dict[str, int]:
         sizes["labels"] = tensors["labels"].shape[:2].numel()
     sizes["rows"] = next((len(tensor) for tensor in tensors.values()), 0)
     return sizes
-
-
-def all_reduce(tensor: Tensor) -> Tensor:
-    """The sum over all ranks, in place; the tensor itself if there is one process."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.all_reduce(tensor)
-    return tensor
-
-
-def anywhere(flag: bool, device: torch.device | str = "cpu") -> bool:
-    """Whether something is true on any rank."""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return flag
-    return bool(all_reduce(torch.tensor(float(flag), device=device)))
 
 
 class Watch:

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from moeify.files import write_text
 from moeify.losses import probability
+from moeify.ranks import all_reduce
 from moeify.routing import Routing
-from moeify.train.loss import Decisions, all_reduce
+from moeify.train.loss import Decisions
 
 DEAD = 0.01
 """An expert is dead if it is asked for less than this part of its fair share."""

@@ -10,6 +10,7 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers.trainer_callback import ExportableState
 
+from moeify import ranks
 from moeify.files import read_json, read_tensors, write_tensors
 from moeify.origin import Origin
 from moeify.store import load_weights, save
@@ -93,8 +94,7 @@ class Saving(_Trainer):
                 choice.fill_(int(resume.newest(folder).name.split("-")[1]))
             except FileNotFoundError as error:
                 failure = error
-        if self.accelerator.num_processes > 1:
-            torch.distributed.broadcast(choice, 0)
+        ranks.broadcast(choice)
         if choice < 0:
             raise failure or FileNotFoundError(f"the first rank found no checkpoint in {folder} that can be trusted")
         return folder / f"checkpoint-{int(choice)}"

@@ -1,0 +1,24 @@
+"""Collectives change nothing in one process, and sum over several."""
+
+import multiprocessing
+
+import pytest
+import torch
+
+from moeify.ranks import all_reduce, anywhere, broadcast, several
+from ranks import collectives, on_ranks
+
+
+def test_in_one_process_a_collective_is_the_identity():
+    assert not several()
+    tensor = torch.tensor([1.0, 2.0])
+    assert all_reduce(tensor) is tensor
+    assert broadcast(tensor) is tensor
+    assert tensor.tolist() == [1, 2]
+    assert anywhere(True) is True
+    assert anywhere(False) is False
+
+
+@pytest.mark.skipif("forkserver" not in multiprocessing.get_all_start_methods(), reason="ranks are forked off a server")
+def test_over_two_processes_it_sums_copies_and_asks_every_rank():
+    assert on_ranks(2, collectives) == [(3.0, 1.0, True, False)] * 2
