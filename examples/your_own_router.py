@@ -27,9 +27,9 @@ class Deep(Router):
         tokens = real_tokens(x, context)  # padding is not routed
         logits = project(project(tokens.x, self.first).tanh(), self.second)  # in fp32
         scores = logits.softmax(-1)
-        gates, index = scores.topk(self.k, dim=-1)
-        gates = gates / gates.sum(-1, keepdim=True)
-        return tokens.assign(index, gates, self.num_experts, Evidence(logits=logits, scores=scores))
+        weights, indices = scores.topk(self.k, dim=-1)
+        weights = weights / weights.sum(-1, keepdim=True)
+        return tokens.assign(indices, weights, self.num_experts, Evidence(logits=logits, scores=scores))
 
 
 torch.manual_seed(0)

@@ -89,7 +89,7 @@ ROUTERS = {
     "expert threshold": partial(ExpertThreshold, D, E),
     "shared routing": lambda: SharedRouting(TopK(D, E)),
     "residual": partial(Residual, D, E),
-    "moe++": partial(Residual, D, E, k=3, silent=1, hidden=6),
+    "moe++": partial(Residual, D, E, k=3, zero_experts=1, hidden=6),
     "phatgoose": partial(Phatgoose, D, E),
     "similarity": partial(Similarity, D, E, k=3),
     "mole": partial(MoLE, D, E),

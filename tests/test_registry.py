@@ -8,7 +8,7 @@ from moeify import registry
 from moeify.balance import Quantile, Sign
 from moeify.capacity import double
 from moeify.registry import decode, encode, lookup, names, register
-from moeify.routers import ExpertGroups, InputWeights, TopK, sigmoid, softmax
+from moeify.routers import ExpertGroups, InputWeights, Residual, TopK, sigmoid, softmax
 from moeify.routers.limited import capacity
 from moeify.routers.shared_routing import shared_routing
 
@@ -114,6 +114,7 @@ def test_what_a_thing_is_called_with_is_no_option_of_a_file():
         ({"name": "once", "router": {"name": "topk", "k": 1, "normalize": False}},
          partial(shared_routing, router=partial(TopK, k=1, normalize=False))),
         ("given", InputWeights),
+        ({"name": "residual", "silent": 1}, partial(Residual, zero_experts=1)),
         ({"name": "topk", "groups": {"name": "groups", "count": 4, "keep": 2}},
          partial(TopK, expert_groups=ExpertGroups(4, 2))),
         ({"name": "capacity", "router": {"name": "topk", "groups": None}},

@@ -61,8 +61,8 @@ def limit(
             the earliest (`choice`; GShard), all first choices before any second and then the tokens with the
             largest weight of their own (`batch`; V-MoE's batch priority), or the largest weights (`score`).
         overflow: `zero` leaves the other weights of a token as they are, `renormalize` scales them to the old sum.
-            `next` lets every row that was dropped ask the next best expert of its token, in rounds, until it finds
-            room or has asked them all (No-Token-Left-Behind; Switch, appendix B); in every round, those are served
+            `next` offers every row that was dropped to the next best expert of its token, in rounds, until one has
+            room or all have been tried (No-Token-Left-Behind; Switch, appendix B); in every round, those are served
             first who come first by `priority`. Its weight w changes as the score does, to w · s_new / s_old: right for
             weights in proportion to the scores.
         per: whether slots are for all rows of an expert, or for those of each sequence or image (`group`; mesh, V-MoE).
@@ -89,7 +89,7 @@ def limit(
 
 
 def dropped(routing: Assignment) -> tuple[float, float]:
-    """The share of the rows asked for that a capacity dropped, and the share of the routed tokens without any row."""
+    """The share of the assigned rows that a capacity dropped, and the share of the routed tokens without any row."""
     rows = len(routing.source) / max(1, int(routing.assigned.sum()))
     return 1 - rows, 1 - len(routing.source.unique()) / max(1, routing.tokens)
 
@@ -133,32 +133,32 @@ def _to_the_next(routing: Assignment, slots: int, turns: Int[Tensor, "R"]) -> As
     if scores is None or len(scores) != routing.tokens:
         raise ValueError("overflow='next' needs a router that scores all experts for every token")
     token = _decision_of_rows(routing)
-    asked, best_first = routing.expert, scores.detach().argsort(dim=-1, descending=True, stable=True)
+    expert_of, best_first = routing.expert, scores.detach().argsort(dim=-1, descending=True, stable=True)
     tried = torch.zeros_like(scores, dtype=torch.bool)
-    tried[token, asked] = True
-    served = _place(asked, turns) < slots
+    tried[token, expert_of] = True
+    served = _place(expert_of, turns) < slots
     for _ in range(scores.shape[1]):
         waiting = turns[~served[turns]]
         untried = best_first[~tried.gather(1, best_first)]  # token after token
         left = (~tried).sum(1)
         turn = _place(token[waiting], torch.arange(len(waiting), device=waiting.device))  # a token may wait twice
-        asks = turn < left[token[waiting]]
-        waiting, turn = waiting[asks], turn[asks]
+        has_left = turn < left[token[waiting]]
+        waiting, turn = waiting[has_left], turn[has_left]
         if len(waiting) == 0:
             break
         expert = untried[(left.cumsum(0) - left)[token[waiting]] + turn]
-        asked = asked.scatter(0, waiting, expert)
+        expert_of = expert_of.scatter(0, waiting, expert)
         tried[token[waiting], expert] = True
-        room = slots - asked[served].bincount(minlength=scores.shape[1])
+        room = slots - expert_of[served].bincount(minlength=scores.shape[1])
         found = _place(expert, torch.arange(len(expert), device=expert.device)) < room[expert]
         served = served.scatter(0, waiting, found)
     kept = served.nonzero().squeeze(1)
     kept = kept[routing.source[kept].argsort(stable=True)]
-    kept = kept[asked[kept].argsort(stable=True)]
-    new, old = scores[token[kept], asked[kept]], scores[token[kept], routing.expert[kept]]
-    moved = asked[kept] != routing.expert[kept]
+    kept = kept[expert_of[kept].argsort(stable=True)]
+    new, old = scores[token[kept], expert_of[kept]], scores[token[kept], routing.expert[kept]]
+    moved = expert_of[kept] != routing.expert[kept]
     ratio = torch.where(moved, new / torch.where(moved, old, 1.0), 1.0)
-    served_rows = routing.only(kept, counts=asked[kept].bincount(minlength=scores.shape[1]))
+    served_rows = routing.only(kept, counts=expert_of[kept].bincount(minlength=scores.shape[1]))
     return replace(served_rows, weight=served_rows.weight * ratio, expert_outputs=None)  # of the experts chosen first
 
 

@@ -1,4 +1,4 @@
-"""What a model was called with, for the layers deep inside that a plain `forward(x)` tells nothing.
+"""What a model was called with, for layers deep inside whose `forward(x)` is given the tokens alone.
 
 One `Context` serves one stack of layers (an encoder, a decoder, a vision tower). Pre-hooks on the modules above the
 stack read the token mask and the other inputs; an FFN below sees which tokens are real.
@@ -142,7 +142,7 @@ class Context:
         """The positions of the real ones among `tokens` flattened tokens, None for all of them.
 
         Raises:
-            ValueError: the mask speaks of another number of tokens, so it belongs to another call.
+            ValueError: the mask is of another number of tokens, so it belongs to another call.
         """
         call = self.call
         if call.token_mask is not None and call.token_mask.numel() != tokens:
@@ -155,7 +155,7 @@ class Context:
     def sequence_ids(self, shape: Sequence[int]) -> Int[Tensor, "T"]:
         """The sequence or image of each of the flattened tokens of a layer input with leading shape `shape`.
 
-        A flattened input is one sequence, unless the model's own input tells the length of its sequences.
+        A flattened input is one sequence, unless the model's own input shows the length of its sequences.
         """
         if len(shape) == 1:
             shape = next((t.shape for name, t in self.call.inputs.items() if _fits(name, t, shape[0])), (1, *shape))
@@ -197,7 +197,7 @@ class Context:
         tokens = _tokens(given)
         mask = self.call.token_mask
         if tokens is not None and mask is not None and _count(tokens) != mask.numel():
-            self.mask(None)  # the mask above speaks of other tokens: of words, where this stack reads an image
+            self.mask(None)  # the mask above is of other tokens: of words, where this stack reads an image
         self._read_mask(module, given)
 
     def _read_mask(self, module: nn.Module, given: dict[str, Any]) -> None:

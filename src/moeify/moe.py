@@ -52,7 +52,7 @@ class MoE(nn.Module):
     def replace(self, *, router: Router | None = None, experts: Experts | None = None) -> Self:
         """Put another router or other experts into the layer, in place; every router inside then holds its experts.
 
-        This is the only way to change a layer's parts: a router that was not told would go on computing with the old
+        This is the only way to change a layer's parts: a router that was forgotten would go on computing with the old
         experts. What is not given stays. Returns the layer.
 
         Raises:
@@ -67,7 +67,7 @@ class MoE(nn.Module):
         return self
 
     def forward(self, x: Float[Tensor, "... D"]) -> Float[Tensor, "..."]:
-        """Route the tokens, run their experts, and add the shared module's answer."""
+        """Route the tokens, run their experts, and add the shared module's output."""
         routing = self.router(x, self.context)
         self._require_finite(routing)
         y = backends.run(self.backend, x, routing, self.experts)
@@ -75,7 +75,7 @@ class MoE(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The weight of the linear map beside the experts, whose dtype some models read (T5's do)."""
+        """The weight of the linear layer beside the experts, whose dtype some models read (T5's do)."""
         return self.shared.weight  # pyrefly: ignore[missing-attribute]
 
     def _require_finite(self, routing: Routing) -> None:

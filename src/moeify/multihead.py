@@ -1,4 +1,4 @@
-"""MH-MoE: every token is cut into sub-tokens, which are routed each for itself and merged again."""
+"""MH-MoE: every token is cut into sub-tokens, which are routed independently and merged again."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class MultiHead(nn.Module):
     """y = W_merge · moe(cut(W_head x)): h sub-tokens of width D / h per token (MH-MoE, arXiv 2404.15045).
 
     Capacity, losses and statistics of the inner layer are over sub-tokens. Its padding, and whatever else the context
-    says of a token, holds for all sub-tokens of that token.
+    holds for a token, holds for all sub-tokens of that token.
 
     Args:
         moe: the inner layer, on tokens of width D / h.
@@ -93,7 +93,7 @@ def multi_head(
 ) -> MultiHead:
     """A `MultiHead` that costs what k of `num_experts` experts of width `hidden` cost without it (arXiv 2411.16205).
 
-    The two linear maps are paid for by narrower experts: H' = H - 2 D / (k · m), with m the matrices of an expert, so
+    The two linear layers are paid for by narrower experts: H' = H - 2 D / (k · m), with m the matrices of an expert, so
     that 2 D² + h · k · m · H' · D / h = k · m · H · D. An expert on D / h is h times smaller, so there are
     E' = (E · m · H · D - 2 D²) / (m · H' · D / h) of them, rounded, for as many parameters. The router's own work,
     E · D, becomes E' · D.
@@ -109,13 +109,14 @@ def multi_head(
         context: what the model was called with.
 
     Raises:
-        ValueError: h does not divide D, or experts too narrow to pay for the two maps.
+        ValueError: h does not divide D, or experts too narrow to pay for the two linear layers.
     """
     matrices = activation.projections + 1
     narrow = round(hidden - 2 * width / (k * matrices))
     if narrow < 1:
         raise ValueError(
-            f"{k} experts of width {hidden} cost less than the two maps of width {width}; take more or wider experts"
+            f"{k} experts of width {hidden} cost less than two linear layers of width {width}; take more or wider "
+            "experts"
         )
     if heads < 1 or width % heads:
         raise ValueError(f"a width of {width} cannot be cut into {heads} heads; choose a number that divides it")

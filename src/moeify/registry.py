@@ -19,7 +19,7 @@ _FORMER_NAMES = {
     "router": {"once": "shared_routing", "given": "input_weights"},
     "expert_groups": {"groups": "expert_groups"},
 }
-_FORMER_OPTIONS = {"router": {"groups": "expert_groups"}}
+_FORMER_OPTIONS = {"router": {"groups": "expert_groups", "silent": "zero_experts"}}
 """What files of earlier versions call things and their options, by kind."""
 
 

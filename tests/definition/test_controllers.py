@@ -183,5 +183,5 @@ def test_remoe_arrives_at_the_sparsity_that_is_aimed_at():
 
 @pytest.mark.parametrize("options", [{"k": 0}, {"k": 2, "factor": 1.0}, {"k": 2, "value": 0.0}])
 def test_a_weight_that_cannot_be_steered_is_refused(options):
-    with pytest.raises(ValueError, match="steered only with"):
+    with pytest.raises(ValueError, match="controlled only with"):
         SparsityTarget(**options)

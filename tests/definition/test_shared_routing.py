@@ -100,7 +100,7 @@ def test_a_router_adds_what_the_one_before_computed(k):
 
 @pytest.mark.parametrize(("silent", "k"), [(1, 2), (2, 2), (1, 3)])
 def test_a_silent_expert_takes_no_weight_and_a_hidden_layer_bends_the_map(silent, k):
-    router = Residual(D, E, k=k, silent=silent, hidden=5)
+    router = Residual(D, E, k=k, zero_experts=silent, hidden=5)
     sharpen(router)
     nn.init.normal_(router.hidden)
     moe = MoE(router, Each([nn.Linear(D, D, bias=False) for _ in range(E)]))
@@ -122,8 +122,8 @@ def test_a_silent_expert_takes_no_weight_and_a_hidden_layer_bends_the_map(silent
 
 
 def test_all_experts_cannot_be_silent():
-    with pytest.raises(ValueError, match="leaves none that answers"):
-        Residual(D, E, silent=E)
+    with pytest.raises(ValueError, match="leaves no other expert"):
+        Residual(D, E, zero_experts=E)
 
 
 def test_a_capacity_around_them_keeps_the_link():

@@ -141,7 +141,7 @@ def test_decisions_that_cannot_be_rounded_are_refused(inner, reason):
 
 def test_who_speaks_for_the_other_experts_is_refused():
     layer = MoE(TokenRounding(DefaultVector(D, E), tile=2), FFN(E, D, 6))
-    with pytest.raises(ValueError, match="also speaks for the others"):
+    with pytest.raises(ValueError, match="substitutes a default output for the others"):
         layer(torch.randn(3, 5, D))
 
 

@@ -77,7 +77,7 @@ class Control:
     handles: list[Any] = field(default_factory=list)
 
     def observe(self, name: str, routing: Routing) -> None:
-        """Add what one forward pass in training tells of one layer."""
+        """Add what one forward pass in training shows of one layer."""
         if not self.active or name not in self.biases or not self._counts(name):
             return
         assert isinstance(routing, Assignment)

@@ -35,7 +35,7 @@ class Proportional(Rule):
     def observe(
         self, routing: Assignment, unbiased: Float[Tensor, "L E"] | None, bias: Float[Tensor, "E"]
     ) -> dict[str, Tensor]:
-        """The rows asked of each expert, and the tokens that asked.
+        """The rows assigned to each expert, and the routed tokens.
 
         Raises:
             ValueError: more real experts than there are, or a k for a decision without a fixed number of choices.
@@ -68,7 +68,7 @@ class PID(Rule):
     """b_j ← b_j + rate · (e_j + integral · Σ e_j + derivative · (e_j - e_j')), e as in `Proportional`.
 
     The sum is over all steps up to this one, e' is of the step before; the first step has no derivative. LongCat-Flash
-    (arXiv 2509.01322) speaks of a PID controller and gives its P alone; the other two terms are control theory's.
+    (arXiv 2509.01322) names a PID controller and gives its P alone; the other two terms are control theory's.
     b itself is a sum, so that the P already ends an error that stays. Where loads follow biases at once, both other
     terms widen the swings about balance; the integral catches up with loads that drift.
 

@@ -1,4 +1,4 @@
-"""Rules: how the selection bias of a layer follows from the rows that its experts were asked for."""
+"""Rules: how the selection bias of a layer follows from the load of its experts."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ class Sign(Rule):
     def observe(
         self, routing: Assignment, unbiased: Float[Tensor, "L E"] | None, bias: Float[Tensor, "E"]
     ) -> dict[str, Tensor]:
-        """The rows asked of each expert."""
+        """The rows assigned to each expert."""
         return {"load": routing.assigned.float()}
 
     def move(self, bias: Float[Tensor, "E"], seen: dict[str, Tensor], memory: dict[str, Tensor]) -> Float[Tensor, "E"]:
@@ -134,7 +134,7 @@ class SMEBU(Rule):
     def observe(
         self, routing: Assignment, unbiased: Float[Tensor, "L E"] | None, bias: Float[Tensor, "E"]
     ) -> dict[str, Tensor]:
-        """The rows asked of each expert."""
+        """The rows assigned to each expert."""
         return {"load": routing.assigned.float()}
 
     def move(self, bias: Float[Tensor, "E"], seen: dict[str, Tensor], memory: dict[str, Tensor]) -> Float[Tensor, "E"]:

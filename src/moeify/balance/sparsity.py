@@ -28,7 +28,7 @@ class SparsityTarget:
         value: the weight, λ.
 
     Raises:
-        ValueError: a k, factor or weight that cannot steer.
+        ValueError: a k, factor or weight that cannot control.
     """
 
     k: float
@@ -39,7 +39,7 @@ class SparsityTarget:
     def __post_init__(self) -> None:
         if not (self.k > 0 and self.factor > 1 and self.value > 0):
             raise ValueError(
-                f"k={self.k}, factor={self.factor}, value={self.value}: the weight is steered only with k > 0, "
+                f"k={self.k}, factor={self.factor}, value={self.value}: the weight is controlled only with k > 0, "
                 "factor > 1 and value > 0"
             )
 
@@ -52,7 +52,7 @@ class SparsityTarget:
         """Count the rows and tokens of one decision."""
         decisions = routing.scores if routing.logits is None else routing.logits
         if decisions is None:
-            raise ValueError("this router keeps neither logits nor scores, so how sparse it is cannot be told")
+            raise ValueError("this router keeps neither logits nor scores, so its sparsity cannot be measured")
         seen = torch.stack([routing.counts.sum().float(), routing.counts.new_tensor(len(decisions)).float()])
         self._seen = self._seen.to(seen.device) + seen
 

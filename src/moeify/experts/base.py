@@ -1,4 +1,4 @@
-"""What experts must be: a module that answers rows sorted by expert."""
+"""The base class of experts: a module from rows sorted by expert to rows of expert outputs."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from moeify.kernels.stacked import Stacked
 
 
 class Experts(nn.Module, ABC):
-    """A bank of experts.
+    """The E experts of a layer, computed together.
 
     Attributes:
         num_experts: E.
@@ -41,9 +41,9 @@ class Experts(nn.Module, ABC):
 
     @abstractmethod
     def forward(self, rows: Float[Tensor, "R D"], counts: Int[Tensor, "E"]) -> Float[Tensor, "R O"]:
-        """Answer `counts[0]` rows by the first expert, the next `counts[1]` by the second, and so on."""
+        """Compute `counts[0]` rows by the first expert, the next `counts[1]` by the second, and so on."""
 
     def all_outputs(self, x: Float[Tensor, "T D"]) -> Float[Tensor, "T E O"]:
-        """Every expert's answer to every token."""
+        """The output of every expert for every token."""
         counts = torch.full((self.num_experts,), len(x), dtype=torch.int64, device=x.device)
         return self(x.repeat(self.num_experts, 1), counts).unflatten(0, (self.num_experts, -1)).transpose(0, 1)

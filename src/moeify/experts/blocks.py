@@ -31,39 +31,39 @@ class Each(Experts):
 
 
 class Blocks(Experts):
-    """Banks of experts in a row: small and large ones, identity, zero.
+    """Expert groups of different kinds as the experts of one layer: small and large ones, identity, zero.
 
     Args:
-        banks: experts of the same output width.
+        groups: experts of the same output width.
     """
 
-    def __init__(self, banks: Iterable[Experts]) -> None:
+    def __init__(self, groups: Iterable[Experts]) -> None:
         super().__init__()
-        banks = list(banks)
-        self.banks = nn.ModuleList(banks)
-        self._sizes = [bank.num_experts for bank in banks]
+        groups = list(groups)
+        self.banks = nn.ModuleList(groups)  # the name that saved weights have
+        self._sizes = [group.num_experts for group in groups]
         self.num_experts = sum(self._sizes)
 
     @property
     def costs(self) -> Float[Tensor, "E"]:
-        """Every bank's costs, in proportion to the parameters of one of its experts."""
-        work = torch.cat([_size(bank) * bank.costs for bank in cast(Iterable[Experts], self.banks)])
+        """The costs of every group, in proportion to the parameters of one of its experts."""
+        work = torch.cat([_size(group) * group.costs for group in cast(Iterable[Experts], self.banks)])
         return work / work.max().clamp_min(1)
 
     def forward(self, rows: Float[Tensor, "R D"], counts: Int[Tensor, "E"]) -> Float[Tensor, "R O"]:
-        """Give every bank the rows of its experts."""
-        by_bank = counts.split(self._sizes)
-        parts = rows.split([int(c.sum()) for c in by_bank])
-        return torch.cat([bank(part, c) for bank, part, c in zip(self.banks, parts, by_bank, strict=True)])
+        """Give every group the rows of its experts."""
+        by_group = counts.split(self._sizes)
+        parts = rows.split([int(c.sum()) for c in by_group])
+        return torch.cat([group(part, c) for group, part, c in zip(self.banks, parts, by_group, strict=True)])
 
 
-def _size(bank: Experts) -> float:
+def _size(group: Experts) -> float:
     """The parameters of one of its experts."""
-    return sum(p.numel() for p in bank.parameters()) / bank.num_experts
+    return sum(p.numel() for p in group.parameters()) / group.num_experts
 
 
 class Identity(Experts):
-    """Experts that answer with what they read (copy experts of MoE++, zero-computation experts of LongCat)."""
+    """Experts whose output is their input (copy experts of MoE++, zero-computation experts of LongCat)."""
 
     def __init__(self, num_experts: int = 1) -> None:
         super().__init__()
@@ -80,7 +80,7 @@ class Identity(Experts):
 
 
 class Zero(Experts):
-    """Experts that answer nothing (zero experts of MoE++).
+    """Experts whose output is zero (zero experts of MoE++).
 
     Args:
         num_experts: E.

@@ -1,4 +1,4 @@
-"""Experts that answer with a learned vector."""
+"""Constant experts: their output mixes the token with a learned vector (MoE++)."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from moeify.kernels import grouped_linear
 
 
 class Constant(Experts):
-    """Experts that answer α₁·x + α₂·v, with (α₁, α₂) = softmax(W_c x) (MoE++, arXiv 2410.07348).
+    """Experts with the output α₁·x + α₂·v, with (α₁, α₂) = softmax(W_c x) (MoE++, arXiv 2410.07348).
 
-    They cost next to nothing, as `Identity` and `Zero` do; put them beside a bank of `FFN`s in `Blocks`.
+    They cost next to nothing, as `Identity` and `Zero` do; put them beside `FFN`s in `Blocks`.
 
     Args:
         num_experts: E.

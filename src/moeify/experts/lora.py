@@ -14,9 +14,9 @@ from moeify.kernels.stacked import Activation
 
 
 class LoRA(Experts):
-    """E low-rank maps `s_j · B_j A_j x` (LoRA, arXiv 2106.09685), computed as `B (A x)` for all experts together.
+    """E low-rank adapters `s_j · B_j A_j x` (LoRA, arXiv 2106.09685), computed as `B (A x)` for all experts together.
 
-    Beside `shared=frozen` of the linear map they adapt they are the adapters of PHATGOOSE, Arrow, MoCLE and LoRAMoE.
+    Beside `shared=frozen` of the linear layer they adapt they are the experts of PHATGOOSE, Arrow, MoCLE and LoRAMoE.
     Adapters of different ranks share one stack: the smaller ones are filled up with zeros, which changes nothing.
 
     Args:
@@ -30,7 +30,7 @@ class LoRA(Experts):
 
     Attributes:
         lora_A: (E, r, D).
-        lora_B: (E, O, r); starts at zero, so that the layer starts as the map beside it.
+        lora_B: (E, O, r); starts at zero, so that the layer starts as the linear layer beside it.
         scale: s of every expert, (E,) in fp32.
 
     Raises:
@@ -79,15 +79,15 @@ class LoRA(Experts):
 
 
 class LoRAFFN(Experts):
-    """E feed-forward networks that are one frozen network with low-rank changes to both its maps (MixLoRA).
+    """E feed-forward networks that are one frozen network with low-rank changes to both its projections (MixLoRA).
 
         E_j(x) = (W₂ + s B₂ⱼ A₂ⱼ) activation((W₁ + s B₁ⱼ A₁ⱼ) x)                       arXiv 2404.15159, equation 5
 
     Args:
         up: the up projection of the network, gate and up side by side if `activation` is gated.
-        down: the last map.
+        down: the down projection.
         activation: between the projections.
-        up_lora: what the experts add to the first map.
+        up_lora: what the experts add to the up projection.
         down_lora: what they add to the last.
     """
 

@@ -1,4 +1,4 @@
-"""Experts whose answers are masked in training."""
+"""Expert output masking: whole outputs of experts are dropped in training (NLLB)."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from moeify.experts.base import Experts
 
 
 class Masked(Experts):
-    """Drops whole answers in training: a row becomes 0 with probability p, and 1 / (1 - p) times itself otherwise.
+    """Drops whole expert outputs in training: a row becomes 0 with probability p, else it is scaled by 1 / (1 - p).
 
     Expert output masking (NLLB, arXiv 2207.04672, section 6.2.1): a token loses none, some or all of its experts. In
-    expectation nothing changes, so evaluation takes the answers as they are.
+    expectation nothing changes, so evaluation takes the outputs as they are.
 
     Args:
-        experts: whose answers are masked.
-        p: probability that an answer is dropped; NLLB uses 0.2.
+        experts: whose outputs are masked.
+        p: probability that an output is dropped; NLLB uses 0.2.
 
     Raises:
         ValueError: p outside [0, 1).
@@ -26,7 +26,7 @@ class Masked(Experts):
     def __init__(self, experts: Experts, p: float = 0.2) -> None:
         super().__init__()
         if not 0 <= p < 1:
-            raise ValueError(f"p={p} is no probability to drop an answer with; choose 0 <= p < 1")
+            raise ValueError(f"p={p} is no probability to drop an output with; choose 0 <= p < 1")
         self.experts, self.p = experts, p
         self.num_experts = experts.num_experts
 
@@ -36,12 +36,12 @@ class Masked(Experts):
         return self.experts.costs
 
     def forward(self, rows: Float[Tensor, "R D"], counts: Int[Tensor, "E"]) -> Float[Tensor, "R O"]:
-        """Answer, and mask the answers in training."""
-        answers = self.experts(rows, counts)
+        """Run the experts, and mask their outputs in training."""
+        outputs = self.experts(rows, counts)
         if not self.training or self.p == 0:
-            return answers
+            return outputs
         kept = torch.rand(len(rows), 1, device=rows.device) >= self.p
-        return answers * kept / (1 - self.p)
+        return outputs * kept / (1 - self.p)
 
     def extra_repr(self) -> str:
         """The probability."""

@@ -82,7 +82,7 @@ class Weights(nn.Module):
         return (numbers * self.scales[expert].unsqueeze(-1)).flatten(-2)[:, : self.width].to(dtype)
 
     def forward(self, rows: Float[Tensor, "R D"], counts: Int[Tensor, "E"]) -> Float[Tensor, "R O"]:
-        """Map each row by its own expert's matrix, unpacked in turn."""
+        """Multiply each row by its own expert's matrix, unpacked in turn."""
         parts = [
             F.linear(part, self.of(e, rows.dtype), None if self.bias is None else self.bias[e].to(rows.dtype))
             for e, part in enumerate(rows.split(counts.tolist()))

@@ -1,4 +1,4 @@
-"""Losses as plain functions of a routing decision, of a router's weight, or of experts' answers.
+"""Losses as plain functions of a routing decision, of a router's weight, or of expert outputs.
 
 Each is of one layer; average them over layers. Padding is not part of a decision, so it is not part of a loss.
 """

@@ -1,4 +1,4 @@
-"""What a competition teaches: the router to foresee it, the winners to differ (CompeteSMoE v2, arXiv 2505.13380)."""
+"""Losses of a competition: the router learns to predict it, the winners to differ (CompeteSMoE v2, 2505.13380)."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ def distillation(routing: Assignment, winners: float = 0.2, *, standardize: bool
 
 
 def diversity(routing: Assignment) -> Float[Tensor, ""]:
-    """Mean over tokens of the K x K cosines of the winners' answers, the diagonal taken as 0 (CompeteSMoE v2).
+    """Mean over tokens of the K x K cosines of the winners' outputs, the diagonal taken as 0 (CompeteSMoE v2).
 
     The mean is over K² entries as in the authors' code, so at most 1 - 1 / K.
 
     Args:
-        routing: a decision; it is 0 for one that keeps no answers.
+        routing: a decision; it is 0 for one that keeps no expert outputs.
     """
     if routing.expert_outputs is None or routing.choices is None:
         return routing.weight.new_zeros(())

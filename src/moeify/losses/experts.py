@@ -10,19 +10,19 @@ from torch.nn import functional as F
 from moeify.experts import FFN
 
 
-def cosine(answers: Float[Tensor, "T E O"]) -> Float[Tensor, "E E"]:
-    """Mean over tokens of the cosine between two experts' answers to the same token."""
-    unit = F.normalize(answers.float(), dim=-1)
-    return torch.einsum("tio,tjo->ij", unit, unit) / len(answers)
+def cosine(outputs: Float[Tensor, "T E O"]) -> Float[Tensor, "E E"]:
+    """Mean over tokens of the cosine between two experts' outputs for the same token."""
+    unit = F.normalize(outputs.float(), dim=-1)
+    return torch.einsum("tio,tjo->ij", unit, unit) / len(outputs)
 
 
-def linear_cka(answers: Float[Tensor, "T E O"]) -> Float[Tensor, "E E"]:
-    """||Y_i^T Y_j||² / (||Y_i^T Y_i|| ||Y_j^T Y_j||) of answers centred over tokens (Kornblith et al. 2019).
+def linear_cka(outputs: Float[Tensor, "T E O"]) -> Float[Tensor, "E E"]:
+    """||Y_i^T Y_j||² / (||Y_i^T Y_i|| ||Y_j^T Y_j||) of outputs centred over tokens (Kornblith et al. 2019).
 
-    1 for answers that differ by a rotation and a scale, 0 for unrelated ones; SimSMoE (arXiv 2406.15883) penalises it.
+    1 for outputs that differ by a rotation and a scale, 0 for unrelated ones; SimSMoE (arXiv 2406.15883) penalises it.
     It holds E · T² numbers, so a few hundred tokens are enough.
     """
-    y = answers.float() - answers.float().mean(0)
+    y = outputs.float() - outputs.float().mean(0)
     gram = torch.einsum("tio,sio->its", y, y).flatten(1)  # <Y_i Y_i^T, Y_j Y_j^T> = ||Y_i^T Y_j||²
     return F.normalize(gram, dim=-1) @ F.normalize(gram, dim=-1).T
 
@@ -52,7 +52,7 @@ def proxies(weight: Float[Tensor, "E D"]) -> Float[Tensor, "E D"]:
 
 
 def erc(proxies: Float[Tensor, "E D"], experts: FFN, alpha: float = 1.0) -> Float[Tensor, ""]:
-    """Expert-router coupling: expert i answers loudest to router row i, and row i to expert i (ERC, arXiv 2512.23447).
+    """Expert-router coupling (ERC, arXiv 2512.23447): row i of the router activates expert i more than any other pair.
 
         M_ij = |proxy_i W_gate^j|
         L = 1 / E² · Σ_i Σ_{j≠i} max(M_ij - α M_ii, 0) + max(M_ji - α M_ii, 0)
@@ -62,9 +62,9 @@ def erc(proxies: Float[Tensor, "E D"], experts: FFN, alpha: float = 1.0) -> Floa
     Args:
         proxies: router rows, `proxies(router.weight)` in the paper.
         experts: the experts; M is the norm of what they give to their activation, without bias.
-        alpha: how much louder the own expert must be, in [0, 1]: the others stay below α M_ii.
+        alpha: how much larger the norm of the own expert must be, in [0, 1]: the others stay below α M_ii.
     """
-    loudness = torch.einsum("id,jhd->ijh", proxies, experts.activated.float()).norm(dim=-1)
-    own = alpha * loudness.diagonal().unsqueeze(1)  # α M_ii
-    excess = (loudness - own).relu() + (loudness.T - own).relu()
-    return (excess.sum() - excess.trace()) / len(loudness) ** 2
+    norms = torch.einsum("id,jhd->ijh", proxies, experts.activated.float()).norm(dim=-1)
+    own = alpha * norms.diagonal().unsqueeze(1)  # α M_ii
+    excess = (norms - own).relu() + (norms.T - own).relu()
+    return (excess.sum() - excess.trace()) / len(norms) ** 2

@@ -14,7 +14,7 @@ Scope = Literal["batch", "sequence"]
 
 
 def share(routing: Assignment) -> Float[Tensor, "E"]:
-    """f_j: the share of all rows that each expert was asked for, before any capacity limit; sums to 1."""
+    """f_j: the share of all rows that are assigned to each expert, before any capacity limit; sums to 1."""
     return routing.assigned / routing.assigned.sum().clamp_min(1)
 
 
@@ -51,9 +51,9 @@ def balance(routing: Assignment, scope: Scope = "batch", assigned: Num[Tensor, "
         return num_experts * (f * p.mean(0)).sum()
     if routing.choices is None or routing.sequence_id is None or routing.tokens != len(p):
         raise ValueError("balance by sequence needs a decision of its own for every token, with k experts each")
-    asked = torch.zeros_like(p).scatter(1, routing.choices.indices, 1.0)
+    assigned = torch.zeros_like(p).scatter(1, routing.choices.indices, 1.0)
     group = routing.sequence_id.unique(return_inverse=True)[1]
-    by_group = asked.new_zeros(int(group.max()) + 1, num_experts).index_add(0, group, asked)
+    by_group = assigned.new_zeros(int(group.max()) + 1, num_experts).index_add(0, group, assigned)
     f = by_group / by_group.sum(-1, keepdim=True)
     return num_experts * (f[group] * p).sum(-1).mean()
 
@@ -87,7 +87,7 @@ def importance(routing: Assignment) -> Float[Tensor, ""]:
 def load_loss(routing: Assignment) -> Float[Tensor, ""]:
     """CV² of the rows that each expert can expect; 0 for perfect balance (Shazeer et al. 2017, eq. 11).
 
-    A router with noise tells the expected rows, with a gradient; of any other it is the rows asked for, and measures.
+    A router with noise gives the expected rows, with a gradient; of any other it is the assigned rows, without one.
     """
     expected = routing.evidence.expected_load
     return cv_squared(routing.assigned.float() if expected is None else expected)

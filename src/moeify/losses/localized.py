@@ -1,4 +1,4 @@
-"""Balance that tells experts of a sample's type from the others (LoRAMoE)."""
+"""Localized balancing: experts are balanced within the type of a sample, not across types (LoRAMoE)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Losses on what the router computes, whoever is chosen: its size, its entropy."""
+"""Losses on the logits and scores of the router, whichever experts are chosen: z-loss, sparsity, entropies."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def l1(routing: Assignment, k: float) -> Float[Tensor, ""]:
 
 
 def local_entropy(routing: Routing, of: Bool[Tensor, "L"] | None = None) -> Float[Tensor, ""]:
-    """Mean over decisions of H(p_l), in nats: made small, every token is sure of its experts (LIMoE, arXiv 2206.02770).
+    """Mean over decisions of H(p_l), in nats: made small, every token is certain of its experts (LIMoE, 2206.02770).
 
     Args:
         routing: a decision with scores.

@@ -1,4 +1,4 @@
-"""What the router is told to choose."""
+"""A supervised loss for the router: the wanted expert of every image is known (Mobile V-MoE)."""
 
 from __future__ import annotations
 
@@ -20,7 +20,5 @@ def supervision(routing: Routing, target: Int[Tensor, "B"]) -> Float[Tensor, ""]
         ValueError: the decision keeps no logits, or does not know its sequences.
     """
     if routing.logits is None or routing.sequence_id is None:
-        raise ValueError(
-            "only a router that keeps its logits and the sequence of every decision can be told what to do"
-        )
+        raise ValueError("only a router that keeps its logits and the sequence of every decision can be supervised")
     return F.cross_entropy(routing.logits, target.to(routing.logits.device)[routing.sequence_id])

@@ -1,4 +1,4 @@
-"""Every token asks every expert, weighed by a softmax: a dense mixture, for experts as cheap as LoRA (LoRAMoE)."""
+"""Every token goes to every expert, weighted by a softmax: a dense mixture for experts as cheap as LoRA (LoRAMoE)."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class AllExperts(Router):
     Args:
         width: D.
         num_experts: E.
-        key: the name of the model's input that tells the type, of shape (B,) or (B, N).
+        key: the name of the model's input that holds the type, of shape (B,) or (B, N).
         init_std: standard deviation of the normal initialisation of W.
     """
 
@@ -38,7 +38,7 @@ class AllExperts(Router):
         tokens = real_tokens(x, context)
         logits = project(tokens.x, self.weight)
         scores = logits.softmax(-1)
-        index = torch.arange(self.num_experts, device=x.device).expand(len(scores), -1)
+        indices = torch.arange(self.num_experts, device=x.device).expand(len(scores), -1)
         sample_type = tokens.keys(context, self.key) if context.look_up(self.key) is not None else None
         evidence = Evidence(logits=logits, scores=scores, sample_type=sample_type)
-        return tokens.assign(index, scores, self.num_experts, evidence)
+        return tokens.assign(indices, scores, self.num_experts, evidence)

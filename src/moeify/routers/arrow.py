@@ -1,4 +1,4 @@
-"""Arrow: low-rank experts are chosen by what they react to most, which their weights tell without any training."""
+"""Arrow: adapters are chosen by the input direction that each amplifies most, read from its weights, untrained."""
 
 from __future__ import annotations
 
@@ -52,7 +52,8 @@ class Arrow(Router):
         """Take hold of the experts, whose weights are the router."""
         if not hasattr(experts, "lora_A"):
             raise ValueError(
-                f"Arrow reads off low-rank maps A and B where an expert points, and {type(experts).__name__} has none; "
+                f"Arrow reads the direction of an expert from low-rank matrices A and B, and {type(experts).__name__} "
+                "has none; "
                 "use experts=lora, or a router that is trained"
             )
         self._experts = (experts,)
@@ -69,9 +70,9 @@ class Arrow(Router):
         """Route every real token along the prototypes."""
         tokens = real_tokens(x, context)
         logits = project(tokens.x, self.prototypes).abs() / self.temperature
-        best, index = logits.topk(self.k, dim=-1)
+        best, indices = logits.topk(self.k, dim=-1)
         return tokens.assign(
-            index, best.softmax(-1), self.num_experts, Evidence(logits=logits, scores=logits.softmax(-1))
+            indices, best.softmax(-1), self.num_experts, Evidence(logits=logits, scores=logits.softmax(-1))
         )
 
     @property

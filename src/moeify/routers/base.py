@@ -1,4 +1,4 @@
-"""What a router must be: a module that turns tokens into a routing decision."""
+"""The base class of routers, modules that turn tokens into a routing decision, and helpers to write one."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ class Router(nn.Module, ABC):
         return self
 
     def rows_per_token(self, tokens: int | None = None) -> float | None:
-        """Rows that the experts answer per token in evaluation, by which `moeify.flops` counts; None for E.
+        """Rows that the experts compute per token in evaluation, by which `moeify.flops` counts; None for E.
 
         On average where it is known, the most there can be where it is not: by default k, of this router or of the
         first one inside it.
@@ -149,7 +149,7 @@ class Tokens:
         return table, torch.arange(table.shape[1], device=table.device) < sizes.unsqueeze(1)
 
     def keys(self, context: Context, name: str) -> Int[Tensor, "T"]:
-        """What the input `name` of the model, (B, N) or (B,), says of each token or of its sequence.
+        """The value of the model's input `name`, (B, N) or (B,), for each token or for its sequence.
 
         Raises:
             ValueError: the model was not given it, or it fits neither tokens nor sequences.

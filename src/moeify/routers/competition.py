@@ -1,4 +1,4 @@
-"""CompeteSMoE: now and then all experts run, the loudest win, and the router learns to foresee them."""
+"""CompeteSMoE: now and then all experts run, the strongest outputs win, and the router learns to predict them."""
 
 from __future__ import annotations
 
@@ -81,29 +81,29 @@ class Compete(Router):
         self.competes = bool(draw[own] < self.rate and place[own] < self.most)
 
     def forward(self, x: Float[Tensor, "... D"], context: Context) -> Assignment:
-        """Route every real token to k experts: those that win, or those that the router foresees."""
+        """Route every real token to k experts: those that win, or those that the router predicts."""
         tokens = real_tokens(x, context)
         logits = project(tokens.x, self.weight)
         scores = logits.softmax(-1)
         if not (self.training and self.competes):
-            index, gates = best(scores, self.k)
-            return tokens.assign(index, gates, self.num_experts, Evidence(logits=logits, scores=scores))
+            indices, topk_weights = best(scores, self.k)
+            return tokens.assign(indices, topk_weights, self.num_experts, Evidence(logits=logits, scores=scores))
         if not self._experts:
             raise ValueError("this router was never given the experts that compete; put it into a MoE, or attach them")
-        answers = self._experts[0].all_outputs(tokens.x)
-        affinity = F.softplus(answers.float()).mean(-1)  # (T, E)
-        index, gates = best(affinity, self.k)
+        outputs = self._experts[0].all_outputs(tokens.x)
+        affinity = F.softplus(outputs.float()).mean(-1)  # (T, E)
+        indices, topk_weights = best(affinity, self.k)
         evidence = Evidence(logits=logits, scores=scores, affinity=affinity)
-        routing = tokens.assign(index, gates, self.num_experts, evidence)
-        row = index.flatten().argsort(stable=True)  # rows are sorted by expert
-        return replace(routing, expert_outputs=answers[row // self.k, index.flatten()[row]])
+        routing = tokens.assign(indices, topk_weights, self.num_experts, evidence)
+        row = indices.flatten().argsort(stable=True)  # rows are sorted by expert
+        return replace(routing, expert_outputs=outputs[row // self.k, indices.flatten()[row]])
 
     def extra_repr(self) -> str:
         """How many experts, and how often they compete."""
         return f"experts={self.num_experts}, k={self.k}, rate={self.rate}"
 
 
-def best(worth: Float[Tensor, "T E"], k: int) -> tuple[Int[Tensor, "T K"], Float[Tensor, "T K"]]:
-    """The k experts worth most to every token, and their worth divided by its sum."""
-    worth, index = worth.topk(k, dim=-1)
-    return index, worth / worth.sum(-1, keepdim=True)
+def best(score: Float[Tensor, "T E"], k: int) -> tuple[Int[Tensor, "T K"], Float[Tensor, "T K"]]:
+    """The k experts with the highest scores of every token, and these scores divided by their sum."""
+    score, indices = score.topk(k, dim=-1)
+    return indices, score / score.sum(-1, keepdim=True)

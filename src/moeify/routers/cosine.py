@@ -65,5 +65,5 @@ class Cosine(Router):
         logits = cosines / self.log_temperature.float().exp()
         scores = logits.softmax(-1)
         top = scores.topk(self.k, dim=-1)
-        gates = top.values / top.values.sum(-1, keepdim=True) if self.normalize else top.values
-        return tokens.assign(top.indices, gates, self.num_experts, Evidence(logits=logits, scores=scores))
+        topk_weights = top.values / top.values.sum(-1, keepdim=True) if self.normalize else top.values
+        return tokens.assign(top.indices, topk_weights, self.num_experts, Evidence(logits=logits, scores=scores))

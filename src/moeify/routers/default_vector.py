@@ -1,4 +1,4 @@
-"""Default MoE: experts that were not asked are spoken for by the mean of what they said before."""
+"""Default MoE: experts that were not chosen contribute a default output, the moving average of their earlier ones."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from moeify.routing import Assignment, Evidence
 class DefaultVector(Router):
     """y = Σ_{j in top k} p_j E_j(x) + Σ_{other j} p_j Ê_j, with p = softmax(W x) (Default MoE, arXiv 2504.12463).
 
-    Ê_j ← β Ê_j + (1 - β) · mean of E_j's answers in the batch, in training, before it is used; it starts at 0, belongs
+    Ê_j ← β Ê_j + (1 - β) · mean of E_j's outputs in the batch, in training, before it is used; it starts at 0, belongs
     to the router's state, and has no gradient. So the router gets one from every expert. A forward pass that activation
     checkpointing repeats leaves Ê as it is. The experts run inside the router, on all ranks for one common Ê.
 
@@ -60,36 +60,38 @@ class DefaultVector(Router):
         self._experts: tuple[Any, ...] = ()
 
     def attach(self, experts: Any) -> None:
-        """Take hold of the experts whose answers are averaged."""
+        """Take hold of the experts whose outputs are averaged."""
         self._experts = (experts,)
 
     def forward(self, x: Float[Tensor, "... D"], context: Context) -> Assignment:
-        """Route every real token to its k best experts, ask them, and speak for the others."""
+        """Route every real token to its k best experts, run them, and substitute the default output of the others."""
         if not self._experts:
-            raise ValueError("this router was never given the experts that it speaks for; put it into a MoE")
+            raise ValueError("this router was never given the experts that it averages; put it into a MoE")
         tokens = real_tokens(x, context)
         logits = project(tokens.x, self.weight)
         p = logits.softmax(-1)
-        gates, index = p.topk(self.k, dim=-1)
-        routing = tokens.assign(index, gates, self.num_experts, Evidence(logits=logits, scores=p))
-        answers = self._experts[0](routing.dispatch(x), routing.counts)
+        topk_weights, indices = p.topk(self.k, dim=-1)
+        routing = tokens.assign(indices, topk_weights, self.num_experts, Evidence(logits=logits, scores=p))
+        outputs = self._experts[0](routing.dispatch(x), routing.counts)
         if self.training and torch.is_grad_enabled() and not recomputing():
-            self._learn(routing, answers.detach().float())
+            self._learn(routing, outputs.detach().float())
         with torch.autocast(x.device.type, enabled=False):
-            said = p.scatter(-1, index, 0.0) @ self.default.clone()  # a later pass may change the buffer
+            default_output = p.scatter(-1, indices, 0.0) @ self.default.clone()  # a later pass may change the buffer
         if tokens.positions is not None:
-            said = said.new_zeros(math.prod(tokens.shape), said.shape[-1]).index_add(0, tokens.positions, said)
-        return replace(routing, expert_outputs=answers, default_output=said)
+            default_output = default_output.new_zeros(math.prod(tokens.shape), default_output.shape[-1]).index_add(
+                0, tokens.positions, default_output
+            )
+        return replace(routing, expert_outputs=outputs, default_output=default_output)
 
     @torch.no_grad()
-    def _learn(self, routing: Assignment, answers: Float[Tensor, "R O"]) -> None:
-        total = torch.zeros_like(self.default).index_add(0, routing.expert, answers)
+    def _learn(self, routing: Assignment, outputs: Float[Tensor, "R O"]) -> None:
+        total = torch.zeros_like(self.default).index_add(0, routing.expert, outputs)
         rows = routing.counts.to(total.dtype)
         ranks.all_reduce(total)
         ranks.all_reduce(rows)
         mean = total / rows.clamp_min(1).unsqueeze(1)
-        asked = (rows > 0).unsqueeze(1)
-        self.default.copy_(torch.where(asked, self.beta * self.default + (1 - self.beta) * mean, self.default))
+        was_used = (rows > 0).unsqueeze(1)
+        self.default.copy_(torch.where(was_used, self.beta * self.default + (1 - self.beta) * mean, self.default))
 
     def extra_repr(self) -> str:
         """Experts per token, and how slowly the mean follows."""

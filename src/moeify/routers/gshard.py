@@ -53,15 +53,15 @@ class GShard(Router):
         logits = project(tokens.x, self.weight)
         scores = logits.softmax(-1)
         top = scores.topk(2, dim=-1)
-        gates = top.values / (top.values.sum(-1, keepdim=True) + 1e-9)
+        topk_weights = top.values / (top.values.sum(-1, keepdim=True) + 1e-9)
         if not (self.training or self.eval_random):
-            return tokens.assign(top.indices, gates, self.num_experts, Evidence(logits=logits, scores=scores))
-        second = torch.rand_like(gates[:, 1]) < gates[:, 1] / self.threshold
+            return tokens.assign(top.indices, topk_weights, self.num_experts, Evidence(logits=logits, scores=scores))
+        second = torch.rand_like(topk_weights[:, 1]) < topk_weights[:, 1] / self.threshold
         kept = torch.stack([torch.ones_like(second), second], dim=1)
         chosen = torch.zeros_like(scores, dtype=torch.bool).scatter(-1, top.indices, kept)
-        weight = torch.zeros_like(scores).scatter(-1, top.indices, gates)
+        weight = torch.zeros_like(scores).scatter(-1, top.indices, topk_weights)
         return tokens.assign_where(chosen, weight, Evidence(logits=logits, scores=scores))
 
     def rows_per_token(self, tokens: int | None = None) -> float:
-        """Two, as evaluation asks."""
+        """Two, the number in evaluation."""
         return 2

@@ -21,10 +21,10 @@ from moeify.routing import Assignment, Evidence
 
 @register("router", "lookup")
 class Lookup(Router):
-    """The experts that a fixed table has for what the context says of a token or of its sequence.
+    """The experts that a fixed table lists for a key of each token or of its sequence.
 
     Hash layers (arXiv 2106.04426) look up the token id with weight 1; DeepSeek-V4's hash layers learn the weights of
-    the looked-up experts; task, cluster and modality routing look up what their data says.
+    the looked-up experts; task, cluster and modality routing look up a column of their data.
 
     Args:
         width: D.
@@ -62,15 +62,15 @@ class Lookup(Router):
     def forward(self, x: Float[Tensor, "... D"], context: Context) -> Assignment:
         """Route every real token to the experts of its key."""
         tokens = real_tokens(x, context)
-        index = self.table[tokens.keys(context, self.key) % len(self.table)]  # (T, k)
+        indices = self.table[tokens.keys(context, self.key) % len(self.table)]  # (T, k)
         if self.weight is None:
-            gates = torch.full(index.shape, 1 / self.k, device=x.device)
-            return tokens.assign(index, gates, self.num_experts)
+            topk_weights = torch.full(indices.shape, 1 / self.k, device=x.device)
+            return tokens.assign(indices, topk_weights, self.num_experts)
         logits = project(tokens.x, self.weight)
         scores = nn.functional.softplus(logits).sqrt()
-        gates = scores.gather(-1, index)
-        gates = gates / gates.sum(-1, keepdim=True)
-        return tokens.assign(index, gates, self.num_experts, Evidence(logits=logits, scores=scores))
+        topk_weights = scores.gather(-1, indices)
+        topk_weights = topk_weights / topk_weights.sum(-1, keepdim=True)
+        return tokens.assign(indices, topk_weights, self.num_experts, Evidence(logits=logits, scores=scores))
 
 
 def balanced_table(size: int, num_experts: int, k: int) -> Int[Tensor, "size k"]:
@@ -84,9 +84,9 @@ def balanced_table(size: int, num_experts: int, k: int) -> Int[Tensor, "size k"]
 
 def columns(model: nn.Module) -> set[str]:
     """What the routers of a model look up, each by the name in its attribute `key`, and no forward in it takes."""
-    asked = {str(part.key) for part in model.modules() if isinstance(part, Router) and hasattr(part, "key")}
-    kinds = {type(module) for module in model.modules()} if asked else set()
-    return asked - {name for kind in kinds for name in inspect.signature(kind.forward).parameters}
+    wanted = {str(part.key) for part in model.modules() if isinstance(part, Router) and hasattr(part, "key")}
+    kinds = {type(module) for module in model.modules()} if wanted else set()
+    return wanted - {name for kind in kinds for name in inspect.signature(kind.forward).parameters}
 
 
 @contextmanager

@@ -25,14 +25,14 @@ class Cluster(Router):
         i = argmax p,  G = p_i
         y = G · E_i(x) + (1 - G) · U(x)          U the last expert
 
-    One decision per sample, whatever its tokens are; the context tells the cluster. The more certain the decision, the
-    less the universal expert is asked.
+    One decision per sample, whatever its tokens are; the context holds the cluster. The more certain the decision, the
+    less the universal expert weighs.
 
     Args:
         width: D; the decision does not look at the tokens.
         num_experts: E, the universal one included.
         clusters: entries of the table.
-        key: the name of the model's input that tells the cluster, of shape (B,), or (B, N) where samples are packed.
+        key: the name of the model's input that holds the cluster, of shape (B,), or (B, N) where samples are packed.
         temperature: τ.
         noise: σ.
         universal: whether the last expert is universal; without it y = G · E_i(x).
@@ -81,14 +81,14 @@ class Cluster(Router):
         logits = project(self.embedding(cluster), self.weight)
         p = (self._disturbed(logits) / self.temperature).softmax(-1)
         certainty, expert = p.max(-1)
-        index, gates = [expert], [certainty if self.gate == "once" else certainty.square()]
+        indices, topk_weights = [expert], [certainty if self.gate == "once" else certainty.square()]
         if self.universal:
-            index.append(torch.full_like(expert, self.num_experts - 1))
-            gates.append(1 - certainty)
+            indices.append(torch.full_like(expert, self.num_experts - 1))
+            topk_weights.append(1 - certainty)
             logits, p = F.pad(logits, (0, 1), value=torch.finfo(p.dtype).min), F.pad(p, (0, 1))  # nobody chooses it
-        index, gates = torch.stack(index, dim=-1)[which], torch.stack(gates, dim=-1)[which]
+        indices, topk_weights = torch.stack(indices, dim=-1)[which], torch.stack(topk_weights, dim=-1)[which]
         evidence = Evidence(logits=logits, scores=p, sequence_id=sequence_id)
-        return tokens.assign(index, gates, self.num_experts, evidence)
+        return tokens.assign(indices, topk_weights, self.num_experts, evidence)
 
     def _disturbed(self, logits: Float[Tensor, "L E"]) -> Float[Tensor, "L E"]:
         return logits + self.noise * torch.randn_like(logits) if self.training else logits
@@ -101,6 +101,6 @@ class Cluster(Router):
             )
 
     def extra_repr(self) -> str:
-        """Who is there, and how sure the choice is made."""
+        """The experts, the clusters and the settings of the choice."""
         experts = f"{self.num_experts - self.universal}{' + 1 universal' * self.universal}"
         return f"experts={experts}, clusters={self.clusters}, temperature={self.temperature}, gate={self.gate!r}"

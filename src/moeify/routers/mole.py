@@ -1,4 +1,4 @@
-"""MoLE: a gate that reads what the experts answer, to compose adapters that are trained already."""
+"""MoLE: a gate that reads the outputs of all experts, to compose adapters that are trained already."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from moeify.routing import Assignment, Evidence
 
 @register("router", "mole")
 class MoLE(Router):
-    """Every expert answers, and a learned gate looks at all answers to weigh them (arXiv 2404.13628, eqs. 9-12).
+    """All experts run, and a learned gate reads all outputs to weight them (arXiv 2404.13628, eqs. 9-12).
 
         a = normalised(E_1(x) ⊕ ... ⊕ E_E(x))      side by side, mean 0 and variance 1
         ε = W a
         g = softmax(ε / τ);  y = Σ_j g_j E_j(x)     W and τ are learned
 
-    The paper flattens the answers to all tokens of an input of fixed length; here every token is gated by itself, as
-    language needs. The decision keeps the answers, so that the experts do not run again.
+    The paper flattens the outputs for all tokens of an input of fixed length; here every token is gated by itself, as
+    language needs. The decision keeps the outputs, so that the experts do not run again.
 
     Args:
         width: D.
@@ -52,30 +52,30 @@ class MoLE(Router):
         self._experts: tuple[Any, ...] = ()
 
     def attach(self, experts: Any) -> None:
-        """Take hold of the experts, and make W as wide as their answers."""
+        """Take hold of the experts, and make W as wide as their outputs."""
         self._experts = (experts,)
         like = next(experts.parameters(), self.log_temperature)
         with torch.no_grad():
-            answers = experts.all_outputs(torch.zeros(1, self.width, dtype=like.dtype, device=like.device))
-        if self.weight is None or self.weight.shape[1] != answers.numel():
-            weight = torch.randn(self.num_experts, answers.numel(), device=like.device) * self.init_std
+            outputs = experts.all_outputs(torch.zeros(1, self.width, dtype=like.dtype, device=like.device))
+        if self.weight is None or self.weight.shape[1] != outputs.numel():
+            weight = torch.randn(self.num_experts, outputs.numel(), device=like.device) * self.init_std
             self.weight = nn.Parameter(weight.to(like.dtype))
 
     def forward(self, x: Float[Tensor, "... D"], context: Context) -> Assignment:
-        """Ask all experts about every real token, and weigh what they say."""
+        """Run all experts on every real token, and weight their outputs."""
         if self.weight is None:
             raise ValueError(
                 "this router was never given the experts that it weighs; put it into a MoE, or attach them"
             )
         tokens = real_tokens(x, context)
-        answers = self._experts[0].all_outputs(tokens.x)  # (T, E, O)
-        seen = F.layer_norm(answers.float().flatten(1), self.weight.shape[1:])
+        outputs = self._experts[0].all_outputs(tokens.x)  # (T, E, O)
+        seen = F.layer_norm(outputs.float().flatten(1), self.weight.shape[1:])
         logits = project(seen, self.weight) / self.log_temperature.float().exp()
         scores = logits.softmax(-1)
-        index = torch.arange(self.num_experts, device=x.device).expand(len(scores), -1)
-        routing = tokens.assign(index, scores, self.num_experts, Evidence(logits=logits, scores=scores))
-        return replace(routing, expert_outputs=answers.transpose(0, 1).flatten(0, 1))  # rows are sorted by expert
+        indices = torch.arange(self.num_experts, device=x.device).expand(len(scores), -1)
+        routing = tokens.assign(indices, scores, self.num_experts, Evidence(logits=logits, scores=scores))
+        return replace(routing, expert_outputs=outputs.transpose(0, 1).flatten(0, 1))  # rows are sorted by expert
 
     def extra_repr(self) -> str:
-        """How many answers it weighs."""
+        """How many experts it weights."""
         return f"experts={self.num_experts}"

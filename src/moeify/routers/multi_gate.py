@@ -1,4 +1,4 @@
-"""Several gates over the same experts: one read-out per task, and every expert runs once."""
+"""Multi-gate routing: one gate per task over the same experts, each of which runs once (MMoE, PLE)."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class MultiGate(Router):
 
         g_k = softmax(W_k x) over the experts that gate k sees;  y_k = Σ_j g_kj f_j(x)
 
-    The layer's answer is (..., G, O). Every decision of every gate is one of the L decisions that losses see.
+    The layer's output is (..., G, O). Every decision of every gate is one of the L decisions that losses see.
 
     Args:
         width: D.
@@ -46,8 +46,8 @@ class MultiGate(Router):
         tokens = real_tokens(x, context)
         logits = gate_logits(tokens, self.weight, self.sees)
         scores = logits.softmax(-1)
-        index = torch.arange(self.num_experts, device=x.device).expand(len(scores), -1)
-        return tokens.assign(index, scores.mT, self.num_experts, decisions(tokens, logits, scores))
+        indices = torch.arange(self.num_experts, device=x.device).expand(len(scores), -1)
+        return tokens.assign(indices, scores.mT, self.num_experts, decisions(tokens, logits, scores))
 
     def extra_repr(self) -> str:
         """Who sees what."""
@@ -56,7 +56,7 @@ class MultiGate(Router):
 
 @register("router", "sparse_multi_gate")
 class SparseMultiGate(Router):
-    """G gates of up to k experts each, which together ask at most `union` experts per token.
+    """G gates of up to k experts each, which together choose at most `union` experts per token.
 
     Without the bound the gates of many tasks make nearly every expert run. The union takes every gate's first choice,
     then the experts with the largest weights summed over the gates that chose them; each gate's weights are its
@@ -90,7 +90,7 @@ class SparseMultiGate(Router):
 
     @property
     def k(self) -> int:
-        """Experts that one token asks at most, of all gates together."""
+        """The most experts that all gates of one token choose together."""
         return min(self.union, self.gates * self.per_gate)
 
     def forward(self, x: Float[Tensor, "... D"], context: Context) -> Assignment:
@@ -98,19 +98,19 @@ class SparseMultiGate(Router):
         tokens = real_tokens(x, context)
         logits = gate_logits(tokens, self.weight, self.sees)
         scores = logits.softmax(-1)
-        asked = among(scores, self.per_gate)
-        kept = self._united(scores.detach() * asked, among(scores, 1).any(1))
-        weight = scores * (asked & kept.unsqueeze(1))  # (T, G, E)
+        chosen_by_gate = among(scores, self.per_gate)
+        kept = self._united(scores.detach() * chosen_by_gate, among(scores, 1).any(1))
+        weight = scores * (chosen_by_gate & kept.unsqueeze(1))  # (T, G, E)
         weight = weight / weight.sum(-1, keepdim=True)
-        chosen = (asked & kept.unsqueeze(1)).any(1)
+        chosen = (chosen_by_gate & kept.unsqueeze(1)).any(1)
         return tokens.assign_where(chosen, weight.mT, decisions(tokens, logits, scores))
 
-    def _united(self, asked: Float[Tensor, "T G E"], first: Bool[Tensor, "T E"]) -> Bool[Tensor, "T E"]:
+    def _united(self, chosen_by_gate: Float[Tensor, "T G E"], first: Bool[Tensor, "T E"]) -> Bool[Tensor, "T E"]:
         """The experts of the union; a sum over gates is at most G, so first choices come before all others."""
-        return among(asked.sum(1) + (self.gates + 1) * first, self.union)
+        return among(chosen_by_gate.sum(1) + (self.gates + 1) * first, self.union)
 
     def extra_repr(self) -> str:
-        """How many experts each gate, and all of them, may ask."""
+        """How many experts each gate, and all of them together, may choose."""
         return f"experts={self.num_experts}, gates={self.gates}, per_gate={self.per_gate}, union={self.union}"
 
 
@@ -131,7 +131,7 @@ def visible(num_experts: int, gates: int, private: int) -> Bool[Tensor, "G E"]:
 
 
 def xavier(gates: int, num_experts: int, width: int) -> nn.Parameter:
-    """(G, E, D), each gate drawn as a linear map of its own (Xavier)."""
+    """(G, E, D), each gate drawn as a linear layer of its own (Xavier)."""
     bound = math.sqrt(6 / (width + num_experts))
     return nn.Parameter(torch.empty(gates, num_experts, width).uniform_(-bound, bound))
 

@@ -1,6 +1,6 @@
-"""Against overfitting, around any router: final outputs are masked, or a dense expert takes over (NLLB).
+"""Regularisation around any router: final output masking, and a gate between a dense expert and the others (NLLB).
 
-The masks of single experts' answers are `moeify.experts.Masked`.
+`moeify.experts.Masked` masks the outputs of single experts.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class FinalMask(Router):
     """Drops everything that a token gets from its experts with probability p, and scales it by 1 / (1 - p) otherwise.
 
     Final output masking (NLLB, arXiv 2207.04672): to mask Σ_j g_j E_j(x) is to mask the g_j, so a masked token has
-    no rows, and they cost nothing. In training only. What the inner router asked for stays in `assigned`,
+    no rows, and they cost nothing. In training only. What the inner router chose stays in `assigned`,
     `choices` and `scores`, by which losses and controllers go.
 
     Args:
@@ -68,7 +68,7 @@ class FinalMask(Router):
 class Conditional(Router):
     """y = (1 - G(x)) · E_E(x) + G(x) · Σ_{j<E} g_j E_j(x), G(x) = sigmoid(w·x + b) (conditional MoE routing, NLLB).
 
-    The last expert is the dense one: every token asks it, and the inner router chooses among the others. As in the
+    The last expert is the dense one: every token goes to it, and the inner router chooses among the others. As in the
     authors' code (fairseq, branch nllb), a G that is dropped leaves the dense expert alone, and others are scaled up,
     even beyond 1. `moeify.losses.budget` holds the mean of G where it is wanted.
 
@@ -88,7 +88,7 @@ class Conditional(Router):
         _check(p)
         if any(part._buffers.get("selection_bias") is not None for part in router.modules()):
             raise ValueError(
-                "a selection bias is moved by the loads of all experts, and here one of them is asked by every token; "
+                "a selection bias is moved by the loads of all experts, and here every token goes to one of them; "
                 "balance by a loss instead, with selection_bias=False"
             )
         self.router, self.p = router, p

@@ -67,9 +67,9 @@ class NoisyTopK(Router):
         noisy, load = self._disturb(clean, tokens.x) if self.training else (clean, None)
         scores = noisy.softmax(-1)
         top = noisy.topk(self.k, dim=-1)
-        gates = top.values.softmax(-1) if self.order == "select" else scores.gather(-1, top.indices)
+        topk_weights = top.values.softmax(-1) if self.order == "select" else scores.gather(-1, top.indices)
         evidence = Evidence(logits=clean, scores=scores, expected_load=load)
-        return tokens.assign(top.indices, gates, self.num_experts, evidence)
+        return tokens.assign(top.indices, topk_weights, self.num_experts, evidence)
 
     def _disturb(
         self, clean: Float[Tensor, "T E"], tokens: Float[Tensor, "T D"]

@@ -1,4 +1,4 @@
-"""PHATGOOSE: adapters of different people, each with a gate that was trained after it and without the others."""
+"""PHATGOOSE: independently trained adapters, each with a gate that was trained after it and without the others."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from moeify.routing import Assignment, Evidence
 
 @register("router", "phatgoose")
 class Phatgoose(Router):
-    """The k experts whose gates lie nearest to the token, token by token and map by map (arXiv 2402.05859).
+    """The k experts whose gates lie nearest to the token, token by token and layer by layer (arXiv 2402.05859).
 
         z_j = v̂_j · û / √D          û, v̂_j: mean 0 and variance 1 over the width
         s   = softmax(z);  i = topk(s, k);  w = s[i] / Σ s[i]
@@ -49,9 +49,9 @@ class Phatgoose(Router):
         """Route every real token by standardised products."""
         tokens = real_tokens(x, context)
         logits = project(_standardised(tokens.x), _standardised(self.weight)) / x.shape[-1] ** 0.5
-        best, index = logits.topk(self.k, dim=-1)  # softmax of the kept is the softmax of all, renormalised
+        best, indices = logits.topk(self.k, dim=-1)  # softmax of the kept is the softmax of all, renormalised
         return tokens.assign(
-            index, best.softmax(-1), self.num_experts, Evidence(logits=logits, scores=logits.softmax(-1))
+            indices, best.softmax(-1), self.num_experts, Evidence(logits=logits, scores=logits.softmax(-1))
         )
 
     def extra_repr(self) -> str:

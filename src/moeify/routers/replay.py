@@ -76,11 +76,11 @@ class Replay(Router):
         assert decision.rank is not None
         tokens = real_tokens(x, context)
         logits, scores, *_ = self.router.decide(tokens.x)
-        gates = self.router.weigh(scores, decision.choices.indices)
+        topk_weights = self.router.weigh(scores, decision.choices.indices)
         token = decision.source if tokens.positions is None else torch.searchsorted(tokens.positions, decision.source)
         return replace(
             decision,
-            weight=gates[token, decision.rank],
-            choices=replace(decision.choices, weights=gates),
+            weight=topk_weights[token, decision.rank],
+            choices=replace(decision.choices, weights=topk_weights),
             evidence=replace(decision.evidence, logits=logits, scores=scores),
         )

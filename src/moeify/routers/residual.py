@@ -19,35 +19,42 @@ class Residual(Router):
 
     `sparsify` links the layers of a stack; the first has no W_res. The gradient flows on into the earlier routers.
 
-    As in the authors' code (SkyworkAI/MoE-plus-plus), the weight of an expert that answers nothing is taken away before
-    the others are normalised, and the map of x may be W tanh(V x).
+    As in the authors' code (SkyworkAI/MoE-plus-plus), the weight of a zero expert is removed before
+    the others are normalised, and the projection of x may be W tanh(V x).
 
     Args:
         width: D.
         num_experts: E.
         k: experts per token.
-        silent: how many experts, the last ones, answer nothing; their weights become 0.
-        hidden: rows of V; 0 for a map without it. The authors take 8 E.
+        zero_experts: how many experts, the last ones, have a zero output; their weights become 0.
+        hidden: rows of V; 0 for a projection without it. The authors take 8 E.
         init_std: standard deviation of the initialisation of W, V and W_res.
 
     Raises:
-        ValueError: k outside 2..E; no expert that answers; in `forward`, if the layer before has not decided yet, or
-            for other tokens.
+        ValueError: k outside 2..E; no expert beside zero experts; in `forward`, if the layer before has not decided,
+            or for other tokens.
     """
 
     settable_k = True
 
     def __init__(
-        self, width: int, num_experts: int, *, k: int = 2, silent: int = 0, hidden: int = 0, init_std: float = 0.02
+        self,
+        width: int,
+        num_experts: int,
+        *,
+        k: int = 2,
+        zero_experts: int = 0,
+        hidden: int = 0,
+        init_std: float = 0.02,
     ) -> None:
         super().__init__()
         check_k(k, num_experts, normalize=True)
-        if not 0 <= silent < num_experts:
+        if not 0 <= zero_experts < num_experts:
             raise ValueError(
-                f"silent={silent} of {num_experts} experts leaves none that answers; choose 0 <= silent < E"
+                f"zero_experts={zero_experts} of {num_experts} leaves no other expert; choose 0 <= zero_experts < E"
             )
-        self.num_experts, self.k, self.silent, self.init_std = num_experts, k, silent, init_std
-        self.weights_sum_to_one = silent < k
+        self.num_experts, self.k, self.zero_experts, self.init_std = num_experts, k, zero_experts, init_std
+        self.weights_sum_to_one = zero_experts < k
         self.weight = nn.Parameter(torch.randn(num_experts, hidden or width) * init_std)
         self.hidden = nn.Parameter(torch.randn(hidden, width) * init_std) if hidden else None
         self.register_parameter("residual", None)
@@ -69,11 +76,11 @@ class Residual(Router):
         for previous in self._previous:
             logits = logits + project(self._logits(previous, context, len(tokens.x)), self.residual)
         scores = logits.softmax(-1)
-        gates, index = scores.topk(self.k, dim=-1)
-        gates = gates.masked_fill(index >= self.num_experts - self.silent, 0.0)
-        gates = gates / gates.sum(-1, keepdim=True).clamp_min(torch.finfo(gates.dtype).tiny)
+        topk_weights, indices = scores.topk(self.k, dim=-1)
+        topk_weights = topk_weights.masked_fill(indices >= self.num_experts - self.zero_experts, 0.0)
+        topk_weights = topk_weights / topk_weights.sum(-1, keepdim=True).clamp_min(torch.finfo(topk_weights.dtype).tiny)
         context.call.decisions[self] = routing = tokens.assign(
-            index, gates, self.num_experts, Evidence(logits=logits, scores=scores)
+            indices, topk_weights, self.num_experts, Evidence(logits=logits, scores=scores)
         )
         return routing
 

@@ -1,4 +1,4 @@
-"""Routing by likeness: how near the mean of a sequence lies to what each expert was trained on."""
+"""Routing by similarity between a sequence and a centroid of each expert's training data."""
 
 from __future__ import annotations
 
@@ -70,10 +70,10 @@ class Similarity(Router):
                 0, which, units
             )  # the length of a sum says nothing
         logits = project(F.normalize(units, dim=-1), F.normalize(self.centroids, dim=-1)) / self.temperature
-        best, index = logits.topk(self.k, dim=-1)
+        best, indices = logits.topk(self.k, dim=-1)
         evidence = Evidence(logits=logits, scores=logits.softmax(-1), sequence_id=ids)
-        return tokens.assign(index[which], best.softmax(-1)[which], self.num_experts, evidence)
+        return tokens.assign(indices[which], best.softmax(-1)[which], self.num_experts, evidence)
 
     def extra_repr(self) -> str:
-        """For whom it decides, and how sharply."""
+        """The settings of the choice."""
         return f"experts={self.num_experts}, k={self.k}, temperature={self.temperature}, per={self.per!r}"

@@ -50,8 +50,10 @@ class Sinkhorn(Router):
         logits = project(tokens.x, self.weight)
         scores = logits.sigmoid() if self.k == 1 else logits.softmax(-1)
         choice = plan(logits.detach(), self.tolerance) if self.training else logits
-        index = choice.topk(self.k, dim=-1).indices
-        return tokens.assign(index, scores.gather(-1, index), self.num_experts, Evidence(logits=logits, scores=scores))
+        indices = choice.topk(self.k, dim=-1).indices
+        return tokens.assign(
+            indices, scores.gather(-1, indices), self.num_experts, Evidence(logits=logits, scores=scores)
+        )
 
 
 def plan(logits: Float[Tensor, "T E"], tolerance: float, iterations: int = 1000) -> Float[Tensor, "T E"]:

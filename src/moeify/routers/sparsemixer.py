@@ -53,15 +53,15 @@ class SparseMixer(Router):
         tokens = real_tokens(x, context)
         logits = project(tokens.x, self.weight)
         drawn = torch.zeros_like(logits, dtype=torch.bool)
-        index, gates = [], []
+        indices, topk_weights = [], []
         for _ in range(self.k):
             expert, gate = self.draw(logits, drawn)
             drawn = drawn.scatter(-1, expert, True)
-            index.append(expert)
-            gates.append(gate)
+            indices.append(expert)
+            topk_weights.append(gate)
         return tokens.assign(
-            torch.cat(index, -1),
-            torch.cat(gates, -1),
+            torch.cat(indices, -1),
+            torch.cat(topk_weights, -1),
             self.num_experts,
             Evidence(logits=logits, scores=logits.softmax(-1)),
         )

@@ -58,7 +58,7 @@ class TokenRounding(Router):
 
     In evaluation tokens choose as they do without it, as in the paper. Rows that are dropped leave the other weights of
     their token as they are; rows that are added weigh the score of the router, as in the authors' code
-    (Dao-AILab/sonic-moe). What the inner router asked for stays in `assigned` and `choices`, by which losses and
+    (Dao-AILab/sonic-moe). What the inner router chose stays in `assigned` and `choices`, by which losses and
     controllers go. An expert cannot read more tokens than there are: where the next tile would, rows are dropped.
 
     Args:
@@ -69,7 +69,7 @@ class TokenRounding(Router):
 
     Raises:
         ValueError: a tile of less than one row; in `forward`, a decision that does not score all experts for every
-            token, has several weights per row, or speaks for experts that were not asked.
+            token, has several weights per row, or brings default outputs.
     """
 
     causal = False
@@ -116,9 +116,9 @@ class TokenRounding(Router):
         return f"tile={self.tile}, rounding={self.rounding.__name__}"
 
 
-def _best(chose: Bool[Tensor, "T E"], worth: Float[Tensor, "T E"], counts: Int[Tensor, "E"]) -> Bool[Tensor, "T E"]:
-    """The `counts` best tokens of every expert: first those that chose it, then the others, each by their worth."""
-    tokens = worth.argsort(dim=0, descending=True, stable=True)
+def _best(chose: Bool[Tensor, "T E"], score: Float[Tensor, "T E"], counts: Int[Tensor, "E"]) -> Bool[Tensor, "T E"]:
+    """The `counts` best tokens of every expert: first those that chose it, then the others, each by score."""
+    tokens = score.argsort(dim=0, descending=True, stable=True)
     tokens = tokens.gather(0, chose.gather(0, tokens).byte().argsort(dim=0, descending=True, stable=True))
     place = torch.arange(len(tokens), device=tokens.device).unsqueeze(1)
     return torch.zeros_like(chose).scatter(0, tokens, place < counts)
@@ -129,10 +129,12 @@ def _check(routing: Assignment) -> None:
         raise ValueError(f"token rounding needs one weight per row, and this router gave {routing.weight[0].numel()}")
     if routing.scores is None or len(routing.scores) != routing.tokens:
         raise ValueError(
-            "token rounding needs a router that scores all experts for every token, to know whom else to ask"
+            "token rounding needs a router that scores all experts for every token, to know which tokens to add"
         )
     if routing.default_output is not None:
-        raise ValueError("token rounding changes which experts are asked, and this router also speaks for the others")
+        raise ValueError(
+            "token rounding changes which experts run, and this router substitutes a default output for the others"
+        )
 
 
 @register("router", "token_rounding")

@@ -54,7 +54,7 @@ class ExpertGroups:
     Attributes:
         count: number of groups; the experts of a group lie side by side.
         keep: groups that a token may use.
-        reduce: a group is worth its best expert (`max`, V2) or its two best (`top2`, V3).
+        reduce: a group scores as its best expert (`max`, V2) or the sum of its two best (`top2`, V3).
         fill: what the other groups' experts score: -inf, so that they cannot be chosen.
     """
 
@@ -67,8 +67,8 @@ class ExpertGroups:
         """Fill the scores of the experts in all but each token's best groups."""
         by_group = choice.unflatten(-1, (self.count, -1))  # (T, count, E / count)
         best = 1 if self.reduce == "max" else min(2, by_group.shape[-1])
-        worth = by_group.topk(best, dim=-1).values.sum(-1)
-        kept = torch.zeros_like(worth, dtype=torch.bool).scatter(-1, worth.topk(self.keep, dim=-1).indices, True)
+        score = by_group.topk(best, dim=-1).values.sum(-1)
+        kept = torch.zeros_like(score, dtype=torch.bool).scatter(-1, score.topk(self.keep, dim=-1).indices, True)
         return by_group.masked_fill(~kept.unsqueeze(-1), self.fill).flatten(-2)
 
 
@@ -137,12 +137,12 @@ class TopK(Router):
         """Route every real token, or every group of tokens, to its k best experts."""
         tokens = real_tokens(x, context)
         if self.per == "token":
-            logits, scores, index, gates = self.decide(tokens.x)
-            return tokens.assign(index, gates, self.num_experts, Evidence(logits=logits, scores=scores))
+            logits, scores, indices, topk_weights = self.decide(tokens.x)
+            return tokens.assign(indices, topk_weights, self.num_experts, Evidence(logits=logits, scores=scores))
         ids, sequence = tokens.sequence_id.unique(return_inverse=True)
-        logits, scores, index, gates = self.decide(_mean(tokens.x.float(), sequence, len(ids)))
+        logits, scores, indices, topk_weights = self.decide(_mean(tokens.x.float(), sequence, len(ids)))
         evidence = Evidence(logits=logits, scores=scores, sequence_id=ids)
-        return tokens.assign(index[sequence], gates[sequence], self.num_experts, evidence)
+        return tokens.assign(indices[sequence], topk_weights[sequence], self.num_experts, evidence)
 
     def decide(
         self, units: Float[Tensor, "L D"]
@@ -161,15 +161,15 @@ class TopK(Router):
             choice = choice + self.selection_bias
         if self.expert_groups is not None:
             choice = self.expert_groups(choice)
-        index = choice.topk(self.k, dim=-1).indices
-        return index, self.weigh(scores, index)
+        indices = choice.topk(self.k, dim=-1).indices
+        return indices, self.weigh(scores, indices)
 
-    def weigh(self, scores: Float[Tensor, "T E"], index: Int[Tensor, "T K"]) -> Float[Tensor, "T K"]:
+    def weigh(self, scores: Float[Tensor, "T E"], indices: Int[Tensor, "T K"]) -> Float[Tensor, "T K"]:
         """The weights of chosen experts."""
-        gates = scores.gather(-1, index)
+        topk_weights = scores.gather(-1, indices)
         if self.normalize:
-            gates = gates / (gates.sum(-1, keepdim=True) + 1e-20)
-        return gates * self.scale
+            topk_weights = topk_weights / (topk_weights.sum(-1, keepdim=True) + 1e-20)
+        return topk_weights * self.scale
 
     def _jittered(self, tokens: Float[Tensor, "T D"]) -> Float[Tensor, "T D"]:
         if not self.training or self.jitter == 0.0:

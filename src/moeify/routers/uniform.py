@@ -41,8 +41,8 @@ class Uniform(Router):
     def forward(self, x: Float[Tensor, "... D"], context: Context) -> Assignment:
         """Give every real token to all experts."""
         tokens = real_tokens(x, context)
-        index = torch.arange(self.num_experts, device=x.device).expand(len(tokens.x), -1)
-        return tokens.assign(index, self.weights.expand(len(tokens.x), -1), self.num_experts)
+        indices = torch.arange(self.num_experts, device=x.device).expand(len(tokens.x), -1)
+        return tokens.assign(indices, self.weights.expand(len(tokens.x), -1), self.num_experts)
 
     def extra_repr(self) -> str:
         """The weights."""

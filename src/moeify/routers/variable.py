@@ -1,4 +1,4 @@
-"""As many experts as a token needs: by accumulated probability, by a threshold, or by gates that may be zero."""
+"""A variable number of experts per token: top-p, a threshold, or ReLU gates."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ class Threshold(Router):
 class ReLU(Router):
     """ReMoE: g = relu(x W); an expert runs where its gate is positive (arXiv 2412.14711, eq. 5).
 
-    Differentiable everywhere; how many experts run is steered by `moeify.losses.l1`, whose weight
+    Differentiable everywhere; how many experts run is controlled by `moeify.losses.l1`, whose weight
     `moeify.balance.SparsityTarget` adapts.
 
     Args:

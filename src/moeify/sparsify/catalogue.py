@@ -305,7 +305,7 @@ catalogue: dict[str, Entry] = {
         "FFN, constant, copy and zero experts; gating residuals",
         "arXiv 2410.07348",
         None,
-        Recipe(num_experts=12, router=partial(Residual, k=2, silent=1, hidden=96), experts=with_free),
+        Recipe(num_experts=12, router=partial(Residual, k=2, zero_experts=1, hidden=96), experts=with_free),
     ),
     "mobile_vmoe": Entry(
         "one decision per image for the last two layers",
