@@ -52,7 +52,7 @@ class Bias:
     @property
     def grouped(self) -> bool:
         """Whether a token may use the experts of some groups only; native routers say so in numbers."""
-        groups = getattr(self.owner, "expert_groups", None)
+        groups: Any = getattr(self.owner, "expert_groups", None)
         count, keep = (groups.count, groups.keep) if groups else (getattr(self.owner, g, 1) for g in EXPERT_GROUPS)
         return keep < count
 

@@ -155,7 +155,7 @@ def _faults(source: Source, model: nn.Module) -> Iterator[str]:
                 )
         if len(given) > 1 and not _equal(source, given):
             yield f"{' and '.join(given)} differ there and are tied in the others; tie them, or untie all models"
-    ignored = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
+    ignored: Any = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
     known = {name for names in own for name in names}
     for name in source.shapes:
         if name not in known and not any(re.search(pattern, name) for pattern in ignored):

@@ -67,7 +67,7 @@ def plan(logits: Float[Tensor, "T E"], tolerance: float, iterations: int = 1000)
         iterations: of turns at most; each brings the rows closer, and the columns are exact after each.
     """
     tokens, experts = logits.shape
-    g = torch.zeros_like(logits[0])
+    f, g = torch.zeros_like(logits[:, :1]), torch.zeros_like(logits[0])
     for _ in range(iterations):
         f = -(logits + g).logsumexp(1, keepdim=True) - math.log(tokens)
         before, g = g, -(logits + f).logsumexp(0) - math.log(experts)

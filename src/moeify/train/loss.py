@@ -191,7 +191,7 @@ def _names(decisions: Decisions) -> str:
 
 def silence_own_loss(model: nn.Module) -> bool:
     """Turn off the balance loss that transformers adds to the loss of its MoE models: it grows with accumulation."""
-    configs = {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}
+    configs: dict[int, Any] = {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}
     on = [config for config in configs.values() if getattr(config, "output_router_logits", False)]
     for config in on:
         config.output_router_logits = False

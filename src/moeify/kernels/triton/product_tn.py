@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -132,7 +134,7 @@ def _column_sums(
 
 
 @triton.jit
-def rows_of(expert, counts, EXPERTS: tl.constexpr):
+def rows_of(expert, counts, EXPERTS: tl.constexpr) -> tuple[Any, Any]:
     """The first row of an expert, and the end of its rows."""
     e = tl.arange(0, EXPERTS)
     first = tl.sum(tl.load(counts + e, mask=e < expert, other=0).to(tl.int32), 0)

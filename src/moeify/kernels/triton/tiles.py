@@ -7,6 +7,8 @@ nothing. Nothing waits for the device, and a CUDA graph captured once serves all
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -56,8 +58,13 @@ def _tile_table(counts, table, E, tiles, BLOCK: tl.constexpr, TILES: tl.constexp
         rows_before = tl.sum(tl.where(before, count[None, :], 0), 1)
         first += rows_before + tl.sum(tl.where(mine, (tile[:, None] - starts[None, :]) * BLOCK, 0), 1)
         end += rows_before + tl.sum(tl.where(mine, count[None, :], 0), 1)
-        total += tl.sum((count + BLOCK - 1) // BLOCK, 0)
+        total += _sum((count + BLOCK - 1) // BLOCK)
     used = tile < total
     tl.store(table + tile, tl.where(used, expert, -1), mask=tile < tiles)
     tl.store(table + tiles + tile, tl.where(used, first, -1), mask=tile < tiles)
     tl.store(table + 2 * tiles + tile, tl.where(used, tl.minimum(first + BLOCK, end), -1), mask=tile < tiles)
+
+
+@triton.jit
+def _sum(numbers) -> Any:
+    return tl.sum(numbers, 0)  # which Triton declares to be a tuple

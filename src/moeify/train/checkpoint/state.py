@@ -32,7 +32,8 @@ def save_weights(model: nn.Module, folder: Path) -> None:
         except ValueError as error:
             print(f"moeify: checkpoints of this model can be resumed from, but not loaded by themselves: {error}")
     save_torch_state_dict(model.state_dict(), folder, metadata={"format": "pt"})
-    if hasattr(config := getattr(model, "config", None), "save_pretrained"):
+    config: Any = getattr(model, "config", None)
+    if hasattr(config, "save_pretrained"):
         config.save_pretrained(folder)
     return None
 
