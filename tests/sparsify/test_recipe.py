@@ -2,6 +2,8 @@
 
 import json
 import re
+import subprocess
+import sys
 from functools import partial
 
 import pytest
@@ -9,6 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from moeify.catalogue import catalogue
 from moeify.find import every, ffn, last, modules, named, odd
 from moeify.routers import ExpertGroups, TopK, sigmoid, softmax, sqrt_softplus
 from moeify.sparsify import (
@@ -54,6 +57,23 @@ any_recipe = st.builds(
 def test_a_recipe_survives_json(recipe):
     written = recipe.to_dict()
     assert Recipe.from_dict(json.loads(json.dumps(written))).to_dict() == written
+
+
+@pytest.mark.parametrize("name", recipes)
+def test_the_list_of_recipes_says_what_they_are(name):
+    entry = catalogue()[name]
+    assert entry.num_experts == recipes[name].num_experts
+    assert entry.causal is recipes[name].router(8, entry.num_experts).causal
+    assert entry.line
+    assert entry.source
+
+
+def test_listing_recipes_makes_none():
+    program = "import sys; from moeify.catalogue import catalogue; before = set(sys.modules); catalogue(); " + (
+        "print(*sorted(name for name in set(sys.modules) - before if name.startswith(('torch', 'moeify'))))"
+    )
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert run.stdout.split() == []
 
 
 @pytest.mark.parametrize("name", recipes)
@@ -142,8 +162,8 @@ def test_what_a_file_says_wrongly_is_answered_with_what_was_meant(values, words)
 @pytest.mark.parametrize(
     ("name", "content", "kind", "words"),
     [
-        ("a.json", "{", ValueError, "cannot be read"),
-        ("a.json", "[1]", ValueError, "must hold a table of recipe fields, not a list"),
+        ("a.json", "{", ValueError, "is not valid JSON"),
+        ("a.json", "[1]", ValueError, "must hold a mapping, not a list"),
         ("a.toml", "= 3", ValueError, "cannot be read"),
         ("a.toml", None, FileNotFoundError, "does not exist"),
         ("mixtrall", None, ValueError, "file is called 'mixtrall'; did you mean 'mixtral'"),

@@ -9,9 +9,9 @@ import typer
 from rich.console import Console
 from rich.table import Column, Table
 
+from moeify.catalogue import catalogue
 from moeify.cli import options as o
 from moeify.cli.text import load_dense, load_tokenizer, save_tokenizer
-from moeify.sparsify import catalogue
 from moeify.sparsify import sparsify as make_sparse
 from moeify.store import save
 
@@ -40,7 +40,7 @@ def list_recipes() -> None:
     """List the named recipes: what they make, who proposed it, whether decoders may have it, and whose layout it is."""
     whole = [Column(heading, no_wrap=True) for heading in ("recipe", "experts")]
     table = Table(*whole, "what it makes", "source", "decoders", "layout of")
-    for name, entry in catalogue.items():
+    for name, entry in catalogue().items():
         decoders = "yes" if entry.causal else "no"
-        table.add_row(name, str(entry.recipe.num_experts), entry.line, entry.source, decoders, entry.family or "-")
+        table.add_row(name, str(entry.num_experts), entry.line, entry.source, decoders, entry.family or "-")
     Console().print(table)

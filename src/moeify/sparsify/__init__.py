@@ -1,14 +1,14 @@
 """Dense model -> sparse model: make experts of the feed-forward networks, put sparse layers in their place."""
 
 from moeify.sparsify.after import sandwich
-from moeify.sparsify.catalogue import catalogue, read_recipe, recipes
 from moeify.sparsify.convert import sparsify
 from moeify.sparsify.lora import lora, lora_ffn
 from moeify.sparsify.make import copies, fresh, masked, merged, splits, with_free
+from moeify.sparsify.named import read_recipe, recipes
 from moeify.sparsify.recipe import Recipe
 from moeify.sparsify.shared import dense, frozen, gated, nothing
 
 __all__ = [
-    "Recipe", "catalogue", "copies", "dense", "fresh", "frozen", "gated", "lora", "lora_ffn", "masked", "merged",
+    "Recipe", "copies", "dense", "fresh", "frozen", "gated", "lora", "lora_ffn", "masked", "merged",
     "nothing", "read_recipe", "recipes", "sandwich", "sparsify", "splits", "with_free",
 ]  # fmt: skip

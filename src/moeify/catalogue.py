@@ -1,0 +1,41 @@
+"""Named recipes as their files say them: one TOML file each in `sparsify/recipes`, listed without making any."""
+
+from __future__ import annotations
+
+import tomllib
+from dataclasses import dataclass
+from functools import cache
+from importlib.resources import files
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What the file of a named recipe says.
+
+    Attributes:
+        line: what it makes, in a line.
+        source: the paper, or `-`.
+        causal: whether its router looks at no later token, and so may stand in a decoder.
+        recipe: the fields of the recipe, for `Recipe.from_dict`.
+        family: the models of transformers whose layout its sparse layers have, None if no family has it.
+    """
+
+    line: str
+    source: str
+    causal: bool
+    recipe: dict[str, Any]
+    family: str | None = None
+
+    @property
+    def num_experts(self) -> int:
+        """E."""
+        return self.recipe["num_experts"]
+
+
+@cache
+def catalogue() -> dict[str, Entry]:
+    """Every named recipe, sorted by name."""
+    folder = files("moeify") / "sparsify" / "recipes"
+    found = {file.name.removesuffix(".toml"): file for file in folder.iterdir() if file.name.endswith(".toml")}
+    return {name: Entry(**tomllib.loads(found[name].read_text(encoding="utf-8"))) for name in sorted(found)}
