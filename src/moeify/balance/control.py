@@ -1,4 +1,4 @@
-"""A controller watches the decisions of every forward pass and moves biases once, after the optimizer's step.
+"""Loss-free balancing: a controller observes every decision and moves selection biases after the optimizer's step.
 
 Inside `forward`, recomputation would route differently.
 """

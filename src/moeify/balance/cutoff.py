@@ -1,4 +1,4 @@
-"""The rule that moves the cut-offs of experts that choose their tokens by a threshold."""
+"""The rule for expert threshold: it moves the cut-off above which an expert takes a token."""
 
 from __future__ import annotations
 

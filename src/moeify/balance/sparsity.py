@@ -1,4 +1,4 @@
-"""The weight of a loss that holds the number of experts per token where it is wanted."""
+"""An adaptive weight of the l1 loss that holds the number of experts per token at a target (ReMoE)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Experts of different kinds and sizes side by side."""
+"""Heterogeneous experts: different kinds and sizes in one layer, identity and zero experts among them."""
 
 from __future__ import annotations
 

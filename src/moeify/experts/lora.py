@@ -1,4 +1,4 @@
-"""Low-rank experts: what is learned beside a weight that stays as it is."""
+"""LoRA experts: low-rank adapters beside a frozen linear layer or inside a frozen feed-forward network."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What experts cost: balance for different amounts of work, and how much may be spent on sparse ones at all."""
+"""Losses on compute: balance weighted by the cost of experts (HMoE), and a budget for sparse ones (NLLB)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Likeness of experts and of router rows, and how well the two fit: losses that need more than a decision."""
+"""Similarity of experts, of router rows, and the coupling of both: losses of outputs and weights, not of a decision."""
 
 from __future__ import annotations
 

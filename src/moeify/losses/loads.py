@@ -1,4 +1,4 @@
-"""Losses that spread the rows evenly over the experts."""
+"""Load-balancing losses: balance (Switch), group balance (DeepSeek), importance and load (Shazeer et al.)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A loss that keeps every expert in a mixture of all of them."""
+"""Gating balance of MoLE: the product of mean gate weights, which keeps every expert of a dense mixture in use."""
 
 from __future__ import annotations
 

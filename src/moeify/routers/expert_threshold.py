@@ -1,4 +1,4 @@
-"""Expert choice for decoders: experts take the tokens that they would have taken from the last batches."""
+"""Expert threshold, a causal expert choice: an expert takes the tokens whose logit reaches its moving cut-off."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""GShard: the second expert by chance, in proportion to its weight."""
+"""GShard: top-2 routing whose second expert is used at random, with a probability that grows with its weight."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Routing as it was recorded: for reinforcement learning, for comparing runs, and for finding what went wrong."""
+"""Routing replay: decisions as they were recorded, for reinforcement learning, comparisons and debugging (R3)."""
 
 from __future__ import annotations
 

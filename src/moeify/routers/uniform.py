@@ -1,4 +1,4 @@
-"""Weights that look at no token: every expert alike, or each by a number of its own."""
+"""Fixed weights, the same for every token: uniform, or one number per expert."""
 
 from __future__ import annotations
 
