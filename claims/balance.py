@@ -27,7 +27,7 @@ from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_fun
 from moeify import Recipe, losses, record, sparsify
 from moeify.balance import SMEBU, Proportional, Quantile, Rule, Sign, control
 from moeify.data import ByteTokenizer
-from moeify.data.text import Blocks
+from moeify.data.blocks import Blocks
 from moeify.inspect import expert_load
 from moeify.routers import TopK
 from moeify.routing import Assignment

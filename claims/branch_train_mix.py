@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from moeify import losses, merge_models, record
 from moeify.compose import route_all_to
 from moeify.data import ByteTokenizer
-from moeify.data.text import Blocks
+from moeify.data.blocks import Blocks
 from moeify.flops import count
 from moeify.origin import Origin
 from moeify.train.freeze import freeze

@@ -6,8 +6,8 @@ import gzip
 import json
 
 from moeify.data import ByteTokenizer, Texts, blocks
+from moeify.data.blocks import Blocks
 from moeify.data.claim_files import data_file
-from moeify.data.text import Blocks
 
 
 def text_by_domain(domains: tuple[str, ...], cap: int, length: int) -> tuple[Blocks, Blocks]:

@@ -1,4 +1,6 @@
+import csv
 import gzip
+import io
 import json
 import sys
 from pathlib import Path
@@ -8,9 +10,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader
+from transformers import DataCollatorForLanguageModeling, DataCollatorWithPadding
 
+from moeify.data.blocks import Blocks, blocks
 from moeify.data.corpus import Corpus
-from moeify.data.text import Blocks, ByteTokenizer, Texts, blocks, held_out, read_texts
+from moeify.data.text import Texts, held_out, read_texts
+from moeify.data.tokenizer import ByteTokenizer
 
 ROWS = [{"text": f"document {i}", "domain": "even" if i % 2 == 0 else "odd"} for i in range(40)]
 
@@ -88,6 +93,113 @@ def test_a_data_set_of_the_hub_keeps_its_parts(monkeypatch):
     assert asked == [("org/name", "small")]
 
 
+ENDINGS = {
+    "rows.json": lambda rows: json.dumps(rows),
+    "data.json": lambda rows: json.dumps({"version": 1, "data": rows}),
+    "lines.json": lambda rows: "\n".join(map(json.dumps, rows)),
+    "rows.ndjson": lambda rows: "\n".join(map(json.dumps, rows)),
+    "rows.JSONL": lambda rows: "\n".join(map(json.dumps, rows)),
+    "rows.csv": lambda rows: table(rows, ","),
+    "rows.TSV": lambda rows: table(rows, "\t"),
+}
+
+
+def table(rows: list, delimiter: str) -> str:
+    file = io.StringIO(newline="")
+    writer = csv.DictWriter(file, ["text", "domain"], delimiter=delimiter)
+    writer.writeheader()
+    writer.writerows(rows)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("name", [*ENDINGS, "rows.csv.gz", "rows.Json.GZ"])
+def test_every_format_of_rows_is_read_as_rows(tmp_path, name):
+    rows = [
+        *ROWS,
+        {"text": 'two lines\nand "quotes", commas', "domain": "odd"},
+        {"text": "x" * 200_000, "domain": "odd"},
+    ]
+    make = ENDINGS.get(name) or ENDINGS[name.lower().removesuffix(".gz")]
+    data = make(rows).encode()
+    (tmp_path / name).write_bytes(gzip.compress(data) if name.lower().endswith(".gz") else data)
+    assert read_texts(tmp_path / name) == read_texts(jsonl(tmp_path / "other" / "rows.jsonl", rows))
+
+
+def test_the_field_to_read_can_be_named(tmp_path):
+    rows = [{"content": row["text"], "text_id": 1, "domain": row["domain"]} for row in ROWS]
+    expected = read_texts(jsonl(tmp_path / "rows.jsonl", ROWS))
+    assert read_texts(jsonl(tmp_path / "rows.jsonl", rows), field="content") == expected
+    arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    parquet.write_table(arrow.Table.from_pylist(rows), tmp_path / "rows.parquet")
+    assert read_texts(tmp_path / "rows.parquet", field="content") == expected
+
+
+def test_messages_of_a_chat_are_joined(tmp_path):
+    chats = [
+        {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}]},
+        {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello."}]},
+        {"messages": [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is it?"}]}]},
+    ]
+    expected = ["human: Hi\n\ngpt: Hello.", "user: Hi\n\nassistant: Hello.", "user: What is it?"]
+    assert everything(read_texts(jsonl(tmp_path / "c.jsonl", chats))) == {"c": expected}
+    for messages in ("Hi", [{"role": "user"}], ["Hi"]):
+        with pytest.raises(ValueError, match=r"c.jsonl, row 1: (messages are a list|a message is)"):
+            read_texts(jsonl(tmp_path / "c.jsonl", [{"messages": messages}]))
+
+
+def test_a_domain_may_be_the_number_0(tmp_path):
+    path = jsonl(tmp_path / "rows.jsonl", [{"text": "a", "domain": 0}, {"text": "b", "domain": 0}, {"text": "c"}])
+    assert set(read_texts(path).train) == {"0", "rows"}
+
+
+@pytest.mark.parametrize("saved", ["Dataset", "DatasetDict"])
+def test_what_save_to_disk_wrote_is_read_by_its_rows(tmp_path, saved):
+    datasets = pytest.importorskip("datasets")
+    data = datasets.Dataset.from_list(ROWS)
+    parts = {"train": data, "validation": datasets.Dataset.from_list([{"text": "v", "domain": "even"}]), "test": data}
+    (data if saved == "Dataset" else datasets.DatasetDict(parts)).save_to_disk(tmp_path / "saved")
+    texts = read_texts(tmp_path / "saved")
+    if saved == "Dataset":
+        assert texts == read_texts(jsonl(tmp_path / "rows.jsonl", ROWS))
+    else:
+        assert texts.validation == {"even": ["v"]}
+        assert sum(map(len, texts.train.values())) == len(ROWS)
+    with pytest.raises(ValueError, match=r"saved.* is a data set that save_to_disk wrote; read it by itself"):
+        read_texts(tmp_path)
+
+
+def test_settings_in_json_are_no_texts_and_are_named(tmp_path, caplog):
+    (tmp_path / "main.py").write_text("print(1)\nprint(2)\n")
+    (tmp_path / "package.json").write_text('{"name": "x"}')
+    (tmp_path / "numbers.json").write_text("[1, 2]")
+    texts = read_texts(tmp_path)
+    assert everything(texts) == {tmp_path.name: sorted(texts.train[tmp_path.name] + texts.validation[tmp_path.name])}
+    assert "".join(everything(texts)[tmp_path.name]).count("print") <= 2
+    assert set(texts.skipped) == {"package.json", "numbers.json"}
+    assert "not read: numbers.json (" in caplog.text
+    (tmp_path / "main.py").unlink()
+    with pytest.raises(ValueError, match=r"is empty: .*; package.json was not read: .* has no field 'text'"):
+        read_texts(tmp_path)
+    with pytest.raises(ValueError, match=r"package.json has no field 'text', it has: name"):
+        read_texts(tmp_path / "package.json")
+
+
+@pytest.mark.parametrize("name", ["eval.jsonl", "dev.jsonl", "Validation.JSONL", "heldout-0.jsonl"])
+def test_what_is_named_as_held_out_is_held_out(tmp_path, name):
+    jsonl(tmp_path / "train.jsonl", [{"text": "t", "domain": "d"}])
+    jsonl(tmp_path / name, [{"text": "v", "domain": "d"}])
+    assert read_texts(tmp_path) == Texts({"d": ["t"]}, {"d": ["v"]})
+
+
+def test_parts_may_be_folders(tmp_path):
+    for name in ("train/law/a.txt", "train/b.txt", "valid/law/c.txt", "test/d.txt"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(name)
+    texts = read_texts(tmp_path)
+    assert texts.train == {"law": ["train/law/a.txt"], tmp_path.name: ["train/b.txt"]}
+    assert texts.validation == {"law": ["valid/law/c.txt"]}
+
+
 # What a source can get wrong
 
 
@@ -139,6 +251,12 @@ def test_rows_without_a_text_name_the_fields_seen(tmp_path):
         ("a.jsonl.gz", b"plain", "cannot be unpacked"),
         ("a.jsonl.gz", gzip.compress(b"abc", mtime=0)[:-9], "cannot be unpacked"),
         ("a.parquet", b"plain", "is not a parquet file"),
+        ("a.json", b'{"text": "a"', "is not JSON"),
+        ("a.json", b"3", "holds a int and no rows"),
+        ("a.csv", b"content,id\na,1\n", "no field 'text', it has: content, id"),
+        ("a.csv", b"text,id\na,b,1\n", "row 1 has not as many fields as the heading"),
+        ("a.csv", b'text\n"a', "is not CSV"),
+        ("a.jsonl", b'{"text": "a"}\n{"text": "a\\ud800"}', r"row 2: character 1 is half of a surrogate pair"),
     ],
 )
 def test_a_bad_file_is_named_with_the_reason(tmp_path, name, content, message):
@@ -154,9 +272,19 @@ def test_a_bad_file_is_named_with_the_reason(tmp_path, name, content, message):
 @given(st.lists(st.text(min_size=1), min_size=2, max_size=60))
 def test_no_document_is_in_both_parts_and_none_is_lost(documents):
     texts = held_out({"d": documents})
-    assert sorted(texts.train["d"] + texts.validation["d"]) == sorted(documents)
-    assert not set(texts.train["d"]) & set(texts.validation["d"])
-    assert texts.validation["d"]
+    validation = texts.validation.get("d", [])
+    assert sorted(texts.train["d"] + validation) == sorted(documents)
+    assert not set(texts.train["d"]) & set(validation)
+    assert texts.train["d"]
+    assert bool(validation) == (len(set(documents)) > 1)
+
+
+def test_copies_of_one_document_do_not_take_a_domain_to_the_held_out_part():
+    for rest in (["b"], ["b", "c"]):
+        texts = held_out({"d": ["a"] * 98 + rest})
+        assert texts.train["d"].count("a") == 98
+        assert set(texts.validation["d"]) <= set(rest)
+    assert held_out({"d": ["same"] * 30}) == Texts({"d": ["same"] * 30}, {})
 
 
 @given(st.permutations([f"document {i}" for i in range(30)]))
@@ -181,6 +309,25 @@ def test_a_half_character_of_json_can_be_encoded():
 
 def test_decoding_replaces_what_is_not_utf8_and_leaves_out_special_tokens():
     assert ByteTokenizer().decode(torch.tensor([97, 0xFF, 98, 256, 257])) == "a\ufffdb"
+
+
+def test_samples_are_padded_to_one_batch_as_collators_of_transformers_do():
+    tokenizer = ByteTokenizer()
+    samples = [{"input_ids": [1, 2, 3], "labels": [1, 2, 3], "task": 0}, {"input_ids": [4], "labels": [4], "task": 1}]
+    batch = tokenizer.pad(samples)
+    assert batch["input_ids"].tolist() == [[1, 2, 3], [4, 257, 257]]
+    assert batch["labels"].tolist() == [[1, 2, 3], [4, -100, -100]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
+    assert batch["task"].tolist() == [0, 1]
+    assert tokenizer.pad(samples, pad_to_multiple_of=8)["input_ids"].shape == (2, 8)
+    assert tokenizer.pad(samples, "max_length", 5)["input_ids"].shape == (2, 5)
+    with pytest.raises(ValueError, match="a sample of 3 tokens does not fit 2"):
+        tokenizer.pad(samples, "max_length", 2)
+    with pytest.raises(ValueError, match="choose padding 'longest'"):
+        tokenizer.pad(samples, "left")
+    causal = DataCollatorForLanguageModeling(tokenizer, mlm=False)([{"input_ids": [1, 2]}, {"input_ids": [3]}])
+    assert causal["labels"].tolist() == [[1, 2], [3, -100]]
+    assert DataCollatorWithPadding(tokenizer)(samples).keys() == batch.keys()
 
 
 @given(st.integers(1, 9), st.lists(st.integers(0, 50), min_size=1, max_size=4))
@@ -232,5 +379,5 @@ def test_a_corpus_becomes_blocks_of_its_domains():
 def test_a_part_too_small_for_a_block_says_how_long_a_block_could_be():
     with pytest.raises(ValueError, match=r"validation part has 4 tokens .* block of 8; .* length of at most 4"):
         blocks(Texts({"d": ["0123456789"]}, {"d": ["abc"]}), ByteTokenizer(), length=8)
-    with pytest.raises(ValueError, match="train part has 0 tokens"):
+    with pytest.raises(ValueError, match=r"train part has 0 tokens .* block of 2; give more text$"):
         blocks(Texts({"d": []}, {"d": ["abc"]}), ByteTokenizer(), length=2)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
-from moeify.data.text import Blocks
+from moeify.data.blocks import Blocks
 from moeify.evaluate import run as module
 from moeify.evaluate.run import Run, Settings, Stopped, train_run, validation_loss
 from moeify.flops import count

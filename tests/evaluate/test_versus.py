@@ -12,7 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moeify.data.text import Blocks
+from moeify.data.blocks import Blocks
 from moeify.evaluate.run import Point, Run, Settings, Stopped
 from moeify.evaluate.versus import Versus, loss_at, versus
 from moeify.flops import Count

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moeify.data.text import Blocks
+from moeify.data.blocks import Blocks
 from moeify.inspect import ExpertLoad, expert_load
 from moeify.record import record
 from moeify.routers.topk import TopK

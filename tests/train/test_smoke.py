@@ -9,8 +9,9 @@ from torch import Tensor
 from transformers import BertConfig, BertForMaskedLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from moeify import MoE, Recipe, sparsify
+from moeify.data.blocks import blocks
 from moeify.data.corpus import build_corpus
-from moeify.data.text import ByteTokenizer, blocks
+from moeify.data.tokenizer import ByteTokenizer
 from moeify.routers import Replay, Router, TopK, begin_step
 from moeify.sparsify import fresh, recipes
 from plain_models import told

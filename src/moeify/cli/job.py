@@ -20,8 +20,10 @@ from rich.table import Table
 from torch import nn
 
 from moeify.cli.text import load_dense, load_tokenizer, sample, save_tokenizer
+from moeify.data.blocks import blocks
 from moeify.data.corpus import build_corpus
-from moeify.data.text import ByteTokenizer, Tokenizer, blocks, read_texts
+from moeify.data.text import read_texts
+from moeify.data.tokenizer import ByteTokenizer, Tokenizer
 from moeify.evaluate.run import Settings, Stopped
 from moeify.evaluate.versus import Versus, versus
 from moeify.files import read_json, write_json, write_text

@@ -9,7 +9,7 @@ import torch
 import transformers
 from safetensors import SafetensorError
 
-from moeify.data.text import ByteTokenizer, Tokenizer
+from moeify.data.tokenizer import ByteTokenizer, Tokenizer
 from moeify.files import write_json
 from moeify.modes import in_evaluation
 

@@ -13,7 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from moeify.data.text import Tokenizer
+from moeify.data.tokenizer import Tokenizer
 from moeify.experts.lora import LoRA
 from moeify.files import read_tensors, write_tensors
 from moeify.layers import moe_layers

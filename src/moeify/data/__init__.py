@@ -1,5 +1,7 @@
-"""Training data: readers of text, the default corpus, and the files that claims are measured on."""
+"""Training data: readers of text, tokens and blocks, the default corpus, and the files that claims are measured on."""
 
-from moeify.data.text import Blocks, ByteTokenizer, Texts, blocks, read_texts
+from moeify.data.blocks import Blocks, blocks
+from moeify.data.text import Texts, read_texts
+from moeify.data.tokenizer import ByteTokenizer
 
 __all__ = ["Blocks", "ByteTokenizer", "Texts", "blocks", "read_texts"]

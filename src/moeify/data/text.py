@@ -1,140 +1,72 @@
-"""From what the user names (a file, a folder, a data set on the hub) to blocks of tokens."""
+"""Read what the user names (a file, a folder, a data set on the hub) as documents to train on and held-out ones."""
 
-import gzip
+from __future__ import annotations
+
 import hashlib
-import json
+import logging
 import re
-import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from itertools import chain
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
-import torch
-from jaxtyping import Int
-from torch import Tensor
-from torch.utils.data import Dataset
-
-from .corpus import Corpus
+from moeify.data.rows import Document, NoText, documents, format_of, is_data, read_file
 
 Documents = dict[str, list[str]]
 """domain -> its documents."""
 
-PARTS = {"train": "train", "validation": "validation", "valid": "validation", "val": "validation", "dev": "validation"}
+PARTS = {"train": "train"} | dict.fromkeys(
+    ("validation", "valid", "val", "dev", "eval", "evaluation", "heldout"), "validation"
+)
 """The part that a file or split named like this belongs to; `test` and all others belong to none."""
 
-FORMATS = (".txt", ".md", ".jsonl", ".parquet", ".gz")
-"""Endings of data files; a source with one of them is never sought on the hub."""
+SAVED = ("state.json", "dataset_dict.json")
+"""Files that `save_to_disk` of the library datasets writes into the folder of a data set."""
 
 
 @dataclass(frozen=True)
 class Texts:
-    """Documents by domain, to train on and held out."""
+    """Documents by domain, to train on and held out.
+
+    Attributes:
+        train: domain -> documents.
+        validation: domain -> documents.
+        skipped: files of the folder that were not read -> why.
+    """
 
     train: Documents
     validation: Documents = field(default_factory=dict)
-
-
-@runtime_checkable
-class Tokenizer(Protocol):
-    """What is needed of a tokenizer; those of Hugging Face have it."""
-
-    def encode(self, text: str, /) -> list[int]:
-        """Return the token ids of a text."""
-        ...
-
-    def decode(self, token_ids: list[int], /) -> Any:
-        """Return the text of token ids."""
-        ...
-
-
-class ByteTokenizer:
-    """One token per UTF-8 byte, and two more: end of text and padding."""
-
-    eos_token_id = 256
-    pad_token_id = 257
-    vocab_size = 258
-
-    def encode(self, text: str) -> list[int]:
-        """Return the bytes of the text."""
-        return list(text.encode(errors="replace"))
-
-    def decode(self, token_ids: Iterable[int] | Int[Tensor, "_"]) -> str:
-        """Return the text of the bytes; what is not UTF-8 becomes `\N{REPLACEMENT CHARACTER}`."""
-        return bytes(i for i in map(int, token_ids) if i < 256).decode(errors="replace")
-
-
-class Blocks(Dataset[dict[str, Tensor]]):
-    """Blocks of `length` tokens that do not overlap, cut from one stream of tokens per domain.
-
-    A domain has as many blocks as its size gives, so a shuffling sampler mixes the domains in proportion to their
-    sizes. What is left at the end of a stream is not used. `domains` are the names, in the order of the blocks.
-    """
-
-    def __init__(self, tokens: Mapping[str, Int[Tensor, "_"]], length: int) -> None:
-        cut = [stream[: len(stream) // length * length].view(-1, length) for stream in tokens.values()]
-        self.length = length
-        self.domains = tuple(tokens)
-        self.input_ids = torch.cat(cut)  # (blocks, length)
-        self.domain = torch.repeat_interleave(torch.tensor([len(blocks) for blocks in cut]))  # (blocks,)
-
-    def __len__(self) -> int:
-        return len(self.input_ids)
-
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
-        """Return `input_ids` and `labels` (length,), int64; the model is to shift the labels."""
-        ids = self.input_ids[index].long()
-        return {"input_ids": ids, "labels": ids.clone()}
-
-    def domain_of(self, index: int) -> str:
-        """Return the name of the domain that a block was cut from."""
-        return self.domains[int(self.domain[index])]
-
-
-def blocks(texts: Corpus | Texts, tokenizer: Tokenizer, length: int) -> tuple[Blocks, Blocks]:
-    """Return the train and the validation blocks; each document ends with the tokenizer's end of text, if it has one.
-
-    Raises ValueError if a part has no block.
-    """
-
-    def part(name: str, domains: Mapping[str, bytes | Sequence[str]]) -> Blocks:
-        tokens = {domain: _stream(_documents(documents), tokenizer) for domain, documents in domains.items()}
-        longest = max(map(len, tokens.values()), default=0)
-        if longest < length:
-            raise ValueError(
-                f"the {name} part has {longest} tokens in its largest domain, too few for a block of {length}; "
-                f"give more text, or a length of at most {longest}"
-            )
-        return Blocks(tokens, length)
-
-    return part("train", texts.train), part("validation", texts.validation)
-
-
-def _documents(documents: bytes | Sequence[str]) -> Sequence[str]:
-    return [documents.decode()] if isinstance(documents, bytes) else documents
-
-
-def _stream(documents: Sequence[str], tokenizer: Tokenizer) -> Int[Tensor, "_"]:
-    eos = getattr(tokenizer, "eos_token_id", None)
-    end = [] if eos is None else [eos]
-    encoded = (tokenizer.encode(text) + end for text in documents)
-    return torch.cat([torch.tensor(ids, dtype=torch.int32) for ids in chain([[]], encoded)])  # [] for no documents
+    skipped: Mapping[str, str] = field(default_factory=dict, compare=False)
 
 
 def held_out(documents: Documents) -> Texts:
-    """Hold out the tenth of each domain whose documents have the smallest hashes, at least one.
+    """Hold out a tenth of the documents of each domain, those with the smallest hashes, at least one.
 
-    A domain that is one document is cut into twenty pieces first. Equal documents are always in the same part.
+    A domain that is one document is cut into twenty pieces first. Equal documents are always in the same part; a domain
+    of equal documents alone is not held out.
     """
     texts = Texts({}, {})
     for domain, whole in documents.items():
         pieces = whole if len(whole) > 1 else _pieces(whole[0], 20)
-        hashes = [hashlib.sha256(piece.encode(errors="replace")).digest() for piece in pieces]
-        limit = sorted(hashes)[max(1, len(hashes) // 10) - 1]
-        texts.train[domain] = [piece for piece, own in zip(pieces, hashes, strict=True) if own > limit]
-        texts.validation[domain] = [piece for piece, own in zip(pieces, hashes, strict=True) if own <= limit]
+        chosen = _chosen(Counter(pieces), max(1, len(pieces) // 10))
+        texts.train[domain] = [piece for piece in pieces if piece not in chosen]
+        if chosen:
+            texts.validation[domain] = [piece for piece in pieces if piece in chosen]
     return texts
+
+
+def _chosen(copies: Counter[str], size: int) -> set[str]:
+    """Documents with the smallest hashes that are `size` together with their copies, or the one with fewest copies."""
+    if len(copies) < 2:
+        return set()
+    by_hash = sorted(copies, key=lambda piece: hashlib.sha256(piece.encode(errors="replace")).digest())
+    chosen: set[str] = set()
+    for piece in by_hash:
+        if copies[piece] <= size:
+            chosen.add(piece)
+            size -= copies[piece]
+    return chosen or {min(by_hash, key=lambda piece: copies[piece])}
 
 
 def _pieces(text: str, count: int) -> list[str]:
@@ -142,55 +74,97 @@ def _pieces(text: str, count: int) -> list[str]:
     return [text[start : start + size] for start in range(0, len(text), size)]
 
 
-def read_texts(source: str | Path) -> Texts:
+def read_texts(source: str | Path, *, field: str = "text") -> Texts:
     """Read a file, a folder, or a data set of the Hugging Face hub (`org/name` or `org/name:config`), whole.
 
-    Files are text or `.jsonl`, plain or `.gz`, and `.parquet`; rows have a field `text` and may have a `domain`.
-    Without one the domain is the subfolder, else the name of the source. A folder with data files named `train*` is a
-    data set: `validation*` is held out, and what is named otherwise is not read. Every other folder is read in full,
-    without hidden and binary files. Where nothing is held out, see `held_out`.
+    Files are text, `.jsonl` or `.ndjson`, `.json`, `.csv` or `.tsv`, plain or `.gz`, and `.parquet`; a folder may be
+    what `save_to_disk` of the library datasets wrote. Rows have a text, or messages, which are joined (`user: ...`),
+    and may have a `domain`. Without one the domain is the subfolder, else the name of the source. A folder with data
+    files named `train*`, or with the folders `train` and `validation`, is a data set: `validation*`, `valid*`, `val*`,
+    `dev*` and `eval*` are held out, and what is named otherwise is not read. Every other folder is read in full,
+    without hidden and binary files, and without `.json` that holds no text; a warning names what was skipped. Where
+    nothing is held out, see `held_out`.
 
-    Raises FileNotFoundError if there is no such source, ValueError if it cannot be read or is empty.
+    Args:
+        source: what to read.
+        field: the field of a row that is its text.
+
+    Raises:
+        FileNotFoundError: there is no such source.
+        ImportError: parquet, the hub or a saved data set, without the library that reads it.
+        ValueError: a source that cannot be read or is empty; the message names the file and the row.
     """
     path = Path(source)
     if path.is_dir():
-        texts = _read_folder(path)
+        texts = _read_saved(path, field) if _is_saved(path) else _read_folder(path, field)
     elif path.is_file():
-        texts = Texts(_by_domain(_read_file(path, path.name.split(".")[0])))
-    elif re.fullmatch(r"[\w.-]+/[\w.-]+(:[\w.-]+)?", str(source)) and not (path.parent.exists() or _is_format(path)):
-        texts = _read_hub(str(source))
+        texts = Texts(_by_domain(read_file(path, path.name.split(".")[0], field)))
+    elif re.fullmatch(r"[\w.-]+/[\w.-]+(:[\w.-]+)?", str(source)) and not (path.parent.exists() or is_data(path)):
+        texts = _read_hub(str(source), field)
     else:
         raise FileNotFoundError(f"no file or folder {source} (a data set of the hub is written org/name)")
     if not texts.train:
-        raise ValueError(f"{source} is empty: there is no text to train on")
-    return texts if texts.validation else held_out(texts.train)
+        reasons = "".join(f"; {name} was not read: {why}" for name, why in texts.skipped.items())
+        raise ValueError(f"{source} is empty: there is no text to train on{reasons}")
+    if texts.skipped:
+        files = ", ".join(f"{name} ({why})" for name, why in texts.skipped.items())
+        logging.getLogger(__name__).warning("%s: not read: %s", source, files)
+    if texts.validation:
+        return texts
+    split = held_out(texts.train)
+    return Texts(split.train, split.validation, texts.skipped)
 
 
-def _by_domain(documents: Iterable[tuple[str, str]]) -> Documents:
+def _by_domain(found: Iterable[Document]) -> Documents:
     domains: Documents = {}
-    for domain, text in documents:
+    for domain, text in found:
         if text.strip():
             domains.setdefault(domain, []).append(text)
     return domains
 
 
-def _is_format(path: Path) -> bool:
-    return path.suffix in FORMATS
-
-
-def _read_folder(folder: Path) -> Texts:
+def _read_folder(folder: Path, field: str) -> Texts:
     files = [path for path in sorted(folder.rglob("*")) if path.is_file() and not _hidden(path.relative_to(folder))]
+    for path in files:
+        if path.name in SAVED and path.parent != folder and _is_saved(path.parent):
+            raise ValueError(f"{path.parent} is a data set that save_to_disk wrote; read it by itself, not in {folder}")
+    split = _split_folders(folder)
     parts: dict[str, list[Path]] = {"train": [], "validation": []}
-    for path in filter(_is_format, files):
-        if part := PARTS.get(re.split(r"[-_.]", path.name)[0]):
+    for path in filter(is_data, files):
+        top = path.relative_to(folder).parts[0].lower() if split else ""
+        if part := PARTS.get(top) or PARTS.get(re.split(r"[-_.]", path.name.lower())[0]):
             parts[part].append(path)
-    if not parts["train"]:
+    skipped: dict[str, str] = {}
+    if parts["train"]:
+        used = {*parts["train"], *parts["validation"]}
+        skipped |= {_name(path, folder): "it is in no part that is read" for path in files if path not in used}
+    else:
         parts = {"train": [path for path in files if not _binary(path)], "validation": []}
+        skipped |= {_name(path, folder): "it is binary" for path in files if _binary(path)}
 
-    def read(paths: list[Path]) -> Documents:
-        return _by_domain(row for path in paths for row in _read_file(path, _domain(path.relative_to(folder), folder)))
+    def read(path: Path) -> Iterator[Document]:
+        relative = path.relative_to(folder)
+        inner = Path(*relative.parts[1:]) if split and relative.parts[0].lower() in PARTS else relative
+        domain = inner.parts[0] if len(inner.parts) > 1 else folder.resolve().name
+        try:
+            yield from read_file(path, domain, field)
+        except NoText as error:
+            if format_of(path) != ".json" or _name(path, folder) in skipped:
+                raise
+            skipped[_name(path, folder)] = str(error)
 
-    return Texts(read(parts["train"]), read(parts["validation"]))
+    train, validation = (_by_domain(row for path in parts[part] for row in read(path)) for part in parts)
+    return Texts(train, validation, skipped)
+
+
+def _split_folders(folder: Path) -> bool:
+    """Whether the parts of a data set are folders of their own."""
+    found = {PARTS.get(path.name.lower()) for path in folder.iterdir() if path.is_dir()}
+    return {"train", "validation"} <= found
+
+
+def _name(path: Path, folder: Path) -> str:
+    return path.relative_to(folder).as_posix()
 
 
 def _hidden(relative: Path) -> bool:
@@ -199,84 +173,49 @@ def _hidden(relative: Path) -> bool:
 
 def _binary(path: Path) -> bool:
     with path.open("rb") as file:
-        return not _is_format(path) and b"\0" in file.read(8000)
+        return not is_data(path) and b"\0" in file.read(8000)
 
 
-def _domain(relative: Path, folder: Path) -> str:
-    return relative.parts[0] if len(relative.parts) > 1 else folder.resolve().name
+def _is_saved(folder: Path) -> bool:
+    return (folder / "dataset_dict.json").is_file() or all(
+        (folder / name).is_file() for name in ("state.json", "dataset_info.json")
+    )
 
 
-def _read_file(path: Path, domain: str) -> Iterator[tuple[str, str]]:
-    """Yield (domain, document)."""
-    if path.suffix == ".parquet":
-        yield from _rows(_parquet_rows(path), path, domain)
-    elif path.name.endswith((".jsonl", ".jsonl.gz")):
-        yield from _rows(_json_rows(path), path, domain)
-    else:
-        yield domain, _text(path)
+def _read_saved(folder: Path, field: str) -> Texts:
+    loaded = _datasets(folder).load_from_disk(str(folder))
+    splits = loaded if isinstance(loaded, dict) else {"train": loaded}
+    return _read_splits(splits, str(folder), folder.resolve().name, field)
 
 
-def _text(path: Path) -> str:
-    data = path.read_bytes()
-    try:
-        return (gzip.decompress(data) if path.suffix == ".gz" else data).decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 (at byte {error.start}); convert it or leave it out") from error
-    except (gzip.BadGzipFile, zlib.error, EOFError) as error:
-        raise ValueError(f"{path} cannot be unpacked ({error}); the file is damaged or not gzip") from error
-
-
-def _json_rows(path: Path) -> Iterator[Mapping[str, Any]]:
-    for number, line in enumerate(_text(path).split("\n"), 1):
-        if line.strip():
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{path}, line {number} is not JSON: {error}") from error
-            if not isinstance(row, dict):
-                raise ValueError(f"{path}, line {number} is no object; a line should be {{'text': ...}}")
-            yield row
-
-
-def _parquet_rows(path: Path) -> Iterator[Mapping[str, Any]]:
-    try:
-        from pyarrow import ArrowInvalid, parquet
-    except ImportError as error:
-        raise ImportError(f"{path} needs pyarrow: pip install 'moeify[data]'") from error
-    try:
-        table = parquet.ParquetFile(path)
-    except ArrowInvalid as error:
-        raise ValueError(f"{path} is not a parquet file ({error})") from error
-    _need_text(table.schema_arrow.names, path)
-    for batch in table.iter_batches(columns=[name for name in ("text", "domain") if name in table.schema_arrow.names]):
-        yield from batch.to_pylist()
-
-
-def _rows(rows: Iterable[Any], source: object, domain: str) -> Iterator[tuple[str, str]]:
-    for number, row in enumerate(rows, 1):
-        _need_text(row, source)
-        if not isinstance(row["text"], str):
-            raise ValueError(f"{source}, row {number}: the field 'text' is a {type(row['text']).__name__}, not a text")
-        yield str(row.get("domain") or domain), row["text"]
-
-
-def _need_text(fields: Iterable[str], source: object) -> None:
-    if "text" not in fields:
-        raise ValueError(f"{source} has no field 'text', it has: {', '.join(fields)}; rename the one to read")
-
-
-def _read_hub(source: str) -> Texts:
-    try:
-        import datasets
-    except ImportError as error:
-        raise ImportError(f"no file or folder {source}; the hub needs datasets: pip install 'moeify[data]'") from error
+def _read_hub(source: str, field: str) -> Texts:
+    datasets = _datasets(source)
     name, _, config = source.partition(":")
     try:
         splits = {str(split): rows for split, rows in datasets.load_dataset(name, config or None).items()}
     except Exception as error:  # offline, not found, not readable: datasets has a class for each
         reason = str(error).partition("\n")[0]
         raise FileNotFoundError(f"no file or folder {source}, and the hub did not give it: {reason}") from error
-    parts = {PARTS[split]: _by_domain(_rows(rows, source, name)) for split, rows in splits.items() if split in PARTS}
+    return _read_splits(splits, source, name, field)
+
+
+def _datasets(source: object) -> Any:
+    try:
+        import datasets
+    except ImportError as error:
+        raise ImportError(
+            f"{source} is no file or folder of texts; a data set of the hub, or one that save_to_disk wrote, needs "
+            "datasets: pip install 'moeify[data]'"
+        ) from error
+    return datasets
+
+
+def _read_splits(splits: Mapping[str, Any], source: str, name: str, field: str) -> Texts:
+    parts = {
+        PARTS[split]: _by_domain(documents(rows, source, name, field))
+        for split, rows in splits.items()
+        if split in PARTS
+    }
     if "train" not in parts:
         raise ValueError(f"{source} has no split 'train', it has: {', '.join(splits)}")
-    return Texts(**parts)
+    return Texts(parts["train"], parts.get("validation", {}))

@@ -14,7 +14,7 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState, PrinterCallback
 
-from moeify.data.text import Blocks
+from moeify.data.blocks import Blocks
 from moeify.flops import Count, count
 from moeify.modes import in_evaluation
 from moeify.origin import Origin

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save_model
 from torch import nn
 
-from moeify.data.text import Blocks
+from moeify.data.blocks import Blocks
 from moeify.evaluate.run import Run, Settings, train_run
 from moeify.files import read_json, write_json
 from moeify.sparsify import Recipe, sparsify

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from moeify.data.text import Blocks
+from moeify.data.blocks import Blocks
 from moeify.modes import in_evaluation
 from moeify.record import observe
 from moeify.routing import Routing
