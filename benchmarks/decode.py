@@ -29,9 +29,9 @@ from measure import HEAD, in_turn, milliseconds, parser, quartiles, ratios, repo
 from torch import nn
 from transformers import DynamicCache
 
+from moeify.kernels.cpu.huge_pages import into_huge_pages
 from moeify.serve import fast_decode
 from moeify.serve.decode import cache_name
-from moeify.serve.huge_pages import into_huge_pages
 
 SHAPE = {
     "vocab_size": 32000, "hidden_size": 1024, "num_hidden_layers": 10, "num_attention_heads": 16,
@@ -143,19 +143,19 @@ class Bandwidth:
         return weight.nbytes / 1e6 / min(milliseconds(weight.sum) for _ in range(3))
 
 
-def bytes_per_step(model: nn.Module, bits: int, asked: float | None = None) -> float:
+def bytes_per_step(model: nn.Module, bits: int, chosen: float | None = None) -> float:
     """Of the weights that a step reads, without the embedding; 4 bits have scales beside, the head keeps 8.
 
     Args:
         model: one of the models.
         bits: of its weights.
-        asked: experts of a layer that some sequence asks; those that one token asks, if not given.
+        chosen: experts of a layer that some sequence chooses; those that one token chooses, if not given.
     """
     config = model.config
     body = sum(p.numel() for name, p in model.model.layers.named_parameters() if "experts" not in name)
     experts = sum(p.numel() for name, p in model.model.layers.named_parameters() if "experts" in name)
     if experts:
-        body += experts * (asked or config.num_experts_per_tok) / config.num_local_experts
+        body += experts * (chosen or config.num_experts_per_tok) / config.num_local_experts
     return body * {16: 2, 8: 1, 4: 0.5625}[bits] + model.lm_head.weight.numel() * {16: 2, 8: 1, 4: 1}[bits]
 
 

@@ -102,7 +102,7 @@ def _row(which: str, name: str, values: list[float], flops: int) -> dict[str, st
 
 
 def verdicts(goal: Goal, rows: list[dict[str, str]]) -> list[tuple[str, float, float, bool]]:
-    """What was asked, what was measured, and whether it is met."""
+    """The goal, what was measured, and whether it is met."""
     found = {(row["pass"], row["implementation"]): row for row in rows}
     ours = "decode" if goal.tokens * goal.k <= goal.experts else "triton"  # as auto takes them
     which = "forward" if goal.microseconds else "forward+backward"
@@ -132,7 +132,7 @@ def verdicts(goal: Goal, rows: list[dict[str, str]]) -> list[tuple[str, float, f
 
 
 def adapters(device: str, dtype: torch.dtype, rounds: int, scale: int) -> dict[str, float]:
-    """G9: the time of a frozen linear map with 2 of 16 adapters of rank 16, over that of the map alone."""
+    """G9: the time of a frozen linear layer with 2 of 16 adapters of rank 16, over that of the layer alone."""
     width, num_experts, k, tokens = 2048 // scale, 16, 2, 8192 // scale
     lora = LoRA(num_experts, width, rank=16).to(device, dtype)
     x, base, upstream = (torch.randn(n, width, device=device, dtype=dtype) for n in (tokens, width, tokens))
@@ -214,10 +214,10 @@ def main() -> None:
             print("  ", *row.values(), sep="  ")
         results += [head | {"goal": goal.name, "shape": goal.shape} | row for row in rows]
         table += [(goal.name, what, f"{a:g}", f"{b:.3g}", met) for what, a, b, met in verdicts(goal, rows)]
-    asked = {"forward": 1.25, "forward+backward": 1.35}
+    bounds = {"forward": 1.25, "forward+backward": 1.35}
     for which, ratio in adapters(device, dtype, rounds, 32 if dry else 1).items():
-        met = ratio <= asked[which]
-        table.append(("G9", f"times the linear map, {which}", f"{asked[which]:g}", f"{ratio:.3g}", met))
+        met = ratio <= bounds[which]
+        table.append(("G9", f"times the linear layer, {which}", f"{bounds[which]:g}", f"{ratio:.3g}", met))
     if not dry:
         write(results)
     for name, what, wanted, value, met in table:

@@ -1,4 +1,4 @@
-"""The layers that `benchmarks/gpu.py` runs, what is asked of them, and the ways to compute them."""
+"""The layers that `benchmarks/gpu.py` runs, their goals, and the ways to compute them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ PEERS = {"transformers/grouped_mm": "P1", "transformers/batched_mm": "P1", "lige
 
 @dataclass(frozen=True)
 class Goal:
-    """A layer, and what is asked of it.
+    """A layer and its goals.
 
     Attributes:
         forward: TFLOP/s of the forward pass.

@@ -1,4 +1,4 @@
-"""What must hold before `benchmarks/gpu.py` times anything: kernels agree with the definition in float64."""
+"""Checks that precede every timing of `benchmarks/gpu.py`: kernels agree with the definition in float64."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def check_adapters(device: str, backend: str, dtype: torch.dtype, tokens: int, w
 
 
 def check_linear(device: str, linear: Callable[..., Tensor]) -> float:
-    """The error of the grouped linear map with gathered tokens, gradients included."""
+    """The error of the grouped linear layer with gathered tokens, gradients included."""
     counts, source = torch.tensor([5, 0, 300], device=device), torch.randint(0, 64, (305,), device=device)
     shapes = ((64, 96), (3, 16, 96))
     leaves = [torch.randn(s, device=device, requires_grad=True) for s in shapes]

@@ -47,7 +47,7 @@ def forward(goal: Goal) -> list[Kernel]:
     t, d, h, r = goal.tokens, goal.width, goal.hidden, goal.tokens * goal.k
     m, chosen = goal.activation.projections * h, goal.experts * (1 - (1 - goal.k / goal.experts) ** t)
     if goal.microseconds:
-        return [Kernel(goal.flops, 2 * read * (d * m + d * h))]
+        return [Kernel(goal.flops, 2 * chosen * (d * m + d * h))]
     up = Kernel(2 * r * d * m, 2 * (r * d + chosen * d * m + r * m + r * h))
     down = Kernel(2 * r * h * d, 2 * (r * h + chosen * d * h + r * d))
     return [up, down, Kernel(0, 2 * (r * d + t * d))]
@@ -82,10 +82,10 @@ def bound(kernels: Sequence[Kernel]) -> tuple[float, float]:
 
 
 def wanted(goal: Goal) -> dict[str, float]:
-    """TFLOP/s that are asked of every pass."""
+    """The goal of every pass in TFLOP/s."""
     decoding = goal.flops / goal.microseconds / 1e6 if goal.microseconds else 0
-    asked = {"forward": goal.forward or decoding, "forward+backward": goal.both}
-    return {name: tflops for name, tflops in asked.items() if tflops}
+    goals = {"forward": goal.forward or decoding, "forward+backward": goal.both}
+    return {name: tflops for name, tflops in goals.items() if tflops}
 
 
 def measured(file: Path = RESULTS) -> list[dict[str, str]]:
@@ -139,14 +139,14 @@ def _roof(
 
 
 def _goal(axis: Any, goal: Goal, rows: list[dict[str, str]]) -> None:
-    asked, lowest, place = wanted(goal), float("inf"), 0.0
+    goals, lowest, place = wanted(goal), float("inf"), 0.0
     for (which, kernels), colour in zip(passes(goal).items(), ("tab:blue", "tab:orange"), strict=False):
         place, (_, highest) = intensity(kernels), bound(kernels)
-        lowest = min(lowest, asked.get(which, highest))
+        lowest = min(lowest, goals.get(which, highest))
         axis.plot(place, highest, "_", color=colour, markersize=12, label=f"bound, {which}")
-        if which in asked:
-            axis.plot((place, place), (asked[which], highest), color=colour, alpha=0.3)
-            axis.plot(place, asked[which], "o", color=colour, fillstyle="none", label=f"goal, {which}")
+        if which in goals:
+            axis.plot((place, place), (goals[which], highest), color=colour, alpha=0.3)
+            axis.plot(place, goals[which], "o", color=colour, fillstyle="none", label=f"goal, {which}")
         for row in rows:
             if row["pass"] == which:
                 marker, label = ("o", "measured") if row["implementation"] in OURS else ("x", "peers")

@@ -1,4 +1,4 @@
-"""What the benchmark programs share: options, rows and their files, taking turns, and the limits of a machine."""
+"""Shared parts of the benchmarks: options, rows and their files, interleaved rounds, the limits of a machine."""
 
 from __future__ import annotations
 

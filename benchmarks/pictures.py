@@ -1,4 +1,4 @@
-"""Pictures of results: what was measured as points, and the roofline beside them."""
+"""Draw results: measured points, and the roofline beside them."""
 
 from __future__ import annotations
 

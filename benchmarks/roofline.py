@@ -3,7 +3,7 @@
 Mixtral 8x7B reads 12.9 B parameters per token, Llama 2 70B all of its 70 B, and Mixtral is said to be six times as
 fast. The models here, of `decode.py`, have that ratio of sizes, random weights and 16 bits. They decode one to 256
 sequences at once by transformers and by moeify, all in turn within one process. The more sequences, the more experts
-are asked by some of them, and the less of the sparse model is left unread: a row names the experts asked per layer,
+are chosen by some of them, and the less of the sparse model is left unread: a row names the experts chosen per layer,
 and the speeds that memory (bytes of the weights that a step reads / bandwidth) and products (FLOPs / fastest product)
 allow.
 
@@ -30,7 +30,7 @@ from moeify.routing import Routing
 DENSE = "dense-larger"
 FIELDS = [
     *HEAD, "model", "implementation", "batch", "tok_per_s", "quartiles", "speedup_over_best_peer", "speedup_quartiles",
-    "over_dense", "over_dense_quartiles", "experts_asked", "gb_per_step", "bandwidth_gb_per_s", "memory_limit",
+    "over_dense", "over_dense_quartiles", "experts_chosen", "gb_per_step", "bandwidth_gb_per_s", "memory_limit",
     "product_limit", "share_of_limit",
 ]  # fmt: skip
 POINT = ("model", "implementation", "batch")
@@ -39,20 +39,20 @@ Way = tuple[str, str, int]
 """A model, an implementation and a batch."""
 
 
-def experts_asked(model: nn.Module, batch: int) -> float | None:
-    """How many experts of a layer are asked by some sequence of a step, in the mean; None in a dense model."""
+def experts_chosen(model: nn.Module, batch: int) -> float | None:
+    """How many experts of a layer some sequence chooses of a step, in the mean; None in a dense model."""
     if not hasattr(model.config, "num_local_experts"):
         return None
-    asked: list[int] = []
+    chosen: list[int] = []
 
     def see(layer: str, routing: Routing) -> None:
-        asked.append(int(routing.counts.count_nonzero()))
+        chosen.append(int(routing.counts.count_nonzero()))
 
     handles = observe(model, see)
     decode(model, batch, 2, prompt=1)
     for handle in handles:
         handle.remove()
-    return statistics.mean(asked)
+    return statistics.mean(chosen)
 
 
 def ways(name: str, model: nn.Module, batches: list[int]) -> dict[Way, Callable[[int], float]]:
@@ -111,9 +111,9 @@ def limits_of(model: nn.Module, batch: int, bandwidth: float) -> dict[str, float
         batch: sequences decoded at once.
         bandwidth: GB per second.
     """
-    asked = experts_asked(model, batch)
-    gigabytes = bytes_per_step(model, 16, asked) / 1e9
-    return ({} if asked is None else {"experts_asked": asked}) | {
+    chosen = experts_chosen(model, batch)
+    gigabytes = bytes_per_step(model, 16, chosen) / 1e9
+    return ({} if chosen is None else {"experts_chosen": chosen}) | {
         "gb_per_step": gigabytes,
         "bandwidth_gb_per_s": bandwidth,
         "memory_limit": batch * bandwidth / gigabytes,

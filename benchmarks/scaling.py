@@ -3,7 +3,7 @@
 Layers of 8 to 128 experts of one size, of which every token asks two, and the dense network of equal active size all
 run in turn within one process, by moeify (`auto`, and with packed weights) and by transformers. A row holds the time,
 its ratio to the best of transformers' implementations of the same layer, to the dense network and to the fewest
-experts, and the limit: the larger of (bytes of the experts that were asked / bandwidth) and (FLOPs / fastest product).
+experts, and the limit: the larger of (bytes of the chosen experts / bandwidth) and (FLOPs / fastest product).
 
     python benchmarks/scaling.py
     python benchmarks/scaling.py --experts 8 16 --tokens 1 --rounds 1 --out /tmp/scaling.csv --picture /tmp/scaling.png

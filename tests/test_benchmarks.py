@@ -208,13 +208,13 @@ def test_the_larger_dense_model_is_to_the_active_part_as_llama_is_to_that_of_mix
     decode = benchmarks("decode")
     sparse, total, active, larger = (decode.skeleton(name) for name in decode.MODELS)
     assert decode.bytes_per_step(larger, 16) / decode.bytes_per_step(sparse, 16) == pytest.approx(70 / 12.9, rel=0.01)
-    assert decode.bytes_per_step(total, 16) == pytest.approx(decode.bytes_per_step(sparse, 16, asked=8), rel=0.001)
+    assert decode.bytes_per_step(total, 16) == pytest.approx(decode.bytes_per_step(sparse, 16, chosen=8), rel=0.001)
     assert decode.bytes_per_step(active, 16) == pytest.approx(decode.bytes_per_step(sparse, 16), rel=0.001)
 
 
 def test_a_step_of_more_sequences_asks_more_experts(benchmarks, tiny_decoder):
     roofline = benchmarks("roofline")
-    one, some, many = (roofline.experts_asked(tiny_decoder, batch) for batch in (1, 3, 64))
+    one, some, many = (roofline.experts_chosen(tiny_decoder, batch) for batch in (1, 3, 64))
     assert one == 2 <= some <= many <= 4
 
 

@@ -1,4 +1,4 @@
-"""The backend of the C++ kernel: a whole layer in one call, on a CPU, where no gradient is needed."""
+"""The backend `cpp`: a whole layer in one call of C++, on a CPU, where no gradient is needed."""
 
 from __future__ import annotations
 

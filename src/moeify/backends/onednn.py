@@ -1,4 +1,4 @@
-"""Whole experts on a CPU, by the libraries that torch brings along."""
+"""The backends `onednn` and `recompute`: feed-forward experts by torch's CPU libraries, with gradients."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def run(x: Float[Tensor, "... D"], routing: Routing, experts: Experts, *, keep: 
 
 
 def _packed(stacked: Stacked, dtype: torch.dtype) -> tuple[Matrices, Matrices] | None:
-    if stacked.up.is_inference() or stacked.down.is_inference():  # they have no version to tell a stale copy by
+    if stacked.up.is_inference() or stacked.down.is_inference():  # without a version, a stale copy goes unnoticed
         return None
     return packed(stacked.up, dtype), packed(stacked.down, dtype)
 

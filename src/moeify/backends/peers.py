@@ -1,4 +1,4 @@
-"""Kernels of others, by name only: `liger` (Liger-Kernel) and `sonicmoe` (SonicMoE, as transformers calls it)."""
+"""The backends `liger` and `sonicmoe`: fused layers of other libraries, which `auto` never takes."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def liger(x: Float[Tensor, "... D"], routing: Routing, experts: Experts) -> Float[Tensor, "... D"]:
-    """Liger's fused layer: gather, both maps and SwiGLU in Triton."""
+    """Liger's fused layer: gather, projections and SwiGLU in Triton."""
     tokens, stacked, routing = _read(x, routing, experts)
     function = importlib.import_module("liger_kernel.ops").LigerFusedMoEFunction
     assert routing.choices is not None
@@ -86,7 +86,7 @@ def _unserved(x: Tensor, routing: Routing, experts: Experts, activations: tuple[
         return reason
     s = experts.stacked
     if s is None or not isinstance(s.activation, Glu) or name_of(s.activation.act) not in activations:
-        return f"it needs experts gated by {' or '.join(activations)}, gate and up map side by side"
+        return f"it needs experts gated by {' or '.join(activations)}, gate and up projection side by side"
     if s.down.shape[1] != x.shape[-1] or s.up.stride(-1) != 1:
         return "it needs outputs as wide as tokens, and weights that do not lie transposed"
     tensors = (s.up, s.up_bias, s.down, s.down_bias)

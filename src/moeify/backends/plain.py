@@ -1,4 +1,4 @@
-"""Backends in plain torch, among them the definition."""
+"""Backends in plain torch: the definition `compose`, `gather`, and the combination of outputs that exist already."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whole layers by kernels of our own, on a GPU: `moeify.kernels.triton`, imported when the first layer asks for it."""
+"""The backends `triton` and `decode`: whole layers on a GPU by `moeify.kernels.triton`, imported at first use."""
 
 from __future__ import annotations
 
@@ -63,24 +63,24 @@ def cannot(x: Float[Tensor, "... D"], routing: Routing, experts: Experts) -> str
     """Why `run` cannot serve a call, None if it can."""
     if isinstance(experts, LoRA):
         if experts.training and experts.dropout.p > 0:
-            return "it knows no dropout before low-rank maps"
+            return "it knows no dropout before low-rank projections"
     elif reason := needs_stacked(experts):
         return reason
     return _unserved(x, routing, experts)
 
 
 def chosen(x: Float[Tensor, "... D"], routing: Routing, experts: Experts) -> bool:
-    """Whether they are asked for, and expected to be faster than torch's grouped product with its copies.
+    """Whether they are allowed, and expected to be faster than torch's grouped product with its copies.
 
     No GPU has run them yet, so `auto` takes them only with `MOEIFY_TRITON=1` in the environment.
 
     What they save are copies, worth 1 / D + 1 / H of the products' time, up to a factor; what they lose is that
     CUTLASS multiplies somewhat faster than Triton. They are taken where D · H / (D + H) is at most 1000, which leaves
-    Mixtral's wide experts to torch, and takes fine-grained ones; low-rank maps are narrower still. In dtypes that
-    torch's grouped product does not know, one product per expert and a wait for the counts is what they compete with,
-    so they are always taken.
+    Mixtral's wide experts to torch, and takes fine-grained ones; low-rank projections are narrower still. In dtypes
+    that torch's grouped product does not know, they compete with one product per expert and a wait for the counts, so
+    they are always taken.
     """
-    if not asked() or not x.is_cuda:
+    if not allowed() or not x.is_cuda:
         return False
     stacked = experts.stacked
     if stacked is None:
@@ -99,7 +99,7 @@ def decode(x: Float[Tensor, "... D"], routing: Routing, experts: Experts) -> Flo
     indices, weights = routing.choices.indices, routing.choices.weights
     tokens = x.reshape(-1, x.shape[-1]).to(_dtype(x, experts))
     if isinstance(experts, Quantized):
-        up, down = (Matrices(map.weight, map.bias, map.scales) for map in (experts.up, experts.down))
+        up, down = (Matrices(p.weight, p.bias, p.scales) for p in (experts.up, experts.down))
         y = decode(tokens, indices, weights, up, down, experts.hidden, experts.activation)
     else:
         s = experts.stacked
@@ -121,14 +121,17 @@ def cannot_decode(x: Float[Tensor, "... D"], routing: Routing, experts: Experts)
 
 
 def decode_chosen(x: Float[Tensor, "... D"], routing: Routing, experts: Experts) -> bool:
-    """Whether they are asked for, and rows are so few that most experts that are chosen have one row."""
+    """Whether they are allowed, and rows are so few that most experts that are chosen have one row."""
     return (
-        asked() and x.is_cuda and isinstance(routing, Assignment) and routing.source.shape[0] <= routing.counts.shape[0]
+        allowed()
+        and x.is_cuda
+        and isinstance(routing, Assignment)
+        and routing.source.shape[0] <= routing.counts.shape[0]
     )
 
 
 @constant_result
-def asked() -> bool:
+def allowed() -> bool:
     """Whether `auto` may take kernels that no GPU has run."""
     return env.TRITON.is_on
 
@@ -176,7 +179,7 @@ def _tensors(experts: Experts) -> tuple[Tensor | None, ...]:
     if isinstance(experts, LoRA):
         return experts.lora_A, experts.lora_B, experts.scale
     if isinstance(experts, Quantized):
-        return tuple(tensor for map in (experts.up, experts.down) for tensor in (map.weight, map.bias, map.scales))
+        return tuple(tensor for p in (experts.up, experts.down) for tensor in (p.weight, p.bias, p.scales))
     s = experts.stacked
     return () if s is None else (s.up, s.up_bias, s.down, s.down_bias)
 

@@ -1,4 +1,4 @@
-"""Kernels: `grouped_linear`, a linear map with a weight of its own for every run of rows."""
+"""Kernels: `grouped_linear`, which multiplies every run of rows by the weight of its own expert."""
 
 from moeify.kernels.grouped import explain, grouped_linear
 from moeify.kernels.naive import naive_grouped_linear

@@ -1,4 +1,4 @@
-"""What a kernel for whole experts reads: stacked weights of E feed-forward experts, and their activation."""
+"""The stacked weights of E feed-forward experts and their activation, as kernels for whole experts read them."""
 
 from __future__ import annotations
 

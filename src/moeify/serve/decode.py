@@ -17,10 +17,10 @@ from moeify.context import Context
 from moeify.experts.quantized import Quantized, quantize
 from moeify.hf.interface import HfExperts, use_moeify_experts
 from moeify.kernels.cpu import cpp
+from moeify.kernels.cpu.huge_pages import into_huge_pages
 from moeify.moe import MoE
 from moeify.serve.cache import PreallocatedLayer, preallocate
 from moeify.serve.decoder import Decoder, find_decoder, is_offloaded
-from moeify.serve.huge_pages import into_huge_pages
 from moeify.serve.program import Program
 
 Model = TypeVar("Model", bound=nn.Module)

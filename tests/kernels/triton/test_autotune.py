@@ -41,4 +41,4 @@ def test_every_kernel_has_a_trial(kernel, widths):
 
 def test_nothing_is_measured_unless_asked(monkeypatch):
     monkeypatch.delenv("MOEIFY_AUTOTUNE", raising=False)
-    assert not autotune.asked()
+    assert not autotune.measures()

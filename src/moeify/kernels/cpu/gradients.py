@@ -1,4 +1,4 @@
-"""Gradients of the weights of many experts: memory that is mapped once and kept, and sums that are made in place."""
+"""Memory for the gradients of expert weights on a CPU: mapped once, kept, and added to in place."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def accumulate_in_place(model: Model) -> Model:
 
     Where gradients are accumulated over several passes, those of experts without rows are then left alone. It is for
     one process and `loss.backward()` only: `torch.autograd.grad` finds no gradient of a weight that has a `.grad`
-    already, and `DistributedDataParallel` is not told of it. Weights with hooks on their gradient get it as ever.
+    already, and `DistributedDataParallel` does not see it. Weights with hooks on their gradient get it as ever.
     """
     for parameter in model.parameters():
         _IN_PLACE[parameter] = True

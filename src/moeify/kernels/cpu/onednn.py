@@ -1,7 +1,7 @@
 """Matrix products on a CPU by whichever of two libraries is faster there: the BLAS that torch ships, or oneDNN.
 
-In fp32 torch always asks its BLAS, which leaves half of some processors idle; in bf16 and fp16 it asks oneDNN itself.
-Both compute with full precision. Which one serves is measured at first use, not told by the processor's name.
+In fp32 torch always calls its BLAS, which leaves half of some processors idle; in bf16 and fp16 it calls oneDNN itself.
+Both compute with full precision. A measurement at first use decides which one serves.
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ def onednn_is_faster(size: int, left_transposed: bool, right_transposed: bool, t
         size: the smallest side of the product: the rows of one expert.
         left_transposed: whether the left matrix is transposed, as in the gradient of a weight; size is then K, else M.
         right_transposed: whether the right matrix is transposed.
-        threads: of torch; they decide too, and tell measurements apart.
+        threads: of torch; they matter too, and measurements are kept for each number of them.
     """
     m, k = (256, size) if left_transposed else (size, 256)
     left = torch.ones(k, m).t() if left_transposed else torch.ones(m, k)  # random numbers would move the user's seed

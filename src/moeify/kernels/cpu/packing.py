@@ -1,4 +1,4 @@
-"""Packed copies of weights: made once, kept while the weights stay as they are, and only where they are allowed."""
+"""Packed copies of expert weights, which libraries read faster: made where allowed, and again when weights change."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def cached(owner: object, name: str, tensors: Sequence[Tensor], make: Callable[[
 
     Args:
         owner: the copies live as long as it does; a module or the parameter itself.
-        name: tells the copies of one owner apart.
+        name: distinguishes the copies of one owner.
         tensors: what the copy is made of; no inference tensors, which have no version.
         make: makes the copy; it must not keep hold of the owner.
     """

@@ -1,4 +1,4 @@
-"""Products of sorted rows: every expert's rows by its matrix, and the outer products of every expert's rows."""
+"""Products of rows sorted by expert on a CPU: NT and NN by every expert's matrix, TN for its gradient."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Matrices = Tensor | Sequence[Tensor]  # (E, O, D), or E packed ones
 Block = list[Run]  # runs of rising experts, side by side
 
 WORTH_COMPILING = 2**18
-"""Numbers in the matrices of all experts from which on a C++ compiler is asked for the C++ kernel."""
+"""Weights of all experts in one projection from which on the C++ kernels are compiled for them."""
 
 
 def blocks(counts: Sequence[int], most: int | None = None, *, whole: bool = True) -> Iterator[Block]:

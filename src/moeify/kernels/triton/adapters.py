@@ -1,7 +1,7 @@
-"""Low-rank experts, `Σ w s B (A x)`: two grouped products and a sum.
+"""Low-rank experts (LoRA) in Triton, `Σ w s B (A x)`: two grouped products and a sum.
 
-A row is narrow between the two maps, so that is where its weight is taken in. Kept for the backward pass are the tokens
-and the narrow rows, T·D + 2·R·r numbers; no row as wide as a token is.
+A row is narrow between the two projections, so its weight is applied there. The backward pass keeps the tokens and the
+narrow rows, T·D + 2·R·r numbers, and no row as wide as a token.
 """
 
 from __future__ import annotations

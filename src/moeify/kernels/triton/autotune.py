@@ -42,7 +42,7 @@ Measure = Callable[[Config], float]
 
 
 def config(kernel: Kernel, x: torch.Tensor, rows_per_expert: int, *widths: int) -> Config:
-    """The tile sizes for a kernel: measured ones where they are asked for, those of the table elsewhere.
+    """The tile sizes for a kernel: measured ones with `MOEIFY_AUTOTUNE=1`, those of the table without.
 
     Args:
         kernel: the kernel.
@@ -52,14 +52,14 @@ def config(kernel: Kernel, x: torch.Tensor, rows_per_expert: int, *widths: int) 
     """
     if INTERPRETED:
         return Config(16, 32, 32, 4, 2)
-    if asked():
+    if measures():
         return measured(kernel, x.device, x.dtype, rows_per_expert, widths)
     large = x.is_cuda and torch.cuda.get_device_capability(x.device)[0] in (9, 10)  # 12 is for desktops, with 100 KB
     return table("hopper" if large else "ampere", kernel, x.dtype, rows_per_expert, *widths)
 
 
-def asked() -> bool:
-    """Whether sizes are to be measured; never while a CUDA graph is captured."""
+def measures() -> bool:
+    """Whether sizes are measured; never while a CUDA graph is captured."""
     return env.AUTOTUNE.is_on and not torch.cuda.is_current_stream_capturing()
 
 
@@ -91,7 +91,7 @@ def tuned(key: str, candidates: list[Config], measure: Measure) -> Config:
 
 
 def measured(kernel: Kernel, device: torch.device, dtype: torch.dtype, rows: int, widths: tuple[int, ...]) -> Config:
-    """The measured size for a kernel, `rows` rows per expert and maps (M, D) and, of a layer, (O, H)."""
+    """The measured size for a kernel, `rows` rows per expert and matrices (M, D) and, of a layer, (O, H)."""
     rows = max(1, power_of_2(rows))
     key = "/".join(map(str, (torch.cuda.get_device_name(device), kernel, dtype, rows, *widths)))
     return tuned(key, CANDIDATES[kernel], lambda size: milliseconds(trial(kernel, device, dtype, rows, widths, size)))

@@ -1,4 +1,4 @@
-"""The weighted sum of every token's rows: gathered by the token, not scattered by the row, so there are no atomics."""
+"""Combine in Triton: the weighted sum of every token's rows, gathered by the token, so without atomics."""
 
 from __future__ import annotations
 

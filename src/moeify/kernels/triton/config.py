@@ -32,7 +32,7 @@ class Config:
     stages: int
 
     def within(self, *, m: int | None = None, n: int, k: int | None = None) -> Config:
-        """No larger than a product of m x n with sums over k: for narrow maps, such as those of low rank."""
+        """No larger than a product of m x n with sums over k: for narrow matrices, such as those of low rank."""
         limits = {"m": m, "n": n, "k": k}
         sizes = {name: min(getattr(self, name), max(16, power_of_2(x))) for name, x in limits.items() if x is not None}
         return replace(self, **sizes)

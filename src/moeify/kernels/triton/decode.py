@@ -62,8 +62,8 @@ def decode(
         activation: between the projections.
     """
     n = kernel_activation(activation)
-    maps = (up.weight, *in_order(up.bias, up.scales), down.weight, *in_order(down.bias, down.scales))
-    call = (*in_order(x, index, gates), *maps, hidden, n.act, n.gated, n.alpha, n.limit)
+    projections = (up.weight, *in_order(up.bias, up.scales), down.weight, *in_order(down.bias, down.scales))
+    call = (*in_order(x, index, gates), *projections, hidden, n.act, n.gated, n.alpha, n.limit)
     return torch.ops.moeify.decode(*call)
 
 

@@ -1,4 +1,4 @@
-"""How kernels are started, and what they must be told about the machine."""
+"""Start Triton kernels, and say how they compute: precision, interpreter, contiguous inputs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Sparse feed-forward layers: two grouped products and a sum forwards, four and a sum backwards.
+"""Sparse feed-forward layers in Triton: two grouped products and a sum forwards, four and a sum backwards.
 
     forward     P = W1 x + b1        one kernel: the gather before, the activation behind
                 A = activation(P)
@@ -60,7 +60,8 @@ def sparse_ffn(
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else experts.up.dtype
     activation = kernel_activation(experts.activation)
     up, up_bias, down, down_bias = (
-        None if map is None else map.to(dtype) for map in (experts.up, experts.up_bias, experts.down, experts.down_bias)
+        None if tensor is None else tensor.to(dtype)
+        for tensor in (experts.up, experts.up_bias, experts.down, experts.down_bias)
     )
     differentiable = (x, weight, up, up_bias, down, down_bias)
     keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in differentiable)

@@ -1,4 +1,4 @@
-"""The gradient of the weights: sums of outer products over the rows of each expert, operands gathered on the way."""
+"""TN products in Triton: weight gradients as sums of outer products over the rows of each expert."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tiles: which rows a program of a grouped product computes, told on the device.
+"""The tile table of grouped products in Triton: the rows that each program computes, found on the device.
 
 Every tile holds at most `block` rows of one expert. How many tiles there are depends on the counts, which the host
 does not know; so it starts as many programs as there could be, ceil(R / block) + E, and those beyond the last tile do

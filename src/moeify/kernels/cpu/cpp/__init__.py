@@ -1,4 +1,4 @@
-"""C++ for a CPU, compiled at first use: a whole sparse layer, products of few rows, and the steps of a decoder."""
+"""C++ kernels for a CPU, compiled at first use: a whole sparse layer, products of few rows, a decoder step."""
 
 from moeify.kernels.cpu.cpp.build import LEVELS, Unavailable, explain, levels, library, why_not
 from moeify.kernels.cpu.cpp.call import cpp_layer

@@ -1,4 +1,4 @@
-"""Compile the kernel by the system's compiler at first use, keep it in the user's cache, and load it."""
+"""Compile the C++ kernels at first use by the system's compiler, keep them in the cache folder, and load them."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ LEVELS: dict[str, list[str]] = {
     "neon": [],
     "portable": [],
 }
-"""The instruction sets that the kernel is written for, best first, and how a compiler is told."""
+"""The instruction sets that the kernel is written for, best first, and their compiler flags."""
 
 _FLAGS = ["-O3", "-std=c++17", "-fPIC", "-fno-math-errno", "-w"]
 _SOURCES = sorted(path for path in Path(__file__).parent.iterdir() if path.suffix in (".cpp", ".h"))

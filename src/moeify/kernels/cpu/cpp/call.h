@@ -1,4 +1,4 @@
-// What a whole sparse layer is told.
+// The arguments of a whole sparse layer.
 #pragma once
 #include "projections.h"
 

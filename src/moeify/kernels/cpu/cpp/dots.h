@@ -1,4 +1,4 @@
-// Dot products of C neighbouring weight rows with M activations, all of length K: the gating loop of everything.
+// Dot products of C neighbouring weight rows with M inputs, all of length K: the inner loop of every kernel.
 #pragma once
 #include "vectors.h"
 

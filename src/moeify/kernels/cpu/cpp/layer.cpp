@@ -1,4 +1,4 @@
-// A whole sparse layer in one call: gather, first projection, nonlinearity, last projection, weighted sum.
+// A whole sparse layer in one call: gather, up projection, activation, down projection, weighted sum.
 //
 // Rows are read through pointers, so nothing is gathered. A thread owns output columns, so outputs are added up without
 // atomics, always in the order of the rows.
@@ -105,7 +105,7 @@ struct Layer {
         }
     }
 
-    // hidden[row][column ...] = gating(up(x[source[row]]))
+    // hidden[row][column ...] = activation(up(x[source[row]]))
     void project_up(const Segment& s, int64_t column, int count, const Inputs<const X>& x, X* hidden, X* scratch) const {
         const Gating gating = Gating(call.gating);
         const int step = gating == CLAMPED ? 2 : 1;

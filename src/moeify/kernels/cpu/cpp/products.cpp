@@ -1,4 +1,4 @@
-// See products.h.
+// NT, NN and TN products of rows sorted by expert; products.h describes them.
 #include "products.h"
 
 #include <algorithm>

@@ -1,4 +1,4 @@
-"""Products of sorted rows for experts that have few, in one pass over the weights."""
+"""NT, NN and TN products of rows sorted by expert in C++, for experts with few rows: each matrix is read once."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-// Vectors of floats for whatever instruction set the compiler was told to use, and how stored numbers become floats.
+// Vectors of floats for the instruction set that the compiler targets, and how stored numbers become floats.
 #pragma once
 #include <cstdint>
 #include <cstring>
