@@ -33,7 +33,8 @@ def ffn(model: nn.Module) -> list[Site]:
     sparse = list(sparse_layers(model))
     sites = [site for site in found if not _is_expert(site, sparse)]
     sites = [site for site in sites if site.layer and site.keeps_width] or sites
-    _refuse_doubtful(model, sites, doubtful)
+    if sites or not sparse:
+        _refuse_doubtful(model, sites, doubtful)
     if not sites and (already := sparse + [site.name for site in found]):
         raise ValueError(
             f"this {type(model).__name__} is sparse already (see {already[0]}); start from the dense model"
@@ -47,7 +48,7 @@ def ffn(model: nn.Module) -> list[Site]:
 
 
 def _is_expert(site: Site, layers: list[str]) -> bool:
-    return "expert" in site.name.lower() or any(site.name.startswith(f"{layer}.") for layer in layers)
+    return "expert" in site.name.lower() or any(f"{site.name}.".startswith(f"{layer}.") for layer in layers)
 
 
 def _refuse_doubtful(model: nn.Module, sites: list[Site], doubtful: list[str]) -> None:

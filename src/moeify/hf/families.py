@@ -196,7 +196,7 @@ def _each_reads_the_rest(
         unread = ~read_by(mask)
         positions = real(len(tokens))
         places = torch.arange(len(tokens), device=tokens.device) if positions is None else positions
-        for expert, column in zip(experts.children(), unread[places].T, strict=True):
-            expert(tokens[places[column]])
+        for e, column in enumerate(unread[places].T):
+            experts.get_submodule(f"expert_{e}")(tokens[places[column]])
 
     return hook
