@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -144,7 +145,7 @@ def test_a_balance_loss_that_cannot_act_is_an_error_not_a_silence(tmp_path):
     scoreless = llama()
     for module in scoreless.modules():
         if isinstance(module, TopK):
-            module.register_forward_hook(lambda m, a, r: object.__setattr__(r, "scores", None))
+            module.register_forward_hook(lambda m, a, r: replace(r, evidence=replace(r.evidence, scores=None)))
     with pytest.raises(ValueError, match="so it is not wired"):
         trainer(scoreless, tmp_path).train()
 

@@ -18,7 +18,7 @@ from moeify.evaluate.run import Run, Settings, train_run
 from moeify.files import read_json, write_json
 from moeify.sparsify import Recipe, sparsify
 from moeify.store import load_weights
-from moeify.train.checkpoint.folder import checkpoints
+from moeify.train.checkpoint.folder import checkpoints, recover
 
 Axis = Literal["tokens", "flops", "seconds"]
 
@@ -147,6 +147,7 @@ def versus(
                 load_weights(model, place)
             else:
                 tell(f"training the {name} model, seed {seed}")
+                recover(place)
                 begun = resume and bool(checkpoints(place))
                 run = train_run(name, model, train, validation, place, replace(settings, seed=seed), resume=begun)
                 save_model(model, str(place / "model.safetensors"))

@@ -64,6 +64,7 @@ class SparseTrainerMixin(Columns, Saving):
         self._control: Control | None = None
         self._batches: list[Any] = []
         self._losses: list[Tensor] = []
+        self.written = []
         self._tokens, self._since = 0.0, time.perf_counter()
         self._stopper, self._line = SaveOnSignal(), ProgressLine()
         self.add_callback(_Steps(self))
@@ -89,19 +90,26 @@ class SparseTrainerMixin(Columns, Saving):
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """Train, or go on from a checkpoint: True for the newest that can be trusted, or the path of one.
 
+        A run that has done all its steps takes no more. Checkpoints in the output folder that this run does not go on
+        from, those of another run or of later steps, are moved into a folder `earlier-1` beside them.
+
         Raises:
             FileNotFoundError: no checkpoint can be trusted; the message says why.
         """
-        if resume_from_checkpoint:
-            resume_from_checkpoint = str(self._checkpoint_to_resume(resume_from_checkpoint))
-        else:
-            self._warn_of_earlier_run()
+        checkpoint = self._begin_run(resume_from_checkpoint)
         try:
-            return super().train(resume_from_checkpoint, *args, **kwargs)
+            return super().train(checkpoint, *args, **kwargs)
         finally:
             self._stopper.restore()
             self._line.close()
             self._unhook()
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> Any:
+        """An epoch; transformers looks after a step whether it was the last one, and not before the first."""
+        if self.state.global_step < self.state.max_steps:
+            return super()._run_epoch(*args, **kwargs)
+        self.control.should_training_stop = True
+        return None
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         """Make the optimizer, and attach the controller to it."""
@@ -183,9 +191,10 @@ class SparseTrainerMixin(Columns, Saving):
         step = self.state.global_step
         where = find(self.accelerator.unwrap_model(model), self._prepare_input(self._batches))
         self._save_checkpoint(model, trial=None)
+        saved = f"are saved in {self._checkpoint_folder(step)}" if not self.failures else "could not be saved"
         raise FloatingPointError(
-            f"{why}{where} is not finite in step {step + 1}; the optimizer has not touched the weights, which are "
-            f"saved in {self._checkpoint_folder(step)}. Lower the learning rate, clip gradients (max_grad_norm=1.0), "
+            f"{why}{where} is not finite in step {step + 1}; the optimizer has not touched the weights, which {saved}. "
+            "Lower the learning rate, clip gradients (max_grad_norm=1.0), "
             "look at the batch, or use bf16 in the place of fp16; then train(resume_from_checkpoint=True)"
         )
 

@@ -200,6 +200,45 @@ def test_a_run_that_starts_afresh_in_a_used_folder_says_so_and_saves_its_own(goo
     run(folder, llama(), max_steps=2, learning_rate=1e-1)
     assert "holds checkpoints of an earlier run up to checkpoint-2" in capsys.readouterr().out
     assert (folder / "checkpoint-2" / "model.safetensors").read_bytes() != before
+    earlier = folder / "earlier-1"
+    assert {path.name for path in earlier.iterdir()} == {"checkpoint-1", "checkpoint-2", "metrics.jsonl"}
+    assert (earlier / "checkpoint-2" / "model.safetensors").read_bytes() == before
+    assert fault(earlier / "checkpoint-2") is None
+
+
+def test_a_fresh_run_keeps_its_checkpoints_beside_those_of_later_steps_and_goes_on_from_them(good, tmp_path):
+    folder = shutil.copytree(good, tmp_path / "used")
+    run(folder, llama(), max_steps=1, save_total_limit=1)
+    assert newest(folder).name == "checkpoint-1"
+    again = run(folder, llama(), max_steps=2, save_total_limit=1, resume=True)
+    assert again.state.global_step == 2
+    assert [path.name for path in folder.glob("checkpoint-*")] == ["checkpoint-2"]
+    assert {path.name for path in folder.glob("earlier-*/checkpoint-*")} == {"checkpoint-1", "checkpoint-2"}
+
+
+def test_a_run_that_goes_on_from_the_middle_moves_later_checkpoints_aside(good, tmp_path):
+    folder = shutil.copytree(good, tmp_path / "used")
+    run(folder, llama(), max_steps=2, save_total_limit=1, resume=str(folder / "checkpoint-1"))
+    assert [path.name for path in folder.glob("checkpoint-*")] == ["checkpoint-2"]
+    assert (folder / "earlier-1" / "checkpoint-2" / "MANIFEST.json").is_file()
+    assert [step for step, *_ in history(folder)] == [1, 2]
+
+
+@pytest.mark.parametrize("length", [{"max_steps": 3}, {"max_steps": -1, "num_train_epochs": 1}])
+def test_a_finished_run_takes_no_further_step_however_often_it_is_resumed(tmp_path, length):
+    whole = run(tmp_path, llama(), **length)
+    before = (tmp_path / "metrics.jsonl").read_bytes()
+    for _ in range(2):
+        again = run(tmp_path, llama(), resume=True, **length)
+        assert again.state.global_step == whole.state.global_step
+        assert same_weights(whole.model, again.model)
+    assert (tmp_path / "metrics.jsonl").read_bytes() == before
+    assert newest(tmp_path).name == f"checkpoint-{whole.state.global_step}"
+
+
+def test_a_finished_run_that_is_given_more_steps_goes_on(tmp_path):
+    run(tmp_path, llama(), max_steps=2)
+    assert run(tmp_path, llama(), max_steps=4, resume=True).state.global_step == 4
 
 
 def test_a_checkpoint_of_the_model_only_says_what_begins_anew(tmp_path, capsys):
@@ -248,8 +287,10 @@ def test_a_checkpoint_is_complete_or_absent(tmp_path):
 
 
 def test_rotation_keeps_the_newest_and_the_best(tmp_path):
-    for step in range(1, 6):
-        with writing(tmp_path / f"checkpoint-{step}") as folder:
-            (folder / "state").write_text(str(step))
-    rotate(tmp_path, 2, str(tmp_path / "checkpoint-2"))
+    written = [tmp_path / f"checkpoint-{step}" for step in range(1, 6)]
+    for checkpoint in written:
+        with writing(checkpoint) as folder:
+            (folder / "state").write_text(checkpoint.name)
+    rotate(written, 2, str(tmp_path / "checkpoint-2"))
+    assert [path.name for path in written] == ["checkpoint-2", "checkpoint-5"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-2", "checkpoint-5"]

@@ -1,4 +1,4 @@
-"""Checkpoints that are complete or absent, checked before they are read, and free of pickle.
+"""The folder of a checkpoint on disk: complete or absent, checked before it is read, and free of pickle.
 
     checkpoint-120/
       model*.safetensors, config.json    the model, under its own parameter names, buffers included
@@ -7,11 +7,13 @@
       MANIFEST.json                      bytes and SHA-256 of every file
 
 A checkpoint is written to `checkpoint-120.tmp`, synced to disk, and renamed; only a complete one has its final name.
+One to be deleted or replaced is renamed to `checkpoint-120.trash` first.
 """
 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -24,16 +26,18 @@ from typing import Any
 from moeify.files import read_json, sync, write_text
 
 MANIFEST = "MANIFEST.json"
-_NAME = re.compile(r"checkpoint-(\d+)")
+TEMPORARY, TRASH = ".tmp", ".trash"
+_NAME = re.compile(r"checkpoint-\d+")
 
 
 @contextmanager
 def writing(final: Path) -> Iterator[Path]:
     """Give a folder to write a checkpoint into, which gets its final name once everything is on disk.
 
-    An exception inside removes what was written; a checkpoint that already has the final name is moved aside first.
+    An exception inside removes what was written. A checkpoint that already has the final name is moved aside, and
+    deleted once the new one is in its place: at every moment one of the two is whole, and `recover` finds it.
     """
-    folder = final.with_name(final.name + ".tmp")
+    folder, old = final.with_name(final.name + TEMPORARY), final.with_name(final.name + TRASH)
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     try:
@@ -43,9 +47,49 @@ def writing(final: Path) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
         raise
     if final.exists():
-        discard(final)
+        shutil.rmtree(old, ignore_errors=True)
+        os.rename(final, old)
     os.rename(folder, final)
     sync(final.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def recover(output: Path) -> None:
+    """Tidy up after a kill: a whole checkpoint that has no final name gets it, all other leftovers are deleted.
+
+    Call it only where nobody else writes checkpoints.
+    """
+    leftovers = [path for suffix in (TEMPORARY, TRASH) for path in sorted(output.glob(f"checkpoint-*{suffix}"))]
+    for path in leftovers:  # new ones before those that they replace
+        final = path.with_suffix("")
+        if _NAME.fullmatch(final.name) and not final.exists() and fault(path) is None:
+            os.rename(path, final)
+            print(f"moeify: recovered {final}, which a kill had left without its name")
+        else:
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def set_aside(output: Path, after: int, *files: str) -> Path | None:
+    """Move the checkpoints of later steps than `after` into a folder of their own, `earlier-1` or the next free number.
+
+    Args:
+        output: the folder of a run.
+        after: the step that stays; -1 for none.
+        files: further files of the folder to move, if there are such checkpoints.
+
+    Returns:
+        The new folder, None if there are no such checkpoints.
+    """
+    others = [path for path in checkpoints(output) if step_of(path) > after]
+    if not others:
+        return None
+    aside = next(path for n in itertools.count(1) if not (path := output / f"earlier-{n}").exists())
+    aside.mkdir()
+    for path in [*others, *(output / name for name in files)]:
+        if path.exists():
+            os.rename(path, aside / path.name)
+    sync(output)
+    return aside
 
 
 def _seal(folder: Path) -> None:
@@ -64,10 +108,10 @@ def _fingerprint(path: Path) -> dict[str, Any]:
 
 def discard(folder: Path) -> None:
     """Delete a checkpoint so that no half of it keeps its name."""
-    trash = folder.with_name(folder.name + ".trash")
+    trash = folder.with_name(folder.name + TRASH)
     shutil.rmtree(trash, ignore_errors=True)
     os.rename(folder, trash)
-    shutil.rmtree(trash)
+    shutil.rmtree(trash, ignore_errors=True)
 
 
 def fault(folder: Path) -> str | None:
@@ -95,8 +139,13 @@ def fault(folder: Path) -> str | None:
 
 def checkpoints(output: Path) -> list[Path]:
     """All checkpoints of a run, newest first, good or not."""
-    found = [(int(m[1]), path) for path in output.glob("checkpoint-*") if (m := _NAME.fullmatch(path.name))]
-    return [path for _, path in sorted(found, reverse=True) if path.is_dir()]
+    found = [path for path in output.glob("checkpoint-*") if _NAME.fullmatch(path.name) and path.is_dir()]
+    return sorted(found, key=step_of, reverse=True)
+
+
+def step_of(checkpoint: Path) -> int:
+    """The optimizer step in a checkpoint's name."""
+    return int(checkpoint.name.removeprefix("checkpoint-"))
 
 
 def newest(output: Path) -> Path:
@@ -119,11 +168,18 @@ def newest(output: Path) -> Path:
     )
 
 
-def rotate(output: Path, limit: int | None, best: str | None) -> None:
-    """Keep the newest `limit` checkpoints, and the best one whatever its age."""
+def rotate(written: list[Path], limit: int | None, best: str | None) -> None:
+    """Keep the newest `limit` checkpoints of a run, and its best one whatever its age.
+
+    Args:
+        written: the checkpoints of this run, oldest first; those that are deleted leave the list.
+        limit: how many to keep; None for all.
+        best: one that is kept.
+    """
     if not limit or limit < 1:
         return
     keep = {Path(best).resolve()} if best else set()
-    found = [path for path in checkpoints(output) if path.resolve() not in keep]
-    for path in found[max(1, limit - len(keep)) :]:
+    others = [path for path in written if path.resolve() not in keep]
+    for path in others[: -max(1, limit - len(keep))]:
         discard(path)
+        written.remove(path)

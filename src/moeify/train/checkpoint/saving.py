@@ -1,4 +1,4 @@
-"""The part of the trainer that writes checkpoints and reads them back."""
+"""A trainer's checkpoints: when they are written, which one is resumed from, and which ones are deleted."""
 
 from __future__ import annotations
 
@@ -14,8 +14,17 @@ from moeify import ranks
 from moeify.files import read_json, read_tensors, write_tensors
 from moeify.origin import Origin
 from moeify.store import load_weights, save
-from moeify.train.checkpoint import folder as resume
 from moeify.train.checkpoint import state
+from moeify.train.checkpoint.folder import (
+    checkpoints,
+    fault,
+    newest,
+    recover,
+    rotate,
+    set_aside,
+    step_of,
+    writing,
+)  # fmt: skip
 
 _Trainer: Any = object  # at run time a trainer of transformers stands behind the mixin
 
@@ -29,6 +38,7 @@ class Saving(_Trainer):
 
     failures = 0
     saved: Path | None = None
+    written: list[Path]
 
     def _checkpoint_folder(self, step: int, trial: Any = None) -> Path:
         return Path(self._get_output_dir(trial)) / f"checkpoint-{step}"
@@ -49,15 +59,16 @@ class Saving(_Trainer):
                 self.state.best_model_checkpoint = str(best)
         if self.args.should_save and final != self.saved:
             try:
-                with resume.writing(final) as folder:
+                with writing(final) as folder:
                     self._write(folder)
                 self.failures, self.saved = 0, final
+                self.written = [path for path in self.written if path != final] + [final]
             except (OSError, SafetensorError) as error:
                 self.failures += 1
                 print(f"moeify: {final.name} could not be saved ({error}); earlier checkpoints are untouched")
                 if self.failures == 3:
                     raise OSError(f"no checkpoint could be saved three times in a row: {error}") from error
-            resume.rotate(final.parent, self.args.save_total_limit, self.state.best_model_checkpoint)
+            rotate(self.written, self.args.save_total_limit, self.state.best_model_checkpoint)
         self.accelerator.wait_for_everyone()
         if self.args.push_to_hub:
             self._push_from_checkpoint(str(final))
@@ -80,32 +91,44 @@ class Saving(_Trainer):
                 kept[name] = [*kept[name], value] if isinstance(kept.get(name), list) else value
         self.state.save_to_json(str(folder / "trainer_state.json"))
 
+    def _begin_run(self, resume_from_checkpoint: str | bool | None) -> str | None:
+        """The checkpoint to go on from, if any; those that this run does not go on from are moved aside."""
+        output = Path(self.args.output_dir)
+        if self.is_world_process_zero():
+            recover(output)
+        checkpoint = self._checkpoint_to_resume(resume_from_checkpoint) if resume_from_checkpoint else None
+        step = -1
+        if checkpoint is not None and checkpoint.parent.resolve() == output.resolve():
+            step = read_json(checkpoint / "trainer_state.json")["global_step"]
+        if self.is_world_process_zero():
+            found = checkpoints(output)
+            if aside := set_aside(output, step, *([] if checkpoint else ["metrics.jsonl"])):
+                begins = f"goes on from {checkpoint.name}" if checkpoint else "starts afresh"
+                print(
+                    f"moeify: {output} holds checkpoints of an earlier run up to {found[0].name}; this run {begins}, "
+                    f"and those of later steps are moved to {aside}"
+                )
+        self.accelerator.wait_for_everyone()
+        self.written = checkpoints(output)[::-1]
+        return None if checkpoint is None else str(checkpoint)
+
     def _checkpoint_to_resume(self, where: str | bool) -> Path:
         """The checkpoint to go on from; the first rank chooses for all."""
         folder = Path(self.args.output_dir if isinstance(where, bool) else where)
-        if not isinstance(where, bool) and not resume.checkpoints(folder):
-            if (reason := resume.fault(folder)) is not None:
+        if not isinstance(where, bool) and not checkpoints(folder):
+            if (reason := fault(folder)) is not None:
                 raise FileNotFoundError(f"cannot go on from {folder}: {reason}")
             return folder
         choice = torch.tensor(-1, device=self.args.device)
         failure: FileNotFoundError | None = None
         if self.is_world_process_zero():
             try:
-                choice.fill_(int(resume.newest(folder).name.split("-")[1]))
+                choice.fill_(step_of(newest(folder)))
             except FileNotFoundError as error:
                 failure = error
-        ranks.broadcast(choice)
-        if choice < 0:
+        if ranks.broadcast(choice) < 0:
             raise failure or FileNotFoundError(f"the first rank found no checkpoint in {folder} that can be trusted")
         return folder / f"checkpoint-{int(choice)}"
-
-    def _warn_of_earlier_run(self) -> None:
-        found = resume.checkpoints(Path(self.args.output_dir))
-        if found and self.is_world_process_zero():
-            print(
-                f"moeify: {self.args.output_dir} holds checkpoints of an earlier run up to {found[0].name}; this run "
-                "starts afresh beside them, and resume_from_checkpoint=True will take the one with the highest step"
-            )
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """Bring back every tensor of the model, experts included, or none."""
@@ -115,7 +138,7 @@ class Saving(_Trainer):
     def _load_best_model(self) -> None:
         """Bring back the best model of the run, experts included."""
         best = Path(self.state.best_model_checkpoint)
-        if (reason := resume.fault(best)) is not None:
+        if (reason := fault(best)) is not None:
             raise ValueError(f"the best model cannot be loaded from {best}: {reason}")
         load_weights(self.model, best)
 
