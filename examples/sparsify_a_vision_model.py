@@ -13,7 +13,7 @@ torch.manual_seed(0)
 sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4}
 model = ViTForImageClassification(ViTConfig(**sizes, image_size=32, patch_size=8, num_labels=10)).eval()
 
-sparsify(model, Recipe(where=last(2), num_experts=4, router=partial(TopK, k=2, per="group")))
+sparsify(model, Recipe(where=last(2), num_experts=4, router=partial(TopK, k=2, per="sequence")))
 
 images = torch.randn(3, 3, 32, 32)
 with record(model) as decisions:

@@ -242,8 +242,8 @@ def test_the_padding_of_torchs_encoder_is_true_where_a_token_is_not_real(batch_f
 
 
 def test_the_order_of_axes_changes_no_decision_per_group():
-    first, moe = torch_encoder(True, per="group")
-    last, _ = torch_encoder(False, per="group")
+    first, moe = torch_encoder(True, per="sequence")
+    last, _ = torch_encoder(False, per="sequence")
     last.load_state_dict(first.state_dict())
     x = torch.randn(2, 5, D)
     hiding = ~RIGHT.bool()

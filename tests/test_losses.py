@@ -108,7 +108,7 @@ def test_what_a_decision_does_not_keep_cannot_be_a_loss():
 
 
 def test_balance_by_sequence_needs_a_decision_per_token():
-    router = TopK(6, 5, per="group")
+    router = TopK(6, 5, per="sequence")
     routing = route(router, torch.randn(2, 4, 6))
     assert losses.balance(routing).isfinite()
     with pytest.raises(ValueError, match="a decision of its own for every token"):

@@ -59,7 +59,7 @@ ROUTERS = {
     ),
     "sqrt softplus": partial(TopK, D, E, score=sqrt_softplus),
     "logit": partial(TopK, D, E, select="logit", bias=True),
-    "per group": partial(TopK, D, E, per="group"),
+    "per group": partial(TopK, D, E, per="sequence"),
     "capacity": lambda: Capacity(TopK(D, E), factor=0.7),
     "priority": lambda: Capacity(TopK(D, E), factor=0.7, priority="score", overflow="renormalize"),
     "noisy": partial(NoisyTopK, D, E),

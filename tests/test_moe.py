@@ -60,14 +60,14 @@ def test_identical_experts_act_as_one_when_weights_sum_to_one(seed):
 
 
 def test_groups_do_not_see_each_other():
-    moe, x = layer(per="group"), torch.randn(3, 5, 8)
+    moe, x = layer(per="sequence"), torch.randn(3, 5, 8)
     other = x.clone()
     other[1] = torch.randn(5, 8)
     assert torch.equal(moe(x)[[0, 2]], moe(other)[[0, 2]])
 
 
 def test_group_routing_keeps_a_sequence_together():
-    moe = nn.Sequential(layer(per="group"))
+    moe = nn.Sequential(layer(per="sequence"))
     with record(moe) as decisions:
         moe(torch.randn(3, 5, 8))
     chosen = decisions["0"].choices.indices.view(3, 5, -1)

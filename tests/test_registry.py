@@ -8,7 +8,7 @@ from moeify import registry
 from moeify.balance import Quantile, Sign
 from moeify.capacity import double
 from moeify.registry import decode, encode, lookup, names, register
-from moeify.routers import ExpertGroups, InputWeights, Residual, TopK, sigmoid, softmax
+from moeify.routers import ExpertGroups, InputWeights, Residual, Similarity, TopK, sigmoid, softmax
 from moeify.routers.limited import capacity
 from moeify.routers.shared_routing import shared_routing
 
@@ -115,6 +115,9 @@ def test_what_a_thing_is_called_with_is_no_option_of_a_file():
          partial(shared_routing, router=partial(TopK, k=1, normalize=False))),
         ("given", InputWeights),
         ({"name": "residual", "silent": 1}, partial(Residual, zero_experts=1)),
+        ({"name": "topk", "per": "group"}, partial(TopK, per="sequence")),
+        ({"name": "capacity", "router": "similarity", "per": "group"},
+         partial(capacity, router=Similarity, per="sequence")),
         ({"name": "topk", "groups": {"name": "groups", "count": 4, "keep": 2}},
          partial(TopK, expert_groups=ExpertGroups(4, 2))),
         ({"name": "capacity", "router": {"name": "topk", "groups": None}},
@@ -127,7 +130,7 @@ def test_files_of_earlier_versions_are_understood(former, now):
 
 def test_ones_own_router_may_have_a_former_name_and_option():
     @register("router", "once")
-    def mine(width, num_experts, *, groups=1):
-        return width, num_experts, groups
+    def mine(width, num_experts, *, groups=1, per="token"):
+        return width, num_experts, groups, per
 
-    assert decode("router", {"name": "once", "groups": 3})(8, 4) == (8, 4, 3)
+    assert decode("router", {"name": "once", "groups": 3, "per": "group"})(8, 4) == (8, 4, 3, "group")

@@ -70,7 +70,7 @@ def against_vmoe(given: Values) -> Values:
         "top-1": limited(noisy(k=1), factor=0.5),
         "top-1 batch priority": limited(noisy(k=1), factor=0.5, priority="batch"),
         "top-2 batch priority": limited(noisy(k=2), priority="batch"),
-        "top-2 of groups": limited(noisy(k=2), per="group"),
+        "top-2 of groups": limited(noisy(k=2), per="sequence"),
         "noisy top-2": limited(noisy(k=2)),
         "expert choice": ExpertChoice(D, E, factor=1.7),
         "expert choice by 4": ExpertChoice(D, E, factor=1.7),
@@ -137,7 +137,7 @@ def against_lucidrains(given: Values) -> Values:
     names = {"router": "router.router.weight", "gate_up": "experts.gate_up_proj"}
     for case in ("top-2", "top-2 straight-through", "top-2 of groups"):
         moe = build(
-            Capacity(GShard(D, E), factor=0.8, capacity=per_token, priority="choice", per="group"),
+            Capacity(GShard(D, E), factor=0.8, capacity=per_token, priority="choice", per="sequence"),
             FFN(E, D, H, activation=Glu(F.gelu), bias=True),
             router__router__weight=given["router"],
             experts__gate_up_proj=given["gate_up"], experts__gate_up_proj_bias=given["gate_up_bias"],

@@ -50,7 +50,7 @@ def limit(
     *,
     priority: Priority = "position",
     overflow: Overflow = "zero",
-    per: Literal["batch", "group"] = "batch",
+    per: Literal["batch", "sequence"] = "batch",
 ) -> Assignment:
     """Keep at most `slots` rows per expert; a dropped token is a row that is not there.
 
@@ -65,11 +65,11 @@ def limit(
             room or all have been tried (No-Token-Left-Behind; Switch, appendix B); in every round, those are served
             first who come first by `priority`. Its weight w changes as the score does, to w · s_new / s_old: right for
             weights in proportion to the scores.
-        per: whether slots are for all rows of an expert, or for those of each sequence or image (`group`; mesh, V-MoE).
+        per: whether slots are for all rows of an expert, or those of each sequence or image (`sequence`; mesh, V-MoE).
 
     Raises:
         ValueError: fewer than one slot, or several weights per row; `next` without a score of every token for every
-            expert, or per group; per group without a group of every token.
+            expert, or per sequence; per sequence without the sequence of every token.
     """
     if slots < 1:
         raise ValueError(f"a capacity of {slots} slots drops every token; give each expert at least one slot")
@@ -80,10 +80,10 @@ def limit(
         )
     turns = _turns(routing, priority)
     if overflow == "next":
-        if per == "group":
-            raise ValueError("overflow='next' looks for room in the whole batch; it cannot be limited per group")
+        if per == "sequence":
+            raise ValueError("overflow='next' looks for room in the whole batch; it cannot be limited per sequence")
         return _to_the_next(routing, slots, turns)
-    kept = _place(routing.expert if per == "batch" else _expert_and_group(routing), turns) < slots
+    kept = _place(routing.expert if per == "batch" else _expert_and_sequence(routing), turns) < slots
     served = routing.only(kept)
     return served if overflow == "zero" else served.with_weight_sums_of(routing)
 
@@ -112,12 +112,12 @@ def _turns(routing: Assignment, priority: Priority) -> Int[Tensor, "R"]:
     return turns[routing.rank[turns].argsort(stable=True)]
 
 
-def _expert_and_group(routing: Assignment) -> Int[Tensor, "R"]:
-    """A number for every expert in every group."""
+def _expert_and_sequence(routing: Assignment) -> Int[Tensor, "R"]:
+    """A number for every expert in every sequence."""
     if routing.sequence_id is None or len(routing.sequence_id) != routing.tokens:
-        raise ValueError("a capacity per group needs a decision that knows the group of every token it routed")
-    groups = routing.sequence_id[_decision_of_rows(routing)]
-    return routing.expert * (int(routing.sequence_id.max()) + 1) + groups
+        raise ValueError("a capacity per sequence needs a decision that knows the sequence of every token it routed")
+    sequence = routing.sequence_id[_decision_of_rows(routing)]
+    return routing.expert * (int(routing.sequence_id.max()) + 1) + sequence
 
 
 def _place(expert: Int[Tensor, "R"], turns: Int[Tensor, "R"]) -> Int[Tensor, "R"]:

@@ -19,8 +19,9 @@ _FORMER_NAMES = {
     "router": {"once": "shared_routing", "given": "input_weights"},
     "expert_groups": {"groups": "expert_groups"},
 }
+_FORMER_VALUES = {"router": {("per", "group"): "sequence"}}
 _FORMER_OPTIONS = {"router": {"groups": "expert_groups", "silent": "zero_experts"}}
-"""What files of earlier versions call things and their options, by kind."""
+"""What files of earlier versions call things, their options and the values of these, by kind."""
 
 
 def register(kind: str, name: str) -> Callable[[Any], Any]:
@@ -120,9 +121,12 @@ def _options_of(kind: str, thing: Callable) -> list[str]:
 
 
 def _renamed(kind: str, thing: Callable, options: dict[str, Any]) -> dict[str, Any]:
-    """The options by the names of today."""
-    known, former = _options_of(kind, thing), _FORMER_OPTIONS.get(kind, {})
-    return {key if key in known else former.get(key, key): option for key, option in options.items()}
+    """The options by the names of today, with the values of today where the thing is not one's own."""
+    known, former, values = _options_of(kind, thing), _FORMER_OPTIONS.get(kind, {}), _FORMER_VALUES.get(kind, {})
+    named = {key if key in known else former.get(key, key): option for key, option in options.items()}
+    if not thing.__module__.startswith("moeify."):
+        return named
+    return {key: values.get((key, v), v) if isinstance(v, str) else v for key, v in named.items()}
 
 
 def _check_options(kind: str, name: str, thing: Callable, options: dict[str, Any]) -> None:

@@ -148,7 +148,7 @@ def test_padding_is_not_sent_to_the_next_expert():
     assert torch.equal(padded.counts, alone.counts)
 
 
-@pytest.mark.parametrize("router", [TopK(4, 2, k=1, normalize=False, per="group"), Lookup(4, 2)])
+@pytest.mark.parametrize("router", [TopK(4, 2, k=1, normalize=False, per="sequence"), Lookup(4, 2)])
 def test_who_does_not_score_every_token_cannot_send_it_on(router):
     context = Context()
     context.call.inputs["input_ids"] = torch.zeros(3, 5, dtype=torch.int64)
@@ -209,7 +209,7 @@ def test_padding_takes_no_slot_and_makes_none():
 
 @pytest.mark.parametrize("formula", [per_token, per_choice, per_choice_by_4, double])
 def test_slots_count_tokens_also_where_a_group_decides_once(formula):
-    router = Capacity(TopK(4, 2, k=1, normalize=False, per="group"), factor=1.0, capacity=formula)
+    router = Capacity(TopK(4, 2, k=1, normalize=False, per="sequence"), factor=1.0, capacity=formula)
     x = torch.ones(4, 8, 4)
     assert route(router, x).counts.max() == min(32, formula(1.0, 32, 2, 1))
 
@@ -219,12 +219,12 @@ def test_only_a_capacity_that_serves_by_position_is_causal():
     assert Capacity(inner).causal
     assert not Capacity(inner, priority="choice").causal
     assert not Capacity(inner, priority="score").causal
-    assert not Capacity(TopK(4, 4, per="group")).causal
+    assert not Capacity(TopK(4, 4, per="sequence")).causal
 
 
 @pytest.mark.parametrize("priority", ["position", "choice", "batch", "score"])
 def test_a_capacity_per_group_is_a_capacity_of_each_group_alone(priority):
-    router = Capacity(TopK(4, 3), factor=0.7, priority=priority, per="group").eval()
+    router = Capacity(TopK(4, 3), factor=0.7, priority=priority, per="sequence").eval()
     sharpen(router)
     x = torch.randn(2, 6, 4)
     together = weights(route(router, x), 3)
@@ -233,7 +233,7 @@ def test_a_capacity_per_group_is_a_capacity_of_each_group_alone(priority):
 
 
 def test_a_capacity_per_group_leaves_padding_out_of_both_rows_and_slots():
-    router = Capacity(TopK(4, 3), factor=0.5, eval_factor=0.5, per="group").eval()
+    router = Capacity(TopK(4, 3), factor=0.5, eval_factor=0.5, per="sequence").eval()
     sharpen(router)
     x, mask = torch.randn(2, 6, 4), torch.tensor([[1, 1, 1, 1, 1, 1], [0, 1, 1, 1, 1, 0]]).bool()
     padded = weights(route(router, x, mask), 3)
@@ -241,9 +241,9 @@ def test_a_capacity_per_group_leaves_padding_out_of_both_rows_and_slots():
     torch.testing.assert_close(padded[:6], weights(route(router, x[:1]), 3))
 
 
-def test_a_capacity_per_group_needs_groups_and_does_not_look_for_room_elsewhere():
+def test_a_capacity_per_sequence_needs_sequences_and_does_not_look_for_room_elsewhere():
     routing = assign(torch.zeros(3, 1, dtype=torch.long), torch.ones(3, 1), 2)
-    with pytest.raises(ValueError, match="knows the group of every token"):
-        limit(routing, 1, per="group")
-    with pytest.raises(ValueError, match="cannot be limited per group"):
-        limit(routing, 1, per="group", overflow="next")
+    with pytest.raises(ValueError, match="knows the sequence of every token"):
+        limit(routing, 1, per="sequence")
+    with pytest.raises(ValueError, match="cannot be limited per sequence"):
+        limit(routing, 1, per="sequence", overflow="next")

@@ -27,14 +27,14 @@ def slow_expert_choice(tokens, weight, factor):
 
 
 @pytest.mark.parametrize("factor", [0.5, 1.0, 2.0, 4.0])
-@pytest.mark.parametrize("per", ["group", "batch"])
+@pytest.mark.parametrize("per", ["sequence", "batch"])
 def test_expert_choice_is_its_equations(per, factor):
     moe = MoE(ExpertChoice(D, E, factor=factor, per=per), Each([nn.Linear(D, 3, bias=False) for _ in range(E)]))
     sharpen(moe)
     x = torch.randn(B, N, D, requires_grad=True)
     p, x64 = doubled(moe), x.detach().double().requires_grad_()
     slow = []
-    for tokens in x64 if per == "group" else [x64.flatten(0, 1)]:
+    for tokens in x64 if per == "sequence" else [x64.flatten(0, 1)]:
         for token, gates in zip(tokens, slow_expert_choice(tokens, p["router.weight"], factor), strict=True):
             answers = [g * (p[f"experts.experts.{j}.weight"] @ token) for j, g in gates.items()]
             slow.append(sum(answers, start=0 * token[:3]))

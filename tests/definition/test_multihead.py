@@ -65,7 +65,7 @@ def test_a_mask_is_forgotten_with_its_forward_pass():
 
 def test_sequences_that_come_second_stay_together():
     context = Context()
-    model, x = multi(2, context, router=lambda *a: TopK(*a, per="group")), torch.randn(3, 4, D)
+    model, x = multi(2, context, router=lambda *a: TopK(*a, per="sequence")), torch.randn(3, 4, D)
     mask = torch.tensor([[1, 1, 1, 0], [1, 0, 0, 0], [1, 1, 1, 1]])
     context.mask(mask)
     y = model(x)

@@ -20,7 +20,7 @@ from strategies import agree, doubled, gradients, route, sharpen
 from tiny_models import DENSE, causal_lm, inputs
 
 T, D, E = 7, 6, 4
-PER_IMAGE = partial(shared_routing, router=partial(TopK, k=1, normalize=False, per="group"))
+PER_IMAGE = partial(shared_routing, router=partial(TopK, k=1, normalize=False, per="sequence"))
 
 
 def routers(model: nn.Module) -> list[nn.Module]:
@@ -53,7 +53,7 @@ def test_followers_of_followers_follow_the_first():
 def test_a_stack_that_decides_once_costs_what_it_costs_to_decide_everywhere():
     each, together = (
         sparsify(DENSE["vit"](), Recipe(num_experts=E, router=router, experts=fresh), verbose=False)
-        for router in (partial(TopK, per="group"), partial(shared_routing, router=partial(TopK, per="group")))
+        for router in (partial(TopK, per="sequence"), partial(shared_routing, router=partial(TopK, per="sequence")))
     )
     assert count(each).flops - count(together).flops == 2 * 32 * E  # one router less
 
@@ -151,13 +151,13 @@ def test_recomputation_reads_the_layer_before_as_it_was(router):
         torch.testing.assert_close(repeated, plain, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("per", ["token", "group"])
+@pytest.mark.parametrize("per", ["token", "sequence"])
 def test_supervision_is_the_cross_entropy_with_the_wanted_expert(per):
     router, x, target = TopK(D, E, per=per), torch.randn(3, 5, D), torch.tensor([2, 0, 3])
     loss = supervision(route(router, x), target)
     weight = router.weight.detach().double().requires_grad_()
     slow = torch.zeros((), dtype=torch.float64)
-    units = [image.mean(0, keepdim=True) if per == "group" else image for image in x.double()]
+    units = [image.mean(0, keepdim=True) if per == "sequence" else image for image in x.double()]
     for image, wanted in zip(units, target.tolist(), strict=True):
         for unit in image:
             z = [w @ unit for w in weight]

@@ -19,7 +19,7 @@ D, E, TAU = 6, 4, 0.3
 MASK = torch.tensor([[1, 1, 1, 0], [1, 1, 0, 0], [1, 1, 1, 1]]).bool()
 
 
-@pytest.mark.parametrize("per", ["group", "token"])
+@pytest.mark.parametrize("per", ["sequence", "token"])
 @pytest.mark.parametrize("k", [1, 2, None])
 def test_the_layer_is_a_loop_over_sequences(k, per):
     moe = MoE(Similarity(D, E, k=k, temperature=TAU, per=per), LoRA(E, D, rank=3))
@@ -31,7 +31,7 @@ def test_the_layer_is_a_loop_over_sequences(k, per):
     for b in range(3):
         real = [n for n in range(4) if MASK[b, n]]
         for n in real:
-            u = sum(x64[b, m] for m in real) / len(real) if per == "group" else x64[b, n]
+            u = sum(x64[b, m] for m in real) / len(real) if per == "sequence" else x64[b, n]
             z = [(u @ c[j]) / (u.norm() * c[j].norm()) / TAU for j in range(E)]
             kept = sorted(range(E), key=lambda j: -z[j].item())[:k]
             for j in kept:

@@ -36,8 +36,15 @@ SETTINGS = {
     },
     "deepseek-v4": {"k": 2, "score": sqrt_softplus, "selection_bias": True, "scale": 1.5},
     "biased logits": {"k": 2, "select": "logit", "selection_bias": True},
-    "mobile v-moe": {"k": 2, "per": "group"},
-    "per group, biased": {"k": 3, "per": "group", "score": sigmoid, "selection_bias": True, "bias": True, "scale": 0.5},
+    "mobile v-moe": {"k": 2, "per": "sequence"},
+    "per group, biased": {
+        "k": 3,
+        "per": "sequence",
+        "score": sigmoid,
+        "selection_bias": True,
+        "bias": True,
+        "scale": 0.5,
+    },
 }
 
 
@@ -91,7 +98,7 @@ def test_token_choice_is_its_formula(name):
     y = []
     for sequence in x64:
         for token in sequence:
-            judged = sequence.mean(0) if options.get("per") == "group" else token
+            judged = sequence.mean(0) if options.get("per") == "sequence" else token
             gates = slow_choice(judged, p["router.weight"], p.get("router.bias"), router.selection_bias, **formula)
             y.append(sum(g * (p[f"experts.experts.{j}.weight"] @ token) for j, g in gates.items()))
 
@@ -145,7 +152,7 @@ def test_jitter_is_as_fine_in_bf16_as_in_fp32():
 
 
 def test_a_group_decides_by_the_mean_of_its_real_tokens():
-    router = TopK(D, E, k=2, per="group")
+    router = TopK(D, E, k=2, per="sequence")
     sharpen(router)
     x = torch.randn(2, 4, D)
     mask = torch.tensor([[1, 1, 0, 0], [0, 1, 1, 1]])
@@ -156,7 +163,7 @@ def test_a_group_decides_by_the_mean_of_its_real_tokens():
 
 
 def test_a_context_may_lay_tokens_out_with_the_batch_last():
-    router = TopK(D, E, k=2, per="group")
+    router = TopK(D, E, k=2, per="sequence")
     sharpen(router)
     x = torch.randn(N, B, D)
     context = Context()

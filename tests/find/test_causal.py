@@ -60,7 +60,7 @@ CALLS = {
 
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
-@pytest.mark.parametrize("router", [Soft, ExpertChoice, partial(TopK, per="group")])
+@pytest.mark.parametrize("router", [Soft, ExpertChoice, partial(TopK, per="sequence")])
 def test_an_encoder_of_torch_is_a_decoder_once_it_is_called_with_a_causal_mask(router, call, training):
     model = sparse(encoder(), Recipe(num_experts=4, router=router, experts=fresh)).train(training)
     model(X)

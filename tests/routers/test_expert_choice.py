@@ -9,14 +9,14 @@ from moeify.routers import ExpertChoice
 from strategies import masks, route, seeds, sharpen
 
 
-@pytest.mark.parametrize("per", ["group", "batch"])
+@pytest.mark.parametrize("per", ["sequence", "batch"])
 @given(factor=st.floats(0.1, 4), mask=masks(), seed=seeds)
 def test_every_expert_takes_equally_many_tokens(per, factor, mask, seed):
     torch.manual_seed(seed)
     router = ExpertChoice(8, 4, factor=factor, per=per)
     sharpen(router)
     routing = route(router, torch.randn(*mask.shape, 8), mask)
-    groups = mask.sum(1) if per == "group" else mask.sum().view(1)
+    groups = mask.sum(1) if per == "sequence" else mask.sum().view(1)
     assert routing.counts.tolist() == [sum(ceil(factor * n / 4) for n in groups.tolist())] * 4
 
 

@@ -68,7 +68,7 @@ BY_GROUP = {
     "similarity": Similarity,
     "expert choice": ExpertChoice,
     "soft": partial(Soft, slots=2),
-    "mobile v-moe": partial(TopK, per="group"),
+    "mobile v-moe": partial(TopK, per="sequence"),
 }
 ROUTERS = TOKEN_BY_TOKEN | BY_GROUP
 

@@ -143,4 +143,4 @@ def test_what_cannot_be_replayed_is_refused():
     with pytest.raises(ValueError, match="no sparse layer of moeify"), replay(nn.Linear(2, 2), decisions):
         pass
     with pytest.raises(ValueError, match="only a TopK that decides token by token"):
-        Replay(TopK(D, 4, per="group"), [], weights="recomputed")
+        Replay(TopK(D, 4, per="sequence"), [], weights="recomputed")

@@ -130,7 +130,7 @@ def test_fewer_tokens_than_a_tile_have_no_rows():
 @pytest.mark.parametrize(
     ("inner", "reason"),
     [
-        (TopK(D, E, per="group"), "scores all experts for every token"),
+        (TopK(D, E, per="sequence"), "scores all experts for every token"),
         (MultiGate(D, E, gates=2), "one weight per row"),
     ],
 )

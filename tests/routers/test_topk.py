@@ -76,7 +76,7 @@ def test_only_normalised_weights_without_a_scale_preserve_a_function():
 
 def test_only_a_decision_per_token_is_causal():
     assert TopK(8, 4).causal
-    assert not TopK(8, 4, per="group").causal
+    assert not TopK(8, 4, per="sequence").causal
 
 
 def test_a_later_token_does_not_move_an_earlier_decision():

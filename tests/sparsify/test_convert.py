@@ -18,7 +18,7 @@ from tiny_models import DENSE, inputs, tokens, widened
 
 COPIES = Recipe(num_experts=4)
 SWITCH = partial(TopK, k=1, normalize=False)
-PER_GROUP = partial(TopK, per="group")
+PER_GROUP = partial(TopK, per="sequence")
 
 
 def make(family: str, recipe: Recipe = COPIES, **options) -> nn.Module:

@@ -26,7 +26,7 @@ class ExpertChoice(Router):
         width: D.
         num_experts: E.
         factor: experts per token on average.
-        per: whether experts choose within each sequence or image (`group`), or among all tokens (`batch`).
+        per: whether experts choose within each sequence or image (`sequence`), or among all tokens (`batch`).
         init_std: standard deviation of the projection's initialisation.
 
     Raises:
@@ -41,14 +41,14 @@ class ExpertChoice(Router):
         num_experts: int,
         *,
         factor: float = 2.0,
-        per: Literal["group", "batch"] = "group",
+        per: Literal["sequence", "batch"] = "sequence",
         init_std: float = 0.02,
     ) -> None:
         super().__init__()
         if not 0 < factor <= num_experts:
             raise ValueError(f"factor={factor} experts per token out of {num_experts}; choose 0 < factor <= E")
-        if per not in ("group", "batch"):
-            raise ValueError(f"experts choose per 'group' or per 'batch', not per {per!r}")
+        if per not in ("sequence", "batch"):
+            raise ValueError(f"experts choose per 'sequence' or per 'batch', not per {per!r}")
         self.num_experts, self.factor, self.per = num_experts, factor, per
         self.weight = nn.Parameter(torch.randn(num_experts, width) * init_std)
 
@@ -58,7 +58,7 @@ class ExpertChoice(Router):
         logits = project(tokens.x, self.weight)
         scores = logits.softmax(-1)
         chosen = torch.zeros_like(scores, dtype=torch.bool)
-        for members in tokens.members() if self.per == "group" else [torch.arange(len(scores), device=x.device)]:
+        for members in tokens.members() if self.per == "sequence" else [torch.arange(len(scores), device=x.device)]:
             taken = scores.detach()[members].topk(self.slots(len(members)), dim=0).indices  # (slots, E)
             chosen[members[taken], torch.arange(self.num_experts, device=x.device)] = True
         return tokens.assign_where(chosen, scores, Evidence(logits=logits, scores=scores))

@@ -27,7 +27,7 @@ class Capacity(Router):
         priority: who is kept, see `moeify.capacity.limit`.
         overflow: what happens to a token that lost a row, see `moeify.capacity.limit`; with `next` the room that an
             earlier token finds depends on later ones.
-        per: whether an expert's slots are for the whole batch, or for each sequence or image (`group`).
+        per: whether an expert's slots are for the whole batch, or for each sequence or image (`sequence`).
     """
 
     def __init__(
@@ -39,7 +39,7 @@ class Capacity(Router):
         capacity: Slots = per_choice,
         priority: Priority = "position",
         overflow: Overflow = "zero",
-        per: Literal["batch", "group"] = "batch",
+        per: Literal["batch", "sequence"] = "batch",
     ) -> None:
         super().__init__()
         self.router = router
@@ -48,7 +48,7 @@ class Capacity(Router):
         self.capacity = capacity
         self.priority: Priority = priority
         self.overflow: Overflow = overflow
-        self.per: Literal["batch", "group"] = per
+        self.per: Literal["batch", "sequence"] = per
         self.causal = router.causal and priority == "position" and overflow != "next"
 
     def follow(self, previous: Router) -> Router:
@@ -83,7 +83,7 @@ def capacity(
     capacity: Slots = per_choice,
     priority: Priority = "position",
     overflow: Overflow = "zero",
-    per: Literal["batch", "group"] = "batch",
+    per: Literal["batch", "sequence"] = "batch",
 ) -> Capacity:
     """A `Capacity` around the router that `router(width, num_experts)` makes, for recipes."""
     return Capacity(

@@ -18,7 +18,7 @@ class SharedRouting(Router):
     """Decides in the first sparse layer of a stack for all of its layers (Mobile V-MoE, arXiv 2309.04354).
 
     `sparsify` gives the further layers of the stack a `ReusedRouting`. The model then loads the same experts in every
-    layer; with `TopK(per="group")` inside, one set of experts per image.
+    layer; with `TopK(per="sequence")` inside, one set of experts per image.
 
     Args:
         router: decides.

@@ -49,7 +49,7 @@ class Similarity(Router):
         *,
         k: int | None = None,
         temperature: float = 1.0,
-        per: Literal["token", "group"] = "group",
+        per: Literal["token", "sequence"] = "sequence",
     ) -> None:
         super().__init__()
         k = num_experts if k is None else k
@@ -64,7 +64,7 @@ class Similarity(Router):
         """Route all real tokens of a sequence, or each by itself, to what it is most like."""
         tokens = real_tokens(x, context)
         units, ids, which = tokens.x.float(), tokens.sequence_id, torch.arange(len(tokens.x), device=x.device)
-        if self.per == "group":
+        if self.per == "sequence":
             ids, which = tokens.sequence_id.unique(return_inverse=True)
             units = units.new_zeros(len(ids), x.shape[-1]).index_add(
                 0, which, units

@@ -110,7 +110,7 @@ class TopK(Router):
         expert_groups: ExpertGroups | None = None,
         normalize: bool = True,
         scale: float = 1.0,
-        per: Literal["token", "group"] = "token",
+        per: Literal["token", "sequence"] = "token",
         jitter: float = 0.0,
         bias: bool = False,
         init_std: float = 0.02,
