@@ -51,9 +51,9 @@ def balance(routing: Assignment, scope: Scope = "batch", assigned: Num[Tensor, "
         return num_experts * (f * p.mean(0)).sum()
     if routing.choices is None or routing.sequence_id is None or routing.tokens != len(p):
         raise ValueError("balance by sequence needs a decision of its own for every token, with k experts each")
-    assigned = torch.zeros_like(p).scatter(1, routing.choices.indices, 1.0)
+    chosen = torch.zeros_like(p).scatter(1, routing.choices.indices, 1.0)
     sequence = routing.sequence_id.unique(return_inverse=True)[1]
-    by_sequence = assigned.new_zeros(int(sequence.max()) + 1, num_experts).index_add(0, sequence, assigned)
+    by_sequence = chosen.new_zeros(int(sequence.max()) + 1, num_experts).index_add(0, sequence, chosen)
     f = by_sequence / by_sequence.sum(-1, keepdim=True)
     return num_experts * (f[sequence] * p).sum(-1).mean()
 
