@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from moeify.backends import order
 from moeify.registry import lookup, names
 
 ROOT = Path(__file__).parents[1]
@@ -25,6 +26,7 @@ def python_blocks(page: Path) -> list[str]:
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_every_block_of_python_runs_in_the_order_of_its_page(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(order, "_ORDER", list(order._ORDER))
     namespace = {"__name__": "__main__"}
     for number, block in enumerate(python_blocks(page), 1):
         exec(compile(block, f"{page.name}, block {number}", "exec"), namespace)
