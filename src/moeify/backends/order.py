@@ -12,6 +12,7 @@ from moeify import env
 from moeify.backends import cpp, onednn, peers, plain, triton
 from moeify.backends.base import Backend
 from moeify.experts.base import Experts
+from moeify.experts.wrapped import as_experts
 from moeify.registry import suggest
 from moeify.routing import Routing
 
@@ -75,6 +76,7 @@ def run(name: str, x: Float[Tensor, "... D"], routing: Routing, experts: Experts
     Raises:
         ValueError: an unknown name, or a named backend that cannot serve this call.
     """
+    experts = as_experts(experts)
     if name == "auto":
         name = choose(x, routing, experts)
     elif reason := find_backend(name).refuse(x, routing, experts):
