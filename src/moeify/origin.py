@@ -18,10 +18,12 @@ class Origin:
 
     Attributes:
         recipe: the `Recipe` that `sparsify` followed, None if no recipe makes the model as it is.
+        sites: what each place of a sparse layer was read as, as plain values (`moeify.find.describe`), None if unknown.
         adapters: how adapters were put beside its linear layers (an `AdapterLibrary`), None if none were.
     """
 
     recipe: Any = None
+    sites: list[dict[str, Any]] | None = None
     adapters: Any = None
 
     @classmethod

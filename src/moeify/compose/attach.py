@@ -21,7 +21,7 @@ from moeify.moe import MoE
 from moeify.origin import Origin
 from moeify.routers.base import Router
 from moeify.routers.topk import TopK
-from moeify.sparsify.convert import put
+from moeify.sparsify.plan import put
 from moeify.sparsify.shared import frozen
 
 MakeRouter = Callable[..., Router]
@@ -167,7 +167,7 @@ def _experts_by_site(model: nn.Module, adapters: Mapping[str, Adapter], dropout:
         here = {name: adapter.modules[module] for name, adapter in adapters.items() if module in adapter.modules}
         if here:
             site = whole(model, module, dense)
-            yield replace(site, silenced=tuple(fast_paths(model, site.place[0]))), stack(here, dense, dropout)
+            yield replace(site, disabled=tuple(fast_paths(model, site.place[0]))), stack(here, dense, dropout)
 
 
 def _parts(model: nn.Module) -> dict[str, nn.Module]:

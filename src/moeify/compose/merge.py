@@ -24,7 +24,8 @@ from moeify.experts.blocks import Each
 from moeify.find.probe import as_probe, find_probe
 from moeify.find.shapes import Site
 from moeify.modes import fixed_randomness
-from moeify.sparsify.convert import Comparison, convert
+from moeify.sparsify.comparison import Comparison
+from moeify.sparsify.convert import convert
 from moeify.sparsify.make import copies, merged
 from moeify.sparsify.recipe import Recipe
 

@@ -39,14 +39,16 @@ class Site:
         dense: what stands there now: a `DenseFFN`, or any module from (..., D) to (..., O).
         place: the module and attribute that the sparse layer is put into.
         after: dropout that follows in the replaced module.
-        silenced: attributes of the model that must do nothing once the layer is there, with their harmless values.
+        disabled: attributes of the model that must do nothing once the layer is there, with their harmless values.
+        known_width: D, where it is known without trying.
     """
 
     name: str
     dense: nn.Module
     place: tuple[nn.Module, str]
     after: float = 0.0
-    silenced: tuple[tuple[nn.Module, str, Any], ...] = ()
+    disabled: tuple[tuple[nn.Module, str, Any], ...] = ()
+    known_width: int | None = None
 
     @property
     def layer(self) -> str:
@@ -70,6 +72,8 @@ class Site:
         Raises:
             ValueError: a module that does not take rows alone, and so cannot be an expert.
         """
+        if self.known_width is not None:
+            return self.known_width
         if isinstance(self.dense, DenseFFN):
             return self.dense.width
         widths = dict.fromkeys(linear.shape[1] for linear in self._linears)
@@ -99,7 +103,7 @@ class Site:
         """Put a module into the place, and return what takes it out again."""
         if self.after:
             module = nn.Sequential(module, nn.Dropout(self.after)).train(self.training)
-        undo = [_swap(*self.place, module)] + [_swap(*change) for change in self.silenced]
+        undo = [_swap(*self.place, module)] + [_swap(*change) for change in self.disabled]
         return lambda: [restore() for restore in reversed(undo)].clear()
 
 
@@ -110,11 +114,12 @@ def _swap(owner: nn.Module, name: str, new: Any) -> Callable[[], None]:
 
 
 def pass_through(x: Tensor) -> Tensor:
-    """What a silenced activation function does."""
+    """What a disabled activation function does."""
     return x
 
 
-def _silent(owner: nn.Module, name: str) -> tuple[nn.Module, str, Any]:
+def disable(owner: nn.Module, name: str) -> tuple[nn.Module, str, Any]:
+    """An attribute that is called, with the value that passes its input through."""
     old = getattr(owner, name)
     return owner, name, nn.Identity().train(old.training) if isinstance(old, nn.Module) else pass_through
 
@@ -122,7 +127,7 @@ def _silent(owner: nn.Module, name: str) -> tuple[nn.Module, str, Any]:
 def recognise(model: nn.Module) -> tuple[list[Site], list[str]]:
     """Every feed-forward network of a model, and the modules that have the parts of one but compute something else."""
     sites: list[Site] = []
-    doubtful: list[str] = []
+    rejected: list[str] = []
     for name, module in model.named_modules():
         if any(name == site.name or name.startswith(f"{site.name}.") for site in sites):
             continue
@@ -131,12 +136,12 @@ def recognise(model: nn.Module) -> tuple[list[Site], list[str]]:
         if has_parts:
             site = _own(model, name, module) or _inline(model, name, module)
         if has_parts or site is not None:
-            doubtful = [other for other in doubtful if not name.startswith(f"{other}.")]
+            rejected = [other for other in rejected if not name.startswith(f"{other}.")]
         if site is not None:
             sites.append(site)
         elif has_parts:
-            doubtful.append(name)
-    return sites, doubtful
+            rejected.append(name)
+    return sites, rejected
 
 
 def whole(model: nn.Module, name: str, dense: nn.Module | None = None, after: float = 0.0) -> Site:
@@ -183,8 +188,8 @@ def _split(name: str, module: nn.Module) -> Site | None:
             act = closest(acts, lambda act, up=up, first=first: misfit(first, _Composed(up, act), matrix(up).shape[1]))
         if act is not None:
             dense = DenseFFN([up], down, Plain(act), max(drops, default=0.0))
-            silenced = (second, down_name, nn.Identity())
-            return Site(f"{name}.{first_name}".lstrip("."), dense, (module, first_name), silenced=(silenced,))
+            disabled = (second, down_name, nn.Identity())
+            return Site(f"{name}.{first_name}".lstrip("."), dense, (module, first_name), disabled=(disabled,))
     return None
 
 
@@ -210,16 +215,16 @@ def _inline(model: nn.Module, name: str, module: nn.Module) -> Site | None:
     if matrix(up).shape != matrix(down).shape[::-1]:
         return None
     act_name, act = acts[0]
-    silenced = [_silent(module, act_name), _silent(module, down_name)]
+    disabled = [disable(module, act_name), disable(module, down_name)]
     dropout = 0.0
     if isinstance(module, nn.TransformerEncoderLayer | nn.TransformerDecoderLayer):
         dropout = module.dropout.p
-        silenced += [_silent(module, "dropout"), *fast_paths(model, module)]
+        disabled += [disable(module, "dropout"), *fast_paths(model, module)]
     elif isinstance(probability := getattr(module, "activation_dropout", None), float):
         dropout = probability
-        silenced.append((module, "activation_dropout", 0.0))
+        disabled.append((module, "activation_dropout", 0.0))
     dense = DenseFFN([up], down, Plain(act), dropout)
-    return Site(f"{name}.{up_name}".lstrip("."), dense, (module, up_name), silenced=tuple(silenced))
+    return Site(f"{name}.{up_name}".lstrip("."), dense, (module, up_name), disabled=tuple(disabled))
 
 
 def fast_paths(model: nn.Module, layer: nn.Module) -> Iterator[tuple[nn.Module, str, Any]]:
@@ -242,8 +247,8 @@ def _sequential(model: nn.Module, name: str, module: nn.Module) -> Site | None:
         drops = [part.p for part in between if isinstance(part, nn.Dropout)]
         if len(acts) == 1 and len(acts) + len(drops) == len(between):
             dense = DenseFFN([module[first]], module[last], Plain(acts[0]), max(drops, default=0.0))
-            silenced = tuple(_silent(module, str(i)) for i in range(first + 1, last + 1))
-            return Site(f"{name}.{first}".lstrip("."), dense, (module, str(first)), silenced=silenced)
+            disabled = tuple(disable(module, str(i)) for i in range(first + 1, last + 1))
+            return Site(f"{name}.{first}".lstrip("."), dense, (module, str(first)), disabled=disabled)
     return _tower(name, module)
 
 
@@ -254,9 +259,9 @@ def _tower(name: str, module: nn.Sequential) -> Site | None:
     if len(maps) < 2 or not alone:
         return None
     first = next(i for i, part in enumerate(module) if list(part.parameters()))
-    silenced = tuple(_silent(module, str(i)) for i in range(first + 1, maps[-1] + 1))
+    disabled = tuple(disable(module, str(i)) for i in range(first + 1, maps[-1] + 1))
     dense = nn.Sequential(*list(module)[first : maps[-1] + 1])
-    return Site(f"{name}.{first}".lstrip("."), dense, (module, str(first)), silenced=silenced)
+    return Site(f"{name}.{first}".lstrip("."), dense, (module, str(first)), disabled=disabled)
 
 
 _ROW_NORMS = (nn.LayerNorm, nn.RMSNorm)  # statistics of a batch would change with the rows that an expert is given

@@ -29,12 +29,12 @@ def ffn(model: nn.Module) -> list[Site]:
     """
     if moe_layers(model):
         raise ValueError(f"this {type(model).__name__} is sparse already; start from the dense model")
-    found, doubtful = recognise(model)
+    found, rejected = recognise(model)
     sparse = list(sparse_layers(model))
     sites = [site for site in found if not _is_expert(site, sparse)]
     sites = [site for site in sites if site.layer and site.keeps_width] or sites
     if sites or not sparse:
-        _refuse_doubtful(model, sites, doubtful)
+        _refuse_rejected(model, sites, rejected)
     if not sites and (already := sparse + [site.name for site in found]):
         raise ValueError(
             f"this {type(model).__name__} is sparse already (see {already[0]}); start from the dense model"
@@ -51,9 +51,9 @@ def _is_expert(site: Site, layers: list[str]) -> bool:
     return "expert" in site.name.lower() or any(f"{site.name}.".startswith(f"{layer}.") for layer in layers)
 
 
-def _refuse_doubtful(model: nn.Module, sites: list[Site], doubtful: list[str]) -> None:
+def _refuse_rejected(model: nn.Module, sites: list[Site], rejected: list[str]) -> None:
     served = {site.layer for site in sites}
-    for name in doubtful:
+    for name in rejected:
         if whole(model, name).layer not in served:
             raise ValueError(
                 f"{name} ({type(model.get_submodule(name)).__name__}) has the linear maps of a feed-forward network, "
@@ -139,7 +139,7 @@ def _linears(model: nn.Module, regex: str = "") -> list[Site]:
     ]
     sites = [whole(model, name) for name in names]
     sites = [site for site in sites if site.layer] or sites
-    sites = [replace(site, silenced=tuple(fast_paths(model, site.place[0]))) for site in sites]
+    sites = [replace(site, disabled=tuple(fast_paths(model, site.place[0]))) for site in sites]
     return _some([site for site in sites if re.search(regex, site.name)], regex, [site.name for site in sites])
 
 

@@ -5,10 +5,11 @@ from moeify.sparsify.convert import sparsify
 from moeify.sparsify.lora import lora, lora_ffn
 from moeify.sparsify.make import copies, fresh, masked, merged, splits, with_free
 from moeify.sparsify.named import read_recipe, recipes
+from moeify.sparsify.plan import Plan, find
 from moeify.sparsify.recipe import Recipe
 from moeify.sparsify.shared import dense, frozen, gated, nothing
 
 __all__ = [
-    "Recipe", "copies", "dense", "fresh", "frozen", "gated", "lora", "lora_ffn", "masked", "merged",
+    "Plan", "Recipe", "copies", "dense", "find", "fresh", "frozen", "gated", "lora", "lora_ffn", "masked", "merged",
     "nothing", "read_recipe", "recipes", "sandwich", "sparsify", "splits", "with_free",
 ]  # fmt: skip

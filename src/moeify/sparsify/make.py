@@ -99,7 +99,8 @@ def splits(
         )
     experts = _like(dense, num_experts, dense.hidden // num_experts)
     scale = num_experts if scale is None else scale
-    _fill(experts, dense, list((split or random)(dense, num_experts)), scale)
+    split = random if split is None or dense.down_weight.is_meta else split  # there are no values to split by
+    _fill(experts, dense, list(split(dense, num_experts)), scale)
     if experts.down[1] is not None:
         experts.down[1].div_(num_experts)
     return experts

@@ -1,0 +1,57 @@
+"""Modules whose parameters have shapes but no memory (torch's meta device), while their buffers are computed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+
+_FACTORIES = (torch.zeros, torch.ones, torch.full, torch.rand, torch.randn)
+_LARGEST = 2**26
+"""Elements of the largest tensor that is made with values: buffers are smaller, and a damaged width says anything."""
+
+
+class _WithoutMemory(TorchFunctionMode):
+    """Parameters are made by `torch.empty` and drawn in place; what is made with values may be a buffer."""
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
+        kwargs = kwargs or {}
+        if kwargs.get("device") is None and (func is torch.empty or (func in _FACTORIES and _is_large(args, kwargs))):
+            kwargs = kwargs | {"device": "meta"}
+        return func(*args, **kwargs)
+
+
+def _is_large(args: tuple, kwargs: dict[str, Any]) -> bool:
+    size = kwargs.get("size", args[0] if args and not isinstance(args[0], int) else args)
+    return all(isinstance(n, int) for n in size) and math.prod(size) > _LARGEST
+
+
+@contextmanager
+def parameters_on_meta() -> Iterator[None]:
+    """Inside, modules are made without memory for large parameters; buffers get the values that they are made with."""
+    with _WithoutMemory():
+        yield
+
+
+@contextmanager
+def made_on(device: torch.device) -> Iterator[None]:
+    """Inside, modules are made on a device; on the meta device only their parameters are."""
+    with parameters_on_meta() if device.type == "meta" else torch.device(device):
+        yield
+
+
+def move_parameters_to_meta(model: nn.Module) -> None:
+    """Take the memory of all parameters of a model, in place; tied ones stay tied, buffers stay."""
+    moved: dict[int, nn.Parameter] = {}
+    for module in list(model.modules()):
+        for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
+            if id(parameter) not in moved:
+                empty = torch.empty_like(parameter, device="meta")
+                moved[id(parameter)] = nn.Parameter(empty, requires_grad=parameter.requires_grad)
+                vars(moved[id(parameter)]).update(vars(parameter))
+            setattr(module, name, moved[id(parameter)])

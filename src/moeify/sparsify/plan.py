@@ -1,0 +1,266 @@
+"""What a recipe will make of a model: the sites and their sparse layers, proved and then put in place.
+
+plan = find(model, recipe)
+plan.verify(probe)
+undo = plan.apply()
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from moeify.context import Context
+from moeify.find.causal import refuse_causal_calls, says_causal
+from moeify.find.dense import DenseFFN
+from moeify.find.describe import describe, rebuild
+from moeify.find.probe import as_probe, find_probe
+from moeify.find.shapes import Site
+from moeify.meta import made_on
+from moeify.modes import fixed_randomness
+from moeify.moe import MoE
+from moeify.origin import Origin
+from moeify.routers import Router
+from moeify.sparsify.after import append
+from moeify.sparsify.comparison import Comparison
+from moeify.sparsify.make import copies, masked, merged
+from moeify.sparsify.recipe import Recipe
+from moeify.sparsify.shared import nothing
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Where sparse layers will stand in a model, which is as it was until `apply`.
+
+    Attributes:
+        model: the dense model.
+        recipe: what to make of it.
+        sites: where.
+    """
+
+    model: nn.Module
+    recipe: Recipe
+    sites: list[Site]
+
+    @cached_property
+    def layers(self) -> list[MoE]:
+        """The sparse layer of each site, made when first asked for.
+
+        Raises:
+            ValueError: whatever router, experts and shared refuse; experts that destroy the dense model's function.
+        """
+        layers = _layers(self.sites, self.recipe, {site.stack: Context() for site in self.sites})
+        _refuse(layers, self.recipe)
+        return layers
+
+    @property
+    def keeps_function(self) -> bool:
+        """Whether the sparse model computes what the dense model does, but for rounding."""
+        _, options = _options(self.recipe.experts)
+        same = not options.get("noise") and not options.get("drop") and self.recipe.after is nothing
+        return same and _is_copy(self.recipe) and self.layers[0].router.weights_sum_to_one
+
+    def verify(self, probe: Any = None) -> Comparison | None:
+        """Replace every feed-forward network by its reading for a moment: the model must not change.
+
+        Args:
+            probe: an input (a tensor, a tuple of arguments or a mapping); by default one is guessed.
+
+        Returns:
+            The dense model's output, to compare the sparse model's with; None if no input could be guessed.
+
+        Raises:
+            ValueError: the model changes; the message names the first site that changes it.
+        """
+        with fixed_randomness(self.model):
+            found = find_probe(self.model) if probe is None else as_probe(probe)
+            compare = Comparison.of(self.model, found)
+        readings = [site for site in self.sites if isinstance(site.dense, DenseFFN)]
+        if compare is None or _same_with(self.model, readings, compare):
+            return compare
+        culprit = next((site for site in readings if not _same_with(self.model, [site], compare)), readings[0])
+        raise ValueError(
+            f"{culprit.name} was taken for a feed-forward network, but the model computes something else there than "
+            "down(act(up(x))); leave it out with where=named(...), or make whole copies of a module with "
+            "where=modules(...)"
+        )
+
+    def apply(self, *, allow_noncausal: bool = False) -> Callable[[], None]:
+        """Put the sparse layers in place, and let the model know its origin.
+
+        Args:
+            allow_noncausal: let decoders have routers that look at later tokens.
+
+        Returns:
+            What takes all of it back.
+
+        Raises:
+            ValueError: whatever `layers` raises; a router that looks at later tokens in a decoder. The model is as it
+                was.
+        """
+        before = Origin.of(self.model)
+        described = self.describe()
+        layers = self.layers
+        followed = _followed(self.model, self.sites, self.recipe)
+        undo = put(self.model, self.sites, layers, allow_noncausal=allow_noncausal)
+        for layer, following in followed:
+            undo += append(layer, following)
+        replace(before, recipe=self.recipe, sites=described).write_to(self.model)
+        return lambda: _undo([lambda: before.write_to(self.model), *undo])
+
+    def describe(self) -> list[dict[str, Any]] | None:
+        """The sites as plain values, for `Plan.from_sites`; None if a site is no reading of the model's own modules."""
+        try:
+            return [describe(self.model, site) for site in self.sites]
+        except KeyError:
+            return None
+
+    @classmethod
+    def from_sites(cls, model: nn.Module, recipe: Recipe, sites: list[dict[str, Any]]) -> Plan:
+        """The plan whose sites were described, for a model of the same modules; nothing is run.
+
+        Raises:
+            ValueError: the model has no such modules, or the description is damaged.
+        """
+        return cls(model, recipe, [rebuild(model, values) for values in sites])
+
+
+def find(model: nn.Module, recipe: Recipe) -> Plan:
+    """Where a recipe puts sparse layers into a model; nothing is changed.
+
+    Raises:
+        ValueError: nothing to make sparse; a module that is not understood.
+    """
+    with fixed_randomness(model):
+        return Plan(model, recipe, recipe.where(model))
+
+
+def put(
+    model: nn.Module, sites: list[Site], layers: list[MoE], *, allow_noncausal: bool = False
+) -> list[Callable[[], None]]:
+    """Put sparse layers into their sites, and let their contexts read what the model is called with.
+
+    Returns:
+        What takes all of it back, to be called from the last to the first.
+
+    Raises:
+        ValueError: a router that looks at later tokens in a decoder; the model is as it was.
+    """
+    router = layers[0].router
+    if not router.causal and not allow_noncausal:
+        for site in sites:
+            if says_causal(_layer_of(model, site)):
+                raise ValueError(_looks_ahead(site, router))
+    undo = [site.install(layer) for site, layer in zip(sites, layers, strict=True)]
+    if not router.causal and not allow_noncausal:
+        undo += _listen_for_decoders(model, sites, router)
+    for stack, context in {site.stack: layer.context for site, layer in zip(sites, layers, strict=True)}.items():
+        undo += [handle.remove for handle in context.watch(_above(model, stack))]
+    return undo
+
+
+def _layers(sites: list[Site], recipe: Recipe, contexts: dict[str, Context]) -> list[MoE]:
+    latest: dict[str, MoE] = {}
+    layers = []
+    for site in sites:
+        latest[site.stack] = _layer(site, recipe, contexts[site.stack], latest.get(site.stack))
+        layers.append(latest[site.stack])
+    return layers
+
+
+def _layer(site: Site, recipe: Recipe, context: Context, previous: MoE | None) -> MoE:
+    like = next(site.dense.parameters())
+    with made_on(like.device):
+        router = recipe.router(site.width, recipe.num_experts)
+        router = (router if previous is None else router.follow(previous.router)).to(like.dtype)
+    with torch.device(like.device):
+        experts = recipe.experts(site.dense, recipe.num_experts)
+        shared = recipe.shared(site.dense, site.width)
+    layer = MoE(router, experts, shared, context=context, name=site.name)
+    return layer.train(site.training)
+
+
+def _followed(model: nn.Module, sites: list[Site], recipe: Recipe) -> list[tuple[nn.Module, nn.Module]]:
+    """The layers in which sparse ones stand, and what follows each."""
+    found = []
+    for site in {site.layer: site for site in sites}.values():
+        following = recipe.after(site.dense, site.width)
+        if following is not None and not site.layer:
+            raise ValueError(
+                f"{site.name} stands in no numbered layer, so that nothing can follow it; use after=nothing"
+            )
+        if following is not None:
+            found.append((model.get_submodule(site.layer), following.train(site.training)))
+    return found
+
+
+def _refuse(layers: list[MoE], recipe: Recipe) -> None:
+    router = layers[0].router
+    if _is_copy(recipe) and not router.weights_sum_to_one and recipe.num_experts > 1:
+        raise ValueError(
+            f"copied experts under {type(router).__name__} weights that do not sum to 1 destroy the dense model's "
+            "function at the first step; let the router normalise its weights (TopK(normalize=True)), give a "
+            "compensating scale (partial(copies, scale=...)), or train new experts (experts=fresh)"
+        )
+    if _is_copy(recipe) and layers[0].shared is not None:
+        raise ValueError(
+            "copied experts beside a shared copy of the same network count it twice; use experts=fresh (with zero=True "
+            "the model starts as it was), or shared=nothing"
+        )
+
+
+def _listen_for_decoders(model: nn.Module, sites: list[Site], router: Router) -> list[Callable[[], None]]:
+    """Raise in the first call that shows one of the stacks to be a decoder; the comparison is such a call."""
+    first = {site.stack: site for site in reversed(sites)}
+    return [
+        handle.remove
+        for site in first.values()
+        for handle in refuse_causal_calls(_layer_of(model, site), _looks_ahead(site, router))
+    ]
+
+
+def _layer_of(model: nn.Module, site: Site) -> nn.Module:
+    return model.get_submodule(site.layer) if site.layer else model
+
+
+def _looks_ahead(site: Site, router: Router) -> str:
+    return (
+        f"{site.name} is in a decoder, and {type(router).__name__} decides by looking at later tokens: training would "
+        "leak the future and generation would differ; choose a causal router, or pass allow_noncausal=True"
+    )
+
+
+def _options(maker: Callable) -> tuple[Callable, dict[str, Any]]:
+    made, options = (maker.func, maker.keywords) if isinstance(maker, partial) else (maker, {})
+    return _options(options["experts"]) if made is masked and "experts" in options else (made, options)
+
+
+def _is_copy(recipe: Recipe) -> bool:
+    maker, options = _options(recipe.experts)
+    return maker in (copies, merged) and options.get("scale", 1.0) == 1.0
+
+
+def _same_with(model: nn.Module, sites: list[Site], compare: Comparison) -> bool:
+    undo = [site.install(site.dense) for site in sites]
+    try:
+        return compare.same(model)
+    except Exception:  # whatever the model raises where it is misread
+        return False
+    finally:
+        _undo(undo)
+
+
+def _undo(actions: list[Callable[[], None]]) -> None:
+    for restore in reversed(actions):
+        restore()
+
+
+def _above(model: nn.Module, stack: str) -> list[nn.Module]:
+    """The modules from the model down to what holds a stack of layers."""
+    parts = stack.split(".") if stack else []
+    return [model.get_submodule(".".join(parts[:i])) for i in range(len(parts) + 1)]
