@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssConfig, GptOssExperts
 
 from moeify import MoE, assign, backends
-from moeify.backends import compose
+from moeify.backends import compose, order
 from moeify.backends.triton import rows_by_token
 from moeify.experts import FFN
 from moeify.hf.interface import HfExperts, use_transformers_backends
@@ -137,7 +137,8 @@ def test_tokens_and_what_goes_into_the_activation_are_all_that_is_kept(bias):
     ("backend", "numbers"),
     [("triton", 11 * 40 + 22 * 2 * 24), ("transformers/grouped_mm", 22 * (2 * 40 + 4 * 24))],  # T·D + R·2H, R·(2D + 4H)
 )
-def test_fewer_numbers_are_kept_than_transformers_keeps(backend, numbers):
+def test_fewer_numbers_are_kept_than_transformers_keeps(backend, numbers, monkeypatch):
+    monkeypatch.setattr(order, "_ORDER", list(order._ORDER))
     use_transformers_backends()
     x, ffn = tokens(), experts(SWIGLU, bias=False, width_out=40)
     routing = assign(decisions()["k choices"].choices.indices, torch.rand(11, 2, device=DEVICE, requires_grad=True), 4)
