@@ -18,6 +18,24 @@ def modules_after(statement: str) -> set[str]:
     )
 
 
+def test_public_names_are_there_whatever_is_imported_first():
+    program = (
+        "import sys, types, moeify; assert 'torch' not in sys.modules; "
+        "import moeify.record, moeify.sparsify.convert; from moeify import record, sparsify; "
+        "assert callable(record) and callable(sparsify) and moeify.record is record; "
+        "assert all(name in dir(moeify) and not isinstance(getattr(moeify, name), types.ModuleType) "
+        "for name in moeify.__all__); moeify.losses.balance; assert not hasattr(moeify, 'nothing')"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True)
+
+
+@pytest.mark.parametrize("first", ["moeify.sparsify", "moeify.cli.options"])
+def test_every_named_recipe_is_made_whatever_is_imported_first(first):
+    program = f"import {first}; from moeify.sparsify import recipes; print(len([recipes[name] for name in recipes]))"
+    made = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True).stdout
+    assert int(made) > 30
+
+
 def test_importing_moeify_imports_nothing_heavy():
     assert not modules_after("import moeify") & set(HEAVY)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from dataclasses import MISSING, fields
 from functools import partial
 from pathlib import Path
 
@@ -12,9 +13,13 @@ import typer
 from command_line import moeify
 from moeify.balance import Sign
 from moeify.cli import app
+from moeify.cli.job import Job, Shape
 from moeify.cli.options import choose_controller, choose_recipe
+from moeify.cli.train import Train
+from moeify.evaluate.run import Settings
 from moeify.routers.topk import TopK
 from moeify.sparsify import recipes
+from moeify.train import SparseArguments
 
 COMMANDS = typer.main.get_command(app).commands
 OPTIONS = [
@@ -61,6 +66,37 @@ def test_without_arguments_the_verbs_are_listed():
     ended = moeify()
     assert ended.code == 0
     assert all(verb in ended.out for verb in COMMANDS)
+
+
+@pytest.mark.parametrize("lower", [Settings, SparseArguments, Shape, Job])
+def test_a_setting_has_the_same_default_on_the_command_line_and_in_python(lower):
+    def defaults(options):
+        return {field.name: field.default for field in fields(options) if field.default is not MISSING}
+
+    here, there = defaults(Train), defaults(lower)
+    both = here.keys() & there.keys()
+    assert len(both) >= 4
+    assert {name: here[name] for name in both} == {name: there[name] for name in both}
+
+
+def test_every_option_reaches_the_job():
+    def values(thing):
+        inner = {name: part for name, part in vars(thing).items() if not hasattr(part, "__dataclass_fields__")}
+        parts = [values(part) for part in vars(thing).values() if hasattr(part, "__dataclass_fields__")]
+        return {name: value for each in (inner, *parts) for name, value in each.items()}
+
+    changed = {
+        "model": "m", "data": "d", "output": Path("o"), "steps": 40, "batch": 8, "accumulate": 2, "length": 64,
+        "learning_rate": 0.5, "weight_decay": 0.25, "balance": 0.125, "scope": "batch", "z": 0.75, "dropout": 0.3,
+        "seed": 5, "seeds": 2, "evaluations": 4, "width": 32, "layers": 3, "heads": 2, "hidden": 48, "device": "cpu",
+        "resume": True, "progress": False,
+    }  # fmt: skip
+    others = {"recipe": "olmoe", "experts": 16, "k": 4, "controller": "sign"}
+    assert changed.keys() | others.keys() == {field.name for field in fields(Train)}
+    job = Train(**changed, **others).job()
+    assert changed.items() <= values(job).items()
+    assert job.settings.sparse.controller == Sign()
+    assert (job.recipe.num_experts, job.recipe.router.keywords["k"]) == (16, 4)
 
 
 def test_no_number_leaves_a_recipe_as_it_is():

@@ -1,15 +1,15 @@
-"""The command line: one file per verb."""
+"""The command line: one file per verb. Nothing heavy is imported before a verb runs."""
 
 from __future__ import annotations
 
 import logging
 import sys
+from typing import Any
 
 import typer
 
 from moeify import env
 from moeify.cli import compare, doctor, generate, sparsify, train
-from moeify.evaluate.run import Stopped
 
 app = typer.Typer(
     name="moeify",
@@ -18,8 +18,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
 )
-app.command("train")(train.train)
-app.command("compare")(compare.compare)
+app.command("train")(train.Train)  # typer makes it of the options, and `main` runs it
+app.command("compare")(compare.Compare)
 app.command("sparsify")(sparsify.sparsify)
 app.command("generate")(generate.generate)
 app.command("recipes")(sparsify.list_recipes)
@@ -31,13 +31,23 @@ app.command("doctor")(doctor.doctor)
 def main() -> None:
     """Run the command line; bad input ends in one line, and `MOEIFY_TRACEBACK=1` shows where it came from."""
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it warns of every attempt to reach the hub
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")  # a locale without UTF-8 has no place for all that models write
     try:
-        if app(sys.argv[1:] or ["--help"], standalone_mode=False) == 130:
-            raise KeyboardInterrupt  # which typer made a number of
+        _run(sys.argv[1:] or ["--help"])
     except (UsageError, ValueError, OSError, ImportError, FloatingPointError) as error:
         _end(error, "moeify: error: ", 2)
-    except (Stopped, typer.Abort, KeyboardInterrupt) as error:
+    except (typer.Abort, KeyboardInterrupt) as error:
         _end(error, "moeify: ", 130)
+
+
+def _run(arguments: list[str]) -> None:
+    ended: Any = app(arguments, standalone_mode=False)
+    if ended == 130:
+        raise KeyboardInterrupt  # which typer made a number of
+    if isinstance(ended, train.Train):
+        ended.run()
 
 
 def _end(error: BaseException, prefix: str, code: int) -> None:

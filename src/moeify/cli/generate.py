@@ -7,9 +7,6 @@ from typing import Annotated
 
 import typer
 
-from moeify.cli.text import sample, saved_tokenizer
-from moeify.store import load
-
 
 def generate(
     model: Annotated[Path, typer.Argument(help="A saved sparse model, or the folder of a run")],
@@ -19,6 +16,9 @@ def generate(
     seed: Annotated[int, typer.Option(help="Seed of the sampling")] = 0,
 ) -> None:
     """Continue a prompt with a saved sparse model."""
+    from moeify.cli.text import sample, saved_tokenizer
+    from moeify.store import load
+
     folder = model / "model" if (model / "model" / "config.json").is_file() else model
     sparse = load(folder)
     print(sample(sparse, saved_tokenizer(folder), prompt, tokens=tokens, temperature=temperature, seed=seed))

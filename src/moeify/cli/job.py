@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import platform
-import resource
 import sys
 import time
 from collections.abc import Callable
@@ -85,12 +84,13 @@ class Job:
 
         Raises:
             ValueError: the folder holds another run; or whatever data, model or recipe refuse.
-            moeify.evaluate.run.Stopped: a signal ended it; `resume` goes on.
+            KeyboardInterrupt: a signal ended it; `resume` goes on.
         """
         try:
             return self._run()
         except (Stopped, KeyboardInterrupt) as stop:
-            raise Stopped(f"{str(stop) or 'interrupted'}; go on with the same command and --resume") from None
+            message = f"{str(stop) or 'interrupted'}; go on with the same command and --resume"
+            raise KeyboardInterrupt(message) from None
 
     def _run(self) -> Versus:
         started = time.perf_counter()
@@ -110,8 +110,11 @@ class Job:
         load = expert_load(models["sparse"], validation)
         samples = {name: [sample(model, tokenizer, prompt) for prompt in PROMPTS] for name, model in models.items()}
         facts = self._facts(getattr(corpus, "sha256", None), train.length * len(train))
-        cost = {"seconds": time.perf_counter() - started, "peak_memory_bytes": _peak_memory()}
-        facts["whole job"] = f"{cost['seconds']:,.0f} s, at most {cost['peak_memory_bytes'] / 2**20:,.0f} MiB of memory"
+        cost = {"seconds": time.perf_counter() - started, "peak_memory_bytes": peak_memory()}
+        memory = cost["peak_memory_bytes"]
+        facts["whole job"] = f"{cost['seconds']:,.0f} s" + (
+            "" if memory is None else f", at most {memory / 2**20:,.0f} MiB of memory"
+        )
         self._write(result, load, samples, facts, cost)
         self._show(console, result, load, samples)
         return result
@@ -186,7 +189,7 @@ class Job:
         load: ExpertLoad,
         samples: dict[str, list[str]],
         facts: dict[str, Any],
-        cost: dict[str, float],
+        cost: dict[str, float | None],
     ) -> None:
         summary = {"facts": facts, "job": cost, **result.to_dict(), "experts": load.to_dict(), "samples": samples}
         write_json(self.output / "summary.json", summary)
@@ -229,6 +232,10 @@ def verdict(result: Versus) -> str:
     return "; ".join(sentences) + "."
 
 
-def _peak_memory() -> int:
-    """Bytes of main memory that the process has held at most."""
+def peak_memory() -> int | None:
+    """Bytes of main memory that the process has held at most, None where the system does not tell (Windows)."""
+    try:
+        import resource
+    except ImportError:
+        return None
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -1,4 +1,4 @@
-"""Options that several verbs share."""
+"""Options that several verbs share, with their help, and what they stand for."""
 
 from __future__ import annotations
 
@@ -6,16 +6,13 @@ import json
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from moeify.balance import Rule
-from moeify.cli.job import Job, Shape
-from moeify.evaluate.run import Settings
-from moeify.registry import decode
-from moeify.sparsify import Recipe, read_recipe
-from moeify.train import SparseArguments
+if TYPE_CHECKING:
+    from moeify.balance import Rule
+    from moeify.sparsify import Recipe
 
 _RECIPE = "A named recipe (see `moeify recipes`) or a .json/.toml file"
 
@@ -70,6 +67,8 @@ def choose_recipe(name: str, num_experts: int | None, k: int | None) -> Recipe:
     Raises:
         ValueError: an unknown recipe, or k for a router that has none.
     """
+    from moeify.sparsify import read_recipe
+
     recipe = read_recipe(name)
     if num_experts is not None:
         recipe = replace(recipe, num_experts=num_experts)
@@ -92,40 +91,9 @@ def choose_controller(text: str | None) -> Rule | None:
     """
     if text is None:
         return None
+    from moeify.registry import decode
+
     try:
         return decode("controller", json.loads(text) if text.startswith("{") else text)
     except json.JSONDecodeError as error:
         raise ValueError(f"--controller {text!r} is not valid JSON: {error}") from None
-
-
-def make_job(o: dict[str, Any]) -> Job:
-    """A job from the options of `train` and `compare`.
-
-    Raises:
-        ValueError: options that contradict each other.
-    """
-    if o["width"] % o["heads"] or (o["width"] // o["heads"]) % 2:
-        raise ValueError(f"a width of {o['width']} cannot be divided into {o['heads']} heads of even width")
-    if o["batch"] % o["accumulate"]:
-        raise ValueError(f"{o['batch']} blocks per step cannot be cut into {o['accumulate']} equal micro-batches")
-    if o["device"] not in (None, "cpu", "cuda"):
-        raise ValueError(f"--device must be cpu or cuda, got {o['device']!r}")
-    sparse = SparseArguments(
-        balance=o["balance"], scope=o["scope"], z=o["z"], controller=choose_controller(o["controller"]),
-        dropout=o["dropout"], progress=o["progress"],
-    )  # fmt: skip
-    return Job(
-        output=o["output"],
-        recipe=choose_recipe(o["recipe"] or ("mixtral" if o["model"] else "matched"), o["experts"], o["k"]),
-        settings=Settings(
-            steps=o["steps"], batch=o["batch"], accumulate=o["accumulate"], learning_rate=o["learning_rate"],
-            weight_decay=o["weight_decay"], seed=o["seed"], evaluations=min(o["evaluations"], o["steps"]),
-            sparse=sparse, device=o["device"],
-        ),
-        model=o["model"],
-        data=o["data"],
-        length=o["length"],
-        shape=Shape(o["width"], o["layers"], o["heads"], o["hidden"]),
-        seeds=o["seeds"],
-        resume=o["resume"],
-    )  # fmt: skip

@@ -11,9 +11,6 @@ from rich.table import Column, Table
 
 from moeify.catalogue import catalogue
 from moeify.cli import options as o
-from moeify.cli.text import load_dense, load_tokenizer, save_tokenizer
-from moeify.sparsify import sparsify as make_sparse
-from moeify.store import save
 
 
 def sparsify(
@@ -27,6 +24,10 @@ def sparsify(
     ] = "AutoModelForCausalLM",
 ) -> None:
     """Make a dense model sparse and save it with its tokenizer; `moeify generate` and `moeify.load` read it."""
+    from moeify.cli.text import load_dense, load_tokenizer, save_tokenizer
+    from moeify.sparsify import sparsify as make_sparse
+    from moeify.store import save
+
     chosen = o.choose_recipe(recipe, experts, k)
     save(make_sparse(load_dense(model, architecture), chosen), output)
     try:

@@ -2,44 +2,101 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from moeify.cli import options as o
 
+if TYPE_CHECKING:
+    from moeify.cli.job import Job
 
-def train(
-    model: o.Model = None,
-    data: o.Data = None,
-    recipe: o.RecipeNameOrNone = None,
-    experts: o.NumExperts = None,
-    k: o.TopKExperts = None,
-    output: o.Output = Path("runs/train"),
-    steps: o.Steps = 400,
-    batch: o.Batch = 16,
-    accumulate: o.Accumulate = 1,
-    length: o.Length = 128,
-    learning_rate: o.LearningRate = 1.2e-3,
-    weight_decay: o.WeightDecay = 0.1,
-    balance: o.Balance = 0.002,
-    scope: o.Scope = "global",
-    z: o.Z = 0.0,
-    controller: o.Controller = None,
-    dropout: o.Dropout = None,
-    seed: o.Seed = 0,
-    seeds: o.Seeds = 1,
-    evaluations: o.Evaluations = 10,
-    width: o.Width = 128,
-    layers: o.Layers = 4,
-    heads: o.Heads = 4,
-    hidden: o.Hidden = 512,
-    device: o.Device = None,
-    resume: o.Resume = False,
-    progress: o.Progress = True,
-) -> None:
+
+@dataclass(frozen=True, kw_only=True)
+class Train:
     """Make a model sparse, and train it and its dense twin on the same text.
 
     Without arguments: a small byte-level Llama, sparse with 8 experts of which each token uses 2, learns the text that
     came with Python and torch. The run's folder then holds the sparse model, metrics.jsonl, summary.json, pictures and
     report.html. Ctrl-C saves; --resume goes on.
     """
-    o.make_job(locals()).run()
+
+    model: o.Model = None
+    data: o.Data = None
+    recipe: o.RecipeNameOrNone = None
+    experts: o.NumExperts = None
+    k: o.TopKExperts = None
+    output: o.Output = Path("runs/train")
+    steps: o.Steps = 400
+    batch: o.Batch = 16
+    accumulate: o.Accumulate = 1
+    length: o.Length = 128
+    learning_rate: o.LearningRate = 1.2e-3
+    weight_decay: o.WeightDecay = 0.1
+    balance: o.Balance = 1e-2
+    scope: o.Scope = "global"
+    z: o.Z = 0.0
+    controller: o.Controller = None
+    dropout: o.Dropout = None
+    seed: o.Seed = 0
+    seeds: o.Seeds = 1
+    evaluations: o.Evaluations = 10
+    width: o.Width = 128
+    layers: o.Layers = 4
+    heads: o.Heads = 4
+    hidden: o.Hidden = 512
+    device: o.Device = None
+    resume: o.Resume = False
+    progress: o.Progress = True
+
+    def job(self) -> Job:
+        """What the options ask for.
+
+        Raises:
+            ValueError: options that contradict each other.
+        """
+        from moeify.cli.job import Job, Shape
+        from moeify.evaluate.run import Settings
+        from moeify.train import SparseArguments
+
+        if self.width % self.heads or (self.width // self.heads) % 2:
+            raise ValueError(f"a width of {self.width} cannot be divided into {self.heads} heads of even width")
+        if self.batch % self.accumulate:
+            raise ValueError(f"{self.batch} blocks per step cannot be cut into {self.accumulate} equal micro-batches")
+        if self.device not in (None, "cpu", "cuda"):
+            raise ValueError(f"--device must be cpu or cuda, got {self.device!r}")
+        sparse = SparseArguments(
+            balance=self.balance,
+            scope=self.scope,  # type: ignore[arg-type]
+            z=self.z,
+            controller=o.choose_controller(self.controller),
+            dropout=self.dropout,
+            progress=self.progress,
+        )
+        settings = Settings(
+            steps=self.steps,
+            batch=self.batch,
+            accumulate=self.accumulate,
+            learning_rate=self.learning_rate,
+            weight_decay=self.weight_decay,
+            seed=self.seed,
+            evaluations=min(self.evaluations, self.steps),
+            sparse=sparse,
+            device=self.device,
+        )
+        recipe = self.recipe or ("mixtral" if self.model else "matched")
+        return Job(
+            output=self.output,
+            recipe=o.choose_recipe(recipe, self.experts, self.k),
+            settings=settings,
+            model=self.model,
+            data=self.data,
+            length=self.length,
+            shape=Shape(self.width, self.layers, self.heads, self.hidden),
+            seeds=self.seeds,
+            resume=self.resume,
+        )
+
+    def run(self) -> None:
+        """Do it."""
+        self.job().run()

@@ -48,7 +48,7 @@ class Settings:
     steps: int = 400
     batch: int = 16
     accumulate: int = 1
-    learning_rate: float = 2e-3
+    learning_rate: float = 1.2e-3
     weight_decay: float = 0.1
     seed: int = 0
     evaluations: int = 10
