@@ -66,7 +66,7 @@ def same(one, other):
 @pytest.mark.parametrize("kind", MODELS)
 def test_identical_models_make_one_that_computes_what_each_does(kind, k):
     model = widened(MODELS[kind]())
-    merged = merge([model] * 3, Recipe(router=partial(TopK, k=k)))
+    merged = merge([model] * 3, Recipe(num_experts=3, router=partial(TopK, k=k)))
     assert all(layer.experts.num_experts == 3 for layer in sparse_layers(merged).values())
     x = given(model)
     assert same(output(merged, x), output(model, x))
@@ -140,7 +140,7 @@ def test_tied_weights_stay_tied(kind):
 
 def test_whole_modules_become_experts_too():
     models = branches("plain")
-    merged = merge(models, Recipe(where=modules("ffn$")), base=models[2])
+    merged = merge(models, Recipe(num_experts=3, where=modules("ffn$")), base=models[2])
     x = given(models[2])
     with route_all_to(merged, 2):
         assert same(output(merged, x), output(models[2], x))
@@ -282,14 +282,29 @@ def test_checkpoints_that_differ_are_refused_before_anything_is_read(tmp_path):
         merge({"a": tmp_path / "a", "b": tmp_path / "b"}, base=LLAMA())
 
 
+def test_tables_of_rotary_frequencies_in_old_checkpoints_are_left_out(tmp_path):
+    models = branches("llama", 2)
+    expected = merge(models).state_dict()
+    for name, model in zip("ab", models, strict=True):
+        model.save_pretrained(tmp_path / name)
+        file = tmp_path / name / "model.safetensors"
+        frequencies = model.model.rotary_emb.inv_freq
+        old = {f"model.layers.{i}.self_attn.rotary_emb.inv_freq": frequencies.clone() for i in (0, 1)}
+        safetensors.torch.save_file(safetensors.torch.load_file(file) | old, file, metadata={"format": "pt"})
+    found = merge([tmp_path / "a", tmp_path / "b"]).state_dict()
+    assert all(torch.equal(found[key], tensor) for key, tensor in expected.items() if "router" not in key)
+
+
 def test_what_makes_no_sense_is_refused_with_the_way_out():
     models = branches("llama", 2)
     with pytest.raises(ValueError, match=r"experts with fresh.*leave experts out"):
         merge(models, Recipe(experts=fresh))
     with pytest.raises(ValueError, match=r"do not sum to 1.*normalise"):
-        merge(models, Recipe(router=partial(TopK, normalize=False)))
+        merge(models, Recipe(num_experts=2, router=partial(TopK, normalize=False)))
     with pytest.raises(ValueError, match=r"8 experts of 2 models \(a, b\); give one name per expert"):
         sparsify(models[0], Recipe(experts=partial(merged_experts, names=["a", "b"])))
+    with pytest.raises(ValueError, match=r"num_experts=8, but there are 2 models.*; set num_experts=2, or give more"):
+        merge(models, Recipe(num_experts=8))
     with pytest.raises(ValueError, match="no model to merge"):
         merge([])
     with pytest.raises(ValueError, match=r"examples for \['a'\], and the models are \['0', '1'\]"):
@@ -310,7 +325,7 @@ def test_what_makes_no_sense_is_refused_with_the_way_out():
 
 def test_a_router_without_a_row_per_expert_takes_no_examples():
     models = branches("vit", 2)
-    merged = merge(models, Recipe(router=Frozen))
+    merged = merge(models, Recipe(num_experts=2, router=Frozen))
     with pytest.raises(ValueError, match="Frozen has no weight with a row per expert"):
         route_by_examples(merged, {str(e): [given(models[0])] for e in range(2)})
 

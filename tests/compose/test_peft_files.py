@@ -1,3 +1,4 @@
+import copy
 import json
 
 import pytest
@@ -7,11 +8,12 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from adapter_folders import adapted_llama, library, make_adapter
+from adapter_folders import adapted_llama, answer, fill, library, make_adapter, same
 from moeify import from_adapters, load_adapters, save_adapters
 from moeify.compose import add_adapter, save_gates
 from moeify.compose.peft_files import Adapter, LowRank, read_adapter, write_adapter
 from moeify.find import ffn
+from moeify.routers import TopK
 from moeify.sparsify import dense, lora_ffn
 from strategies import seeds
 from tiny_models import TINY
@@ -69,6 +71,30 @@ def test_tensors_that_are_not_of_a_lora_are_named(key, shape, message, tmp_path)
     save_file(load_file(file) | {key: torch.zeros(shape)}, file)
     with pytest.raises(ValueError, match=message):
         library({"a": tmp_path / "a"})
+
+
+def test_adapters_of_a_head_bring_the_weight_of_the_head_which_must_be_that_of_the_base(tmp_path):
+    base = TINY["llama"]()
+    file = make_adapter(tmp_path / "a", ["lm_head", "q_proj"]) / "adapter_model.safetensors"
+    without = answer(from_adapters(TINY["llama"]().eval(), {"a": tmp_path / "a"}, verbose=False))
+    head = base.lm_head.weight.detach()
+    for weight in (head, head.bfloat16()):
+        save_file(load_file(file) | {"base_model.model.lm_head.base_layer.weight": weight.contiguous()}, file)
+        assert torch.equal(answer(library({"a": tmp_path / "a"}, TopK)), without)
+    save_file(load_file(file) | {"base_model.model.lm_head.base_layer.weight": head + 1}, file)
+    with pytest.raises(ValueError, match=r"for another base: the weight of lm_head that its file holds"):
+        library({"a": tmp_path / "a"})
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_an_adapter_of_the_head_as_peft_saves_it_is_read(family, tmp_path):
+    peft = pytest.importorskip("peft")
+    base = TINY[family]().eval()
+    theirs = peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(r=2, target_modules=["lm_head"])).eval()
+    fill(theirs)
+    theirs.save_pretrained(tmp_path, save_embedding_layers=True)
+    assert any("base_layer" in name for name in load_file(tmp_path / "adapter_model.safetensors"))
+    same(answer(from_adapters(base, {"a": tmp_path}, verbose=False)), answer(theirs))
 
 
 def test_adapters_of_another_base_are_refused_by_their_tensors(tmp_path):

@@ -163,6 +163,8 @@ def _experts_by_site(model: nn.Module, adapters: Mapping[str, Adapter], dropout:
             raise ValueError(f"nothing of the adapter {name!r} attaches: its file has no tensors")
         for module, low in adapter.modules.items():
             _refuse_unfit(model, parts, name, module, low)
+            if module in adapter.base:
+                _refuse_other_base(name, module, parts[module], adapter.base[module])
     for module, dense in parts.items():
         here = {name: adapter.modules[module] for name, adapter in adapters.items() if module in adapter.modules}
         if here:
@@ -199,6 +201,17 @@ def _refuse_unfit(model: nn.Module, parts: Mapping[str, nn.Module], name: str, m
                 f"the adapter {name!r} is for another base: {module}.lora_{side} is {tuple(tensor.shape)}, and this "
                 f"{kind} needs {needed}"
             )
+
+
+def _refuse_other_base(name: str, module: str, dense: nn.Module, stored: Tensor) -> None:
+    """Compare the base's weight that an adapter brings with the base's own, in the coarser dtype of both."""
+    own = dense.get_parameter("weight")
+    coarse = max(stored.dtype, own.dtype, key=lambda dtype: torch.finfo(dtype).eps)
+    if own.shape != stored.shape or not torch.equal(own.to(coarse), stored.to(own.device, coarse)):
+        raise ValueError(
+            f"the adapter {name!r} is for another base: the weight of {module} that its file holds (base_layer.weight) "
+            "differs from this model's; pass the model that it was trained on"
+        )
 
 
 @torch.no_grad()

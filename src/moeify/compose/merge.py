@@ -49,7 +49,7 @@ def merge_models(
     Args:
         models: modules, or folders of saved models; by name, if the experts are to have names other than 0, 1, ...
         recipe: which layers become sparse and what routes to the experts; `Recipe()` if not given. Its experts are
-            the models.
+            the models, and `num_experts` their number.
         base: gives all tensors that are in no expert, and the dtype; without it they are the mean over the models.
         router_init: for each name, example inputs of the domain that its expert is for (each a tensor, a tuple of
             arguments or a mapping), see `route_by_examples`; without it routers start as the recipe makes them.
@@ -63,7 +63,7 @@ def merge_models(
         FileNotFoundError: a path without a model.
     """
     named = dict(models) if isinstance(models, Mapping) else {str(i): model for i, model in enumerate(models)}
-    recipe = _recipe_for(list(named), Recipe() if recipe is None else recipe)
+    recipe = _recipe_for(list(named), Recipe(num_experts=len(named) or 1) if recipe is None else recipe)
     if router_init is not None and router_init.keys() != named.keys():
         raise ValueError(f"router_init has examples for {sorted(router_init)}, and the models are {sorted(named)}")
     model = build(next(iter(named.values())) if base is None else base)
@@ -100,6 +100,11 @@ def _recipe_for(names: list[str], recipe: Recipe) -> Recipe:
         )
     if not names:
         raise ValueError("there is no model to merge; give at least one")
+    if recipe.num_experts != len(names):
+        raise ValueError(
+            f"the recipe has num_experts={recipe.num_experts}, but there are {len(names)} models, and each becomes one "
+            f"expert; set num_experts={len(names)}, or give more models"
+        )
     return dataclasses.replace(recipe, num_experts=len(names), experts=partial(merged, names=names))
 
 

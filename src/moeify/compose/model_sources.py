@@ -158,7 +158,7 @@ def _faults(source: Source, model: nn.Module) -> Iterator[str]:
     ignored: Any = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
     known = {name for names in own for name in names}
     for name in source.shapes:
-        if name not in known and not any(re.search(pattern, name) for pattern in ignored):
+        if name not in known and not any(re.search(pattern, name) for pattern in [*ignored, _COMPUTED]):
             yield f"it has a tensor {name} that the others have not; only models of one architecture can be merged"
     own_settings = settings(model)
     for key, value in source.settings.items():
@@ -167,6 +167,10 @@ def _faults(source: Source, model: nn.Module) -> Iterator[str]:
                 f"{key} is {value} there and {own_settings[key]} in the others; if that does not change what it "
                 "computes, set it alike before merging"
             )
+
+
+_COMPUTED = r"rotary_emb\.inv_freq$"
+"""Tensors that old checkpoints hold and models compute from their configuration, which is compared."""
 
 
 def _equal(source: Source, names: list[str]) -> bool:

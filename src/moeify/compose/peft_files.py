@@ -21,6 +21,8 @@ _CONFIG, _WEIGHTS, _PICKLE, _GATES = (
 )  # fmt: skip
 _TENSOR = re.compile(r"(?:base_model\.model\.)?(?P<module>.+)\.lora_(?P<side>[AB])(?:\.(?!weight$)[^.]+)?\.weight")
 
+_BASE = re.compile(r"(?:base_model\.model\.)?(?P<module>.+)\.base_layer\.weight")
+
 
 @dataclass(frozen=True)
 class LowRank:
@@ -49,10 +51,13 @@ class Adapter:
     Attributes:
         modules: what it adds, by the name of the linear layer in the base model.
         gates: a vector per linear layer that a router may compare tokens with (PHATGOOSE); often none.
+        base: weights of the base that the file holds beside it, by the name of the linear layer: PEFT stores that of an
+            adapted `lm_head`.
     """
 
     modules: dict[str, LowRank]
     gates: dict[str, Float[Tensor, "D"]] = field(default_factory=dict)
+    base: dict[str, Float[Tensor, "O D"]] = field(default_factory=dict)
 
 
 def read_adapter(folder: str | Path) -> Adapter:
@@ -66,7 +71,9 @@ def read_adapter(folder: str | Path) -> Adapter:
     config = _read_config(folder)
     _refuse_settings(folder, config)
     sides: dict[str, dict[str, Tensor]] = {}
-    for name, tensor in _read_weights(folder).items():
+    tensors = _read_weights(folder)
+    base = {found["module"]: tensors.pop(name) for name in list(tensors) if (found := _BASE.fullmatch(name))}
+    for name, tensor in tensors.items():
         found = _TENSOR.fullmatch(name)
         if found is None or tensor.dim() != 2:
             raise ValueError(f"{folder} has a tensor {name} of shape {tuple(tensor.shape)}: {_meaning(name)}")
@@ -78,7 +85,8 @@ def read_adapter(folder: str | Path) -> Adapter:
             raise ValueError(f"{folder}: {module} has {shapes}; lora_A must be (r, D) and lora_B (O, r)")
         modules[module] = LowRank(pair["A"], pair["B"], _scale(folder, config, module, pair["A"].shape[0]))
     gates = load_gates(folder) if (folder / _GATES).is_file() else {}
-    return Adapter(modules, {name.removeprefix("base_model.model."): gate for name, gate in gates.items()})
+    gates = {name.removeprefix("base_model.model."): gate for name, gate in gates.items()}
+    return Adapter(modules, gates, {module: weight for module, weight in base.items() if module in modules})
 
 
 def write_adapter(adapter: Adapter, folder: str | Path, *, targets: list[str], transposed: bool, base: str) -> None:
