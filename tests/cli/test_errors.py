@@ -65,8 +65,8 @@ def test_bad_options_of_train_are_refused_in_one_line(tmp_path, text, options, m
         ('{"router": "topq"}', "no router is called 'topq'; did you mean .*'topk'"),
         ('{"num_expert": 4}', "a recipe has no field 'num_expert'.*num_experts"),
         ('{"num_experts": 0}', "num_experts must be a whole number from 1 on, got 0"),
-        ('{"num_experts": ', "recipe.json cannot be read: "),
-        ("[]", "recipe.json must hold a table of recipe fields, not a list"),
+        ('{"num_experts": ', "recipe.json is not valid JSON: "),
+        ("[]", "recipe.json must hold a mapping, not a list"),
     ],
 )
 def test_bad_recipe_files_are_refused_in_one_line(tmp_path, text, recipe, message):

@@ -45,7 +45,7 @@ def test_a_run_ends_well_where_there_is_no_resource_and_folders_cannot_be_opened
 
 
 def test_everything_is_utf8_whatever_the_locale_says(tmp_path):
-    folder = tmp_path / "données"
+    folder = tmp_path / "data"
     folder.mkdir()
     sentences = "\n".join(f"{i * i} déjà vu, été, naïve, “œuvre”, 東京" for i in range(400))
     (folder / "texte.txt").write_text(sentences, encoding="utf-8")

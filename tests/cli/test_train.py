@@ -156,10 +156,25 @@ def test_a_folder_has_a_domain_for_each_of_its_folders(tmp_path, text):
     assert summary(tmp_path / "run")["runs"][0]["domains"].keys() == {"code", "prose"}
 
 
+def test_a_picture_that_cannot_be_drawn_costs_that_picture_alone(tmp_path, text, monkeypatch):
+    def fail(*arguments):
+        raise TypeError("no glyph")
+
+    monkeypatch.setattr("moeify.cli.job.draw_load", fail)
+    ended = moeify("train", *TINY, "--steps", 1, "--data", text, "--output", tmp_path / "run")
+    assert ended.code == 0
+    assert "moeify: experts.png could not be drawn: no glyph" in ended.out
+    assert [path.name for path in (tmp_path / "run").glob("*.png")] == ["loss.png"]
+    assert (tmp_path / "run" / "report.html").read_text(encoding="utf-8").count("data:image/png;base64,") == 1
+
+
 def test_without_matplotlib_a_run_ends_with_a_word_in_the_place_of_pictures(tmp_path, text, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     ended = moeify("train", *TINY, "--steps", 1, "--data", text, "--output", tmp_path / "run")
     assert ended.code == 0
-    assert "moeify: no pictures: pictures need matplotlib; install it with: pip install 'moeify[report]'" in ended.out
+    assert (
+        "loss.png could not be drawn: pictures need matplotlib; install it with: pip install 'moeify[report]'"
+        in ended.out
+    )
     assert (tmp_path / "run" / "report.html").is_file()
     assert not list((tmp_path / "run").glob("*.png"))

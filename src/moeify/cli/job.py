@@ -195,13 +195,11 @@ class Job:
         write_json(self.output / "summary.json", summary)
         metrics = self.output / f"sparse-{self.settings.seed}" / "metrics.jsonl"
         write_text(self.output / "metrics.jsonl", metrics.read_text(encoding="utf-8"))
-        pictures = [self.output / "loss.png", self.output / "experts.png"]
-        try:
-            draw_losses(result, pictures[0])
-            draw_load(load, pictures[1])
-        except ImportError as error:
-            print(f"moeify: no pictures: {error}")
-            pictures = []
+        drawn = [
+            draw_picture(self.output / "loss.png", draw_losses, result),
+            draw_picture(self.output / "experts.png", draw_load, load),
+        ]
+        pictures = [file for file in drawn if file is not None]
         write_report(self.output / "report.html", result, load, pictures, samples, facts)
 
     def _show(self, console: Console, result: Versus, load: ExpertLoad, samples: dict[str, list[str]]) -> None:
@@ -230,6 +228,16 @@ def verdict(result: Versus) -> str:
         noise = "" if d.spread is None else f" (± {d.spread:.4f} over {d.seeds} seeds)"
         sentences.append(f"at equal {name} the sparse model's loss is {abs(d.difference):.4f} {better}{noise}")
     return "; ".join(sentences) + "."
+
+
+def draw_picture(file: Path, draw: Callable[[Any, Path], None], facts: Any) -> Path | None:
+    """Draw a picture into a file and return it; one that cannot be drawn ends no run, and is None."""
+    try:
+        draw(facts, file)
+    except Exception as error:  # after a long training, whatever a font or a name of a domain brings
+        print(f"moeify: {file.name} could not be drawn: {error}")
+        return None
+    return file
 
 
 def peak_memory() -> int | None:
