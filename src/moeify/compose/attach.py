@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from moeify.compose.peft_files import Adapter, LowRank
 from moeify.context import Context
 from moeify.experts.lora import LoRA, LoRAFFN
-from moeify.find.dense import is_linear, matrix
+from moeify.find.dense import is_linear, matrix, widths
 from moeify.find.shapes import Site, fast_paths, whole
+from moeify.find.unreadable import is_quantized
 from moeify.layers import moe_layers
 from moeify.moe import MoE
 from moeify.origin import Origin
@@ -169,7 +170,10 @@ def _experts_by_site(model: nn.Module, adapters: Mapping[str, Adapter], dropout:
         here = {name: adapter.modules[module] for name, adapter in adapters.items() if module in adapter.modules}
         if here:
             site = whole(model, module, dense)
-            yield replace(site, disabled=tuple(fast_paths(model, site.place[0]))), stack(here, dense, dropout)
+            yield (
+                replace(site, disabled=tuple(fast_paths(model, site.place[0]))),
+                stack(here, dense, dropout, _dtype(model, dense)),
+            )
 
 
 def _parts(model: nn.Module) -> dict[str, nn.Module]:
@@ -194,7 +198,7 @@ def _refuse_unfit(model: nn.Module, parts: Mapping[str, nn.Module], name: str, m
             f"the adapter {name!r} adapts {module}, a {type(dense).__name__} that cannot have experts beside it: only "
             "linear layers that are called can; leave it out of the adapter's target_modules, or merge it into the base"
         )
-    out, width = matrix(dense).shape
+    out, width = widths(dense)
     for side, tensor, needed in (("A", low.A, (low.rank, width)), ("B", low.B, (out, low.rank))):
         if tensor.shape != needed:
             raise ValueError(
@@ -205,7 +209,9 @@ def _refuse_unfit(model: nn.Module, parts: Mapping[str, nn.Module], name: str, m
 
 def _refuse_other_base(name: str, module: str, dense: nn.Module, stored: Tensor) -> None:
     """Compare the base's weight that an adapter brings with the base's own, in the coarser dtype of both."""
-    own = dense.get_parameter("weight")
+    own = matrix(dense)
+    if is_quantized(dense):
+        return  # what it was before is not known
     coarse = max(stored.dtype, own.dtype, key=lambda dtype: torch.finfo(dtype).eps)
     if own.shape != stored.shape or not torch.equal(own.to(coarse), stored.to(own.device, coarse)):
         raise ValueError(
@@ -215,22 +221,35 @@ def _refuse_other_base(name: str, module: str, dense: nn.Module, stored: Tensor)
 
 
 @torch.no_grad()
-def stack(adapters: Mapping[str, LowRank], dense: nn.Module, dropout: float = 0.0) -> LoRA:
-    """The adapters of one linear layer as experts of one rank, padded with zeros, in the dtype of the layer."""
-    weight = matrix(dense)
+def stack(
+    adapters: Mapping[str, LowRank], dense: nn.Module, dropout: float = 0.0, dtype: torch.dtype | None = None
+) -> LoRA:
+    """The adapters of one linear layer as experts of one rank, padded with zeros, in its dtype if none is given."""
+    weight = dense.get_parameter("weight")
+    out, width = widths(dense)
     with torch.device(weight.device):
         experts = LoRA(
-            len(adapters), weight.shape[1], weight.shape[0],
+            len(adapters), width, out,
             rank=max(low.rank for low in adapters.values()), dropout=dropout, names=tuple(adapters),
         )  # fmt: skip
     scale = experts.scale
-    experts.to(weight.dtype).scale = scale  # not rounded
+    experts.to(dtype or weight.dtype).scale = scale  # not rounded
     experts.lora_A.zero_()
     for e, low in enumerate(adapters.values()):
         experts.lora_A[e, : low.rank] = low.A
         experts.lora_B[e, :, : low.rank] = low.B
         experts.scale[e] = low.scale
     return experts
+
+
+def _dtype(model: nn.Module, dense: nn.Module) -> torch.dtype:
+    """The dtype that a linear layer computes in: that of its weight or, if this is quantised, of the model's others."""
+    if not is_quantized(dense):
+        return dense.get_parameter("weight").dtype
+    quantized = {id(part.weight) for part in model.modules() if is_quantized(part)}
+    return next(
+        (p.dtype for p in model.parameters() if p.is_floating_point() and id(p) not in quantized), torch.float32
+    )
 
 
 def _unpadded(experts: LoRA, e: int) -> LowRank:

@@ -12,6 +12,7 @@ from moeify.compose.attach import adapted_linears
 from moeify.experts.ffn import FFN
 from moeify.experts.lora import LoRA, LoRAFFN
 from moeify.find.dense import matrix
+from moeify.find.unreadable import is_quantized
 from moeify.layers import moe_layers
 from moeify.moe import MoE
 from moeify.origin import Origin
@@ -96,6 +97,12 @@ def merge_into_base(model: nn.Module, weights: Mapping[str, float]) -> nn.Module
     known = {name for here in linears.values() for name in here.experts.names}
     if unknown := weights.keys() - known:
         raise ValueError(f"there is no adapter {', '.join(sorted(unknown))}; there are: {', '.join(sorted(known))}")
+    for module, here in linears.items():
+        if is_quantized(here.dense):
+            raise ValueError(
+                f"the base is quantised: {module} has a weight of {here.dense.weight.dtype}, which adapters cannot be "
+                "added to; load the base in 16 or 32 bits and attach the adapters there"
+            )
     for module, here in linears.items():
         merged = matrix(here.dense).float()
         for e, name in enumerate(here.experts.names):

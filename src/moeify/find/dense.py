@@ -90,6 +90,14 @@ def matrix(linear: nn.Module) -> Float[Tensor, "O D"]:
     return weight.t() if _is_conv1d(linear) else weight
 
 
+def widths(linear: nn.Module) -> tuple[int, int]:
+    """The widths out and in of a linear layer, whose weight may be packed by quantisation."""
+    if isinstance(linear, nn.Linear):
+        return linear.out_features, linear.in_features
+    out, width = matrix(linear).shape
+    return out, width
+
+
 _USUAL_ACTIVATIONS: tuple[Elementwise, ...] = (F.silu, F.gelu, gelu_tanh, F.relu, torch.tanh, torch.sigmoid)
 
 
@@ -152,6 +160,8 @@ _ROUNDING = 64.0
 def misfit(module: nn.Module, reading: nn.Module, width: int) -> float:
     """How far apart two modules answer in evaluation, in units of the last place; infinity if not comparable."""
     weight = next(module.parameters())
+    if weight.dtype.itemsize < 2:  # quantised
+        return float("inf")
     x = torch.randn(2, 3, width, dtype=weight.dtype, device=weight.device)
     with in_evaluation(module), in_evaluation(reading):
         try:

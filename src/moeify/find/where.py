@@ -11,6 +11,7 @@ from torch import nn
 
 from moeify.find.dense import is_linear
 from moeify.find.shapes import Site, fast_paths, recognise, whole
+from moeify.find.unreadable import why_unreadable
 from moeify.layers import moe_layers, sparse_layers
 from moeify.registry import register
 
@@ -33,6 +34,8 @@ def ffn(model: nn.Module) -> list[Site]:
     sparse = list(sparse_layers(model))
     sites = [site for site in found if not _is_expert(site, sparse)]
     sites = [site for site in sites if site.layer and site.keeps_width] or sites
+    if not sparse and (reason := why_unreadable(model, sites)) is not None:
+        raise ValueError(f"this {type(model).__name__} cannot be made sparse: {reason}")
     if sites or not sparse:
         _refuse_rejected(model, sites, rejected)
     if not sites and (already := sparse + [site.name for site in found]):

@@ -1,0 +1,46 @@
+"""Say why linear layers cannot be read as dense weights: PEFT adapters are on them, or their weights are quantised."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from moeify.find.shapes import Site
+
+_FULL = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+
+def is_quantized(module: nn.Module) -> bool:
+    """Whether a module is a linear layer by its widths whose weight is packed or of a type below 16 bits."""
+    widths = (getattr(module, "out_features", None), getattr(module, "in_features", None))
+    weight = getattr(module, "weight", None)
+    if not all(isinstance(width, int) for width in widths) or not isinstance(weight, torch.Tensor):
+        return False
+    return weight.dtype not in _FULL or tuple(weight.shape) != widths
+
+
+def why_unreadable(model: nn.Module, sites: list[Site]) -> str | None:
+    """What keeps feed-forward networks of a dense model from being read, with the way out; None if nothing does.
+
+    Looks inside the sites that were found, and into the numbered layers (everywhere, if no site was found) without one.
+    """
+    served = {site.layer for site in sites}
+    inside = [(f"{site.name}.{name}", part) for site in sites for name, part in site.dense.named_modules()]
+    outside = [
+        (name, part)
+        for name, part in model.named_modules()
+        if not sites or ((layer := Site(name, part, (model, name)).layer) and layer not in served)
+    ]
+    for name, module in inside + outside:
+        if isinstance(getattr(module, "base_layer", None), nn.Module):
+            return (
+                f"PEFT adapters are on {name}, so that no feed-forward network can be read there; merge them into the "
+                "base first (model = model.merge_and_unload()), or make the base sparse without them"
+            )
+        if is_quantized(module):
+            return (
+                f"the base is quantised: {name} is a {type(module).__name__} with a weight of {module.weight.dtype}, "
+                "from which no expert can be made; load the base in 16 or 32 bits, or put adapters beside it with "
+                "from_adapters, which needs only its widths"
+            )
+    return None
