@@ -11,6 +11,7 @@ from moeify import MoE, kernels
 from moeify.backends import compose
 from moeify.experts import FFN, Blocks, ClampedGlu, Constant, Each, Glu, Identity, LoRA, LoRAFFN, Masked, Plain, Zero
 from moeify.experts.quantized import quantize
+from moeify.kernels.cpu import cpp
 from moeify.routers import (
     AllExperts,
     Capacity,
@@ -47,6 +48,7 @@ from moeify.routers import (
     sigmoid,
     sqrt_softplus,
 )
+from moeify.testing import check_backend, check_experts, check_router
 from strategies import agree, route, sharpen
 
 D, E = 8, 4
@@ -157,11 +159,21 @@ def test_every_combination_is_its_definition(router, experts, backend, dtype, mo
     agree(y, [x, *moe.parameters()], slow, [x64, *exact.parameters()], rtol=DTYPES[dtype], atol=DTYPES[dtype])
 
 
-@pytest.mark.parametrize("experts", EXPERTS)
-@pytest.mark.parametrize("router", ROUTERS)
-def test_every_parameter_gets_a_finite_gradient(router, experts):
-    moe = MoE(ROUTERS[router](), EXPERTS[experts]())
-    moe.context.call.inputs["input_ids"] = IDS
-    moe(torch.randn(3, 4, D, requires_grad=True)).square().sum().backward()
-    assert all(p.grad is not None and p.grad.isfinite().all() for p in moe.parameters())
-    assert all(p.grad.count_nonzero() for p in moe.router.parameters())
+SEES = dict.fromkeys(["per group", "expert choice", "soft", "similarity"], "sequence")
+SEES |= dict.fromkeys(["capacity", "priority", "next", "gshard", "token rounding", "sinkhorn"], "batch")
+OUTSIDE = {"mole": ["decisions_are_computed_in_fp32"]}  # its logits are those of experts, which compute in bf16
+
+
+@pytest.mark.parametrize("name", sorted(ROUTERS.keys() - {"replay"}))  # its decisions are for the recorded tokens
+def test_every_router_keeps_the_laws(name):
+    check_router(lambda *sizes: ROUTERS[name](), sees=SEES.get(name, "token"), without=OUTSIDE.get(name, ()))
+
+
+@pytest.mark.parametrize("name", EXPERTS)
+def test_every_kind_of_experts_keeps_the_laws(name):
+    check_experts(lambda *sizes: EXPERTS[name]())
+
+
+@pytest.mark.parametrize("name", ["compose", "gather", "onednn", "recompute", *([] if cpp.why_not() else ["cpp"])])
+def test_every_backend_of_a_cpu_keeps_the_laws(name):
+    check_backend(name)

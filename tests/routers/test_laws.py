@@ -1,4 +1,4 @@
-"""Laws that every router keeps, whatever its paper says."""
+"""Laws of routers beside those of `moeify.testing`, which `test_matrix.py` checks."""
 
 from functools import partial
 
@@ -33,6 +33,7 @@ from moeify.routers import (
     TopP,
     Uniform,
 )
+from moeify.testing import check_router
 from strategies import gradients, masks, seeds, sharpen
 
 D, E = 8, 4
@@ -102,65 +103,9 @@ def test_padding_changes_no_bit_of_any_token_or_gradient(name, mask, seed):
     assert all(torch.equal(a, b) for a, b in zip(padded, alone, strict=True))
 
 
-@pytest.mark.parametrize("name", ROUTERS)
-@given(mask=masks(), seed=seeds)
-def test_what_stands_in_the_padding_is_never_read(name, mask, seed):
-    torch.manual_seed(seed)
-    moe, x, ids = layer(name), torch.randn(*mask.shape, D), torch.randint(30, mask.shape)
-    mask[-1] &= len(mask) == 1  # a sequence may be nothing but padding
-    hidden = x.masked_fill(~mask.unsqueeze(-1), float("nan"))
-    assert all(torch.equal(a, b) for a, b in zip(run(moe, x, mask, ids), run(moe, hidden, mask, ids), strict=True))
-    assert moe(hidden)[~mask].count_nonzero() == 0
-
-
-@pytest.mark.parametrize("name", BY_GROUP)
-@given(seed=seeds)
-def test_groups_do_not_see_each_other_however_their_tokens_are_laid_out(name, seed):
-    torch.manual_seed(seed)
-    moe, x = layer(name), torch.randn(3, 5, D)
-    y = moe(x)
-    for b in range(3):
-        torch.testing.assert_close(moe(x[b : b + 1]), y[b : b + 1])
-    moe.context.call.batch_first = False
-    torch.testing.assert_close(moe(x.transpose(0, 1)).transpose(0, 1), y)
-    moe.context.call.batch_first = True
-    moe.context.call.inputs["input_ids"] = torch.zeros(3, 5, dtype=torch.int64)
-    torch.testing.assert_close(moe(x.flatten(0, 1)).view(3, 5, D), y)
-
-
-@pytest.mark.parametrize("name", ROUTERS)
-def test_a_causal_router_decides_by_no_later_token_and_others_say_that_they_do(name):
-    moe = layer(name).eval()
-    x, ids = torch.randn(1, 12, D), torch.arange(12).view(1, 12)
-    changed = False
-    for seed in range(20):
-        torch.manual_seed(seed)
-        other = torch.cat([x[:, :6], 3 * torch.randn(1, 6, D)], dim=1)
-        before, after = run(moe, x, None, ids)[0], run(moe, other, None, ids)[0]
-        changed |= not torch.allclose(before[:, :6], after[:, :6], atol=1e-5)
-    assert changed is not (moe.router.causal or name == "sinkhorn")  # sinkhorn looks ahead in training only
-
-
-@pytest.mark.parametrize("name", ROUTERS)
-def test_identical_experts_act_as_one_under_a_router_that_says_so(name):
-    moe = layer(name)
-    for parameter in moe.experts.parameters():
-        parameter.data.copy_(parameter.data[:1].expand_as(parameter))
-    x, ids = torch.randn(2, 6, D), torch.arange(12).view(2, 6)
-    dense = moe.experts(x.flatten(0, 1), torch.tensor([12, 0, 0, 0])).view(2, 6, D)
-    assert torch.allclose(run(moe, x, None, ids)[0], dense, atol=1e-5) is moe.router.weights_sum_to_one
-
-
-@pytest.mark.parametrize("name", ROUTERS)
-def test_routers_work_in_half_precision_and_decide_in_fp32(name):
-    moe = layer(name).to(torch.bfloat16)
-    x, ids = torch.randn(2, 6, D, dtype=torch.bfloat16), torch.arange(12).view(2, 6)
-    y, *others = run(moe, x, None, ids)
-    assert y.dtype == torch.bfloat16
-    assert all(part.isfinite().all() for part in others)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        routing = moe.router(x, moe.context)
-    assert routing.scores is None or routing.scores.dtype == torch.float32
+@pytest.mark.parametrize("name", [name for name in ROUTERS if "capacity" in name or "batch" in name])
+def test_routers_that_see_the_batch_keep_the_laws(name):
+    check_router(ROUTERS[name], sees="batch")
 
 
 @pytest.mark.parametrize("name", sorted(ROUTERS.keys() - {"soft", "hash", "similarity", "uniform"}))
