@@ -12,6 +12,7 @@ from moeify.files import read_json, read_tensors, write_json
 from moeify.origin import Origin
 from moeify.sparsify.convert import sparsify
 from moeify.sparsify.recipe import Recipe
+from moeify.store.peft import has_adapters
 from moeify.version import __version__
 
 _WEIGHTS = "model.safetensors"
@@ -27,10 +28,16 @@ def save(model: nn.Module, folder: str | Path, *, max_shard_size: str = "5GB") -
         max_shard_size: weights beyond this size are spread over several files.
 
     Raises:
-        ValueError: the model was not made by `sparsify`, or its recipe has a part that no file can name.
+        ValueError: the model was not made by `sparsify`, has adapters of PEFT, or its recipe has a part that no file
+            can name.
     """
     from huggingface_hub import save_torch_state_dict
 
+    if has_adapters(model):
+        raise ValueError(
+            f"this {type(model).__name__} has adapters of PEFT, which are files of their own: model.save_pretrained("
+            "folder) writes them, and save(model.merge_and_unload(), folder) the model with the adapters merged in"
+        )
     recipe = Origin.of(model).recipe
     if recipe is None:
         raise ValueError(f"this {type(model).__name__} was not made by moeify.sparsify, so its recipe is not known")

@@ -13,8 +13,9 @@ from transformers.trainer_callback import ExportableState
 from moeify import ranks
 from moeify.files import read_json, read_tensors, write_tensors
 from moeify.origin import Origin
-from moeify.store import load_weights, save
+from moeify.store import save
 from moeify.train.checkpoint import state
+from moeify.train.checkpoint.adapters import saves_adapters
 from moeify.train.checkpoint.folder import (
     checkpoints,
     fault,
@@ -133,14 +134,14 @@ class Saving(_Trainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """Bring back every tensor of the model, experts included, or none."""
         self._refuse_sharded()
-        load_weights(self.model, resume_from_checkpoint)
+        state.load_model(self.model, Path(resume_from_checkpoint))
 
     def _load_best_model(self) -> None:
         """Bring back the best model of the run, experts included."""
         best = Path(self.state.best_model_checkpoint)
         if (reason := fault(best)) is not None:
             raise ValueError(f"the best model cannot be loaded from {best}: {reason}")
-        load_weights(self.model, best)
+        state.load_model(self.model, best)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is None:
@@ -162,7 +163,14 @@ class Saving(_Trainer):
         """Nothing to bring back: random numbers are a function of (seed, step, rank)."""
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        """Save a finished model for `moeify.store.load` if `sparsify` made it, and else as transformers does."""
+        """Save a finished model for `moeify.store.load` if `sparsify` made it, and else as transformers does.
+
+        Of a model with PEFT adapters, these are saved.
+        """
+        if saves_adapters(self.model):
+            if self.args.should_save:
+                self.model.save_pretrained(self.args.output_dir if output_dir is None else output_dir)
+            return None
         if Origin.of(self.model).recipe is None:
             return super()._save(output_dir, state_dict)
         if self.args.should_save:

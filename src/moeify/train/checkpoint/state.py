@@ -14,7 +14,8 @@ from moeify import files
 from moeify.balance import Control, SparsityTarget
 from moeify.files import read_json, read_tensors, write_tensors
 from moeify.origin import Origin
-from moeify.store import save
+from moeify.store import load_weights, save
+from moeify.train.checkpoint.adapters import load_adapters, save_adapters, saves_adapters
 
 OPTIMIZER = "optimizer"
 BALANCE = "balance.safetensors"
@@ -24,8 +25,11 @@ def save_weights(model: nn.Module, folder: Path) -> None:
     """Write all parameters and buffers under the names they have in the model, so that nothing is lost on the way back.
 
     A model made by `moeify.sparsify` is written so that `moeify.store.load` reads it; one of transformers so that
-    `from_pretrained` does. If a recipe has parts that no file can name, only the weights are written.
+    `from_pretrained` does; of a `PeftModel`, the adapters as PEFT does, and what else is trained. If a recipe has parts
+    that no file can name, only the weights are written.
     """
+    if saves_adapters(model):
+        return save_adapters(model, folder)
     if Origin.of(model).recipe is not None:
         try:
             return save(model, folder)
@@ -36,6 +40,19 @@ def save_weights(model: nn.Module, folder: Path) -> None:
     if hasattr(config, "save_pretrained"):
         config.save_pretrained(folder)
     return None
+
+
+def load_model(model: nn.Module, folder: Path) -> None:
+    """Read the weights that `save_weights` wrote: every tensor that training may have changed, or none.
+
+    Raises:
+        FileNotFoundError: no weights in the folder.
+        ValueError: damaged weights, or those of another model.
+    """
+    if saves_adapters(model):
+        load_adapters(model, folder)
+    else:
+        load_weights(model, folder)
 
 
 def save_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, folder: Path) -> None:

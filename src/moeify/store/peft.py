@@ -1,0 +1,13 @@
+"""Whether adapters of PEFT lie around the modules of a model, which `save` cannot write."""
+
+from __future__ import annotations
+
+import sys
+
+from torch import nn
+
+
+def has_adapters(model: nn.Module) -> bool:
+    """Whether any module of a model was wrapped by a tuner of PEFT; looks at nothing if PEFT was never imported."""
+    tuners = sys.modules.get("peft.tuners.tuners_utils")
+    return tuners is not None and any(isinstance(module, tuners.BaseTunerLayer) for module in model.modules())
