@@ -9,7 +9,7 @@ import pytest
 import safetensors
 import torch
 from torch import nn
-from transformers import TrainingArguments
+from transformers import LlamaForCausalLM, TrainingArguments
 
 from moeify import MoE, Recipe, load, merge_models, record, save
 from moeify.compose import expert_names, route_all_to, route_by_examples
@@ -268,6 +268,38 @@ def test_models_that_differ_in_more_than_values_are_refused_by_name(case):
     one, other, words = UNLIKE[case]
     with pytest.raises(ValueError, match=words):
         merge({"a": one(), "b": other()})
+
+
+def mistral(**settings):
+    return causal_lm("mistral", **{"sliding_window": None} | settings)
+
+
+@pytest.mark.parametrize("stored", [False, True])
+def test_models_of_two_classes_that_compute_alike_are_merged(stored, tmp_path):
+    models = {"llama": widened(LLAMA()), "mistral": widened(mistral())}
+    for name, model in models.items():
+        model.save_pretrained(tmp_path / name)
+    given = {name: tmp_path / name for name in models} if stored else models
+    merged = merge(given)
+    assert type(merged) is type(models["llama"])
+    for key in ("model.embed_tokens.weight", "model.layers.0.self_attn.q_proj.weight"):
+        mean = torch.stack([model.state_dict()[key] for model in models.values()]).mean(0)
+        assert same(merged.state_dict()[key], mean)
+
+
+def test_models_of_two_classes_that_compute_something_else_are_refused():
+    with pytest.raises(ValueError, match=r"a MistralForCausalLM whose config.sliding_window is 8, and None"):
+        merge({"a": LLAMA(), "b": mistral(sliding_window=8)})
+
+    class Scaled(LlamaForCausalLM):
+        def forward(self, *args, **kwargs):
+            output = super().forward(*args, **kwargs)
+            output.logits = output.logits * 2
+            return output
+
+    scaled = Scaled(LLAMA().config)
+    with pytest.raises(ValueError, match="a LlamaForCausalLM with its tensors computes something else; merge models"):
+        merge({"a": LLAMA(), "b": scaled})
 
 
 def test_checkpoints_that_differ_are_refused_before_anything_is_read(tmp_path):

@@ -58,7 +58,8 @@ def merge_models(
         verbose: print the table of `sparsify`; its function difference is to the base, or to the first model.
 
     Raises:
-        ValueError: models that differ in more than their values, where the message names the tensor or setting; and
+        ValueError: models that differ in more than their values, where the message names the tensor or setting (models
+            of two classes, Llama and Mistral say, must compute the same with the same tensors); and
             whatever `sparsify` refuses.
         FileNotFoundError: a path without a model.
     """

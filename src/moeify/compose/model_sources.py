@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from moeify.files import open_tensors
+from moeify.find.probe import find_probe
+from moeify.sparsify.comparison import Comparison
 from moeify.store.store import weight_files
 
 Names = tuple[str, ...]
@@ -26,15 +28,21 @@ class Source(ABC):
         name: what messages call it.
         shapes: the shape of each of its tensors, by the names of the model that is made.
         settings: what it says of itself beside its tensors: parts and configuration.
+        architecture: the name of its class, "" if it is not known.
     """
 
     name: str
+    architecture: str
     shapes: dict[str, tuple[int, ...]]
     settings: dict[str, Any]
 
     @abstractmethod
     def read(self, name: str) -> Tensor:
         """One tensor."""
+
+    @abstractmethod
+    def load(self) -> nn.Module:
+        """The whole model."""
 
     def first(self, names: Names) -> Tensor:
         """The tensor that has one of these names."""
@@ -49,10 +57,15 @@ class Loaded(Source):
         self._tensors = model.state_dict()
         self.shapes = {name: tuple(tensor.shape) for name, tensor in self._tensors.items()}
         self.settings = settings(model)
+        self.architecture, self._model = type(model).__name__, model
 
     def read(self, name: str) -> Tensor:
         """One tensor, as the module holds it."""
         return self._tensors[name]
+
+    def load(self) -> nn.Module:
+        """The module itself."""
+        return self._model
 
 
 class Checkpoint(Source):
@@ -72,7 +85,10 @@ class Checkpoint(Source):
         self.name, path = name, Path(path)
         self._where: dict[str, tuple[Path, str]] = {}
         self.shapes = {}
-        self.settings = _config(_read_config(path)) if (path / "config.json").is_file() else {}
+        config = _read_config(path) if (path / "config.json").is_file() else None
+        self.settings = {} if config is None else _config(config)
+        self.architecture = (getattr(config, "architectures", None) or [""])[0]
+        self._path = path
         name_of = _renaming(model)
         for file in [path] if path.is_file() else weight_files(path):
             with open_tensors(file) as tensors:
@@ -86,6 +102,10 @@ class Checkpoint(Source):
         file, stored = self._where[name]
         with open_tensors(file) as tensors:
             return tensors.get_tensor(stored)
+
+    def load(self) -> nn.Module:
+        """The model of transformers in the folder."""
+        return build(self._path)
 
 
 def source_of(name: str, model: nn.Module | str | Path, like: nn.Module) -> Source:
@@ -160,6 +180,9 @@ def _faults(source: Source, model: nn.Module) -> Iterator[str]:
     for name in source.shapes:
         if name not in known and not any(re.search(pattern, name) for pattern in [*ignored, _COMPUTED]):
             yield f"it has a tensor {name} that the others have not; only models of one architecture can be merged"
+    if hasattr(model, "config") and source.architecture not in ("", type(model).__name__):
+        yield from _faults_of_another_class(source, model)
+        return
     own_settings = settings(model)
     for key, value in source.settings.items():
         if value != own_settings.get(key, value):
@@ -167,6 +190,33 @@ def _faults(source: Source, model: nn.Module) -> Iterator[str]:
                 f"{key} is {value} there and {own_settings[key]} in the others; if that does not change what it "
                 "computes, set it alike before merging"
             )
+
+
+def _faults_of_another_class(source: Source, model: nn.Module) -> Iterator[str]:
+    """A model of another class is like the others if this class computes the same with its tensors, as far as seen."""
+    ours, theirs = (
+        {key: value for key, value in each.items() if key.startswith("config.") and key != "config.model_type"}
+        for each in (settings(model), source.settings)
+    )
+    here, there = type(model).__name__, source.architecture
+    for key in ours | theirs:
+        alone = key not in ours or key not in theirs
+        value, own = theirs.get(key), ours.get(key)
+        if value != own and (not alone or re.search("window|chunk", key)):
+            yield (
+                f"it is a {there} whose {key} is {value}, and {own} in the others ({here}); if that does not change "
+                "what it computes on your texts, set it alike before merging"
+            )
+    probe, filled = find_probe(model), copy.deepcopy(model)
+    with torch.no_grad():
+        for names, tensor in tensors(filled).items():
+            tensor.copy_(source.first(names))
+    compare = Comparison.of(source.load(), probe)
+    if compare is None or not compare.same(filled):
+        yield (
+            f"it is a {there}, and a {here} with its tensors computes something else; merge models that are all of one "
+            "of both classes"
+        )
 
 
 _COMPUTED = r"rotary_emb\.inv_freq$"
