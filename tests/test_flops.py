@@ -46,6 +46,26 @@ GPT_OSS = partial(
 )  # fmt: skip
 
 
+JETMOE = partial(
+    hf.JetMoeConfig, hidden_size=2048, intermediate_size=5632, num_hidden_layers=24, num_key_value_heads=16,
+    kv_channels=128, vocab_size=32000, num_local_experts=8, num_experts_per_tok=2, tie_word_embeddings=True,
+)  # fmt: skip
+MAVERICK = partial(
+    hf.Llama4TextConfig, hidden_size=5120, intermediate_size=8192, intermediate_size_mlp=16384, num_hidden_layers=48,
+    num_attention_heads=40, num_key_value_heads=8, head_dim=128, vocab_size=202048, num_local_experts=128,
+    num_experts_per_tok=1, interleave_moe_layer_step=2, tie_word_embeddings=False,
+)  # fmt: skip
+DBRX = partial(
+    hf.DbrxConfig, d_model=6144, n_heads=48, n_layers=40, vocab_size=100352, tie_word_embeddings=False,
+    ffn_config={"hidden_size": 6144, "ffn_hidden_size": 10752, "moe_num_experts": 16, "moe_top_k": 4},
+    attn_config={"kv_n_heads": 8, "rope_theta": 5e5, "clip_qkv": 8.0},
+)  # fmt: skip
+SWITCH = partial(
+    hf.SwitchTransformersConfig, d_model=768, d_ff=3072, d_kv=64, num_heads=12, num_layers=12, num_decoder_layers=12,
+    num_sparse_encoder_layers=6, num_sparse_decoder_layers=6, num_experts=128,
+)  # fmt: skip
+
+
 def on_meta(model, config):
     with torch.device("meta"):
         return model(config)
@@ -57,6 +77,10 @@ def on_meta(model, config):
         (hf.MixtralForCausalLM, MIXTRAL, 46.7, 12.9),
         (hf.OlmoeForCausalLM, OLMOE, 6.92, 1.28),
         (hf.Qwen3MoeForCausalLM, QWEN3, 30.5, 3.35),  # the model card cuts it to 3.3
+        (hf.JetMoeForCausalLM, JETMOE, 8.52, 2.33),  # published as 8 and 2.2
+        (hf.Llama4ForCausalLM, MAVERICK, 400.7, 17.17),  # published as 400 and 17
+        (hf.DbrxForCausalLM, DBRX, 131.6, 36.5),  # published as 132 and 36
+        (hf.SwitchTransformersForConditionalGeneration, SWITCH, 7.4, 0.224),  # T5 base, which it matches, has 0.223
     ],
 )
 def test_published_sizes_include_the_input_embedding(model, config, total, active):
