@@ -11,6 +11,7 @@ from importlib.util import find_spec
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+from moeify.hf.on_import import register_moeify_experts
 from moeify.version import __version__ as __version__
 
 if TYPE_CHECKING:
@@ -80,3 +81,4 @@ class _Package(ModuleType):
 
 
 sys.modules[__name__].__class__ = _Package
+register_moeify_experts()

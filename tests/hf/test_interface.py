@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import importlib
+import subprocess
+import sys
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
@@ -310,3 +312,14 @@ def test_rows_that_are_not_aligned_are_refused_by_grouped_mm():
 def test_auto_takes_none_of_their_functions():
     chosen = [backends.find_backend(name).chosen(torch.zeros(1), None, None) for name in THEIRS]
     assert chosen == [False, False]
+
+
+@pytest.mark.parametrize("first", ["import moeify; import transformers", "import transformers; import moeify"])
+def test_transformers_knows_our_experts_whichever_is_imported_first(first: str):
+    program = f"""{first}
+config = transformers.AutoConfig.for_model("mixtral", hidden_size=32, intermediate_size=16, num_hidden_layers=1,
+    num_attention_heads=4, num_key_value_heads=4, num_local_experts=4, vocab_size=64)
+model = transformers.AutoModelForCausalLM.from_config(config, experts_implementation="moeify")
+print(model.config._experts_implementation)"""
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert run.stdout.split() == ["moeify"], run.stderr

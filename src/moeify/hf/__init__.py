@@ -1,1 +1,1 @@
-"""Everything known about transformers' own MoE blocks."""
+"""All that is known of transformers' MoE blocks: finding them, reading their decisions, and the experts interface."""

@@ -32,19 +32,16 @@ Model = TypeVar("Model", bound=nn.Module)
 def use_moeify_experts(model: Model) -> Model:
     """Compute the experts of a model of transformers by moeify; in place, parameters and checkpoints stay as they are.
 
-    Afterwards `experts_implementation="moeify"` is also known to `from_pretrained` and `set_experts_implementation`.
+    `from_pretrained(..., experts_implementation="moeify")` does the same once `moeify` has been imported.
 
     Raises:
         ValueError: no layer of the model computes its experts through transformers' interface.
     """
-    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
-
     if not any(_follows_interface(module) for module in model.modules()):
         raise ValueError(
             f"{type(model).__name__} has no experts behind transformers' interface, so there is nothing to compute by "
             "moeify; make a dense model sparse with moeify.sparsify"
         )
-    ALL_EXPERTS_FUNCTIONS.register("moeify", moeify_experts)
     model.set_experts_implementation("moeify")  # pyrefly: ignore[not-callable]
     return model
 

@@ -11,7 +11,7 @@ from typing import Any
 _REGISTRY = "transformers.integrations.moe"
 
 
-def register() -> None:
+def register_moeify_experts() -> None:
     """Register with transformers' experts functions: now if they are imported, else when they are."""
     if (module := sys.modules.get(_REGISTRY)) is not None:
         _add(module)
