@@ -147,6 +147,16 @@ def test_activations_that_are_not_finite_name_the_layer(bad):
         moe(x)
 
 
+def test_a_router_for_another_number_of_experts_is_refused_and_changes_nothing():
+    with pytest.raises(ValueError, match="TopK routes to 2 experts, and FFN holds 4"):
+        MoE(TopK(8, 2), FFN(4, 8, 16))
+    moe = MoE(TopK(8, 4), FFN(4, 8, 16))
+    experts = moe.experts
+    with pytest.raises(ValueError, match="TopK routes to 4 experts, and FFN holds 3"):
+        moe.replace(experts=FFN(3, 8, 16))
+    assert moe.experts is experts
+
+
 def test_a_mask_of_the_wrong_size_is_refused():
     moe = layer()
     moe.context.mask(torch.tensor([[1, 0]]))

@@ -56,10 +56,15 @@ class MoE(nn.Module):
         experts. What is not given stays. Returns the layer.
 
         Raises:
-            ValueError: the router cannot work with the experts; the layer is as it was.
+            ValueError: the router is for another number of experts, or cannot work with these; the layer is as it was.
         """
         router = self.router if router is None else router
         experts = self.experts if experts is None else experts
+        if (wanted := getattr(router, "num_experts", experts.num_experts)) != experts.num_experts:
+            raise ValueError(
+                f"{type(router).__name__} routes to {wanted} experts, and {type(experts).__name__} holds "
+                f"{experts.num_experts}; make both with the same number"
+            )
         for part in router.modules():
             if isinstance(part, Router):
                 part.attach(experts)

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from moeify.routers import ExpertGroups, TopK, sigmoid, softmax, sqrt_softplus
+from moeify.routers import ExpertGroups, Similarity, TopK, sigmoid, softmax, sqrt_softplus
 from strategies import route, seeds, sharpen
 
 # Bad inputs
@@ -155,3 +155,9 @@ def test_the_projection_starts_small_and_its_bias_at_zero():
 
 def test_a_router_says_its_settings():
     assert "experts=4, k=2, score=softmax, normalize=True" in repr(TopK(8, 4))
+
+
+@pytest.mark.parametrize("router", [TopK, Similarity])
+def test_an_unknown_unit_of_decision_is_refused(router):
+    with pytest.raises(ValueError, match="per='group' is no unit of decision"):
+        router(8, 4, per="group")

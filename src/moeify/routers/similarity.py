@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from moeify.context import Context
 from moeify.registry import register
 from moeify.routers.base import Router, project, real_tokens
-from moeify.routers.topk import check_k
+from moeify.routers.topk import check_k, check_per
 from moeify.routing import Assignment, Evidence
 
 
@@ -54,6 +54,7 @@ class Similarity(Router):
         super().__init__()
         k = num_experts if k is None else k
         check_k(k, num_experts, normalize=False)
+        check_per(per)
         if temperature <= 0:
             raise ValueError(f"temperature={temperature} divides similarities; choose temperature > 0")
         self.num_experts, self.k, self.temperature, self.per = num_experts, k, temperature, per

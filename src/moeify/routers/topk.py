@@ -118,6 +118,7 @@ class TopK(Router):
         super().__init__()
         check_k(k, num_experts, normalize)
         _check_groups(expert_groups, num_experts, k)
+        check_per(per)
         self.num_experts = num_experts
         self.k = k
         self.score = score
@@ -200,6 +201,16 @@ def check_k(k: int, num_experts: int, normalize: bool) -> None:
             "k=1 with normalised weights: every weight is the constant 1, so the router gets no gradient and never "
             "learns; pass normalize=False (Switch) or k=2"
         )
+
+
+def check_per(per: str) -> None:
+    """Refuse an unknown unit of decision.
+
+    Raises:
+        ValueError: neither `token` nor `sequence`.
+    """
+    if per not in ("token", "sequence"):
+        raise ValueError(f"per={per!r} is no unit of decision; choose 'token' or 'sequence' (a sequence or an image)")
 
 
 def _check_groups(groups: ExpertGroups | None, num_experts: int, k: int) -> None:
