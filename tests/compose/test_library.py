@@ -1,4 +1,5 @@
 import copy
+import json
 from functools import partial
 
 import pytest
@@ -225,3 +226,16 @@ def test_a_pool_keeps_the_dtype_of_its_base_and_exact_scales(folders):
     assert {bank.scale.dtype for bank in banks} == {torch.float32}
     assert answer(model).isfinite().all()
     assert set(adapters_of(model)) == set(folders)
+
+
+def test_a_library_saved_before_its_parts_were_renamed_still_loads(tmp_path):
+    folder = tmp_path / "pool"
+    for e, name in enumerate(("law", "verse")):
+        make_gates(make_adapter(folder / name, rank=2, seed=e), e)
+    expected = library({name: folder / name for name in ("law", "verse")})
+    routers = {f"{module}.router.weight": layer.router.weight for module, layer in layers(expected).items()}
+    saved = {name.replace(".router.weight", ".weight"): weight.detach().clone() for name, weight in routers.items()}
+    save_file(saved, folder / "router.safetensors")
+    description = {"moeify": "0.1.0", "router": "phatgoose", "dropout": 0.0, "adapters": ["law", "verse"]}
+    (folder / "moeify.json").write_text(json.dumps(description))
+    assert torch.equal(answer(load_adapters(TINY["llama"]().eval(), folder)), answer(expected))
