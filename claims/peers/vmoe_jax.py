@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,8 +17,18 @@ import numpy as np
 def answer(given: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Weights, outputs, gradients and losses of every case, under `case/quantity`."""
     from vmoe import moe
+
+    answers = _by_routers(given) | _by_soft_router(given)
+    answers["capacity"] = np.array([
+        moe.compute_capacity(int(tokens * k), int(experts), float(factor))
+        for factor, tokens, experts, k in given["capacity"]
+    ])  # fmt: skip
+    return {name: np.asarray(value) for name, value in answers.items()}
+
+
+def _routers(given: dict[str, np.ndarray]) -> dict[str, tuple]:
+    """The routers by case, and the tokens that each is given."""
     from vmoe.nn.routing import NoisyTopExpertsPerItemRouter, NoisyTopItemsPerExpertRouter
-    from vmoe.projects.soft_moe.router import SoftRouter
 
     experts = len(given["up"])
     one = given["x"][:1]
@@ -26,7 +37,7 @@ def answer(given: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     def limited(factor: float, *, first: bool) -> dict:
         return {"name": "einsum", "capacity_factor": factor, "batch_priority": first}
 
-    routers = {
+    return {
         "top-2": (by_item(2, deterministic=True, dispatcher=limited(0.7, first=False)), one),
         "top-1": (by_item(1, deterministic=True, dispatcher=limited(0.5, first=False)), one),
         "top-1 batch priority": (by_item(1, deterministic=True, dispatcher=limited(0.5, first=True)), one),
@@ -48,8 +59,11 @@ def answer(given: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
             given["x"],
         ),
     }
+
+
+def _by_routers(given: dict[str, np.ndarray]) -> dict[str, Any]:
     answers = {}
-    for case, (router, x) in routers.items():
+    for case, (router, x) in _routers(given).items():
         leaves = {"x": x, **{name: given[name] for name in ("router", "up", "down")}}
 
         def layer(leaves: dict, router: object = router) -> tuple:
@@ -62,8 +76,14 @@ def answer(given: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         answers |= {f"{case}/weights": weights, f"{case}/y": y}
         answers |= {f"{case}/grad {name}": value for name, value in gradients.items()}
         answers |= {f"{case}/{name}": jnp.mean(value) for name, value in losses.items() if name.endswith("_loss")}
+    return answers
 
-    soft = SoftRouter(experts, num_slots=given["slots"].shape[1])
+
+def _by_soft_router(given: dict[str, np.ndarray]) -> dict[str, Any]:
+    from vmoe.projects.soft_moe.router import SoftRouter
+
+    answers = {}
+    soft = SoftRouter(len(given["up"]), num_slots=given["slots"].shape[1])
     leaves = {"x": given["x"], **{name: given[name] for name in ("slots", "scale", "up", "down")}}
     for case in ("soft", "soft as shipped"):
 
@@ -76,12 +96,7 @@ def answer(given: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         y, (into, out_of), gradients = _with_gradients(mixed, leaves, given["direction"])
         answers |= {f"{case}/into": into, f"{case}/out_of": out_of, f"{case}/y": y}
         answers |= {f"{case}/grad {name}": value for name, value in gradients.items()}
-
-    answers["capacity"] = np.array([
-        moe.compute_capacity(int(tokens * k), int(experts), float(factor))
-        for factor, tokens, experts, k in given["capacity"]
-    ])  # fmt: skip
-    return {name: np.asarray(value) for name, value in answers.items()}
+    return answers
 
 
 def _run(dispatcher: object, leaves: dict) -> jax.Array:

@@ -142,8 +142,7 @@ def combine_adapters_by_search(
             raise ValueError(f"the loss is {value} for the weights {[round(float(each), 3) for each in w]}")
         return value + penalty * sum(map(abs, w)) / len(w)
 
-    limits = {"lower": [-bound] * sizes[0], "upper": [bound] * sizes[0]}
-    space = nevergrad.p.Array(init=[0.0] * sizes[0], **limits)
+    space = nevergrad.p.Array(init=[0.0] * sizes[0], lower=[-bound] * sizes[0], upper=[bound] * sizes[0])
     space.random_state.seed(seed)
     try:
         found = nevergrad.optimizers.NGOpt(parametrization=space, budget=budget).minimize(objective).value
