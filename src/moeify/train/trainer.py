@@ -24,6 +24,7 @@ from moeify.train.arguments import SparseArguments, at
 from moeify.train.callbacks import ExpertDropout, ProgressLine, SaveOnSignal
 from moeify.train.checkpoint.saving import Saving, bare
 from moeify.train.columns import Columns
+from moeify.train.decoder_mask import with_decoder_mask
 from moeify.train.finite import find, is_finite
 from moeify.train.freeze import require_learning_routers
 from moeify.train.loss import StepLoss, Watch, count, silence_own_loss
@@ -123,6 +124,7 @@ class SparseTrainerMixin(Columns, Saving):
     def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> Any:
         """Fetch the micro-batches of a step, and count its tokens over all ranks."""
         batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        batches = [with_decoder_mask(self.model, batch) for batch in batches]
         self._batches, self._losses = batches, []
         total = self._step_loss.begin(batches, device, copies=self.get_tp_size())
         self._tokens += total["attention_mask"] or total["input_ids"] or total["rows"]
@@ -133,6 +135,7 @@ class SparseTrainerMixin(Columns, Saving):
         self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """The trainer's own loss, plus this micro-batch's part of the balance loss when training."""
+        inputs = with_decoder_mask(self.model, inputs)
         if not (model.training and self._hooks):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         self._watch.forget()

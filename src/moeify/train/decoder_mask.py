@@ -1,0 +1,37 @@
+"""The mask of a decoder's padding in sequence-to-sequence training, where batches tell it by their labels alone."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+from jaxtyping import Int
+from torch import Tensor, nn
+
+IGNORED = -100
+"""The label of positions without a loss, as in `torch.nn.functional.cross_entropy`."""
+
+
+def with_decoder_mask(model: nn.Module, batch: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A batch of an encoder-decoder with the `decoder_attention_mask` that its labels imply, so no padding is routed.
+
+    A causal decoder computes the same for all real positions with and without it. Other batches are handed back.
+    """
+    labels = batch.get("labels")
+    if batch.get("decoder_attention_mask") is not None or not isinstance(labels, Tensor) or labels.dim() != 2:
+        return batch
+    inner: Any = model
+    if hasattr(inner, "get_base_model"):  # of PEFT
+        inner = inner.get_base_model()
+    is_encoder_decoder = getattr(getattr(inner, "config", None), "is_encoder_decoder", False)
+    if not is_encoder_decoder or "decoder_attention_mask" not in inspect.signature(inner.forward).parameters:
+        return batch
+    return {**batch, "decoder_attention_mask": decoder_mask(labels)}
+
+
+def decoder_mask(labels: Int[Tensor, "B N"]) -> Int[Tensor, "B N"]:
+    """1 up to the last position of a row that has a loss, 0 behind it; the first position is always real."""
+    real = labels.ne(IGNORED).flip(1).cumsum(1).flip(1).gt(0)
+    real[:, 0] = True
+    return real.long()
