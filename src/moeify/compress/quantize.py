@@ -1,12 +1,16 @@
-"""Experts of a whole model with weights of 8 or 4 bits, in the places of the ones it was trained with."""
+"""Quantisation of a whole model: experts and linear layers with weights of 8 or 4 bits, and how files record it."""
 
 from __future__ import annotations
 
-from typing import TypeVar
+from collections.abc import Iterable, Mapping
+from typing import Any, TypeVar
 
 from torch import nn
 
-from moeify.experts import Experts, quantize
+from moeify.compress.quantized_layers import QuantizedExperts, QuantizedLinear
+from moeify.experts import Experts, Quantized, quantize
+from moeify.experts.quantized import Weights
+from moeify.hf.interface import HfExperts
 from moeify.moe import MoE
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -14,6 +18,8 @@ Model = TypeVar("Model", bound=nn.Module)
 
 def quantize_experts(model: Model, bits: int = 8, group_size: int = 64) -> Model:
     """Quantise all feed-forward experts of a model's sparse layers; in place, layer by layer.
+
+    `moeify.store.save` writes such a model with its quantisation, and `load` gives it back as it is.
 
     Args:
         model: a model with layers of `moeify.MoE`.
@@ -23,18 +29,74 @@ def quantize_experts(model: Model, bits: int = 8, group_size: int = 64) -> Model
     Raises:
         ValueError: the model has no experts that can be quantised.
     """
-    found = [
-        (module, name, child)
-        for module in model.modules()
-        for name, child in module.named_children()
-        if isinstance(child, Experts) and child.stacked is not None
-    ]
+    found = [name for name, part in model.named_modules() if isinstance(part, Experts) and part.stacked is not None]
     if not found:
         raise ValueError(f"{type(model).__name__} has no feed-forward experts to quantise; make it sparse first")
-    for module, name, experts in found:
-        quantized = quantize(experts, bits, group_size)
-        if isinstance(module, MoE):
-            module.replace(experts=quantized)
-        else:  # experts inside others, such as `Masked`
-            setattr(module, name, quantized)
+    for name in found:
+        quantize_module(model, name, bits, group_size)
     return model
+
+
+def quantize_module(model: nn.Module, name: str, bits: int, group_size: int = 64) -> None:
+    """Put a quantised module in the place of a linear layer or of experts, ours or those of transformers.
+
+    Args:
+        model: the model.
+        name: of the module in it.
+        bits: 8 or 4.
+        group_size: weights that share a scale, 32 or 64; of 4 bits only.
+
+    Raises:
+        ValueError: the module is neither; other bits or groups.
+    """
+    if bits not in (8, 4) or group_size not in (32, 64):
+        raise ValueError(
+            f"weights of {bits} bits in groups of {group_size} are not known; choose 8 or 4 bits, 32 or 64"
+        )
+    module = model.get_submodule(name)
+    parent = model.get_submodule(name.rpartition(".")[0])
+    if isinstance(module, Experts) and isinstance(parent, MoE):
+        parent.replace(experts=quantize(module, bits, group_size))
+        quantized: nn.Module = parent.experts
+    elif isinstance(module, Experts):  # inside others, such as `Masked`
+        quantized = quantize(module, bits, group_size)
+    elif type(module) is nn.Linear:
+        quantized = QuantizedLinear(module, bits, group_size)
+    elif hasattr(module, "_apply_gate"):
+        quantized = QuantizedExperts(quantize(HfExperts(module), bits, group_size))
+    else:
+        raise ValueError(f"{name} is a {type(module).__name__}, and only linear layers and experts can be quantised")
+    model.set_submodule(name, quantized)
+    if hasattr(model, "save_pretrained"):
+        vars(model)["save_pretrained"] = _refuse_save_pretrained
+
+
+def _refuse_save_pretrained(*args: Any, **kwargs: Any) -> None:
+    raise ValueError(
+        "from_pretrained would not know the quantised weights and start from random ones; write them by "
+        "moeify.store.save(model, folder) and read them by moeify.store.load(folder)"
+    )
+
+
+def quantization_of(model: nn.Module) -> list[dict[str, Any]]:
+    """The quantised modules of a model, as plain values: what `quantize_as` needs to make them of a model without."""
+    found: list[dict[str, Any]] = []
+    for name, module in model.named_modules():
+        inside = any(name.startswith(f"{each['module']}.") for each in found)
+        if isinstance(module, QuantizedLinear | QuantizedExperts | Quantized) and not inside:
+            weights = next(part for part in module.modules() if isinstance(part, Weights))
+            found.append({"module": name, "bits": weights.bits, "group_size": weights.group_size})
+    return found
+
+
+def quantize_as(model: nn.Module, quantization: Iterable[Mapping[str, Any]]) -> None:
+    """Quantise the modules that `quantization_of` named, in the same way; in place.
+
+    Raises:
+        ValueError: a module that the model does not have, or whatever `quantize_module` refuses.
+    """
+    modules = dict(model.named_modules())
+    for each in quantization:
+        if not isinstance(each, Mapping) or each.get("module") not in modules:
+            raise ValueError(f"there is no module to quantise for {each!r}; the config is damaged or of another model")
+        quantize_module(model, each["module"], each.get("bits", 8), each.get("group_size", 64))

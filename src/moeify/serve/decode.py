@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from moeify.compress.modules import QuantizedExperts, QuantizedLinear
+from moeify.compress.quantize import quantize_module
 from moeify.context import Context
-from moeify.experts.quantized import Quantized, quantize
-from moeify.hf.interface import HfExperts, use_moeify_experts
+from moeify.experts.quantized import Quantized
+from moeify.hf.interface import use_moeify_experts
 from moeify.kernels.cpu import cpp
 from moeify.kernels.cpu.huge_pages import into_huge_pages
 from moeify.moe import MoE
@@ -167,19 +167,19 @@ def _padded_left(mask: Tensor, length: int) -> bool:
 
 
 def _quantize(model: Any, bits: int) -> None:
-    """Put quantised modules in the places of linear maps and experts; a dense map that is a router's stays."""
-    for name, module in list(model.model.layers.named_modules()):
-        if type(module) is nn.Linear and _is_map(name):
-            model.model.layers.set_submodule(name, QuantizedLinear(module, bits))
+    """Quantise projections, experts and the head; a linear layer that is a router's stays."""
+    for name, module in list(model.named_modules()):
+        if type(module) is nn.Linear and name.startswith("model.layers.") and _is_projection(name):
+            quantize_module(model, name, bits)
         elif isinstance(module, MoE) and not isinstance(module.experts, Quantized):
-            module.replace(experts=quantize(module.experts, bits))
+            quantize_module(model, f"{name}.experts", bits)
         elif hasattr(module, "_apply_gate"):
-            model.model.layers.set_submodule(name, QuantizedExperts(quantize(HfExperts(module), bits)))
+            quantize_module(model, name, bits)
     if type(model.lm_head) is nn.Linear:
-        model.lm_head = QuantizedLinear(model.lm_head, 8)
+        quantize_module(model, "lm_head", 8)
 
 
-def _is_map(name: str) -> bool:
+def _is_projection(name: str) -> bool:
     return name.rsplit(".", 1)[-1] in {f"{part}_proj" for part in ("q", "k", "v", "o", "gate", "up", "down")}
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from moeify.backends.base import has_other_forward
-from moeify.compress.modules import QuantizedLinear
+from moeify.compress.quantized_layers import QuantizedLinear
 
 Linear = nn.Linear | QuantizedLinear
 

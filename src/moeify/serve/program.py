@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from moeify.backends.cpp import kernel_activation, projections_of
 from moeify.backends.cpp import refuse as kernel_refuses
-from moeify.compress.modules import QuantizedExperts, QuantizedLinear
+from moeify.compress.quantized_layers import QuantizedExperts, QuantizedLinear
 from moeify.experts import Experts
 from moeify.find.dense import DenseFFN
 from moeify.hf.interface import HfExperts

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from moeify.compress.quantize import quantization_of, quantize_as
 from moeify.files import read_json, read_tensors, write_json
 from moeify.origin import Origin
 from moeify.sparsify.convert import sparsify
@@ -20,10 +22,10 @@ _INDEX = "model.safetensors.index.json"
 
 
 def save(model: nn.Module, folder: str | Path, *, max_shard_size: str = "5GB") -> None:
-    """Write a sparsified model: its weights, and how to build it again.
+    """Write a sparsified or quantised model: its weights, and how to build it again.
 
     Args:
-        model: what `sparsify` returned.
+        model: what `sparsify`, `quantize_experts` or `fast_decode` returned.
         folder: made if it is not there.
         max_shard_size: weights beyond this size are spread over several files.
 
@@ -38,10 +40,12 @@ def save(model: nn.Module, folder: str | Path, *, max_shard_size: str = "5GB") -
             f"this {type(model).__name__} has adapters of PEFT, which are files of their own: model.save_pretrained("
             "folder) writes them, and save(model.merge_and_unload(), folder) the model with the adapters merged in"
         )
-    recipe = Origin.of(model).recipe
-    if recipe is None:
+    recipe, quantization = Origin.of(model).recipe, quantization_of(model)
+    if recipe is None and not quantization:
         raise ValueError(f"this {type(model).__name__} was not made by moeify.sparsify, so its recipe is not known")
-    description = {"moeify": __version__, "recipe": recipe.to_dict(), "model": _describe(model)}
+    description = {"moeify": __version__, "recipe": recipe and recipe.to_dict(), "model": _describe(model)}
+    if quantization:
+        description["quantization"] = quantization
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     for old in [*folder.glob("model*.safetensors"), *folder.glob(_INDEX)]:
@@ -72,14 +76,17 @@ def load(folder: str | Path, model: nn.Module | None = None, recipe: Recipe | No
     """
     folder = Path(folder)
     description = _read_json(folder / "config.json")
-    for key, kind in (("moeify", str), ("recipe", dict), ("model", dict)):
+    quantization = description.get("quantization", [])
+    for key, kind in (("moeify", str), ("recipe", (dict, NoneType) if quantization else dict), ("model", dict)):
         if not isinstance(description.get(key), kind):
             raise ValueError(f"{folder / 'config.json'} has no {key!r}: it was not written by moeify.store.save")
-    if recipe is None:
+    if recipe is None and description["recipe"] is not None:
         recipe = Recipe.from_dict(description["recipe"])
     if model is None:
         model = _build(description["model"], folder)
-    sparsify(model, recipe, verbose=False, allow_noncausal=True)  # whoever saved it allowed it
+    if recipe is not None:
+        sparsify(model, recipe, verbose=False, allow_noncausal=True)  # whoever saved it allowed it
+    quantize_as(model, quantization)
     load_weights(model, folder)
     return model.eval()
 

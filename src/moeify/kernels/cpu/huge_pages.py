@@ -38,18 +38,19 @@ def advise() -> Any:
 def into_huge_pages(modules: Iterable[nn.Module]) -> None:
     """Move the parameters and buffers of modules into one piece of memory, in their order; in place.
 
-    They stay the tensors that they are. Each is freed from its old place when it has moved, so no second copy of all is
-    held. Nothing is moved where the system knows no huge pages.
+    They stay the tensors that they are, each with a storage of its own, as `torch.save` and safetensors need. Each is
+    freed from its old place when it has moved, so no second copy of all is held. Nothing is moved where the system
+    knows no huge pages.
     """
     if advise() is None:
         return
     tensors = list({id(t): t for m in modules for t in (*m.parameters(), *m.buffers()) if _can_move(t)}.values())
     sizes = [-(-tensor.nbytes // _LINE) * _LINE for tensor in tensors]
     memory = in_huge_pages(torch.empty(sum(sizes) + _HUGE, dtype=torch.uint8))
-    at = -memory.data_ptr() % _HUGE
+    at, buffer = -memory.data_ptr() % _HUGE, memory.numpy()
     for tensor, size in zip(tensors, sizes, strict=True):
-        place = memory[at : at + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
-        tensor.data = place.copy_(tensor)
+        place = torch.frombuffer(buffer, dtype=tensor.dtype, count=tensor.numel(), offset=at)
+        tensor.data = place.view(tensor.shape).copy_(tensor)
         at += size
 
 
