@@ -32,6 +32,7 @@ from moeify.inspect import expert_load
 from moeify.routers import TopK
 from moeify.routing import Assignment
 from moeify.sparsify import fresh
+from moeify.statistics import max_violation
 
 DOMAINS = ("novel", "math", "code_python", "code_rust", "shell", "docs_ko", "docs_zh", "docs_fr")
 CAP, LENGTH, BATCH, MICRO_BATCHES = 1_000_000, 128, 4, 4
@@ -96,10 +97,6 @@ class Trace:
         return next((i + 1 for i, mean in enumerate(means) if mean < bound), None)
 
 
-def max_vio(demand: Tensor) -> float:
-    return (demand.max() / demand.float().mean() - 1).item()
-
-
 def train(arm: str, data: Blocks, steps: int, seed: int) -> tuple[nn.Module, Trace]:
     loss, rule = ARMS[arm]
     torch.manual_seed(seed)
@@ -122,14 +119,14 @@ def train(arm: str, data: Blocks, steps: int, seed: int) -> tuple[nn.Module, Tra
             ((task + WEIGHT * loss(decisions, previous)) / MICRO_BATCHES).backward()
             for name, routing in decisions.items():
                 asked[name] = asked.get(name, 0) + routing.assigned
-                micro.append(max_vio(routing.assigned))
+                micro.append(max_violation(routing.assigned).item())
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
         previous = asked
         trace.micro.append(fmean(micro))
-        trace.step.append(fmean(max_vio(demand) for demand in asked.values()))
+        trace.step.append(fmean(max_violation(demand).item() for demand in asked.values()))
     return model, trace
 
 

@@ -1,16 +1,16 @@
-"""Which experts the tokens of each domain are sent to."""
+"""Expert load by layer and domain: which experts the tokens of each domain are routed to."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from moeify import statistics
 from moeify.data.blocks import Blocks
 from moeify.modes import in_evaluation
 from moeify.record import observe
@@ -19,7 +19,7 @@ from moeify.routing import Routing
 
 @dataclass(frozen=True)
 class ExpertLoad:
-    """Rows asked of every expert, by layer and domain.
+    """The load of every expert before any capacity limit, in rows, by layer and domain.
 
     Attributes:
         layers: names of the sparse layers.
@@ -34,26 +34,22 @@ class ExpertLoad:
     @property
     def share(self) -> Float[Tensor, "layers E"]:
         """Each expert's share of its layer's rows."""
-        rows = self.rows.sum(1)
-        return rows / rows.sum(-1, keepdim=True)
+        return statistics.load(self.rows.sum(1))
 
     @property
     def max_violation(self) -> Float[Tensor, "layers"]:
-        """Largest load over mean load, minus 1; 0 is even (MaxVio, arXiv 2408.15664)."""
-        return self.share.amax(-1) * self.share.shape[-1] - 1
+        """MaxVio, `moeify.statistics.max_violation`: 0 is even."""
+        return statistics.max_violation(self.rows.sum(1))
 
     @property
-    def dead(self) -> Float[Tensor, "layers"]:
-        """Experts with less than a hundredth of their fair share, per layer."""
-        return (self.share * self.share.shape[-1] < 0.01).sum(-1)
+    def dead(self) -> Int[Tensor, "layers"]:
+        """The number of dead experts, `moeify.statistics.dead`."""
+        return statistics.dead(self.rows.sum(1))
 
     @property
     def information(self) -> Float[Tensor, "layers"]:
-        """Mutual information of expert and domain in bits per row: 0 if experts do not care for domains."""
-        joint = self.rows / self.rows.sum((1, 2), keepdim=True)
-        independent = joint.sum(1, keepdim=True) * joint.sum(2, keepdim=True)
-        ratio = torch.where(joint > 0, joint / independent.clamp_min(1e-30), 1.0)
-        return (joint * ratio.log()).sum((1, 2)) / math.log(2)
+        """Mutual information of expert and domain in bits per row, `moeify.statistics.information`."""
+        return statistics.information(self.rows)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON, one entry per layer."""
@@ -66,7 +62,7 @@ class ExpertLoad:
 
 @torch.no_grad()
 def expert_load(model: nn.Module, blocks: Blocks, *, per_domain: int = 16, batch: int = 8) -> ExpertLoad:
-    """Run a model over some blocks of every domain and count the rows that its experts are asked for.
+    """Run a model over some blocks of every domain and count the rows that are assigned to its experts.
 
     Raises:
         ValueError: the model has no sparse layer, none that sends tokens to experts, or layers with different numbers

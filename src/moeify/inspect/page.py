@@ -87,7 +87,7 @@ def load_rows(load: ExpertLoad) -> Rows:
         (layer, f"{load.max_violation[i]:.2f}", f"{int(load.dead[i])}", f"{load.information[i]:.3f}")
         for i, layer in enumerate(load.layers)
     ]
-    return ("layer", "max load / mean - 1", "dead experts", "expert-domain information (bits)"), rows
+    return ("layer", "MaxVio (max load / mean - 1)", "dead experts", "expert-domain information (bits)"), rows
 
 
 def table(heading: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:

@@ -9,13 +9,14 @@ from jaxtyping import Float, Num
 from torch import Tensor
 
 from moeify.routing import Assignment, Routing
+from moeify.statistics import load
 
 Scope = Literal["batch", "sequence"]
 
 
 def share(routing: Assignment) -> Float[Tensor, "E"]:
     """f_j: the share of all rows that are assigned to each expert, before any capacity limit; sums to 1."""
-    return routing.assigned / routing.assigned.sum().clamp_min(1)
+    return load(routing.assigned)
 
 
 def probability(routing: Routing) -> Float[Tensor, "L E"]:
@@ -47,7 +48,7 @@ def balance(routing: Assignment, scope: Scope = "batch", assigned: Num[Tensor, "
     p = probability(routing)
     num_experts = p.shape[-1]
     if scope == "batch":
-        f = share(routing) if assigned is None else assigned / assigned.sum().clamp_min(1)
+        f = share(routing) if assigned is None else load(assigned)
         return num_experts * (f * p.mean(0)).sum()
     if routing.choices is None or routing.sequence_id is None or routing.tokens != len(p):
         raise ValueError("balance by sequence needs a decision of its own for every token, with k experts each")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +10,12 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from moeify import statistics
 from moeify.files import write_text
 from moeify.losses import probability
 from moeify.ranks import all_reduce
 from moeify.routing import Routing
 from moeify.train.loss import Decisions
-
-DEAD = 0.01
-"""An expert is dead if it is asked for less than this part of its fair share."""
 
 
 class Tally:
@@ -46,7 +43,7 @@ def _sums(routing: Routing, assigned: Int[Tensor, "E"]) -> Float[Tensor, "S"]:
     if routing.scores is None:
         return torch.cat([demand, counts, torch.zeros_like(demand), demand.new_zeros(2)])
     p = probability(routing).detach()
-    entropy = -torch.special.xlogy(p, p).sum()
+    entropy = statistics.router_entropy(p).sum()
     return torch.cat([demand, counts, p.sum(0), entropy.view(1), entropy.new_full((1,), len(p))])
 
 
@@ -61,18 +58,17 @@ def measure(sums: Float[Tensor, "S"]) -> dict[str, float]:
     experts = (len(sums) - 2) // 3
     demand, counts, p = sums[:-2].view(3, experts)
     entropy, decisions = sums[-2:].tolist()
-    f = demand / demand.sum().clamp_min(1)
-    even = math.log(experts) if experts > 1 else 1.0
+    f = statistics.load(demand)
     metrics = {
-        "load_entropy": float(-torch.special.xlogy(f, f).sum() / even),
-        "max_vio": float(f.max() * experts - 1),
-        "max_load": float(f.max() * experts),
-        "dead_experts": float((f < DEAD / experts).sum()),
-        "drop_rate": float(1 - counts.sum() / demand.sum().clamp_min(1)),
+        "load_entropy": float(statistics.load_entropy(demand)),
+        "max_vio": float(statistics.max_violation(demand)),
+        "max_load": float(statistics.max_violation(demand) + 1),
+        "dead_experts": float(statistics.dead(demand)),
+        "drop_rate": float(statistics.drop_rate(demand, counts)),
     }
     if decisions:
         metrics["balance"] = float(experts * (f * p).sum() / decisions)
-        metrics["router_entropy"] = entropy / decisions / even
+        metrics["router_entropy"] = entropy / decisions / statistics.log_experts(experts)
     return metrics
 
 
