@@ -75,7 +75,7 @@ def test_saving_again_leaves_nothing_of_the_last_time(tmp_path):
     save(sparse(), tmp_path, max_shard_size="20KB")
     model = sparse("gpt2")
     save(model, tmp_path)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["SHA256.json", "config.json", "model.safetensors"]
     assert_equal(load(tmp_path), model)
 
 
@@ -161,6 +161,7 @@ def broken(folder, change) -> None:
     weights = load_file(folder / "model.safetensors")
     change(weights)
     save_file(weights, folder / "model.safetensors")
+    (folder / "SHA256.json").unlink()
 
 
 ROUTER = "model.layers.0.mlp.router.weight"
@@ -245,11 +246,12 @@ def test_a_description_that_is_none_is_refused(kind, tmp_path):
     content, words = CONFIGS[kind]
     save(sparse(), tmp_path)
     (tmp_path / "config.json").write_bytes(content if isinstance(content, bytes) else content.encode())
+    (tmp_path / "SHA256.json").unlink()
     with pytest.raises(ValueError, match=words):
         load(tmp_path)
 
 
-@pytest.mark.parametrize("file", ["config.json", "model.safetensors"])
+@pytest.mark.parametrize("file", ["SHA256.json", "config.json", "model.safetensors"])
 def test_a_missing_file_is_named(file, tmp_path):
     save(sparse(), tmp_path)
     (tmp_path / file).unlink()

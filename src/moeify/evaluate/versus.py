@@ -10,7 +10,6 @@ from statistics import fmean, stdev
 from typing import Any, Literal, get_args
 
 import torch
-from safetensors.torch import save_model
 from torch import nn
 
 from moeify.data.blocks import Blocks
@@ -18,6 +17,7 @@ from moeify.evaluate.run import Run, Settings, train_run
 from moeify.files import read_json, write_json
 from moeify.sparsify import Recipe, sparsify
 from moeify.store import load_weights
+from moeify.store.weights import write_weights
 from moeify.train.checkpoint.folder import checkpoints, recover
 
 Axis = Literal["tokens", "flops", "seconds"]
@@ -150,7 +150,7 @@ def versus(
                 recover(place)
                 begun = resume and bool(checkpoints(place))
                 run = train_run(name, model, train, validation, place, replace(settings, seed=seed), resume=begun)
-                save_model(model, str(place / "model.safetensors"))
+                write_weights(model.state_dict(), place)
                 write_json(done, run.to_dict(), indent=None)
             arms[name].append(run)
             keep(name, model)

@@ -12,7 +12,6 @@ One to be deleted or replaced is renamed to `checkpoint-120.trash` first.
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import json
 import os
@@ -21,9 +20,8 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
-from moeify.files import read_json, sync, write_text
+from moeify.files import fingerprint, read_json, sync, write_text
 
 MANIFEST = "MANIFEST.json"
 TEMPORARY, TRASH = ".tmp", ".trash"
@@ -96,14 +94,8 @@ def _seal(folder: Path) -> None:
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     for path in files:
         sync(path)
-    listed = {path.relative_to(folder).as_posix(): _fingerprint(path) for path in files}
+    listed = {path.relative_to(folder).as_posix(): fingerprint(path) for path in files}
     write_text(folder / MANIFEST, json.dumps({"format": 1, "files": listed}, indent=1))
-
-
-def _fingerprint(path: Path) -> dict[str, Any]:
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return {"bytes": path.stat().st_size, "sha256": digest}
 
 
 def discard(folder: Path) -> None:
@@ -129,7 +121,7 @@ def fault(folder: Path) -> str | None:
             return f"its manifest names {name}, which lies outside"
         if not path.is_file():
             return f"{name} is missing"
-        found = _fingerprint(path)
+        found = fingerprint(path)
         if found != expected:
             what = "bytes" if found["bytes"] != expected.get("bytes") else "sha256"
             return f"{name} has {what} {found[what]} instead of {expected.get(what)}"

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
 from transformers.trainer_callback import ExportableState
 
@@ -64,7 +63,7 @@ class Saving(_Trainer):
                     self._write(folder)
                 self.failures, self.saved = 0, final
                 self.written = [path for path in self.written if path != final] + [final]
-            except (OSError, SafetensorError) as error:
+            except OSError as error:
                 self.failures += 1
                 print(f"moeify: {final.name} could not be saved ({error}); earlier checkpoints are untouched")
                 if self.failures == 3:

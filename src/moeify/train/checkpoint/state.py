@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import save_torch_state_dict
 from torch import Tensor, nn
 
 from moeify import files
@@ -15,6 +14,7 @@ from moeify.balance import Control, SparsityTarget
 from moeify.files import read_json, read_tensors, write_tensors
 from moeify.origin import Origin
 from moeify.store import load_weights, save
+from moeify.store.weights import write_weights
 from moeify.train.checkpoint.adapters import load_adapters, save_adapters, saves_adapters
 
 OPTIMIZER = "optimizer"
@@ -35,7 +35,7 @@ def save_weights(model: nn.Module, folder: Path) -> None:
             return save(model, folder)
         except ValueError as error:
             print(f"moeify: checkpoints of this model can be resumed from, but not loaded by themselves: {error}")
-    save_torch_state_dict(model.state_dict(), folder, metadata={"format": "pt"})
+    write_weights(model.state_dict(), folder)
     config: Any = getattr(model, "config", None)
     if hasattr(config, "save_pretrained"):
         config.save_pretrained(folder)

@@ -1,0 +1,75 @@
+"""`save`: a sparse model becomes a folder of safetensors, a `config.json` and the hashes of both."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moeify.compress.quantize import quantization_of
+from moeify.files import write_json
+from moeify.origin import Origin
+from moeify.store.hashes import HASHES, write_hashes
+from moeify.store.peft import has_adapters
+from moeify.store.weights import persistent, ties_of, write_weights
+from moeify.version import __version__
+
+
+def save(model: nn.Module, folder: str | Path, *, max_shard_size: str = "5GB") -> None:
+    """Write a sparsified or quantised model: its weights, and how to build it again. The same model gives the same bytes.
+
+    Args:
+        model: what `sparsify`, `quantize_experts` or `fast_decode` returned.
+        folder: made if it is not there.
+        max_shard_size: weights beyond this size are spread over several files.
+
+    Raises:
+        ValueError: the model was not made by `sparsify`, has adapters of PEFT, or its recipe has a part that no file
+            can name.
+        OSError: the disk is full, or the folder cannot be written to.
+    """
+    if has_adapters(model):
+        raise ValueError(
+            f"this {type(model).__name__} has adapters of PEFT, which are files of their own: model.save_pretrained("
+            "folder) writes them, and save(model.merge_and_unload(), folder) the model with the adapters merged in"
+        )
+    origin = Origin.of(model)
+    quantization = quantization_of(model)
+    if origin.recipe is None and not quantization:
+        raise ValueError(f"this {type(model).__name__} was not made by moeify.sparsify, so its recipe is not known")
+    tensors = {name: value for name, value in model.state_dict(keep_vars=True).items() if isinstance(value, Tensor)}
+    description: dict[str, Any] = {
+        "moeify": __version__,
+        "recipe": origin.recipe and origin.recipe.to_dict(),
+        "model": _describe(model),
+        "ties": ties_of(tensors),
+        "buffers": _buffers(model),
+    }
+    if quantization:
+        description["quantization"] = quantization
+    if origin.sites is not None:
+        description["sites"] = origin.sites
+    folder = Path(folder)
+    (folder / HASHES).unlink(missing_ok=True)
+    files = write_weights(tensors, folder, max_shard_size)
+    write_json(folder / "config.json", description)
+    write_hashes(folder, [*files, folder / "config.json"])
+
+
+def _describe(model: nn.Module) -> dict[str, Any]:
+    config = getattr(model, "config", None)
+    if config is None:
+        return {"class": f"{type(model).__module__}.{type(model).__qualname__}"}
+    return {"class": f"transformers.{type(model).__name__}", "config": config.to_dict()}
+
+
+def _buffers(model: nn.Module) -> dict[str, str]:
+    """The dtypes of those floating-point buffers that are computed anew, where they are not in the usual one."""
+    saved = persistent(model)
+    return {
+        name: str(buffer.dtype).removeprefix("torch.")
+        for name, buffer in model.named_buffers()
+        if name not in saved and buffer.is_floating_point() and buffer.dtype != torch.float32
+    }
