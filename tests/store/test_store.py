@@ -251,7 +251,7 @@ def test_a_description_that_is_none_is_refused(kind, tmp_path):
         load(tmp_path)
 
 
-@pytest.mark.parametrize("file", ["SHA256.json", "config.json", "model.safetensors"])
+@pytest.mark.parametrize("file", ["config.json", "model.safetensors"])
 def test_a_missing_file_is_named(file, tmp_path):
     save(sparse(), tmp_path)
     (tmp_path / file).unlink()
