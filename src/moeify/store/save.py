@@ -59,7 +59,7 @@ def save(model: nn.Module, folder: str | Path, *, max_shard_size: str = "5GB") -
 
 
 def _describe(model: nn.Module) -> dict[str, Any]:
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     if config is None:
         return {"class": f"{type(model).__module__}.{type(model).__qualname__}"}
     return {"class": f"transformers.{type(model).__name__}", "config": config.to_dict()}
