@@ -119,5 +119,6 @@ def test_a_damaged_record_of_the_quantisation_is_named(entry, reason, tmp_path):
     save(quantize_experts(sparse()), tmp_path)
     config = json.loads((tmp_path / "config.json").read_text("utf-8"))
     (tmp_path / "config.json").write_text(json.dumps(config | {"quantization": [entry]}), "utf-8")
+    (tmp_path / "SHA256.json").unlink()
     with pytest.raises(ValueError, match=reason):
         load(tmp_path)

@@ -18,7 +18,9 @@ from moeify.version import __version__
 
 
 def save(model: nn.Module, folder: str | Path, *, max_shard_size: str = "5GB") -> None:
-    """Write a sparsified or quantised model: its weights, and how to build it again. The same model gives the same bytes.
+    """Write a sparsified or quantised model: its weights, and how to build it again.
+
+    The same model gives the same bytes.
 
     Args:
         model: what `sparsify`, `quantize_experts` or `fast_decode` returned.
