@@ -97,7 +97,7 @@ def blocks(seed, size):
 def compare(folder, recipe=None, build=None, **options):
     return versus(
         build or (lambda: causal_lm("llama")), recipe or Recipe(num_experts=4), blocks(0, 32), blocks(1, 4), folder,
-        SETTINGS, **{"tell": lambda line: None} | options,
+        SETTINGS, **{"log": lambda line: None} | options,
     )  # fmt: skip
 
 
@@ -158,14 +158,14 @@ def test_a_stopped_comparison_goes_on_and_a_finished_one_is_not_repeated(tmp_pat
     with pytest.raises(Stopped, match=r"after step 2 of 4, saved in .*dense-0"):
         compare(tmp_path / "cut", build=build)
     told, kept = [], {}
-    again = compare(tmp_path / "cut", resume=True, tell=told.append)
+    again = compare(tmp_path / "cut", resume=True, log=told.append)
     assert told == ["training the dense model, seed 0"]
     assert losses(again) == losses(whole)
     told.clear()
-    assert compare(tmp_path / "cut", resume=True, tell=told.append, keep=kept.__setitem__) == again
+    assert compare(tmp_path / "cut", resume=True, log=told.append, on_model=kept.__setitem__) == again
     assert told == []
     models = {}
-    compare(tmp_path / "models", keep=models.__setitem__)
+    compare(tmp_path / "models", on_model=models.__setitem__)
     ids = blocks(1, 4).input_ids
     for name in ("sparse", "dense"):
         assert torch.equal(kept[name].eval()(ids).logits, models[name].eval()(ids).logits)

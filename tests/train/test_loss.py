@@ -166,7 +166,7 @@ def test_the_parts_of_a_step_add_up_to_the_step(make, rows, width, cut, scope):
     found = []
     for edges in ([0, rows], [0, min(cut, rows - 1), rows]):
         parts = [({name: t[a:b] for name, t in batch.items()}, logits[a:b]) for a, b in pairwise(edges)]
-        step = StepLoss(scope, demand={"layer": torch.tensor([9.0, 1.0, 1.0, 5.0])})
+        step = StepLoss(scope, assigned={"layer": torch.tensor([9.0, 1.0, 1.0, 5.0])})
         step.begin([inputs for inputs, _ in parts])
         loss = torch.zeros(())
         for inputs, part in parts:
@@ -174,7 +174,7 @@ def test_the_parts_of_a_step_add_up_to_the_step(make, rows, width, cut, scope):
             loss = loss + step.balance(decisions, count(inputs)) + step.z(decisions, count(inputs))
             step.add(decisions)
         step.end()
-        found.append((loss, torch.autograd.grad(loss, logits)[0], step.demand["layer"]))
+        found.append((loss, torch.autograd.grad(loss, logits)[0], step.assigned["layer"]))
     for whole, cut_up in zip(*found, strict=True):
         assert torch.allclose(whole, cut_up, rtol=1e-5, atol=1e-6)
 

@@ -103,7 +103,7 @@ class Job:
         models: dict[str, nn.Module] = {}
         result = versus(
             self._builder(tokenizer), self.recipe, train, validation, self.output, self.settings,
-            seeds=self.seeds, resume=self.resume, tell=console.print, keep=models.__setitem__,
+            seeds=self.seeds, resume=self.resume, log=console.print, on_model=models.__setitem__,
         )  # fmt: skip
         save(models["sparse"], self.output / "model")
         save_tokenizer(tokenizer, self.output / "model")

@@ -142,6 +142,22 @@ def train_run(
     curve = _Curve(
         size, settings.batch * train.length, settings, lambda model: validation_loss(model, validation, settings)[0]
     )
+    trainer = SparseTrainer(
+        model,
+        _arguments(settings, folder),
+        train_dataset=train,
+        sparse=settings.sparse if is_sparse else SparseArguments(balance=0.0, progress=settings.sparse.progress),
+        callbacks=[curve, *(callbacks or [])],
+    )
+    trainer.remove_callback(PrinterCallback)
+    trainer.train(resume_from_checkpoint=resume or None)
+    if trainer.state.global_step < settings.steps:
+        raise Stopped(f"stopped after step {trainer.state.global_step} of {settings.steps}, saved in {folder}")
+    _, domains = validation_loss(model, validation, settings)
+    return Run(name=name, seed=settings.seed, count=size, points=curve.points, domains=domains)
+
+
+def _arguments(settings: Settings, folder: Path) -> TrainingArguments:
     options: dict[str, Any] = {
         "output_dir": str(folder),
         "max_steps": settings.steps,
@@ -161,19 +177,7 @@ def train_run(
         "disable_tqdm": True,
         "dataloader_pin_memory": False,
     } | settings.extra
-    trainer = SparseTrainer(
-        model,
-        TrainingArguments(**options),
-        train_dataset=train,
-        sparse=settings.sparse if is_sparse else SparseArguments(balance=0.0, progress=settings.sparse.progress),
-        callbacks=[curve, *(callbacks or [])],
-    )
-    trainer.remove_callback(PrinterCallback)
-    trainer.train(resume_from_checkpoint=resume or None)
-    if trainer.state.global_step < settings.steps:
-        raise Stopped(f"stopped after step {trainer.state.global_step} of {settings.steps}, saved in {folder}")
-    _, domains = validation_loss(model, validation, settings)
-    return Run(name=name, seed=settings.seed, count=size, points=curve.points, domains=domains)
+    return TrainingArguments(**options)
 
 
 class _Curve(TrainerCallback, ExportableState):

@@ -112,8 +112,8 @@ def versus(
     *,
     seeds: int = 1,
     resume: bool = False,
-    tell: Callable[[str], None] = print,
-    keep: Callable[[str, nn.Module], None] = lambda name, model: None,
+    log: Callable[[str], None] = print,
+    on_model: Callable[[str, nn.Module], None] = lambda name, model: None,
 ) -> Versus:
     """Train a sparse model and its dense twin on the same tokens in the same order, from the same initialisation.
 
@@ -128,8 +128,8 @@ def versus(
         settings: how long and how fast.
         seeds: number of pairs, with the seeds `settings.seed`, `settings.seed + 1`, ...
         resume: go on where a stopped call ended.
-        tell: is given a line before every run.
-        keep: is given every trained model with the name of its arm.
+        log: is given a line before every run.
+        on_model: is given every trained model with the name of its arm.
 
     Raises:
         moeify.evaluate.run.Stopped: a signal ended a run before its last step; call again with `resume=True`.
@@ -146,12 +146,12 @@ def versus(
                 run = Run.from_dict(read_json(done))
                 load_weights(model, place)
             else:
-                tell(f"training the {name} model, seed {seed}")
+                log(f"training the {name} model, seed {seed}")
                 recover(place)
                 begun = resume and bool(checkpoints(place))
                 run = train_run(name, model, train, validation, place, replace(settings, seed=seed), resume=begun)
                 write_weights(model.state_dict(), place)
                 write_json(done, run.to_dict(), indent=None)
             arms[name].append(run)
-            keep(name, model)
+            on_model(name, model)
     return Versus(**arms)

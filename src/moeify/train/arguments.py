@@ -55,17 +55,17 @@ class SparseArguments:
             raise ValueError(f"scope={self.scope!r} is not known; choose from {', '.join(get_args(Scope))}")
 
     def describe(self) -> str:
-        """One line that says which forces keep the experts balanced."""
-        forces = []
+        """One line that names the balancing losses and the controller."""
+        parts = []
         if self.balance != 0:
-            forces.append(f"balance loss (weight {_show(self.balance)}, {self.scope} scope)")
+            parts.append(f"balance loss (weight {_show(self.balance)}, {self.scope} scope)")
         if self.z != 0:
-            forces.append(f"z-loss (weight {_show(self.z)})")
+            parts.append(f"z-loss (weight {_show(self.z)})")
         for weight, loss in self.losses:
-            forces.append(f"{_name(loss)} (weight {_show(weight)})")
+            parts.append(f"{_name(loss)} (weight {_show(weight)})")
         if self.controller is not None:
-            forces.append(f"controller {self.controller}")
-        return "balance: " + (" + ".join(forces) or "none, no loss and no controller")
+            parts.append(f"controller {self.controller}")
+        return "balance: " + (" + ".join(parts) or "none, no loss and no controller")
 
 
 def at(value: float | Schedule, step: int) -> float:

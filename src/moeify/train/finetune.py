@@ -1,4 +1,4 @@
-"""How papers fine-tune a sparse model that is trained already: what they freeze, and which forces they keep."""
+"""How papers fine-tune a trained sparse model: what they freeze, and which balancing losses they use."""
 
 from __future__ import annotations
 

@@ -5,7 +5,7 @@ With f_j fixed, the loss of a step is linear in its tokens:
     loss = mean over layers of  E · Σ_j f_j · P_j,        P_j = Σ over the step's real tokens of p_j / their number
 
 so each micro-batch may add its own tokens' part, divided by the number of tokens of the whole step. That is exact if
-f_j is known before the step: with scope `global` it is the share of rows asked of expert j over the whole *previous*
+f_j is known before the step: with scope `global` it is the share of rows assigned to expert j over the whole *previous*
 step, all micro-batches and ranks. The lag of one step is the price; in the first step f_j = 1 / E, whose gradient is
 zero. Global-batch balance is the subject of arXiv 2501.11873.
 """
@@ -92,12 +92,12 @@ class StepLoss:
 
     Attributes:
         scope: over what f is measured.
-        demand: rows asked of every expert of every layer in the previous step; saved with a checkpoint.
+        assigned: rows assigned to every expert of every layer in the previous step; saved with a checkpoint.
     """
 
     scope: Scope = "global"
-    demand: dict[str, Float[Tensor, "E"]] = field(default_factory=dict)
-    _asked: dict[str, Float[Tensor, "E"]] = field(default_factory=dict)
+    assigned: dict[str, Float[Tensor, "E"]] = field(default_factory=dict)
+    _this_step: dict[str, Float[Tensor, "E"]] = field(default_factory=dict)
     _total: dict[str, float] = field(default_factory=dict)
 
     def begin(
@@ -113,7 +113,7 @@ class StepLoss:
         sizes = [count(batch) for batch in batches]
         here = torch.tensor([sum(size[unit] for size in sizes) for unit in UNITS], dtype=torch.float32, device=device)
         self._total = dict(zip(UNITS, (all_reduce(here) / copies).tolist(), strict=True))
-        self._asked = {}
+        self._this_step = {}
         return self._total
 
     def balance(self, decisions: Decisions, sizes: Mapping[str, int]) -> Float[Tensor, ""]:
@@ -152,21 +152,21 @@ class StepLoss:
 
     @torch.no_grad()
     def add(self, decisions: Decisions) -> None:
-        """Remember what this micro-batch asked of the experts, for the f of the next step."""
+        """Remember the rows that this micro-batch assigned to the experts, for the f of the next step."""
         for name, routing in decisions:
             if routing.assigned is not None:
-                asked = routing.assigned.float()
-                self._asked[name] = self._asked[name] + asked if name in self._asked else asked
+                rows = routing.assigned.float()
+                self._this_step[name] = self._this_step[name] + rows if name in self._this_step else rows
 
     def end(self) -> None:
-        """The optimizer has stepped: what was asked of the experts, over all ranks, is the next step's f."""
-        self.demand = {name: all_reduce(asked) for name, asked in sorted(self._asked.items())}
-        self._asked = {}
+        """The optimizer has stepped: the rows assigned to the experts, over all ranks, are the next step's f."""
+        self.assigned = {name: all_reduce(rows) for name, rows in sorted(self._this_step.items())}
+        self._this_step = {}
 
     def _of_layer(self, name: str, routing: Assignment) -> Float[Tensor, ""]:
         if self.scope == "global":
-            demand = self.demand.get(name, torch.ones(len(routing.counts)))
-            return losses.balance(routing, assigned=demand.to(routing.counts.device))
+            assigned = self.assigned.get(name, torch.ones(len(routing.counts)))
+            return losses.balance(routing, assigned=assigned.to(routing.counts.device))
         return losses.balance(routing, self.scope)
 
     def _part(self, made: int, sizes: Mapping[str, int]) -> float:

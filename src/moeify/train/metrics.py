@@ -19,14 +19,14 @@ from moeify.train.loss import Decisions
 
 
 class Tally:
-    """Sums over the micro-batches since the last log: rows asked, rows served, probabilities, entropies, decisions."""
+    """Sums since the last log: rows assigned, rows computed, probabilities, entropies, number of decisions."""
 
     def __init__(self) -> None:
         self.layers: dict[str, Float[Tensor, "S"]] = {}
 
     @torch.no_grad()
     def add(self, decisions: Decisions) -> None:
-        """Add what one micro-batch asked of the experts; dense mixtures are balanced by construction."""
+        """Add the rows that one micro-batch assigned to the experts; dense mixtures are balanced by construction."""
         for name, routing in decisions:
             if (assigned := routing.assigned) is not None:
                 new = _sums(routing, assigned)
@@ -39,12 +39,12 @@ class Tally:
 
 
 def _sums(routing: Routing, assigned: Int[Tensor, "E"]) -> Float[Tensor, "S"]:
-    demand, counts = assigned.float(), routing.counts.float()
+    assigned, counts = assigned.float(), routing.counts.float()
     if routing.scores is None:
-        return torch.cat([demand, counts, torch.zeros_like(demand), demand.new_zeros(2)])
+        return torch.cat([assigned, counts, torch.zeros_like(assigned), assigned.new_zeros(2)])
     p = probability(routing).detach()
     entropy = statistics.router_entropy(p).sum()
-    return torch.cat([demand, counts, p.sum(0), entropy.view(1), entropy.new_full((1,), len(p))])
+    return torch.cat([assigned, counts, p.sum(0), entropy.view(1), entropy.new_full((1,), len(p))])
 
 
 def measure(sums: Float[Tensor, "S"]) -> dict[str, float]:
@@ -56,15 +56,15 @@ def measure(sums: Float[Tensor, "S"]) -> dict[str, float]:
     are left out.
     """
     experts = (len(sums) - 2) // 3
-    demand, counts, p = sums[:-2].view(3, experts)
+    assigned, counts, p = sums[:-2].view(3, experts)
     entropy, decisions = sums[-2:].tolist()
-    f = statistics.load(demand)
+    f = statistics.load(assigned)
     metrics = {
-        "load_entropy": float(statistics.load_entropy(demand)),
-        "max_vio": float(statistics.max_violation(demand)),
-        "max_load": float(statistics.max_violation(demand) + 1),
-        "dead_experts": float(statistics.dead(demand)),
-        "drop_rate": float(statistics.drop_rate(demand, counts)),
+        "load_entropy": float(statistics.load_entropy(assigned)),
+        "max_vio": float(statistics.max_violation(assigned)),
+        "max_load": float(statistics.max_violation(assigned) + 1),
+        "dead_experts": float(statistics.dead(assigned)),
+        "drop_rate": float(statistics.drop_rate(assigned, counts)),
     }
     if decisions:
         metrics["balance"] = float(experts * (f * p).sum() / decisions)

@@ -79,9 +79,9 @@ class SparseTrainerMixin(Columns, Saving):
 
     @property
     def watches(self) -> bool:
-        """Whether anything is asked for that needs the routers' decisions."""
-        asked = self.sparse
-        return asked.balance != 0 or asked.z != 0 or bool(asked.losses) or asked.controller is not None
+        """Whether a balancing loss or a controller needs the routers' decisions."""
+        sparse = self.sparse
+        return sparse.balance != 0 or sparse.z != 0 or bool(sparse.losses) or sparse.controller is not None
 
     @property
     def targets(self) -> list[SparsityTarget]:
@@ -157,8 +157,8 @@ class SparseTrainerMixin(Columns, Saving):
             parts.append(weight * self._step_loss.balance(decisions, sizes))
         if (weight := at(self.sparse.z, step)) != 0:
             parts.append(weight * self._step_loss.z(decisions, sizes))
-        for force, loss in self.sparse.losses:
-            if (weight := at(force, step)) != 0:
+        for scheduled, loss in self.sparse.losses:
+            if (weight := at(scheduled, step)) != 0:
                 parts.append(weight * self._step_loss.further(loss, decisions, sizes))
         for target in self.targets:
             for _, routing in decisions:
