@@ -12,12 +12,15 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from functools import partial
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
+
+from moeify import masks
 
 
 @dataclass(eq=False)
@@ -29,7 +32,10 @@ class Call:
         positions: the real tokens as indices into the flattened tokens, None where every token is real.
         inputs: the tensors that the outermost module was called with, by argument name.
         decisions: what routers decided in this pass for layers after theirs to read, by router.
-        batch_first: whether tokens are laid out as (B, N, D); torch's own transformer layers may use (N, B, D).
+        batch_first: whether tokens are laid out as (B, N, D), and not sequence first as (N, B, D).
+        unpadded: the number of tokens of which a module above the layers was told that none is padding.
+        of_stack: whether the mask was given to the module that holds the layers, and not only to one above it.
+        layer_mask: the mask that the layer around a sparse one is given, with its name; False if no layer takes one.
         outer: the pass that this one interrupts, of a model that is called while it runs.
         repeated: whether a backward pass has repeated it without being told that it is this one.
     """
@@ -39,8 +45,12 @@ class Call:
     inputs: dict[str, Tensor] = field(default_factory=dict)
     decisions: dict[nn.Module, Any] = field(default_factory=dict)
     batch_first: bool = True
+    unpadded: int | None = None
+    of_stack: bool = False
+    layer_mask: tuple[str, Tensor] | Literal[False] | None = False
     outer: Call | None = None
     repeated: bool = False
+    _read: dict[tuple[int, ...], tuple[Any, Int[Tensor, "T"] | None]] = field(default_factory=dict)
 
 
 class Context:
@@ -48,18 +58,22 @@ class Context:
 
     A forward pass that activation checkpointing repeats in backward is given the pass that it repeats by `resumed`,
     which `moeify.train.keep_decisions` calls; without it the latest is taken, if there is no doubt which it is.
+
+    Args:
+        batch_first: whether the stack lays tokens out as (B, N, D); by default as torch's attention modules in it say.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, batch_first: bool | None = None) -> None:
+        self.batch_first = batch_first
         self._thread = threading.local()
         self._unrepeated: list[Call] = []
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Context:
-        copy = memo[id(self)] = Context()
+        copy = memo[id(self)] = Context(self.batch_first)
         return copy
 
-    def __reduce__(self) -> tuple[type[Context], tuple[()]]:
-        return Context, ()
+    def __reduce__(self) -> tuple[type[Context], tuple[bool | None]]:
+        return Context, (self.batch_first,)
 
     @property
     def extra_inputs(self) -> dict[str, Tensor]:
@@ -138,19 +152,55 @@ class Context:
         if positions.numel() < real.numel():
             call.token_mask, call.positions = real, positions
 
-    def real(self, tokens: int) -> Int[Tensor, "T"] | None:
-        """The positions of the real ones among `tokens` flattened tokens, None for all of them.
+    def real(self, shape: int | Sequence[int]) -> Int[Tensor, "T"] | None:
+        """The positions of the real ones among flattened tokens, None for all of them.
+
+        The mask of the modules above the layers counts where it is one of their tokens. Where the layers have tokens of
+        their own (a model downsampled them, put patches beside words, or filled up a window), the mask that the layer
+        around a sparse one is given counts; a stack whose layers are given none has no padding.
+
+        Args:
+            shape: of the tokens, (B, N) or (N, B), or their number.
 
         Raises:
-            ValueError: the mask is of another number of tokens, so it belongs to another call.
+            ValueError: the only mask there is is one of other tokens, so it belongs to another call.
         """
         call = self.call
-        if call.token_mask is not None and call.token_mask.numel() != tokens:
-            raise ValueError(
-                f"the token mask has {tuple(call.token_mask.shape)} = {call.token_mask.numel()} tokens, but the layer "
-                f"was given {tokens}; call the layer through its model, or context.clear() before calling it alone"
-            )
-        return call.positions
+        shape = (shape,) if isinstance(shape, int) else tuple(shape)
+        tokens = math.prod(shape)
+        if call.token_mask is not None and call.token_mask.numel() == tokens:
+            return self._laid_out(call, shape)
+        if call.token_mask is None and call.unpadded == tokens:
+            return None
+        if isinstance(call.layer_mask, tuple):
+            return self._of_layer(call, *call.layer_mask, shape)
+        if call.token_mask is None or call.layer_mask is None or (call.inputs and not call.of_stack):
+            return None
+        raise ValueError(
+            f"the token mask has {tuple(call.token_mask.shape)} = {call.token_mask.numel()} tokens, but the layer "
+            f"was given {tokens}; call the layer through its model, or context.clear() before calling it alone"
+        )
+
+    def _laid_out(self, call: Call, shape: tuple[int, ...]) -> Int[Tensor, "T"] | None:
+        """The positions of the real tokens, of a mask (B, N), in a layer that turns out to be laid out as (N, B)."""
+        mask = call.token_mask
+        if len(shape) != 2 or mask is None or shape == mask.shape or shape != mask.shape[::-1]:
+            return call.positions
+        if shape not in call._read:
+            call._read[shape] = (mask, mask.T.flatten().nonzero().squeeze(1))
+        return call._read[shape][1]
+
+    def _of_layer(self, call: Call, name: str, mask: Tensor, shape: tuple[int, ...]) -> Int[Tensor, "T"] | None:
+        """The positions of the real tokens by the mask of the layer, read once per mask."""
+        if shape not in call._read or call._read[shape][0] is not mask:
+            real = masks.of_layer(name, mask, shape)
+            square = len(shape) == 2 and shape[0] == shape[1]
+            if real is not None and len(shape) == 2 and (real.shape != shape or (square and not call.batch_first)):
+                real = real.T
+            positions = None if real is None else real.flatten().nonzero().squeeze(1)
+            every = positions is None or not 0 < positions.numel() < math.prod(shape)
+            call._read[shape] = (mask, None if every else positions)
+        return call._read[shape][1]
 
     def sequence_ids(self, shape: Sequence[int]) -> Int[Tensor, "T"]:
         """The sequence or image of each of the flattened tokens of a layer input with leading shape `shape`.
@@ -162,16 +212,27 @@ class Context:
         tokens = torch.arange(math.prod(shape))
         return tokens // shape[-1] if self.call.batch_first else tokens % shape[-1]
 
-    def watch(self, ancestors: Sequence[nn.Module]) -> list[RemovableHandle]:
-        """Read the inputs of a stack from the modules above it, outermost first."""
-        root, *others = ancestors
-        return [
-            root.register_forward_pre_hook(self._begin, with_kwargs=True),
-            *(module.register_forward_pre_hook(self._read_stack, with_kwargs=True) for module in others),
-            root.register_forward_hook(self._end, always_call=True),
-        ]
+    def watch(self, ancestors: Sequence[nn.Module], layers: Sequence[nn.Module] = ()) -> list[RemovableHandle]:
+        """Read the inputs of a stack from the modules above it, outermost first, and the masks of its layers.
 
-    def _begin(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        Args:
+            ancestors: from the model down to the module that holds the stack.
+            layers: of the stack, those around sparse layers.
+        """
+        if self.batch_first is None:
+            self.batch_first = _batch_first(ancestors[-1])
+        root, *others = [module for module in ancestors if not isinstance(module, nn.ModuleList | nn.ModuleDict)]
+        handles = [root.register_forward_pre_hook(partial(self._begin, innermost=not others), with_kwargs=True)]
+        for module in others:
+            hook = partial(self._read_stack, innermost=module is others[-1])
+            handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+        for layer in layers:
+            if found := masks.places(layer):
+                hook = partial(self._read_layer, places=found)
+                handles.append(layer.register_forward_pre_hook(hook, with_kwargs=True))
+        return [*handles, root.register_forward_hook(self._end, always_call=True)]
+
+    def _begin(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], *, innermost: bool) -> None:
         given = _by_name(module, args, kwargs)
         inputs = {name: value for name, value in given.items() if isinstance(value, Tensor)} | self.extra_inputs
         for name, value in inputs.items():
@@ -179,44 +240,63 @@ class Context:
                 raise ValueError(
                     f"{type(module).__name__} was called with an empty batch: {name} has shape {tuple(value.shape)}"
                 )
-        call = Call(inputs=inputs, outer=getattr(self._thread, "call", None))
+        batch_first = self.batch_first is not False
+        call = Call(inputs=inputs, batch_first=batch_first, outer=getattr(self._thread, "call", None))
         if torch.is_grad_enabled():
             waiting = [] if any(earlier.repeated for earlier in self._unrepeated) else self._unrepeated[-1:]
             self._unrepeated = [*waiting, call]
         self._thread.call = call
         _RUNNING.passes = [*getattr(_RUNNING, "passes", []), (self, call)]
         self._read_mask(module, given)
+        call.of_stack = innermost
 
     def _end(self, module: nn.Module, args: tuple, output: Any) -> None:
         ended = self.call
         self._thread.call = ended.outer
+        ended.layer_mask = False
         _RUNNING.passes = [each for each in _RUNNING.passes if each[1] is not ended]
 
-    def _read_stack(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+    def _read_stack(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], *, innermost: bool) -> None:
         given = _by_name(module, args, kwargs)
         tokens = _tokens(given)
-        mask = self.call.token_mask
-        if tokens is not None and mask is not None and _count(tokens) != mask.numel():
+        call = self.call
+        if tokens is not None and call.token_mask is not None and _count(tokens) != call.token_mask.numel():
             self.mask(None)  # the mask above is of other tokens: of words, where this stack reads an image
         self._read_mask(module, given)
+        call.of_stack = (
+            innermost and isinstance(given.get("attention_mask"), Tensor) and given["attention_mask"].dim() == 2
+        )
+
+    def _read_layer(
+        self, module: nn.Module, args: tuple, kwargs: dict[str, Any], *, places: list[tuple[str, int | None]]
+    ) -> None:
+        self.call.layer_mask = masks.given_mask(places, args, kwargs)
 
     def _read_mask(self, module: nn.Module, given: dict[str, Any]) -> None:
-        self.call.batch_first = batch_first = _batch_first(module)
+        call = self.call
         if "attention_mask" in given:  # (B, past + N): 1 for a token; transformers turns it into 4-D further down
-            mask = given["attention_mask"]
-            tokens = _tokens(given)
+            mask, tokens = given["attention_mask"], _tokens(given)
             if mask is None:
                 self.mask(None)
+                call.unpadded = None if tokens is None else _count(tokens)
             elif isinstance(mask, Tensor) and mask.dim() == 2:
-                if mask.is_floating_point() and (mask < 0).any():  # added to scores: 0 for a token, -10000 for padding
-                    mask = mask >= 0
                 if tokens is None:
-                    self.mask(mask)
+                    self._read_tokens(mask)
                 elif mask.shape[0] == tokens.shape[0] and mask.shape[1] >= tokens.shape[1]:
-                    self.mask(mask[:, mask.shape[1] - tokens.shape[1] :])
-        for name in _HIDING & given.keys():  # (B, N): True for padding
+                    self._read_tokens(mask[:, mask.shape[1] - tokens.shape[1] :])
+        for name in masks.HIDING & given.keys():  # (B, N): True for padding
             hidden = given[name]
-            self.mask(None if hidden is None else ~hidden.bool() if batch_first else ~hidden.bool().T)
+            if hidden is None:
+                self.mask(None)
+            else:
+                self._read_tokens(~hidden.bool())
+
+    def _read_tokens(self, mask: Bool[Tensor, "B N"]) -> None:
+        """Take a mask of the model, sequences first, for that of the layers, in their layout."""
+        call = self.call
+        real = masks.real_tokens(mask)
+        self.mask(real if call.batch_first else real.T)
+        call.unpadded = mask.numel() if call.token_mask is None else None
 
 
 _RUNNING = threading.local()
@@ -263,7 +343,6 @@ _WHICH_PASS = (
     "inputs, before this backward pass; let each checkpoint keep its own: "
     'model.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": moeify.train.keep_decisions})'
 )
-_HIDING = {"src_key_padding_mask", "tgt_key_padding_mask"}
 _TOKENS = ("input_ids", "inputs_embeds", "hidden_states")
 
 
@@ -293,7 +372,7 @@ def _by_name(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> dict[str
     """The arguments of a call by name; a mask that was not given counts as given with None."""
     names = _parameters(module)
     return (
-        {name: None for name in names if name == "attention_mask" or name in _HIDING}
+        {name: None for name in names if name == "attention_mask" or name in masks.HIDING}
         | dict(zip(names, args, strict=False))
         | kwargs
     )

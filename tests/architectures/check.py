@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from architectures.inputs import Inputs, padded
+from architectures.inputs import LENGTH, SHORT, Inputs, padded
 from moeify import MoE
 
 TOLERANCE = 1e-4
@@ -46,7 +46,7 @@ def batches(model: PreTrainedModel, given: Inputs) -> dict[str, Inputs]:
     found = {"whole": given}
     for side in ("right", "left") if "input_ids" in given else ("right",):
         batch = padded(given, side)
-        if batch.keys() > given.keys() and batch.keys() <= accepted.keys():
+        if batch.keys() <= accepted.keys() and any(given.get(name) is not value for name, value in batch.items()):
             found[side] = batch
     return found
 
@@ -58,7 +58,13 @@ def real(name: str, output: Tensor, short: Outputs, side: str) -> Tensor:
         return output.new_zeros(0)  # what is pooled from the first position is pooled from padding
     if side == "whole" or length is None or output.shape[0] != 2 or output.shape[1] == length:
         return output.flatten()
-    second = output[1, :length] if side == "right" else output[1, output.shape[1] - length :]
+    hidden = output.shape[1] - length
+    if side == "left":
+        second = output[1, hidden:]
+    elif hidden == LENGTH - SHORT:  # whatever follows the text, patches say, is real
+        second = torch.cat([output[1, :SHORT], output[1, LENGTH:]])
+    else:
+        second = output[1, :length]
     return torch.cat([output[0].flatten(), second.flatten()])
 
 

@@ -14,7 +14,13 @@ from architectures.shrink import FIRST_SPECIAL
 LENGTH, SHORT, WRITTEN = 12, 7, 5
 Inputs = dict[str, Any]
 _SEQUENCES = {"input_ids", "decoder_input_ids", "input_values", "input_features", "inputs_embeds", "hidden_states"}
-_SEQUENCES |= {"bbox"}
+_SEQUENCES |= {"bbox", "visual_feats", "visual_pos", "entity_ids", "entity_position_ids"}
+_MASKS = {
+    "decoder_input_ids": "decoder_attention_mask",
+    "visual_feats": "visual_attention_mask",
+    "entity_ids": "entity_attention_mask",
+}
+_NO_MASKS = {"bbox", "visual_pos", "entity_position_ids"}
 _BINS = ("num_mel_bins", "input_feat_per_channel", "feature_projection_input_dim", "d_input")
 
 
@@ -70,6 +76,21 @@ def whole(kind: str, model: PreTrainedModel) -> Inputs:
             case "spectrum":
                 frames = 2 * _of(config, "max_source_positions", default=64)
                 given["input_features"] = _randn(2, _of(config, *_BINS), frames)
+            case "mel":
+                given["input_features"] = _randn(2, 1, 64, _of(config, "num_mel_bins"))
+                given["is_longer"] = torch.zeros(2, 1, dtype=torch.bool)
+            case "patches":
+                size = _of(config, "patch_size")
+                given |= {"pixel_values": _randn(2, 16, 3 * size * size), "spatial_shapes": torch.full((2, 2), 4)}
+                given["pixel_attention_mask"] = torch.ones(2, 16, dtype=torch.long)
+            case "regions":
+                size = config.visual_feat_dim
+                given |= {"visual_feats": _randn(2, LENGTH, size), "visual_pos": _randn(2, LENGTH, 4)}
+            case "visual":
+                given["visual_embeds"] = _randn(2, 4, config.visual_embedding_dim)
+            case "entities":
+                given["entity_ids"] = _ids(2, WRITTEN)
+                given["entity_position_ids"] = torch.arange(2).expand(2, WRITTEN, 2)
             case "hidden":
                 name = "inputs_embeds" if "inputs_embeds" in accepted else "hidden_states"
                 given[name] = _randn(2, LENGTH, config.hidden_size)
@@ -80,16 +101,24 @@ def whole(kind: str, model: PreTrainedModel) -> Inputs:
 
 def alone(given: Inputs) -> Inputs:
     """The second sequence by itself, as long as it is."""
-    return {
-        name: value[1:, : _short(name, value)] if _is_sequence(name) else value[1:] for name, value in given.items()
-    }
+    one = {name: _cut(name, value)[1:] for name, value in given.items()}
+    if "spatial_shapes" in given:
+        one |= {name: given[name][1:, :8] for name in ("pixel_values", "pixel_attention_mask")}
+        one["spatial_shapes"] = torch.tensor([[2, 4]])
+    return one
+
+
+def _cut(name: str, value: Tensor) -> Tensor:
+    if not _is_sequence(name) or value.dim() == 4:
+        return value
+    return value[:, : _short(name, value)]
 
 
 def padded(given: Inputs, side: str) -> Inputs:
     """The batch with a shorter second sequence, padded on one side, and the masks that say so."""
     batch = dict(given)
     for name, value in given.items():
-        if not _is_sequence(name):
+        if not _is_sequence(name) or value.dim() == 4:
             continue
         real = torch.ones(value.shape[:2], dtype=torch.long)
         real[1, _short(name, value) :] = 0
@@ -97,9 +126,12 @@ def padded(given: Inputs, side: str) -> Inputs:
         if side == "left":
             real = real.flip(1)
             value[1] = value[1].roll(value.shape[1] - _short(name, value), 0)
-        mask = "decoder_attention_mask" if name.startswith("decoder") else "attention_mask"
         batch[name] = value.masked_fill(~real.bool().view(*real.shape, *[1] * (value.dim() - 2)), 0)
-        batch[mask] = real
+        if name not in _NO_MASKS:
+            batch[_MASKS.get(name, "attention_mask")] = real
+    if "spatial_shapes" in given:
+        batch["spatial_shapes"] = torch.tensor([[4, 4], [2, 4]])
+        batch["pixel_attention_mask"] = (torch.arange(16) < torch.tensor([[16], [8]])).long()
     return batch
 
 

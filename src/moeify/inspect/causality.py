@@ -112,7 +112,7 @@ def _check(layer: nn.Module, context: Context, args: tuple, kwargs: dict[str, An
     group = context.sequence_ids(x.shape[:-1]).to(x.device)
     position = _places(group)
     before = run(x)
-    real = context.real(len(group))
+    real = context.real(x.shape[:-1])
     future: Leak | None = None
     others: Leak | None = None
     for token in range(len(group)) if real is None else real.tolist():

@@ -175,7 +175,7 @@ class Tokens:
 def real_tokens(x: Float[Tensor, "... D"], context: Context) -> Tokens:
     """The tokens of x that are not padding."""
     tokens, sequence_id = x.reshape(-1, x.shape[-1]), context.sequence_ids(x.shape[:-1]).to(x.device)
-    positions = context.real(tokens.shape[0])
+    positions = context.real(x.shape[:-1])
     if positions is None:
         return Tokens(tokens, x.shape[:-1], None, sequence_id)
     return Tokens(tokens[positions], x.shape[:-1], positions, sequence_id[positions])

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from moeify import masks
 from moeify.context import Context
 from moeify.find.causal import refuse_causal_calls, says_causal
 from moeify.find.dense import DenseFFN
@@ -160,7 +161,8 @@ def put(
     if not router.causal and not allow_noncausal:
         undo += _listen_for_decoders(model, sites, router)
     for stack, context in {site.stack: layer.context for site, layer in zip(sites, layers, strict=True)}.items():
-        undo += [handle.remove for handle in context.watch(_above(model, stack))]
+        around = [layer for site in sites if site.stack == stack if (layer := _around(model, site)) is not None]
+        undo += [handle.remove for handle in context.watch(_above(model, stack), list(dict.fromkeys(around)))]
     return undo
 
 
@@ -264,3 +266,11 @@ def _above(model: nn.Module, stack: str) -> list[nn.Module]:
     """The modules from the model down to what holds a stack of layers."""
     parts = stack.split(".") if stack else []
     return [model.get_submodule(".".join(parts[:i])) for i in range(len(parts) + 1)]
+
+
+def _around(model: nn.Module, site: Site) -> nn.Module | None:
+    """The outermost module of a stack around a site that is given a mask of its tokens, None if none is."""
+    parts = site.name.split(".")
+    above = len(site.stack.split(".")) if site.stack else 0
+    inside = (model.get_submodule(".".join(parts[:end])) for end in range(above + 1, len(parts)))
+    return next((module for module in inside if masks.places(module)), None)
