@@ -30,6 +30,8 @@ LEVELS: dict[str, list[str]] = {
 _FLAGS = ["-O3", "-std=c++17", "-fPIC", "-fno-math-errno", "-w"]
 _SOURCES = sorted(path for path in Path(__file__).parent.iterdir() if path.suffix in (".cpp", ".h"))
 
+_OWN_FOLDER = "set MOEIFY_CACHE to a folder of your own"
+
 
 class Unavailable(RuntimeError):
     """The kernel cannot be had on this machine; the message says why."""
@@ -97,6 +99,8 @@ def _load(level: str, chosen: str | None) -> ctypes.CDLL | str:
         return f"it is compiled at first use and {tried}; install a C++ compiler or set CXX"
     try:
         return ctypes.CDLL(str(_compiled(level, compiler)))
+    except PermissionError as error:
+        return f"its cache cannot be used: {error}"
     except (OSError, subprocess.SubprocessError) as error:
         return f"it could not be compiled by {' '.join(compiler)}: {_last_words(error)}"
 
@@ -109,20 +113,44 @@ def _find(command: str) -> list[str] | None:
 
 def _compiled(level: str, compiler: list[str]) -> Path:
     """The file of the compiled kernel; written whole, so that processes may race for it."""
-    version = subprocess.run([*compiler, "--version"], capture_output=True, text=True, check=True).stdout
+    version = _run([*compiler, "--version"])
     content = b"\0".join(path.read_bytes() for path in _SOURCES)
     what = repr((version, compiler, platform.machine(), level, LEVELS[level], _FLAGS)).encode()
     name = f"layer-{level}-{hashlib.sha256(what + content).hexdigest()[:16]}.so"
-    folder = env.cache_folder()
-    file = folder / name
-    if not file.exists():
-        folder.mkdir(parents=True, exist_ok=True)
+    folder = env.cache_folder() / "cpp"
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    _must_be_trusted(folder)
+    file, digest = folder / name, folder / f"{name}.sha256"
+    if not (file.exists() and digest.exists()) or _digest(file) != digest.read_bytes():
         logging.getLogger(__name__).info("compiling %s; this takes some seconds, once", file)
         with tempfile.TemporaryDirectory(dir=folder) as here:
-            made = Path(here) / name
+            made, said = Path(here) / name, Path(here) / digest.name
             _compile([*compiler, *_FLAGS, *LEVELS[level]], made)
+            made.chmod(0o755)
+            said.write_bytes(_digest(made))
+            said.replace(digest)
             made.replace(file)
+    _must_be_trusted(file)
     return file
+
+
+def _digest(file: Path) -> bytes:
+    return hashlib.sha256(file.read_bytes()).hexdigest().encode()
+
+
+def _must_be_trusted(path: Path) -> None:
+    """Refuse what somebody else may have put there: a library is code that runs with the rights of the user.
+
+    Raises:
+        PermissionError: the file or folder belongs to another user, root excepted, or others may write to it.
+    """
+    if os.name == "nt":
+        return
+    status = path.stat()
+    if status.st_uid not in (0, os.getuid()):
+        raise PermissionError(f"{path} belongs to another user, who could run code here; {_OWN_FOLDER}")
+    if status.st_mode & 0o022:
+        raise PermissionError(f"others may write to {path}, and could run code here; chmod go-w it, or {_OWN_FOLDER}")
 
 
 def _compile(command: list[str], made: Path) -> None:
@@ -139,11 +167,18 @@ def _compile(command: list[str], made: Path) -> None:
 
 def _with_openmp(command: list[str]) -> None:
     try:
-        subprocess.run([*command, "-fopenmp"], capture_output=True, text=True, check=True)
+        _run([*command, "-fopenmp"])
     except subprocess.CalledProcessError:
-        subprocess.run(command, capture_output=True, text=True, check=True)
+        _run(command)
+
+
+def _run(command: list[str]) -> str:
+    """What a command prints, in whatever encoding."""
+    done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", errors="replace", check=True)
+    return done.stdout
 
 
 def _last_words(error: Exception) -> str:
     said = getattr(error, "stderr", None) or str(error)
-    return next((line for line in said.splitlines() if "error" in line), said.strip().splitlines()[-1])
+    lines = said.strip().splitlines() or [str(error)]
+    return next((line for line in lines if "error" in line), lines[-1])

@@ -1,0 +1,102 @@
+"""The cache of compiled kernels: nobody else's code is loaded, damage is mended, compilers print what they like."""
+
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+from moeify.kernels.cpu.cpp import build
+
+pytestmark = pytest.mark.skipif(os.name == "nt" or not shutil.which("c++"), reason="needs a C++ compiler")
+COMPILER = """#!/bin/sh
+case "$*" in *--version*) printf 'version \\377\\376'; exit 0;; esac
+printf 'warning \\377\\n' >&2
+"""
+
+
+@pytest.fixture
+def compiled(tmp_path, monkeypatch):
+    """The portable kernel from an empty cache; a fake compiler takes a moment where a real one takes seconds."""
+    monkeypatch.setenv("MOEIFY_CACHE", str(tmp_path / "cache"))
+    runs = []
+
+    def compile_(command, made):
+        runs.append(made)
+        made.write_bytes(b"a library")
+
+    monkeypatch.setattr(build, "_compile", compile_)
+
+    def get() -> tuple[Path, int]:
+        return build._compiled("portable", ["c++"]), len(runs)
+
+    return get
+
+
+def test_a_library_is_compiled_once(compiled):
+    file, _ = compiled()
+    assert compiled() == (file, 1)
+    assert file.parent.stat().st_mode & 0o777 == 0o700
+    assert {path.suffix for path in file.parent.iterdir()} == {".so", ".sha256"}
+
+
+@pytest.mark.parametrize("damage", [b"", b"a librarz", b"a lib"])
+def test_a_damaged_library_is_compiled_again(compiled, damage):
+    file, _ = compiled()
+    file.write_bytes(damage)
+    assert compiled() == (file, 2)
+    assert file.read_bytes() == b"a library"
+
+
+def test_a_library_without_its_hash_is_compiled_again(compiled):
+    file, _ = compiled()
+    file.with_name(f"{file.name}.sha256").unlink()
+    assert compiled() == (file, 2)
+
+
+@pytest.mark.parametrize("part", ["folder", "library"])
+@pytest.mark.parametrize("mode", [0o777, 0o775, 0o757])
+def test_what_others_may_write_to_is_refused(compiled, part, mode):
+    file, _ = compiled()
+    (file.parent if part == "folder" else file).chmod(mode)
+    with pytest.raises(PermissionError, match=r"others may write to .*chmod go-w it, or set MOEIFY_CACHE"):
+        compiled()
+
+
+@pytest.mark.parametrize("part", ["folder", "library"])
+def test_what_belongs_to_somebody_else_is_refused(compiled, part, monkeypatch):
+    file, _ = compiled()
+    theirs = file.parent if part == "folder" else file
+    real = Path.stat
+
+    def stat(path, **options):
+        status = real(path, **options)
+        return os.stat_result([*status[:4], 54321, *status[5:]]) if path == theirs else status
+
+    monkeypatch.setattr(Path, "stat", stat)
+    with pytest.raises(PermissionError, match=r"belongs to another user.*set MOEIFY_CACHE to a folder of your own"):
+        compiled()
+
+
+def test_a_cache_that_is_refused_is_a_reason_and_not_a_crash(compiled):
+    file, _ = compiled()
+    file.parent.chmod(0o777)
+    build._load.cache_clear()
+    try:
+        assert "its cache cannot be used: others may write to" in str(build._load("portable", "c++"))
+    finally:
+        build._load.cache_clear()
+
+
+@pytest.mark.parametrize("status", [0, 1])
+def test_a_compiler_may_print_what_is_not_utf_8(tmp_path, monkeypatch, status):
+    compiler = tmp_path / "compiler"
+    compiler.write_text(f"{COMPILER}exit {status}\n", encoding="utf-8")
+    compiler.chmod(0o755)
+    monkeypatch.setenv("MOEIFY_CACHE", str(tmp_path / "cache"))
+    build._load.cache_clear()
+    try:
+        outcome = build._load("portable", str(compiler))
+    finally:
+        build._load.cache_clear()
+    assert "it could not be compiled" in outcome
