@@ -7,9 +7,9 @@ import json
 
 from command_line import TINY, moeify
 from moeify.cli.compare import Compare
-from moeify.cli.job import verdict
 from moeify.cli.train import Train
 from moeify.evaluate.run import Point, Run
+from moeify.evaluate.verdict import verdict
 from moeify.evaluate.versus import Versus
 from moeify.flops import Count
 
@@ -19,7 +19,7 @@ COUNT = Count(parameters=1, active_parameters=1, flops=1, dense_flops=1)
 def test_every_axis_has_a_spread_over_the_seeds(tmp_path, text):
     ended = moeify("compare", *TINY, "--steps", 2, "--seeds", 2, "--data", text, "--output", tmp_path / "run")
     assert ended.code == 0
-    assert "over 2 seeds)" in ended.out.splitlines()[-2]
+    assert "over 2 seeds)" in ended.out.splitlines()[-3]
     found = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert [(run["name"], run["seed"]) for run in found["runs"]] == [
         ("sparse", 0), ("sparse", 1), ("dense", 0), ("dense", 1)

@@ -11,10 +11,10 @@ import pytest
 import typer
 
 from command_line import moeify
-from moeify.balance import Sign
+from moeify.balance import Proportional, Sign
 from moeify.cli import app
 from moeify.cli.job import Job, Shape
-from moeify.cli.options import choose_controller, choose_recipe
+from moeify.cli.options import choose_balance, choose_controller, choose_recipe
 from moeify.cli.train import Train
 from moeify.evaluate.run import Settings
 from moeify.routers.topk import TopK
@@ -73,7 +73,7 @@ def test_a_setting_has_the_same_default_on_the_command_line_and_in_python(lower)
     def defaults(options):
         return {field.name: field.default for field in fields(options) if field.default is not MISSING}
 
-    here, there = defaults(Train), defaults(lower)
+    here, there = defaults(Train) | {"balance": choose_balance("mixtral", None, None)[0]}, defaults(lower)
     both = here.keys() & there.keys()
     assert len(both) >= 4
     assert {name: here[name] for name in both} == {name: there[name] for name in both}
@@ -97,6 +97,15 @@ def test_every_option_reaches_the_job():
     assert changed.items() <= values(job).items()
     assert job.settings.sparse.controller == Sign()
     assert (job.recipe.num_experts, job.recipe.router.keywords["k"]) == (16, 4)
+
+
+def test_matched_has_a_controller_in_the_place_of_a_loss_unless_told_otherwise():
+    assert choose_balance("matched", None, None) == (0.0, Proportional(0.03))
+    assert choose_balance("matched", 0.002, None) == (0.002, None)
+    assert choose_balance("matched", None, "sign") == (0.01, Sign())
+    assert choose_balance("olmoe", None, None) == (0.01, None)
+    assert Train().job().settings.sparse.describe() == "balance: controller Proportional(rate=0.03, real=None, k=None)"
+    assert Train().job().recipe.router(8, 4).selection_bias is not None
 
 
 def test_no_number_leaves_a_recipe_as_it_is():

@@ -32,7 +32,7 @@ def test_a_run_leaves_model_metrics_summary_pictures_and_report(trained):
     assert (ended.code, ended.err) == (0, "")
     assert {path.name for path in folder.iterdir()} == {
         "model", "sparse-0", "dense-0", "metrics.jsonl", "summary.json", "loss.png", "experts.png", "report.html",
-        "job.json",
+        "job.json", "pace.json",
     }  # fmt: skip
     load(folder / "model")
     rows = [strict(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
@@ -61,7 +61,9 @@ def test_what_is_printed_is_readable_without_a_terminal(trained):
     assert re.fullmatch(r"step 1/4  loss [\d.]+  balance [\d.]+  dead \d+  [\d,]+ tokens/s", steps[0])
     assert not any(line.startswith("{") for line in lines)
     assert lines[-1] == f"everything is in {folder}; open {folder / 'report.html'}"
-    assert re.match(r"at equal tokens the sparse model's loss is [\d.]+ (lower|higher); at equal ", lines[-2])
+    assert lines[-4].startswith("The sparse model is ")
+    assert re.match(r"At equal tokens the sparse model's loss is [\d.]+ (lower|higher); at equal ", lines[-3])
+    assert re.match(r"The busiest expert, in model.layers.\d.mlp, takes [\d.]+ times its fair share", lines[-2])
 
 
 def test_no_progress_means_silence_while_training(tmp_path, text):

@@ -21,7 +21,7 @@ from moeify.sparsify import Recipe
 from tiny_models import VOCABULARY, causal_lm
 
 COUNT = Count(parameters=1, active_parameters=1, flops=1, dense_flops=1)
-SETTINGS = Settings(steps=4, batch=4, evaluations=2, device="cpu", learning_rate=1e-2)
+SETTINGS = Settings(steps=4, batch=4, evaluations=2, device="cpu", learning_rate=1e-2, pairs=0)
 
 
 def curve(*points, name="sparse", seed=0):

@@ -27,7 +27,7 @@ from moeify.evaluate.run import Settings, Stopped
 from moeify.evaluate.versus import Versus, versus
 from moeify.files import read_json, write_json, write_text
 from moeify.inspect.load import ExpertLoad, expert_load
-from moeify.inspect.page import comparison_rows, load_rows, size_rows, write_report
+from moeify.inspect.page import comparison_rows, load_rows, says, size_rows, write_report
 from moeify.inspect.pictures import draw_load, draw_losses
 from moeify.sparsify import Recipe
 from moeify.store import save
@@ -215,19 +215,9 @@ class Job:
             for row in rows:
                 shown.add_row(*row)
             console.print(shown)
-        console.print(verdict(result))
+        for line in says(result, load):
+            console.print(line)
         console.print(f"everything is in {self.output}; open {self.output / 'report.html'}")
-
-
-def verdict(result: Versus) -> str:
-    """What the numbers say, whichever way they fall."""
-    sentences = []
-    for d in result.differences:
-        name = {"tokens": "tokens", "flops": "training FLOPs", "seconds": "wall-clock time"}[d.axis]
-        better = "lower" if d.difference < 0 else "higher"
-        noise = "" if d.spread is None else f" (± {d.spread:.4f} over {d.seeds} seeds)"
-        sentences.append(f"at equal {name} the sparse model's loss is {abs(d.difference):.4f} {better}{noise}")
-    return "; ".join(sentences) + "."
 
 
 def draw_picture(file: Path, draw: Callable[[Any, Path], None], facts: Any) -> Path | None:

@@ -12,6 +12,7 @@ import typer
 
 if TYPE_CHECKING:
     from moeify.balance import Rule
+    from moeify.schedule import Schedule
     from moeify.sparsify import Recipe
 
 _RECIPE = "A named recipe (see `moeify recipes`) or a .json/.toml file"
@@ -39,13 +40,21 @@ Accumulate = Annotated[int, typer.Option(min=1, help="Micro-batches that each st
 Length = Annotated[int, typer.Option(min=2, help="Tokens per block")]
 LearningRate = Annotated[float, typer.Option(min=0, help="Peak learning rate")]
 WeightDecay = Annotated[float, typer.Option(min=0, help="Weight decay of AdamW")]
-Balance = Annotated[float, typer.Option(min=0, help="Weight of the balance loss; 0 turns it off")]
+Balance = Annotated[
+    float | None,
+    typer.Option(
+        min=0,
+        help="Weight of the balance loss; 0 turns it off",
+        show_default="0.01; 0 where the controller of matched balances",
+    ),
+]
 Scope = Annotated[str, typer.Option(help="Scope of the balance loss: global, sequence or batch")]
 Z = Annotated[float, typer.Option("--z", min=0, help="Weight of the router z-loss")]
 Controller = Annotated[
     str | None,
     typer.Option(
-        help='What moves selection biases: a name, or JSON such as {"name": "sign", "rate": 0.01}', show_default="none"
+        help='What moves selection biases: a name, or JSON such as {"name": "sign", "rate": 0.01}',
+        show_default="none; without --balance, matched has proportional, rate 0.03",
     ),
 ]
 Dropout = Annotated[float | None, typer.Option(min=0, max=1, help="Dropout inside the experts", show_default="none")]
@@ -81,6 +90,20 @@ def _with_k(router: Any, k: int) -> Any:
     if "router" in options:
         return partial(maker, **options | {"router": _with_k(options["router"], k)})
     return partial(maker, **options | {"k": k})
+
+
+def choose_balance(recipe: str, balance: float | None, controller: str | None) -> tuple[float | Schedule, Rule | None]:
+    """The weight of the balance loss and the controller; `matched` has a controller and no loss unless told otherwise.
+
+    Raises:
+        ValueError: a controller that is not known.
+    """
+    from moeify.balance import Proportional
+    from moeify.train import SparseArguments
+
+    if recipe == "matched" and balance is None and controller is None:
+        return 0.0, Proportional(rate=0.03)
+    return SparseArguments().balance if balance is None else balance, choose_controller(controller)
 
 
 def choose_controller(text: str | None) -> Rule | None:

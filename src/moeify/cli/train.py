@@ -33,7 +33,7 @@ class Train:
     length: o.Length = 128
     learning_rate: o.LearningRate = 1.2e-3
     weight_decay: o.WeightDecay = 0.1
-    balance: o.Balance = 1e-2
+    balance: o.Balance = None
     scope: o.Scope = "global"
     z: o.Z = 0.0
     controller: o.Controller = None
@@ -65,11 +65,13 @@ class Train:
             raise ValueError(f"{self.batch} blocks per step cannot be cut into {self.accumulate} equal micro-batches")
         if self.device not in (None, "cpu", "cuda"):
             raise ValueError(f"--device must be cpu or cuda, got {self.device!r}")
+        name = self.recipe or ("mixtral" if self.model else "matched")
+        balance, controller = o.choose_balance(name, self.balance, self.controller)
         sparse = SparseArguments(
-            balance=self.balance,
+            balance=balance,
             scope=self.scope,  # type: ignore[arg-type]
             z=self.z,
-            controller=o.choose_controller(self.controller),
+            controller=controller,
             dropout=self.dropout,
             progress=self.progress,
         )
@@ -81,13 +83,13 @@ class Train:
             weight_decay=self.weight_decay,
             seed=self.seed,
             evaluations=min(self.evaluations, self.steps),
+            pairs=max(1, min(8, self.steps // 50)),
             sparse=sparse,
             device=self.device,
         )
-        recipe = self.recipe or ("mixtral" if self.model else "matched")
         return Job(
             output=self.output,
-            recipe=o.choose_recipe(recipe, self.experts, self.k),
+            recipe=o.choose_recipe(name, self.experts, self.k),
             settings=settings,
             model=self.model,
             data=self.data,

@@ -40,6 +40,7 @@ class Settings:
         seed: of the order of data, of initialisation where a function is asked to build a model, and of dropout.
         evaluations: how often the validation loss is measured, evenly over the steps, besides once before the first.
         evaluation_blocks: on how many validation blocks at most, taken evenly from all of them.
+        pairs: how often a comparison measures what a step costs both models, by turns; 0 takes the seconds of the runs.
         sparse: how experts are kept balanced.
         device: where to train: `cpu`, `cuda`, or None for the best there is.
         extra: further arguments of transformers' `TrainingArguments`.
@@ -53,6 +54,7 @@ class Settings:
     seed: int = 0
     evaluations: int = 10
     evaluation_blocks: int = 256
+    pairs: int = 8
     sparse: SparseArguments = field(default_factory=SparseArguments)
     device: str | None = None
     extra: dict[str, Any] = field(default_factory=dict)
@@ -137,19 +139,11 @@ def train_run(
     Raises:
         Stopped: a signal ended the run before its last step; a checkpoint is saved.
     """
-    is_sparse = Origin.of(model).recipe is not None
     size = count(model, tokens=train.length)
     curve = _Curve(
         size, settings.batch * train.length, settings, lambda model: validation_loss(model, validation, settings)[0]
     )
-    trainer = SparseTrainer(
-        model,
-        _arguments(settings, folder),
-        train_dataset=train,
-        sparse=settings.sparse if is_sparse else SparseArguments(balance=0.0, progress=settings.sparse.progress),
-        callbacks=[curve, *(callbacks or [])],
-    )
-    trainer.remove_callback(PrinterCallback)
+    trainer = make_trainer(model, train, folder, settings, [curve, *(callbacks or [])])
     trainer.train(resume_from_checkpoint=resume or None)
     if trainer.state.global_step < settings.steps:
         raise Stopped(f"stopped after step {trainer.state.global_step} of {settings.steps}, saved in {folder}")
@@ -157,7 +151,11 @@ def train_run(
     return Run(name=name, seed=settings.seed, count=size, points=curve.points, domains=domains)
 
 
-def _arguments(settings: Settings, folder: Path) -> TrainingArguments:
+def make_trainer(
+    model: nn.Module, train: Blocks, folder: Path, settings: Settings, callbacks: list[TrainerCallback]
+) -> SparseTrainer:
+    """The trainer of one run; a dense model gets no forces of balance."""
+    is_sparse = Origin.of(model).recipe is not None
     options: dict[str, Any] = {
         "output_dir": str(folder),
         "max_steps": settings.steps,
@@ -177,7 +175,15 @@ def _arguments(settings: Settings, folder: Path) -> TrainingArguments:
         "disable_tqdm": True,
         "dataloader_pin_memory": False,
     } | settings.extra
-    return TrainingArguments(**options)
+    trainer = SparseTrainer(
+        model,
+        TrainingArguments(**options),
+        train_dataset=train,
+        sparse=settings.sparse if is_sparse else SparseArguments(balance=0.0, progress=settings.sparse.progress),
+        callbacks=callbacks,
+    )
+    trainer.remove_callback(PrinterCallback)
+    return trainer
 
 
 class _Curve(TrainerCallback, ExportableState):

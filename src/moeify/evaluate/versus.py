@@ -1,4 +1,4 @@
-"""A sparse model against its dense twin: at equal tokens, at equal active FLOPs and at equal wall-clock time."""
+"""A sparse model against its dense twin: at equal tokens, at equal training FLOPs and at equal time."""
 
 from __future__ import annotations
 
@@ -13,9 +13,12 @@ import torch
 from torch import nn
 
 from moeify.data.blocks import Blocks
+from moeify.evaluate.pace import Pace, measure_pace
 from moeify.evaluate.run import Run, Settings, train_run
 from moeify.files import read_json, write_json
-from moeify.sparsify import Recipe, sparsify
+from moeify.flops import count
+from moeify.sparsify import Recipe
+from moeify.sparsify.convert import convert
 from moeify.store import load_weights
 from moeify.store.weights import write_weights
 from moeify.train.checkpoint.folder import checkpoints, recover
@@ -34,6 +37,8 @@ class Difference:
         difference: mean of the differences, seed by seed; negative where the sparse model is better.
         spread: standard deviation of the differences over seeds, None for a single seed.
         seeds: number of seeds.
+        between: the difference if a sparse step cost as little or as much, against a dense one, as the middle half of
+            the measured pairs says; equal to `difference` twice where cost is no matter of measurement.
     """
 
     axis: Axis
@@ -42,30 +47,75 @@ class Difference:
     difference: float
     spread: float | None
     seeds: int
+    between: tuple[float, float]
+
+    @property
+    def is_clear(self) -> bool:
+        """Whether noise, of the seeds and of the cost of a step, leaves the sign of the difference standing."""
+        beyond_seeds = self.spread is None or abs(self.difference) > self.spread
+        return beyond_seeds and min(self.between) * max(self.between) > 0
 
 
 @dataclass(frozen=True)
 class Versus:
-    """Runs of a sparse model and of its dense twin, with the same seeds in the same order."""
+    """Runs of a sparse model and of its dense twin, with the same seeds in the same order.
+
+    Attributes:
+        sparse: the sparse runs.
+        dense: the dense runs.
+        pace: what a step costs both, measured in turns; None takes the seconds that the runs took, one after the other.
+    """
 
     sparse: list[Run]
     dense: list[Run]
+    pace: Pace | None = None
 
     def at_equal(self, axis: Axis) -> Difference:
         """Compare where the one that spent less has ended; the other's loss there is interpolated on its curve."""
-        pairs = []
-        for sparse, dense in zip(self.sparse, self.dense, strict=True):
-            budget = min(getattr(run.points[-1], axis) for run in (sparse, dense))
-            pairs.append((loss_at(sparse, axis, budget), loss_at(dense, axis, budget)))
+        pairs = self._pairs(axis)
         differences = [sparse - dense for sparse, dense in pairs]
+        difference = fmean(differences)
+        between = (difference, difference)
+        if axis == "seconds" and self.pace is not None:
+            less, more = (
+                fmean(sparse - dense for sparse, dense in self._pairs(axis, ratio / self.pace.ratio))
+                for ratio in self.pace.ratios
+            )
+            between = (less, more)
         return Difference(
             axis=axis,
             sparse=fmean(sparse for sparse, _ in pairs),
             dense=fmean(dense for _, dense in pairs),
-            difference=fmean(differences),
+            difference=difference,
             spread=stdev(differences) if len(differences) > 1 else None,
             seeds=len(pairs),
+            between=between,
         )
+
+    def _pairs(self, axis: Axis, dearer: float = 1.0) -> list[tuple[float, float]]:
+        """The losses of both at equal cost, seed by seed, if a sparse step took `dearer` times as long."""
+        pairs = []
+        for sparse, dense in zip(*self.curves(dearer), strict=True):
+            budget = min(getattr(run.points[-1], axis) for run in (sparse, dense))
+            pairs.append((loss_at(sparse, axis, budget), loss_at(dense, axis, budget)))
+        return pairs
+
+    def curves(self, dearer: float = 1.0) -> tuple[list[Run], list[Run]]:
+        """The runs, sparse and dense, with seconds by the measured pace.
+
+        Args:
+            dearer: multiplies the seconds of the sparse runs.
+        """
+        if self.pace is None:
+            return self.sparse, self.dense
+        sparse, dense = self.pace.seconds
+        return [_paced(run, sparse * dearer) for run in self.sparse], [_paced(run, dense) for run in self.dense]
+
+    @property
+    def tokens_per_second(self) -> tuple[float, float]:
+        """Training speed of the sparse and of the dense model, by the measured pace."""
+        sparse, dense = self.curves()
+        return sparse[0].tokens_per_second, dense[0].tokens_per_second
 
     @property
     def differences(self) -> list[Difference]:
@@ -75,11 +125,19 @@ class Versus:
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
         return {
-            "at_equal": {d.axis: {k: v for k, v in vars(d).items() if k != "axis"} for d in self.differences},
+            "at_equal": {
+                d.axis: {k: v for k, v in vars(d).items() if k != "axis"} | {"is_clear": d.is_clear}
+                for d in self.differences
+            },
+            "pace": None if self.pace is None else self.pace.to_dict() | {"clock": self.pace.clock},
             "runs": [
                 {"tokens_per_second": run.tokens_per_second, **run.to_dict()} for run in (*self.sparse, *self.dense)
             ],
         }
+
+
+def _paced(run: Run, seconds: float) -> Run:
+    return replace(run, points=[replace(point, seconds=point.step * seconds) for point in run.points])
 
 
 def loss_at(run: Run, axis: Axis, budget: float) -> float:
@@ -117,7 +175,8 @@ def versus(
 ) -> Versus:
     """Train a sparse model and its dense twin on the same tokens in the same order, from the same initialisation.
 
-    What they share starts with the same values; the sparse layers start as the recipe says.
+    What they share starts with the same values; the sparse layers start as the recipe says. Before the first run, what
+    a step costs either is measured by turns, see `moeify.evaluate.pace`.
 
     Args:
         build: makes the dense model; it is called under the seed of each pair.
@@ -135,10 +194,16 @@ def versus(
         moeify.evaluate.run.Stopped: a signal ended a run before its last step; call again with `resume=True`.
     """
     arms: dict[str, list[Run]] = {"sparse": [], "dense": []}
+    pace: Pace | None = None
     for seed in range(settings.seed, settings.seed + seeds):
         torch.manual_seed(seed)
         dense = build()
-        sparse = sparsify(copy.deepcopy(dense), recipe, verbose=seed == settings.seed)
+        sparse = copy.deepcopy(dense)
+        report = convert(sparse, recipe)
+        if seed == settings.seed:
+            counts = {"before": count(dense, train.length), "after": count(sparse, train.length)}
+            replace(report, **counts).show()
+            pace = _pace(sparse, dense, train, validation, folder, settings, resume=resume, log=log)
         for name, model in (("sparse", sparse), ("dense", dense)):
             place = folder / f"{name}-{seed}"
             done = place / "run.json"
@@ -154,4 +219,24 @@ def versus(
                 write_json(done, run.to_dict(), indent=None)
             arms[name].append(run)
             on_model(name, model)
-    return Versus(**arms)
+    return Versus(**arms, pace=pace)
+
+
+def _pace(
+    sparse: nn.Module, dense: nn.Module, train: Blocks, validation: Blocks, folder: Path, settings: Settings,
+    *, resume: bool, log: Callable[[str], None],
+) -> Pace | None:  # fmt: skip
+    """The pace of both, measured or read, if it is asked for."""
+    file = folder / "pace.json"
+    if not settings.pairs:
+        return None
+    if resume and file.is_file():
+        return Pace.from_dict(read_json(file))
+    log(f"measuring what a step costs both models, by turns, {settings.pairs} times")
+    pace = measure_pace(sparse, dense, train, validation, settings)
+    write_json(file, pace.to_dict())
+    log(
+        f"a sparse step takes {pace.wall_seconds[0]:.3f} s, a dense one {pace.wall_seconds[1]:.3f} s; by {pace.clock} "
+        f"time a sparse one costs {pace.ratio:.2f} times as much ({pace.ratios[0]:.2f} to {pace.ratios[1]:.2f})"
+    )
+    return pace

@@ -8,6 +8,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from moeify.evaluate.verdict import axis_names, headline, verdict
 from moeify.evaluate.versus import Versus
 from moeify.files import write_text
 from moeify.inspect.load import ExpertLoad
@@ -30,7 +31,7 @@ def write_report(
     samples: dict[str, list[str]],
     facts: dict[str, Any],
 ) -> None:
-    """Write what was compared, what came out, which experts were used and what the models say.
+    """Write a page: the verdict in words, then pictures, then numbers, what was run, and what the models write.
 
     Args:
         file: where to write the page.
@@ -40,12 +41,16 @@ def write_report(
         samples: generated texts by model.
         facts: what was trained on which data, by name.
     """
-    parts = ["<h1>A sparse model and its dense twin</h1>", table(("", ""), facts.items())]
+    parts = [
+        "<h1>A sparse model and its dense twin</h1>",
+        *(f"<p><b>{escape(line)}</b></p>" for line in says(versus, load)),
+    ]
+    parts += [f'<p><img alt="{escape(p.stem)}" src="{_inline(p)}"></p>' for p in pictures]
     parts += ["<h2>Validation loss when both have spent the same</h2>", table(*comparison_rows(versus))]
     parts += ["<h2>Size and speed</h2>", table(*size_rows(versus))]
-    parts += [f'<p><img alt="{escape(p.stem)}" src="{_inline(p)}"></p>' for p in pictures]
     if load is not None:
         parts += ["<h2>Experts</h2>", table(*load_rows(load))]
+    parts += ["<h2>What was run</h2>", table(("", ""), facts.items())]
     for name, texts in samples.items():
         parts += [f"<h2>What the {escape(name)} model writes</h2>", *(f"<pre>{escape(text)}</pre>" for text in texts)]
     body = "\n".join(parts)
@@ -56,16 +61,37 @@ def write_report(
     )
 
 
+def says(versus: Versus, load: ExpertLoad | None) -> list[str]:
+    """The verdict in sentences: which model is ahead, by how much, and whether its experts share the work."""
+    return [headline(versus), sentence(verdict(versus)), *([] if load is None else [load_sentence(load)])]
+
+
+def sentence(text: str) -> str:
+    """The text with its first letter in upper case."""
+    return text[:1].upper() + text[1:]
+
+
+def load_sentence(load: ExpertLoad) -> str:
+    """How evenly the experts are used, in words."""
+    busiest, layer = load.max_violation.max(0)
+    dead = int(load.dead.sum())
+    share = f"The busiest expert, in {load.layers[int(layer)]}, takes {1 + float(busiest):.1f} times its fair share"
+    worst = f" (MaxVio {float(busiest):.2f}; 0 is even)"
+    return f"{share}{worst}; {dead or 'no'} expert{'s are' if dead > 1 else ' is'} dead."
+
+
 Rows = tuple[Sequence[str], Sequence[Sequence[str]]]
 
 
 def comparison_rows(versus: Versus) -> Rows:
     """Heading and rows of the comparison: nats per token on every axis."""
-    names = {"tokens": "equal tokens", "flops": "equal training FLOPs", "seconds": "equal wall-clock time"}
+    names = axis_names(versus)
     rows = []
     for d in versus.differences:
         spread = "one seed" if d.spread is None else f"± {d.spread:.4f} over {d.seeds} seeds"
-        rows.append((names[d.axis], f"{d.sparse:.4f}", f"{d.dense:.4f}", f"{d.difference:+.4f}", spread))
+        clear = "" if d.is_clear else ", too noisy to tell"
+        found = (f"{d.sparse:.4f}", f"{d.dense:.4f}", f"{d.difference:+.4f}")
+        rows.append((f"equal {names[d.axis]}", *found, f"{spread}{clear}"))
     return ("at", "sparse", "dense twin", "sparse - dense", "spread"), rows
 
 
@@ -75,9 +101,12 @@ def size_rows(versus: Versus) -> Rows:
     rows = [
         ("parameters", *(f"{run.count.parameters:,}" for run in first)),
         ("parameters used per token", *(f"{run.count.active_parameters:,.0f}" for run in first)),
-        ("forward FLOPs per token", *(f"{run.count.flops:,.0f}" for run in first)),
-        ("training tokens per second", *(f"{run.tokens_per_second:,.0f}" for run in first)),
+        ("forward FLOPs per token, attention over the block included", *(f"{run.count.flops:,.0f}" for run in first)),
+        ("training tokens per second", *(f"{speed:,.0f}" for speed in versus.tokens_per_second)),
     ]
+    if versus.pace is not None:
+        seconds = (f"{cost:.3f}" for cost in versus.pace.seconds)
+        rows.append((f"{versus.pace.clock} seconds per step, measured by turns", *seconds))
     return ("", "sparse", "dense twin"), rows
 
 

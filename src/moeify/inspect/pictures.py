@@ -6,26 +6,29 @@ from pathlib import Path
 from typing import Any
 
 from moeify.evaluate.run import Run
+from moeify.evaluate.verdict import axis_names
 from moeify.evaluate.versus import Versus
 from moeify.inspect.load import ExpertLoad
 
 
 def draw_losses(versus: Versus, file: Path) -> None:
-    """Validation loss over tokens, training FLOPs and seconds, one line per run.
+    """Validation loss over tokens, training FLOPs and seconds by the measured pace, one line per run.
 
     Raises:
         ImportError: matplotlib is not installed.
     """
     figure, axes = _figure(3, (12, 3.6))
+    sparse, dense = versus.curves()
+    seconds = f"{axis_names(versus)['seconds']} of training (s)"
     for axis, quantity, label in zip(
-        axes, ("tokens", "flops", "seconds"), ("training tokens", "training FLOPs", "seconds of training"), strict=True
+        axes, ("tokens", "flops", "seconds"), ("training tokens", "training FLOPs", seconds), strict=True
     ):
-        for runs, colour in ((versus.sparse, "tab:blue"), (versus.dense, "tab:orange")):
+        for runs, colour in ((sparse, "tab:blue"), (dense, "tab:orange")):
             for i, run in enumerate(runs):
                 _line(axis, run, quantity, colour, run.name if i == 0 else None)
         axis.set_xlabel(label)
         axis.grid(alpha=0.3)
-    runs = [*versus.sparse, *versus.dense]
+    runs = [*sparse, *dense]
     lowest, highest = min(run.points[-1].loss for run in runs), max(run.points[1].loss for run in runs)
     margin = max(0.01, 0.05 * (highest - lowest))
     for axis in axes:  # the fall from chance to the first measured loss would hide all that comes after

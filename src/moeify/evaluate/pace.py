@@ -1,0 +1,171 @@
+"""What an optimizer step costs a sparse model and its dense twin, measured by turns: load falls on both alike."""
+
+from __future__ import annotations
+
+import copy
+import io
+import tempfile
+import time
+from collections.abc import Sequence
+from contextlib import redirect_stdout
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from statistics import median, quantiles
+from typing import Any, Literal
+
+from torch import nn
+from transformers import TrainerCallback
+
+from moeify.data.blocks import Blocks
+from moeify.evaluate.run import Settings, Stopped, make_trainer, validation_loss
+
+Clock = Literal["wall-clock", "CPU"]
+
+STEADY = 0.1
+"""Wall-clock time is trusted where the middle half of the pairs spreads by less than this part of their median."""
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Seconds that one step took one arm, once per round.
+
+    Attributes:
+        wall: by the clock on the wall.
+        cpu: of all threads of this process together; work of others does not count.
+    """
+
+    wall: Sequence[float]
+    cpu: Sequence[float]
+
+    def on(self, clock: Clock) -> Sequence[float]:
+        """The seconds by one of the clocks."""
+        return self.wall if clock == "wall-clock" else self.cpu
+
+
+@dataclass(frozen=True)
+class Pace:
+    """Costs of a step of both arms, measured in interleaved rounds; a round's two costs are a pair.
+
+    Attributes:
+        sparse: of the sparse model.
+        dense: of its dense twin.
+        evaluation: seconds on the wall of one validation of both.
+        on_cpu: whether the models ran on the CPU, whose time can be counted.
+    """
+
+    sparse: Cost
+    dense: Cost
+    evaluation: float = 0.0
+    on_cpu: bool = True
+
+    @property
+    def clock(self) -> Clock:
+        """`wall-clock`, or `CPU` where work of others makes the wall clock unsteady."""
+        if not self.on_cpu or _spread(self._ratios("wall-clock")) <= STEADY:
+            return "wall-clock"
+        return "CPU" if _spread(self._ratios("CPU")) < _spread(self._ratios("wall-clock")) else "wall-clock"
+
+    @property
+    def seconds(self) -> tuple[float, float]:
+        """Median seconds of a sparse and of a dense step, by `clock`."""
+        return median(self.sparse.on(self.clock)), median(self.dense.on(self.clock))
+
+    @property
+    def wall_seconds(self) -> tuple[float, float]:
+        """Median seconds of a sparse and of a dense step that one has to wait."""
+        return median(self.sparse.wall), median(self.dense.wall)
+
+    @property
+    def ratio(self) -> float:
+        """Sparse over dense cost of a step, the median of the pairs."""
+        return median(self._ratios(self.clock))
+
+    @property
+    def ratios(self) -> tuple[float, float]:
+        """Between which ratios the middle half of the pairs lies."""
+        return _middle(self._ratios(self.clock))
+
+    def _ratios(self, clock: Clock) -> list[float]:
+        return [s / d for s, d in zip(self.sparse.on(clock), self.dense.on(clock), strict=True)]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Pace:
+        """The inverse of `to_dict`."""
+        return cls(**values | {name: Cost(**values[name]) for name in ("sparse", "dense")})
+
+
+def measure_pace(
+    sparse: nn.Module, dense: nn.Module, train: Blocks, validation: Blocks, settings: Settings, *, steps: int = 2
+) -> Pace:
+    """Train copies of both models by turns for a few steps, and time these.
+
+    Every round trains one copy and then the other, the first one alternating, on the same tokens, as `train_run` would:
+    losses, controllers and optimizer included. The first step of each turn is not timed. The models stay as they are.
+
+    Args:
+        sparse: the sparse model.
+        dense: its dense twin.
+        train: blocks to train on.
+        validation: blocks whose evaluation is timed once.
+        settings: of the runs to come; `settings.pairs` is the number of rounds.
+        steps: timed steps of a turn.
+
+    Raises:
+        Stopped: a signal came.
+    """
+    copies = {"sparse": copy.deepcopy(sparse), "dense": copy.deepcopy(dense)}
+    laps: dict[str, list[tuple[float, float]]] = {name: [] for name in copies}
+    for turn in range(settings.pairs):
+        for name in sorted(copies, reverse=turn % 2 == 0):
+            laps[name].append(_lap(copies[name], train, replace(settings, steps=steps + 1, seed=settings.seed + turn)))
+    started = time.perf_counter()
+    for model in copies.values():
+        validation_loss(model, validation, settings)
+    costs = {name: Cost(*(list(clock) for clock in zip(*pairs, strict=True))) for name, pairs in laps.items()}
+    device = next(copies["dense"].parameters()).device
+    return Pace(**costs, evaluation=time.perf_counter() - started, on_cpu=device.type == "cpu")
+
+
+def _lap(model: nn.Module, train: Blocks, settings: Settings) -> tuple[float, float]:
+    """Seconds per step of one turn, by both clocks."""
+    watch = _Stopwatch()
+    still = replace(settings, sparse=replace(settings.sparse, progress=False))
+    quiet = replace(still, extra=still.extra | {"save_strategy": "no", "logging_strategy": "no"})
+    with tempfile.TemporaryDirectory() as folder, redirect_stdout(io.StringIO()):
+        trainer = make_trainer(model, train, Path(folder), quiet, [watch])
+        trainer.train()
+    if trainer.state.global_step < settings.steps:
+        raise Stopped("stopped before the first step")
+    timed = watch.laps[1:]
+    return sum(wall for wall, _ in timed) / len(timed), sum(cpu for _, cpu in timed) / len(timed)
+
+
+class _Stopwatch(TrainerCallback):
+    """Times every step by both clocks."""
+
+    def __init__(self) -> None:
+        self.laps: list[tuple[float, float]] = []
+
+    def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+        self.started = time.perf_counter(), time.process_time()
+
+    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+        wall, cpu = self.started
+        self.laps.append((time.perf_counter() - wall, time.process_time() - cpu))
+
+
+def _middle(values: Sequence[float]) -> tuple[float, float]:
+    """The first and the third quartile."""
+    if len(values) == 1:
+        return values[0], values[0]
+    first, _, third = quantiles(values, n=4, method="inclusive")
+    return first, third
+
+
+def _spread(values: Sequence[float]) -> float:
+    first, third = _middle(values)
+    return (third - first) / median(values)
