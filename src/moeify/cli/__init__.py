@@ -9,7 +9,7 @@ from typing import Any
 import typer
 
 from moeify import env
-from moeify.cli import compare, doctor, generate, sparsify, train
+from moeify.cli import compare, doctor, generate, sparsify, threads, train
 
 app = typer.Typer(
     name="moeify",
@@ -43,6 +43,7 @@ def main() -> None:
 
 
 def _run(arguments: list[str]) -> None:
+    threads.prepare()
     ended: Any = app(arguments, standalone_mode=False)
     if ended == 130:
         raise KeyboardInterrupt  # which typer made a number of

@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
+from moeify.cli import threads
 from moeify.cli.text import load_dense, load_tokenizer, sample, save_tokenizer
 from moeify.data.blocks import blocks
 from moeify.data.corpus import build_corpus
@@ -96,6 +97,7 @@ class Job:
         started = time.perf_counter()
         console = Console(soft_wrap=True, markup=False, highlight=False)
         self._prepare()
+        console.print(threads.describe())
         tokenizer = ByteTokenizer() if self.model is None else load_tokenizer(self.model)
         corpus = build_corpus() if self.data is None else read_texts(self.data)
         console.print(str(corpus) if self.data is None else f"data: {self.data}")
@@ -145,7 +147,9 @@ class Job:
 
     def _decisive(self) -> dict[str, Any]:
         """What decides the numbers that come out, by name; a job that goes on must have the same."""
-        settings = {name: value for name, value in vars(self.settings).items() if name not in ("sparse", "device")}
+        settings = {
+            name: value for name, value in vars(self.settings).items() if name not in ("sparse", "device", "pairs")
+        }
         balance = {name: value for name, value in vars(self.settings.sparse).items() if name != "progress"}
         job = {"model": self.model, "data": self.data, "length": self.length, "recipe": self.recipe.to_dict()}
         return job | asdict(self.shape) | settings | balance

@@ -14,6 +14,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from moeify.backends import backend_names, choose, find_backend
+from moeify.cli import threads
 from moeify.context import Context
 from moeify.experts import FFN
 from moeify.kernels import explain
@@ -40,6 +41,7 @@ def describe_machine() -> None:
     facts.add_row(
         "processor", f"{platform.machine()}, {os.cpu_count()} cores; torch uses {torch.get_num_threads()} threads"
     )
+    facts.add_row(*threads.describe().split(": ", 1))
     facts.add_row("vector instructions", torch.backends.cpu.get_cpu_capability())
     facts.add_row("C++ kernel", escape(cpp.explain()))
     facts.add_row("GPU", _gpu())

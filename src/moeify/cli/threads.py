@@ -1,0 +1,90 @@
+"""How many threads a command computes with and how idle ones wait: decided before torch is loaded, and said in a line.
+
+OpenMP takes as many threads as the machine has, and idle ones spin. Where something else wants one of the cores, or a
+container may use less than it sees, threads then wait for each other by keeping each other off the cores.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator, MutableMapping
+from pathlib import Path
+
+COUNTS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
+"""What says how many threads; the first one is set where none is."""
+
+WAITS = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
+"""What says how idle threads wait; the first one is set where none is."""
+
+Environment = MutableMapping[str, str]
+
+
+def prepare(environment: Environment = os.environ) -> None:
+    """Set the number of threads and a passive waiting policy, unless the user did or torch is loaded already."""
+    if "torch" in sys.modules:
+        return
+    if not any(environment.get(name) for name in COUNTS):
+        environment[COUNTS[0]] = str(usable_cores())
+    if not any(environment.get(name) for name in WAITS):
+        environment[WAITS[0]] = "PASSIVE"
+
+
+def describe(environment: Environment = os.environ) -> str:
+    """One line: the cores that this process may use, and the variables that say how they are used."""
+    said = [f"{name}={environment[name]}" for name in (*COUNTS, *WAITS) if environment.get(name)]
+    limit = "" if (quota := cpu_quota()) is None else f", a container's quota of {quota:g}"
+    return f"threads: {len(_allowed())} processors{limit}; {', '.join(said) or 'OpenMP decides'}"
+
+
+def usable_cores(root: Path = Path("/")) -> int:
+    """Cores that this process may use: of its affinity, one for each physical core, and no more than its quota."""
+    siblings = {_siblings(root, processor) for processor in _allowed()}
+    quota = cpu_quota(root)
+    return max(1, len(siblings) if quota is None else min(len(siblings), int(quota)))
+
+
+def cpu_quota(root: Path = Path("/")) -> float | None:
+    """Processors that the control group of this process may use, in the tightest of its parents; None for all."""
+    return min(_quotas(root), default=None)
+
+
+def _allowed() -> set[int]:
+    if hasattr(os, "sched_getaffinity"):
+        return os.sched_getaffinity(0)
+    return set(range(os.cpu_count() or 1))
+
+
+def _siblings(root: Path, processor: int) -> str:
+    """The threads of the core that a processor belongs to, as Linux writes them; the processor alone elsewhere."""
+    file = root / f"sys/devices/system/cpu/cpu{processor}/topology/thread_siblings_list"
+    return _read(file) or str(processor)
+
+
+def _quotas(root: Path) -> Iterator[float]:
+    groups = root / "sys/fs/cgroup"
+    for line in _read(root / "proc/self/cgroup").splitlines():
+        _, controllers, path = line.split(":", 2)
+        if controllers == "":  # version 2
+            for folder in _upwards(groups, path):
+                limit, _, period = _read(folder / "cpu.max").partition(" ")
+                if limit.isdigit() and period.isdigit():
+                    yield int(limit) / int(period)
+        elif "cpu" in controllers.split(","):
+            for folder in _upwards(groups / "cpu", path):
+                limit, period = _read(folder / "cpu.cfs_quota_us"), _read(folder / "cpu.cfs_period_us")
+                if limit.isdigit() and period.isdigit():  # -1 where there is none
+                    yield int(limit) / int(period)
+
+
+def _upwards(root: Path, path: str) -> list[Path]:
+    """A group's folder and those of its parents; inside a container, only the root may be there."""
+    parts = [part for part in path.split("/") if part and part != ".."]
+    return [root.joinpath(*parts[:depth]) for depth in range(len(parts), -1, -1)]
+
+
+def _read(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8").strip()
+    except OSError:
+        return ""
