@@ -9,7 +9,7 @@ from typing import Any
 import typer
 
 from moeify import env
-from moeify.cli import compare, doctor, generate, sparsify, threads, train
+from moeify.cli import compare, doctor, generate, sparsify, threads, train, verify
 
 app = typer.Typer(
     name="moeify",
@@ -22,6 +22,7 @@ app.command("train")(train.Train)  # typer makes it of the options, and `main` r
 app.command("compare")(compare.Compare)
 app.command("sparsify")(sparsify.sparsify)
 app.command("generate")(generate.generate)
+app.command("verify")(verify.verify)
 app.command("recipes")(sparsify.list_recipes)
 app.command("doctor")(doctor.doctor)
 

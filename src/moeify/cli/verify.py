@@ -1,0 +1,19 @@
+"""`moeify verify`: compare the files of a saved model with the hashes that were written with them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def verify(
+    model: Annotated[Path, typer.Argument(help="A saved sparse model, or the folder of a run")],
+) -> None:
+    """Tell whether a saved model is still what was saved."""
+    from moeify import store
+
+    folder = model / "model" if (model / "model" / "config.json").is_file() else model
+    store.verify(folder)
+    print(f"every file of {folder} is what was saved")
