@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import sys
 
@@ -156,6 +157,19 @@ def test_a_folder_has_a_domain_for_each_of_its_folders(tmp_path, text):
     options = ["--data", tmp_path / "data", "--output", tmp_path / "run", "--steps", 1]
     assert moeify("train", *TINY, *options).code == 0
     assert summary(tmp_path / "run")["runs"][0]["domains"].keys() == {"code", "prose"}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="file names are bytes on Linux alone")
+def test_names_of_domains_end_no_finished_training(tmp_path, text):
+    for name in (b"a$\\frac{b$", b"caf\xe9", b"<b>"):
+        folder = tmp_path / "data" / os.fsdecode(name)
+        folder.mkdir(parents=True)
+        (folder / "a.txt").write_text(text.read_text())
+    options = ["--data", tmp_path / "data", "--output", tmp_path / "run", "--steps", 1]
+    ended = moeify("train", *TINY, *options)
+    assert (ended.code, ended.err) == (0, "")
+    assert (tmp_path / "run" / "report.html").read_text(encoding="utf-8").count("data:image/png;base64,") == 2
+    assert len(summary(tmp_path / "run")["runs"][0]["domains"]) == 3
 
 
 def test_a_picture_that_cannot_be_drawn_costs_that_picture_alone(tmp_path, text, monkeypatch):

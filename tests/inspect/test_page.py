@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import base64
+import hashlib
+import re
 from html.parser import HTMLParser
 
 import torch
@@ -73,6 +75,35 @@ def test_pictures_are_inside_the_file(tmp_path):
     assert kind == "data:image/png;base64"
     assert base64.b64decode(data) == b"picture"
     assert "<script>" in picture["alt"]
+
+
+def test_the_page_may_load_and_run_nothing(tmp_path):
+    report(tmp_path)
+    text = (tmp_path / "report.html").read_text(encoding="utf-8")
+    policy = re.search(r'<meta http-equiv="Content-Security-Policy" content="([^"]+)">', text)[1]
+    style = re.search(r"<style>(.*?)</style>", text, re.DOTALL)[1]
+    allowed = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
+    assert policy.startswith(f"default-src 'none'; img-src data:; style-src 'sha256-{allowed}'")
+    assert text.index(policy) < text.index("<style>")
+    assert " style=" not in text
+
+
+def test_names_that_utf8_cannot_say_are_escaped(tmp_path):
+    load = ExpertLoad(("caf\udce9",), ("code",), torch.tensor([[[3.0, 1]]]))
+    assert "caf\\udce9" in report(tmp_path, load=load).texts
+
+
+def test_the_verdict_comes_first_then_pictures_then_numbers_then_facts(tmp_path):
+    report(tmp_path)
+    text = (tmp_path / "report.html").read_text(encoding="utf-8")
+    order = [
+        "The sparse model is ahead at equal tokens",
+        "<img",
+        "Validation loss when",
+        "Size and speed",
+        "What was run",
+    ]
+    assert sorted(order, key=text.index) == order
 
 
 def test_the_numbers_are_those_of_the_runs(tmp_path):

@@ -43,6 +43,13 @@ def test_a_picture_is_a_png_that_shows_something(tmp_path, name):
     assert (tmp_path / "picture.png").stat().st_size > 5000
 
 
+def test_a_name_is_no_formula_and_may_be_of_another_encoding(tmp_path):
+    pytest.importorskip("matplotlib")
+    nasty = ("a$\\frac{b$", "caf\udce9")
+    draw_load(ExpertLoad(nasty, nasty, LOAD.rows), tmp_path / "picture.png")
+    assert size(tmp_path / "picture.png")[0] > 1000
+
+
 @pytest.mark.parametrize("name", DRAW)
 def test_without_matplotlib_the_error_says_how_to_get_it(tmp_path, monkeypatch, name):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)

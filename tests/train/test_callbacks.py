@@ -150,6 +150,21 @@ def test_a_summary_holds_the_means_and_points_at_the_worst_layer():
     assert summarize({}) == {}
 
 
+def test_a_full_disk_costs_a_line_of_metrics_and_not_the_run(tmp_path, capsys):
+    resource = pytest.importorskip("resource")
+    log = tmp_path / "metrics.jsonl"
+    append(log, {"step": 1})
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (log.stat().st_size + 5, before[1]))  # room for a part of a line
+    try:
+        append(log, {"step": 2})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert "the metrics of step 2 could not be written" in capsys.readouterr().out
+    append(log, {"step": 3})
+    assert [json.loads(line)["step"] for line in log.read_text().splitlines()] == [1, 3]
+
+
 def test_a_log_forgets_the_steps_that_are_done_again_and_a_torn_line(tmp_path):
     log = tmp_path / "metrics.jsonl"
     for step in range(1, 5):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import hashlib
 from collections.abc import Iterable, Sequence
 from html import escape
 from pathlib import Path
@@ -53,12 +54,24 @@ def write_report(
     parts += ["<h2>What was run</h2>", table(("", ""), facts.items())]
     for name, texts in samples.items():
         parts += [f"<h2>What the {escape(name)} model writes</h2>", *(f"<pre>{escape(text)}</pre>" for text in texts)]
-    body = "\n".join(parts)
+    body = printable("\n".join(parts))
     write_text(
         file,
-        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>moeify report</title>'
+        f'<!doctype html><html lang="en"><head><meta charset="utf-8">{_policy()}<title>moeify report</title>'
         f"<style>{_STYLE}</style></head><body>\n{body}\n</body></html>\n",
     )
+
+
+def printable(text: str) -> str:
+    """The text with what UTF-8 cannot say, such as the bytes of a file name in another encoding, written as escapes."""
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
+def _policy() -> str:
+    """Lets the page have its own style and the pictures inside it, and nothing else."""
+    style = base64.b64encode(hashlib.sha256(_STYLE.encode()).digest()).decode()
+    allowed = f"default-src 'none'; img-src data:; style-src 'sha256-{style}'; base-uri 'none'; form-action 'none'"
+    return f'<meta http-equiv="Content-Security-Policy" content="{allowed}">'
 
 
 def says(versus: Versus, load: ExpertLoad | None) -> list[str]:

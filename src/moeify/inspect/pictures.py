@@ -9,6 +9,7 @@ from moeify.evaluate.run import Run
 from moeify.evaluate.verdict import axis_names
 from moeify.evaluate.versus import Versus
 from moeify.inspect.load import ExpertLoad
+from moeify.inspect.page import printable
 
 
 def draw_losses(versus: Versus, file: Path) -> None:
@@ -59,9 +60,9 @@ def draw_load(load: ExpertLoad, file: Path) -> None:
         image = axis.imshow(
             table.tolist(), aspect="auto", cmap="viridis", vmin=0, vmax=max(3 * even, float(table.max()))
         )
-        axis.set_yticks(range(len(names)), names, fontsize=8)
+        axis.set_yticks(range(len(names)), [printable(name) for name in names], fontsize=8, parse_math=False)
         axis.set_xlabel("expert")
-        axis.set_title(f"share of rows {title}", fontsize=10)
+        axis.set_title(printable(f"share of rows {title}"), fontsize=10, parse_math=False)
         figure.colorbar(image, ax=axis)
     figure.savefig(file, dpi=120)
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -94,10 +96,18 @@ def exact(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def append(file: Path, record: dict[str, Any]) -> None:
-    """Write one line of JSON."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with file.open("a", encoding="utf-8") as out:
-        out.write(json.dumps(record) + "\n")
+    """Write one line of JSON, whole or not at all; a full disk costs the line and a warning, not the run."""
+    line = (json.dumps(record) + "\n").encode()
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with file.open("ab", buffering=0) as out:
+            size = out.seek(0, os.SEEK_END)
+            if out.write(line) < len(line):
+                out.truncate(size)
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    except OSError as error:
+        step = record.get("step")
+        print(f"moeify: the metrics of step {step} could not be written to {file} ({error}); the run goes on")
 
 
 def forget_after(file: Path, step: int) -> None:
