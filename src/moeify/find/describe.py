@@ -46,6 +46,8 @@ def describe(model: nn.Module, site: Site) -> dict[str, Any]:
         values["after"] = site.after
     if site.disabled:
         values["disabled"] = [[names[id(owner)], attribute, _plain(value)] for owner, attribute, value in site.disabled]
+    if site.sequence_first:
+        values["sequence_first"] = True
     return values
 
 
@@ -81,9 +83,9 @@ def _rebuilt(model: nn.Module, values: dict[str, Any]) -> Site:
         module = model.get_submodule(owner)
         _own(module, attribute)
         disabled.append(disable(module, attribute) if value is None else (module, attribute, value))
-    return Site(
-        name, dense, (model.get_submodule(parent), child), values.get("after", 0.0), tuple(disabled), values["width"]
-    )
+    place = (model.get_submodule(parent), child)
+    first = values.get("sequence_first")
+    return Site(name, dense, place, values.get("after", 0.0), tuple(disabled), values["width"], first)
 
 
 def _plain(value: Any) -> Any:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from jaxtyping import Bool
 from torch import Tensor, nn
 
 from moeify.context import extra_inputs
@@ -24,14 +25,43 @@ class Probe:
     args: tuple = ()
     kwargs: dict[str, Any] | None = None
 
-    @torch.no_grad()
     def run(self, model: nn.Module) -> Tensor:
         """The model's main output in evaluation, in fp32; models that draw random numbers draw the same every time.
 
-        Routers that look up what the probe does not tell, a task, look up 0.
+        Routers that look up what the probe does not tell, a task, look up 0. Whatever else the call changes of the
+        model is as it was afterwards.
         """
-        with in_evaluation(model), fixed_randomness(model), self._untold(model):
-            return _main(model(*self.args, **(self.kwargs or {}))).float()
+        return _main(self._output(model)).float()
+
+    def outputs(self, model: nn.Module) -> list[Tensor]:
+        """Every floating-point tensor that the model answers with, as of `run`."""
+        output = self._output(model)
+        values = [output] if isinstance(output, Tensor) else output.values() if isinstance(output, dict) else output
+        return [value.float() for value in values if isinstance(value, Tensor) and value.is_floating_point()]
+
+    @torch.no_grad()
+    def _output(self, model: nn.Module) -> Any:
+        with restored(model), in_evaluation(model), fixed_randomness(model), self._untold(model):
+            return model(*self.args, **(self.kwargs or {}))
+
+    @property
+    def batch(self) -> int | None:
+        """The number of sequences or images, None if only positions and not names say what they are."""
+        return next((len(value) for value in (self.kwargs or {}).values() if isinstance(value, Tensor)), None)
+
+    def padded(self, padding: int) -> tuple[Probe, Bool[Tensor, "B N"]] | None:
+        """The same texts, the last of them from its middle on nothing but padding, and which tokens are real.
+
+        Args:
+            padding: the id of a padding token.
+        """
+        ids = (self.kwargs or {}).get("input_ids")
+        if ids is None or ids.dim() != 2 or len(ids) < 2 or ids.shape[1] < 2:
+            return None
+        real = torch.ones_like(ids, dtype=torch.bool)
+        real[-1, ids.shape[1] // 2 :] = False
+        ids = ids.masked_fill(~real, padding)
+        return Probe(kwargs={**(self.kwargs or {}), "input_ids": ids, "attention_mask": real.long()}), real
 
     def _untold(self, model: nn.Module) -> AbstractContextManager[None]:
         names = columns(model) - (self.kwargs or {}).keys()
@@ -39,6 +69,39 @@ class Probe:
             return nullcontext()
         first = next(value for value in (*self.args, *(self.kwargs or {}).values()) if isinstance(value, Tensor))
         return extra_inputs(model, **dict.fromkeys(names, torch.zeros(len(first), dtype=torch.int64)))
+
+
+@contextmanager
+def restored(model: nn.Module) -> Iterator[None]:
+    """Every attribute, submodule and buffer of a model as it was: some switch for good what a first call shows them."""
+    owners: list[Any] = [*model.modules()]
+    owners += list({id(config): config for part in owners if (config := getattr(part, "config", None))}.values())
+    undo = [_restorer(owner) for owner in owners]
+    try:
+        yield
+    finally:
+        for restore in undo:
+            restore()
+
+
+def _restorer(owner: Any) -> Callable[[], None]:
+    attributes = dict(vars(owner))
+    tables = {name: dict(attributes[name]) for name in ("_modules", "_parameters", "_buffers") if name in attributes}
+    buffers = tables.get("_buffers", {}).items()
+    values = {name: value.clone() for name, value in buffers if value is not None and not value.is_meta}
+
+    def restore() -> None:
+        state = vars(owner)
+        state.clear()
+        state.update(attributes)
+        for name, table in tables.items():
+            state[name].clear()
+            state[name].update(table)
+        for name, value in values.items():
+            if not torch.equal(state["_buffers"][name], value):
+                state["_buffers"][name].copy_(value)
+
+    return restore
 
 
 def as_probe(given: Any) -> Probe:
@@ -95,19 +158,19 @@ def _named_inputs(model: nn.Module, config: Any) -> Iterator[tuple[str, Tensor]]
     accepted = inspect.signature(model.forward).parameters
     text = getattr(config, "text_config", config)
     vision = getattr(config, "vision_config", config)
-    tokens = torch.randint(5, max(6, getattr(text, "vocab_size", None) or 6), (1, 8))
+    tokens = torch.randint(5, max(6, getattr(text, "vocab_size", None) or 6), (2, 11))
     if "input_ids" in accepted:
         yield "input_ids", tokens
     if "decoder_input_ids" in accepted:
-        yield "decoder_input_ids", tokens
+        yield "decoder_input_ids", tokens[:, :6]
     if "pixel_values" in accepted and (size := getattr(vision, "image_size", None)):
         height, width = size if isinstance(size, tuple | list) else (size, size)
         frames = [frames] if (frames := getattr(vision, "num_frames", None)) else []
-        yield "pixel_values", torch.randn(1, *frames, getattr(vision, "num_channels", 3), height, width)
+        yield "pixel_values", torch.randn(2, *frames, getattr(vision, "num_channels", 3), height, width)
     if "input_values" in accepted:
-        yield "input_values", torch.randn(1, 4000)
-    if "input_features" in accepted and hasattr(config, "num_mel_bins"):
-        yield "input_features", torch.randn(1, config.num_mel_bins, 2 * config.max_source_positions)
+        yield "input_values", torch.randn(2, 4000)
+    if "input_features" in accepted and hasattr(config, "num_mel_bins") and hasattr(config, "max_source_positions"):
+        yield "input_features", torch.randn(2, config.num_mel_bins, 2 * config.max_source_positions)
 
 
 def _main(output: Any) -> Tensor:

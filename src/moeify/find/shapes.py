@@ -41,6 +41,7 @@ class Site:
         after: dropout that follows in the replaced module.
         disabled: attributes of the model that must do nothing once the layer is there, with their harmless values.
         known_width: D, where it is known without trying.
+        sequence_first: whether tokens are laid out as (N, B, D); None where no probe has shown it.
     """
 
     name: str
@@ -49,6 +50,7 @@ class Site:
     after: float = 0.0
     disabled: tuple[tuple[nn.Module, str, Any], ...] = ()
     known_width: int | None = None
+    sequence_first: bool | None = None
 
     @property
     def layer(self) -> str:

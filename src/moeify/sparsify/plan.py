@@ -20,7 +20,8 @@ from moeify.context import Context
 from moeify.find.causal import refuse_causal_calls, says_causal
 from moeify.find.dense import DenseFFN
 from moeify.find.describe import describe, rebuild
-from moeify.find.probe import as_probe, find_probe
+from moeify.find.layout import laid_out, padding_is_read
+from moeify.find.probe import Probe, as_probe, find_probe
 from moeify.find.shapes import Site
 from moeify.meta import made_on
 from moeify.modes import fixed_randomness
@@ -55,7 +56,8 @@ class Plan:
         Raises:
             ValueError: whatever router, experts and shared refuse; experts that destroy the dense model's function.
         """
-        layers = _layers(self.sites, self.recipe, {site.stack: Context() for site in self.sites})
+        contexts = {site.stack: Context(False if site.sequence_first else None) for site in self.sites}
+        layers = _layers(self.sites, self.recipe, contexts)
         _refuse(layers, self.recipe)
         return layers
 
@@ -76,13 +78,19 @@ class Plan:
             The dense model's output, to compare the sparse model's with; None if no input could be guessed.
 
         Raises:
-            ValueError: the model changes; the message names the first site that changes it.
+            ValueError: the model changes; the message names the first site that changes it. Or the outputs at real
+                tokens depend on padding.
         """
         with fixed_randomness(self.model):
             found = find_probe(self.model) if probe is None else as_probe(probe)
             compare = Comparison.of(self.model, found)
         readings = [site for site in self.sites if isinstance(site.dense, DenseFFN)]
-        if compare is None or _same_with(self.model, readings, compare):
+        if compare is None:
+            return None
+        if _same_with(self.model, readings, compare):
+            self.sites[:] = laid_out(self.model, self.sites, compare.probe)
+            if probe is None and self.recipe.shared is nothing:
+                self._refuse_read_padding(compare.probe)
             return compare
         culprit = next((site for site in readings if not _same_with(self.model, [site], compare)), readings[0])
         raise ValueError(
@@ -90,6 +98,14 @@ class Plan:
             "down(act(up(x))); leave it out with where=named(...), or make whole copies of a module with "
             "where=modules(...)"
         )
+
+    def _refuse_read_padding(self, probe: Probe) -> None:
+        if (change := padding_is_read(self.model, self.sites, probe)) is not None:
+            raise ValueError(
+                f"{type(self.model).__name__} reads what its feed-forward networks make of padding, which a sparse "
+                f"layer does not route: outputs at real tokens change by {change:.3g}; to make it sparse for inputs "
+                "without padding, pass one of them as probe=..."
+            )
 
     def apply(self, *, allow_noncausal: bool = False) -> Callable[[], None]:
         """Put the sparse layers in place, and let the model know its origin.
