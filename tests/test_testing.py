@@ -284,7 +284,7 @@ class DoesMoreThanItsWeights(Experts):
         return 2 * self.inner(rows, counts)
 
 
-ROWS, ALL_OUTPUTS = "a_row_is_answered_by_its_own_expert_alone", "all_outputs_are_those_of_every_expert"
+ROWS, ALL_OUTPUTS = "a_row_depends_on_its_own_expert_alone", "all_outputs_are_those_of_every_expert"
 GRADIENTS = "gradients_are_those_of_the_outputs"
 WRONG_EXPERTS = {
     OneCostForAll: {"an_output_per_row"},
@@ -294,9 +294,14 @@ WRONG_EXPERTS = {
     Detaches: {GRADIENTS},
     HasAnIdleWeight: {GRADIENTS},
     ReturnsFp32Rows: {"half_precision_works"},
-    AlwaysDrops: {"evaluation_is_deterministic", "copies_and_saved_states_answer_alike", "half_precision_works", ROWS}
+    AlwaysDrops: {
+        "evaluation_is_deterministic",
+        "copies_and_saved_states_have_the_same_outputs",
+        "half_precision_works",
+        ROWS,
+    }
     | {ALL_OUTPUTS, GRADIENTS},
-    HidesItsScale: {"copies_and_saved_states_answer_alike"},
+    HidesItsScale: {"copies_and_saved_states_have_the_same_outputs"},
     DoesMoreThanItsWeights: {"stacked_weights_are_all_there_is"},
 }
 

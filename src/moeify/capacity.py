@@ -1,4 +1,4 @@
-"""Capacity: how many rows an expert accepts, and what becomes of the others."""
+"""Capacity: formulas for the number of rows that an expert accepts, and `limit`, which drops or moves the others."""
 
 from __future__ import annotations
 
@@ -57,12 +57,12 @@ def limit(
     Args:
         routing: a decision with one weight per row.
         slots: capacity of each expert in rows, see `per_token`, `per_choice` and `double` for the usual formulas.
-        priority: who is kept: the earliest tokens (`position`), all first choices before any second choice and then
-            the earliest (`choice`; GShard), all first choices before any second and then the tokens with the
+        priority: which rows are kept: the earliest tokens (`position`), all first choices before any second choice and
+            then the earliest (`choice`; GShard), all first choices before any second and then the tokens with the
             largest weight of their own (`batch`; V-MoE's batch priority), or the largest weights (`score`).
         overflow: `zero` leaves the other weights of a token as they are, `renormalize` scales them to the old sum.
             `next` offers every row that was dropped to the next best expert of its token, in rounds, until one has
-            room or all have been tried (No-Token-Left-Behind; Switch, appendix B); in every round, those are served
+            free or all have been tried (No-Token-Left-Behind; Switch, appendix B); in every round, those are served
             first who come first by `priority`. Its weight w changes as the score does, to w · s_new / s_old: right for
             weights in proportion to the scores.
         per: whether slots are for all rows of an expert, or those of each sequence or image (`sequence`; mesh, V-MoE).
@@ -78,11 +78,13 @@ def limit(
             f"a capacity needs one weight per row to say which rows matter, and this router gave "
             f"{routing.weight[0].numel()} gates; leave the capacity out"
         )
-    turns = _turns(routing, priority)
+    turns = _by_priority(routing, priority)
     if overflow == "next":
         if per == "sequence":
-            raise ValueError("overflow='next' looks for room in the whole batch; it cannot be limited per sequence")
-        return _to_the_next(routing, slots, turns)
+            raise ValueError(
+                "overflow='next' looks for free slots in the whole batch; it cannot be limited per sequence"
+            )
+        return _reassign(routing, slots, turns)
     kept = _place(routing.expert if per == "batch" else _expert_and_sequence(routing), turns) < slots
     served = routing.only(kept)
     return served if overflow == "zero" else served.with_weight_sums_of(routing)
@@ -94,7 +96,7 @@ def dropped(routing: Assignment) -> tuple[float, float]:
     return 1 - rows, 1 - len(routing.source.unique()) / max(1, routing.tokens)
 
 
-def _turns(routing: Assignment, priority: Priority) -> Int[Tensor, "R"]:
+def _by_priority(routing: Assignment, priority: Priority) -> Int[Tensor, "R"]:
     """The rows in the order in which they are served."""
     if priority == "position":
         return routing.source.argsort(stable=True)
@@ -128,7 +130,7 @@ def _place(expert: Int[Tensor, "R"], turns: Int[Tensor, "R"]) -> Int[Tensor, "R"
     return torch.empty_like(served).scatter(0, served, queue - first)
 
 
-def _to_the_next(routing: Assignment, slots: int, turns: Int[Tensor, "R"]) -> Assignment:
+def _reassign(routing: Assignment, slots: int, turns: Int[Tensor, "R"]) -> Assignment:
     scores = routing.scores
     if scores is None or len(scores) != routing.tokens:
         raise ValueError("overflow='next' needs a router that scores all experts for every token")
@@ -149,8 +151,8 @@ def _to_the_next(routing: Assignment, slots: int, turns: Int[Tensor, "R"]) -> As
         expert = untried[(left.cumsum(0) - left)[token[waiting]] + turn]
         expert_of = expert_of.scatter(0, waiting, expert)
         tried[token[waiting], expert] = True
-        room = slots - expert_of[served].bincount(minlength=scores.shape[1])
-        found = _place(expert, torch.arange(len(expert), device=expert.device)) < room[expert]
+        free = slots - expert_of[served].bincount(minlength=scores.shape[1])
+        found = _place(expert, torch.arange(len(expert), device=expert.device)) < free[expert]
         served = served.scatter(0, waiting, found)
     kept = served.nonzero().squeeze(1)
     kept = kept[routing.source[kept].argsort(stable=True)]

@@ -1,4 +1,4 @@
-"""Named recipes as their files say them: one TOML file each in `sparsify/recipes`, listed without making any."""
+"""The catalogue of named recipes: reads the TOML files in `sparsify/recipes` without building a router or model."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Entry:
-    """What the file of a named recipe says.
+    """A named recipe, as its TOML file describes it.
 
     Attributes:
-        line: what it makes, in a line.
+        line: what the recipe builds, in one line.
         source: the paper, or `-`.
         causal: whether its router looks at no later token, and so may stand in a decoder.
         recipe: the fields of the recipe, for `Recipe.from_dict`.

@@ -30,7 +30,7 @@ class Variable:
 
     @property
     def value(self) -> str:
-        """What the environment says, else the default.
+        """The value in the environment, else the default.
 
         Raises:
             ValueError: a value that is not allowed.

@@ -1,4 +1,4 @@
-"""Files: JSON and safetensors that are checked when read, and written whole or not at all."""
+"""Read and write JSON and safetensors files: reading checks them, writing is atomic."""
 
 from __future__ import annotations
 

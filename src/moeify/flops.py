@@ -4,7 +4,7 @@ active = sum over parameters of size · min(share, 1)   share = rows per token /
 FLOPs  = sum over matrices of 2 · size · share         a token multiplies every matrix once
        + sum over attentions of 2 · heads · (query width + value width) · tokens
 
-Rows per token are what the router says: k, the factor of expert choice, or E · p slots over N tokens (Soft MoE).
+Rows per token come from the router: k, the factor of expert choice, or E · p slots over N tokens (Soft MoE).
 """
 
 from __future__ import annotations
@@ -60,8 +60,8 @@ def count(model: nn.Module, tokens: int | None = None) -> Count:
     rows are free. Every module is taken to be passed once per token: in encoder-decoders by one token on either side,
     in vision models by one patch, and a pooler or classifier, which runs once per sequence, as if it ran once per
     token. Experts are taken to be used equally often, so that among experts of different sizes a row costs their mean,
-    and among zero, copy and FFN experts the FFN experts' share. How many rows a token gets its router says by
-    `Router.rows_per_token`: k (capacity drops nothing, and nobody competes), the factor of expert choice, E · p / N for
+    and among zero, copy and FFN experts the FFN experts' share. The rows of a token come from
+    `Router.rows_per_token`: k (without capacity and competitions), the factor of expert choice, E · p / N for
     Soft MoE (1 if `tokens` is not given), and at most that many where the number varies: `max_k` of `TopP`, and all
     experts of `Threshold`, `ReLU` and `ExpertThreshold`. A row also passes what all experts have in common, such as the
     network that MixLoRA's experts change. Of NLLB-MoE every row counts that transformers computes, E per token.
@@ -72,7 +72,7 @@ def count(model: nn.Module, tokens: int | None = None) -> Count:
             token attended to all of it: causal masks and windows save nothing.
 
     Raises:
-        ValueError: an MoE block of transformers that does not say how many experts a token uses.
+        ValueError: an MoE block of transformers whose number of experts per token is unknown.
     """
     passes = _passes(model)
     shares = _shares(model, passes, tokens)
@@ -161,10 +161,10 @@ def _matrices(module: nn.Module, in_experts: bool) -> Iterator[Tensor]:
 
 
 def _used(module: nn.Module, parameter: Tensor) -> Fraction:
-    """The share of a parameter that tokens meet: LongCat stacks first maps, but no second, for zero experts."""
+    """The share of a parameter that tokens use: LongCat stacks an up projection, but no down one, for zero experts."""
     down = module._parameters.get("down_proj")
-    answering = 0 if down is None or down.dim() < 3 else len(down)
-    return Fraction(answering, len(parameter)) if 0 < answering < len(parameter) else Fraction(1)
+    working = 0 if down is None or down.dim() < 3 else len(down)
+    return Fraction(working, len(parameter)) if 0 < working < len(parameter) else Fraction(1)
 
 
 def _mixing(module: nn.Module) -> int:
@@ -172,7 +172,7 @@ def _mixing(module: nn.Module) -> int:
 
 
 def _attention(module: nn.Module, tokens: int) -> int:
-    """FLOPs of one token's scores and values in a module that is called attention and says how wide its heads are."""
+    """FLOPs of one token's scores and values in a module that is called attention and has the width of its heads."""
     query, value = number(module, QUERY_WIDTH), number(module, VALUE_WIDTH)
     heads = number(module, HEADS) or number(getattr(module, "config", None), HEADS)
     if "Attention" not in type(module).__name__ or not (heads and query and value):

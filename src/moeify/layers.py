@@ -33,7 +33,7 @@ class SparseLayer(ABC):
         module: this module.
         router: what decides; None if a block of transformers decides without a module of its own.
         experts: what holds the parameters of all experts.
-        shared: what every token passes beside the experts, if there is such a module.
+        shared: the module that every token passes beside the experts, such as a shared expert; None if there is none.
         num_experts: E.
         context: what the model was called with.
     """
@@ -59,7 +59,7 @@ class SparseLayer(ABC):
             tokens: N, the length of a sequence or image, if it is known.
 
         Raises:
-            ValueError: a block of transformers that does not say its k.
+            ValueError: a block of transformers whose k is unknown.
         """
 
     @abstractmethod
@@ -68,7 +68,7 @@ class SparseLayer(ABC):
 
     @abstractmethod
     def selection_biases(self) -> Iterator[tuple[nn.Module, str]]:
-        """Owner and name of every bias that selects experts and does not weigh them."""
+        """Owner and name of every selection bias: it changes which experts are chosen, never their weights."""
 
     @abstractmethod
     def observe(self, observer: Observer, *, repeated: bool = False) -> list[RemovableHandle]:
@@ -80,8 +80,8 @@ class SparseLayer(ABC):
         """
 
     @abstractmethod
-    def show_unread(self) -> list[RemovableHandle]:
-        """After every pass let each expert read the tokens that were not sent to it, and drop the outputs.
+    def run_unrouted(self) -> list[RemovableHandle]:
+        """After every pass run each expert on the tokens that were not routed to it, and drop the outputs.
 
         Raises:
             ValueError: a block of transformers whose experts cannot be called so.
@@ -101,7 +101,7 @@ def moe_layers(model: nn.Module) -> dict[str, MoE]:
 
 
 def watch_inputs(model: nn.Module, layers: Mapping[str, SparseLayer]) -> list[RemovableHandle]:
-    """Tell the layers that nobody tells what the model is called with: the blocks of transformers."""
+    """Pass the padding mask to layers that have no context of their own: the blocks of transformers."""
     contexts = {id(layer.context): layer.context for layer in layers.values() if isinstance(layer, HfLayer)}
     return [handle for context in contexts.values() for handle in context.watch([model])]
 
@@ -123,11 +123,11 @@ class MoELayer(SparseLayer):
         )  # fmt: skip
 
     def rows_per_token(self, tokens: int | None = None) -> float | None:
-        """What the router says."""
+        """The count of the router itself."""
         return self.router.rows_per_token(tokens)
 
     def common_modules(self) -> list[nn.Module]:
-        """What the experts say."""
+        """Those that the experts name."""
         return [m for part in self.experts.modules() if isinstance(part, Experts) for m in part.common_modules()]
 
     def selection_biases(self) -> Iterator[tuple[nn.Module, str]]:
@@ -146,7 +146,7 @@ class MoELayer(SparseLayer):
 
         return [self.router.register_forward_hook(hook)]
 
-    def show_unread(self) -> list[RemovableHandle]:
+    def run_unrouted(self) -> list[RemovableHandle]:
         """Call the experts once more; a `Mixture` has given every expert every token."""
         latest: list[Routing] = []
 
@@ -176,7 +176,7 @@ class HfLayer(SparseLayer):
     """An MoE block of transformers.
 
     Attributes:
-        block: what is known about it.
+        block: how its parts are found and its decisions read.
     """
 
     block: Block
@@ -221,9 +221,9 @@ class HfLayer(SparseLayer):
 
         return self.block.observe(translate, repeated=repeated)
 
-    def show_unread(self) -> list[RemovableHandle]:
-        """As the block can."""
-        return self.block.show_unread(self.context.real)
+    def run_unrouted(self) -> list[RemovableHandle]:
+        """As the block does."""
+        return self.block.run_unrouted(self.context.real)
 
 
 def _apart() -> AbstractContextManager[None]:

@@ -1,4 +1,4 @@
-"""What attention masks say of padding: which tokens they mark as real, in the many forms that models pass them in."""
+"""Read attention masks: which tokens are real and which are padding, in the many forms that models pass them in."""
 
 from __future__ import annotations
 

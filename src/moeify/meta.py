@@ -13,7 +13,7 @@ from torch.overrides import TorchFunctionMode
 
 _FACTORIES = (torch.zeros, torch.ones, torch.full, torch.rand, torch.randn)
 _LARGEST = 2**26
-"""Elements of the largest tensor that is made with values: buffers are smaller, and a damaged width says anything."""
+"""Elements of the largest tensor that is made with values: buffers are smaller, and a damaged width may be any."""
 
 
 class _WithoutMemory(TorchFunctionMode):

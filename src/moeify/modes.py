@@ -1,4 +1,4 @@
-"""Evaluation mode and fixed random numbers for a while; afterwards a model is in the mode it had, part by part."""
+"""Context managers for evaluation mode and fixed random numbers; afterwards every submodule has its former mode."""
 
 from __future__ import annotations
 

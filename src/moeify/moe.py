@@ -53,7 +53,7 @@ class MoE(nn.Module):
         """Put another router or other experts into the layer, in place; every router inside then holds its experts.
 
         This is the only way to change a layer's parts: a router that was forgotten would go on computing with the old
-        experts. What is not given stays. Returns the layer.
+        experts. A part that is not passed stays. Returns the layer.
 
         Raises:
             ValueError: the router is for another number of experts, or cannot work with these; the layer is as it was.

@@ -20,11 +20,11 @@ from moeify.routers.topk import TopK
 class MultiHead(nn.Module):
     """y = W_merge · moe(cut(W_head x)): h sub-tokens of width D / h per token (MH-MoE, arXiv 2404.15045).
 
-    Capacity, losses and statistics of the inner layer are over sub-tokens. Its padding, and whatever else the context
+    Capacity, losses and statistics of the wrapped layer are over sub-tokens. Its padding, and whatever else the context
     holds for a token, holds for all sub-tokens of that token.
 
     Args:
-        moe: the inner layer, on tokens of width D / h.
+        moe: the wrapped layer, on tokens of width D / h.
         width: D.
         heads: h.
         context: what the model was called with.
@@ -47,10 +47,10 @@ class MultiHead(nn.Module):
 
     def forward(self, x: Float[Tensor, "... N D"]) -> Float[Tensor, "... N D"]:
         """Cut, route and merge."""
-        self._tell(tokens=x.shape[:-1].numel())
-        return self.merge(self._turned(self._merged(self.moe(self._cut(self._turned(self.head(x)))))))
+        self._fill_context(tokens=x.shape[:-1].numel())
+        return self.merge(self._sequences_first(self._merged(self.moe(self._cut(self._sequences_first(self.head(x)))))))
 
-    def _turned(self, x: Tensor) -> Tensor:
+    def _sequences_first(self, x: Tensor) -> Tensor:
         """Sequences before tokens, (B, N, D), and back: the sub-tokens of a token lie side by side in its sequence."""
         return x if self.context.call.batch_first or x.dim() < 3 else x.transpose(0, 1)
 
@@ -60,8 +60,8 @@ class MultiHead(nn.Module):
     def _merged(self, y: Float[Tensor, "... M d"]) -> Float[Tensor, "... N D"]:
         return y.unflatten(-2, (-1, self.heads)).flatten(-2)
 
-    def _tell(self, tokens: int) -> None:
-        """Fill the inner context: what holds for a token holds for its h sub-tokens."""
+    def _fill_context(self, tokens: int) -> None:
+        """Fill the context of the wrapped layer: what holds for a token holds for its h sub-tokens."""
         outer, inner = self.context.call, self.moe.context
         inner.clear()
         for name, value in outer.inputs.items():

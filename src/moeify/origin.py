@@ -12,7 +12,7 @@ _ATTRIBUTE = "moeify_origin"
 
 @dataclass(frozen=True)
 class Origin:
-    """What a model was made of; a dense model, and one that nobody knows about, has the empty origin.
+    """What a model was made of; a dense model, and one of unknown origin, has the empty origin.
 
     Copies of a model have its origin.
 

@@ -1,4 +1,4 @@
-"""How evenly experts are used and how sure routers are: each quantity defined once, for training, reports and claims.
+"""Statistics of expert load and router entropy: each quantity defined once, for training, reports and claims.
 
 Functions of loads, rows per expert over any number of decisions, with the experts as the last axis. A decision's
 `assigned` and `counts` leave padding out, and so does all that is computed from them.
@@ -48,7 +48,7 @@ def drop_rate(assigned: Num[Tensor, "... E"], counts: Num[Tensor, "... E"]) -> F
 
 
 def router_entropy(scores: Float[Tensor, "L E"]) -> Float[Tensor, "L"]:
-    """-Σ_j p_j log p_j of each decision's normalised scores, in nats: 0 is sure of one expert, log E of none."""
+    """-Σ_j p_j log p_j of each decision's normalised scores, in nats: 0 for one expert, log E for a uniform choice."""
     p = scores / scores.sum(-1, keepdim=True).clamp_min(1e-20)
     return -torch.special.xlogy(p, p).sum(-1)
 
@@ -59,7 +59,7 @@ def log_experts(num_experts: int) -> float:
 
 
 def information(rows: Num[Tensor, "... domains E"]) -> Float[Tensor, "..."]:
-    """I(expert; domain) = Σ_dj p_dj log2(p_dj / (p_d p_j)), in bits per row; 0 if experts do not tell domains apart."""
+    """I(expert; domain) = Σ_dj p_dj log2(p_dj / (p_d p_j)), in bits per row; 0 if they are independent."""
     joint = rows / rows.sum((-2, -1), keepdim=True).clamp_min(1)
     independent = joint.sum(-2, keepdim=True) * joint.sum(-1, keepdim=True)
     ratio = torch.where(joint > 0, joint / independent.clamp_min(1e-30), 1.0)

@@ -103,7 +103,7 @@ def test_gates_start_apart_from_one_another():
 def test_gates_that_cannot_be_are_refused():
     with pytest.raises(ValueError, match="3 gates with 3 private experts each do not fit into 7"):
         MultiGate(D, E, gates=3, private=3)
-    with pytest.raises(ValueError, match="no room for the first choice of each of 3 gates"):
+    with pytest.raises(ValueError, match="too small for the first choice of each of 3 gates"):
         SparseMultiGate(D, E, gates=3, union=2)
     with pytest.raises(ValueError, match="the router gets no gradient"):
         SparseMultiGate(D, E, gates=3, k=1)

@@ -149,7 +149,7 @@ def test_what_is_put_around_them_keeps_the_link_of_a_stack(around):
     first, second = around(Residual(D, E)), around(Residual(D, E))
     context, x = Context(), torch.randn(T, D)
     first(x, context)
-    linked = second.follow(first)
+    linked = second.link_to(first)
     assert linked.router.residual is not None
     assert linked(x, context).counts.sum() > 0
 

@@ -45,7 +45,7 @@ def test_the_first_layer_decides_for_all_images_and_layers():
 
 def test_followers_of_followers_follow_the_first():
     leader = SharedRouting(TopK(D, E))
-    follower = SharedRouting(TopK(D, E)).follow(SharedRouting(TopK(D, E)).follow(leader))
+    follower = SharedRouting(TopK(D, E)).link_to(SharedRouting(TopK(D, E)).link_to(leader))
     assert follower.shared is leader
     assert (follower.rows_per_token(), follower.causal, follower.weights_sum_to_one) == (2, True, True)
 
@@ -62,7 +62,7 @@ def test_a_stack_that_decides_once_costs_what_it_costs_to_decide_everywhere():
 def test_a_layer_before_that_has_not_decided_is_missed(inner):
     router = type(inner)(TopK(D, E)) if isinstance(inner, SharedRouting) else type(inner)(D, E)
     with pytest.raises(ValueError, match="in this forward pass; run the whole model"):
-        route(router.follow(inner), torch.randn(T, D))
+        route(router.link_to(inner), torch.randn(T, D))
 
 
 def test_other_tokens_cannot_follow():
@@ -77,7 +77,7 @@ def test_a_router_adds_what_the_one_before_computed(k):
     context = Context()
     maps = [Each([nn.Linear(D, D, bias=False) for _ in range(E)]) for _ in range(2)]
     first = MoE(Residual(D, E, k=k), maps[0], context=context)
-    second = MoE(Residual(D, E, k=k).follow(first.router), maps[1], context=context)
+    second = MoE(Residual(D, E, k=k).link_to(first.router), maps[1], context=context)
     both = nn.Sequential(first, second)
     sharpen(both)
     nn.init.normal_(second.router.residual)
@@ -130,7 +130,7 @@ def test_a_capacity_around_them_keeps_the_link():
     first, second = Capacity(Residual(D, E), factor=1.0), Capacity(Residual(D, E), factor=1.0)
     context, x = Context(), torch.randn(T, D)
     first(x, context)
-    linked = second.follow(first)
+    linked = second.link_to(first)
     assert linked.router.residual is not None
     assert linked(x, context).counts.max() <= 4
 

@@ -286,7 +286,7 @@ def test_tokens_that_a_limit_sent_to_other_experts_are_refused_by_their_function
     routing = limited(x, moe.context)
     assert routing.source.shape[0] == 8  # as many rows as without a limit
     assert routing.counts.tolist() != routing.assigned.tolist()
-    with pytest.raises(ValueError, match="a limit has given some tokens to others"):
+    with pytest.raises(ValueError, match="a capacity has moved some tokens to others"):
         moe(x)
 
 

@@ -9,9 +9,9 @@ from torch import nn
 from moeify import Evidence, MoE, assign, limit
 from moeify.experts import FFN, Each
 from moeify.inspect import (
-    answer_similarity,
     effective_rank,
     margin,
+    output_similarity,
     overlap,
     participation_ratio,
     redundancy,
@@ -71,8 +71,8 @@ def test_answers_of_equal_experts_are_alike_and_of_opposite_ones_opposite():
     one, other = nn.Linear(D, D, bias=False), nn.Linear(D, D, bias=False)
     other.weight.data.copy_(-one.weight)
     x = torch.randn(T, D)
-    assert answer_similarity(Each([one, one]), x) == pytest.approx({"cosine": 1.0, "cka": 1.0}, abs=1e-5)
-    assert answer_similarity(Each([one, other]), x) == pytest.approx({"cosine": -1.0, "cka": 1.0}, abs=1e-5)
+    assert output_similarity(Each([one, one]), x) == pytest.approx({"cosine": 1.0, "cka": 1.0}, abs=1e-5)
+    assert output_similarity(Each([one, other]), x) == pytest.approx({"cosine": -1.0, "cka": 1.0}, abs=1e-5)
 
 
 def test_the_cosine_of_weights_is_over_all_of_an_experts_weights():

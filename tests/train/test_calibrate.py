@@ -54,7 +54,7 @@ def test_each_expert_reads_each_real_token_once(name, padded):
 
 
 def visits_of(experts, num_experts):
-    """Counts the tokens that native experts are called with, expert by expert."""
+    """Counts the tokens that experts of transformers are called with, expert by expert."""
     visits = torch.zeros(num_experts, dtype=torch.int64)
 
     def hook(module, args, kwargs, output):

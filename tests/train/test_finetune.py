@@ -1,4 +1,4 @@
-"""Every named way to fine-tune trains what it says, ours and native models alike, and the loss falls."""
+"""Every named way to fine-tune trains what it says, our models and those of transformers alike, and the loss falls."""
 
 from __future__ import annotations
 

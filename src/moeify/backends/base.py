@@ -61,7 +61,7 @@ def needs_all_choices(routing: Routing) -> str | None:
     if not routing.has_all_rows:
         return "it needs every row of every token, and some are padding or were dropped"
     if routing.is_limited:
-        return "it reads the experts that every token chose, and a limit has given some tokens to others"
+        return "it reads the experts that every token chose, and a capacity has moved some tokens to others"
     return None
 
 

@@ -74,8 +74,8 @@ def chosen(x: Float[Tensor, "... D"], routing: Routing, experts: Experts) -> boo
 
     No GPU has run them yet, so `auto` takes them only with `MOEIFY_TRITON=1` in the environment.
 
-    What they save are copies, worth 1 / D + 1 / H of the products' time, up to a factor; what they lose is that
-    CUTLASS multiplies somewhat faster than Triton. They are taken where D · H / (D + H) is at most 1000, which leaves
+    They save copies, which cost 1 / D + 1 / H of the products' time, up to a factor; but CUTLASS
+    multiplies somewhat faster than Triton. They are taken where D · H / (D + H) is at most 1000, which leaves
     Mixtral's wide experts to torch, and takes fine-grained ones; low-rank projections are narrower still. In dtypes
     that torch's grouped product does not know, they compete with one product per expert and a wait for the counts, so
     they are always taken.

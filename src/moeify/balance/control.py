@@ -51,7 +51,7 @@ class Bias:
 
     @property
     def grouped(self) -> bool:
-        """Whether a token may use the experts of some groups only; native routers say so in numbers."""
+        """Whether a token may use the experts of some groups only; routers of transformers have numbers for it."""
         groups: Any = getattr(self.owner, "expert_groups", None)
         count, keep = (groups.count, groups.keep) if groups else (getattr(self.owner, g, 1) for g in EXPERT_GROUPS)
         return keep < count
@@ -78,7 +78,7 @@ class Control:
 
     def observe(self, name: str, routing: Routing) -> None:
         """Add what one forward pass in training shows of one layer."""
-        if not self.active or name not in self.biases or not self._counts(name):
+        if not self.active or name not in self.biases or not self._is_in_training(name):
             return
         assert isinstance(routing, Assignment)
         bias = self.biases[name]
@@ -86,7 +86,7 @@ class Control:
             layer = self.seen.setdefault(name, {})
             layer[key] = layer[key] + value if key in layer else value.clone()
 
-    def _counts(self, name: str) -> bool:
+    def _is_in_training(self, name: str) -> bool:
         """Whether a pass is one in training: with gradients, and once, the second time if the first was without.
 
         Re-entrant activation checkpointing is without gradients at first, as generation is, which never comes back.
@@ -123,7 +123,7 @@ class Control:
 def control(model: nn.Module, optimizer: torch.optim.Optimizer, rule: Rule) -> Control:
     """Balance a model by moving its routers' selection biases after every optimizer step.
 
-    Works on our routers built with `selection_bias=True`, and on native models of transformers whose layers have an
+    Works on our routers built with `selection_bias=True`, and on models of transformers whose layers have an
     `e_score_correction_bias` or `expert_bias`, which transformers itself never moves; rounded ones become fp32, now
     and in every step. Only forward passes in training, with gradients, are counted, once each where activation
     checkpointing repeats them. On several processes all must train the same layers.

@@ -1,4 +1,4 @@
-"""Rules that move biases by the shares of the rows that experts lack: a PID controller, and its P alone."""
+"""Rules that move biases in proportion to the missing share of rows: a PID controller, and its P alone."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from moeify.routing import Assignment
 @register("controller", "proportional")
 @dataclass(frozen=True)
 class Proportional(Rule):
-    """b_j ← b_j + rate · e_j with e_j = wanted share - share_j: the P of a PID controller (LongCat-Flash, 2509.01322).
+    """b_j ← b_j + rate · e_j with e_j = target share - share_j: the P of a PID controller (LongCat-Flash, 2509.01322).
 
     The share is of all rows. With experts that cost nothing (`Zero`, `Identity`) behind the `real` ones, each real
     expert is wanted by k / (K · real) of the rows, which holds the real experts per token at k on average; the biases
@@ -48,8 +48,8 @@ class Proportional(Rule):
             return {"load": routing.assigned.float()}
         return {"load": routing.assigned.float(), "tokens": routing.counts.new_tensor(routing.tokens).float()}
 
-    def lack(self, seen: dict[str, Tensor]) -> Float[Tensor, "E"]:
-        """e: the share of the rows that each expert lacks; 0 for free ones."""
+    def error(self, seen: dict[str, Tensor]) -> Float[Tensor, "E"]:
+        """e: target share minus share of the rows of each expert; 0 for free ones."""
         load = seen["load"]
         rows = load.sum().clamp_min(1)
         real = len(load) if self.real is None else self.real
@@ -58,8 +58,8 @@ class Proportional(Rule):
         return torch.where(torch.arange(len(load), device=load.device) < real, error, 0.0)
 
     def move(self, bias: Float[Tensor, "E"], seen: dict[str, Tensor], memory: dict[str, Tensor]) -> Float[Tensor, "E"]:
-        """One step towards the wanted shares."""
-        return bias + self.rate * self.lack(seen)
+        """One step towards the target shares."""
+        return bias + self.rate * self.error(seen)
 
 
 @register("controller", "pid")
@@ -102,7 +102,7 @@ class PID(Rule):
 
     def move(self, bias: Float[Tensor, "E"], seen: dict[str, Tensor], memory: dict[str, Tensor]) -> Float[Tensor, "E"]:
         """One step of the controller; the sum and the last error are kept in the layer's memory, in fp32."""
-        error = self._proportional.lack(seen)
+        error = self._proportional.error(seen)
         total = memory.get("total", torch.zeros_like(error)).to(error.device) + error
         change = error - memory.get("error", error).to(error.device)
         memory["total"], memory["error"] = total, error

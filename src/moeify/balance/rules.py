@@ -76,8 +76,8 @@ class Quantile(Rule):
     """The bias that would have balanced the last batch: a quantile over its tokens (J. Su 2026, kexue.fm 11619).
 
     With β = -b: α_i is the (k+1)-th largest of s_i - β over experts, and β_j the (T·k/E + 1)-th largest of
-    s_ij - α_i over tokens. Averaged over the micro-batches of a step. A token of group-limited routing wants experts
-    that it cannot have, and α does not know; such routers are refused.
+    s_ij - α_i over tokens. Averaged over the micro-batches of a step. In group-limited routing a token cannot
+    choose every expert, which α ignores; such routers are refused.
 
     Attributes:
         ema: share of the old bias that is kept.
@@ -107,7 +107,7 @@ class Quantile(Rule):
         return {"bias": -beta, "batches": torch.ones((), device=s.device)}
 
     def move(self, bias: Float[Tensor, "E"], seen: dict[str, Tensor], memory: dict[str, Tensor]) -> Float[Tensor, "E"]:
-        """The average of what the micro-batches wanted, centred: a common shift of the bias chooses nothing."""
+        """The average of the biases of the micro-batches, centred: a common shift of the bias chooses nothing."""
         wanted = seen["bias"] / seen["batches"]
         return self.ema * bias + (1 - self.ema) * (wanted - wanted.mean())
 

@@ -276,7 +276,7 @@ def _router(site: Site, experts: LoRA, make: MakeRouter) -> Router:
 
 def _together(site: Site, experts: LoRA, router: Router, previous: AdaptedLinear | None) -> Router:
     """The router itself, or one that follows the router of the linear layer before."""
-    following = router if previous is None else router.follow(previous.layer.router)
+    following = router if previous is None else router.link_to(previous.layer.router)
     if previous is not None and following is not router and previous.experts.names != experts.names:
         raise ValueError(
             f"{site.name} is adapted by {', '.join(experts.names)} and {previous.layer.name} by "

@@ -1,4 +1,4 @@
-"""Heterogeneous experts: different kinds and sizes in one layer, identity and zero experts among them."""
+"""Heterogeneous experts: different types and sizes in one layer, identity and zero experts among them."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Each(Experts):
 
 
 class Blocks(Experts):
-    """Expert groups of different kinds as the experts of one layer: small and large ones, identity, zero.
+    """Expert groups of different types as the experts of one layer: small and large ones, identity, zero.
 
     Args:
         groups: experts of the same output width.

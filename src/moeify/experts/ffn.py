@@ -23,7 +23,7 @@ class FFN(Experts):
         num_experts: E.
         width: D.
         hidden: H.
-        activation: between the projections; it also says whether there is a gate projection.
+        activation: between the projections; a gated one adds a gate projection.
         bias: give every projection a bias.
         width_out: O, D if not given.
         dropout: probability of dropping a hidden unit after the activation (expert dropout of Switch).

@@ -73,7 +73,7 @@ class LoRA(Experts):
         return self.scale[expert].float() * (self.lora_B[expert].float() @ self.lora_A[expert].float())
 
     def extra_repr(self) -> str:
-        """Sizes, and who they are."""
+        """Sizes, and the names."""
         names = "" if self.names == tuple(map(str, range(self.num_experts))) else f", names={', '.join(self.names)}"
         return f"experts={self.num_experts}, {self.width} -> {self.rank} -> {self.width_out}{names}"
 
@@ -88,7 +88,7 @@ class LoRAFFN(Experts):
         down: the down projection.
         activation: between the projections.
         up_lora: what the experts add to the up projection.
-        down_lora: what they add to the last.
+        down_lora: what they add to the down projection.
     """
 
     def __init__(self, up: nn.Linear, down: nn.Linear, activation: Activation, up_lora: LoRA, down_lora: LoRA) -> None:
@@ -98,7 +98,7 @@ class LoRAFFN(Experts):
         self.up_lora, self.down_lora = up_lora, down_lora
 
     def common_modules(self) -> tuple[nn.Module, ...]:
-        """Both maps of the network."""
+        """Both projections of the network."""
         return self.up, self.down
 
     def forward(self, rows: Float[Tensor, "R D"], counts: Int[Tensor, "E"]) -> Float[Tensor, "R O"]:

@@ -16,7 +16,7 @@ class Masked(Experts):
     expectation nothing changes, so evaluation takes the outputs as they are.
 
     Args:
-        experts: whose outputs are masked.
+        experts: the experts whose outputs are masked.
         p: probability that an output is dropped; NLLB uses 0.2.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Experts whose weights are whole numbers of 8 or 4 bits: a half or a quarter of the memory of bf16."""
+"""Quantised experts, with integer weights of 8 or 4 bits: a half or a quarter of the memory of bf16."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _HUGE = 2**21  # bytes of a page
 
 
 class Weights(nn.Module):
-    """E matrices of whole numbers and their scales; a scale times its numbers is the weight.
+    """E integer matrices and their scales; a scale times its numbers is the weight.
 
     With 8 bits a row of a matrix shares a scale. With 4 bits a group of neighbours in a row does; rows are filled up
     with zeros to blocks of 128, and of a block the little-endian 16-bit word i holds the numbers i, i + 32, i + 64 and

@@ -11,7 +11,7 @@ from moeify.experts.base import Experts
 
 
 class Wrapped(Experts):
-    """A module around experts, called as experts are; nobody reads the weights inside past it.
+    """A module around experts, called as experts are; no kernel reads the weights inside.
 
     Args:
         module: has the module that it wraps as `base_layer`, as the layers of PEFT have it.

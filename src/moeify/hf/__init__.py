@@ -1,1 +1,1 @@
-"""All that is known of transformers' MoE blocks: finding them, reading their decisions, and the experts interface."""
+"""MoE blocks of transformers: find them, read their routing decisions, and compute their experts by moeify."""

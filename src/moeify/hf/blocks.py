@@ -1,4 +1,4 @@
-"""Finds the mixture-of-experts blocks of transformers' models, and sees what each of them chooses.
+"""Finds the mixture-of-experts blocks of transformers' models, and observes what each of them chooses.
 
 Most families call a module of stacked experts with tokens, expert indices and weights: `InterfaceBlock`. Those that do
 otherwise are in `moeify.hf.families`.
@@ -48,7 +48,7 @@ class Block(ABC):
 
     @property
     def experts_per_token(self) -> int | None:
-        """K, as the router, the block or a configuration says it."""
+        """K, read from the router, the block or a configuration."""
         experts = unwrapped(self.experts)
         router = None if self.router is None else unwrapped(self.router)
         owners = (router, self.module, experts, getattr(experts, "config", None))
@@ -59,8 +59,8 @@ class Block(ABC):
     def observe(self, observer: Observer, *, repeated: bool = False) -> list[RemovableHandle]:
         """Call `observer` with what the block chooses in every pass, also a repeated one if asked for."""
 
-    def show_unread(self, real: Callable[[int], Int[Tensor, "T"] | None]) -> list[RemovableHandle]:
-        """After every pass let each expert read the tokens that were not sent to it, and drop the outputs.
+    def run_unrouted(self, real: Callable[[int], Int[Tensor, "T"] | None]) -> list[RemovableHandle]:
+        """After every pass run each expert on the tokens that were not routed to it, and drop the outputs.
 
         Args:
             real: positions of the real ones among so many tokens, None for all.
@@ -139,7 +139,7 @@ class InterfaceBlock(Block):
     """
 
     def observe(self, observer: Observer, *, repeated: bool = False) -> list[RemovableHandle]:
-        """See the arguments of the experts, and the router's first output."""
+        """Observe the arguments of the experts, and the router's first output."""
         latest: dict[str, Tensor] = {}
         return [*self._watch_router(latest, repeated), self._watch_experts(latest, observer, repeated)]
 
@@ -165,7 +165,7 @@ class InterfaceBlock(Block):
         index, weights = choices(arguments)
         return Chosen(index=index, weights=weights, router_output=router_output)
 
-    def show_unread(self, real: Callable[[int], Int[Tensor, "T"] | None]) -> list[RemovableHandle]:
+    def run_unrouted(self, real: Callable[[int], Int[Tensor, "T"] | None]) -> list[RemovableHandle]:
         """Call the experts once more, with all other choices and weights of 0."""
         calling = False
 
@@ -177,10 +177,12 @@ class InterfaceBlock(Block):
             index, weights = choices((*args, *kwargs.values()))
             positions = real(len(index))
             positions = torch.arange(len(index), device=index.device) if positions is None else positions
-            unread = torch.ones(len(index), self.num_experts, device=index.device).scatter(1, index, 0.0)
-            others = unread.argsort(dim=1, descending=True)[positions, : unread.shape[1] - index.shape[1]]  # (T, E - K)
+            not_chosen = torch.ones(len(index), self.num_experts, device=index.device).scatter(1, index, 0.0)
+            others = not_chosen.argsort(dim=1, descending=True)[
+                positions, : not_chosen.shape[1] - index.shape[1]
+            ]  # (T, E - K)
 
-            def rest(value: Any) -> Any:
+            def unrouted(value: Any) -> Any:
                 if value is index:
                     return others
                 if value is weights:
@@ -190,7 +192,7 @@ class InterfaceBlock(Block):
             calling = True
             try:
                 with unobserved():
-                    experts(*map(rest, args), **{name: rest(value) for name, value in kwargs.items()})
+                    experts(*map(unrouted, args), **{name: unrouted(value) for name, value in kwargs.items()})
             finally:
                 calling = False
 

@@ -44,9 +44,9 @@ class SwitchBlock(InterfaceBlock):
         """1."""
         return 1
 
-    def show_unread(self, real: Callable[[int], Int[Tensor, "T"] | None]) -> list[RemovableHandle]:
+    def run_unrouted(self, real: Callable[[int], Int[Tensor, "T"] | None]) -> list[RemovableHandle]:
         """Call every expert with the tokens that are not in its column of the mask."""
-        return [self.experts.register_forward_hook(_each_reads_the_rest(real, self._read))]
+        return [self.experts.register_forward_hook(_run_unrouted(real, self._read))]
 
     def _read(self, mask: Tensor) -> Tensor:
         return mask.view(len(mask), -1) > 0
@@ -75,9 +75,9 @@ class NllbBlock(InterfaceBlock):
         """E rows for every token."""
         return self.num_experts
 
-    def show_unread(self, real: Callable[[int], Int[Tensor, "T"] | None]) -> list[RemovableHandle]:
+    def run_unrouted(self, real: Callable[[int], Int[Tensor, "T"] | None]) -> list[RemovableHandle]:
         """Call every expert with the tokens that do not reach it."""
-        return [self.experts.register_forward_hook(_each_reads_the_rest(real, self._read))]
+        return [self.experts.register_forward_hook(_run_unrouted(real, self._read))]
 
     def _read(self, mask: Tensor) -> Tensor:
         read = torch.zeros_like(mask, dtype=torch.bool)
@@ -86,7 +86,7 @@ class NllbBlock(InterfaceBlock):
 
 @dataclass(frozen=True, kw_only=True)
 class RouterBlock(Block):
-    """A block of which the router's output tells all.
+    """A block whose router output contains the whole decision.
 
     Attributes:
         read: what the block chose, by its module and the router's output.
@@ -95,7 +95,7 @@ class RouterBlock(Block):
     read: Callable[[nn.Module, Any], Chosen]
 
     def observe(self, observer: Observer, *, repeated: bool = False) -> list[RemovableHandle]:
-        """See the output of the router."""
+        """Observe the output of the router."""
         assert self.router is not None
 
         def hook(module: nn.Module, args: tuple, output: Any) -> None:
@@ -185,7 +185,7 @@ _FAMILIES: Mapping[str, Build] = {
 }
 
 
-def _each_reads_the_rest(
+def _run_unrouted(
     real: Callable[[int], Int[Tensor, "T"] | None], read_by: Callable[[Tensor], Tensor]
 ) -> Callable[..., None]:
     @torch.no_grad()

@@ -1,4 +1,4 @@
-"""Both directions between our layers and the experts interface of transformers.
+"""The experts interface of transformers: moeify computes its experts, and its functions compute our layers.
 
 Its functions map `(experts, tokens, index, weights)` to tokens, whatever the model. Ours can be put in their place, and
 theirs can run our layers.
@@ -56,14 +56,14 @@ def moeify_experts(
     top_k_index: Int[Tensor, "T K"],
     top_k_weights: Float[Tensor, "T K"],
 ) -> Float[Tensor, "T D"]:
-    """The answers of transformers' `experts`; an index of E or more means no expert, as under expert parallelism.
+    """The outputs of transformers' `experts`; an index of E or more means no expert, as under expert parallelism.
 
     The rows of no expert are not there, so their number is read: one synchronisation with an accelerator.
     """
-    native = HfExperts(experts)
-    nobody = native.num_experts
-    routing = _without_last(assign(top_k_index.clamp(max=nobody), top_k_weights, nobody + 1))
-    return backends.run("auto", hidden_states, routing, native).to(hidden_states.dtype)
+    ours = HfExperts(experts)
+    no_expert = ours.num_experts
+    routing = _without_last(assign(top_k_index.clamp(max=no_expert), top_k_weights, no_expert + 1))
+    return backends.run("auto", hidden_states, routing, ours).to(hidden_states.dtype)
 
 
 def _without_last(routing: Assignment) -> Assignment:
@@ -73,16 +73,16 @@ def _without_last(routing: Assignment) -> Assignment:
 
 
 class HfExperts(Experts):
-    """The experts of a model of transformers, as a layer of ours calls experts.
+    """The experts of a model of transformers, with the interface of our own experts.
 
     Args:
-        native: experts behind transformers' interface: `gate_up_proj` or `up_proj`, and `down_proj`, stacked.
+        experts: experts behind transformers' interface: `gate_up_proj` or `up_proj`, and `down_proj`, stacked.
     """
 
-    def __init__(self, native: nn.Module) -> None:
+    def __init__(self, experts: nn.Module) -> None:
         super().__init__()
-        self.native = native
-        self.num_experts: int = native.num_experts  # pyrefly: ignore[bad-assignment]
+        self.experts = experts
+        self.num_experts: int = experts.num_experts  # pyrefly: ignore[bad-assignment]
 
     def called_modules(self) -> list[nn.Module]:
         """Itself: the experts of transformers call it from their own forward pass, when their hooks have run."""
@@ -91,32 +91,32 @@ class HfExperts(Experts):
     @property
     def stacked(self) -> Stacked | None:
         """Its weights, if all that its experts compute is `down(activation(up(row)))` with an activation of ours."""
-        n: Any = self.native
+        n: Any = self.experts
         activation = _activation(n)
         if activation is None or getattr(n, "has_post_expert_norm", False):
             return None
         (up, up_bias), (down, down_bias) = (
-            self._map("gate_up_proj" if n.has_gate else "up_proj"),
-            self._map("down_proj"),
+            self._projection("gate_up_proj" if n.has_gate else "up_proj"),
+            self._projection("down_proj"),
         )
         return Stacked(up, up_bias, down, down_bias, activation)
 
     def forward(self, rows: Float[Tensor, "R D"], counts: Int[Tensor, "E"]) -> Float[Tensor, "R O"]:
         """Up, gate or activation, down, and the norm that some families put behind."""
-        n: Any = self.native
+        n: Any = self.experts
         if n.has_gate:
             hidden = n._apply_gate(self._linear("gate_up_proj", rows, counts))
         else:
             hidden = n.act_fn(self._linear("up_proj", rows, counts))
-        answers = self._linear("down_proj", hidden, counts)
-        return n.post_expert_norm(answers) if getattr(n, "has_post_expert_norm", False) else answers
+        outputs = self._linear("down_proj", hidden, counts)
+        return n.post_expert_norm(outputs) if getattr(n, "has_post_expert_norm", False) else outputs
 
     def _linear(self, name: str, rows: Float[Tensor, "R D"], counts: Int[Tensor, "E"]) -> Float[Tensor, "R O"]:
-        weight, bias = self._map(name)
+        weight, bias = self._projection(name)
         return grouped_linear(rows, weight, counts, bias)
 
-    def _map(self, name: str) -> tuple[Float[Tensor, "E O D"], Float[Tensor, "E O"] | None]:
-        n: Any = self.native
+    def _projection(self, name: str) -> tuple[Float[Tensor, "E O D"], Float[Tensor, "E O"] | None]:
+        n: Any = self.experts
         weight = getattr(n, name)
         return weight.transpose(1, 2) if n.is_transposed else weight, getattr(n, f"{name}_bias") if n.has_bias else None
 
@@ -124,17 +124,17 @@ class HfExperts(Experts):
 _ACTIVATIONS: WeakKeyDictionary[nn.Module, Activation | None] = WeakKeyDictionary()
 
 
-def _activation(native: Any) -> Activation | None:
+def _activation(experts: Any) -> Activation | None:
     """The activation of transformers' experts, recognised by what it computes; None for one that is none of ours."""
-    if native not in _ACTIVATIONS:
-        act = getattr(native, "act_fn", F.silu)
-        theirs, ours = (native._apply_gate, [ClampedGlu(), Glu(act)]) if native.has_gate else (act, [Plain(act)])
+    if experts not in _ACTIVATIONS:
+        act = getattr(experts, "act_fn", F.silu)
+        theirs, ours = (experts._apply_gate, [ClampedGlu(), Glu(act)]) if experts.has_gate else (act, [Plain(act)])
         x = torch.linspace(-12, 12, 96, dtype=torch.float64).view(4, 24)
         with torch.no_grad():
-            _ACTIVATIONS[native] = next(
+            _ACTIVATIONS[experts] = next(
                 (activation for activation in ours if torch.allclose(theirs(x), activation(x))), None
             )
-    return _ACTIVATIONS[native]
+    return _ACTIVATIONS[experts]
 
 
 def use_transformers_backends() -> list[str]:

@@ -1,4 +1,4 @@
-"""What transformers' families call the same things: configuration and module attributes, and a reader for them."""
+"""Names of the attributes that hold E, K and the like in the configurations and modules of transformers' families."""
 
 from __future__ import annotations
 

@@ -2,9 +2,9 @@
 
 from moeify.inspect.causality import Causality, Leak, check_causality
 from moeify.inspect.collapse import (
-    answer_similarity,
     effective_rank,
     margin,
+    output_similarity,
     overlap,
     participation_ratio,
     redundancy,
@@ -17,7 +17,20 @@ from moeify.inspect.load import ExpertLoad, expert_load
 from moeify.inspect.page import write_report
 
 __all__ = [
-    "Causality", "ExpertLoad", "Leak", "answer_similarity", "check_causality", "effective_rank", "expert_load",
-    "margin", "overlap", "participation_ratio", "redundancy", "representation_collapse", "switched", "weight_cosine",
-    "without_first", "write_report",
+    "Causality",
+    "ExpertLoad",
+    "Leak",
+    "check_causality",
+    "effective_rank",
+    "expert_load",
+    "margin",
+    "output_similarity",
+    "overlap",
+    "participation_ratio",
+    "redundancy",
+    "representation_collapse",
+    "switched",
+    "weight_cosine",
+    "without_first",
+    "write_report",
 ]  # fmt: skip

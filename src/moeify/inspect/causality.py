@@ -22,7 +22,7 @@ class Leak:
     """A token of which something changed because another token was replaced.
 
     Attributes:
-        what: whether its experts and their weights changed, or only what the layer answered it.
+        what: whether its experts and their weights changed, or only the layer's output for it.
         token: the sequence and the position of the token that changed.
         by: the sequence and the position of the token that was replaced.
     """

@@ -52,7 +52,7 @@ def switched(one: Assignment, other: Assignment) -> float:
     """The share of the tokens that both route whose first expert differs between two decisions.
 
     Raises:
-        ValueError: decisions that do not tell first choices, or on different numbers of tokens.
+        ValueError: decisions without the rank of their rows, or on different numbers of tokens.
     """
     mine, theirs = _first(one), _first(other)
     if len(mine) != len(theirs):
@@ -61,14 +61,14 @@ def switched(one: Assignment, other: Assignment) -> float:
     return (mine != theirs)[both].float().mean().item()
 
 
-def answer_similarity(experts: Experts, x: Float[Tensor, "T D"]) -> dict[str, float]:
-    """How alike the experts' answers to the same tokens are: mean `cosine` and mean `cka` over pairs of experts.
+def output_similarity(experts: Experts, x: Float[Tensor, "T D"]) -> dict[str, float]:
+    """How alike the experts' outputs for the same tokens are: mean `cosine` and mean `cka` over pairs of experts.
 
     `moeify.losses.cosine` and `moeify.losses.linear_cka` have the pairs. A few hundred tokens are enough.
     """
     with torch.no_grad():
-        answers = experts.all_outputs(x)
-        pairs = {"cosine": losses.cosine(answers), "cka": losses.linear_cka(answers)}
+        outputs = experts.all_outputs(x)
+        pairs = {"cosine": losses.cosine(outputs), "cka": losses.linear_cka(outputs)}
         return {name: losses.similarity(matrix).item() for name, matrix in pairs.items()}
 
 
@@ -169,7 +169,7 @@ def redundancy(model: nn.Module, loss: Callable[[], float]) -> dict[str, float]:
 def _without_first(module: nn.Module, args: tuple, routing: Routing) -> Assignment:
     if not isinstance(routing, Assignment) or routing.rank is None:
         raise ValueError(
-            f"{type(module).__name__} does not tell which expert is a token's first, so none can be masked"
+            f"{type(module).__name__} does not record which expert is a token's first, so none can be masked"
         )
     return routing.only(routing.rank > 0).with_weight_sums_of(routing)
 
@@ -188,7 +188,7 @@ def _used(routing: Assignment, other: Assignment) -> Bool[Tensor, "T E"]:
 def _first(routing: Assignment) -> Int[Tensor, "T"]:
     """The first expert of every token, -1 where there is none."""
     if routing.rank is None:
-        raise ValueError("this decision does not tell which expert is a token's first")
+        raise ValueError("this decision does not record which expert is a token's first")
     first = routing.rank == 0
     expert = torch.full((math.prod(routing.shape),), -1, device=routing.counts.device)
     return expert.index_put((routing.source[first],), routing.expert[first])

@@ -1,4 +1,4 @@
-"""Tell `torch.compile` that the result of a function does not change, without importing the compiler.
+"""Mark functions whose result is constant to `torch.compile`, without importing the compiler.
 
 `torch.compiler.assume_constant_result` sets the same mark, but imports `torch._dynamo` at once, and with it triton and
 sympy: more than a second, for programs that may never compile.

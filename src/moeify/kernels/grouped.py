@@ -23,7 +23,7 @@ def grouped_linear(
     counts: Int[Tensor, "E"],
     bias: Float[Tensor, "E O"] | None = None,
 ) -> Float[Tensor, "R O"]:
-    """Map the first `counts[0]` rows by `weight[0]`, the next `counts[1]` by `weight[1]`, and so on.
+    """Multiply the first `counts[0]` rows by `weight[0]`, the next `counts[1]` by `weight[1]`, and so on.
 
     Follows autocast; otherwise rows take the dtype of the weight.
 

@@ -14,6 +14,6 @@ def naive_grouped_linear(
     counts: Int[Tensor, "E"],
     bias: Float[Tensor, "E O"] | None = None,
 ) -> Float[Tensor, "R O"]:
-    """Map the first `counts[0]` rows by `weight[0]`, the next `counts[1]` by `weight[1]`, and so on."""
+    """Multiply the first `counts[0]` rows by `weight[0]`, the next `counts[1]` by `weight[1]`, and so on."""
     parts = rows.split(counts.tolist())
     return torch.cat([F.linear(part, weight[e], None if bias is None else bias[e]) for e, part in enumerate(parts)])

@@ -81,7 +81,7 @@ class Stacked:
         up_bias: its bias.
         down: the down projection.
         down_bias: its bias.
-        activation: what lies between.
+        activation: between the projections.
     """
 
     up: Float[Tensor, "E M D"]

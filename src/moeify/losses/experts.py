@@ -61,7 +61,7 @@ def erc(proxies: Float[Tensor, "E D"], experts: FFN, alpha: float = 1.0) -> Floa
 
     Args:
         proxies: router rows, `proxies(router.weight)` in the paper.
-        experts: the experts; M is the norm of what they give to their activation, without bias.
+        experts: the experts; M is the norm of the input of their activation, without bias.
         alpha: how much larger the norm of the own expert must be, in [0, 1]: the others stay below α M_ii.
     """
     norms = torch.einsum("id,jhd->ijh", proxies, experts.activated.float()).norm(dim=-1)

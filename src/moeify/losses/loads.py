@@ -88,7 +88,7 @@ def importance(routing: Assignment) -> Float[Tensor, ""]:
 def load_loss(routing: Assignment) -> Float[Tensor, ""]:
     """CV² of the rows that each expert can expect; 0 for perfect balance (Shazeer et al. 2017, eq. 11).
 
-    A router with noise gives the expected rows, with a gradient; of any other it is the assigned rows, without one.
+    Noisy routers compute the expected rows, with a gradient; for all others they are the assigned rows, without one.
     """
     expected = routing.evidence.expected_load
     return cv_squared(routing.assigned.float() if expected is None else expected)

@@ -1,4 +1,4 @@
-"""A supervised loss for the router: the wanted expert of every image is known (Mobile V-MoE)."""
+"""A supervised loss for the router: the target expert of every image is known (Mobile V-MoE)."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from moeify.routing import Routing
 
 
 def supervision(routing: Routing, target: Int[Tensor, "B"]) -> Float[Tensor, ""]:
-    """Mean over decisions of the cross-entropy of softmax(z) with the wanted expert (Mobile V-MoE, arXiv 2309.04354).
+    """Mean over decisions of the cross-entropy of softmax(z) with the target expert (Mobile V-MoE, arXiv 2309.04354).
 
     Args:
         routing: a decision with logits.
-        target: the wanted expert of every sequence or image, for all decisions in it.
+        target: the target expert of every sequence or image, for all decisions in it.
 
     Raises:
         ValueError: the decision keeps no logits, or does not know its sequences.

@@ -49,7 +49,7 @@ class Arrow(Router):
         self._experts: tuple[Any, ...] = ()
 
     def attach(self, experts: Any) -> None:
-        """Take hold of the experts, whose weights are the router."""
+        """Keep a reference to the experts, whose weights are the router."""
         if not hasattr(experts, "lora_A"):
             raise ValueError(
                 f"Arrow reads the direction of an expert from low-rank matrices A and B, and {type(experts).__name__} "
@@ -64,7 +64,7 @@ class Arrow(Router):
         if not self._experts:
             raise ValueError("this router was never given the experts that it reads; put it into a MoE, or attach them")
         a, b = self._experts[0].lora_A.detach(), self._experts[0].lora_B.detach()
-        return cached(self._experts[0], "prototypes", [a, b], lambda: leading(a, b))
+        return cached(self._experts[0], "prototypes", [a, b], lambda: input_directions(a, b))
 
     def forward(self, x: Float[Tensor, "... D"], context: Context) -> Assignment:
         """Route every real token along the prototypes."""
@@ -77,15 +77,15 @@ class Arrow(Router):
 
     @property
     def mixing_flops(self) -> int:
-        """A token meets every prototype; they are no parameters, so nobody else counts them."""
+        """A token is multiplied by every prototype; these are no parameters, so no other count has them."""
         return 2 * self.num_experts * self.width
 
     def extra_repr(self) -> str:
-        """Experts per token, and how sharp the choice is."""
+        """Experts per token, and the temperature."""
         return f"experts={self.num_experts}, k={self.k}, temperature={self.temperature}"
 
 
-def leading(a: Float[Tensor, "E r D"], b: Float[Tensor, "E O r"]) -> Float[Tensor, "E D"]:
+def input_directions(a: Float[Tensor, "E r D"], b: Float[Tensor, "E O r"]) -> Float[Tensor, "E D"]:
     """The right singular vector of every B A to its largest singular value, exactly, in fp32.
 
     With Aᵀ = Q R and B = Q' R' it is Q times that of the small matrix R' Rᵀ; B A itself is never formed.

@@ -34,7 +34,7 @@ class Router(nn.Module, ABC):
         """Route the real tokens among x."""
 
     def attach(self, experts: Any) -> None:
-        """Take hold of the layer's experts, before its first forward pass; a router that only reads tokens need not.
+        """Keep a reference to the layer's experts; by default a router reads the tokens only, and keeps none.
 
         `MoE` calls it of its router and of every router inside it. Keep the experts where PyTorch does not look for
         parameters, as in `self._experts = (experts,)`: they are the layer's.
@@ -52,10 +52,10 @@ class Router(nn.Module, ABC):
             routers: all routers of the model in their order, this one among them.
         """
 
-    def follow(self, previous: Router) -> Router:
-        """Work together with the router of the sparse layer before in the same stack, or let another take this place.
+    def link_to(self, previous: Router) -> Router:
+        """Link this router to that of the previous sparse layer in the stack, or return one that replaces it.
 
-        `sparsify` calls it of every router but the first of a stack, and puts in place what it returns; such routers
+        `sparsify` calls it of every router but the first of a stack, and puts in place what it returns; linked routers
         leave their decisions in `context.call.decisions`. A router that decides alone returns itself.
         """
         return self

@@ -63,7 +63,7 @@ class Compete(Router):
         self._experts: tuple[Any, ...] = ()
 
     def attach(self, experts: Any) -> None:
-        """Take hold of the experts that compete."""
+        """Keep a reference to the experts that compete."""
         self._experts = (experts,)
 
     def begin_step(self, step: int, seed: int, routers: Sequence[Router]) -> None:

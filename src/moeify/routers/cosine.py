@@ -58,7 +58,7 @@ class Cosine(Router):
         self.log_temperature = nn.Parameter(torch.tensor([math.log(temperature)]))
 
     def forward(self, x: Float[Tensor, "... D"], context: Context) -> Assignment:
-        """Route every real token to the experts that point its way."""
+        """Route every real token to the experts of the highest cosine."""
         tokens = real_tokens(x, context)
         directions = F.normalize(project(tokens.x, self.projection), dim=-1)
         cosines = project(directions, F.normalize(self.embedding.float(), dim=-1))

@@ -60,7 +60,7 @@ class DefaultVector(Router):
         self._experts: tuple[Any, ...] = ()
 
     def attach(self, experts: Any) -> None:
-        """Take hold of the experts whose outputs are averaged."""
+        """Keep a reference to the experts whose outputs are averaged."""
         self._experts = (experts,)
 
     def forward(self, x: Float[Tensor, "... D"], context: Context) -> Assignment:
@@ -74,7 +74,7 @@ class DefaultVector(Router):
         routing = tokens.assign(indices, topk_weights, self.num_experts, Evidence(logits=logits, scores=p))
         outputs = self._experts[0](routing.dispatch(x), routing.counts)
         if self.training and torch.is_grad_enabled() and not recomputing():
-            self._learn(routing, outputs.detach().float())
+            self._update_averages(routing, outputs.detach().float())
         with torch.autocast(x.device.type, enabled=False):
             default_output = p.scatter(-1, indices, 0.0) @ self.default.clone()  # a later pass may change the buffer
         if tokens.positions is not None:
@@ -84,7 +84,7 @@ class DefaultVector(Router):
         return replace(routing, expert_outputs=outputs, default_output=default_output)
 
     @torch.no_grad()
-    def _learn(self, routing: Assignment, outputs: Float[Tensor, "R O"]) -> None:
+    def _update_averages(self, routing: Assignment, outputs: Float[Tensor, "R O"]) -> None:
         total = torch.zeros_like(self.default).index_add(0, routing.expert, outputs)
         rows = routing.counts.to(total.dtype)
         ranks.all_reduce(total)

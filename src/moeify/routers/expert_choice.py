@@ -17,10 +17,10 @@ from moeify.routing import Assignment, Evidence
 
 @register("router", "expert_choice")
 class ExpertChoice(Router):
-    """Every expert takes the `factor · N / E` tokens it scores highest in each group of N (arXiv 2202.09368, eqs. 1-3).
+    """Every expert takes the `factor · N / E` tokens it scores highest in a sequence of N (arXiv 2202.09368, eqs. 1-3).
 
     That number is rounded up. Perfectly balanced by construction; a token is taken by 0 to E experts. A token's chance
-    depends on the other tokens of its group, later ones included: not for decoders.
+    depends on the other tokens of its sequence, later ones included: not for decoders.
 
     Args:
         width: D.
@@ -68,7 +68,7 @@ class ExpertChoice(Router):
         return math.ceil(self.factor * tokens / self.num_experts)
 
     def rows_per_token(self, tokens: int | None = None) -> float:
-        """The factor, or what rounding makes of it in a group of so many tokens."""
+        """The factor, or what rounding makes of it in a sequence of so many tokens."""
         if tokens is None or self.per == "batch":
             return self.factor
         return self.num_experts * self.slots(tokens) / tokens

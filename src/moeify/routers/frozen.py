@@ -14,7 +14,7 @@ from moeify.routing import Assignment, Evidence
 
 @register("router", "frozen")
 class Frozen(Router):
-    """The k experts of the largest random projections, weighed by a softmax over those k (arXiv 2303.01610).
+    """The k experts of the largest random projections, weighted by a softmax over those k (arXiv 2303.01610).
 
     The projection is a buffer: saved, never trained. Training begins with a k below E and ends with k = E, by
     `moeify.train.KSchedule`; afterwards k is free to choose, and quality rises with it.

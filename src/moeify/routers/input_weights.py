@@ -15,7 +15,7 @@ from moeify.routing import Assignment
 
 @register("router", "input_weights")
 class InputWeights(Router):
-    """The weights that the model was called with, of every token or sequence, for all layers or for each its own.
+    """Weights that the model was called with, per token or sequence, the same in all layers or of each layer.
 
         with extra_inputs(model, adapter_weights=weights):
             model(...)
@@ -29,10 +29,10 @@ class InputWeights(Router):
             (B, E); of all experts alike (B,) or a single number.
 
     Attributes:
-        number: which of the layers this is, for weights of each layer's own.
+        number: which of the layers this is, for weights that differ by layer.
 
     Raises:
-        ValueError: in `forward`, weights that the model was not weights, or that fit neither tokens nor sequences.
+        ValueError: in `forward`, weights that the model was not called with, or that fit neither tokens nor sequences.
     """
 
     def __init__(self, width: int, num_experts: int, *, key: str = "adapter_weights") -> None:

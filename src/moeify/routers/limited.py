@@ -17,16 +17,16 @@ from moeify.routing import Assignment
 
 
 class Capacity(Router):
-    """Drops what exceeds an expert's capacity from the decisions of another router.
+    """Drops or moves the rows of another router's decisions that exceed the capacity of an expert.
 
     Args:
         router: the router whose decisions are limited; it must give `Assignment`s.
         factor: capacity factor in training.
         eval_factor: capacity factor in evaluation.
         capacity: the formula that turns a factor into slots: papers disagree by more than a factor of two.
-        priority: who is kept, see `moeify.capacity.limit`.
-        overflow: what happens to a token that lost a row, see `moeify.capacity.limit`; with `next` the room that an
-            earlier token finds depends on later ones.
+        priority: which rows are kept, see `moeify.capacity.limit`.
+        overflow: what happens to a token that lost a row, see `moeify.capacity.limit`; with `next` the slots that
+            are free for an earlier token depend on later ones.
         per: whether an expert's slots are for the whole batch, or for each sequence or image (`sequence`).
     """
 
@@ -51,14 +51,14 @@ class Capacity(Router):
         self.per: Literal["batch", "sequence"] = per
         self.causal = router.causal and priority == "position" and overflow != "next"
 
-    def follow(self, previous: Router) -> Router:
-        """Let the inner router follow the one inside the layer before."""
+    def link_to(self, previous: Router) -> Router:
+        """Link the wrapped router to the one that the previous layer's router wraps."""
         assert isinstance(previous, Capacity)
-        self.router = self.router.follow(previous.router)
+        self.router = self.router.link_to(previous.router)
         return self
 
     def forward(self, x: Float[Tensor, "... D"], context: Context) -> Assignment:
-        """Decide as the inner router does, then keep at most the capacity of every expert."""
+        """Decide as the wrapped router does, then keep at most the capacity of every expert."""
         routing = self.router(x, context)
         k = max(1, round(routing.source.shape[0] / routing.tokens))  # on average, where the number varies
         factor = self.factor if self.training else self.eval_factor
@@ -66,7 +66,7 @@ class Capacity(Router):
         return limit(routing, slots, priority=self.priority, overflow=self.overflow, per=self.per)
 
     def _scope(self, routing: Assignment) -> int:
-        """The tokens that a capacity is for: those of the batch, or of the largest group."""
+        """The tokens that a capacity is for: those of the batch, or of the largest sequence."""
         if self.per == "batch" or routing.sequence_id is None:
             return routing.tokens
         return int(routing.sequence_id.unique(return_counts=True)[1].max())

@@ -83,19 +83,19 @@ def balanced_table(size: int, num_experts: int, k: int) -> Int[Tensor, "size k"]
 
 
 def columns(model: nn.Module) -> set[str]:
-    """What the routers of a model look up, each by the name in its attribute `key`, and no forward in it takes."""
+    """The inputs that routers of a model look up, named by their attribute `key`, and that no forward in it takes."""
     wanted = {str(part.key) for part in model.modules() if isinstance(part, Router) and hasattr(part, "key")}
-    kinds = {type(module) for module in model.modules()} if wanted else set()
-    return wanted - {name for kind in kinds for name in inspect.signature(kind.forward).parameters}
+    classes = {type(module) for module in model.modules()} if wanted else set()
+    return wanted - {name for module_class in classes for name in inspect.signature(module_class.forward).parameters}
 
 
 @contextmanager
-def routed(model: nn.Module, batch: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    """The batch without the columns that only routers read; these are given to the routers inside."""
+def split_router_inputs(model: nn.Module, batch: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """Pass the columns that only routers read to the routers while it lasts; yields the other columns."""
     looked_up = {name: batch[name] for name in columns(model) & batch.keys()}
-    rest = {name: value for name, value in batch.items() if name not in looked_up}
+    others = {name: value for name, value in batch.items() if name not in looked_up}
     if not looked_up:
-        yield rest
+        yield others
         return
     with extra_inputs(model, **looked_up):
-        yield rest
+        yield others

@@ -1,4 +1,4 @@
-"""Routing by cluster: samples with similar instructions share an expert, and one more serves them all (MoCLE)."""
+"""Routing by cluster: samples with similar instructions share an expert, beside a universal expert (MoCLE)."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ class Cluster(Router):
         (sequence_id, cluster), which = samples.unique(dim=1, return_inverse=True)
         self._require_known(cluster)
         logits = project(self.embedding(cluster), self.weight)
-        p = (self._disturbed(logits) / self.temperature).softmax(-1)
+        p = (self._noisy(logits) / self.temperature).softmax(-1)
         certainty, expert = p.max(-1)
         indices, topk_weights = [expert], [certainty if self.gate == "once" else certainty.square()]
         if self.universal:
@@ -90,7 +90,7 @@ class Cluster(Router):
         evidence = Evidence(logits=logits, scores=p, sequence_id=sequence_id)
         return tokens.assign(indices, topk_weights, self.num_experts, evidence)
 
-    def _disturbed(self, logits: Float[Tensor, "L E"]) -> Float[Tensor, "L E"]:
+    def _noisy(self, logits: Float[Tensor, "L E"]) -> Float[Tensor, "L E"]:
         return logits + self.noise * torch.randn_like(logits) if self.training else logits
 
     def _require_known(self, cluster: Int[Tensor, "L"]) -> None:

@@ -52,7 +52,7 @@ class MoLE(Router):
         self._experts: tuple[Any, ...] = ()
 
     def attach(self, experts: Any) -> None:
-        """Take hold of the experts, and make W as wide as their outputs."""
+        """Keep a reference to the experts, and make W as wide as their outputs."""
         self._experts = (experts,)
         like = next(experts.parameters(), self.log_temperature)
         with torch.no_grad():

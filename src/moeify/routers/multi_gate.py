@@ -27,7 +27,7 @@ class MultiGate(Router):
         width: D.
         num_experts: E.
         gates: G.
-        private: experts that belong to each gate alone, the first of them to the first gate; the rest is shared.
+        private: experts that belong to each gate alone, the first of them to the first gate; all others are shared.
 
     Raises:
         ValueError: more private experts than there are experts, or a gate without an expert.
@@ -50,7 +50,7 @@ class MultiGate(Router):
         return tokens.assign(indices, scores.mT, self.num_experts, decisions(tokens, logits, scores))
 
     def extra_repr(self) -> str:
-        """Who sees what."""
+        """The gates, and the experts that each sees."""
         return f"experts={self.num_experts}, gates={self.gates}, private={self.private}"
 
 
@@ -71,7 +71,7 @@ class SparseMultiGate(Router):
         private: experts that belong to each gate alone, see `MultiGate`.
 
     Raises:
-        ValueError: k outside what a gate sees, or a union without room for the first choice of every gate.
+        ValueError: k outside what a gate sees, or a union too small for the first choice of every gate.
     """
 
     weights_sum_to_one = True
@@ -83,7 +83,7 @@ class SparseMultiGate(Router):
         sees = visible(num_experts, gates, private)
         check_k(k, int(sees[0].sum()), normalize=True)
         if union < gates:
-            raise ValueError(f"a union of {union} experts has no room for the first choice of each of {gates} gates")
+            raise ValueError(f"a union of {union} experts is too small for the first choice of each of {gates} gates")
         self.num_experts, self.gates, self.per_gate, self.union = num_experts, gates, k, min(union, num_experts)
         self.register_buffer("sees", sees, persistent=False)
         self.weight = xavier(gates, num_experts, width)
@@ -99,13 +99,13 @@ class SparseMultiGate(Router):
         logits = gate_logits(tokens, self.weight, self.sees)
         scores = logits.softmax(-1)
         chosen_by_gate = among(scores, self.per_gate)
-        kept = self._united(scores.detach() * chosen_by_gate, among(scores, 1).any(1))
+        kept = self._union(scores.detach() * chosen_by_gate, among(scores, 1).any(1))
         weight = scores * (chosen_by_gate & kept.unsqueeze(1))  # (T, G, E)
         weight = weight / weight.sum(-1, keepdim=True)
         chosen = (chosen_by_gate & kept.unsqueeze(1)).any(1)
         return tokens.assign_where(chosen, weight.mT, decisions(tokens, logits, scores))
 
-    def _united(self, chosen_by_gate: Float[Tensor, "T G E"], first: Bool[Tensor, "T E"]) -> Bool[Tensor, "T E"]:
+    def _union(self, chosen_by_gate: Float[Tensor, "T G E"], first: Bool[Tensor, "T E"]) -> Bool[Tensor, "T E"]:
         """The experts of the union; a sum over gates is at most G, so first choices come before all others."""
         return among(chosen_by_gate.sum(1) + (self.gates + 1) * first, self.union)
 

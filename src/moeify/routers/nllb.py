@@ -25,7 +25,7 @@ class FinalMask(Router):
     """Drops everything that a token gets from its experts with probability p, and scales it by 1 / (1 - p) otherwise.
 
     Final output masking (NLLB, arXiv 2207.04672): to mask Σ_j g_j E_j(x) is to mask the g_j, so a masked token has
-    no rows, and they cost nothing. In training only. What the inner router chose stays in `assigned`,
+    no rows, and they cost nothing. In training only. What the wrapped router chose stays in `assigned`,
     `choices` and `scores`, by which losses and controllers go.
 
     Args:
@@ -42,14 +42,14 @@ class FinalMask(Router):
         self.router, self.p = router, p
         self.causal, self.weights_sum_to_one = router.causal, router.weights_sum_to_one
 
-    def follow(self, previous: Router) -> Router:
-        """Let the inner router follow the one inside the layer before."""
+    def link_to(self, previous: Router) -> Router:
+        """Link the wrapped router to the one that the previous layer's router wraps."""
         assert isinstance(previous, FinalMask)
-        self.router = self.router.follow(previous.router)
+        self.router = self.router.link_to(previous.router)
         return self
 
     def forward(self, x: Float[Tensor, "... D"], context: Context) -> Assignment:
-        """Decide as the inner router does, then mask tokens in training."""
+        """Decide as the wrapped router does, then mask tokens in training."""
         routing = self.router(x, context)
         if not self.training or self.p == 0:
             return routing
@@ -68,7 +68,7 @@ class FinalMask(Router):
 class Conditional(Router):
     """y = (1 - G(x)) · E_E(x) + G(x) · Σ_{j<E} g_j E_j(x), G(x) = sigmoid(w·x + b) (conditional MoE routing, NLLB).
 
-    The last expert is the dense one: every token goes to it, and the inner router chooses among the others. As in the
+    The last expert is the dense one: every token goes to it, and the wrapped router chooses among the others. As in the
     authors' code (fairseq, branch nllb), a G that is dropped leaves the dense expert alone, and others are scaled up,
     even beyond 1. `moeify.losses.budget` holds the mean of G where it is wanted.
 
@@ -96,19 +96,19 @@ class Conditional(Router):
         self.weight = nn.Parameter(torch.randn(1, width) * init_std)
         self.bias = nn.Parameter(torch.zeros(1))
 
-    def follow(self, previous: Router) -> Router:
-        """Let the inner router follow the one inside the layer before."""
+    def link_to(self, previous: Router) -> Router:
+        """Link the wrapped router to the one that the previous layer's router wraps."""
         assert isinstance(previous, Conditional)
-        self.router = self.router.follow(previous.router)
+        self.router = self.router.link_to(previous.router)
         return self
 
     def rows_per_token(self, tokens: int | None = None) -> float | None:
-        """One more than those of the inner router."""
+        """One more than those of the wrapped router."""
         inner = self.router.rows_per_token(tokens)
         return None if inner is None else inner + 1
 
     def forward(self, x: Float[Tensor, "... D"], context: Context) -> Assignment:
-        """Decide as the inner router does, then weigh its experts against the dense one."""
+        """Decide as the wrapped router does, then weigh its experts against the dense one."""
         routing, tokens = self.router(x, context), real_tokens(x, context)
         g = F.dropout(project(tokens.x, self.weight, self.bias).sigmoid().squeeze(-1), self.p, self.training)
         positions, gates = _everywhere(g, tokens)

@@ -64,14 +64,14 @@ class NoisyTopK(Router):
         """Route every real token by its noisy logits."""
         tokens = real_tokens(x, context)
         clean = project(tokens.x, self.weight)
-        noisy, load = self._disturb(clean, tokens.x) if self.training else (clean, None)
+        noisy, load = self._add_noise(clean, tokens.x) if self.training else (clean, None)
         scores = noisy.softmax(-1)
         top = noisy.topk(self.k, dim=-1)
         topk_weights = top.values.softmax(-1) if self.order == "select" else scores.gather(-1, top.indices)
         evidence = Evidence(logits=clean, scores=scores, expected_load=load)
         return tokens.assign(top.indices, topk_weights, self.num_experts, evidence)
 
-    def _disturb(
+    def _add_noise(
         self, clean: Float[Tensor, "T E"], tokens: Float[Tensor, "T D"]
     ) -> tuple[Float[Tensor, "T E"], Float[Tensor, "E"] | None]:
         """The noisy logits, and the load to expect of them."""

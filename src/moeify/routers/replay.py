@@ -17,15 +17,15 @@ from moeify.routing import Assignment, Routing
 
 
 class Replay(Router):
-    """Gives back recorded decisions, one per forward pass (R3, arXiv 2510.11370).
+    """Returns recorded decisions, one per forward pass (R3, arXiv 2510.11370).
 
     A forward pass that activation checkpointing repeats gets the latest decision again. `moeify.record.replay` puts
     this in the place of every router of a model.
 
     Args:
-        router: the router that decided then.
+        router: the router that made them.
         decisions: what it decided, in the order of the forward passes.
-        weights: `recorded` gives the weights back as constants; `recomputed` keeps the recorded experts and weighs
+        weights: `recorded` returns the weights as constants; `recomputed` keeps the recorded experts and weights
             them by the router's own scores of today, through which the router learns.
 
     Raises:
@@ -49,7 +49,7 @@ class Replay(Router):
         self.router = router
         self.decisions = [replace(decision.detached(), expert_outputs=None) for decision in decisions]
         self.weights = weights
-        self.given = 0
+        self.replayed = 0
         self.causal, self.weights_sum_to_one = router.causal, router.weights_sum_to_one
 
     def forward(self, x: Float[Tensor, "... D"], context: Context) -> Routing:
@@ -63,11 +63,13 @@ class Replay(Router):
         return decision if self.weights == "recorded" else self._reweighed(decision, x, context)
 
     def _next(self) -> Routing:
-        if not (recomputing() and self.given):
-            if self.given == len(self.decisions):
-                raise ValueError(f"all {self.given} recorded decisions have been replayed; record one per forward pass")
-            self.given += 1
-        return self.decisions[self.given - 1]
+        if not (recomputing() and self.replayed):
+            if self.replayed == len(self.decisions):
+                raise ValueError(
+                    f"all {self.replayed} recorded decisions have been replayed; record one per forward pass"
+                )
+            self.replayed += 1
+        return self.decisions[self.replayed - 1]
 
     def _reweighed(self, decision: Routing, x: Float[Tensor, "... D"], context: Context) -> Assignment:
         assert isinstance(decision, Assignment)

@@ -60,8 +60,8 @@ class Residual(Router):
         self.register_parameter("residual", None)
         self._previous: tuple[Router, ...] = ()
 
-    def follow(self, previous: Router) -> Router:
-        """Read the logits of this router too."""
+    def link_to(self, previous: Router) -> Router:
+        """Read the logits of the previous router too."""
         self._previous = (previous,)  # not a submodule: it belongs to its own layer
         self.residual = nn.Parameter(
             self.weight.new_empty(self.num_experts, self.num_experts).normal_(0, self.init_std)

@@ -34,7 +34,7 @@ class SharedRouting(Router):
         context.call.decisions[self] = routing = self.router(x, context)
         return routing
 
-    def follow(self, previous: Router) -> Router:
+    def link_to(self, previous: Router) -> Router:
         """A `ReusedRouting` of the first layer's router, in the place of this one."""
         return ReusedRouting(previous.shared if isinstance(previous, ReusedRouting) else previous)
 

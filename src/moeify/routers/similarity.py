@@ -62,7 +62,7 @@ class Similarity(Router):
         self.register_buffer("centroids", torch.randn(num_experts, width))
 
     def forward(self, x: Float[Tensor, "... D"], context: Context) -> Assignment:
-        """Route all real tokens of a sequence, or each by itself, to what it is most like."""
+        """Route all real tokens of a sequence, or each by itself, to the experts with the nearest centroids."""
         tokens = real_tokens(x, context)
         units, ids, which = tokens.x.float(), tokens.sequence_id, torch.arange(len(tokens.x), device=x.device)
         if self.per == "sequence":

@@ -57,14 +57,14 @@ class Sinkhorn(Router):
 
 
 def plan(logits: Float[Tensor, "T E"], tolerance: float, iterations: int = 1000) -> Float[Tensor, "T E"]:
-    """exp(z + f + g), where f makes every row sum to 1 / T and g every column to 1 / E, found by turns.
+    """exp(z + f + g), where f makes every row sum to 1 / T and g every column to 1 / E, alternately.
 
     In logarithms nothing overflows, and the tolerance is relative.
 
     Args:
         logits: z.
-        tolerance: mean change of g at which the turns end.
-        iterations: of turns at most; each brings the rows closer, and the columns are exact after each.
+        tolerance: mean change of g at which the iteration ends.
+        iterations: at most; each brings the rows closer, and the columns are exact after each.
     """
     tokens, experts = logits.shape
     f, g = torch.zeros_like(logits[:, :1]), torch.zeros_like(logits[0])

@@ -19,7 +19,7 @@ class Soft(Router):
     """D = softmax over tokens, C = softmax over slots, of s · x̂ · μ̂ (Soft MoE, arXiv 2308.00951, eqs. 1-3 and 2.3).
 
     Nothing is sorted, chosen or dropped, so nothing needs balancing. x̂ and μ̂ are normalised over the width, for the
-    logits only. Tokens are mixed with those of their own sequence or image; padding gives nothing and gets nothing.
+    logits only. Tokens are mixed with those of their own sequence or image; padding enters no slot and has no output.
 
     Args:
         width: D.
@@ -41,7 +41,7 @@ class Soft(Router):
         self.scale = nn.Parameter(torch.ones(1))  # not a scalar, which FSDP cannot shard
 
     def forward(self, x: Float[Tensor, "... D"], context: Context) -> Mixture:
-        """Mix the real tokens of every group into the slots, and back."""
+        """Mix the real tokens of every sequence into the slots, and back."""
         tokens = real_tokens(x, context)
         table, real = tokens.by_sequence()  # (B, N)
         logits = self.scale.float() * project(_unit(tokens.x.float()), _unit(self.queries.float()))[table]  # (B, N, S)

@@ -1,7 +1,7 @@
-"""Token rounding: every expert is given whole tiles of rows, around any token-choice router (SonicMoE, 2512.14080).
+"""Token rounding: every expert computes whole tiles of rows, around any token-choice router (SonicMoE, 2512.14080).
 
 A tile of rows that is half full costs a kernel as much as a full one. So every expert either drops the weakest tokens
-of its last tile, or fills the tile up with those that want it most among the tokens that did not choose it:
+of its last tile, or fills the tile up with those of the highest score among the tokens that did not choose it:
 
     f = tokens that chose an expert
     f' = round(f)                          to a multiple of the tile
@@ -57,14 +57,14 @@ class TokenRounding(Router):
     """Rounds the rows of every expert to a multiple of the tile, in training (SonicMoE, algorithm 4).
 
     In evaluation tokens choose as they do without it, as in the paper. Rows that are dropped leave the other weights of
-    their token as they are; rows that are added weigh the score of the router, as in the authors' code
-    (Dao-AILab/sonic-moe). What the inner router chose stays in `assigned` and `choices`, by which losses and
+    their token as they are; added rows have the score of the router as weight, as in the authors' code
+    (Dao-AILab/sonic-moe). What the wrapped router chose stays in `assigned` and `choices`, by which losses and
     controllers go. An expert cannot read more tokens than there are: where the next tile would, rows are dropped.
 
     Args:
         router: the router whose decisions are rounded; it must score all experts for every token.
         tile: rows that a kernel multiplies at once.
-        rounding: the number of rows that an expert is given for the number that chose it: `nearest`, `up`, `down` or
+        rounding: the number of rows of an expert, for the number of tokens that chose it: `nearest`, `up`, `down` or
             `balanced`.
 
     Raises:
@@ -82,14 +82,14 @@ class TokenRounding(Router):
             )
         self.router, self.tile, self.rounding = router, tile, rounding
 
-    def follow(self, previous: Router) -> Router:
-        """Let the inner router follow the one inside the layer before."""
+    def link_to(self, previous: Router) -> Router:
+        """Link the wrapped router to the one that the previous layer's router wraps."""
         assert isinstance(previous, TokenRounding)
-        self.router = self.router.follow(previous.router)
+        self.router = self.router.link_to(previous.router)
         return self
 
     def forward(self, x: Float[Tensor, "... D"], context: Context) -> Assignment:
-        """Decide as the inner router does, then round in training."""
+        """Decide as the wrapped router does, then round in training."""
         routing = self.router(x, context)
         if not self.training:
             return routing

@@ -4,7 +4,7 @@ Mixtral, Switch, OLMoE, Qwen, DeepSeek, GPT-OSS and most routers of released mod
 
     s = score(W x)                     softmax | sigmoid | sqrt(softplus)
     c = s + b   (or W x + b)           the bias moves choices, never weights
-    c = expert_groups(c)                      experts of the other groups cannot be chosen
+    c = expert_groups(c)               experts of the other groups cannot be chosen
     i = topk(c, k);  g = s[i]
     g = g / sum(g);  g = scale · g
 """
@@ -36,7 +36,7 @@ def softmax(logits: Float[Tensor, "T E"]) -> Float[Tensor, "T E"]:
 
 @register("score", "sigmoid")
 def sigmoid(logits: Float[Tensor, "T E"]) -> Float[Tensor, "T E"]:
-    """1 / (1 + exp(-z)): every expert is judged alone (DeepSeek-V3)."""
+    """1 / (1 + exp(-z)): the score of an expert does not depend on the others (DeepSeek-V3)."""
     return logits.sigmoid()
 
 
@@ -135,7 +135,7 @@ class TopK(Router):
         self.register_buffer("selection_bias", torch.zeros(num_experts) if selection_bias else None)
 
     def forward(self, x: Float[Tensor, "... D"], context: Context) -> Assignment:
-        """Route every real token, or every group of tokens, to its k best experts."""
+        """Route every real token, or all tokens of every sequence, to its k best experts."""
         tokens = real_tokens(x, context)
         if self.per == "token":
             logits, scores, indices, topk_weights = self.decide(tokens.x)
@@ -148,7 +148,7 @@ class TopK(Router):
     def decide(
         self, units: Float[Tensor, "L D"]
     ) -> tuple[Float[Tensor, "L E"], Float[Tensor, "L E"], Int[Tensor, "L K"], Float[Tensor, "L K"]]:
-        """Logits, scores, chosen experts and their weights for tokens, or for the means of groups."""
+        """Logits, scores, chosen experts and their weights for tokens, or for the means of sequences."""
         logits = project(self._jittered(units), self.weight, self.bias)
         scores = self.score(logits)
         return logits, scores, *self.choose(logits, scores)
@@ -179,7 +179,7 @@ class TopK(Router):
         return tokens * noise.uniform_(1 - self.jitter, 1 + self.jitter)
 
     def extra_repr(self) -> str:
-        """The settings that tell one token-choice router from another."""
+        """The settings that distinguish token-choice routers."""
         return f"experts={self.num_experts}, k={self.k}, score={self.score.__name__}, normalize={self.normalize}"
 
 

@@ -195,7 +195,7 @@ def _layer(site: Site, recipe: Recipe, context: Context, previous: MoE | None) -
     like = next(site.dense.parameters())
     with made_on(like.device):
         router = recipe.router(site.width, recipe.num_experts)
-        router = (router if previous is None else router.follow(previous.router)).to(like.dtype)
+        router = (router if previous is None else router.link_to(previous.router)).to(like.dtype)
     with torch.device(like.device):
         experts = recipe.experts(site.dense, recipe.num_experts)
         shared = recipe.shared(site.dense, site.width)

@@ -80,7 +80,7 @@ def an_output_per_row(subject: _Subject) -> None:
             raise BrokenLaw(law, seen, "return a row of the same width for every row, also for none")
 
 
-def a_row_is_answered_by_its_own_expert_alone(subject: _Subject) -> None:
+def a_row_depends_on_its_own_expert_alone(subject: _Subject) -> None:
     """Many rows at once give what each row gives by itself, whichever experts have none."""
     experts = subject.experts()
     with uninitialised_memory_is_nan(), torch.no_grad():
@@ -88,9 +88,9 @@ def a_row_is_answered_by_its_own_expert_alone(subject: _Subject) -> None:
             rows, numbers = torch.randn(sum(counts), _WIDTH), torch.tensor(counts)
             if (error := difference(experts(rows, numbers), _one_by_one(experts, rows, numbers))) > 1e-5:
                 raise BrokenLaw(
-                    "a_row_is_answered_by_its_own_expert_alone",
+                    "a_row_depends_on_its_own_expert_alone",
                     f"rows for experts {counts} differ by {error:.2g} from one row at a time",
-                    "answer counts[0] rows by expert 0, the next counts[1] by expert 1; let rows not see each other",
+                    "compute counts[0] rows by expert 0, the next counts[1] by expert 1; let rows not see each other",
                 )
 
 
@@ -171,7 +171,7 @@ def evaluation_is_deterministic(subject: _Subject) -> None:
         raise BrokenLaw("evaluation_is_deterministic", seen, "let dropout and masks read self.training")
 
 
-def copies_and_saved_states_answer_alike(subject: _Subject) -> None:
+def copies_and_saved_states_have_the_same_outputs(subject: _Subject) -> None:
     """A deep copy, and new experts that were given the state of the old ones, give the same outputs."""
     experts, rows, counts = subject.experts(), torch.randn(10, _WIDTH), torch.tensor(_COUNTS[0])
     torch.manual_seed(1)
@@ -182,7 +182,7 @@ def copies_and_saved_states_answer_alike(subject: _Subject) -> None:
         if (error := difference(other(rows, counts), y)) > 0:
             seen = f"outputs of {what} differ by {error:.2g}"
             raise BrokenLaw(
-                "copies_and_saved_states_answer_alike", seen, "keep what outputs need as parameters or buffers"
+                "copies_and_saved_states_have_the_same_outputs", seen, "keep what outputs need as parameters or buffers"
             )
 
 
@@ -199,11 +199,11 @@ def stacked_weights_are_all_there_is(subject: _Subject) -> None:
 
 LAWS = [
     an_output_per_row,
-    a_row_is_answered_by_its_own_expert_alone,
+    a_row_depends_on_its_own_expert_alone,
     all_outputs_are_those_of_every_expert,
     gradients_are_those_of_the_outputs,
     half_precision_works,
     evaluation_is_deterministic,
-    copies_and_saved_states_answer_alike,
+    copies_and_saved_states_have_the_same_outputs,
     stacked_weights_are_all_there_is,
 ]

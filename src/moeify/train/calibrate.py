@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from moeify.layers import moe_layers, sparse_layers, watch_inputs
 from moeify.modes import in_evaluation
 from moeify.record import observe
-from moeify.routers.lookup import routed
+from moeify.routers.lookup import split_router_inputs
 from moeify.routing import Routing
 
 
@@ -41,7 +41,7 @@ def calibrate_all_experts(model: nn.Module) -> Iterator[None]:
         for moe in backends:
             moe.backend = "compose"  # others may read the weights of experts without calling them
         for layer in layers.values():
-            handles += layer.show_unread()
+            handles += layer.run_unrouted()
         yield
     finally:
         for handle in handles:
@@ -100,7 +100,7 @@ def tokens_per_expert(model: nn.Module, batches: Iterable[Mapping[str, Any] | Te
                 if isinstance(batch, Tensor):
                     model(batch.to(device))
                 else:
-                    with routed(model, batch) as inputs:
+                    with split_router_inputs(model, batch) as inputs:
                         model(**_moved(inputs, device))
     finally:
         for handle in handles:

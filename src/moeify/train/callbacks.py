@@ -36,7 +36,7 @@ class ExpertDropout(TrainerCallback):
         self.experts = [module for module in model.modules() if isinstance(module, FFN)]
         if not self.experts:
             raise ValueError(
-                f"expert dropout was asked for, but {type(model).__name__} has no experts of moeify; native models of "
+                f"expert dropout was asked for, but {type(model).__name__} has no experts of moeify; the MoE blocks of "
                 "transformers have no dropout in their experts, leave SparseArguments(dropout=None)"
             )
 

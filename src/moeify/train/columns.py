@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from moeify.routers.lookup import columns, routed
+from moeify.routers.lookup import columns, split_router_inputs
 
 _Trainer: Any = object  # at run time a trainer of transformers stands behind the mixin
 
@@ -23,10 +23,10 @@ class Columns(_Trainer):
 
     def training_step(self, model: nn.Module, inputs: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
         """Forward and backward, which may repeat the forward, with what the routers look up."""
-        with routed(self.model, inputs) as rest:
+        with split_router_inputs(self.model, inputs) as rest:
             return super().training_step(model, rest, *args, **kwargs)
 
     def prediction_step(self, model: nn.Module, inputs: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
         """Forward, or generation, with what the routers look up."""
-        with routed(self.model, inputs) as rest:
+        with split_router_inputs(self.model, inputs) as rest:
             return super().prediction_step(model, rest, *args, **kwargs)

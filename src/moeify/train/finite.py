@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from moeify.ranks import all_reduce
-from moeify.routers.lookup import routed
+from moeify.routers.lookup import split_router_inputs
 
 
 def is_finite(losses: Sequence[Tensor], model: nn.Module, *, gradients: bool = True) -> bool:
@@ -73,7 +73,7 @@ def _first_module(model: nn.Module, batch: Mapping[str, Any]) -> str | None:
         m.register_forward_hook(hook(name or "the model as a whole, its loss")) for name, m in model.named_modules()
     ]
     try:
-        with routed(model, batch) as inputs:
+        with split_router_inputs(model, batch) as inputs:
             model(**inputs)
     except FloatingPointError as error:
         found.append(str(error))

@@ -250,7 +250,7 @@ class SparseTrainerMixin(Columns, Saving):
 
 
 class SparseTrainer(SparseTrainerMixin, transformers.Trainer):
-    """`transformers.Trainer` for sparse models, ours and native ones; see `SparseTrainerMixin`."""
+    """`transformers.Trainer` for sparse models, ours and those of transformers; see `SparseTrainerMixin`."""
 
 
 class _Steps(TrainerCallback):

@@ -209,17 +209,17 @@ def test_weights_are_read_as_they_are_now(change):
 
 def test_transposed_weights_are_copied_where_that_is_allowed():
     config = GptOssConfig(hidden_size=32, intermediate_size=24, num_local_experts=4)
-    native_experts = GptOssExperts(config)
-    for parameter in native_experts.parameters():
+    hf_experts = GptOssExperts(config)
+    for parameter in hf_experts.parameters():
         nn.init.normal_(parameter, std=0.3)
-    experts, x = HfExperts(native_experts), torch.randn(5, 32)
+    experts, x = HfExperts(hf_experts), torch.randn(5, 32)
     routing = assign(torch.rand(5, 4).topk(2).indices, torch.rand(5, 2), 4)
     with torch.no_grad():
         with pytest.raises(ValueError, match=r"these are transposed; .*pack allows a copy"):
             backends.run("cpp", x, routing, experts)
-        pack(native_experts)
+        pack(hf_experts)
         check(x, routing, experts)
-        native_experts.down_proj.mul_(2)
+        hf_experts.down_proj.mul_(2)
         check(x, routing, experts)
 
 

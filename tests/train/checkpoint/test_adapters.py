@@ -23,7 +23,7 @@ def ours():
     return sparsify(causal_lm("llama"), Recipe(num_experts=4), verbose=False)
 
 
-def native():
+def hf_model():
     torch.manual_seed(0)
     return mixtral()
 
@@ -60,7 +60,7 @@ def logits(model):
         return model.eval()(input_ids=IDS[:1]).logits
 
 
-@pytest.mark.parametrize("build", [ours, native])
+@pytest.mark.parametrize("build", [ours, hf_model])
 def test_peft_opens_the_checkpoint_over_the_same_base(tmp_path, build):
     run = train(tmp_path, adapted(build()), 2)
     assert logits(run.model).ne(logits(build())).any()
@@ -71,7 +71,7 @@ def test_peft_opens_the_checkpoint_over_the_same_base(tmp_path, build):
     assert not list(tmp_path.rglob("*.pt"))
 
 
-@pytest.mark.parametrize("build", [ours, native])
+@pytest.mark.parametrize("build", [ours, hf_model])
 def test_a_resumed_run_is_the_run_that_was_not_interrupted(tmp_path, build):
     whole = train(tmp_path / "whole", adapted(build()), 4)
     again = interrupted(tmp_path / "parts", lambda: adapted(build()))
@@ -93,8 +93,8 @@ def test_what_is_trained_beside_the_adapters_comes_back_as_well(tmp_path):
 
 
 def test_other_adapters_are_refused_before_anything_is_assigned(tmp_path):
-    train(tmp_path, adapted(native()), 1)
-    other = get_peft_model(native(), LoraConfig(target_modules=["q_proj", "v_proj"], r=4))
+    train(tmp_path, adapted(hf_model()), 1)
+    other = get_peft_model(hf_model(), LoraConfig(target_modules=["q_proj", "v_proj"], r=4))
     before = {name: tensor.clone() for name, tensor in other.state_dict().items()}
     with pytest.raises(ValueError, match=r"does not fit the adapters of this model: .*lora_A.*same get_peft_model"):
         train(tmp_path, other, 2, resume=True)

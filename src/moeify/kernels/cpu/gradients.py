@@ -1,4 +1,4 @@
-"""Memory for the gradients of expert weights on a CPU: mapped once, kept, and added to in place."""
+"""Memory for the gradients of expert weights on a CPU: mapped once, reused, and accumulated in place."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Model = TypeVar("Model", bound=nn.Module)
 _LARGE = 2**21  # bytes of a gradient whose memory is kept: a huge page
 _MAPPED = 2**25  # bytes; the C library keeps smaller pieces when they are freed, larger ones are mapped anew every time
 _IN_PLACE: Any = WeakIdKeyDictionary()  # the parameters whose `.grad` backward passes may add to
-_SHELVES: Any = WeakIdKeyDictionary()  # parameter -> _Shelf
+_SHELVES: Any = WeakIdKeyDictionary()  # parameter -> _FreedMemory
 
 
 def accumulate_in_place(model: Model) -> Model:
@@ -37,7 +37,7 @@ def accumulate_in_place(model: Model) -> Model:
 
 
 def free_gradients(model: nn.Module) -> None:
-    """Give memory back to the system that waits for the next gradients of a model."""
+    """Return to the system the memory that is kept for the next gradients of a model."""
     for parameter in model.parameters():
         _SHELVES.pop(parameter, None)
 
@@ -56,7 +56,7 @@ class Place:
 
     @property
     def gradient(self) -> Tensor | None:
-        """What autograd is handed."""
+        """The gradient to return to autograd."""
         return None if self.adds else self.into
 
 
@@ -97,9 +97,9 @@ def gradient_of(weight: Float[Tensor, "E O D"], counts: Sequence[int]) -> Float[
         return gradient_of(weight.transpose(1, 2), counts).transpose(1, 2)
     if not weight.is_cpu or weight.nbytes <= _LARGE:
         return new_stack(weight.shape, counts, weight)
-    view, is_zero = _SHELVES.setdefault(_owner(weight), _Shelf()).take(weight.nbytes)
+    view, is_zero = _SHELVES.setdefault(_owner(weight), _FreedMemory()).take(weight.nbytes)
     stack = torch.frombuffer(view, dtype=weight.dtype).view(weight.shape)
-    return stack if is_zero else _without_rest(stack, counts)
+    return stack if is_zero else _zero_unrouted(stack, counts)
 
 
 def new_stack(shape: Sequence[int], counts: Sequence[int], like: Tensor) -> Float[Tensor, "E O D"]:
@@ -115,10 +115,10 @@ def new_stack(shape: Sequence[int], counts: Sequence[int], like: Tensor) -> Floa
     size = math.prod(shape) * like.element_size()
     if like.is_cpu and size > _MAPPED and not all(counts):
         return torch.frombuffer(_zeros(size), dtype=like.dtype).view(*shape)
-    return _without_rest(like.new_empty(*shape), counts)
+    return _zero_unrouted(like.new_empty(*shape), counts)
 
 
-def _without_rest(stack: Float[Tensor, "E O D"], counts: Sequence[int]) -> Float[Tensor, "E O D"]:
+def _zero_unrouted(stack: Float[Tensor, "E O D"], counts: Sequence[int]) -> Float[Tensor, "E O D"]:
     """Write zeros into the matrices of experts without rows."""
     for matrix, count in zip(stack, counts, strict=True):
         if count == 0:
@@ -126,7 +126,7 @@ def _without_rest(stack: Float[Tensor, "E O D"], counts: Sequence[int]) -> Float
     return stack
 
 
-class _Shelf:
+class _FreedMemory:
     """The memory of one weight's gradients while no gradient is in it."""
 
     def __init__(self) -> None:
@@ -142,7 +142,7 @@ class _Shelf:
         return view, is_zero
 
 
-def _put_back(shelf: weakref.ref[_Shelf], memory: mmap.mmap) -> None:
+def _put_back(shelf: weakref.ref[_FreedMemory], memory: mmap.mmap) -> None:
     if (owner := shelf()) is not None:
         owner.free.append(memory)
 

@@ -114,7 +114,7 @@ def onednn_is_faster(size: int, left_transposed: bool, right_transposed: bool, t
 
 
 def _fastest(*ways: Callable[[], object], rounds: int = 9) -> list[float]:
-    """The shortest time of each way, run in turn so that a busy machine troubles all alike; round one warms up."""
+    """The shortest time of each way, run in turn so that a busy machine slows all equally; round one warms up."""
     times: list[list[float]] = [[] for _ in ways]
     for _ in range(rounds + 1):
         for way, taken in zip(ways, times, strict=True):

@@ -34,7 +34,7 @@ def pack(model: Model) -> Model:
 
 
 def unpack(model: Model) -> Model:
-    """Take the permission of `pack` back, and free the copies; in place."""
+    """Undo `pack`, and free the copies; in place."""
     for module in model.modules():
         _PACKED.discard(module)
         for owner in (module, *module.parameters(recurse=False)):

@@ -64,7 +64,7 @@ def multiply_rows(
         rows: the rows of the block.
         weight: the matrices of all experts, of any dtype; those of touched experts are cast one at a time.
         bias: of all experts.
-        block: who reads which rows.
+        block: the rows of each expert.
     """
     layout = "nt" if isinstance(weight, Tensor) and weight.stride(2) == 1 else "nn"
     if isinstance(weight, Tensor) and _fit_cpp(rows, weight, block, layout):
@@ -99,7 +99,7 @@ def multiply_rows_tn(
         left: the rows of the block.
         right: likewise.
         into: the matrices of all experts, of any dtype.
-        block: who reads which rows.
+        block: the rows of each expert.
         add: to what the matrices hold.
     """
     if _fit_cpp(left, into, block, "tn") and right.stride(-1) == 1:

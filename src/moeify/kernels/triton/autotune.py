@@ -69,11 +69,11 @@ def file() -> Path:
 
 
 def tuned(key: str, candidates: list[Config], measure: Measure) -> Config:
-    """The fastest candidate for a key: as the file says, or else as is measured now and written there.
+    """The fastest candidate for a key: from the file, else measured now and written there.
 
     Args:
         key: what the choice depends on.
-        candidates: sizes; those that a GPU has no room for are passed over.
+        candidates: sizes; those too large for a GPU are skipped.
         measure: milliseconds of a size.
     """
     path = file()

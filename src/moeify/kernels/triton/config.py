@@ -44,7 +44,7 @@ def table(
     """The static table; rows per expert choose m, as a tile that is half empty computes for nothing.
 
     Hopper, as the Blackwell of data centres, has 228 KB of shared memory and instructions 256 columns wide; Ampere and
-    all others are given what fits in 100 KB. fp32 takes twice the room of bf16, and unaligned rows take registers, an
+    all others get what fits in 100 KB. fp32 takes twice the memory of bf16, and unaligned rows take registers, an
     address for every number.
     """
     aligned = all(width % 16 == 0 for width in widths)

@@ -3,7 +3,7 @@
 Every (token, expert) pair is a vector times two matrices. One kernel makes A = activation(W1 x + b1), a program for
 every few hidden units of every pair; the second adds up Σ w (W2 A + b2), a program for every few outputs of each token.
 There are more programs than a GPU runs at once, so sums need no splitting. Neither rows nor weights are sorted, copied
-or padded, and weights may be whole numbers of 8 or 4 bits (`moeify.experts.quantized`).
+or padded, and weights may be integers of 8 or 4 bits (`moeify.experts.quantized`).
 """
 
 from __future__ import annotations
@@ -44,18 +44,18 @@ class Matrices:
 def decode(
     x: Float[Tensor, "T D"],
     index: Int[Tensor, "T K"],
-    gates: Float[Tensor, "T K"],
+    topk_weights: Float[Tensor, "T K"],
     up: Matrices,
     down: Matrices,
     hidden: int,
     activation: Activation,
 ) -> Float[Tensor, "T O"]:
-    """`Σ gates · experts(x)` for few tokens and without a gradient.
+    """`Σ topk_weights · experts(x)` for few tokens and without a gradient.
 
     Args:
         x: tokens, in the dtype that is computed in.
         index: the experts of each token.
-        gates: their weights.
+        topk_weights: their weights.
         up: the up projection.
         down: the down projection.
         hidden: H.
@@ -63,13 +63,13 @@ def decode(
     """
     n = kernel_activation(activation)
     projections = (up.weight, *in_order(up.bias, up.scales), down.weight, *in_order(down.bias, down.scales))
-    call = (*in_order(x, index, gates), *projections, hidden, n.act, n.gated, n.alpha, n.limit)
+    call = (*in_order(x, index, topk_weights), *projections, hidden, n.act, n.gated, n.alpha, n.limit)
     return torch.ops.moeify.decode(*call)
 
 
 @library.custom_op("moeify::decode", mutates_args=())
 def _decode(
-    x: Tensor, index: Tensor, gates: Tensor,
+    x: Tensor, index: Tensor, topk_weights: Tensor,
     up: Tensor, up_bias: Tensor | None, up_scales: Tensor | None,
     down: Tensor, down_bias: Tensor | None, down_scales: Tensor | None,
     hidden: int, act: str, gated: bool, alpha: float, limit: float,
@@ -88,7 +88,7 @@ def _decode(
     launch(
         _outputs,
         tokens * triton.cdiv(width_out, units),
-        *(a, index, gates, down, down_bias, down_scales, y, tokens, k, width_out, hidden, *down.stride()),
+        *(a, index, topk_weights, down, down_bias, down_scales, y, tokens, k, width_out, hidden, *down.stride()),
         **_stored(down, down_scales, units),
     )  # fmt: skip
     return y
@@ -96,7 +96,7 @@ def _decode(
 
 @_decode.register_fake
 def _(
-    x, index, gates, up, up_bias, up_scales, down, down_bias, down_scales, hidden, act, gated, alpha, limit
+    x, index, topk_weights, up, up_bias, up_scales, down, down_bias, down_scales, hidden, act, gated, alpha, limit
 ):  # fmt: skip
     return x.new_empty(len(x), down.shape[1])
 
@@ -167,7 +167,7 @@ def _hidden_units(
 
 @triton.jit
 def _outputs(
-    a, index, gates, weight, bias, scales, y, T, k, N, H, stride_e, stride_o, stride_h,
+    a, index, topk_weights, weight, bias, scales, y, T, k, N, H, stride_e, stride_o, stride_h,
     BITS: tl.constexpr, GROUP: tl.constexpr, GROUPS: tl.constexpr, UNITS: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0) % T
@@ -182,7 +182,7 @@ def _outputs(
         )  # fmt: skip
         if bias is not None:
             output += tl.load(bias + expert * N + unit, mask=there, other=0.0).to(tl.float32)
-        total += tl.load(gates + row).to(tl.float32) * output.to(y.dtype.element_ty).to(tl.float32)
+        total += tl.load(topk_weights + row).to(tl.float32) * output.to(y.dtype.element_ty).to(tl.float32)
     tl.store(y + token * N + unit, total.to(y.dtype.element_ty), mask=there)
 
 

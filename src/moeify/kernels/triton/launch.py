@@ -1,4 +1,4 @@
-"""Start Triton kernels, and say how they compute: precision, interpreter, contiguous inputs."""
+"""Launch Triton kernels: grid, precision, interpreter and contiguous inputs."""
 
 from __future__ import annotations
 

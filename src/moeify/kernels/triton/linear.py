@@ -24,7 +24,7 @@ def grouped_linear(
     *,
     source: Int[Tensor, "R"] | None = None,
 ) -> Float[Tensor, "R O"]:
-    """Map the first `counts[0]` rows by `weight[0]`, the next `counts[1]` by `weight[1]`, and so on.
+    """Multiply the first `counts[0]` rows by `weight[0]`, the next `counts[1]` by `weight[1]`, and so on.
 
     Follows autocast; otherwise x takes the dtype of the weight. Two of them are a low-rank adapter, B (A x): the rank
     is then a width like any other, and x is gathered by the first.

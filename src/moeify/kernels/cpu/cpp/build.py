@@ -34,7 +34,7 @@ _OWN_FOLDER = "set MOEIFY_CACHE to a folder of your own"
 
 
 class Unavailable(RuntimeError):
-    """The kernel cannot be had on this machine; the message says why."""
+    """There is no C++ kernel on this machine; the message has the reason."""
 
 
 @functools.cache
@@ -53,7 +53,7 @@ def levels() -> list[str]:
 
 
 def why_not() -> str | None:
-    """Why the kernel cannot be had, None if it can; compiles it if need be."""
+    """Why there is no kernel, None if there is one; compiles it if need be."""
     try:
         library()
     except Unavailable as reason:
@@ -102,7 +102,7 @@ def _load(level: str, chosen: str | None) -> ctypes.CDLL | str:
     except PermissionError as error:
         return f"its cache cannot be used: {error}"
     except (OSError, subprocess.SubprocessError) as error:
-        return f"it could not be compiled by {' '.join(compiler)}: {_last_words(error)}"
+        return f"it could not be compiled by {' '.join(compiler)}: {_end_of_output(error)}"
 
 
 def _find(command: str) -> list[str] | None:
@@ -124,11 +124,11 @@ def _compiled(level: str, compiler: list[str]) -> Path:
     if not (file.exists() and digest.exists()) or _digest(file) != digest.read_bytes():
         logging.getLogger(__name__).info("compiling %s; this takes some seconds, once", file)
         with tempfile.TemporaryDirectory(dir=folder) as here:
-            made, said = Path(here) / name, Path(here) / digest.name
+            made, written = Path(here) / name, Path(here) / digest.name
             _compile([*compiler, *_FLAGS, *LEVELS[level]], made)
             made.chmod(0o755)
-            said.write_bytes(_digest(made))
-            said.replace(digest)
+            written.write_bytes(_digest(made))
+            written.replace(digest)
             made.replace(file)
     _must_be_trusted(file)
     return file
@@ -178,7 +178,7 @@ def _run(command: list[str]) -> str:
     return done.stdout
 
 
-def _last_words(error: Exception) -> str:
-    said = getattr(error, "stderr", None) or str(error)
-    lines = said.strip().splitlines() or [str(error)]
+def _end_of_output(error: Exception) -> str:
+    output = getattr(error, "stderr", None) or str(error)
+    lines = output.strip().splitlines() or [str(error)]
     return next((line for line in lines if "error" in line), lines[-1])

@@ -40,7 +40,8 @@ class _Call(ctypes.Structure):
 
 _OPERATORS = operators.Library("moeify", "FRAGMENT")
 _OPERATORS.define(
-    "cpp_layer(Tensor x, Tensor source, Tensor weight, Tensor counts, Tensor? rest, Tensor up, Tensor? up_bias, "
+    "cpp_layer(Tensor x, Tensor source, Tensor weight, Tensor counts, Tensor? default_output, Tensor up, "
+    "Tensor? up_bias, "
     "Tensor? up_scales, Tensor down, Tensor? down_bias, Tensor? down_scales, int hidden, int group_size, str gating, "
     "str activation, float alpha, float limit) -> Tensor"
 )
@@ -51,7 +52,7 @@ def cpp_layer(
     source: Int[Tensor, "R"],
     weight: Float[Tensor, "R"],
     counts: Int[Tensor, "E"],
-    rest: Float[Tensor, "T O"] | None,
+    default_output: Float[Tensor, "T O"] | None,
     up: Tensor,
     up_bias: Float[Tensor, "E M"] | None,
     up_scales: Float[Tensor, "E M *groups"] | None,
@@ -72,7 +73,7 @@ def cpp_layer(
         source: the token of every row.
         weight: the weight of every row.
         counts: the rows of every expert.
-        rest: what every token gets beside.
+        default_output: what is added for every token beside its rows.
         up: (E, M, D) of the dtype of x, or as `moeify.experts.quantized` stores it.
         up_bias: its bias, of the dtype of x.
         up_scales: its scales.
@@ -92,7 +93,11 @@ def cpp_layer(
     """
     tokens, width = x.shape
     x = x if x.stride(-1) == 1 else x.contiguous()
-    y = torch.zeros(tokens, down.shape[1]) if rest is None else rest.to(torch.float32, copy=True).contiguous()
+    y = (
+        torch.zeros(tokens, down.shape[1])
+        if default_output is None
+        else default_output.to(torch.float32, copy=True).contiguous()
+    )
     weight, source, counts = weight.float().contiguous(), source.contiguous(), counts.contiguous()
     up_bias, down_bias = (None if bias is None else bias.contiguous() for bias in (up_bias, down_bias))
     call = _Call(
