@@ -19,6 +19,24 @@ PLAIN = {
 }
 
 
+class Patches(nn.Module):
+    """A vision transformer of a few lines, which takes images of one size."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.cut = nn.Conv2d(3, 8, 8, stride=8)
+        self.position = nn.Parameter(torch.randn((size // 8) ** 2, 8))
+        self.layers = nn.Sequential(*blocks(2))
+
+    def forward(self, image):
+        return self.layers(self.cut(image).flatten(2).mT + self.position)
+
+
+@pytest.mark.parametrize("size", [32, 224])
+def test_an_image_is_guessed_for_a_plain_vision_transformer(size):
+    assert find_probe(Patches(size)).args[0].shape == (2, 3, size, size)
+
+
 @pytest.mark.parametrize("family", DENSE)
 def test_an_input_is_guessed_for_models_of_transformers(family):
     model = DENSE[family]()

@@ -146,6 +146,9 @@ def _guesses(model: nn.Module) -> Iterator[Probe]:
     sizes = [part.num_embeddings for part in model.modules() if isinstance(part, nn.Embedding)]
     for shape in ((2, 8), (8,)) if sizes else ():
         yield Probe((torch.randint(min(sizes), shape),) * len(required))
+    channels = next((part.in_channels for part in model.modules() if isinstance(part, nn.Conv2d)), 0)
+    for size in (32, 64, 224) if channels else ():
+        yield Probe((torch.randn(2, channels, size, size),) * len(required))
     widths = [part.embed_dim for part in model.modules() if isinstance(part, nn.MultiheadAttention)]
     widths += [matrix(part).shape[1] for part in model.modules() if is_linear(part)]
     for width in dict.fromkeys(widths):
@@ -163,7 +166,8 @@ def _named_inputs(model: nn.Module, config: Any) -> Iterator[tuple[str, Tensor]]
         yield "input_ids", tokens
     if "decoder_input_ids" in accepted:
         yield "decoder_input_ids", tokens[:, :6]
-    if "pixel_values" in accepted and (size := getattr(vision, "image_size", None)):
+    if "pixel_values" in accepted:
+        size = getattr(vision, "image_size", None) or 64
         height, width = size if isinstance(size, tuple | list) else (size, size)
         frames = [frames] if (frames := getattr(vision, "num_frames", None)) else []
         yield "pixel_values", torch.randn(2, *frames, getattr(vision, "num_channels", 3), height, width)
