@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -9,6 +10,40 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
+
+from moeify.find.shapes import Site
+from moeify.routers.base import Router
+
+
+def refuse_decoders(model: nn.Module, sites: Sequence[Site], router: Router) -> list[Callable[[], None]]:
+    """Refuse a router that looks at later tokens in a decoder, now or in the call that shows it to be one.
+
+    Returns:
+        What stops the watch over calls.
+
+    Raises:
+        ValueError: a site is in a decoder.
+    """
+    for site in sites:
+        if says_causal(_layer_of(model, site)):
+            raise ValueError(_looks_ahead(site, router))
+    first_of_stack = {site.stack: site for site in reversed(sites)}
+    return [
+        handle.remove
+        for site in first_of_stack.values()
+        for handle in refuse_causal_calls(_layer_of(model, site), _looks_ahead(site, router))
+    ]
+
+
+def _layer_of(model: nn.Module, site: Site) -> nn.Module:
+    return model.get_submodule(site.layer) if site.layer else model
+
+
+def _looks_ahead(site: Site, router: Router) -> str:
+    return (
+        f"{site.name} is in a decoder, and {type(router).__name__} decides by looking at later tokens: training would "
+        "leak the future and generation would differ; choose a causal router, or pass allow_noncausal=True"
+    )
 
 
 def says_causal(layer: nn.Module) -> bool:

@@ -17,7 +17,7 @@ from torch import nn
 
 from moeify import masks
 from moeify.context import Context
-from moeify.find.causal import refuse_causal_calls, says_causal
+from moeify.find.causal import refuse_decoders
 from moeify.find.dense import DenseFFN
 from moeify.find.describe import describe, rebuild
 from moeify.find.layout import laid_out, padding_is_read
@@ -27,7 +27,6 @@ from moeify.meta import made_on
 from moeify.modes import fixed_randomness
 from moeify.moe import MoE
 from moeify.origin import Origin
-from moeify.routers import Router
 from moeify.sparsify.after import append
 from moeify.sparsify.comparison import Comparison
 from moeify.sparsify.make import copies, masked, merged
@@ -169,13 +168,8 @@ def put(
         ValueError: a router that looks at later tokens in a decoder; the model is as it was.
     """
     router = layers[0].router
-    if not router.causal and not allow_noncausal:
-        for site in sites:
-            if says_causal(_layer_of(model, site)):
-                raise ValueError(_looks_ahead(site, router))
-    undo = [site.install(layer) for site, layer in zip(sites, layers, strict=True)]
-    if not router.causal and not allow_noncausal:
-        undo += _listen_for_decoders(model, sites, router)
+    undo = [] if router.causal or allow_noncausal else refuse_decoders(model, sites, router)
+    undo += [site.install(layer) for site, layer in zip(sites, layers, strict=True)]
     for stack, context in {site.stack: layer.context for site, layer in zip(sites, layers, strict=True)}.items():
         around = [layer for site in sites if site.stack == stack if (layer := _around(model, site)) is not None]
         undo += [handle.remove for handle in context.watch(_above(model, stack), list(dict.fromkeys(around)))]
@@ -230,27 +224,6 @@ def _refuse(layers: list[MoE], recipe: Recipe) -> None:
             "copied experts beside a shared copy of the same network count it twice; use experts=fresh (with zero=True "
             "the model starts as it was), or shared=nothing"
         )
-
-
-def _listen_for_decoders(model: nn.Module, sites: list[Site], router: Router) -> list[Callable[[], None]]:
-    """Raise in the first call that shows one of the stacks to be a decoder; the comparison is such a call."""
-    first = {site.stack: site for site in reversed(sites)}
-    return [
-        handle.remove
-        for site in first.values()
-        for handle in refuse_causal_calls(_layer_of(model, site), _looks_ahead(site, router))
-    ]
-
-
-def _layer_of(model: nn.Module, site: Site) -> nn.Module:
-    return model.get_submodule(site.layer) if site.layer else model
-
-
-def _looks_ahead(site: Site, router: Router) -> str:
-    return (
-        f"{site.name} is in a decoder, and {type(router).__name__} decides by looking at later tokens: training would "
-        "leak the future and generation would differ; choose a causal router, or pass allow_noncausal=True"
-    )
 
 
 def _options(maker: Callable) -> tuple[Callable, dict[str, Any]]:
