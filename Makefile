@@ -6,7 +6,7 @@ BIN    := $(VENV)/bin
 .PHONY: demo test check bench gpu claims docs clean
 
 demo: $(VENV)/.test
-	$(BIN)/moeify train --output runs/demo --resume
+	$(BIN)/moeify train --minutes 6 --output runs/demo --resume
 
 test: $(VENV)/.test $(VENV)/.interpreter
 	$(BIN)/python -m pytest tests --numprocesses 2 --dist worksteal

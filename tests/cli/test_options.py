@@ -89,7 +89,7 @@ def test_every_option_reaches_the_job():
         "model": "m", "data": "d", "output": Path("o"), "steps": 40, "batch": 8, "accumulate": 2, "length": 64,
         "learning_rate": 0.5, "weight_decay": 0.25, "balance": 0.125, "scope": "batch", "z": 0.75, "dropout": 0.3,
         "seed": 5, "seeds": 2, "evaluations": 4, "width": 32, "layers": 3, "heads": 2, "hidden": 48, "device": "cpu",
-        "resume": True, "progress": False,
+        "resume": True, "progress": False, "minutes": 3.0,
     }  # fmt: skip
     others = {"recipe": "olmoe", "experts": 16, "k": 4, "controller": "sign"}
     assert changed.keys() | others.keys() == {field.name for field in fields(Train)}

@@ -59,7 +59,8 @@ def test_what_is_printed_is_readable_without_a_terminal(trained):
     lines = ended.out.splitlines()
     steps = [line for line in lines if line.startswith("step ")]
     assert len(steps) == 8
-    assert re.fullmatch(r"step 1/4  loss [\d.]+  balance [\d.]+  dead \d+  [\d,]+ tokens/s", steps[0])
+    assert re.fullmatch(r"step 1/4  loss [\d.]+  balance [\d.]+  dead \d+  [\d,]+ tokens/s  [\d,]+ s left", steps[0])
+    assert "left" not in steps[3]
     assert not any(line.startswith("{") for line in lines)
     assert lines[-1] == f"everything is in {folder}; open {folder / 'report.html'}"
     assert lines[-4].startswith("The sparse model is ")

@@ -111,7 +111,7 @@ class Job:
         save_tokenizer(tokenizer, self.output / "model")
         load = expert_load(models["sparse"], validation)
         samples = {name: [sample(model, tokenizer, prompt) for prompt in PROMPTS] for name, model in models.items()}
-        facts = self._facts(getattr(corpus, "sha256", None), train.length * len(train))
+        facts = self._facts(getattr(corpus, "sha256", None), train.length * len(train), result.steps)
         cost = {"seconds": time.perf_counter() - started, "peak_memory_bytes": peak_memory()}
         memory = cost["peak_memory_bytes"]
         facts["whole job"] = f"{cost['seconds']:,.0f} s" + (
@@ -168,14 +168,14 @@ class Job:
         )  # fmt: skip
         return lambda: transformers.LlamaForCausalLM(config)
 
-    def _facts(self, corpus_hash: str | None, tokens: int) -> dict[str, Any]:
+    def _facts(self, corpus_hash: str | None, tokens: int, steps: int) -> dict[str, Any]:
         model = self.model or f"Llama from scratch {vars(self.shape)}"
         return {
             "model": model,
             "data": self.data or "text that came with Python and torch",
             "training tokens available": f"{tokens:,}",
             **({"corpus sha256": corpus_hash} if corpus_hash else {}),
-            "steps": self.settings.steps,
+            "steps": steps,
             "tokens per step": self.settings.batch * self.length,
             "learning rate": self.settings.learning_rate,
             "balance": self.settings.sparse.describe(),

@@ -35,6 +35,14 @@ NumExperts = Annotated[
 TopKExperts = Annotated[int | None, typer.Option("--k", min=1, help="Experts per token", show_default="the recipe's")]
 Output = Annotated[Path, typer.Option(help="The run's folder")]
 Steps = Annotated[int, typer.Option(min=1, help="Optimizer steps of each model")]
+Minutes = Annotated[
+    float | None,
+    typer.Option(
+        min=0.1,
+        help="Take fewer steps where a pair of runs would take longer on this machine, and say how many",
+        show_default="as long as the steps take",
+    ),
+]
 Batch = Annotated[int, typer.Option(min=1, help="Blocks per step")]
 Accumulate = Annotated[int, typer.Option(min=1, help="Micro-batches that each step's blocks are cut into")]
 Length = Annotated[int, typer.Option(min=2, help="Tokens per block")]

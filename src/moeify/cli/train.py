@@ -28,6 +28,7 @@ class Train:
     k: o.TopKExperts = None
     output: o.Output = Path("runs/train")
     steps: o.Steps = 400
+    minutes: o.Minutes = None
     batch: o.Batch = 16
     accumulate: o.Accumulate = 1
     length: o.Length = 128
@@ -83,6 +84,7 @@ class Train:
             weight_decay=self.weight_decay,
             seed=self.seed,
             evaluations=min(self.evaluations, self.steps),
+            minutes=self.minutes,
             pairs=max(1, min(8, self.steps // 50)),
             sparse=sparse,
             device=self.device,

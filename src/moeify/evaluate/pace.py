@@ -17,6 +17,7 @@ from torch import nn
 from transformers import TrainerCallback
 
 from moeify.data.blocks import Blocks
+from moeify.evaluate.progress import with_progress
 from moeify.evaluate.run import Settings, Stopped, make_trainer, validation_loss
 
 Clock = Literal["wall-clock", "CPU"]
@@ -119,7 +120,7 @@ def measure_pace(
     """
     copies = {"sparse": copy.deepcopy(sparse), "dense": copy.deepcopy(dense)}
     laps: dict[str, list[tuple[float, float]]] = {name: [] for name in copies}
-    for turn in range(settings.pairs):
+    for turn in with_progress(range(settings.pairs), "measuring what a step costs, turns of both"):
         for name in sorted(copies, reverse=turn % 2 == 0):
             laps[name].append(_lap(copies[name], train, replace(settings, steps=steps + 1, seed=settings.seed + turn)))
     started = time.perf_counter()
@@ -128,6 +129,20 @@ def measure_pace(
     costs = {name: Cost(*(list(clock) for clock in zip(*pairs, strict=True))) for name, pairs in laps.items()}
     device = next(copies["dense"].parameters()).device
     return Pace(**costs, evaluation=time.perf_counter() - started, on_cpu=device.type == "cpu")
+
+
+def fit(settings: Settings, pace: Pace) -> Settings:
+    """The settings, with fewer steps if a pair of runs would take longer than `settings.minutes`; at least 20.
+
+    A seventh of the time is left for what is no step and no validation.
+    """
+    if settings.minutes is None:
+        return settings
+    seconds = 60 * settings.minutes * 6 / 7 - (settings.evaluations + 2) * pace.evaluation
+    steps = max(20, int(seconds / sum(pace.wall_seconds)) // 10 * 10)
+    if steps >= settings.steps:
+        return settings
+    return replace(settings, steps=steps, evaluations=min(settings.evaluations, steps))
 
 
 def _lap(model: nn.Module, train: Blocks, settings: Settings) -> tuple[float, float]:

@@ -15,6 +15,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_callback import ExportableState, PrinterCallback
 
 from moeify.data.blocks import Blocks
+from moeify.evaluate.progress import with_progress
 from moeify.flops import Count, count
 from moeify.modes import in_evaluation
 from moeify.origin import Origin
@@ -40,6 +41,7 @@ class Settings:
         seed: of the order of data, of initialisation where a function is asked to build a model, and of dropout.
         evaluations: how often the validation loss is measured, evenly over the steps, besides once before the first.
         evaluation_blocks: on how many validation blocks at most, taken evenly from all of them.
+        minutes: take fewer steps where a pair of runs would take longer, by the measured cost of a step.
         pairs: how often a comparison measures what a step costs both models, by turns; 0 takes the seconds of the runs.
         sparse: how experts are kept balanced.
         device: where to train: `cpu`, `cuda`, or None for the best there is.
@@ -54,6 +56,7 @@ class Settings:
     seed: int = 0
     evaluations: int = 10
     evaluation_blocks: int = 256
+    minutes: float | None = None
     pairs: int = 8
     sparse: SparseArguments = field(default_factory=SparseArguments)
     device: str | None = None
@@ -227,7 +230,7 @@ def validation_loss(model: nn.Module, blocks: Blocks, settings: Settings) -> tup
     step = max(1, len(blocks) // settings.evaluation_blocks)
     chosen = range(step // 2, len(blocks), step)
     by_domain: dict[str, list[float]] = {}
-    for start in range(0, len(chosen), settings.batch):
+    for start in with_progress(range(0, len(chosen), settings.batch), "validation, batches"):
         indices = chosen[start : start + settings.batch]
         tokens = torch.stack([blocks[i]["input_ids"] for i in indices]).to(device)
         with in_evaluation(model):

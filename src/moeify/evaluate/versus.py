@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from moeify.data.blocks import Blocks
-from moeify.evaluate.pace import Pace, measure_pace
+from moeify.evaluate.pace import Pace, fit, measure_pace
 from moeify.evaluate.run import Run, Settings, train_run
 from moeify.files import read_json, write_json
 from moeify.flops import count
@@ -112,6 +112,11 @@ class Versus:
         return [_paced(run, sparse * dearer) for run in self.sparse], [_paced(run, dense) for run in self.dense]
 
     @property
+    def steps(self) -> int:
+        """Optimizer steps of every run."""
+        return self.sparse[0].points[-1].step
+
+    @property
     def tokens_per_second(self) -> tuple[float, float]:
         """Training speed of the sparse and of the dense model, by the measured pace."""
         sparse, dense = self.curves()
@@ -204,6 +209,7 @@ def versus(
             counts = {"before": count(dense, train.length), "after": count(sparse, train.length)}
             replace(report, **counts).show()
             pace = _pace(sparse, dense, train, validation, folder, settings, resume=resume, log=log)
+            settings = settings if pace is None else _fitted(settings, pace, log)
         for name, model in (("sparse", sparse), ("dense", dense)):
             place = folder / f"{name}-{seed}"
             done = place / "run.json"
@@ -220,6 +226,17 @@ def versus(
             arms[name].append(run)
             on_model(name, model)
     return Versus(**arms, pace=pace)
+
+
+def _fitted(settings: Settings, pace: Pace, log: Callable[[str], None]) -> Settings:
+    """The settings with as many steps as fit, and a line that says so."""
+    fitted = fit(settings, pace)
+    if fitted.steps < settings.steps:
+        log(
+            f"{settings.steps} steps of both would take longer than {settings.minutes:g} minutes on this machine; "
+            f"{fitted.steps} are taken (--steps without --minutes takes all)"
+        )
+    return fitted
 
 
 def _pace(

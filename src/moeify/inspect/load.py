@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from moeify import statistics
 from moeify.data.blocks import Blocks
+from moeify.evaluate.progress import with_progress
 from moeify.modes import in_evaluation
 from moeify.record import observe
 from moeify.routing import Routing
@@ -83,8 +84,9 @@ def expert_load(model: nn.Module, blocks: Blocks, *, per_domain: int = 16, batch
         members.setdefault(blocks.domain_of(i), []).append(i)
     try:
         with in_evaluation(model):
-            for domain, indices in members.items():  # noqa: B007 (read by `add`)
-                for chosen in _chunks(indices[:: max(1, len(indices) // per_domain)][:per_domain], batch):
+            for domain, indices in members.items():  # `add` reads the domain
+                chunks = _chunks(indices[:: max(1, len(indices) // per_domain)][:per_domain], batch)
+                for chosen in with_progress(chunks, f"expert load in {domain}, batches"):
                     model(input_ids=torch.stack([blocks[i]["input_ids"] for i in chosen]).to(device))
     finally:
         for handle in handles:

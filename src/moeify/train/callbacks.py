@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import threading
+import time
 from typing import Any
 
 from rich.console import Console
@@ -147,7 +148,8 @@ class ProgressLine(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Show the line, if this is the first rank and a terminal."""
-        self.shown = state.global_step
+        self.shown = self.first = state.global_step
+        self.began = time.monotonic()
         if self.console.is_terminal and state.is_world_process_zero:
             columns = (
                 MofNCompleteColumn(),
@@ -180,7 +182,9 @@ class ProgressLine(TrainerCallback):
             self.bar.update(self.task, description=line(logs))
         elif step * self.lines // total > self.shown * self.lines // total:
             self.shown = step
-            print(f"step {step}/{total}  {line(logs)}")
+            rest = (time.monotonic() - self.began) / (step - self.first) * (total - step)
+            ends = f"  {rest:,.0f} s left" if step < total else ""
+            print(f"step {step}/{total}  {line(logs)}{ends}")
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
