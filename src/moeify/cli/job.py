@@ -104,7 +104,7 @@ class Job:
         train, validation = blocks(corpus, tokenizer, self.length)
         models: dict[str, nn.Module] = {}
         result = versus(
-            self._builder(tokenizer), self.recipe, train, validation, self.output, self.settings,
+            self.builder(tokenizer), self.recipe, train, validation, self.output, self.settings,
             seeds=self.seeds, resume=self.resume, log=console.print, on_model=models.__setitem__,
         )  # fmt: skip
         save(models["sparse"], self.output / "model")
@@ -154,7 +154,8 @@ class Job:
         job = {"model": self.model, "data": self.data, "length": self.length, "recipe": self.recipe.to_dict()}
         return job | asdict(self.shape) | settings | balance
 
-    def _builder(self, tokenizer: Tokenizer) -> Callable[[], nn.Module]:
+    def builder(self, tokenizer: Tokenizer) -> Callable[[], nn.Module]:
+        """What makes the dense model: the one that was named, or the small Llama."""
         if self.model is not None:
             name = self.model
             return lambda: load_dense(name, dtype=torch.float32)
