@@ -22,6 +22,9 @@ from moeify.evaluate.run import Settings, Stopped, make_trainer, validation_loss
 
 Clock = Literal["wall-clock", "CPU"]
 
+TURN = 3
+"""Steps of one turn: one that is not timed, and two that are."""
+
 STEADY = 0.1
 """Wall-clock time is trusted where the middle half of the pairs spreads by less than this part of their median."""
 
@@ -99,9 +102,7 @@ class Pace:
         return cls(**values | {name: Cost(**values[name]) for name in ("sparse", "dense")})
 
 
-def measure_pace(
-    sparse: nn.Module, dense: nn.Module, train: Blocks, validation: Blocks, settings: Settings, *, steps: int = 2
-) -> Pace:
+def measure_pace(sparse: nn.Module, dense: nn.Module, train: Blocks, validation: Blocks, settings: Settings) -> Pace:
     """Train copies of both models by turns for a few steps, and time these.
 
     Every round trains one copy and then the other, the first one alternating, on the same tokens, as `train_run` would:
@@ -113,7 +114,6 @@ def measure_pace(
         train: blocks to train on.
         validation: blocks whose evaluation is timed once.
         settings: of the runs to come; `settings.pairs` is the number of rounds.
-        steps: timed steps of a turn.
 
     Raises:
         Stopped: a signal came.
@@ -122,7 +122,7 @@ def measure_pace(
     laps: dict[str, list[tuple[float, float]]] = {name: [] for name in copies}
     for turn in with_progress(range(settings.pairs), "measuring what a step costs, turns of both"):
         for name in sorted(copies, reverse=turn % 2 == 0):
-            laps[name].append(_lap(copies[name], train, replace(settings, steps=steps + 1, seed=settings.seed + turn)))
+            laps[name].append(_lap(copies[name], train, replace(settings, steps=TURN, seed=settings.seed + turn)))
     started = time.perf_counter()
     for model in copies.values():
         validation_loss(model, validation, settings)
@@ -134,12 +134,12 @@ def measure_pace(
 def fit(settings: Settings, pace: Pace) -> Settings:
     """The settings, with fewer steps if a pair of runs would take longer than `settings.minutes`; at least 20.
 
-    A seventh of the time is left for what is no step and no validation.
+    The steps that were measured count; a seventh of the time is left for what is no step and no validation.
     """
     if settings.minutes is None:
         return settings
     seconds = 60 * settings.minutes * 6 / 7 - (settings.evaluations + 2) * pace.evaluation
-    steps = max(20, int(seconds / sum(pace.wall_seconds)) // 10 * 10)
+    steps = max(20, int(seconds / sum(pace.wall_seconds) - TURN * settings.pairs) // 10 * 10)
     if steps >= settings.steps:
         return settings
     return replace(settings, steps=steps, evaluations=min(settings.evaluations, steps))
