@@ -158,8 +158,8 @@ def test_what_noise_can_turn_round_is_too_noisy_to_tell():
     assert not found.is_clear
     assert "wall-clock time the sparse model's loss is 0.1000 higher, too noisy to tell, between -0" in verdict(noisy)
     assert headline(noisy) == (
-        "The sparse model is ahead at equal tokens and equal training FLOPs, and too close to its dense twin to tell "
-        "at equal wall-clock time. One seed says nothing about noise between seeds."
+        "The sparse model is ahead at equal tokens and equal training FLOPs, and too close to its dense baseline to "
+        "tell at equal wall-clock time. One seed says nothing about noise between seeds."
     )
 
 

@@ -9,7 +9,7 @@ from transformers import TrainerCallback, TrainingArguments
 
 from moeify.sparsify import Recipe, sparsify
 from moeify.train import SparseTrainer
-from moeify.train.finite import find, is_finite
+from moeify.train.finite import find_nonfinite, is_finite
 from tiny_models import VOCABULARY, causal_lm, mixtral
 
 
@@ -60,7 +60,10 @@ def test_training_stops_before_the_optimizer_and_names_the_place(tmp_path, build
 
 def test_a_loss_that_is_not_finite_by_itself_is_named_as_such():
     ids = torch.randint(3, VOCABULARY, (1, 1))  # nothing to predict: 0 / 0
-    assert find(sparse_llama(), [{"input_ids": ids, "labels": ids}]) == "the output of the model as a whole, its loss"
+    assert (
+        find_nonfinite(sparse_llama(), [{"input_ids": ids, "labels": ids}])
+        == "the output of the model as a whole, its loss"
+    )
 
 
 def test_losses_and_gradients_are_judged_together():
@@ -75,7 +78,7 @@ def test_losses_and_gradients_are_judged_together():
 def test_the_first_culprit_is_named_weights_before_outputs_before_gradients():
     model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
     model[1].weight.grad = torch.full((2, 2), float("inf"))
-    assert find(model, []) == "the gradient of 1.weight"
+    assert find_nonfinite(model, []) == "the gradient of 1.weight"
     with torch.no_grad():
         model[0].bias[0] = float("nan")
-    assert find(model, []) == "the weights of 0.bias"
+    assert find_nonfinite(model, []) == "the weights of 0.bias"

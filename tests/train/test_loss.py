@@ -14,7 +14,7 @@ from transformers import TrainerCallback, TrainingArguments
 from moeify.routing import Evidence, assign
 from moeify.sparsify import Recipe, sparsify
 from moeify.train import SparseArguments, SparseTrainerMixin
-from moeify.train.loss import StepLoss, count
+from moeify.train.loss import StepLoss, count_decisions
 from tiny_models import VOCABULARY, causal_lm, mixtral
 
 
@@ -171,7 +171,7 @@ def test_the_parts_of_a_step_add_up_to_the_step(make, rows, width, cut, scope):
         loss = torch.zeros(())
         for inputs, part in parts:
             decisions = [("layer", decide(inputs, part))]
-            loss = loss + step.balance(decisions, count(inputs)) + step.z(decisions, count(inputs))
+            loss = loss + step.balance(decisions, count_decisions(inputs)) + step.z(decisions, count_decisions(inputs))
             step.add(decisions)
         step.end()
         found.append((loss, torch.autograd.grad(loss, logits)[0], step.assigned["layer"]))
@@ -181,8 +181,14 @@ def test_the_parts_of_a_step_add_up_to_the_step(make, rows, width, cut, scope):
 
 def test_every_layer_counts_alike_and_perfect_balance_is_one():
     batch = {"input_ids": torch.zeros(2, 5, dtype=torch.long), "attention_mask": torch.ones(2, 5)}
-    assert count(batch) == {"attention_mask": 10, "decoder_attention_mask": 0, "input_ids": 10, "labels": 0, "rows": 2}
-    assert count({"pixel_values": torch.zeros(3, 3, 8, 8), "labels": torch.zeros(3)})["rows"] == 3
+    assert count_decisions(batch) == {
+        "attention_mask": 10,
+        "decoder_attention_mask": 0,
+        "input_ids": 10,
+        "labels": 0,
+        "rows": 2,
+    }
+    assert count_decisions({"pixel_values": torch.zeros(3, 3, 8, 8), "labels": torch.zeros(3)})["rows"] == 3
 
 
 def test_negative_weights_and_unknown_scopes_are_refused():

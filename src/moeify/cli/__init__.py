@@ -13,7 +13,7 @@ from moeify.cli import compare, doctor, generate, sparsify, threads, train, veri
 
 app = typer.Typer(
     name="moeify",
-    help="Make any transformer sparse: convert it to a mixture of experts, train it, compare it with its dense twin.",
+    help="Make any transformer sparse: convert it to a mixture of experts, train it, compare with a dense baseline.",
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",

@@ -1,4 +1,4 @@
-"""`moeify compare`: `moeify train` over several seeds, to tell a difference from noise."""
+"""`moeify compare`: `moeify train` over several seeds, to separate a difference from noise."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from moeify.cli.train import Train
 
 @dataclass(frozen=True, kw_only=True)
 class Compare(Train):
-    """Train a sparse model and its dense twin over several seeds, and say by how much they differ.
+    """Train a sparse model and its dense baseline over several seeds, and say by how much they differ.
 
     Takes the options of `moeify train`; only the defaults of --seeds and --output are others.
     """

@@ -56,7 +56,7 @@ class Shape:
 
 @dataclass(frozen=True)
 class Job:
-    """Everything that a comparison needs to be told.
+    """The settings of a comparison.
 
     Attributes:
         output: the run's folder.
@@ -236,7 +236,7 @@ def draw_picture(file: Path, draw: Callable[[Any, Path], None], facts: Any) -> P
 
 
 def peak_memory() -> int | None:
-    """Bytes of main memory that the process has held at most, None where the system does not tell (Windows)."""
+    """Bytes of main memory that the process has held at most, None where the system does not report it (Windows)."""
     try:
         import resource
     except ImportError:

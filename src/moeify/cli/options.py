@@ -79,7 +79,7 @@ Progress = Annotated[bool, typer.Option(help="Show the progress of training")]
 
 
 def choose_recipe(name: str, num_experts: int | None, k: int | None) -> Recipe:
-    """The recipe that the options name, with the number of experts and k that they ask for.
+    """The recipe that the options name, with the number of experts and k that they set.
 
     Raises:
         ValueError: an unknown recipe, or k for a router that has none.
@@ -115,7 +115,7 @@ def choose_balance(recipe: str, balance: float | None, controller: str | None) -
 
 
 def choose_controller(text: str | None) -> Rule | None:
-    """The controller that a name or a JSON mapping asks for.
+    """The controller that a name or a JSON mapping means.
 
     Raises:
         ValueError: an unknown name or option, or broken JSON.

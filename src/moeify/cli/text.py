@@ -77,11 +77,11 @@ def sample(
         )
     torch.manual_seed(seed)
     device = next(model.parameters()).device
-    given = torch.tensor([ids], device=device)
+    prompt_ids = torch.tensor([ids], device=device)
     how = {"do_sample": True, "temperature": temperature, "top_k": 40} if temperature else {"do_sample": False}
     with in_evaluation(model), torch.no_grad():
         out = model.generate(
-            input_ids=given, attention_mask=torch.ones_like(given), max_new_tokens=tokens,
+            input_ids=prompt_ids, attention_mask=torch.ones_like(prompt_ids), max_new_tokens=tokens,
             pad_token_id=getattr(tokenizer, "pad_token_id", None) or getattr(tokenizer, "eos_token_id", None), **how,
         )  # fmt: skip
     return str(tokenizer.decode(out[0].tolist()))

@@ -1,4 +1,4 @@
-"""`moeify train`: make a model sparse, train it and its dense twin on the same text, and say what came of it."""
+"""`moeify train`: make a model sparse, train it and its dense baseline on the same text, and report the difference."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Train:
-    """Make a model sparse, and train it and its dense twin on the same text.
+    """Make a model sparse, and train it and its dense baseline on the same text.
 
     Without arguments: a small byte-level Llama, sparse with 8 experts of which each token uses 2, learns the text that
     came with Python and torch. The run's folder then holds the sparse model, metrics.jsonl, summary.json, pictures and
@@ -51,7 +51,7 @@ class Train:
     progress: o.Progress = True
 
     def job(self) -> Job:
-        """What the options ask for.
+        """The job that the options describe.
 
         Raises:
             ValueError: options that contradict each other.

@@ -131,7 +131,7 @@ def attach(
         if old is not None and old.experts.names == experts.names:
             latest[site.stack] = old
             continue
-        router = _together(site, experts, _router(site, experts, library.router), latest.get(site.stack))
+        router = _shared_or_own(site, experts, _router(site, experts, library.router), latest.get(site.stack))
         if old is not None:
             _grow(old.layer.router, router, _router(site, old.experts, library.router))
             _learn_alike(old.experts, experts)
@@ -211,7 +211,7 @@ def _refuse_other_base(name: str, module: str, dense: nn.Module, stored: Tensor)
     """Compare the base's weight that an adapter brings with the base's own, in the coarser dtype of both."""
     own = matrix(dense)
     if is_quantized(dense):
-        return  # what it was before is not known
+        return  # its initial value is not known
     coarse = max(stored.dtype, own.dtype, key=lambda dtype: torch.finfo(dtype).eps)
     if own.shape != stored.shape or not torch.equal(own.to(coarse), stored.to(own.device, coarse)):
         raise ValueError(
@@ -274,7 +274,7 @@ def _router(site: Site, experts: LoRA, make: MakeRouter) -> Router:
         ) from None
 
 
-def _together(site: Site, experts: LoRA, router: Router, previous: AdaptedLinear | None) -> Router:
+def _shared_or_own(site: Site, experts: LoRA, router: Router, previous: AdaptedLinear | None) -> Router:
     """The router itself, or one that follows the router of the linear layer before."""
     following = router if previous is None else router.link_to(previous.layer.router)
     if previous is not None and following is not router and previous.experts.names != experts.names:

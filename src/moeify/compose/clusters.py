@@ -112,7 +112,7 @@ class MeanPooling:
     Attributes:
         model: of transformers.
         tokenizer: its tokenizer.
-        length: tokens of a text that are read; the rest is cut off.
+        length: tokens of a text that are read; the others are cut off.
         batch: texts per forward pass.
     """
 

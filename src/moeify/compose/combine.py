@@ -1,4 +1,4 @@
-"""Combine several LoRA adapters into one: by given weights, or by weights that a search finds (LoraHub)."""
+"""Combine several LoRA adapters into one: by weights of your own, or by weights that a search finds (LoraHub)."""
 
 from __future__ import annotations
 

@@ -160,7 +160,7 @@ def load_adapters(
         raise ValueError(f"{folder} is damaged, or not written by moeify.save_adapters: {error!r}") from None
     routers = read_tensors(folder / "router.safetensors")
     adapters = {name: read_adapter(folder / _checked(name)) for name in names}
-    attach(base, adapters, library, allow_noncausal=True)  # whoever saved it allowed it
+    attach(base, adapters, library, allow_noncausal=True)  # it was allowed when the library was saved
     for module, layer in moe_layers(base).items():
         own = layer.router.state_dict()
         saved = {key: routers.get(f"{module}.{key}") for key in own}

@@ -68,7 +68,7 @@ def merge_models(
     if router_init is not None and router_init.keys() != named.keys():
         raise ValueError(f"router_init has examples for {sorted(router_init)}, and the models are {sorted(named)}")
     model = build(next(iter(named.values())) if base is None else base)
-    sources = [source_of(name, given, model) for name, given in named.items()]
+    sources = [source_of(name, each, model) for name, each in named.items()]
     for each in sources:
         refuse_unlike(each, model)
 

@@ -158,13 +158,13 @@ def _faults(source: Source, model: nn.Module) -> Iterator[str]:
     own = tensors(model)
     vocabulary = getattr(getattr(model, "config", None), "vocab_size", None)
     for names, tensor in own.items():
-        given = [name for name in names if name in source.shapes]
-        if not given:
+        present = [name for name in names if name in source.shapes]
+        if not present:
             yield (
                 f"it has no tensor {names[0]}; only models of one architecture can be merged, and if a checkpoint "
                 "stores it in another form, load it and pass the module"
             )
-        for name in given:
+        for name in present:
             theirs, ours = source.shapes[name], tuple(tensor.shape)
             if theirs != ours:
                 resized = theirs[1:] == ours[1:] and ours[0] == vocabulary
@@ -173,8 +173,8 @@ def _faults(source: Source, model: nn.Module) -> Iterator[str]:
                     if resized
                     else "only models of one size can be merged"
                 )
-        if len(given) > 1 and not _equal(source, given):
-            yield f"{' and '.join(given)} differ there and are tied in the others; tie them, or untie all models"
+        if len(present) > 1 and not _equal(source, present):
+            yield f"{' and '.join(present)} differ there and are tied in the others; tie them, or untie all models"
     ignored: Any = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
     known = {name for names in own for name in names}
     for name in source.shapes:

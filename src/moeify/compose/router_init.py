@@ -47,8 +47,8 @@ def route_all_to(model: nn.Module, expert: int | str) -> Iterator[None]:
         raise ValueError(f"there is no expert {expert!r}; there are: {', '.join(map(str, known))}")
     e = known.index(expert)
 
-    def only(router: nn.Module, given: tuple[Tensor, Context], decision: Routing) -> Assignment:
-        tokens = real_tokens(*given)
+    def only(router: nn.Module, args: tuple[Tensor, Context], decision: Routing) -> Assignment:
+        tokens = real_tokens(*args)
         index = torch.full((len(tokens.x), 1), e, device=tokens.x.device)
         return tokens.assign(index, torch.ones_like(index, dtype=torch.float32), decision.counts.numel())
 
@@ -121,8 +121,8 @@ def mean_inputs(model: nn.Module, e: int, layers: list[MoE], examples: Sequence[
     totals: dict[nn.Module, Tensor] = {}
     tokens: dict[nn.Module, int] = {}
 
-    def add(router: nn.Module, given: tuple[Tensor, Context]) -> None:
-        x = real_tokens(*given).x.float()
+    def add(router: nn.Module, args: tuple[Tensor, Context]) -> None:
+        x = real_tokens(*args).x.float()
         totals[router] = totals.get(router, 0) + x.sum(0)
         tokens[router] = tokens.get(router, 0) + len(x)
 

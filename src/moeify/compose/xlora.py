@@ -1,4 +1,4 @@
-"""X-LoRA: a forward pass without adapters feeds a small network, whose outputs weigh the adapters in a second pass."""
+"""X-LoRA: a forward pass without adapters feeds a small network, whose outputs weight the adapters in a second pass."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class XLoRA(nn.Module):
         dropout: in between.
         temperature: τ.
         layerwise: weights for every layer rather than the same for all.
-        k: how many of the weights are kept for each token; the rest is 0, and these adapters do not run.
+        k: how many of the weights are kept for each token; the others are 0, and their adapters do not run.
 
     Raises:
         ValueError: a model without such routers, or with different numbers of experts; a depth below 1; k outside 1..E;
@@ -93,7 +93,7 @@ class XLoRA(nn.Module):
 
 
 def _network(widths: list[int], dropout: float) -> Iterator[nn.Module]:
-    *inner, last = pairwise(widths)
-    for width, width_out in inner:
+    *hidden, last = pairwise(widths)
+    for width, width_out in hidden:
         yield from (nn.Linear(width, width_out), nn.ReLU(), nn.Dropout(dropout))
     yield nn.Linear(*last)

@@ -15,10 +15,10 @@ from moeify.routing import assign
 
 
 class QuantizedLinear(nn.Module):
-    """A linear map whose weights are whole numbers of 8 bits (a scale per row) or 4 bits (a scale per group).
+    """A linear layer whose weights are whole numbers of 8 bits (a scale per row) or 4 bits (a scale per group).
 
     Args:
-        linear: the map that it stands for.
+        linear: the layer that it replaces.
         bits: 8 or 4.
         group_size: weights that share a scale, 32 or 64; of 4 bits only.
     """
@@ -78,6 +78,6 @@ class QuantizedExperts(nn.Module):
         top_k_index: Int[Tensor, "T K"],
         top_k_weights: Float[Tensor, "T K"],
     ) -> Float[Tensor, "T D"]:
-        """The weighted answers of every token's experts."""
+        """The weighted outputs of every token's experts."""
         routing = assign(top_k_index, top_k_weights, self.experts.num_experts)
         return backends.run("auto", hidden_states, routing, self.experts).to(hidden_states.dtype)

@@ -102,7 +102,7 @@ def _text_of(row: Mapping[str, Any], source: object, here: str, field: str) -> s
 
 
 def text_field(fields: Iterable[str], source: object, field: str) -> str:
-    """The field to read: the one asked for, or else messages."""
+    """The field to read: the one that `field` names, or else messages."""
     names = [str(name) for name in fields]
     if (key := next((name for name in (field, *CHATS) if name in names), None)) is None:
         raise NoText(

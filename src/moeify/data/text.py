@@ -144,8 +144,8 @@ def _read_folder(folder: Path, field: str) -> Texts:
 
     def read(path: Path) -> Iterator[Document]:
         relative = path.relative_to(folder)
-        inner = Path(*relative.parts[1:]) if split and relative.parts[0].lower() in PARTS else relative
-        domain = inner.parts[0] if len(inner.parts) > 1 else folder.resolve().name
+        inside = Path(*relative.parts[1:]) if split and relative.parts[0].lower() in PARTS else relative
+        domain = inside.parts[0] if len(inside.parts) > 1 else folder.resolve().name
         try:
             yield from read_file(path, domain, field)
         except NoText as error:

@@ -1,1 +1,1 @@
-"""Measuring models, and comparing a sparse one with its dense twin."""
+"""Measuring models, and comparing a sparse one with its dense baseline."""

@@ -1,4 +1,4 @@
-"""What an optimizer step costs a sparse model and its dense twin, measured by turns: load falls on both alike."""
+"""What an optimizer step costs a sparse model and its dense baseline, measured by turns: load falls on both alike."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class Pace:
 
     Attributes:
         sparse: of the sparse model.
-        dense: of its dense twin.
+        dense: of its dense baseline.
         evaluation: seconds on the wall of one validation of both.
         on_cpu: whether the models ran on the CPU, whose time can be counted.
     """
@@ -110,7 +110,7 @@ def measure_pace(sparse: nn.Module, dense: nn.Module, train: Blocks, validation:
 
     Args:
         sparse: the sparse model.
-        dense: its dense twin.
+        dense: its dense baseline.
         train: blocks to train on.
         validation: blocks whose evaluation is timed once.
         settings: of the runs to come; `settings.pairs` is the number of rounds.

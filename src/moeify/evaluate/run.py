@@ -25,7 +25,7 @@ Measure = Callable[[nn.Module], float]
 
 
 class Stopped(Exception):
-    """A run was asked to stop before its end, and saved what it had."""
+    """A signal stopped a run before its end; a checkpoint is saved."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Settings:
         accumulate: micro-batches that the blocks of a step are cut into.
         learning_rate: the peak of a cosine with a linear warm-up over the first twentieth of the steps.
         weight_decay: AdamW's.
-        seed: of the order of data, of initialisation where a function is asked to build a model, and of dropout.
+        seed: of the order of data, of initialisation where a function builds the model, and of dropout.
         evaluations: how often the validation loss is measured, evenly over the steps, besides once before the first.
         evaluation_blocks: on how many validation blocks at most, taken evenly from all of them.
         minutes: take fewer steps where a pair of runs would take longer, by the measured cost of a step.
@@ -84,7 +84,7 @@ class Point:
 
 @dataclass(frozen=True)
 class Run:
-    """What became of one model.
+    """The measurements of one training run.
 
     Attributes:
         name: of the arm of a comparison.

@@ -39,7 +39,7 @@ def headline(versus: Versus) -> str:
         found[side].append(f"equal {names[d.axis]}")
     sentences = [f"{side} at {_list(found[side])}" for side in ("ahead", "behind") if found[side]]
     if found["unclear"]:
-        sentences.append(f"too close to its dense twin to tell at {_list(found['unclear'])}")
+        sentences.append(f"too close to its dense baseline to tell at {_list(found['unclear'])}")
     one = "" if versus.differences[0].spread is not None else " One seed says nothing about noise between seeds."
     return f"The sparse model is {', and '.join(sentences)}.{one}"
 

@@ -1,4 +1,4 @@
-"""A sparse model against its dense twin: at equal tokens, at equal training FLOPs and at equal time."""
+"""A sparse model against its dense baseline: at equal tokens, at equal training FLOPs and at equal time."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class Difference:
 
 @dataclass(frozen=True)
 class Versus:
-    """Runs of a sparse model and of its dense twin, with the same seeds in the same order.
+    """Runs of a sparse model and of its dense baseline, with the same seeds in the same order.
 
     Attributes:
         sparse: the sparse runs.
@@ -178,7 +178,7 @@ def versus(
     log: Callable[[str], None] = print,
     on_model: Callable[[str, nn.Module], None] = lambda name, model: None,
 ) -> Versus:
-    """Train a sparse model and its dense twin on the same tokens in the same order, from the same initialisation.
+    """Train a sparse model and its dense baseline on the same tokens in the same order, from the same initialisation.
 
     What they share starts with the same values; the sparse layers start as the recipe says. Before the first run, what
     a step costs either is measured by turns, see `moeify.evaluate.pace`.
@@ -192,8 +192,8 @@ def versus(
         settings: how long and how fast.
         seeds: number of pairs, with the seeds `settings.seed`, `settings.seed + 1`, ...
         resume: go on where a stopped call ended.
-        log: is given a line before every run.
-        on_model: is given every trained model with the name of its arm.
+        log: receives a line before every run.
+        on_model: receives every trained model with the name of its arm.
 
     Raises:
         moeify.evaluate.run.Stopped: a signal ended a run before its last step; call again with `resume=True`.

@@ -1,4 +1,4 @@
-"""Find the feed-forward networks of a dense model, and make sure that they were read rightly."""
+"""Find the feed-forward networks of a dense model, and verify each reading against the module that it replaces."""
 
 from moeify.find.dense import DenseFFN
 from moeify.find.shapes import Site

@@ -1,4 +1,4 @@
-"""Whether the layer around a sparse layer looks at earlier tokens only: by its own word, or by its masks."""
+"""Whether the attention around a sparse layer is causal: by its attributes, or by the masks that it is called with."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def _looks_ahead(site: Site, router: Router) -> str:
 
 
 def says_causal(layer: nn.Module) -> bool:
-    """Whether a layer attends to earlier tokens only, by what its attention says of itself."""
+    """Whether a layer attends to earlier tokens only, by the attributes of its attention."""
     return any(
         getattr(part, "is_causal", False) is True
         or getattr(part, "is_decoder", False) is True
@@ -81,7 +81,7 @@ def is_causal_mask(mask: Bool[Tensor, "... N N"] | Float[Tensor, "... N N"]) -> 
     """Whether a mask lets tokens look at themselves and earlier ones, but never at later ones.
 
     Masks of floats are added to scores. Of bools, torch marks what is hidden and transformers what is seen, so that
-    only the difference between later tokens and the others tells. Padding after a first token is no causal mask.
+    only the difference between later tokens and the others decides. Padding after a first token is no causal mask.
     """
     if mask.dtype is not torch.bool:
         if not mask.is_floating_point():

@@ -1,4 +1,4 @@
-"""A dense feed-forward network, read out of whatever modules a model keeps it in."""
+"""`DenseFFN`: a dense feed-forward network, assembled from the modules that hold its projections."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ Candidate = TypeVar("Candidate")
 
 
 class DenseFFN(nn.Module):
-    """`down(activation(up(x)))`, holding the model's own linear maps.
+    """`down(activation(up(x)))`, holding the model's own linear layers.
 
     Args:
-        ups: the up map; or gate and up map, in this order; or one map whose output is the gate's and then the up's.
-        down: the down map.
+        ups: the up projection; or gate and up projections; or one projection with the outputs of both.
+        down: the down projection.
         activation: between the projections.
         dropout: probability of the dropout between activation and down projection.
     """
@@ -36,23 +36,23 @@ class DenseFFN(nn.Module):
 
     @property
     def up_weight(self) -> Float[Tensor, "M D"]:
-        """The up map's matrix, the gate's first."""
+        """The up projection's matrix, the gate's first."""
         return torch.cat([matrix(up) for up in self.ups])
 
     @property
     def up_bias(self) -> Float[Tensor, "M"] | None:
-        """The up map's bias, the gate's first."""
+        """The up projection's bias, the gate's first."""
         biases = [up._parameters["bias"] for up in self.ups]
         return None if biases[0] is None else torch.cat([bias for bias in biases if bias is not None])
 
     @property
     def down_weight(self) -> Float[Tensor, "O H"]:
-        """The down map's matrix."""
+        """The down projection's matrix."""
         return matrix(self.down)
 
     @property
     def down_bias(self) -> Float[Tensor, "O"] | None:
-        """The down map's bias."""
+        """The down projection's bias."""
         return self.down._parameters["bias"]
 
     @property
@@ -76,7 +76,7 @@ class DenseFFN(nn.Module):
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Whether a module is a linear map: torch's Linear, or transformers' Conv1D, which stores the transpose."""
+    """Whether a module is a linear layer: torch's Linear, or transformers' Conv1D, which stores the transpose."""
     return isinstance(module, nn.Linear) or _is_conv1d(module)
 
 
@@ -85,7 +85,7 @@ def _is_conv1d(module: nn.Module) -> bool:
 
 
 def matrix(linear: nn.Module) -> Float[Tensor, "O D"]:
-    """The matrix of a linear map, outputs first."""
+    """The matrix of a linear layer, outputs first."""
     weight = linear.get_parameter("weight")
     return weight.t() if _is_conv1d(linear) else weight
 
@@ -123,7 +123,7 @@ def _is_elementwise(function: Callable) -> bool:
 
 
 def readings(module: nn.Module, linears: list[nn.Module]) -> Iterator[DenseFFN]:
-    """Every way to read two or three linear maps as an FFN."""
+    """Every way to read two or three linear layers as an FFN."""
     acts = activations(module)
     for *ups, down in itertools.permutations(linears):
         alike = len({(matrix(up).shape[1], up._parameters["bias"] is None) for up in ups}) == 1
@@ -158,7 +158,7 @@ _ROUNDING = 64.0
 
 @torch.no_grad()
 def misfit(module: nn.Module, reading: nn.Module, width: int) -> float:
-    """How far apart two modules answer in evaluation, in units of the last place; infinity if not comparable."""
+    """How far apart two modules' outputs are in evaluation, in units of the last place; infinity if not comparable."""
     weight = next(module.parameters())
     if weight.dtype.itemsize < 2:  # quantised
         return float("inf")
@@ -187,10 +187,10 @@ def accepts(module: nn.Module, width: int) -> bool:
 
 
 def dropouts(module: nn.Module, ffn: DenseFFN) -> tuple[float, float]:
-    """The probabilities of dropout before the down map and after it, found by watching a module drop.
+    """The probabilities of dropout before the down projection and after it, found by watching a module drop.
 
-    Every dropout of the module drops everything for one call: if the down map then reads zeros, dropout came before it;
-    if it does not but the output is zero, dropout came after.
+    Every dropout of the module drops everything for one call: if the down projection then reads zeros, dropout came
+    before it; if it does not but the output is zero, dropout came after.
     """
     parts = [part for part in module.modules() if isinstance(part, nn.Dropout) and part.p > 0]
     if not parts or ffn.down_weight.is_meta:

@@ -3,7 +3,7 @@
 - in a module of its own (Llama, T5, GPT-2, ViT, CLIP);
 - split over two neighbouring modules, the second of which may add dropout, norm and residual (BERT);
 - as loose parts that a layer calls inline (OPT, BART, Whisper, torch's own transformer layers);
-- as neighbours in a `nn.Sequential`, or a longer tower of linear maps there (recommenders).
+- as neighbours in a `nn.Sequential`, or a longer tower of linear layers there (recommenders).
 """
 
 from __future__ import annotations
@@ -255,7 +255,7 @@ def _sequential(model: nn.Module, name: str, module: nn.Module) -> Site | None:
 
 
 def _tower(name: str, module: nn.Sequential) -> Site | None:
-    """Linear maps with anything between them that reads one row at a time, from the first weights to the last map."""
+    """Linear layers with anything between them that reads one row at a time, from the first weights to the last."""
     maps = [i for i, part in enumerate(module) if is_linear(part)]
     alone = all(is_linear(part) or isinstance(part, _ROW_NORMS) or not list(part.parameters()) for part in module)
     if len(maps) < 2 or not alone:

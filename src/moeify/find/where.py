@@ -22,7 +22,7 @@ Where = Callable[[nn.Module], list[Site]]
 def ffn(model: nn.Module) -> list[Site]:
     """Every feed-forward network in the numbered layers of a model; if it has no such layers, every one there is.
 
-    In a layer, a feed-forward network answers in the width that it reads; experts are left out as they are.
+    In a layer, a feed-forward network has outputs as wide as its inputs; experts are left out as they are.
 
     Raises:
         ValueError: there is none; the model is sparse already; or a layer has no feed-forward network but a module with
@@ -116,7 +116,7 @@ def chosen(predicate: Callable[[str, nn.Module], bool]) -> Where:
 
 
 def modules(regex: str) -> Where:
-    """Any modules with linear maps whose name matches, taken as they are: their experts are whole copies."""
+    """Any modules with linear layers whose name matches, taken as they are: their experts are whole copies."""
     return partial(_modules, regex=regex)
 
 
@@ -129,13 +129,13 @@ def _modules(model: nn.Module, regex: str) -> list[Site]:
 
 
 def linears(regex: str = "") -> Where:
-    """The linear maps whose name matches, in the numbered layers of a model; for low-rank experts beside each."""
+    """The linear layers whose name matches, in the numbered layers of a model; for low-rank experts beside each."""
     return partial(_linears, regex=regex)
 
 
 @register("where", "linears")
 def _linears(model: nn.Module, regex: str = "") -> list[Site]:
-    """Maps that a module computes from their weights, without calling them, are left out: nobody would ask experts."""
+    """Layers whose weights a module reads without calling them are left out: experts would not run."""
     uncalled = [name for name, part in model.named_modules() if isinstance(part, nn.MultiheadAttention)]
     names = [
         name for name, part in model.named_modules() if is_linear(part) and name.rpartition(".")[0] not in uncalled

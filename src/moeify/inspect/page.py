@@ -43,7 +43,7 @@ def write_report(
         facts: what was trained on which data, by name.
     """
     parts = [
-        "<h1>A sparse model and its dense twin</h1>",
+        "<h1>A sparse model and its dense baseline</h1>",
         *(f"<p><b>{escape(line)}</b></p>" for line in says(versus, load)),
     ]
     parts += [f'<p><img alt="{escape(p.stem)}" src="{_inline(p)}"></p>' for p in pictures]
@@ -105,7 +105,7 @@ def comparison_rows(versus: Versus) -> Rows:
         clear = "" if d.is_clear else ", too noisy to tell"
         found = (f"{d.sparse:.4f}", f"{d.dense:.4f}", f"{d.difference:+.4f}")
         rows.append((f"equal {names[d.axis]}", *found, f"{spread}{clear}"))
-    return ("at", "sparse", "dense twin", "sparse - dense", "spread"), rows
+    return ("at", "sparse", "dense baseline", "sparse - dense", "spread"), rows
 
 
 def size_rows(versus: Versus) -> Rows:
@@ -120,7 +120,7 @@ def size_rows(versus: Versus) -> Rows:
     if versus.pace is not None:
         seconds = (f"{cost:.3f}" for cost in versus.pace.seconds)
         rows.append((f"{versus.pace.clock} seconds per step, measured by turns", *seconds))
-    return ("", "sparse", "dense twin"), rows
+    return ("", "sparse", "dense baseline"), rows
 
 
 def load_rows(load: ExpertLoad) -> Rows:

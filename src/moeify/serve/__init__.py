@@ -1,4 +1,4 @@
-"""Run a model: decoding on a CPU. Serving itself is left to others."""
+"""Inference: fast decoding on a CPU. There is no server here."""
 
 from moeify.serve.decode import fast_decode, plain_decode
 

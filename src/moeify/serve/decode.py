@@ -49,7 +49,7 @@ def fast_decode(model: Model, *, bits: int = 16) -> Model:
     """Decode by one call of the C++ kernel per token, on a CPU; in place, `model.generate` is used as before.
 
     Prompts, and calls that ask for more than logits (hidden states, hooks, gradients), go through the model as it is.
-    With 8 or 4 bits its linear maps and experts are replaced by quantised ones, for good; the head keeps 8 bits, and
+    With 8 or 4 bits its linear layers and experts are replaced by quantised ones, for good; the head keeps 8 bits, and
     routers, norms and embeddings what they have. In bf16, activations are rounded to 8 bits too where a processor
     multiplies bytes, for up to 24 tokens. The weights move into huge pages. A step is compared with the model's own
     before the model is returned. Call it again when parameters were replaced or cast.

@@ -79,7 +79,7 @@ def find_decoder(model: nn.Module) -> Decoder:
     layers = [_layer(model, name, layer) for name, layer in body.layers.named_children()]
     head: Any = model.lm_head
     if not is_linear(head):
-        raise _no(model, f"its head is {type(head).__name__}, not a plain linear map")
+        raise _no(model, f"its head is {type(head).__name__}, not a plain linear layer")
     decoder = Decoder(body.embed_tokens, layers, body.norm, head, body.rotary_emb, weight.dtype)
     for norm in [decoder.norm, *(norm for layer in layers for norm in layer.norms)]:
         if not hasattr(norm, "variance_epsilon") or norm.weight.dim() != 1 or len(list(norm.parameters())) != 1:
@@ -94,7 +94,7 @@ def is_offloaded(module: nn.Module) -> bool:
 
 
 def is_linear(module: nn.Module | None) -> bool:
-    """Whether the kernel reads a module's weights itself: a plain linear map, or one that was quantised by us."""
+    """Whether the kernel reads a module's weights itself: a plain linear layer, or a `QuantizedLinear`."""
     return type(module) is QuantizedLinear or (type(module) is nn.Linear and module.weight.stride(1) == 1)
 
 
@@ -104,10 +104,10 @@ def _layer(model: nn.Module, name: str, layer: Any) -> Layer:
     wanted = ("mlp", "input_layernorm", "post_attention_layernorm")
     if attention is None or set(found) != set(wanted):
         raise _no(model, f"layer {name} is made of {', '.join(dict(layer.named_children()))}, not of Llama's parts")
-    maps = [getattr(attention, f"{letter}_proj", None) for letter in "qkvo"]
+    projections = [getattr(attention, f"{letter}_proj", None) for letter in "qkvo"]
     others = set(dict(attention.named_children())) - {"q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm"}
-    if not all(is_linear(m) for m in maps) or others:
-        raise _no(model, f"the attention of layer {name} is {type(attention).__name__}, not four plain linear maps")
+    if not all(is_linear(m) for m in projections) or others:
+        raise _no(model, f"the attention of layer {name} is {type(attention).__name__}, not four plain linear layers")
     if getattr(attention, "sliding_window", None) or getattr(model.config, "sliding_window", None):
         raise _no(model, f"layer {name} attends to a sliding window")
     return Layer(attention, *(found[part] for part in wanted[:1]), *(found[part] for part in wanted[1:]))

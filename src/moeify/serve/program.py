@@ -172,13 +172,13 @@ class Program:
     def _norm(self, norm: Any, x: Tensor, y: Tensor) -> None:
         self._add(steps.norm(x, y, self._hold(norm.weight.detach().float()), norm.variance_epsilon))
 
-    def _linear(self, map: Linear, x: Tensor, y: Tensor, *, adds: bool = False) -> None:
-        if isinstance(map, QuantizedLinear):
-            w = map.map
+    def _linear(self, linear: Linear, x: Tensor, y: Tensor, *, adds: bool = False) -> None:
+        if isinstance(linear, QuantizedLinear):
+            w = linear.map
             weight, scales, group_size, bias = w.weight, w.scales, w.group_size, w.bias
         else:
-            weight, scales, group_size = map.weight.detach().unsqueeze(0), None, 0
-            bias = None if map.bias is None else map.bias.detach().unsqueeze(0)
+            weight, scales, group_size = linear.weight.detach().unsqueeze(0), None, 0
+            bias = None if linear.bias is None else linear.bias.detach().unsqueeze(0)
         bias = None if bias is None else self._hold(bias.to(self.dtype))
         self._hold(weight)
         self._add(
@@ -199,7 +199,7 @@ class Program:
 
 
 def _gated(mlp: Any) -> tuple[Any, Any, Any, str] | None:
-    """Gate, up map, down map and activation of a gated network, as transformers or we name them."""
+    """Gate, up projection, down projection and activation of a gated network, as transformers or we name them."""
     projections: list[Any]
     if isinstance(mlp, DenseFFN):
         projections, act = [*mlp.ups, mlp.down], mlp.activation.act if isinstance(mlp.activation, Glu) else None

@@ -1,4 +1,4 @@
-"""Dense model -> sparse model: make experts of the feed-forward networks, put sparse layers in their place."""
+"""Dense model -> sparse model: make experts of its feed-forward networks, and put sparse layers in their places."""
 
 from moeify.sparsify.after import sandwich
 from moeify.sparsify.convert import sparsify

@@ -1,4 +1,4 @@
-"""What follows a layer in which a sparse one stands: functions from the dense module to a module or None."""
+"""Modules that run behind a block in which a sparse layer stands: functions from the dense module to one, or None."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ register("after", "nothing")(nothing)
 def sandwich(dense: nn.Module, width: int, *, variance: float | None = None, zero: bool = False) -> nn.Module:
     """A further dense network right behind every sparse one, with a norm and residual of its own (ST-MoE, 2202.08906).
 
-    It is of the dense network's kind and drawn anew, as `fresh` experts are.
+    It has the dense network's architecture and is drawn anew, as `fresh` experts are.
 
     Args:
-        dense: a `DenseFFN` that answers in the width that it reads.
+        dense: a `DenseFFN` with outputs as wide as its inputs.
         width: D.
         variance: as of `fresh`.
-        zero: start with a down map of zeros, so that the model starts as it is without.
+        zero: start with a down projection of zeros, so that the model starts as it is without.
 
     Raises:
         ValueError: a module that is no `DenseFFN` of one width.
@@ -58,12 +58,12 @@ class Sublayer(nn.Module):
         self.ffn = ffn
 
     def forward(self, x: Float[Tensor, "... D"]) -> Float[Tensor, "... D"]:
-        """Add the network's answer to the residual stream."""
+        """Add the network's output to the residual stream."""
         return x + self.ffn(self.norm(x))
 
 
 def append(layer: nn.Module, following: nn.Module) -> list[Callable[[], None]]:
-    """Let a module read what a layer gives to the next, and return what takes it away again."""
+    """Let a module read a layer's output before the next layer does, and return what removes it again."""
     layer.add_module("after", following)
     return [lambda: delattr(layer, "after"), layer.register_forward_hook(_continue).remove]
 

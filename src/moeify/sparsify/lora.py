@@ -1,4 +1,4 @@
-"""Low-rank experts beside what is there: one for every linear map, or one for a whole feed-forward network."""
+"""LoRA experts: beside a linear layer, or inside a whole feed-forward network (MixLoRA)."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from moeify.registry import register
 
 @register("experts", "lora")
 def lora(dense: nn.Module, num_experts: int, *, rank: int = 8, scale: float = 1.0, dropout: float = 0.0) -> LoRA:
-    """Low-rank experts for a linear map, or for whatever stands there; they start as nothing, so keep it in `shared`.
+    """Low-rank experts for a linear layer, or any other module; they start at 0, so keep the module in `shared`.
 
     Args:
-        dense: what they are to stand beside: a linear map (`where=linears(...)`), or a feed-forward network.
+        dense: what they are to stand beside: a linear layer (`where=linears(...)`), or a feed-forward network.
         num_experts: E.
         rank: r.
-        scale: multiplies the answers; `alpha / rank` where a paper gives alpha.
+        scale: multiplies the outputs; `alpha / rank` where a paper gives alpha.
         dropout: probability of dropping an input in training.
     """
     first, last = _ends(dense)
@@ -27,7 +27,7 @@ def lora(dense: nn.Module, num_experts: int, *, rank: int = 8, scale: float = 1.
 
 @register("experts", "lora_ffn")
 def lora_ffn(dense: nn.Module, num_experts: int, *, rank: int = 8, scale: float = 1.0, dropout: float = 0.0) -> LoRAFFN:
-    """Experts that are the dense network, frozen, with low-rank changes of their own to its maps (MixLoRA).
+    """Experts that are the dense network, frozen, with low-rank updates of their own to its projections (MixLoRA).
 
     Args:
         dense: a `DenseFFN`.
@@ -41,7 +41,7 @@ def lora_ffn(dense: nn.Module, num_experts: int, *, rank: int = 8, scale: float 
     """
     if not isinstance(dense, DenseFFN):
         raise ValueError(
-            f"lora_ffn changes the maps of a feed-forward network, and this is a {type(dense).__name__}; use lora"
+            f"lora_ffn is for the projections of a feed-forward network, this is a {type(dense).__name__}; use lora"
         )
     up, down = dense.up_weight, dense.down_weight
     return LoRAFFN(
@@ -54,11 +54,11 @@ def lora_ffn(dense: nn.Module, num_experts: int, *, rank: int = 8, scale: float 
 
 
 def _ends(dense: nn.Module) -> tuple[Tensor, Tensor]:
-    """The first and the last matrix of what stands there."""
+    """The first and the last matrix of a module."""
     if isinstance(dense, DenseFFN):
         return dense.up_weight, dense.down_weight
-    maps = [matrix(part) for part in dense.modules() if is_linear(part)]
-    return maps[0], maps[-1]
+    matrices = [matrix(part) for part in dense.modules() if is_linear(part)]
+    return matrices[0], matrices[-1]
 
 
 def _lora(width: int, width_out: int, num_experts: int, rank: int, scale: float, dropout: float, like: Tensor) -> LoRA:
@@ -68,7 +68,7 @@ def _lora(width: int, width_out: int, num_experts: int, rank: int, scale: float,
 
 
 def _frozen_linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
-    """A linear map that shares the memory of a weight and does not train it."""
+    """A linear layer that shares the memory of a weight and does not train it."""
     with torch.device("meta"):
         linear = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None)
     linear.weight = nn.Parameter(weight.detach(), requires_grad=False)

@@ -1,4 +1,4 @@
-"""Experts from a dense module: copies of it, parts of it, or fresh ones of its kind."""
+"""Make experts of a dense module: copies of it, parts of it, or fresh ones of its architecture."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def copies(dense: nn.Module, num_experts: int, *, noise: float = 0.0, drop: floa
         noise: add Gaussian noise of this share of each matrix's standard deviation, so that the copies differ.
         drop: re-initialise this share of the hidden units of every copy, with the mean and standard deviation of the
             weights they replace (drop-upcycling, arXiv 2502.19261).
-        scale: multiplies the answers; needed where the router's weights do not sum to 1.
+        scale: multiplies the outputs; needed where the router's weights do not sum to 1.
 
     Raises:
         ValueError: options other than noise for a module that is no `DenseFFN`.
@@ -78,13 +78,13 @@ def splits(
 ) -> Experts:
     """The experts divide the hidden units of the dense network among them (LLaMA-MoE, arXiv 2406.16554).
 
-    The experts' answers add up to the dense network's; with weights that sum to 1 each must count E-fold for that.
+    The experts' outputs add up to the dense network's; with weights that sum to 1 each must count E-fold for that.
 
     Args:
         dense: a `DenseFFN`.
         num_experts: E; must divide H.
         split: which hidden units go to which expert: `random` (if not given), `clustered` or `importance`.
-        scale: multiplies the answers, E if not given.
+        scale: multiplies the outputs, E if not given.
 
     Raises:
         ValueError: E does not divide H, or the module is no `DenseFFN`.
@@ -117,7 +117,7 @@ def fresh(
     variance: float | None = None,
     zero: bool = False,
 ) -> Experts:
-    """New experts of the dense network's kind, drawn with the standard deviation of its weights; biases start at 0.
+    """Experts of the dense network's architecture, drawn with the standard deviation of its weights; biases start at 0.
 
     Args:
         dense: a `DenseFFN`, or a module whose parts can reset their parameters.
@@ -126,7 +126,7 @@ def fresh(
         hidden: the hidden width itself.
         variance: s; draw every matrix from a normal distribution of standard deviation sqrt(s / columns), cut off at
             twice that, instead. Switch found s = 0.1 to be stable (arXiv 2101.03961, section 2.4).
-        zero: start with a down map of zeros, so that the layer starts as its shared module alone.
+        zero: start with a down projection of zeros, so that the layer starts as its shared module alone.
 
     Raises:
         ValueError: sizes for a module that is no `DenseFFN`; a granularity that does not divide H.
@@ -159,13 +159,13 @@ def masked(
     experts: Callable[[nn.Module, int], Experts] = fresh,
     p: float = 0.2,
 ) -> Experts:
-    """Experts whose answers are dropped with probability p in training (NLLB): `Masked` around what `experts` makes.
+    """Experts whose outputs are dropped with probability p in training (NLLB): `Masked` around what `experts` makes.
 
     Args:
         dense: the dense module.
         num_experts: E.
         experts: makes the experts.
-        p: probability that an answer is dropped.
+        p: probability that an output is dropped.
     """
     return Masked(experts(dense, num_experts), p)
 
@@ -180,10 +180,10 @@ def with_free(
     copy: int = 1,
     constant: int = 2,
 ) -> Experts:
-    """The last experts cost nothing: they answer a learned vector, the token, or 0, in this order (MoE++, 2410.07348).
+    """The last experts cost nothing: they output a learned vector, the token, or 0, in this order (MoE++, 2410.07348).
 
     Args:
-        dense: a `DenseFFN` that answers in the width that it reads.
+        dense: a `DenseFFN` with outputs as wide as its inputs.
         num_experts: E, the free ones included.
         experts: makes the others.
         zero: how many `Zero` experts.
@@ -202,9 +202,9 @@ def with_free(
         )
     like = dense.down_weight
     with torch.device(like.device):
-        banks = [(partial(Constant, width=dense.width), constant), (Identity, copy), (Zero, zero)]
+        groups = [(partial(Constant, width=dense.width), constant), (Identity, copy), (Zero, zero)]
         return Blocks(
-            [experts(dense, num_experts - free), *(bank(count).to(like.dtype) for bank, count in banks if count)]
+            [experts(dense, num_experts - free), *(group(count).to(like.dtype) for group, count in groups if count)]
         )
 
 
@@ -231,15 +231,15 @@ def _like(dense: DenseFFN, num_experts: int, hidden: int) -> FFN:
 def _fill(experts: FFN, dense: DenseFFN, units: list[Int[Tensor, "H"]], scale: float) -> None:
     """Give expert e the hidden units `units[e]` of the dense network."""
     (up, up_bias), (down, down_bias) = experts.up, experts.down
-    maps = dense.activation.projections
-    old_up = dense.up_weight.unflatten(0, (maps, -1))  # (maps, H, D)
+    projections = dense.activation.projections
+    old_up = dense.up_weight.unflatten(0, (projections, -1))  # (projections, H, D)
     for e, chosen in enumerate(units):
         chosen = chosen.to(down.device)
         up[e] = old_up[:, chosen].flatten(0, 1)
         down[e] = dense.down_weight[:, chosen] * scale
         if up_bias is not None:
             old = dense.up_bias
-            up_bias[e] = 0 if old is None else old.unflatten(0, (maps, -1))[:, chosen].flatten()
+            up_bias[e] = 0 if old is None else old.unflatten(0, (projections, -1))[:, chosen].flatten()
         if down_bias is not None:
             down_bias[e] = 0 if dense.down_bias is None else dense.down_bias * scale
 
@@ -269,7 +269,7 @@ def importance(dense: DenseFFN, parts: int) -> Int[Tensor, "E h"]:
 
 @register("split", "clustered")
 def clustered(dense: DenseFFN, parts: int) -> Int[Tensor, "E h"]:
-    """Hidden units that read alike: balanced k-means on the normalised rows of the first map (MoEfication)."""
+    """Hidden units of similar input weights: balanced k-means on normalised rows of the up matrix (MoEfication)."""
     points = nn.functional.normalize(dense.up_weight[: dense.hidden].float(), dim=-1)
     centres = points[torch.randperm(dense.hidden, device=points.device)[:parts]]
     for _ in range(10):
@@ -279,13 +279,13 @@ def clustered(dense: DenseFFN, parts: int) -> Int[Tensor, "E h"]:
 
 
 def _balanced(affinity: Tensor) -> Int[Tensor, "E h"]:
-    """Put every point into a part with room, the pairs of highest affinity first."""
+    """Put every point into a part that is not full, the pairs of highest affinity first."""
     points, parts = affinity.shape
-    room = [points // parts] * parts
+    capacity = [points // parts] * parts
     part_of = [-1] * points
     for pair in affinity.flatten().argsort(descending=True).tolist():
         point, part = divmod(pair, parts)
-        if part_of[point] < 0 and room[part]:
+        if part_of[point] < 0 and capacity[part]:
             part_of[point] = part
-            room[part] -= 1
+            capacity[part] -= 1
     return torch.tensor(part_of, device=affinity.device).argsort(stable=True).view(parts, -1)

@@ -14,7 +14,7 @@ from moeify.sparsify.recipe import Recipe
 
 
 class _Named(Mapping[str, Recipe]):
-    """The named recipes; each is made when it is asked for, and then kept."""
+    """The named recipes; each is made at first access, and then kept."""
 
     def __getitem__(self, name: str) -> Recipe:
         return _made(name)

@@ -1,4 +1,4 @@
-"""What a recipe will make of a model: the sites and their sparse layers, proved and then put in place.
+"""`Plan`: the sites that a recipe finds in a model and their sparse layers, verified and then put in place.
 
 plan = find(model, recipe)
 plan.verify(probe)
@@ -50,7 +50,7 @@ class Plan:
 
     @cached_property
     def layers(self) -> list[MoE]:
-        """The sparse layer of each site, made when first asked for.
+        """The sparse layer of each site, made at first access.
 
         Raises:
             ValueError: whatever router, experts and shared refuse; experts that destroy the dense model's function.
@@ -113,7 +113,7 @@ class Plan:
             allow_noncausal: let decoders have routers that look at later tokens.
 
         Returns:
-            What takes all of it back.
+            A function that undoes all of it.
 
         Raises:
             ValueError: whatever `layers` raises; a router that looks at later tokens in a decoder. The model is as it
@@ -162,7 +162,7 @@ def put(
     """Put sparse layers into their sites, and let their contexts read what the model is called with.
 
     Returns:
-        What takes all of it back, to be called from the last to the first.
+        Functions that undo all of it, to be called from the last to the first.
 
     Raises:
         ValueError: a router that looks at later tokens in a decoder; the model is as it was.
@@ -258,7 +258,7 @@ def _above(model: nn.Module, stack: str) -> list[nn.Module]:
 
 
 def _around(model: nn.Module, site: Site) -> nn.Module | None:
-    """The outermost module of a stack around a site that is given a mask of its tokens, None if none is."""
+    """The outermost module of a stack around a site that receives a mask of its tokens, None if none is."""
     parts = site.name.split(".")
     above = len(site.stack.split(".")) if site.stack else 0
     inside = (model.get_submodule(".".join(parts[:end])) for end in range(above + 1, len(parts)))

@@ -1,4 +1,4 @@
-"""What to make of a dense model: a recipe of functions and classes, which files write by their names."""
+"""`Recipe`: how to make a dense model sparse, as functions and classes, which files write by their names."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What stands beside the routed experts and reads every token: functions from the dense module to a module or None."""
+"""Shared modules, which read every token beside the routed experts: functions from the dense module to one, or None."""
 
 from __future__ import annotations
 
@@ -51,5 +51,5 @@ class GatedShared(nn.Module):
         self.gate = nn.Linear(width, 1, bias=False)
 
     def forward(self, x: Float[Tensor, "... D"]) -> Float[Tensor, "... O"]:
-        """Gate the dense network's answer."""
+        """Gate the dense network's output."""
         return torch.sigmoid(self.gate(x)) * self.dense(x)

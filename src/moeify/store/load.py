@@ -1,4 +1,4 @@
-"""`load`: a saved sparse model is built without memory, compared with the files, and given their tensors.
+"""`load`: builds a saved sparse model on the meta device, compares it with the files, and fills in their tensors.
 
 No forward pass is run, and no weight is made that the files then replace.
 """
@@ -27,7 +27,7 @@ def load(folder: str | Path, model: nn.Module | None = None, recipe: Recipe | No
 
     Args:
         folder: what `save` wrote.
-        model: the dense model to start from, whose weights are given up; needed for models that are not of
+        model: the dense model to start from, whose weights are discarded; needed for models that are not of
             transformers.
         recipe: used in place of the saved one, for recipes with parts of your own.
 
@@ -40,7 +40,7 @@ def load(folder: str | Path, model: nn.Module | None = None, recipe: Recipe | No
     weights = Weights.of(folder)
     if recipe is None and description["recipe"] is not None:
         recipe = Recipe.from_dict(description["recipe"])
-    _refuse_promises(folder / "config.json", description, recipe, weights)
+    _check_declared_sizes(folder / "config.json", description, recipe, weights)
     with torch.random.fork_rng(devices=[]):
         model = build(folder, description, recipe, model)
     own = persistent(model)
@@ -69,8 +69,8 @@ def _read_description(folder: Path) -> dict[str, Any]:
     return description
 
 
-def _refuse_promises(path: Path, description: dict[str, Any], recipe: Recipe | None, weights: Weights) -> None:
-    """Compare what sizes a config names with the headers of the files, before anything is built."""
+def _check_declared_sizes(path: Path, description: dict[str, Any], recipe: Recipe | None, weights: Weights) -> None:
+    """Compare the sizes that a config names with the headers of the files, before anything is built."""
     most = sum(shape[0] if shape else 1 for shape in weights.shapes.values())
     if recipe is not None and recipe.num_experts > most:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Whether adapters of PEFT lie around the modules of a model, which `save` cannot write."""
+"""Whether PEFT has wrapped modules of a model in adapters, which `save` cannot write."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`save`: a sparse model becomes a folder of safetensors, a `config.json` and the hashes of both."""
+"""`save`: writes a sparse model as a folder of safetensors, a `config.json` and the hashes of both."""
 
 from __future__ import annotations
 

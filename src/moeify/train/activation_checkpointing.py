@@ -1,4 +1,4 @@
-"""Activation checkpointing that cannot change its mind: what is recomputed goes to the experts that it went to first.
+"""Activation checkpointing with fixed routing: the recomputed forward pass sends tokens to the experts of the first.
 
 A forward pass that is repeated in backward may route a token elsewhere: kernels are not deterministic, and a tie or a
 last bit decides between two experts. The gradient then belongs to another function than the loss. So the choices are

@@ -1,4 +1,4 @@
-"""What a sparse model's training needs to be told beyond `transformers.TrainingArguments`."""
+"""`SparseArguments`: the training options of sparse models, beside `transformers.TrainingArguments`."""
 
 from __future__ import annotations
 

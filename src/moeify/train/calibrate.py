@@ -1,4 +1,4 @@
-"""Show every expert every token, and count which experts a set of data reaches by itself."""
+"""Run every expert on every token, for calibration, and count the tokens that data sends to each expert."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from moeify.routing import Routing
 
 @contextmanager
 def calibrate_all_experts(model: nn.Module) -> Iterator[None]:
-    """Inside, every expert reads every real token, while every layer answers what its router decides.
+    """Inside, every expert reads every real token, while every layer outputs what its router decides.
 
     For observers that sit on experts, as those of quantisation do: an expert that calibration data is never sent to
     would be left with ranges of nothing. After each pass the experts are called once more, with the tokens that they
-    were not sent, and these answers are thrown away. Layers of ours and of transformers alike; `record` shows what
+    were not sent, and these outputs are discarded. Layers of ours and of transformers alike; `record` shows what
     routers decide, inside as outside. Soft mixtures give every expert every token anyway.
 
     Raises:
@@ -52,7 +52,7 @@ def calibrate_all_experts(model: nn.Module) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class ExpertTokens:
-    """How many tokens each expert was given.
+    """How many tokens each expert received.
 
     Attributes:
         layers: tokens of every expert, by the name of the sparse layer.
@@ -61,7 +61,7 @@ class ExpertTokens:
     layers: dict[str, Int[Tensor, "E"]]
 
     def missed(self, at_least: int = 1) -> dict[str, list[int]]:
-        """The experts that were given fewer tokens, by layer; layers without any are left out."""
+        """The experts that received fewer tokens, by layer; layers without any are left out."""
         few = {name: (tokens < at_least).nonzero().flatten().tolist() for name, tokens in self.layers.items()}
         return {name: experts for name, experts in few.items() if experts}
 

@@ -1,4 +1,4 @@
-"""What happens beside the steps: expert dropout, a line of progress, and a clean end when asked to stop."""
+"""Callbacks of the trainer: expert dropout, a schedule of k, a checkpoint at a signal, and a line of progress."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class ExpertDropout(TrainerCallback):
 
 
 class KSchedule(TrainerCallback):
-    """Sets how many experts a token asks, by a schedule over optimizer steps, rounded (SMoE-Dropout: k grows to E).
+    """Sets how many experts a token uses, by a schedule over optimizer steps, rounded (SMoE-Dropout: k grows to E).
 
     It sets the `k` of every router of ours that has one to set, see `Router.settable_k`.
 
@@ -89,7 +89,7 @@ class KSchedule(TrainerCallback):
 class SaveOnSignal(TrainerCallback):
     """On Ctrl-C or SIGTERM: finish the step, save a checkpoint, end the training normally, say how to go on.
 
-    All ranks stop after the same step, whichever was told. A second signal ends the process at once.
+    All ranks stop after the same step, whichever got the signal. A second signal ends the process at once.
     """
 
     signals = (signal.SIGINT, signal.SIGTERM)
@@ -112,13 +112,13 @@ class SaveOnSignal(TrainerCallback):
         self.restore()
 
     def restore(self) -> None:
-        """Give signals back to who had them."""
+        """Restore the previous signal handlers."""
         while self.before:
             number, handler = self.before.popitem()
             signal.signal(number, handler)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Save and stop, if any rank was told to."""
+        """Save and stop, if any rank got a signal."""
         if anywhere(self.received is not None, args.device):
             control.should_save = control.should_training_stop = self.stopped = True
 

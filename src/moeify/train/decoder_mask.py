@@ -1,4 +1,4 @@
-"""The mask of a decoder's padding in sequence-to-sequence training, where batches tell it by their labels alone."""
+"""The mask of a decoder's padding in sequence-to-sequence training, where batches imply it by their labels alone."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ def with_decoder_mask(model: nn.Module, batch: Mapping[str, Any]) -> Mapping[str
     labels = batch.get("labels")
     if batch.get("decoder_attention_mask") is not None or not isinstance(labels, Tensor) or labels.dim() != 2:
         return batch
-    inner: Any = model
-    if hasattr(inner, "get_base_model"):  # of PEFT
-        inner = inner.get_base_model()
-    is_encoder_decoder = getattr(getattr(inner, "config", None), "is_encoder_decoder", False)
-    if not is_encoder_decoder or "decoder_attention_mask" not in inspect.signature(inner.forward).parameters:
+    unwrapped: Any = model
+    if hasattr(unwrapped, "get_base_model"):  # of PEFT
+        unwrapped = unwrapped.get_base_model()
+    is_encoder_decoder = getattr(getattr(unwrapped, "config", None), "is_encoder_decoder", False)
+    if not is_encoder_decoder or "decoder_attention_mask" not in inspect.signature(unwrapped.forward).parameters:
         return batch
     return {**batch, "decoder_attention_mask": decoder_mask(labels)}
 

@@ -13,7 +13,7 @@ from moeify.routers.lookup import split_router_inputs
 
 
 def is_finite(losses: Sequence[Tensor], model: nn.Module, *, gradients: bool = True) -> bool:
-    """Whether the losses of a step and its gradients are finite on every rank; all ranks get the same answer.
+    """Whether the losses of a step and its gradients are finite on every rank; all ranks get the same result.
 
     Args:
         losses: of the micro-batches of the step.
@@ -28,7 +28,7 @@ def is_finite(losses: Sequence[Tensor], model: nn.Module, *, gradients: bool = T
     return not bool(all_reduce(bad))
 
 
-def find(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> str:
+def find_nonfinite(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> str:
     """Name what is not finite: the first module in a forward pass, or else the first parameter with such a gradient.
 
     Runs the batches through the model once more; call it once the training has failed.

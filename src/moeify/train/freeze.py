@@ -179,13 +179,13 @@ def _outside(model: nn.Module, name: str, layers: list[str]) -> str:
 
 
 def _chosen(model: nn.Module, parts: tuple[str | re.Pattern[str], ...]) -> list[str]:
-    """The names of the parameters that are asked for."""
+    """The names of the parameters in some parts."""
     if not parts:
         raise ValueError(f"name what to freeze or unfreeze: {', '.join(PARTS)}, base, or the name of a module")
     belongs = part_of(model)
     chosen = []
     for part in parts:
-        found = [name for name in belongs if _asked(part, name, belongs[name])]
+        found = [name for name in belongs if _matches(part, name, belongs[name])]
         if not found:
             has = ", ".join(trainable(model).parts)
             raise ValueError(
@@ -196,10 +196,10 @@ def _chosen(model: nn.Module, parts: tuple[str | re.Pattern[str], ...]) -> list[
     return chosen
 
 
-def _asked(asked: str | re.Pattern[str], name: str, part: str) -> bool:
-    if isinstance(asked, re.Pattern):
-        return asked.search(name) is not None
-    return asked == part or (asked == "base" and part in BASE) or name == asked or name.startswith(f"{asked}.")
+def _matches(wanted: str | re.Pattern[str], name: str, part: str) -> bool:
+    if isinstance(wanted, re.Pattern):
+        return wanted.search(name) is not None
+    return wanted == part or (wanted == "base" and part in BASE) or name == wanted or name.startswith(f"{wanted}.")
 
 
 def _show(part: str | re.Pattern[str]) -> str:

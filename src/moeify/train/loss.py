@@ -29,7 +29,7 @@ Decisions = Sequence[tuple[str, Routing]]
 UNITS = ("attention_mask", "decoder_attention_mask", "input_ids", "labels", "rows")
 
 
-def count(inputs: Mapping[str, Any]) -> dict[str, int]:
+def count_decisions(inputs: Mapping[str, Any]) -> dict[str, int]:
     """How many decisions a router may have to make for a batch: one per real token, per label, or per row."""
     tensors = {name: value for name, value in inputs.items() if isinstance(value, Tensor) and value.dim() > 0}
     sizes = dict.fromkeys(UNITS, 0)
@@ -80,7 +80,7 @@ class Watch:
         if not seen:
             raise ValueError(
                 "no routing decision arrived in this forward pass, so balance is not wired: the sparse layers were not "
-                "called through the model that the trainer was given; pass the model that holds them, or "
+                "called through the model that the trainer has; pass the model that holds them, or "
                 "SparseArguments(balance=0)"
             )
         return seen
@@ -108,9 +108,9 @@ class StepLoss:
         Args:
             batches: of this rank.
             device: where ranks exchange their counts.
-            copies: ranks that are given the same batches, as in tensor parallelism.
+            copies: ranks that receive the same batches, as in tensor parallelism.
         """
-        sizes = [count(batch) for batch in batches]
+        sizes = [count_decisions(batch) for batch in batches]
         here = torch.tensor([sum(size[unit] for size in sizes) for unit in UNITS], dtype=torch.float32, device=device)
         self._total = dict(zip(UNITS, (all_reduce(here) / copies).tolist(), strict=True))
         self._this_step = {}
@@ -180,7 +180,7 @@ class StepLoss:
 
 
 def _made(routing: Routing) -> int:
-    """How many decisions of tokens or groups a routing holds, 0 if it does not tell."""
+    """How many decisions of tokens or sequences a routing holds, 0 if it does not record them."""
     return next((len(kept) for kept in (routing.logits, routing.scores) if kept is not None), 0)
 
 
@@ -189,7 +189,7 @@ def _names(decisions: Decisions) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more layers" if len(names) > 3 else "")
 
 
-def silence_own_loss(model: nn.Module) -> bool:
+def disable_own_loss(model: nn.Module) -> bool:
     """Turn off the balance loss that transformers adds to the loss of its MoE models: it grows with accumulation."""
     configs: dict[int, Any] = {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}
     on = [config for config in configs.values() if getattr(config, "output_router_logits", False)]

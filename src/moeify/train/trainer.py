@@ -1,4 +1,4 @@
-"""The Transformers trainer, made right for sparse models."""
+"""`SparseTrainer`: the trainer of transformers with balancing losses, controllers and checkpoints for sparse models."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ from moeify.train.callbacks import ExpertDropout, ProgressLine, SaveOnSignal
 from moeify.train.checkpoint.saving import Saving, bare
 from moeify.train.columns import Columns
 from moeify.train.decoder_mask import with_decoder_mask
-from moeify.train.finite import find, is_finite
+from moeify.train.finite import find_nonfinite, is_finite
 from moeify.train.freeze import require_learning_routers
-from moeify.train.loss import StepLoss, Watch, count, silence_own_loss
+from moeify.train.loss import StepLoss, Watch, count_decisions, disable_own_loss
 
 
 class SparseTrainerMixin(Columns, Saving):
@@ -53,10 +53,10 @@ class SparseTrainerMixin(Columns, Saving):
     def __init__(self, *args: Any, sparse: SparseArguments | None = None, **kwargs: Any) -> None:
         self.sparse = SparseArguments() if sparse is None else sparse
         model = args[0] if args else kwargs.get("model")
-        self._silenced = isinstance(model, nn.Module) and silence_own_loss(model)  # before a trainer relies on it
+        self._own_loss_off = isinstance(model, nn.Module) and disable_own_loss(model)  # before a trainer relies on it
         super().__init__(*args, **kwargs)
         if getattr(self, "aux_loss_enabled", False):  # trainers of TRL ask the model for its own balance loss
-            self.aux_loss_enabled, self._silenced = False, True
+            self.aux_loss_enabled, self._own_loss_off = False, True
         if self.args.n_gpu > 1:
             raise ValueError("nn.DataParallel copies the routers in every step; use torchrun, one process per GPU")
         self.args.logging_nan_inf_filter = False  # would show a NaN as the average of the losses before it
@@ -139,7 +139,7 @@ class SparseTrainerMixin(Columns, Saving):
         if not (model.training and self._hooks):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         self._watch.forget()
-        sizes = count(inputs)
+        sizes = count_decisions(inputs)
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         extra = self._balance(sizes)
         if extra is not None:
@@ -192,7 +192,7 @@ class SparseTrainerMixin(Columns, Saving):
 
     def _halt(self, model: nn.Module, why: str = "") -> None:
         step = self.state.global_step
-        where = find(self.accelerator.unwrap_model(model), self._prepare_input(self._batches))
+        where = find_nonfinite(self.accelerator.unwrap_model(model), self._prepare_input(self._batches))
         self._save_checkpoint(model, trial=None)
         saved = f"are saved in {self._checkpoint_folder(step)}" if not self.failures else "could not be saved"
         raise FloatingPointError(
@@ -230,10 +230,10 @@ class SparseTrainerMixin(Columns, Saving):
                 f"{type(self.model).__name__} is dense, there is nothing to balance; make it sparse with "
                 "moeify.sparsify, or train it as it is with SparseArguments(balance=0)"
             )
-        self._silenced = silence_own_loss(self.model) or self._silenced
+        self._own_loss_off = disable_own_loss(self.model) or self._own_loss_off
         if self.is_world_process_zero():
             metrics.forget_after(self._metrics_file, self.state.global_step)
-            own = "; the model's own balance loss is turned off, it would count twice" if self._silenced else ""
+            own = "; the model's own balance loss is turned off, it would count twice" if self._own_loss_off else ""
             print(f"moeify: {self.sparse.describe()}{own}")
         self._since = time.perf_counter()
 
@@ -254,7 +254,7 @@ class SparseTrainer(SparseTrainerMixin, transformers.Trainer):
 
 
 class _Steps(TrainerCallback):
-    """Tells the trainer when things happen that it has no method for."""
+    """Calls the trainer at events for which it has no method of its own."""
 
     def __init__(self, trainer: Any) -> None:
         self.trainer = trainer
