@@ -221,7 +221,7 @@ def test_masked_experts_are_what_they_mask():
 @given(dense=networks)
 def test_free_experts_come_last_and_answer_nothing_the_token_or_a_vector(dense):
     if dense.width_out != 6:
-        with pytest.raises(ValueError, match="answer in the width they read"):
+        with pytest.raises(ValueError, match="outputs as wide as their inputs"):
             with_free(dense, 8)
         return
     experts = with_free(dense, 8)

@@ -34,7 +34,7 @@ class Probe:
         return _main(self._output(model)).float()
 
     def outputs(self, model: nn.Module) -> list[Tensor]:
-        """Every floating-point tensor that the model answers with, as of `run`."""
+        """Every floating-point tensor among the model's outputs, as of `run`."""
         output = self._output(model)
         values = [output] if isinstance(output, Tensor) else output.values() if isinstance(output, dict) else output
         return [value.float() for value in values if isinstance(value, Tensor) and value.is_floating_point()]

@@ -198,7 +198,7 @@ def with_free(
         raise ValueError(f"{free} free experts leave none of {num_experts} that works; take more experts")
     if not isinstance(dense, DenseFFN) or dense.width != dense.width_out:
         raise ValueError(
-            "free experts answer in the width they read, so they need a feed-forward network that does too"
+            "free experts have outputs as wide as their inputs, so they need a feed-forward network that does too"
         )
     like = dense.down_weight
     with torch.device(like.device):
