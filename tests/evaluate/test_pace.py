@@ -17,6 +17,7 @@ from moeify.evaluate.run import Point, Run, Settings, Stopped
 from moeify.evaluate.verdict import headline, verdict
 from moeify.evaluate.versus import Versus, versus
 from moeify.flops import Count
+from moeify.inspect.page import size_rows
 from moeify.sparsify import Recipe, sparsify
 from tiny_models import VOCABULARY, causal_lm
 
@@ -168,6 +169,14 @@ def test_a_difference_within_the_spread_of_the_seeds_is_too_noisy_to_tell():
     found = close.at_equal("tokens")
     assert not found.is_clear
     assert "too noisy to tell;" in verdict(close)
+
+
+def test_a_speed_by_cpu_time_is_called_so():
+    def label(found):
+        return size_rows(Versus([SPARSE], [DENSE], found))[1][3][0]
+
+    assert label(pace((2.0, 6, 2, 9), (1.0, 1, 5, 1))) == "training tokens per CPU second"
+    assert label(pace((2.0,) * 4, (1.0,) * 4)) == "training tokens per second"
 
 
 def test_speeds_come_from_the_measured_pace():

@@ -111,11 +111,12 @@ def comparison_rows(versus: Versus) -> Rows:
 def size_rows(versus: Versus) -> Rows:
     """Heading and rows of parameters, FLOPs and speed."""
     first = (versus.sparse[0], versus.dense[0])
+    second = "CPU second" if versus.pace is not None and versus.pace.clock == "CPU" else "second"
     rows = [
         ("parameters", *(f"{run.count.parameters:,}" for run in first)),
         ("parameters used per token", *(f"{run.count.active_parameters:,.0f}" for run in first)),
         ("forward FLOPs per token, attention over the block included", *(f"{run.count.flops:,.0f}" for run in first)),
-        ("training tokens per second", *(f"{speed:,.0f}" for speed in versus.tokens_per_second)),
+        (f"training tokens per {second}", *(f"{speed:,.0f}" for speed in versus.tokens_per_second)),
     ]
     if versus.pace is not None:
         seconds = (f"{cost:.3f}" for cost in versus.pace.seconds)
