@@ -11,7 +11,7 @@ from strategies import route, seeds, sharpen
 
 
 def even(num_experts: int, k: int, scores: torch.Tensor | None = None) -> Assignment:
-    """Token t asks for experts t, t + 1, ... t + k - 1: every expert is asked for k times."""
+    """Token t is assigned to experts t, t + 1, ... t + k - 1: every expert has k tokens."""
     index = (torch.arange(num_experts).unsqueeze(1) + torch.arange(k)) % num_experts
     scores = torch.full((num_experts, num_experts), 1 / num_experts) if scores is None else scores
     return assign(index, torch.full((num_experts, k), 1 / k), num_experts, evidence=Evidence(

@@ -143,8 +143,8 @@ def test_a_mixture_is_soft_moe(slots, batch):
     x64, into64, out_of64 = leaves
     mixed = torch.einsum("...ns,...nd->...sd", into64, x64)
     exact = deepcopy(experts).double().experts
-    answers = torch.stack([exact[s // slots](mixed[..., s, :]) for s in range(e * slots)], dim=-2)
-    slow = torch.einsum("...ns,...so->...no", out_of64, answers)
+    expert_outputs = torch.stack([exact[s // slots](mixed[..., s, :]) for s in range(e * slots)], dim=-2)
+    slow = torch.einsum("...ns,...so->...no", out_of64, expert_outputs)
     agree(compose(x, routing, experts), [x, into, out_of], slow, leaves)
 
 

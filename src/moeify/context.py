@@ -1,4 +1,4 @@
-"""What a model was called with, for layers deep inside whose `forward(x)` is given the tokens alone.
+"""The context of a sparse layer: padding mask and model inputs, which its `forward(x)` does not receive.
 
 One `Context` serves one stack of layers (an encoder, a decoder, a vision tower). Pre-hooks on the modules above the
 stack read the token mask and the other inputs; an FFN below sees which tokens are real.
@@ -31,13 +31,13 @@ class Call:
         token_mask: True where a token is real, None where every token is.
         positions: the real tokens as indices into the flattened tokens, None where every token is real.
         inputs: the tensors that the outermost module was called with, by argument name.
-        decisions: what routers decided in this pass for layers after theirs to read, by router.
+        decisions: the decisions that later layers read (shared routing, residuals), by router.
         batch_first: whether tokens are laid out as (B, N, D), and not sequence first as (N, B, D).
-        unpadded: the number of tokens of which a module above the layers was told that none is padding.
+        unpadded: the number of tokens of an input without padding, by the modules above the layers.
         of_stack: whether the mask was given to the module that holds the layers, and not only to one above it.
         layer_mask: the mask that the layer around a sparse one is given, with its name; False if no layer takes one.
         outer: the pass that this one interrupts, of a model that is called while it runs.
-        repeated: whether a backward pass has repeated it without being told that it is this one.
+        repeated: whether a backward pass has repeated it outside of `resumed`.
     """
 
     token_mask: Bool[Tensor, "B N"] | None = None
@@ -56,11 +56,11 @@ class Call:
 class Context:
     """Gives the layers of one stack the forward pass that they are in: each thread has its own.
 
-    A forward pass that activation checkpointing repeats in backward is given the pass that it repeats by `resumed`,
+    A forward pass that activation checkpointing repeats in backward gets the pass that it repeats by `resumed`,
     which `moeify.train.keep_decisions` calls; without it the latest is taken, if there is no doubt which it is.
 
     Args:
-        batch_first: whether the stack lays tokens out as (B, N, D); by default as torch's attention modules in it say.
+        batch_first: whether the stack lays tokens out as (B, N, D); by default that of torch's attention modules in it.
     """
 
     def __init__(self, batch_first: bool | None = None) -> None:
@@ -89,7 +89,7 @@ class Context:
         """The forward pass that this thread is in; outside of one, what `mask` has set for layers called alone.
 
         Raises:
-            RuntimeError: activation checkpointing repeats one of several passes, and nothing tells which.
+            RuntimeError: activation checkpointing repeats one of several passes, and it is unknown which.
         """
         if (call := getattr(self._thread, "call", None)) is not None:
             return call

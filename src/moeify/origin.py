@@ -1,4 +1,4 @@
-"""Where a sparse model came from: the recipe and the adapters that it was made of, kept with the model itself."""
+"""The origin of a sparse model, kept with it: the recipe and the adapters that it was made of."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Names for functions and classes, for JSON files and the command line only.
+"""The registry: names of functions and classes, for JSON files and the command line only.
 
 Code passes the thing itself; a name exists where a thing cannot be passed.
 """

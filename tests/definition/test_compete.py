@@ -26,7 +26,7 @@ def layer(competes=True, **options):
     return moe
 
 
-def slow_answer(p, e, x):
+def slow_output(p, e, x):
     gate, up = (p["experts.gate_up_proj"][e] @ x).chunk(2)
     return p["experts.down_proj"][e] @ (F.silu(gate) * up)
 
@@ -36,14 +36,14 @@ def slow_softmax(values):
 
 
 def slow_token(p, x, competes):
-    answers = [slow_answer(p, e, x) for e in range(E)]
+    expert_outputs = [slow_output(p, e, x) for e in range(E)]
     if competes:
-        worth = [sum(F.softplus(o) for o in answer) / D for answer in answers]
+        affinity = [sum(F.softplus(o) for o in expert_output) / D for expert_output in expert_outputs]
     else:
-        worth = slow_softmax([p["router.weight"][e] @ x for e in range(E)])
-    winners = sorted(range(E), key=lambda e: -worth[e].item())[:K]
-    total = sum(worth[e] for e in winners)
-    return sum(worth[e] / total * answers[e] for e in winners), winners, worth, answers
+        affinity = slow_softmax([p["router.weight"][e] @ x for e in range(E)])
+    winners = sorted(range(E), key=lambda e: -affinity[e].item())[:K]
+    total = sum(affinity[e] for e in winners)
+    return sum(affinity[e] / total * expert_outputs[e] for e in winners), winners, affinity, expert_outputs
 
 
 @pytest.mark.parametrize("competes", [True, False])
@@ -60,8 +60,8 @@ def test_distillation_draws_the_router_to_the_affinities_of_a_competition(standa
     p = doubled(moe)
     slow = 0.0
     for token in x.double():
-        _, winners, worth, _ = slow_token(p, token, True)
-        a = [w.detach() for w in worth]
+        _, winners, affinity, _ = slow_token(p, token, True)
+        a = [w.detach() for w in affinity]
         if standardize:
             mean = sum(a) / E
             deviation = sqrt(sum((v - mean) ** 2 for v in a) / E)
@@ -78,9 +78,9 @@ def test_diversity_is_the_mean_cosine_of_the_winners_answers_without_the_diagona
     p = doubled(moe)
     slow = 0.0
     for token in x.double():
-        _, winners, _, answers = slow_token(p, token, True)
+        _, winners, _, expert_outputs = slow_token(p, token, True)
         slow = slow + sum(
-            answers[i] @ answers[j] / (answers[i].norm() * answers[j].norm()) / K**2
+            expert_outputs[i] @ expert_outputs[j] / (expert_outputs[i].norm() * expert_outputs[j].norm()) / K**2
             for i in winners
             for j in winners
             if i != j

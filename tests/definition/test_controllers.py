@@ -24,7 +24,7 @@ def lopsided(experts=None) -> tuple[nn.Module, torch.optim.Optimizer]:
 
 
 def step(model, optimizer) -> list[float]:
-    """One optimizer step; the rows that its experts were asked for."""
+    """One optimizer step; the rows that were assigned to its experts."""
     with record(model) as decisions:
         model(torch.randn(T, D)).sum().backward()
     optimizer.step()

@@ -25,7 +25,7 @@ def layer(**options) -> MoE:
 
 
 def slow_batch(x, p, default, k, beta):
-    """The answers to one batch, and the default vectors after it."""
+    """The outputs for one batch, and the default vectors after it."""
     experts = [p[f"experts.experts.{j}.weight"] for j in range(E)]
     pi = [torch.stack([torch.exp(w @ token) for w in p["router.weight"]]) for token in x]
     pi = [row / row.sum() for row in pi]

@@ -36,6 +36,6 @@ def test_expert_choice_is_its_equations(per, factor):
     slow = []
     for tokens in x64 if per == "sequence" else [x64.flatten(0, 1)]:
         for token, gates in zip(tokens, slow_expert_choice(tokens, p["router.weight"], factor), strict=True):
-            answers = [g * (p[f"experts.experts.{j}.weight"] @ token) for j, g in gates.items()]
-            slow.append(sum(answers, start=0 * token[:3]))
+            expert_outputs = [g * (p[f"experts.experts.{j}.weight"] @ token) for j, g in gates.items()]
+            slow.append(sum(expert_outputs, start=0 * token[:3]))
     agree(moe(x), [x, *moe.parameters()], torch.stack(slow).view(B, N, 3), [x64, *p.values()])

@@ -70,7 +70,7 @@ def test_every_module_of_each_gets_a_gradient_even_without_rows():
     assert experts.experts[1].weight.grad.abs().sum() == 0
 
 
-def test_blocks_give_every_bank_the_rows_of_its_experts():
+def test_blocks_give_every_group_the_rows_of_its_experts():
     large, small = FFN(1, D, 8), FFN(2, D, 2)
     rows = torch.randn(10, D)
     counts = torch.tensor([2, 3, 0, 1, 4])
@@ -81,7 +81,7 @@ def test_blocks_give_every_bank_the_rows_of_its_experts():
     assert torch.equal(y[6:], torch.zeros(4, D))
 
 
-def test_zero_experts_may_answer_in_another_width():
+def test_zero_experts_may_have_outputs_of_another_width():
     assert Zero(2, width_out=3)(torch.randn(5, D), torch.tensor([1, 4])).shape == (5, 3)
 
 

@@ -19,8 +19,8 @@ def slow_layer(x, projection, own, k):
         total = sum(torch.exp(z[j]) for j in best)
         for j in best:
             gate, up = (own["experts.gate_up_proj"][j] @ x[t]).chunk(2)
-            answer = own["experts.down_proj"][j] @ (gate / (1 + torch.exp(-gate)) * up)
-            out[t] = out[t] + torch.exp(z[j]) / total * answer
+            expert_output = own["experts.down_proj"][j] @ (gate / (1 + torch.exp(-gate)) * up)
+            out[t] = out[t] + torch.exp(z[j]) / total * expert_output
     return out
 
 

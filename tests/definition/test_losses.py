@@ -23,12 +23,12 @@ def slow_probability(scores):
     return [[s_j / sum(s) for s_j in s] for s in scores]
 
 
-def slow_balance(index, p, demand=None):
+def slow_balance(index, p, assigned=None):
     tokens = len(p)
     total = 0.0
     for j in range(E):
-        asked = sum(float(j in row) for row in index.tolist()) / (K * tokens)
-        f = asked if demand is None else float(demand[j] / demand.sum())
+        share = sum(float(j in row) for row in index.tolist()) / (K * tokens)
+        f = share if assigned is None else float(assigned[j] / assigned.sum())
         total = total + f * sum(p_t[j] for p_t in p) / tokens
     return E * total
 
@@ -50,11 +50,11 @@ def test_balance_over_the_batch_is_switch_equations_4_to_6(options):
     agree(losses.balance(routing), [leaf], slow, [leaf64])
 
 
-def test_balance_may_take_its_demand_from_a_whole_step():
+def test_balance_may_take_its_load_from_a_whole_step():
     routing, leaf, leaf64 = scores_of(decision())
-    demand = torch.arange(1.0, E + 1)
-    slow = slow_balance(routing.choices.indices, slow_probability(leaf64), demand)
-    agree(losses.balance(routing, assigned=demand), [leaf], slow, [leaf64])
+    assigned = torch.arange(1.0, E + 1)
+    slow = slow_balance(routing.choices.indices, slow_probability(leaf64), assigned)
+    agree(losses.balance(routing, assigned=assigned), [leaf], slow, [leaf64])
 
 
 def test_balance_by_sequence_is_each_sequences_own_averaged():
@@ -74,7 +74,7 @@ def test_importance_is_the_squared_variation_of_summed_weights():
     agree(losses.importance(assign(index, gates, E)), [gates], slow, [gates64])
 
 
-def test_load_counts_the_rows_that_were_asked_for_before_any_were_dropped():
+def test_load_counts_the_rows_that_were_assigned_before_any_were_dropped():
     router = Capacity(TopK(D, 2, k=1, normalize=False), factor=0.1)
     torch.nn.init.zeros_(router.router.weight)
     routing = route(router, torch.ones(8, D))
@@ -165,27 +165,27 @@ def test_orthogonality_is_the_mean_squared_cosine_of_different_rows():
     assert losses.orthogonality(torch.eye(4)) == 0
 
 
-def test_cosine_of_answers_is_the_mean_over_shared_tokens():
-    answers = torch.randn(7, 3, D, requires_grad=True)
-    a = answers.detach().double().requires_grad_()
+def test_cosine_of_outputs_is_the_mean_over_shared_tokens():
+    expert_outputs = torch.randn(7, 3, D, requires_grad=True)
+    a = expert_outputs.detach().double().requires_grad_()
     slow = torch.stack(
         [
             torch.stack([sum(t[i] @ t[j] / (t[i].norm() * t[j].norm()) for t in a) / len(a) for j in range(3)])
             for i in range(3)
         ]
     )
-    agree(losses.cosine(answers), [answers], slow, [a])
+    agree(losses.cosine(expert_outputs), [expert_outputs], slow, [a])
 
 
 def test_linear_cka_is_its_ratio_of_frobenius_norms():
-    answers = torch.randn(7, 3, D, requires_grad=True)
-    a = answers.detach().double().requires_grad_()
+    expert_outputs = torch.randn(7, 3, D, requires_grad=True)
+    a = expert_outputs.detach().double().requires_grad_()
     y = [a[:, i] - a[:, i].mean(0) for i in range(3)]
     norm = [[(y[i].T @ y[j]).square().sum() for j in range(3)] for i in range(3)]
     slow = torch.stack(
         [torch.stack([norm[i][j] / (norm[i][i] * norm[j][j]).sqrt() for j in range(3)]) for i in range(3)]
     )
-    agree(losses.linear_cka(answers), [answers], slow, [a])
+    agree(losses.linear_cka(expert_outputs), [expert_outputs], slow, [a])
 
 
 def test_linear_cka_does_not_see_rotations_scales_and_shifts():

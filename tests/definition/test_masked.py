@@ -23,16 +23,19 @@ def test_an_answer_is_dropped_whole_or_scaled_up(p):
     rows64 = rows.detach().double().requires_grad_()
     twin = FFN(E, D, 6).double()
     twin.load_state_dict(inner.state_dict())
-    answers = twin(rows64, COUNTS)
-    slow = [answer / (1 - p) if draw >= p else 0 * answer for answer, draw in zip(answers, draws, strict=True)]
+    expert_outputs = twin(rows64, COUNTS)
+    slow = [
+        expert_output / (1 - p) if draw >= p else 0 * expert_output
+        for expert_output, draw in zip(expert_outputs, draws, strict=True)
+    ]
     agree(fast, [rows, *inner.parameters()], torch.stack(slow), [rows64, *twin.parameters()])
 
 
 def test_masking_changes_no_expectation():
     rows, counts = torch.ones(20_000, 1), torch.tensor([20_000])
-    answers = Masked(Identity(), 0.2)(rows, counts)
-    assert answers.unique().tolist() == [0, 1.25]
-    assert answers.mean() == pytest.approx(1, abs=0.02)
+    expert_outputs = Masked(Identity(), 0.2)(rows, counts)
+    assert expert_outputs.unique().tolist() == [0, 1.25]
+    assert expert_outputs.mean() == pytest.approx(1, abs=0.02)
 
 
 def test_evaluation_masks_nothing():

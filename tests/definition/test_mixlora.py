@@ -43,11 +43,11 @@ def test_mixlora_is_the_papers_formula():
     for token in x64:
         r = torch.softmax(p["router.weight"] @ token, -1)
         first, second = r.topk(2).indices.tolist()
-        answer = torch.zeros(D, dtype=torch.float64)
+        expert_output = torch.zeros(D, dtype=torch.float64)
         for j in (first, second):
             gate, up = (changed("up", j) @ token).split(H)
-            answer = answer + r[j] / (r[first] + r[second]) * changed("down", j) @ (F.silu(gate) * up)
-        slow.append(answer)
+            expert_output = expert_output + r[j] / (r[first] + r[second]) * changed("down", j) @ (F.silu(gate) * up)
+        slow.append(expert_output)
     agree(moe(x), [x, *moe.parameters()], torch.stack(slow), [x64, *p.values()])
 
 

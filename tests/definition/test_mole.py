@@ -21,14 +21,14 @@ def layer() -> MoE:
 
 
 def slow_gates(p, u):
-    answers = [0.5 * p["experts.lora_B"][j] @ (p["experts.lora_A"][j] @ u) for j in range(E)]
-    flat = [value for answer in answers for value in answer]
+    expert_outputs = [0.5 * p["experts.lora_B"][j] @ (p["experts.lora_A"][j] @ u) for j in range(E)]
+    flat = [value for expert_output in expert_outputs for value in expert_output]
     mean = sum(flat) / (E * OUT)
     deviation = (sum((value - mean) ** 2 for value in flat) / (E * OUT) + 1e-5).sqrt()
     seen = [(value - mean) / deviation for value in flat]
     tau = p["router.log_temperature"][0].exp()
     z = [sum(w * a for w, a in zip(p["router.weight"][j], seen, strict=True)) / tau for j in range(E)]
-    return answers, [each.exp() / sum(other.exp() for other in z) for each in z]
+    return expert_outputs, [each.exp() / sum(other.exp() for other in z) for each in z]
 
 
 def test_the_layer_is_the_papers_loop_over_tokens():
@@ -36,9 +36,9 @@ def test_the_layer_is_the_papers_loop_over_tokens():
     p, x64 = doubled(moe), x.detach().double().requires_grad_()
     slow = []
     for u in x64:
-        answers, gates = slow_gates(p, u)
+        expert_outputs, gates = slow_gates(p, u)
         y = p["shared.weight"] @ u + p["shared.bias"]
-        slow.append(y + sum(g * answer for g, answer in zip(gates, answers, strict=True)))
+        slow.append(y + sum(g * expert_output for g, expert_output in zip(gates, expert_outputs, strict=True)))
     agree(moe(x), [x, *moe.parameters()], torch.stack(slow), [x64, *p.values()])
 
 

@@ -21,7 +21,7 @@ def slow_softmax(logits):
     return [v / sum(e) for v in e]
 
 
-def answers(parameters, token):
+def expert_outputs(parameters, token):
     return [
         parameters[f"experts.experts.{j}.weight"] @ token + parameters[f"experts.experts.{j}.bias"] for j in range(E)
     ]
@@ -34,7 +34,7 @@ def test_every_gate_is_a_softmax_over_the_experts_it_sees(private):
     x64, own = x.detach().double().requires_grad_(), doubled(moe)
     slow = torch.zeros(5, G, O, dtype=torch.float64)
     for t in range(5):
-        f = answers(own, x64[t])
+        f = expert_outputs(own, x64[t])
         for k in range(G):
             seen = [*range(k * private, (k + 1) * private), *range(G * private, E)]
             g = slow_softmax([own["router.weight"][k, j] @ x64[t] for j in seen])
@@ -49,7 +49,7 @@ def test_gates_with_few_choices_share_a_bounded_union(k, union, private):
     x64, own = x.detach().double().requires_grad_(), doubled(moe)
     slow = torch.zeros(9, G, O, dtype=torch.float64)
     for t in range(9):
-        f, g, picks = answers(own, x64[t]), [], []
+        f, g, picks = expert_outputs(own, x64[t]), [], []
         for gate in range(G):
             seen = [*range(gate * private, (gate + 1) * private), *range(G * private, E)]
             values = slow_softmax([own["router.weight"][gate, j] @ x64[t] for j in seen])

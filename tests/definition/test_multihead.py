@@ -31,12 +31,14 @@ def test_every_token_is_cut_routed_in_parts_and_merged(heads):
             for part in (own["head.weight"] @ x64[b, n] + own["head.bias"]).split(D // heads):
                 p = (own["moe.router.weight"] @ part).softmax(-1)
                 best = sorted(range(E), key=lambda j: -p[j].item())[:2]
-                answer = torch.zeros_like(part)
+                expert_output = torch.zeros_like(part)
                 for j in best:
                     gate, up = (own["moe.experts.gate_up_proj"][j] @ part).chunk(2)
                     hidden = gate / (1 + torch.exp(-gate)) * up
-                    answer = answer + p[j] / sum(p[i] for i in best) * (own["moe.experts.down_proj"][j] @ hidden)
-                parts.append(answer)
+                    expert_output = expert_output + p[j] / sum(p[i] for i in best) * (
+                        own["moe.experts.down_proj"][j] @ hidden
+                    )
+                parts.append(expert_output)
             slow[b, n] = own["merge.weight"] @ torch.cat(parts) + own["merge.bias"]
     agree(model(x), [x, *model.parameters()], slow, [x64, *own.values()])
 

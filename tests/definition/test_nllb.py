@@ -1,4 +1,4 @@
-"""Final output masking and conditional MoE routing (NLLB), token by token; answers' own masks are in test_masked."""
+"""Final output masking and conditional MoE routing (NLLB), token by token; expert masks are in test_masked."""
 
 from functools import partial
 
@@ -47,7 +47,7 @@ def test_a_final_output_is_dropped_whole_or_scaled_up(p):
     agree(fast, [x, *moe.parameters()], torch.stack(slow), [x64, *own.values()])
 
 
-def test_masked_tokens_cost_nothing_but_were_asked_for():
+def test_masked_tokens_cost_nothing_but_stay_assigned():
     router = FinalMask(TopK(D, E), 0.5)
     routing = route(router, torch.randn(200, D))
     assert routing.counts.sum() == len(routing.source) == 2 * len(routing.source.unique())
@@ -161,7 +161,7 @@ def test_what_drops_everything_is_refused(around, p):
         around(TopK(D, E), p=p)
 
 
-def test_a_selection_bias_is_refused_where_every_token_asks_one_expert():
+def test_a_selection_bias_is_refused_where_every_token_goes_to_one_expert():
     with pytest.raises(ValueError, match=r"moved by the loads of all experts.*balance by a loss"):
         Conditional(TopK(D, E - 1, selection_bias=True), D)
 

@@ -22,13 +22,13 @@ def softmax(values):
 
 
 def slow_soft(tokens, p, slots):
-    """The answers for the tokens of one image."""
+    """The outputs for the tokens of one image."""
     logits = [[p["router.scale"][0] * (unit(x) @ unit(mu)) for mu in p["router.queries"]] for x in tokens]
     dispatch = [softmax([logits[n][s] for n in range(len(tokens))]) for s in range(E * slots)]  # D, eq. 1
     mixed = [sum(d * x for d, x in zip(column, tokens, strict=True)) for column in dispatch]
-    answers = [p[f"experts.experts.{s // slots}.weight"] @ mixed[s] for s in range(E * slots)]
+    expert_outputs = [p[f"experts.experts.{s // slots}.weight"] @ mixed[s] for s in range(E * slots)]
     combine = [softmax(row) for row in logits]  # C, eq. 2
-    return [sum(c * answer for c, answer in zip(row, answers, strict=True)) for row in combine]
+    return [sum(c * expert_output for c, expert_output in zip(row, expert_outputs, strict=True)) for row in combine]
 
 
 def layer(slots):

@@ -106,7 +106,7 @@ def _deepseek_v3() -> Twins:
 
 
 class _Answer(nn.Module):
-    """Their block without the router scores that it returns beside its answer."""
+    """Their block without the router scores that it returns beside its output."""
 
     def __init__(self, block: nn.Module) -> None:
         super().__init__()

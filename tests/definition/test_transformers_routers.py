@@ -115,7 +115,7 @@ NOT_A_SETTING = {
     "Gemma4TextRouter": "normalises its input and scales each expert",
     "InklingTopkRouter": "normalises over routed and shared experts together",
     "JetMoeTopKGating": "returns sorted rows instead of choices",
-    "Llama4Router": "weighs what experts read, not what they answer",
+    "Llama4Router": "weights what experts read, not what they compute",
     "NllbMoeTop2Router": "limits capacity inside the router",
     "PhimoeTopKRouter": "samples by SparseMixer",
     "SwitchTransformersTop1Router": "limits capacity inside the router; see test_transformers_blocks",

@@ -13,7 +13,7 @@ D, E, T = 6, 4, 9
 
 
 @pytest.mark.parametrize("weights", [None, (0.5, -1.0, 0.0, 2.0)])
-def test_every_expert_answers_with_its_weight(weights):
+def test_every_expert_output_has_its_weight(weights):
     moe, x = MoE(Uniform(D, E, weights=weights), LoRA(E, D, rank=3)), torch.randn(T, D, requires_grad=True)
     nn.init.normal_(moe.experts.lora_B)
     p, x64 = doubled(moe), x.detach().double().requires_grad_()

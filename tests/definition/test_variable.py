@@ -54,6 +54,6 @@ def test_a_variable_number_of_experts_is_its_formula(router, formula):
     slow = []
     for t in range(T):
         gates = formula([p["router.weight"][j] @ x64[t] for j in range(E)])
-        answers = [g * (p[f"experts.experts.{j}.weight"] @ x64[t]) for j, g in gates.items()]
-        slow.append(sum(answers, start=0 * x64[t, :3]))
+        expert_outputs = [g * (p[f"experts.experts.{j}.weight"] @ x64[t]) for j, g in gates.items()]
+        slow.append(sum(expert_outputs, start=0 * x64[t, :3]))
     agree(moe(x), [x, *moe.parameters()], torch.stack(slow), [x64, *p.values()])

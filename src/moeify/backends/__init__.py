@@ -1,4 +1,4 @@
-"""Ways to run a whole layer. `compose` is the definition; every other backend must agree with it, gradient included."""
+"""Backends: ways to compute a whole sparse layer. All must agree with the definition, `compose`, gradient included."""
 
 from moeify.backends.base import Backend
 from moeify.backends.order import backend_names, choose, find_backend, register_backend, run

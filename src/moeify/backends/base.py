@@ -1,4 +1,4 @@
-"""What a backend is, a faster way to run a whole layer, and the reasons for which one cannot serve a call.
+"""`Backend`, a faster way to compute a whole layer, and predicates by which backends refuse calls they cannot serve.
 
 A predicate `needs_...` returns None where its need is met, and else the reason in words. Backends chain them by `or`.
 """

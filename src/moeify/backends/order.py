@@ -1,4 +1,4 @@
-"""All backends in the order in which `auto` considers them, and the choice of one for a call."""
+"""The registry of backends, in the order in which `auto` considers them, and the choice of one for a call."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Controllers: a bias moves an expert's chance to be chosen but never its weight, or the weight of a loss moves.
+"""Controllers of expert load: they move selection biases after each step, or the weight of a balancing loss.
 
 `control` moves the biases of a model by a `Rule` after every optimizer step; `SparsityTarget` moves the weight of a
 loss.

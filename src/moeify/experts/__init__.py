@@ -1,4 +1,4 @@
-"""Experts: rows sorted by expert -> rows."""
+"""Experts: modules from rows sorted by expert to rows of expert outputs."""
 
 from moeify.experts.base import Experts
 from moeify.experts.blocks import Blocks, Each, Identity, Zero

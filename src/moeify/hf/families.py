@@ -1,4 +1,4 @@
-"""The families of transformers whose MoE blocks do not follow its experts interface, each read in its own way."""
+"""MoE blocks of transformers that bypass its experts interface (Switch, NLLB, Llama 4, JetMoE, ...), by family."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Look at what a sparse model does: expert load, collapse, causality, pictures, and a report to read in a browser."""
+"""Diagnose a sparse model: expert load, collapse, causality, pictures, and an HTML report."""
 
 from moeify.inspect.causality import Causality, Leak, check_causality
 from moeify.inspect.collapse import (

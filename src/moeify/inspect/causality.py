@@ -1,4 +1,4 @@
-"""Whether a sparse layer looks ahead: one token is replaced, and the earlier ones are watched."""
+"""Check that sparse layers are causal: replace one token, and see whether earlier outputs or decisions change."""
 
 from __future__ import annotations
 
@@ -103,38 +103,38 @@ def _check(layer: nn.Module, context: Context, args: tuple, kwargs: dict[str, An
     x = args[0] if args else next(iter(kwargs.values()))
 
     def run(x: Tensor) -> list[Tensor]:
-        given = ((x, *args[1:]), kwargs) if args else ((), {**kwargs, next(iter(kwargs)): x})
+        arguments = ((x, *args[1:]), kwargs) if args else ((), {**kwargs, next(iter(kwargs)): x})
         with fixed_randomness(layer), record(layer) as decisions:
-            y = layer(*given[0], **given[1])
+            y = layer(*arguments[0], **arguments[1])
         y = y if isinstance(y, Tensor) else next(part for part in y if isinstance(part, Tensor))
-        return [decisions[""].weight_table(), y.reshape(len(group), -1).float()]
+        return [decisions[""].weight_table(), y.reshape(len(sequence), -1).float()]
 
-    group = context.sequence_ids(x.shape[:-1]).to(x.device)
-    position = _places(group)
+    sequence = context.sequence_ids(x.shape[:-1]).to(x.device)
+    position = _positions(sequence)
     before = run(x)
     real = context.real(x.shape[:-1])
     future: Leak | None = None
     others: Leak | None = None
-    for token in range(len(group)) if real is None else real.tolist():
-        by = (int(group[token]), int(position[token]))
+    for token in range(len(sequence)) if real is None else real.tolist():
+        by = (int(sequence[token]), int(position[token]))
         for attempt in range(tries):
             changed = x.clone().reshape(-1, x.shape[-1])
             changed[token] = _other(changed, token, attempt)
             after = run(changed.view(x.shape))
             for what, a, b in zip(("decision", "output"), before, after, strict=True):
                 differs = _differs(a, b, x.dtype)
-                earlier = differs & (group == group[token]) & (position < position[token])
-                elsewhere = differs & (group != group[token])
-                future = future or _leak(what, earlier, group, position, by)
-                others = others or _leak(what, elsewhere, group, position, by)
+                earlier = differs & (sequence == sequence[token]) & (position < position[token])
+                elsewhere = differs & (sequence != sequence[token])
+                future = future or _leak(what, earlier, sequence, position, by)
+                others = others or _leak(what, elsewhere, sequence, position, by)
         if future and others:
             break
     return Causality(future, others)
 
 
-def _places(group: Int[Tensor, "T"]) -> Int[Tensor, "T"]:
-    """How many tokens of its own group come before each token."""
-    same = group.unsqueeze(0) == group.unsqueeze(1)
+def _positions(sequence: Int[Tensor, "T"]) -> Int[Tensor, "T"]:
+    """The position of each token in its sequence."""
+    same = sequence.unsqueeze(0) == sequence.unsqueeze(1)
     return same.tril(-1).sum(-1)
 
 
@@ -150,9 +150,9 @@ def _differs(a: Float[Tensor, "T W"], b: Float[Tensor, "T W"], dtype: torch.dtyp
 
 
 def _leak(
-    what: Any, changed: Bool[Tensor, "T"], group: Int[Tensor, "T"], position: Int[Tensor, "T"], by: tuple[int, int]
+    what: Any, changed: Bool[Tensor, "T"], sequence: Int[Tensor, "T"], position: Int[Tensor, "T"], by: tuple[int, int]
 ) -> Leak | None:
     if not changed.any():
         return None
     first = int(changed.nonzero()[0])
-    return Leak(what, (int(group[first]), int(position[first])), by)
+    return Leak(what, (int(sequence[first]), int(position[first])), by)

@@ -1,4 +1,4 @@
-"""Signs that experts or representations have become alike, and how soon routing has settled.
+"""Metrics of expert similarity, representation collapse, and router saturation.
 
 Functions of one layer's decision, experts or activations; `moeify.record` gives the decisions of all layers.
 """

@@ -1,4 +1,4 @@
-"""`grouped_linear` for everyday use: torch's grouped matrix product where it is fastest, one per expert elsewhere.
+"""`grouped_linear`, a linear map per expert: torch's grouped matrix product where it is fastest, else one product each.
 
 The product is one custom operator, so that it can be captured whole by `torch.compile` for every dtype, is
 differentiable without a copy of the weights, and always sees contiguous gradients.

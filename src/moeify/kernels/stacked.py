@@ -1,4 +1,4 @@
-"""The stacked weights of E feed-forward experts and their activation, as kernels for whole experts read them."""
+"""`Stacked`, the weights and the activation of E feed-forward experts, as kernels for whole experts read them."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ def cost(routing: Assignment, costs: Float[Tensor, "E"]) -> Float[Tensor, ""]:
     """E · Σ_j c_j · f_j · P_j with c relative to its mean: the P-Penalty of HMoE (arXiv 2408.10681).
 
     It is `balance` for equal costs; for others its gradient moves tokens to cheap experts. MoE++ (arXiv 2410.07348)
-    weighs experts without computation by τ instead of 0, so that they are balanced too:
+    weights experts without computation by τ instead of 0, so that they are balanced too:
     `cost(routing, experts.costs.clamp(min=0.75))`.
 
     Args:
@@ -35,7 +35,7 @@ def budget(routing: Assignment, share: float) -> Float[Tensor, ""]:
     absolute value; this is of one layer.
 
     Args:
-        routing: a decision of a `Conditional` router: its last expert weighs 1 - G.
+        routing: a decision of a `Conditional` router: its last expert has the weight 1 - G.
         share: p, the mean G that is aimed at.
     """
     dense = routing.weight * (routing.expert == len(routing.counts) - 1)

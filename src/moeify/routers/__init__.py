@@ -1,4 +1,4 @@
-"""Routers: tokens -> `Routing`. One file per family of papers."""
+"""Routers: modules from tokens to a `Routing` decision, one file per family of papers."""
 
 from moeify.routers.all_experts import AllExperts
 from moeify.routers.arrow import Arrow

@@ -1,4 +1,4 @@
-"""CompeteSMoE: now and then all experts run, the strongest outputs win, and the router learns to predict them."""
+"""CompeteSMoE: in some steps all experts run, the strongest outputs win, and the router learns to predict them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Expert choice: experts take tokens, instead of tokens taking experts."""
+"""Expert choice: every expert chooses its top tokens, instead of tokens choosing experts."""
 
 from __future__ import annotations
 

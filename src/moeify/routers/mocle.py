@@ -26,7 +26,7 @@ class Cluster(Router):
         y = G · E_i(x) + (1 - G) · U(x)          U the last expert
 
     One decision per sample, whatever its tokens are; the context holds the cluster. The more certain the decision, the
-    less the universal expert weighs.
+    smaller the weight of the universal expert.
 
     Args:
         width: D; the decision does not look at the tokens.
@@ -36,7 +36,7 @@ class Cluster(Router):
         temperature: τ.
         noise: σ.
         universal: whether the last expert is universal; without it y = G · E_i(x).
-        gate: `once` as in the paper; `twice` weighs the expert by G · G, as the authors' code does.
+        gate: `once` as in the paper; `twice` weights the expert by G · G, as the authors' code does.
         dimensions: width of the embeddings.
 
     Raises:

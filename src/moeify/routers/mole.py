@@ -65,7 +65,7 @@ class MoLE(Router):
         """Run all experts on every real token, and weight their outputs."""
         if self.weight is None:
             raise ValueError(
-                "this router was never given the experts that it weighs; put it into a MoE, or attach them"
+                "this router was never given the experts that it weights; put it into a MoE, or attach them"
             )
         tokens = real_tokens(x, context)
         outputs = self._experts[0].all_outputs(tokens.x)  # (T, E, O)

@@ -108,7 +108,7 @@ class Conditional(Router):
         return None if inner is None else inner + 1
 
     def forward(self, x: Float[Tensor, "... D"], context: Context) -> Assignment:
-        """Decide as the wrapped router does, then weigh its experts against the dense one."""
+        """Decide as the wrapped router does, then weight its experts by G and the dense one by 1 - G."""
         routing, tokens = self.router(x, context), real_tokens(x, context)
         g = F.dropout(project(tokens.x, self.weight, self.bias).sigmoid().squeeze(-1), self.p, self.training)
         positions, gates = _everywhere(g, tokens)

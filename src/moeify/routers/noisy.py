@@ -1,4 +1,4 @@
-"""Token choice under noise: near-ties are decided by chance, and an expert's load becomes differentiable."""
+"""Noisy top-k gating: noise on the logits explores experts, and makes the expected load differentiable."""
 
 from __future__ import annotations
 

@@ -43,7 +43,7 @@ class Replay(Router):
         super().__init__()
         if weights == "recomputed" and not (isinstance(router, TopK) and router.per == "token"):
             raise ValueError(
-                f"only a TopK that decides token by token can weigh recorded choices anew, and this is a "
+                f"only a TopK that decides token by token can recompute the weights of recorded choices, and this is a "
                 f"{type(router).__name__}; use weights='recorded'"
             )
         self.router = router
@@ -78,7 +78,7 @@ class Replay(Router):
         assert decision.rank is not None
         tokens = real_tokens(x, context)
         logits, scores, *_ = self.router.decide(tokens.x)
-        topk_weights = self.router.weigh(scores, decision.choices.indices)
+        topk_weights = self.router.topk_weights(scores, decision.choices.indices)
         token = decision.source if tokens.positions is None else torch.searchsorted(tokens.positions, decision.source)
         return replace(
             decision,

@@ -1,4 +1,4 @@
-"""Gating residuals: a router also reads what the router of the layer before computed."""
+"""Gating residuals: a router also reads the logits of the router of the layer before."""
 
 from __future__ import annotations
 

@@ -163,9 +163,9 @@ class TopK(Router):
         if self.expert_groups is not None:
             choice = self.expert_groups(choice)
         indices = choice.topk(self.k, dim=-1).indices
-        return indices, self.weigh(scores, indices)
+        return indices, self.topk_weights(scores, indices)
 
-    def weigh(self, scores: Float[Tensor, "T E"], indices: Int[Tensor, "T K"]) -> Float[Tensor, "T K"]:
+    def topk_weights(self, scores: Float[Tensor, "T E"], indices: Int[Tensor, "T K"]) -> Float[Tensor, "T K"]:
         """The weights of chosen experts."""
         topk_weights = scores.gather(-1, indices)
         if self.normalize:
@@ -183,9 +183,9 @@ class TopK(Router):
         return f"experts={self.num_experts}, k={self.k}, score={self.score.__name__}, normalize={self.normalize}"
 
 
-def _mean(tokens: Float[Tensor, "T D"], group: Int[Tensor, "T"], groups: int) -> Float[Tensor, "B D"]:
-    total = tokens.new_zeros(groups, tokens.shape[1]).index_add(0, group, tokens)
-    return total / group.bincount(minlength=groups).unsqueeze(1)
+def _mean(tokens: Float[Tensor, "T D"], sequence: Int[Tensor, "T"], sequences: int) -> Float[Tensor, "B D"]:
+    total = tokens.new_zeros(sequences, tokens.shape[1]).index_add(0, sequence, tokens)
+    return total / sequence.bincount(minlength=sequences).unsqueeze(1)
 
 
 def check_k(k: int, num_experts: int, normalize: bool) -> None:

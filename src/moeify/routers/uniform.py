@@ -1,4 +1,4 @@
-"""Fixed weights, the same for every token: uniform, or one number per expert."""
+"""All experts with fixed weights, the same for every token: uniform, or one number per expert."""
 
 from __future__ import annotations
 

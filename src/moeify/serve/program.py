@@ -108,7 +108,7 @@ class Program:
         gate, up = (self._buffer(name, first.out_features) for name in ("gate", "up"))
         self._linear(first, x, gate)
         self._linear(second, x, up)
-        self._add(steps.between(gate, up, gate, activation))
+        self._add(steps.gated_activation(gate, up, gate, activation))
         self._linear(down, gate, self.x, adds=True)
         return True
 

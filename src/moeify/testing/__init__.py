@@ -1,4 +1,4 @@
-"""The laws that every router, experts and backend keep, as functions that check parts of your own; no pytest needed."""
+"""Conformance checks for routers, experts and backends of your own: the laws that all must keep; no pytest needed."""
 
 from moeify.testing.backends import check_backend
 from moeify.testing.experts import check_experts

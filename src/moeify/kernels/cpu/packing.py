@@ -1,4 +1,4 @@
-"""Packed copies of expert weights, which libraries read faster: made where allowed, and again when weights change."""
+"""Packed copies of expert weights for faster products: made where `pack` allows it, again when weights change."""
 
 from __future__ import annotations
 

@@ -48,7 +48,7 @@ INLINE Floats activate(Activation act, Floats x) {
 }
 
 // The activation between the up and the down projection; `up` is not read by PLAIN, `alpha` and `limit` only by CLAMPED.
-INLINE Floats between(Gating gating, Activation act, float alpha, float limit, Floats gate, Floats up) {
+INLINE Floats gated_activation(Gating gating, Activation act, float alpha, float limit, Floats gate, Floats up) {
     if (gating == PLAIN) return activate(act, gate);
     if (gating == GLU) return activate(act, gate) * up;
     gate = at_most(gate, limit);

@@ -125,7 +125,7 @@ struct Layer {
             for (int m = 0; m < rows; m++) {
                 X* to = hidden + (done + m) * call.hidden + column;
                 for (int n = 0; n < count; n += W) {
-                    const Floats value = between(gating, Activation(call.activation), call.alpha, call.limit,
+                    const Floats value = gated_activation(gating, Activation(call.activation), call.alpha, call.limit,
                                                  load(gate + m * BLOCK + n), load(up_ + m * BLOCK + n));
                     n + W <= count ? store(to + n, value) : store_first(to + n, value, count - n);
                 }

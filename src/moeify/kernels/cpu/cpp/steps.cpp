@@ -33,12 +33,12 @@ void round(const float* x, int64_t count, Bf16* out) {
 }
 
 // y = act(gate) · up, or act(gate)
-void between(Gating gating, int32_t activation, const float* gate, const float* up, int64_t count, float* y) {
+void gated_activation(Gating gating, int32_t activation, const float* gate, const float* up, int64_t count, float* y) {
     for (int64_t i = 0; i < count; i += W) {
         const bool whole = count - i >= W;
         const Floats g = whole ? load(gate + i) : load_first(gate + i, count - i);
         const Floats u = gating == PLAIN ? g : whole ? load(up + i) : load_first(up + i, count - i);
-        const Floats value = between(gating, Activation(activation), 0, 0, g, u);
+        const Floats value = gated_activation(gating, Activation(activation), 0, 0, g, u);
         whole ? store(y + i, value) : store_first(y + i, value, count - i);
     }
 }
@@ -226,7 +226,7 @@ extern "C" void moeify_steps(const Turn* turn) {
             case LINEAR: s->is_bf16 ? linear<Bf16>(*s, t.tokens, t.threads) : linear<float>(*s, t.tokens, t.threads); break;
             case ROTATE: rotate(*s, t); break;
             case ATTEND: s->is_bf16 ? attend<Bf16>(*s, t, *cache) : attend<float>(*s, t, *cache); cache++; break;
-            case BETWEEN: between(Gating(s->gating), s->activation, s->x, s->x2, t.tokens * s->width, s->y); break;
+            case GATED_ACTIVATION: gated_activation(Gating(s->gating), s->activation, s->x, s->x2, t.tokens * s->width, s->y); break;
             case EXPERTS: s->is_bf16 ? experts<Bf16>(*s, t.tokens, t.threads) : experts<float>(*s, t.tokens, t.threads);
         }
 }

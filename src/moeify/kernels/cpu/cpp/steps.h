@@ -6,7 +6,7 @@
 #include "activations.h"
 #include "call.h"
 
-enum Kind { NORM, LINEAR, ROTATE, ATTEND, BETWEEN, EXPERTS };
+enum Kind { NORM, LINEAR, ROTATE, ATTEND, GATED_ACTIVATION, EXPERTS };
 enum Score { SOFTMAX, SIGMOID, SQRT_SOFTPLUS };
 
 struct Step {

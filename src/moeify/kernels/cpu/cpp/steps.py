@@ -1,4 +1,4 @@
-"""The steps of a decoder for the kernel: what lies between an embedding and the logits, for one token per sequence.
+"""The steps of a decoder for the C++ kernel, from the embedding to the logits, for one new token per sequence.
 
 Between steps, numbers are fp32 in buffers (T, width) with one row per sequence. A step reads and writes the memory of
 the tensors it is given, and does not keep them: whoever holds the steps holds the tensors.
@@ -18,7 +18,7 @@ from moeify.kernels.cpu.cpp.build import library
 from moeify.kernels.cpu.cpp.call import _ACTIVATIONS, GATING, _Call, _Stack, _stack
 
 SCORES = ["softmax", "sigmoid", "sqrt_softplus"]
-_KINDS = ["norm", "linear", "rotate", "attend", "between", "experts"]
+_KINDS = ["norm", "linear", "rotate", "attend", "gated_activation", "experts"]
 
 
 class Step(ctypes.Structure):
@@ -54,7 +54,7 @@ def _step(kind: str, **fields: object) -> Step:
 
 
 def norm(x: Float[Tensor, "T M"], y: Float[Tensor, "T M"], gain: Float[Tensor, "D"], eps: float) -> Step:
-    """`y = x / rms(x) · gain` for every piece of D numbers."""
+    """`y = x / rms(x) · gain` for each head, or the whole width, of D numbers."""
     return _step("norm", x=x, y=y, gain=gain, eps=eps, width=len(gain), heads=x.shape[1] // len(gain))
 
 
@@ -73,7 +73,7 @@ def linear(
 
     Args:
         x: the input.
-        y: where to.
+        y: the output.
         weight: (1, O, D) of `dtype`, or as `moeify.experts.quantized` stores it.
         scales: its scales, if it is of 8 or 4 bits.
         group_size: the weights that share a scale, if it is of 4 bits.
@@ -114,13 +114,19 @@ def attends(step: Step) -> bool:
     return step.kind == _KINDS.index("attend")
 
 
-def between(
+def gated_activation(
     gate: Float[Tensor, "T H"], up: Float[Tensor, "T H"] | None, y: Float[Tensor, "T H"], activation: str
 ) -> Step:
     """`y = act(gate) · up`, or `act(gate)` without up; `activation` is a name of `moeify.kernels.stacked.KNOWN`."""
     gating = GATING.index("plain" if up is None else "glu")
     return _step(
-        "between", x=gate, x2=up, y=y, width=gate.shape[1], gating=gating, activation=_ACTIVATIONS.index(activation)
+        "gated_activation",
+        x=gate,
+        x2=up,
+        y=y,
+        width=gate.shape[1],
+        gating=gating,
+        activation=_ACTIVATIONS.index(activation),
     )
 
 
