@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import math
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -297,6 +297,12 @@ class Context:
         real = masks.real_tokens(mask)
         self.mask(real if call.batch_first else real.T)
         call.unpadded = mask.numel() if call.token_mask is None else None
+
+
+def is_hook_of_context(hook: Callable[..., Any]) -> bool:
+    """Whether a hook on a module is one with which a context reads what the module is called with."""
+    function = hook.func if isinstance(hook, partial) else hook
+    return isinstance(getattr(function, "__self__", None), Context)
 
 
 _RUNNING = threading.local()

@@ -13,7 +13,7 @@ from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from moeify.compress.quantize import quantize_module
-from moeify.context import Context
+from moeify.context import is_hook_of_context
 from moeify.experts.quantized import Quantized
 from moeify.hf.interface import use_moeify_experts
 from moeify.kernels.cpu import cpp
@@ -158,8 +158,7 @@ def _waits_for_call(part: nn.Module) -> bool:
     """
     if part._forward_hooks or is_offloaded(part):
         return True
-    hooks = part._forward_pre_hooks
-    return bool(hooks) and not all(isinstance(getattr(hook, "__self__", None), Context) for hook in hooks.values())
+    return not all(map(is_hook_of_context, part._forward_pre_hooks.values()))
 
 
 def _padded_left(mask: Tensor, length: int) -> bool:
