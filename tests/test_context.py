@@ -1,63 +1,22 @@
 """What a layer deep inside learns of the call of its model."""
 
 import copy
-import pickle
-from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from torch import nn
-from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
+from transformers import BertConfig, BertModel, T5Config, T5ForConditionalGeneration
 
-from moeify import Context, MoE
-from moeify.context import extra_inputs, running
-from moeify.experts import FFN
-from moeify.routers import TopK
-from strategies import layer, sharpen
-
-D, VOCABULARY = 16, 32
-
-
-def sparse(context: Context, width_out: int = D, **options) -> MoE:
-    moe = MoE(TopK(D, 4, **options), FFN(4, D, 8, width_out=width_out), context=context)
-    sharpen(moe)
-    return moe
-
-
-def watched_tokens(moe: MoE) -> list[list[int]]:
-    """The tokens, by flattened position, that the layer routes in every call to come."""
-    seen = []
-    moe.router.register_forward_hook(lambda module, args, routing: seen.append(routing.source.unique().tolist()))
-    return seen
-
-
-def real(mask: torch.Tensor) -> list[int]:
-    return mask.flatten().nonzero().flatten().tolist()
-
-
-def words(*shape: int) -> torch.Tensor:
-    return torch.randint(3, VOCABULARY, shape)
-
-
-LEFT = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])
-RIGHT = LEFT.flip(1)
-
+from masked_models import LEFT, RIGHT, VOCABULARY, D, decoder, real, sparse, watched_tokens, words
+from moeify import Context
+from strategies import layer
 
 # Decoders
 
 
 @pytest.fixture
 def llama():
-    """A decoder of one sparse layer, and that layer."""
-    config = LlamaConfig(
-        vocab_size=VOCABULARY, hidden_size=D, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2,
-        num_key_value_heads=2, pad_token_id=0, bos_token_id=1, eos_token_id=None, initializer_range=0.5,
-    )  # fmt: skip
-    model = LlamaForCausalLM(config).eval()
-    context = Context()
-    moe = model.model.layers[0].mlp = sparse(context)
-    context.watch([model, model.model])
-    return model, moe
+    return decoder()
 
 
 @pytest.mark.parametrize("mask", [LEFT, RIGHT])
@@ -358,64 +317,6 @@ def test_flattened_tokens_take_their_groups_from_the_models_input():
 
 def test_any_leading_axes_are_groups():
     assert Context().sequence_ids((2, 2, 2)).tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
-
-
-# Whose pass it is
-
-
-def test_threads_that_call_one_model_keep_their_masks_apart(llama):
-    model, _ = llama
-    masks = [LEFT, RIGHT, None, LEFT.flip(0)] * 8
-    ids = words(2, 5)
-    with torch.no_grad():
-        alone = [model(ids, attention_mask=mask).logits for mask in masks]
-
-        def run(mask):
-            with torch.no_grad():
-                return model(ids, attention_mask=mask).logits
-
-        with ThreadPoolExecutor(4) as pool:
-            together = list(pool.map(run, masks))
-    for a, b in zip(alone, together, strict=True):
-        assert torch.equal(a, b)
-
-
-def test_inputs_that_one_thread_adds_are_not_those_of_another():
-    model = nn.Sequential(layer())
-    with extra_inputs(model, task=[1]), ThreadPoolExecutor(1) as pool:
-        assert pool.submit(lambda: model[0].context.extra_inputs).result() == {}
-        assert model[0].context.extra_inputs["task"].tolist() == [1]
-
-
-def test_a_model_that_is_called_while_it_runs_goes_on_with_its_own_mask(llama):
-    model, moe = llama
-    seen = watched_tokens(moe)
-    inner = []
-
-    def call_again(*args):
-        if not inner:
-            inner.append(True)
-            model(words(2, 5), attention_mask=RIGHT)
-
-    moe.register_forward_pre_hook(call_again)
-    model(words(2, 5), attention_mask=LEFT)
-    assert seen == [real(RIGHT), real(LEFT)]
-
-
-def test_a_pass_that_fails_leaves_no_mask_behind(llama):
-    model, moe = llama
-    handle = moe.register_forward_pre_hook(lambda *args: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        model(words(2, 5), attention_mask=LEFT)
-    handle.remove()
-    assert moe.context.call.token_mask is None
-    assert running() == []
-
-
-def test_a_context_can_be_pickled():
-    context = Context()
-    context.mask(LEFT)
-    assert pickle.loads(pickle.dumps(context)).call.token_mask is None
 
 
 # Bad inputs

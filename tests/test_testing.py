@@ -285,7 +285,7 @@ class DoesMoreThanItsWeights(Experts):
 
 
 ROWS, ALL_OUTPUTS = "a_row_depends_on_its_own_expert_alone", "all_outputs_are_those_of_every_expert"
-GRADIENTS = "gradients_are_those_of_the_outputs"
+GRADIENTS, COPIES = "gradients_are_those_of_the_outputs", "copies_and_saved_states_have_the_same_outputs"
 WRONG_EXPERTS = {
     OneCostForAll: {"an_output_per_row"},
     MixesRows: {ROWS, ALL_OUTPUTS, GRADIENTS},
@@ -294,14 +294,8 @@ WRONG_EXPERTS = {
     Detaches: {GRADIENTS},
     HasAnIdleWeight: {GRADIENTS},
     ReturnsFp32Rows: {"half_precision_works"},
-    AlwaysDrops: {
-        "evaluation_is_deterministic",
-        "copies_and_saved_states_have_the_same_outputs",
-        "half_precision_works",
-        ROWS,
-    }
-    | {ALL_OUTPUTS, GRADIENTS},
-    HidesItsScale: {"copies_and_saved_states_have_the_same_outputs"},
+    AlwaysDrops: {"evaluation_is_deterministic", COPIES, "half_precision_works", ROWS, ALL_OUTPUTS, GRADIENTS},
+    HidesItsScale: {COPIES},
     DoesMoreThanItsWeights: {"stacked_weights_are_all_there_is"},
 }
 

@@ -9,9 +9,10 @@ import pytest
 import safetensors
 import torch
 from torch import nn
-from transformers import LlamaForCausalLM, TrainingArguments
+from transformers import LlamaForCausalLM
 
-from moeify import MoE, Recipe, load, merge_models, record, save
+from branches import MODELS, branches, given, merge, same
+from moeify import Recipe, load, record, save
 from moeify.compose import expert_names, route_all_to, route_by_examples
 from moeify.find import modules
 from moeify.origin import Origin
@@ -19,47 +20,8 @@ from moeify.routers import Frozen, TopK
 from moeify.sparsify import fresh, sparsify
 from moeify.sparsify import merged as merged_experts
 from moeify.store import load_weights
-from moeify.train import SparseTrainer
-from moeify.train.freeze import freeze
-from plain_models import Block, Gated, Tied, encoder, output, sparse_layers
+from plain_models import Tied, output, sparse_layers
 from tiny_models import DENSE, VOCABULARY, causal_lm, inputs, tokens, widened
-
-
-def plain(make):
-    return lambda: make().eval()
-
-
-MODELS = {name: DENSE[name] for name in ("llama", "phi3", "gpt2", "opt", "t5", "t5_gated", "bert", "vit")} | {
-    "plain": plain(Tied),
-    "plain with biases": plain(lambda: nn.Sequential(nn.LayerNorm(8), *[Block(Gated(bias=True)) for _ in range(2)])),
-    "torch's encoder": plain(lambda: encoder()),
-}
-
-
-def given(model):
-    if hasattr(model, "config"):
-        return inputs(model)
-    if isinstance(model, Tied):
-        return (tokens() % 20,)
-    return (torch.randn(2, 5, 8 if isinstance(model, nn.Sequential) else 16),)
-
-
-@torch.no_grad()
-def branches(kind: str, number: int = 3) -> list[nn.Module]:
-    """Models that have gone their own ways from one base."""
-    base = widened(MODELS[kind]())
-    found = [copy.deepcopy(base) for _ in range(number)]
-    for model in found:
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.05)
-    return found
-
-
-merge = partial(merge_models, verbose=False)
-
-
-def same(one, other):
-    return torch.allclose(one, other, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("k", [2, 3])
@@ -380,63 +342,3 @@ def test_a_merged_plain_model_comes_back(tmp_path):
     loaded = load(tmp_path, model=Tied())
     assert torch.equal(output(loaded, given(Tied())), output(merged, given(Tied())))
     load_weights(merged, tmp_path)
-
-
-def domains(number=3):
-    """Domains of few tokens each, none in two."""
-    return {str(d): [torch.randint(10 + 8 * d, 14 + 8 * d, (2, 16)) for _ in range(3)] for d in range(number)}
-
-
-def test_examples_point_routers_to_their_domains():
-    examples = domains()
-    merged = merge(branches("llama"), router_init=examples)
-    for e, (name, seen) in enumerate(examples.items()):
-        fresh_text = torch.cat(seen).flatten()[torch.randperm(96)].view(6, 16)
-        with record(merged) as decisions:
-            merged(fresh_text)
-        first = next(iter(decisions.values()))
-        assert (first.logits.argmax(-1) == e).float().mean() > 0.75, name
-
-
-def test_rows_have_length_one_and_the_mean_token_leans_to_no_expert():
-    examples, models = domains(), branches("llama")
-    merged = merge(models, router_init=examples)
-    layer = next(iter(sparse_layers(merged).values()))
-    read = []
-    layer.router.register_forward_pre_hook(lambda router, given: read.append(given[0].flatten(0, 1)))
-    for e, seen in enumerate(examples.values()):
-        with route_all_to(merged, e):
-            merged(torch.cat(seen))
-    common = torch.stack([x.mean(0) for x in read]).mean(0)
-    assert torch.allclose(layer.router.weight.norm(dim=-1), torch.ones(3))
-    assert torch.allclose(layer.router.weight @ common, torch.zeros(3), atol=1e-5)
-
-
-def test_only_routers_learn_where_everything_else_is_frozen(tmp_path):
-    merged = merge(branches("llama"))
-    freeze(merged, "base", "experts", verbose=False)
-    before = copy.deepcopy(merged.state_dict())
-    data = [{"input_ids": ids, "labels": ids} for ids in tokens(16)]
-    small = {"max_steps": 2, "per_device_train_batch_size": 4, "save_strategy": "no", "report_to": [], "use_cpu": True}
-    SparseTrainer(merged, TrainingArguments(tmp_path, disable_tqdm=True, **small), train_dataset=data).train()
-    changed = {name for name, value in merged.state_dict().items() if not torch.equal(value, before[name])}
-    assert changed == {name for name in before if "router" in name}
-
-
-def test_experts_learn_where_all_may():
-    merged = merge(branches("llama")).train()
-    merged(**inputs(merged)).loss.backward()
-    for layer in merged.modules():
-        if isinstance(layer, MoE):
-            assert all(p.grad.count_nonzero() for p in layer.parameters())
-
-
-def test_the_table_says_how_far_the_merged_model_is_from_its_base(capsys):
-    model = DENSE["llama"]()
-    merge_models([model] * 3)
-    told = capsys.readouterr().out
-    assert "3 of 64 hidden units" in told
-    assert float(told.split("function difference on a probe: ")[1].split()[0]) < 1e-4
-    models = branches("llama")
-    merge_models(models, base=models[0])
-    assert float(capsys.readouterr().out.split("function difference on a probe: ")[1].split()[0]) > 1e-3

@@ -206,8 +206,7 @@ def versus(
         sparse = copy.deepcopy(dense)
         report = convert(sparse, recipe)
         if seed == settings.seed:
-            counts = {"before": count(dense, train.length), "after": count(sparse, train.length)}
-            replace(report, **counts).show()
+            replace(report, before=count(dense, train.length), after=count(sparse, train.length)).show()
             pace = _pace(sparse, dense, train, validation, folder, settings, resume=resume, log=log)
             settings = settings if pace is None else _fitted(settings, pace, log)
         for name, model in (("sparse", sparse), ("dense", dense)):

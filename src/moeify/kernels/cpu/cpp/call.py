@@ -93,11 +93,9 @@ def cpp_layer(
     """
     tokens, width = x.shape
     x = x if x.stride(-1) == 1 else x.contiguous()
-    y = (
-        torch.zeros(tokens, down.shape[1])
-        if default_output is None
-        else default_output.to(torch.float32, copy=True).contiguous()
-    )
+    y = torch.zeros(tokens, down.shape[1])
+    if default_output is not None:
+        y.copy_(default_output)
     weight, source, counts = weight.float().contiguous(), source.contiguous(), counts.contiguous()
     up_bias, down_bias = (None if bias is None else bias.contiguous() for bias in (up_bias, down_bias))
     call = _Call(
@@ -107,9 +105,7 @@ def cpp_layer(
         GATING.index(gating), _ACTIVATIONS.index(activation), alpha, limit, y.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
     if library().moeify_layer(ctypes.byref(call), x.dtype == torch.bfloat16):
-        raise ValueError(
-            f"a decision over {len(source)} rows does not fit {tokens} tokens: counts or sources are wrong"
-        )
+        raise ValueError(f"a decision over {len(source)} rows does not fit {tokens} tokens: wrong counts or sources")
     return y.to(x.dtype)
 
 

@@ -1,0 +1,73 @@
+"""Whose forward pass it is: threads, calls within calls and passes that fail keep their masks apart."""
+
+import pickle
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from torch import nn
+
+from masked_models import LEFT, RIGHT, decoder, real, watched_tokens, words
+from moeify import Context
+from moeify.context import extra_inputs, running
+from strategies import layer
+
+
+@pytest.fixture
+def llama():
+    return decoder()
+
+
+def test_threads_that_call_one_model_keep_their_masks_apart(llama):
+    model, _ = llama
+    masks = [LEFT, RIGHT, None, LEFT.flip(0)] * 8
+    ids = words(2, 5)
+    with torch.no_grad():
+        alone = [model(ids, attention_mask=mask).logits for mask in masks]
+
+        def run(mask):
+            with torch.no_grad():
+                return model(ids, attention_mask=mask).logits
+
+        with ThreadPoolExecutor(4) as pool:
+            together = list(pool.map(run, masks))
+    for a, b in zip(alone, together, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_inputs_that_one_thread_adds_are_not_those_of_another():
+    model = nn.Sequential(layer())
+    with extra_inputs(model, task=[1]), ThreadPoolExecutor(1) as pool:
+        assert pool.submit(lambda: model[0].context.extra_inputs).result() == {}
+        assert model[0].context.extra_inputs["task"].tolist() == [1]
+
+
+def test_a_model_that_is_called_while_it_runs_goes_on_with_its_own_mask(llama):
+    model, moe = llama
+    seen = watched_tokens(moe)
+    inner = []
+
+    def call_again(*args):
+        if not inner:
+            inner.append(True)
+            model(words(2, 5), attention_mask=RIGHT)
+
+    moe.register_forward_pre_hook(call_again)
+    model(words(2, 5), attention_mask=LEFT)
+    assert seen == [real(RIGHT), real(LEFT)]
+
+
+def test_a_pass_that_fails_leaves_no_mask_behind(llama):
+    model, moe = llama
+    handle = moe.register_forward_pre_hook(lambda *args: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        model(words(2, 5), attention_mask=LEFT)
+    handle.remove()
+    assert moe.context.call.token_mask is None
+    assert running() == []
+
+
+def test_a_context_can_be_pickled():
+    context = Context()
+    context.mask(LEFT)
+    assert pickle.loads(pickle.dumps(context)).call.token_mask is None
