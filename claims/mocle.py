@@ -31,7 +31,7 @@ from moeify.compose import Clusters, MeanPooling, cluster
 from moeify.data.claim_files import data_file
 from moeify.find import linears
 from moeify.routers import Cluster, Lookup, TopK
-from moeify.routers.lookup import routed
+from moeify.routers.lookup import split_router_inputs
 from moeify.sparsify import frozen, lora
 from moeify.train import trainable
 from moeify.train.freeze import freeze
@@ -117,7 +117,7 @@ def together(chosen: list[Sample]) -> dict[str, Tensor]:
 
 
 def loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-    with routed(model, batch) as inputs:
+    with split_router_inputs(model, batch) as inputs:
         return model(**{name: inputs[name] for name in ("input_ids", "attention_mask", "labels")}).loss
 
 

@@ -61,6 +61,7 @@ def test_clusters_lie_beside_the_model_that_they_were_made_for(tmp_path):
     groups.save(tmp_path)
     save(model, tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "SHA256.json",
         "clusters.safetensors",
         "config.json",
         "model.safetensors",
