@@ -9,11 +9,11 @@ merge_models({name: model})                    E dense models -> one sparse mode
 """
 
 from moeify.compose.adapter_gates import load_gates, save_gates, set_gates
+from moeify.compose.adapter_library import add_adapter, from_adapters, load_adapters, save_adapters, show_adapters
 from moeify.compose.attach import adapters_of
 from moeify.compose.centroids import set_centroids
 from moeify.compose.clusters import Clusters, MeanPooling, cluster
 from moeify.compose.combine import combine_adapters, combine_adapters_by_search, combine_lora
-from moeify.compose.library import add_adapter, from_adapters, load_adapters, save_adapters, show_adapters
 from moeify.compose.merge import merge_models
 from moeify.compose.merge_weights import merge_into_base, merge_into_experts
 from moeify.compose.router_init import expert_names, route_all_to, route_by_examples
