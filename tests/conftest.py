@@ -1,3 +1,4 @@
+import gc
 import os
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before the libraries that read it; processes that tests start get it as well
@@ -9,6 +10,16 @@ from hypothesis import settings
 torch.set_num_threads(1)
 settings.register_profile("moeify", deadline=None, max_examples=20, derandomize=True)
 settings.load_profile("moeify")
+
+
+def pytest_collection_finish():
+    """Leave what was imported out of every later collection: a trainer collects garbage at each end of a run."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_sessionfinish():
+    gc.unfreeze()
 
 
 @pytest.fixture(autouse=True)
