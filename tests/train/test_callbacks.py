@@ -6,6 +6,7 @@ import io
 import json
 import math
 import re
+import signal
 from functools import partial
 
 import pytest
@@ -17,11 +18,12 @@ from transformers import TrainerCallback, TrainingArguments
 
 from moeify.capacity import limit
 from moeify.experts import FFN
+from moeify.notices import say
 from moeify.routers import Frozen, Lookup
 from moeify.routing import Evidence, assign
 from moeify.schedule import constant, linear
 from moeify.sparsify import Recipe, sparsify
-from moeify.train import ExpertDropout, KSchedule, ProgressLine, SparseArguments, SparseTrainer
+from moeify.train import ExpertDropout, KSchedule, ProgressLine, SaveOnSignal, SparseArguments, SparseTrainer, metrics
 from moeify.train.metrics import Tally, append, exact, forget_after, summarize
 from tiny_models import VOCABULARY, causal_lm, mixtral
 
@@ -166,12 +168,47 @@ def test_a_full_disk_costs_a_line_of_metrics_and_not_the_run(tmp_path, capsys):
     assert [json.loads(line)["step"] for line in log.read_text().splitlines()] == [1, 3]
 
 
-def test_a_log_forgets_the_steps_that_are_done_again_and_a_torn_line(tmp_path):
+@pytest.mark.parametrize("end", [b'{"step": 2, "lo', b"\xff\xfe\n", b"[1]\n", b'{"step": 4}', b""])
+def test_a_log_forgets_the_steps_that_are_done_again_and_damaged_lines(tmp_path, monkeypatch, end):
     log = tmp_path / "metrics.jsonl"
     for step in range(1, 5):
         append(log, exact({"step": step, "loss": 1 / step}))
-    log.write_text(log.read_text() + '{"step": 2, "lo')
+    log.write_bytes(log.read_bytes() + end)
+    monkeypatch.setattr(metrics, "write_text", None)  # a full disk takes no second file
     forget_after(log, 2)
     rows = [json.loads(line) for line in log.read_text().splitlines()]
     assert [row["step"] for row in rows] == [1, 2]
     assert rows[1]["loss_hex"] == (0.5).hex()
+
+
+def test_what_cannot_be_taken_out_of_a_log_is_said_and_kept(tmp_path, monkeypatch, capsys):
+    def full(file, text):
+        raise OSError(28, "No space left on device")
+
+    log = tmp_path / "metrics.jsonl"
+    log.write_text('{"step": 3}\n{"step": 1}\n')
+    monkeypatch.setattr(metrics, "write_text", full)
+    forget_after(log, 2)
+    assert "metrics after step 2 could not be taken out" in capsys.readouterr().out
+    assert len(log.read_text().splitlines()) == 2
+
+
+def test_a_line_that_no_one_can_print_ends_nothing(monkeypatch):
+    class Full(io.StringIO):
+        def write(self, text):
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("sys.stdout", Full())
+    say("the run goes on")
+
+
+def test_an_ignored_signal_stays_ignored(tmp_path):
+    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    try:
+        stopper = SaveOnSignal()
+        stopper.on_train_begin(None, None, None)
+        assert signal.getsignal(signal.SIGTERM) is signal.SIG_IGN
+        assert signal.getsignal(signal.SIGINT) == stopper._receive
+        stopper.restore()
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -183,7 +183,10 @@ def test_a_finished_model_is_saved_so_that_it_loads(tmp_path):
     assert not list((tmp_path / "final").glob("*.bin"))
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+NAMES = ["SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"]
+
+
+@pytest.mark.parametrize("number", [getattr(signal, name) for name in NAMES if hasattr(signal, name)])
 def test_a_signal_ends_the_run_after_the_step_with_a_checkpoint(tmp_path, capsys, number):
     class Sender(TrainerCallback):
         def on_step_begin(self, args, state, control, **kwargs):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import threading
 import time
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -13,6 +14,7 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from moeify.experts import FFN
+from moeify.notices import say
 from moeify.ranks import anywhere
 from moeify.routers import Router
 from moeify.schedule import Schedule
@@ -87,17 +89,25 @@ class KSchedule(TrainerCallback):
 
 
 class SaveOnSignal(TrainerCallback):
-    """On Ctrl-C or SIGTERM: finish the step, save a checkpoint, end the training normally, say how to go on.
+    """On Ctrl-C, SIGTERM, SIGHUP or SIGUSR1: finish the step, save a checkpoint, end the training normally, say so.
 
-    All ranks stop after the same step, whichever got the signal. A second signal ends the process at once.
+    Those that the system has: Windows knows neither SIGHUP nor SIGUSR1. A signal that is ignored, as `nohup` lets
+    SIGHUP be, stays ignored. All ranks stop after the same step, whichever got the signal. A second signal ends the
+    process at once.
     """
 
-    signals = (signal.SIGINT, signal.SIGTERM)
+    names = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")
 
     def __init__(self) -> None:
         self.received: int | None = None
         self.stopped = False
         self.before: dict[int, Any] = {}
+
+    @property
+    def signals(self) -> list[int]:
+        """The signals that are listened to."""
+        known = [getattr(signal, name) for name in self.names if hasattr(signal, name)]
+        return [number for number in known if signal.getsignal(number) is not signal.SIG_IGN]
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -129,9 +139,11 @@ class SaveOnSignal(TrainerCallback):
         self.restore()
         if self.stopped and state.is_world_process_zero:
             name = "another rank's signal" if self.received is None else signal.Signals(self.received).name
-            print(
-                f"moeify: stopped by {name} after step {state.global_step} of {state.max_steps}, saved in "
-                f"{args.output_dir}; go on with train(resume_from_checkpoint=True) or, on the command line, --resume"
+            kept = (Path(args.output_dir) / f"checkpoint-{state.global_step}").is_dir()
+            saved = f"saved in {args.output_dir}" if kept else "which could not be saved: earlier checkpoints are kept"
+            say(
+                f"moeify: stopped by {name} after step {state.global_step} of {state.max_steps}, {saved}; go on with "
+                "train(resume_from_checkpoint=True) or, on the command line, --resume"
             )
 
 
@@ -184,7 +196,7 @@ class ProgressLine(TrainerCallback):
             self.shown = step
             rest = (time.monotonic() - self.began) / (step - self.first) * (total - step)
             ends = f"  {rest:,.0f} s left" if step < total else ""
-            print(f"step {step}/{total}  {line(logs)}{ends}")
+            say(f"step {step}/{total}  {line(logs)}{ends}")
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -15,6 +15,7 @@ from torch import Tensor
 from moeify import statistics
 from moeify.files import write_text
 from moeify.losses import probability
+from moeify.notices import say
 from moeify.ranks import all_reduce
 from moeify.routing import Routing
 from moeify.train.loss import Decisions
@@ -107,18 +108,29 @@ def append(file: Path, record: dict[str, Any]) -> None:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     except OSError as error:
         step = record.get("step")
-        print(f"moeify: the metrics of step {step} could not be written to {file} ({error}); the run goes on")
+        say(f"moeify: the metrics of step {step} could not be written to {file} ({error}); the run goes on")
 
 
 def forget_after(file: Path, step: int) -> None:
-    """Drop the lines of steps that a resumed run will do again, and a line that was cut off by a crash."""
+    """Drop the lines of steps that a resumed run will do again, and lines that a crash has cut off or damaged.
+
+    Lines at the end are cut off in place, which a full disk allows; where it does not, a warning is printed.
+    """
     if not file.exists():
         return
-    kept = []
-    for line in file.read_text(encoding="utf-8").splitlines():
-        try:
-            if json.loads(line)["step"] <= step:
-                kept.append(line + "\n")
-        except json.JSONDecodeError:
-            continue
-    write_text(file, "".join(kept))
+    try:
+        whole = file.read_bytes()
+        kept = b"".join(line + b"\n" for line in whole.split(b"\n") if _is_until(line, step))
+        if whole.startswith(kept):
+            os.truncate(file, len(kept))
+        else:
+            write_text(file, kept.decode())
+    except OSError as error:
+        say(f"moeify: the metrics after step {step} could not be taken out of {file} ({error}); the run goes on")
+
+
+def _is_until(line: bytes, step: int) -> bool:
+    try:
+        return json.loads(line)["step"] <= step
+    except (ValueError, RecursionError, TypeError, KeyError):
+        return False

@@ -11,6 +11,7 @@ from transformers.trainer_callback import ExportableState
 
 from moeify import ranks
 from moeify.files import read_json, read_tensors, write_tensors
+from moeify.notices import say
 from moeify.origin import Origin
 from moeify.store import save
 from moeify.train.checkpoint import state
@@ -65,10 +66,10 @@ class Saving(_Trainer):
                 self.written = [path for path in self.written if path != final] + [final]
             except OSError as error:
                 self.failures += 1
-                print(f"moeify: {final.name} could not be saved ({error}); earlier checkpoints are untouched")
-                if self.failures == 3:
-                    raise OSError(f"no checkpoint could be saved three times in a row: {error}") from error
+                say(f"moeify: {final.name} could not be saved ({error}); earlier checkpoints are untouched")
             rotate(self.written, self.args.save_total_limit, self.state.best_model_checkpoint)
+        if ranks.anywhere(self.failures == 3, self.args.device):
+            raise OSError("no checkpoint could be saved three times in a row; make room, or choose another output_dir")
         self.accelerator.wait_for_everyone()
         if self.args.push_to_hub:
             self._push_from_checkpoint(str(final))
