@@ -11,12 +11,14 @@ import multiprocessing
 import os
 import signal
 import socket
+import time
+from pathlib import Path
 
 import torch
 import transformers
 from transformers import TrainerCallback, TrainingArguments
 
-from moeify.ranks import all_reduce, anywhere, broadcast
+from moeify.ranks import all_reduce, anywhere, broadcast, join
 from moeify.sparsify import Recipe, sparsify
 from moeify.train import SparseArguments, SparseTrainer, SparseTrainerMixin
 from tiny_models import VOCABULARY, causal_lm
@@ -47,17 +49,20 @@ class Record(TrainerCallback):
 
 
 class Strike(TrainerCallback):
-    """In step 3, and on one rank only, a signal arrives or a gradient becomes NaN."""
+    """In step 3, and on one rank only, a signal arrives, a value becomes NaN, or the process is stopped."""
 
     def __init__(self, kind):
         self.kind = kind
 
     def on_step_begin(self, args, state, control, model, **kwargs):
         if args.process_index == 1 and state.global_step == 2:
-            if self.kind == "signal":
-                signal.raise_signal(signal.SIGTERM)
-            else:
+            if self.kind in ("SIGTERM", "SIGSTOP"):
+                (Path(args.output_dir) / "pid").write_text(str(os.getpid()))
+                os.kill(os.getpid(), getattr(signal, self.kind))
+            elif self.kind == "gradient":
                 model.lm_head.weight.register_hook(lambda gradient: gradient * float("nan"))
+            else:
+                model.model.layers[1].self_attn.o_proj.register_forward_hook(lambda m, args, output: output / 0)
 
 
 def llama():
@@ -94,6 +99,29 @@ def stopped(rank, ranks, folder, kind):
     try:
         return train(folder, llama, ranks, Strike(kind)).state.global_step
     except FloatingPointError as error:
+        return str(error)
+
+
+def waited(rank, ranks, folder, timeout):
+    """What a rank raises, and after how many seconds, when the other is stopped in step 3."""
+    began = time.monotonic()
+    try:
+        train(folder, llama, ranks, Strike("SIGSTOP"), ddp_timeout=timeout)
+    except Exception as error:
+        if rank == 0:
+            os.kill(int((Path(folder) / "pid").read_text()), signal.SIGCONT)
+        return type(error).__name__, time.monotonic() - began
+    return None
+
+
+def joined(rank, ranks, timeout):
+    join(timeout, "gloo")
+    if rank == 1:
+        time.sleep(3 * timeout)
+        return None
+    try:
+        all_reduce(torch.ones(1))
+    except RuntimeError as error:
         return str(error)
 
 

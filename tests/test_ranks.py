@@ -5,8 +5,8 @@ import multiprocessing
 import pytest
 import torch
 
-from moeify.ranks import all_reduce, anywhere, broadcast, several
-from ranks import collectives, on_ranks
+from moeify.ranks import all_reduce, anywhere, broadcast, join, several
+from ranks import collectives, joined, on_ranks
 
 
 def test_in_one_process_a_collective_is_the_identity():
@@ -22,3 +22,10 @@ def test_in_one_process_a_collective_is_the_identity():
 @pytest.mark.skipif("forkserver" not in multiprocessing.get_all_start_methods(), reason="ranks are forked off a server")
 def test_over_two_processes_it_sums_copies_and_asks_every_rank():
     assert on_ranks(2, collectives) == [(3.0, 1.0, True, False)] * 2
+
+
+@pytest.mark.skipif("forkserver" not in multiprocessing.get_all_start_methods(), reason="ranks are forked off a server")
+def test_a_group_waits_no_longer_than_it_was_told():
+    assert "imed out" in on_ranks(2, joined, 1)[0]
+    with pytest.raises(ValueError, match="timeout=0 seconds; choose a positive number"):
+        join(0)

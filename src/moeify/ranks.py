@@ -2,8 +2,48 @@
 
 from __future__ import annotations
 
+from collections.abc import Generator
+from contextlib import contextmanager
+from datetime import timedelta
+
 import torch
 from torch import Tensor
+
+
+class OnAnotherRank(FloatingPointError):
+    """Another rank met a value that is not finite, so that this one stops in the same step."""
+
+
+def join(timeout: float, backend: str | None = None) -> None:
+    """Initialise the process group from the environment that torchrun sets, with a limit on how long ranks wait.
+
+    Call it before `TrainingArguments` is made, which initialises the group otherwise.
+
+    Args:
+        timeout: seconds after which a collective that a rank does not join is an error on all others.
+        backend: `gloo`, `nccl` or another of torch.distributed; by default the one of the devices there are.
+
+    Raises:
+        ValueError: a timeout that is not positive.
+    """
+    torch.distributed.init_process_group(backend, timeout=_limit(timeout))
+
+
+def wait_at_most(timeout: float) -> None:
+    """Set how long the collectives of an initialised process group wait for a rank, in seconds.
+
+    Raises:
+        ValueError: a timeout that is not positive.
+    """
+    limit = _limit(timeout)
+    if several():
+        torch.distributed.distributed_c10d._set_pg_timeout(limit)
+
+
+def _limit(timeout: float) -> timedelta:
+    if timeout <= 0:
+        raise ValueError(f"ranks cannot wait for timeout={timeout} seconds; choose a positive number")
+    return timedelta(seconds=timeout)
 
 
 def several() -> bool:
@@ -33,3 +73,32 @@ def anywhere(flag: bool, device: torch.device | str = "cpu") -> bool:
         device: where the backend of the process group exchanges tensors.
     """
     return bool(all_reduce(torch.tensor(float(flag), device=device))) if several() else flag
+
+
+@contextmanager
+def failing_together(device: torch.device | str = "cpu") -> Generator[None]:
+    """Let all ranks raise if one does inside, where the others would wait for it in their next collective.
+
+    Costs a collective of two numbers. Collectives inside must come after whatever may raise.
+
+    Args:
+        device: where the backend of the process group exchanges tensors.
+
+    Raises:
+        OnAnotherRank: nothing but `FloatingPointError` was raised, and not on this rank.
+        RuntimeError: another error was raised on another rank.
+    """
+    raised: Exception | None = None
+    try:
+        yield
+    except Exception as error:
+        raised = error
+    nonfinite = isinstance(raised, FloatingPointError)
+    flags = torch.tensor([float(nonfinite), float(raised is not None and not nonfinite)], device=device)
+    ranks_nonfinite, ranks_failed = all_reduce(flags).tolist()
+    if ranks_failed and (raised is None or nonfinite):
+        raise RuntimeError("another rank raised an error, which it prints; this one stops too") from raised
+    if raised is not None:
+        raise raised
+    if ranks_nonfinite:
+        raise OnAnotherRank("another rank met a value")

@@ -58,6 +58,24 @@ def test_training_stops_before_the_optimizer_and_names_the_place(tmp_path, build
     assert (tmp_path / "checkpoint-2" / "MANIFEST.json").is_file()
 
 
+@pytest.mark.parametrize("earlier", [0, 2])
+def test_a_halt_says_so_where_its_checkpoint_could_not_be_saved(tmp_path, monkeypatch, earlier):
+    def full(trainer, folder):
+        raise OSError(28, "No space left on device")
+
+    arguments = TrainingArguments(tmp_path, max_steps=5, save_strategy="no", report_to=[], use_cpu=True)
+    ids = torch.randint(3, VOCABULARY, (40, 8))
+    run = SparseTrainer(
+        sparse_llama(), arguments, train_dataset=[{"input_ids": r, "labels": r} for r in ids],
+        callbacks=[Poison("gradient")],
+    )  # fmt: skip
+    monkeypatch.setattr(SparseTrainer, "_write", full)
+    run.failures = earlier
+    with pytest.raises(FloatingPointError, match="not touched the weights, which could not be saved"):
+        run.train()
+    assert not (tmp_path / "checkpoint-2").exists()
+
+
 def test_a_loss_that_is_not_finite_by_itself_is_named_as_such():
     ids = torch.randint(3, VOCABULARY, (1, 1))  # nothing to predict: 0 / 0
     assert (

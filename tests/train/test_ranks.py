@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from ranks import gradients, llama, on_ranks, resumed, stopped, whole
+from ranks import gradients, llama, on_ranks, resumed, stopped, waited, whole
 from tiny_models import mixtral
 
 if "forkserver" not in multiprocessing.get_all_start_methods():
@@ -25,14 +25,24 @@ def test_two_ranks_have_the_balance_gradient_of_one(tmp_path, build):
 
 
 def test_a_signal_to_one_rank_stops_all_after_the_same_step(tmp_path):
-    assert on_ranks(2, stopped, tmp_path, "signal") == [3, 3]
+    assert on_ranks(2, stopped, tmp_path, "SIGTERM") == [3, 3]
     assert (tmp_path / "checkpoint-3" / "MANIFEST.json").is_file()
 
 
-def test_a_nan_on_one_rank_stops_all_before_the_same_step(tmp_path):
-    messages = on_ranks(2, stopped, tmp_path, "nan")
-    assert all("is not finite in step 3" in message for message in messages)
+@pytest.mark.parametrize("kind", ["gradient", "activation"])
+def test_a_nan_on_one_rank_stops_all_before_the_same_step(tmp_path, kind):
+    other, struck = on_ranks(2, stopped, tmp_path, kind)
+    assert "is not finite in step 3" in other
+    assert "is not finite in step 3" in struck
+    assert (kind == "activation") == other.startswith("another rank met a value")
+    assert all(f"weights, which are saved in {tmp_path / 'checkpoint-2'}." in each for each in (other, struck))
     assert (tmp_path / "checkpoint-2" / "MANIFEST.json").is_file()
+
+
+def test_a_stopped_rank_is_an_error_within_the_timeout_that_was_asked_for(tmp_path):
+    (error, seconds), _ = on_ranks(2, waited, tmp_path, 3)
+    assert error == "RuntimeError"
+    assert 3 <= seconds < 60  # gloo waits for half an hour if it is not told
 
 
 def test_ranks_resume_bit_for_bit(tmp_path):

@@ -139,7 +139,7 @@ class SaveOnSignal(TrainerCallback):
         self.restore()
         if self.stopped and state.is_world_process_zero:
             name = "another rank's signal" if self.received is None else signal.Signals(self.received).name
-            kept = (Path(args.output_dir) / f"checkpoint-{state.global_step}").is_dir()
+            kept = (Path(str(args.output_dir)) / f"checkpoint-{state.global_step}").is_dir()
             saved = f"saved in {args.output_dir}" if kept else "which could not be saved: earlier checkpoints are kept"
             say(
                 f"moeify: stopped by {name} after step {state.global_step} of {state.max_steps}, {saved}; go on with "

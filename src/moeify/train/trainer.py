@@ -5,20 +5,24 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import transformers
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.hooks import RemovableHandle
 from transformers import TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
+from moeify import ranks
 from moeify.balance import Control, SparsityTarget, control
 from moeify.layers import sparse_layers
+from moeify.notices import say
+from moeify.ranks import OnAnotherRank
 from moeify.record import observe
 from moeify.routers import begin_step
-from moeify.train import metrics
+from moeify.train import empty, metrics
 from moeify.train.activation_checkpointing import enable
 from moeify.train.arguments import SparseArguments, at
 from moeify.train.callbacks import ExpertDropout, ProgressLine, SaveOnSignal
@@ -59,6 +63,7 @@ class SparseTrainerMixin(Columns, Saving):
             self.aux_loss_enabled, self._own_loss_off = False, True
         if self.args.n_gpu > 1:
             raise ValueError("nn.DataParallel copies the routers in every step; use torchrun, one process per GPU")
+        ranks.wait_at_most(self.args.ddp_timeout)  # which transformers passes on for GPUs only
         self.args.logging_nan_inf_filter = False  # would show a NaN as the average of the losses before it
         self._watch, self._step_loss, self._tally = Watch(), StepLoss(self.sparse.scope), metrics.Tally()
         self._hooks: list[RemovableHandle] = []
@@ -66,6 +71,7 @@ class SparseTrainerMixin(Columns, Saving):
         self._batches: list[Any] = []
         self._losses: list[Tensor] = []
         self.written = []
+        self._said: set[tuple[str, bool]] = set()
         self._tokens, self._since = 0.0, time.perf_counter()
         self._stopper, self._line = SaveOnSignal(), ProgressLine()
         self.add_callback(_Steps(self))
@@ -136,16 +142,33 @@ class SparseTrainerMixin(Columns, Saving):
     ) -> Any:
         """The trainer's own loss, plus this micro-batch's part of the balance loss when training."""
         inputs = with_decoder_mask(self.model, inputs)
-        if not (model.training and self._hooks):
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        if not isinstance(model, DistributedDataParallel) or not model.training:
+            loss, outputs = self._loss(model, inputs, num_items_in_batch)
+        else:  # before backward, in which the others would wait for a rank that failed
+            with ranks.failing_together(self.args.device):
+                loss, outputs = self._loss(model, inputs, num_items_in_batch)
+        return (loss, outputs) if return_outputs else loss
+
+    def _loss(self, model: nn.Module, inputs: Any, num_items_in_batch: Any) -> tuple[Tensor, Any]:
         self._watch.forget()
-        sizes = count_decisions(inputs)
-        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
-        extra = self._balance(sizes)
+        sizes, padding = count_decisions(inputs), empty.is_padding(inputs)
+        loss, outputs = super().compute_loss(
+            model, empty.as_real(inputs) if padding else inputs, True, num_items_in_batch
+        )
+        if padding or not empty.has_labels(inputs, loss):
+            self._say_once("all padding" if padding else "without a label to predict", training=model.training)
+            loss = empty.zero(loss)
+        extra = self._balance(sizes) if model.training and self._hooks and not padding else None
         if extra is not None:
             loss = loss + extra.to(loss.device) * self._divisor(num_items_in_batch)
             self._extra = extra.detach().to(loss.device)
-        return (loss, outputs) if return_outputs else loss
+        return loss, outputs
+
+    def _say_once(self, what: str, *, training: bool) -> None:
+        place = f"a micro-batch of step {self.state.global_step + 1}" if training else "an evaluation batch"
+        if (what, training) not in self._said:
+            self._said.add((what, training))
+            say(f"moeify: {place} is {what}; it, and all that are, count with a loss of 0")
 
     def _balance(self, sizes: dict[str, int]) -> Tensor | None:
         """What a micro-batch adds to the loss of its step, times the ranks, over which gradients are averaged."""
@@ -181,22 +204,33 @@ class SparseTrainerMixin(Columns, Saving):
         try:
             loss = super().training_step(model, inputs, num_items_in_batch)
         except FloatingPointError as error:
-            if self.accelerator.num_processes == 1:
-                self._halt(model, f"{error}; first, ")
-            raise
+            self._halt(model, error)
         self._losses.append(loss)
         scaled = getattr(self.accelerator, "scaler", None) is not None  # which skips infinite gradients by itself
         if self.accelerator.sync_gradients and not is_finite(self._losses, model, gradients=not scaled):
             self._halt(model)
         return loss if self._extra is None else loss - self._extra
 
-    def _halt(self, model: nn.Module, why: str = "") -> None:
+    def _halt(self, model: nn.Module, error: FloatingPointError | None = None) -> NoReturn:
+        """Save a checkpoint and raise, on all ranks in the same step."""
         step = self.state.global_step
-        where = find_nonfinite(self.accelerator.unwrap_model(model), self._prepare_input(self._batches))
-        self._save_checkpoint(model, trial=None)
-        saved = f"are saved in {self._checkpoint_folder(step)}" if not self.failures else "could not be saved"
+        if isinstance(error, OnAnotherRank):
+            found = f"{error} that is not finite in step {step + 1}"
+        else:
+            batches = [empty.as_real(batch) for batch in self._batches]
+            where = find_nonfinite(self.accelerator.unwrap_model(model), self._prepare_input(batches))
+            found = f"{where} is not finite in step {step + 1}"
+            found = found if error is None else f"{error}; first, {found}"
+        try:
+            self._save_checkpoint(model, trial=None)
+            failed = self.failures > 0
+        except Exception as reason:
+            say(f"moeify: no checkpoint of step {step} could be saved: {reason}")
+            failed = True
+        failed = ranks.anywhere(failed, self.args.device)
+        saved = "could not be saved" if failed else f"are saved in {self._checkpoint_folder(step)}"
         raise FloatingPointError(
-            f"{why}{where} is not finite in step {step + 1}; the optimizer has not touched the weights, which {saved}. "
+            f"{found}; the optimizer has not touched the weights, which {saved}. "
             "Lower the learning rate, clip gradients (max_grad_norm=1.0), "
             "look at the batch, or use bf16 in the place of fp16; then train(resume_from_checkpoint=True)"
         )
@@ -234,7 +268,7 @@ class SparseTrainerMixin(Columns, Saving):
         if self.is_world_process_zero():
             metrics.forget_after(self._metrics_file, self.state.global_step)
             own = "; the model's own balance loss is turned off, it would count twice" if self._own_loss_off else ""
-            print(f"moeify: {self.sparse.describe()}{own}")
+            say(f"moeify: {self.sparse.describe()}{own}")
         self._since = time.perf_counter()
 
     def _unhook(self) -> None:
