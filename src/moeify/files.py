@@ -1,10 +1,15 @@
-"""Read and write JSON and safetensors files: reading checks them, writing is atomic."""
+"""Read and write JSON and safetensors files: reading checks them, writing is atomic.
+
+Only regular files are read, and links to them: a pipe would never end, and neither would `/dev/zero`.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
+import stat
+import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,17 +17,24 @@ from typing import Any
 
 from torch import Tensor
 
+LARGEST_JSON = 2**28
+"""Bytes of the largest JSON file that is read; no config, index or manifest comes near."""
+
 
 def read_json(path: str | Path) -> dict[str, Any]:
     """The mapping that a JSON file holds.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: not JSON, not UTF-8, or no mapping.
+        ValueError: not JSON, not UTF-8, no mapping, no regular file, or more than `LARGEST_JSON` bytes.
+        OSError: it cannot be read.
     """
-    path = _present(path)
+    with _reading(path) as path:
+        if (size := path.stat().st_size) > LARGEST_JSON:
+            raise ValueError(f"{path} has {size:,} bytes, and JSON of more than {LARGEST_JSON:,} is not read")
+        content = path.read_bytes()
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = json.loads(content.decode("utf-8"))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not valid JSON: {error}") from None
     if not isinstance(values, dict):
@@ -35,11 +47,12 @@ def read_tensors(path: str | Path) -> dict[str, Tensor]:
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: a damaged file, or one of another format.
+        ValueError: a damaged file, one of another format, or no regular file.
+        OSError: it cannot be read.
     """
     from safetensors.torch import load_file
 
-    with _translated(path) as path:
+    with _reading_tensors(path) as path:
         return load_file(path)
 
 
@@ -48,29 +61,54 @@ def open_tensors(path: str | Path) -> Any:
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: a damaged file, or one of another format.
+        ValueError: a damaged file, one of another format, or no regular file.
+        OSError: it cannot be read.
     """
     from safetensors import safe_open
 
-    with _translated(path) as path:
+    with _reading_tensors(path) as path:
         return safe_open(path, framework="pt")
 
 
 @contextmanager
-def _translated(path: str | Path) -> Iterator[Path]:
+def _reading_tensors(path: str | Path) -> Iterator[Path]:
     from safetensors import SafetensorError
 
-    path = _present(path)
+    with _reading(path) as path:
+        try:
+            yield path
+        except SafetensorError as error:
+            raise ValueError(f"{path} is damaged or not a safetensors file: {error}") from None
+
+
+@contextmanager
+def _reading(path: str | Path) -> Iterator[Path]:
+    """A file that is about to be read; what goes wrong is said with its name."""
+    path = regular(path)
     try:
         yield path
-    except SafetensorError as error:
-        raise ValueError(f"{path} is damaged or not a safetensors file: {error}") from None
+    except OSError as error:
+        raise OSError(error.errno, f"{error.strerror or error} while reading", str(path)) from None
 
 
-def _present(path: str | Path) -> Path:
+def regular(path: str | Path) -> Path:
+    """A path that is a regular file, or a link to one.
+
+    Raises:
+        FileNotFoundError: nothing is there, or a link to nothing.
+        ValueError: a folder, a pipe, a device, or a name that no file can have.
+        OSError: links in a circle, no permission, or a device that fails.
+    """
     path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no {path.name} in {path.parent}")
+    try:
+        mode = os.stat(path).st_mode
+    except FileNotFoundError:
+        what = f"{path.name} in {path.parent} is a link to nothing" if path.is_symlink() else None
+        raise FileNotFoundError(what or f"there is no {path.name} in {path.parent}") from None
+    except ValueError as error:  # a NUL in its name
+        raise ValueError(f"no file can be called {str(path)!r}: {error}") from None
+    if not stat.S_ISREG(mode):
+        raise ValueError(f"{path} is a {'folder' if stat.S_ISDIR(mode) else 'pipe or device'}, not a file")
     return path
 
 
@@ -117,7 +155,7 @@ def replacing(path: str | Path) -> Iterator[Path]:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    new = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    new = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")
     try:
         yield new
         sync(new)
@@ -140,7 +178,13 @@ def sync(path: Path) -> None:
 
 
 def fingerprint(path: Path) -> dict[str, Any]:
-    """The size of a file in `bytes`, and its `sha256`."""
-    with path.open("rb") as file:
+    """The size of a file in `bytes`, and its `sha256`.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: no regular file.
+        OSError: it cannot be read.
+    """
+    with _reading(path) as path, path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return {"bytes": path.stat().st_size, "sha256": digest}
+        return {"bytes": os.fstat(file.fileno()).st_size, "sha256": digest}

@@ -1,33 +1,58 @@
-"""SHA-256 of the files of a saved model, written beside them and compared before they are read: `SHA256.json`."""
+"""SHA-256 of the files of a saved folder, written beside them and compared before they are read: `SHA256.json`."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from moeify.files import fingerprint, read_json, write_json
+from moeify.folders import Stage, finish, replacing_files
 
 HASHES = "SHA256.json"
 
 
-def write_hashes(folder: Path, files: Iterable[Path]) -> None:
-    """Write what the files of a folder are at this moment."""
-    write_json(folder / HASHES, {"format": 1, "files": {file.name: fingerprint(file) for file in sorted(files)}})
+@contextmanager
+def saving(folder: str | Path) -> Iterator[Stage]:
+    """Give a folder to write files into, which take their places in `folder` together, with their hashes.
+
+    Every folder in it gets hashes of its own. Files that the hashes of the last save list, and this save does not write,
+    are deleted; `obsolete` of the result holds their names, to be changed.
+
+    Raises:
+        OSError: another process is saving there, the disk is full, or the folder cannot be written to.
+    """
+    folder = Path(folder)
+    with replacing_files(folder) as stage:
+        stage.obsolete |= _listed_or_none(folder)
+        yield stage
+        for place in {path.parent for path in stage.new.rglob("*") if path.is_file()}:
+            write_hashes(place, [path for path in place.iterdir() if path.is_file()])
+
+
+def write_hashes(folder: Path, files: Iterable[Path], others: dict[str, Any] | None = None) -> None:
+    """Write what the files of a folder are at this moment; `others` are those of which it is known already."""
+    listed = (others or {}) | {file.name: fingerprint(file) for file in sorted(files)}
+    write_json(folder / HASHES, {"format": 1, "files": listed})
 
 
 def verify(folder: str | Path) -> None:
-    """Compare every file of a saved model with what `save` wrote.
+    """Compare every file of a saved model, adapter or adapter library with what was saved.
 
     Raises:
         FileNotFoundError: the folder has no hashes (earlier versions wrote none), or a file is missing.
         ValueError: a file was damaged or changed; the message names it.
+        OSError: a file cannot be read.
     """
     folder = Path(folder)
-    if not (folder / HASHES).is_file():
+    finish(folder)
+    if not os.path.lexists(folder / HASHES):
         raise FileNotFoundError(
             f"there is no {HASHES} in {folder}, so its files cannot be verified; load the model and save it again"
         )
-    check(folder, [folder / name for name in _listed(folder)])
+    check(folder, [folder / name for name in listed(folder)])
 
 
 def check(folder: Path, files: Iterable[Path]) -> None:
@@ -36,22 +61,47 @@ def check(folder: Path, files: Iterable[Path]) -> None:
     Raises:
         FileNotFoundError: a file is missing.
         ValueError: a file was damaged or changed, or is not listed.
+        OSError: a file cannot be read.
     """
-    if not (folder / HASHES).is_file():
+    if not os.path.lexists(folder / HASHES):
         return
-    listed = _listed(folder)
+    known = listed(folder)
     for file in files:
-        if not file.is_file():
+        if not os.path.lexists(file):
             raise FileNotFoundError(f"there is no {file.name} in {folder}, though it was saved")
-        if listed.get(file.name) != fingerprint(file):
+        if known.get(file.name) != fingerprint(file):
             raise ValueError(
                 f"{file} is damaged: it is not what was saved (SHA-256 differs from {HASHES}); copy it again from "
                 f"where it came from, or, if you changed it yourself, delete {HASHES}"
             )
 
 
-def _listed(folder: Path) -> dict[str, dict]:
-    listed = read_json(folder / HASHES).get("files")
-    if not isinstance(listed, dict) or any(Path(name).name != name for name in listed):
-        raise ValueError(f"{folder / HASHES} is damaged: it lists no files of its folder; delete it to load unchecked")
-    return listed
+def listed(folder: Path) -> dict[str, Any]:
+    """What `SHA256.json` lists of its folder by name; nothing if there is none.
+
+    Raises:
+        ValueError: it is damaged, or of a later version.
+        OSError: it cannot be read.
+    """
+    path = folder / HASHES
+    if not os.path.lexists(path):
+        return {}
+    content = read_json(path)
+    if content.get("format") != 1:
+        raise ValueError(
+            f"{path} has the format {content.get('format')!r}, and this version of moeify knows format 1; update "
+            "moeify, or delete the file to load unchecked"
+        )
+    files = content.get("files")
+    if not isinstance(files, dict) or any(Path(name).name != name for name in files):
+        raise ValueError(f"{path} is damaged: it lists no files of its folder; delete it to load unchecked")
+    return files
+
+
+def _listed_or_none(folder: Path) -> set[str]:
+    """What hashes list, and the hashes; nothing if they are damaged, for then it is not known whose files these are."""
+    try:
+        names = listed(folder)
+    except (ValueError, OSError):
+        return set()
+    return {*names, HASHES} if names else set()

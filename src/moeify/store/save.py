@@ -11,16 +11,17 @@ from torch import Tensor, nn
 from moeify.compress.quantize import quantization_of
 from moeify.files import write_json
 from moeify.origin import Origin
-from moeify.store.hashes import HASHES, write_hashes
+from moeify.store.hashes import saving
 from moeify.store.peft import has_adapters
-from moeify.store.weights import persistent, ties_of, write_weights
+from moeify.store.weights import _INDEX, _WEIGHTS, persistent, ties_of, weight_files, write_weights
 from moeify.version import __version__
 
 
 def save(model: nn.Module, folder: str | Path, *, max_shard_size: str = "5GB") -> None:
     """Write a sparsified or quantised model: its weights, and how to build it again.
 
-    The same model gives the same bytes.
+    The same model gives the same bytes. A model that is in the folder already is replaced all at once: whatever a kill
+    interrupts, `load` finds the one or the other, and until then the disk holds both. Files that are not its own stay.
 
     Args:
         model: what `sparsify`, `quantize_experts` or `fast_decode` returned.
@@ -30,7 +31,8 @@ def save(model: nn.Module, folder: str | Path, *, max_shard_size: str = "5GB") -
     Raises:
         ValueError: the model was not made by `sparsify`, has adapters of PEFT, or its recipe has a part that no file
             can name.
-        OSError: the disk is full, or the folder cannot be written to.
+        OSError: the disk is full, the folder cannot be written to, or another process is saving into it; the folder is
+            as it was.
     """
     if has_adapters(model):
         raise ValueError(
@@ -54,10 +56,18 @@ def save(model: nn.Module, folder: str | Path, *, max_shard_size: str = "5GB") -
     if origin.sites is not None:
         description["sites"] = origin.sites
     folder = Path(folder)
-    (folder / HASHES).unlink(missing_ok=True)
-    files = write_weights(tensors, folder, max_shard_size)
-    write_json(folder / "config.json", description)
-    write_hashes(folder, [*files, folder / "config.json"])
+    with saving(folder) as stage:
+        write_weights(tensors, stage.new, max_shard_size)
+        write_json(stage.new / "config.json", description)
+        stage.obsolete |= _weights_of_before(folder)
+
+
+def _weights_of_before(folder: Path) -> set[str]:
+    """The weights in a folder by its index, of which earlier versions wrote no hashes: they may not stay beside new ones."""
+    try:
+        return {_INDEX, *(file.name for file in weight_files(folder))}
+    except (ValueError, OSError):  # there are none, or it is not known which
+        return {_INDEX, _WEIGHTS}
 
 
 def _describe(model: nn.Module) -> dict[str, Any]:

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
-import shutil
 
 import pytest
 
+from killing import forks, killed_at_every_operation
 from moeify.train.checkpoint.folder import checkpoints, discard, fault, newest, recover, set_aside, writing
-
-OPERATIONS = [(os, "rename"), (os, "replace"), (os, "fsync"), (os, "unlink"), (os, "rmdir"), (os, "mkdir")]
-KILLED = 9
 
 
 def write(folder, content):
@@ -28,48 +24,20 @@ def rotate(output):
     discard(output / "checkpoint-1")
 
 
-def killed(work, output, at):
-    """Do some work in a process that dies before its file operation number `at`, if it comes so far."""
-    count = 0
-
-    def dying(operation):
-        def operate(*arguments, **options):
-            nonlocal count
-            count += 1
-            if count == at:
-                os._exit(KILLED)
-            return operation(*arguments, **options)
-
-        return operate
-
-    for module, name in OPERATIONS:
-        setattr(module, name, dying(getattr(module, name)))
-    work(output)
-    os._exit(0)
-
-
-@pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="processes are forked")
+@forks
 @pytest.mark.parametrize("work", [replace, rotate])
 def test_a_kill_at_any_file_operation_leaves_a_checkpoint_that_can_be_trusted(tmp_path, work):
     start = tmp_path / "start"
     for step in (1, 2):
         write(start / f"checkpoint-{step}", "old")
-    for at in range(1, 100):
-        output = shutil.copytree(start, tmp_path / str(at))
-        process = multiprocessing.get_context("fork").Process(target=killed, args=(work, output, at))
-        process.start()
-        process.join()
+    for output, done in killed_at_every_operation(work, start, tmp_path):
         recover(output)
-        assert newest(output).name == "checkpoint-2", at
+        assert newest(output).name == "checkpoint-2"
         texts = {(output / "checkpoint-2" / name).read_text() for name in ("a", "b")}
-        assert texts in ({"old"}, {"new"}), at
-        assert {path.name for path in output.iterdir()} <= {"checkpoint-1", "checkpoint-2"}, at
-        assert all(fault(path) is None for path in checkpoints(output)), at
-        if process.exitcode == 0:
-            break
-        assert process.exitcode == KILLED
-    assert at > 3
-    assert texts == {"new" if work is replace else "old"}
+        assert texts in ({"old"}, {"new"})
+        assert {path.name for path in output.iterdir()} <= {"checkpoint-1", "checkpoint-2"}
+        assert all(fault(path) is None for path in checkpoints(output))
+        assert not done or texts == {"new" if work is replace else "old"}
 
 
 def test_what_has_no_name_and_is_not_whole_is_deleted(tmp_path, capsys):

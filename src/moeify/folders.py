@@ -1,0 +1,162 @@
+"""Folders that one process at a time writes to, and whose files change all at once.
+
+    folder/.moeify-save/     new/ holds what is being written, obsolete.json names the files that go
+    folder/.moeify-commit/   the same, complete and on disk: its new name is the commit
+
+A kill before the commit leaves the folder as it was. After the commit all of the new files exist, and `finish` moves them
+to their places, however often it is interrupted. It deletes the old ones first, so that a program which knows nothing of
+this finds an incomplete folder in between, never old files beside new ones.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from moeify.files import read_json, sync, write_json
+
+_STAGE, _COMMIT = ".moeify-save", ".moeify-commit"
+_OBSOLETE = "obsolete.json"
+SAVE_LOCK, RUN_LOCK = ".moeify-save.lock", ".moeify-run.lock"
+
+
+@contextmanager
+def locked(folder: Path, name: str, doing: str, *, wait: float = 0.0) -> Iterator[None]:
+    """Let no other process do the same in a folder; the system lifts the lock when this process ends, however it ends.
+
+    Where the file system has no locks, this is printed and nothing is locked.
+
+    Args:
+        folder: made if it is not there.
+        name: of the file that is locked; it is deleted afterwards.
+        doing: what the other process is doing in the folder, for the message: "is saving a model".
+        wait: seconds to wait for the other process.
+
+    Raises:
+        OSError: another process holds the lock, or the folder cannot be written to.
+    """
+    import filelock
+
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = filelock.FileLock(folder / name, timeout=wait)
+    try:
+        lock.acquire()
+    except filelock.Timeout:
+        raise OSError(
+            f"another process {doing} in {folder} (it holds the lock {name}); wait until it ends, or name another folder"
+        ) from None
+    except (NotImplementedError, OSError) as error:
+        if isinstance(error, OSError) and error.errno not in _NO_LOCKS:
+            raise
+        print(f"moeify: the file system of {folder} has no locks ({error}); let only one process write there")
+    try:
+        yield
+    finally:
+        if os.name != "nt":  # before it is released: whoever comes next makes a new file
+            (folder / name).unlink(missing_ok=True)
+        lock.release()
+
+
+_NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP}
+
+
+@dataclass
+class Stage:
+    """Files that are about to take their places in a folder.
+
+    Attributes:
+        new: an empty folder to write them into.
+        obsolete: files of the folder, by their names in it, that are deleted with the commit.
+    """
+
+    new: Path
+    obsolete: set[str]
+
+
+@contextmanager
+def replacing_files(folder: Path, doing: str = "is saving") -> Iterator[Stage]:
+    """Write several files of a folder, nested ones too, all or none of them, whatever a crash interrupts.
+
+    Old and new files are on disk together until the commit. An exception inside leaves the folder as it was.
+
+    Raises:
+        OSError: another process is saving into the folder, the disk is full, or the folder cannot be written to.
+    """
+    with locked(folder, SAVE_LOCK, doing):
+        _finish(folder)
+        stage, new = folder / _STAGE, folder / _STAGE / "new"
+        shutil.rmtree(stage, ignore_errors=True)
+        new.mkdir(parents=True)
+        try:
+            files = Stage(new, set())
+            yield files
+            written = _files(new)
+            for name in written:
+                _refuse_folder(folder / name)
+            for path in sorted({new, *(new / name for name in written), *((new / name).parent for name in written)}):
+                sync(path)
+            write_json(stage / _OBSOLETE, {"obsolete": sorted(files.obsolete - written)})
+            os.rename(stage, folder / _COMMIT)
+        except BaseException:
+            shutil.rmtree(stage, ignore_errors=True)
+            raise
+        sync(folder)
+        _finish(folder)
+
+
+def finish(folder: Path) -> None:
+    """Finish a save that a kill interrupted after its commit; call it before the files of a folder are read.
+
+    Raises:
+        OSError: the folder cannot be written to.
+    """
+    if not (folder / _COMMIT).is_dir():
+        return
+    try:
+        with locked(folder, SAVE_LOCK, "is saving", wait=60):
+            _finish(folder)
+    except OSError as error:
+        raise OSError(
+            f"a save into {folder} was interrupted, and cannot be finished: {error}; copy the folder to where it can "
+            "be written, and load it there"
+        ) from error
+
+
+def _finish(folder: Path) -> None:
+    commit, new = folder / _COMMIT, folder / _COMMIT / "new"
+    if not commit.is_dir():
+        return
+    coming = {name: _place(folder, name) for name in sorted(_files(new))}
+    obsolete = read_json(commit / _OBSOLETE)["obsolete"] if (commit / _OBSOLETE).is_file() else []
+    for place in [*(_place(folder, name) for name in obsolete), *coming.values()]:
+        place.unlink(missing_ok=True)
+    for name, place in coming.items():
+        place.parent.mkdir(parents=True, exist_ok=True)
+        os.replace(new / name, place)
+    for parent in {folder, *(place.parent for place in coming.values())}:
+        sync(parent)
+    (commit / _OBSOLETE).unlink(missing_ok=True)
+    shutil.rmtree(commit)
+
+
+def _place(folder: Path, name: str) -> Path:
+    place = folder / name
+    if not place.parent.resolve().is_relative_to(folder.resolve()) or ".." in place.parts[len(folder.parts) :]:
+        raise ValueError(f"{folder / _COMMIT} is damaged: it names {name!r}, which is outside the folder; delete it")
+    return place
+
+
+def _refuse_folder(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        raise IsADirectoryError(f"{path} is a folder, and a file of this name is to be saved; move it away")
+    if path.parent.exists() and not path.parent.is_dir():
+        raise NotADirectoryError(f"{path.parent} is a file, and a folder of this name is to be saved; move it away")
+
+
+def _files(folder: Path) -> set[str]:
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
