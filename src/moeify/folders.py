@@ -3,9 +3,9 @@
     folder/.moeify-save/     new/ holds what is being written, obsolete.json names the files that go
     folder/.moeify-commit/   the same, complete and on disk: its new name is the commit
 
-A kill before the commit leaves the folder as it was. After the commit all of the new files exist, and `finish` moves them
-to their places, however often it is interrupted. It deletes the old ones first, so that a program which knows nothing of
-this finds an incomplete folder in between, never old files beside new ones.
+A kill before the commit leaves the folder as it was. After the commit all of the new files exist, and `finish` moves
+them to their places, however often it is interrupted. It deletes the old ones first, so that a program which knows
+nothing of this finds an incomplete folder in between, never old files beside new ones.
 """
 
 from __future__ import annotations
@@ -48,7 +48,8 @@ def locked(folder: Path, name: str, doing: str, *, wait: float = 0.0) -> Iterato
         lock.acquire()
     except filelock.Timeout:
         raise OSError(
-            f"another process {doing} in {folder} (it holds the lock {name}); wait until it ends, or name another folder"
+            f"another process {doing} in {folder} (it holds the lock {name}); wait until it ends, or name another "
+            "folder"
         ) from None
     except (NotImplementedError, OSError) as error:
         if isinstance(error, OSError) and error.errno not in _NO_LOCKS:

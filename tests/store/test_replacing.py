@@ -1,4 +1,4 @@
-"""A model that is saved over another one: the folder holds the one or the other, and nobody else's files are touched."""
+"""A model that is saved over another one: the folder holds either, and nobody else's files are touched."""
 
 import sys
 from functools import partial
@@ -80,7 +80,7 @@ def test_a_full_disk_leaves_the_model_that_was_there(tmp_path, monkeypatch):
 
 def test_while_another_process_saves_into_a_folder_no_second_one_does(tmp_path):
     save(plain(0), tmp_path)
-    with locked(tmp_path, SAVE_LOCK, ""), pytest.raises(OSError, match="another process is saving in .*wait until"):
+    with locked(tmp_path, SAVE_LOCK, ""), pytest.raises(OSError, match=r"another process is saving in .*wait until"):
         save(plain(1), tmp_path)
     assert torch.equal(computes(tmp_path), output(plain(0), (ONE,)))
 

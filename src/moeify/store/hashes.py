@@ -18,8 +18,8 @@ HASHES = "SHA256.json"
 def saving(folder: str | Path) -> Iterator[Stage]:
     """Give a folder to write files into, which take their places in `folder` together, with their hashes.
 
-    Every folder in it gets hashes of its own. Files that the hashes of the last save list, and this save does not write,
-    are deleted; `obsolete` of the result holds their names, to be changed.
+    Every folder in it gets hashes of its own. Files that the hashes of the last save list, and this save does not
+    write, are deleted; `obsolete` of the result holds their names, to be changed.
 
     Raises:
         OSError: another process is saving there, the disk is full, or the folder cannot be written to.

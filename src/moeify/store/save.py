@@ -63,7 +63,7 @@ def save(model: nn.Module, folder: str | Path, *, max_shard_size: str = "5GB") -
 
 
 def _weights_of_before(folder: Path) -> set[str]:
-    """The weights in a folder by its index, of which earlier versions wrote no hashes: they may not stay beside new ones."""
+    """The weights in a folder by its index, for earlier versions wrote no hashes: none may stay beside new ones."""
     try:
         return {_INDEX, *(file.name for file in weight_files(folder))}
     except (ValueError, OSError):  # there are none, or it is not known which
