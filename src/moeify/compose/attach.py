@@ -22,6 +22,7 @@ from moeify.moe import MoE
 from moeify.origin import Origin
 from moeify.routers.base import Router
 from moeify.routers.topk import TopK
+from moeify.snapshot import restored_on_error
 from moeify.sparsify.plan import put
 from moeify.sparsify.shared import frozen
 
@@ -139,12 +140,16 @@ def attach(
         latest[site.stack] = AdaptedLinear(layer, experts, site.dense)
         _set_gates(latest[site.stack], adapters)
         made.append((site, layer))
-    if new := [(site, layer) for site, layer in made if site.stack not in watched]:
-        put(model, [site for site, _ in new], [layer for _, layer in new], allow_noncausal=allow_noncausal)
-    for site, layer in made:
-        if site.stack in watched:
-            site.install(layer)
-    replace(Origin.of(model), adapters=replace(library, names=tuple(adapters))).write_to(model)
+
+    def put_all() -> None:
+        if new := [(site, layer) for site, layer in made if site.stack not in watched]:
+            put(model, [site for site, _ in new], [layer for _, layer in new], allow_noncausal=allow_noncausal)
+        for site, layer in made:
+            if site.stack in watched:
+                site.install(layer)
+        replace(Origin.of(model), adapters=replace(library, names=tuple(adapters))).write_to(model)
+
+    restored_on_error(model, put_all, values=False)
 
 
 def _layer(site: Site, experts: LoRA, router: Router, old: AdaptedLinear | None, context: Context) -> MoE:

@@ -118,6 +118,8 @@ def activations(module: nn.Module) -> list[Elementwise]:
 def _is_elementwise(function: Callable) -> bool:
     try:
         return function(torch.zeros(2, 3)).shape == (2, 3)
+    except MemoryError:  # says nothing about the model
+        raise
     except Exception:  # whatever an unknown callable raises, it is no activation
         return False
 
@@ -181,6 +183,8 @@ def accepts(module: nn.Module, width: int) -> bool:
     try:
         with in_evaluation(module), fixed_randomness(module):
             module(torch.randn(2, width, dtype=weight.dtype, device=weight.device))
+    except MemoryError:  # says nothing about the model
+        raise
     except Exception:  # whatever it raises
         return False
     return True

@@ -60,6 +60,8 @@ def padding_is_read(model: nn.Module, sites: list[Site], probe: Probe) -> float 
     given, real = padded
     try:
         before = given.outputs(model)
+    except MemoryError:  # says nothing about the model
+        raise
     except Exception:  # whatever a model raises that takes no mask of this form
         return None
     undo = [site.install(_Silent(site.dense, real)) for site in sites if isinstance(site.dense, DenseFFN)]

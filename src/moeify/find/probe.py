@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +16,7 @@ from moeify.context import extra_inputs
 from moeify.find.dense import is_linear, matrix
 from moeify.modes import fixed_randomness, in_evaluation
 from moeify.routers.lookup import columns
+from moeify.snapshot import Snapshot
 
 
 @dataclass(frozen=True)
@@ -74,34 +75,11 @@ class Probe:
 @contextmanager
 def restored(model: nn.Module) -> Iterator[None]:
     """Every attribute, submodule and buffer of a model as it was: some switch for good what a first call shows them."""
-    owners: list[Any] = [*model.modules()]
-    owners += list({id(config): config for part in owners if (config := getattr(part, "config", None))}.values())
-    undo = [_restorer(owner) for owner in owners]
+    before = Snapshot(model)
     try:
         yield
     finally:
-        for restore in undo:
-            restore()
-
-
-def _restorer(owner: Any) -> Callable[[], None]:
-    attributes = dict(vars(owner))
-    tables = {name: dict(attributes[name]) for name in ("_modules", "_parameters", "_buffers") if name in attributes}
-    buffers = tables.get("_buffers", {}).items()
-    values = {name: value.clone() for name, value in buffers if value is not None and not value.is_meta}
-
-    def restore() -> None:
-        state = vars(owner)
-        state.clear()
-        state.update(attributes)
-        for name, table in tables.items():
-            state[name].clear()
-            state[name].update(table)
-        for name, value in values.items():
-            if not torch.equal(state["_buffers"][name], value):
-                state["_buffers"][name].copy_(value)
-
-    return restore
+        before.restore()
 
 
 def as_probe(given: Any) -> Probe:

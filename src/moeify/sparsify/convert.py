@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 
 from moeify.flops import count
+from moeify.snapshot import restored_on_error
 from moeify.sparsify.plan import find
 from moeify.sparsify.recipe import Recipe
 from moeify.sparsify.report import Report
@@ -23,8 +24,9 @@ def sparsify(
     """Put sparse layers where a model has feed-forward networks; returns the same model.
 
     What is found is checked first: with the readings of its feed-forward networks in their places, the model must
-    compute what it computed. A call that raises leaves the model as it was. Under a non-causal router, a model whose
-    layers do not say whether they are a decoder's raises as soon as one is called with a causal mask.
+    compute what it computed. A call that raises, or is interrupted, leaves the model as it was. Under a non-causal
+    router, a model whose layers do not say whether they are a decoder's raises as soon as one is called with a causal
+    mask.
 
     Args:
         model: any module: of transformers, or plain PyTorch.
@@ -37,26 +39,30 @@ def sparsify(
         ValueError: nothing to make sparse; a module that is not understood; copied experts with weights that do not sum
             to 1; a non-causal router in a decoder; and whatever router, experts, shared and after refuse.
     """
-    report = convert(model, recipe, probe=probe, allow_noncausal=allow_noncausal)
-    if verbose:
-        report.show()
-    return model
+
+    def convert_and_show() -> nn.Module:
+        report = convert(model, recipe, probe=probe, allow_noncausal=allow_noncausal)
+        if verbose:
+            report.show()
+        return model
+
+    return restored_on_error(model, convert_and_show, values=False)
 
 
 def convert(model: nn.Module, recipe: Recipe, *, probe: Any = None, allow_noncausal: bool = False) -> Report:
     """`sparsify`, without printing what was done."""
+    return restored_on_error(model, lambda: _convert(model, recipe, probe, allow_noncausal))
+
+
+def _convert(model: nn.Module, recipe: Recipe, probe: Any, allow_noncausal: bool) -> Report:
     dense_count = count(model)
     plan = find(model, recipe)
     compare = plan.verify(probe)
-    undo = plan.apply(allow_noncausal=allow_noncausal)
-    try:
-        difference = None if compare is None else compare.difference(model)
-        if compare is not None and plan.keeps_function and not compare.same(model):
-            raise ValueError(
-                f"copied experts should leave the model's outputs as they are, but one changed by {difference:.3g}; "
-                "please report this model"
-            )
-    except Exception:
-        undo()
-        raise
+    plan.apply(allow_noncausal=allow_noncausal)
+    difference = None if compare is None else compare.difference(model)
+    if compare is not None and plan.keeps_function and not compare.same(model):
+        raise ValueError(
+            f"copied experts should leave the model's outputs as they are, but one changed by {difference:.3g}; "
+            "please report this model"
+        )
     return Report(sites=plan.sites, layers=plan.layers, before=dense_count, after=count(model), difference=difference)

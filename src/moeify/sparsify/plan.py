@@ -27,6 +27,7 @@ from moeify.meta import made_on
 from moeify.modes import fixed_randomness
 from moeify.moe import MoE
 from moeify.origin import Origin
+from moeify.snapshot import restored_on_error
 from moeify.sparsify.after import append
 from moeify.sparsify.comparison import Comparison
 from moeify.sparsify.make import copies, masked, merged
@@ -80,6 +81,9 @@ class Plan:
             ValueError: the model changes; the message names the first site that changes it. Or the outputs at real
                 tokens depend on padding.
         """
+        return restored_on_error(self.model, lambda: self._verify(probe))
+
+    def _verify(self, probe: Any) -> Comparison | None:
         with fixed_randomness(self.model):
             found = find_probe(self.model) if probe is None else as_probe(probe)
             compare = Comparison.of(self.model, found)
@@ -119,6 +123,9 @@ class Plan:
             ValueError: whatever `layers` raises; a router that looks at later tokens in a decoder. The model is as it
                 was.
         """
+        return restored_on_error(self.model, lambda: self._apply(allow_noncausal), values=False)
+
+    def _apply(self, allow_noncausal: bool) -> Callable[[], None]:
         before = Origin.of(self.model)
         described = self.describe()
         layers = self.layers
@@ -152,8 +159,12 @@ def find(model: nn.Module, recipe: Recipe) -> Plan:
     Raises:
         ValueError: nothing to make sparse; a module that is not understood.
     """
-    with fixed_randomness(model):
-        return Plan(model, recipe, recipe.where(model))
+
+    def found() -> Plan:
+        with fixed_randomness(model):
+            return Plan(model, recipe, recipe.where(model))
+
+    return restored_on_error(model, found, values=False)
 
 
 def put(
@@ -240,6 +251,8 @@ def _same_with(model: nn.Module, sites: list[Site], compare: Comparison) -> bool
     undo = [site.install(site.dense) for site in sites]
     try:
         return compare.same(model)
+    except MemoryError:  # says nothing about the model
+        raise
     except Exception:  # whatever the model raises where it is misread
         return False
     finally:
