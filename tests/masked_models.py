@@ -36,14 +36,14 @@ LEFT = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])
 RIGHT = LEFT.flip(1)
 
 
-def decoder() -> tuple[LlamaForCausalLM, MoE]:
-    """A decoder of one sparse layer, and that layer."""
+def decoder(**options) -> tuple[LlamaForCausalLM, MoE]:
+    """A decoder of one sparse layer, whose router has these options, and that layer."""
     config = LlamaConfig(
         vocab_size=VOCABULARY, hidden_size=D, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2,
         num_key_value_heads=2, pad_token_id=0, bos_token_id=1, eos_token_id=None, initializer_range=0.5,
     )  # fmt: skip
     model = LlamaForCausalLM(config).eval()
     context = Context()
-    moe = model.model.layers[0].mlp = sparse(context)
+    moe = model.model.layers[0].mlp = sparse(context, **options)
     context.watch([model, model.model])
     return model, moe

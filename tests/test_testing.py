@@ -93,6 +93,15 @@ class SubtractsTheMeanOfTheSequence(Sound):
         return logits - means
 
 
+class TakesRowsForSequences(Sound):
+    causal = False
+
+    def logits(self, tokens):
+        logits = super().logits(tokens)
+        rows = torch.zeros_like(tokens.sequence_id) if tokens.shape[0] == 1 else tokens.sequence_id
+        return logits - torch.stack([logits[rows == row].mean(0) for row in rows])
+
+
 class SaysItLooksAhead(Sound):
     causal = False
 
@@ -147,6 +156,7 @@ WRONG_ROUTERS = {
     DrawsNoiseForPadding: ("token", "more_padding_changes_nothing"),
     CountsPositions: ("token", "the_order_of_tokens_does_not_matter"),
     SubtractsTheMeanOfTheBatch: ("sequence", "sequences_do_not_see_each_other"),
+    TakesRowsForSequences: ("sequence", "sequences_do_not_see_each_other"),
     SubtractsTheMeanOfTheSequence: ("sequence", "causal_is_declared_truthfully"),
     SaysItLooksAhead: ("token", "causal_is_declared_truthfully"),
     SaysNothingOfItsSums: ("token", "weights_sum_to_one_is_declared_truthfully"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Literal
 
@@ -46,7 +46,7 @@ Overflow = Literal["zero", "renormalize", "next"]
 
 def limit(
     routing: Assignment,
-    slots: int,
+    slots: int | Sequence[int],
     *,
     priority: Priority = "position",
     overflow: Overflow = "zero",
@@ -56,7 +56,8 @@ def limit(
 
     Args:
         routing: a decision with one weight per row.
-        slots: capacity of each expert in rows, see `per_token`, `per_choice` and `double` for the usual formulas.
+        slots: capacity of each expert in rows, see `per_token`, `per_choice` and `double` for the usual formulas; per
+            sequence it may be one number for each, for those that are longer have more.
         priority: which rows are kept: the earliest tokens (`position`), all first choices before any second choice and
             then the earliest (`choice`; GShard), all first choices before any second and then the tokens with the
             largest weight of their own (`batch`; V-MoE's batch priority), or the largest weights (`score`).
@@ -71,8 +72,9 @@ def limit(
         ValueError: fewer than one slot, or several weights per row; `next` without a score of every token for every
             expert, or per sequence; per sequence without the sequence of every token.
     """
-    if slots < 1:
-        raise ValueError(f"a capacity of {slots} slots drops every token; give each expert at least one slot")
+    each = [slots] if isinstance(slots, int) else list(slots)
+    if min(each) < 1:
+        raise ValueError(f"a capacity of {min(each)} slots drops every token; give each expert at least one slot")
     if routing.has_gate_axis:
         raise ValueError(
             f"a capacity needs one weight per row to say which rows matter, and this router gave "
@@ -84,8 +86,13 @@ def limit(
             raise ValueError(
                 "overflow='next' looks for free slots in the whole batch; it cannot be limited per sequence"
             )
-        return _reassign(routing, slots, turns)
-    kept = _place(routing.expert if per == "batch" else _expert_and_sequence(routing), turns) < slots
+        return _reassign(routing, each[0], turns)
+    if per == "batch":
+        kept = _place(routing.expert, turns) < each[0]
+    else:
+        sequence, tokens = sequence_of_rows(routing)
+        free = torch.tensor(each, device=sequence.device).expand(len(tokens))
+        kept = _place(routing.expert * len(free) + sequence, turns) < free[sequence]
     served = routing.only(kept)
     return served if overflow == "zero" else served.with_weight_sums_of(routing)
 
@@ -114,12 +121,16 @@ def _by_priority(routing: Assignment, priority: Priority) -> Int[Tensor, "R"]:
     return turns[routing.rank[turns].argsort(stable=True)]
 
 
-def _expert_and_sequence(routing: Assignment) -> Int[Tensor, "R"]:
-    """A number for every expert in every sequence."""
+def sequence_of_rows(routing: Assignment) -> tuple[Int[Tensor, "R"], Int[Tensor, "B"]]:
+    """The sequence of each row, counted from 0 among those that have tokens, and how many tokens each of these has.
+
+    Raises:
+        ValueError: the decision does not know the sequence of every token that it routed.
+    """
     if routing.sequence_id is None or len(routing.sequence_id) != routing.tokens:
         raise ValueError("a capacity per sequence needs a decision that knows the sequence of every token it routed")
-    sequence = routing.sequence_id[_decision_of_rows(routing)]
-    return routing.expert * (int(routing.sequence_id.max()) + 1) + sequence
+    _, sequence, tokens = routing.sequence_id.unique(return_inverse=True, return_counts=True)
+    return sequence[_decision_of_rows(routing)], tokens
 
 
 def _place(expert: Int[Tensor, "R"], turns: Int[Tensor, "R"]) -> Int[Tensor, "R"]:

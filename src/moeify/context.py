@@ -1,19 +1,17 @@
-"""The context of a sparse layer: padding mask and model inputs, which its `forward(x)` does not receive.
+"""The context of a sparse layer: padding mask, documents and model inputs, which its `forward(x)` does not receive.
 
 One `Context` serves one stack of layers (an encoder, a decoder, a vision tower). Pre-hooks on the modules above the
-stack read the token mask and the other inputs; an FFN below sees which tokens are real.
+stack read the token mask and the other inputs; an FFN below sees which tokens are real, and which belong together.
 """
 
 from __future__ import annotations
 
 import inspect
-import math
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Int
@@ -21,36 +19,8 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from moeify import masks
-
-
-@dataclass(eq=False)
-class Call:
-    """One forward pass of a stack: what the modules above it were called with, and what its routers decided.
-
-    Attributes:
-        token_mask: True where a token is real, None where every token is.
-        positions: the real tokens as indices into the flattened tokens, None where every token is real.
-        inputs: the tensors that the outermost module was called with, by argument name.
-        decisions: the decisions that later layers read (shared routing, residuals), by router.
-        batch_first: whether tokens are laid out as (B, N, D), and not sequence first as (N, B, D).
-        unpadded: the number of tokens of an input without padding, by the modules above the layers.
-        of_stack: whether the mask was given to the module that holds the layers, and not only to one above it.
-        layer_mask: the mask that the layer around a sparse one is given, with its name; False if no layer takes one.
-        outer: the pass that this one interrupts, of a model that is called while it runs.
-        repeated: whether a backward pass has repeated it outside of `resumed`.
-    """
-
-    token_mask: Bool[Tensor, "B N"] | None = None
-    positions: Int[Tensor, "T"] | None = None
-    inputs: dict[str, Tensor] = field(default_factory=dict)
-    decisions: dict[nn.Module, Any] = field(default_factory=dict)
-    batch_first: bool = True
-    unpadded: int | None = None
-    of_stack: bool = False
-    layer_mask: tuple[str, Tensor] | Literal[False] | None = False
-    outer: Call | None = None
-    repeated: bool = False
-    _read: dict[tuple[int, ...], tuple[Any, Int[Tensor, "T"] | None]] = field(default_factory=dict)
+from moeify.documents import Packing
+from moeify.forward_pass import TOKENS, Call
 
 
 class Context:
@@ -133,84 +103,24 @@ class Context:
             self._thread.call = before
 
     def mask(self, token_mask: Tensor | None) -> None:
-        """Set which tokens are real: 1 or True for a token, 0 or False for padding.
-
-        Raises:
-            ValueError: not a single token is real.
-        """
-        call = self.call
-        call.token_mask = call.positions = None
-        if token_mask is None:
-            return
-        real = token_mask.bool()
-        positions = real.flatten().nonzero().squeeze(1)
-        if positions.numel() == 0:
-            raise ValueError(
-                f"the attention mask of shape {tuple(real.shape)} marks every token as padding; "
-                "leave such batches out, no expert can learn from them"
-            )
-        if positions.numel() < real.numel():
-            call.token_mask, call.positions = real, positions
+        """Set which tokens are real, see `Call.mask`."""
+        self.call.mask(token_mask)
 
     def real(self, shape: int | Sequence[int]) -> Int[Tensor, "T"] | None:
-        """The positions of the real ones among flattened tokens, None for all of them.
-
-        The mask of the modules above the layers counts where it is one of their tokens. Where the layers have tokens of
-        their own (a model downsampled them, put patches beside words, or filled up a window), the mask that the layer
-        around a sparse one is given counts; a stack whose layers are given none has no padding.
-
-        Args:
-            shape: of the tokens, (B, N) or (N, B), or their number.
-
-        Raises:
-            ValueError: the only mask there is is one of other tokens, so it belongs to another call.
-        """
-        call = self.call
-        shape = (shape,) if isinstance(shape, int) else tuple(shape)
-        tokens = math.prod(shape)
-        if call.token_mask is not None and call.token_mask.numel() == tokens:
-            return self._laid_out(call, shape)
-        if call.token_mask is None and call.unpadded == tokens:
-            return None
-        if isinstance(call.layer_mask, tuple):
-            return self._of_layer(call, *call.layer_mask, shape)
-        if call.token_mask is None or call.layer_mask is None or (call.inputs and not call.of_stack):
-            return None
-        raise ValueError(
-            f"the token mask has {tuple(call.token_mask.shape)} = {call.token_mask.numel()} tokens, but the layer "
-            f"was given {tokens}; call the layer through its model, or context.clear() before calling it alone"
-        )
-
-    def _laid_out(self, call: Call, shape: tuple[int, ...]) -> Int[Tensor, "T"] | None:
-        """The positions of the real tokens, of a mask (B, N), in a layer that turns out to be laid out as (N, B)."""
-        mask = call.token_mask
-        if len(shape) != 2 or mask is None or shape == mask.shape or shape != mask.shape[::-1]:
-            return call.positions
-        if shape not in call._read:
-            call._read[shape] = (mask, mask.T.flatten().nonzero().squeeze(1))
-        return call._read[shape][1]
-
-    def _of_layer(self, call: Call, name: str, mask: Tensor, shape: tuple[int, ...]) -> Int[Tensor, "T"] | None:
-        """The positions of the real tokens by the mask of the layer, read once per mask."""
-        if shape not in call._read or call._read[shape][0] is not mask:
-            real = masks.of_layer(name, mask, shape)
-            square = len(shape) == 2 and shape[0] == shape[1]
-            if real is not None and len(shape) == 2 and (real.shape != shape or (square and not call.batch_first)):
-                real = real.T
-            positions = None if real is None else real.flatten().nonzero().squeeze(1)
-            every = positions is None or not 0 < positions.numel() < math.prod(shape)
-            call._read[shape] = (mask, None if every else positions)
-        return call._read[shape][1]
+        """The positions of the real ones among flattened tokens, None for all of them, see `Call.real`."""
+        return self.call.real(shape)
 
     def sequence_ids(self, shape: Sequence[int]) -> Int[Tensor, "T"]:
-        """The sequence or image of each of the flattened tokens of a layer input with leading shape `shape`.
+        """The sequence, document or image of each of the flattened tokens, see `Call.sequence_ids`."""
+        return self.call.sequence_ids(shape)
 
-        A flattened input is one sequence, unless the model's own input shows the length of its sequences.
-        """
-        if len(shape) == 1:
-            shape = next((t.shape for name, t in self.call.inputs.items() if _fits(name, t, shape[0])), (1, *shape))
-        tokens = torch.arange(math.prod(shape))
-        return tokens // shape[-1] if self.call.batch_first else tokens % shape[-1]
+    def common_length(self, shape: Sequence[int]) -> int | None:
+        """The length that all sequences have, None where they may differ, see `Call.common_length`."""
+        return self.call.common_length(shape)
+
+    def documents(self, shape: Sequence[int]) -> Int[Tensor, "T"] | None:
+        """The document of each of the flattened tokens, None if nothing tells of documents, see `Call.documents`."""
+        return self.call.documents(shape)
 
     def watch(self, ancestors: Sequence[nn.Module], layers: Sequence[nn.Module] = ()) -> list[RemovableHandle]:
         """Read the inputs of a stack from the modules above it, outermost first, and the masks of its layers.
@@ -245,6 +155,7 @@ class Context:
         if torch.is_grad_enabled():
             waiting = [] if any(earlier.repeated for earlier in self._unrepeated) else self._unrepeated[-1:]
             self._unrepeated = [*waiting, call]
+        call.packing = Packing.of(given | self.extra_inputs, _shape(_tokens(given)), of_stack=innermost)
         self._thread.call = call
         _RUNNING.passes = [*getattr(_RUNNING, "passes", []), (self, call)]
         self._read_mask(module, given)
@@ -262,6 +173,8 @@ class Context:
         call = self.call
         if tokens is not None and call.token_mask is not None and _count(tokens) != call.token_mask.numel():
             self.mask(None)  # the mask above is of other tokens: of words, where this stack reads an image
+        above = None if call is getattr(self._thread, "alone", None) else call.packing
+        call.packing = Packing.of(given, _shape(tokens), above=above, of_stack=innermost)
         self._read_mask(module, given)
         call.of_stack = (
             innermost and isinstance(given.get("attention_mask"), Tensor) and given["attention_mask"].dim() == 2
@@ -349,7 +262,6 @@ _WHICH_PASS = (
     "inputs, before this backward pass; let each checkpoint keep its own: "
     'model.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": moeify.train.keep_decisions})'
 )
-_TOKENS = ("input_ids", "inputs_embeds", "hidden_states")
 
 
 def _same_mask(one: Call, other: Call) -> bool:
@@ -357,21 +269,25 @@ def _same_mask(one: Call, other: Call) -> bool:
     return a is b or (a is not None and b is not None and torch.equal(a, b))
 
 
-def _fits(name: str, tensor: Tensor, tokens: int) -> bool:
-    return name in _TOKENS and tensor.shape[:2].numel() == tokens
-
-
 def _parameters(module: nn.Module) -> list[str]:
     return list(inspect.signature(type(module).forward).parameters)[1:]
 
 
 def _tokens(given: dict[str, Any]) -> Tensor | None:
-    return next((given[name] for name in _TOKENS if isinstance(given.get(name), Tensor)), None)
+    return next((given[name] for name in TOKENS if isinstance(given.get(name), Tensor)), None)
 
 
 def _count(tokens: Tensor) -> int:
     """The number of tokens among ids (B, N) or states (..., D)."""
     return tokens.shape[:-1].numel() if tokens.is_floating_point() else tokens.numel()
+
+
+def _shape(tokens: Tensor | None) -> tuple[int, int] | None:
+    """(B, N) of ids (B, N) or of states (B, N, D) or (T, D), None for others."""
+    if tokens is None:
+        return None
+    shape = tuple(tokens.shape[:-1] if tokens.is_floating_point() else tokens.shape)
+    return (shape[-2] if len(shape) > 1 else 1, shape[-1]) if 0 < len(shape) < 3 else None
 
 
 def _by_name(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:

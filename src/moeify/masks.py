@@ -30,13 +30,16 @@ def real_tokens(mask: Bool[Tensor, "B N"] | Tensor) -> Bool[Tensor, "B N"]:
     return torch.where(added, mask >= 0, mask > 0)
 
 
+def seen(mask: Tensor) -> Bool[Tensor, "..."]:
+    """Which keys a mask of queries and keys lets each query see; it may be one that is added to scores."""
+    if not mask.is_floating_point():
+        return mask.bool()
+    return torch.where((mask.amin() < 0) | (mask.amax() <= 0), mask > -1e4, mask > 0)
+
+
 def seen_keys(mask: Tensor) -> Bool[Tensor, "B N"]:
     """The tokens that a mask of queries and keys, (B, ..., Q, K), lets any query of their sequence see."""
-    if mask.is_floating_point():
-        seen = torch.where((mask.amin() < 0) | (mask.amax() <= 0), mask > -1e4, mask > 0)
-    else:
-        seen = mask.bool()
-    return seen.flatten(1, -2).any(1)
+    return seen(mask).flatten(1, -2).any(1)
 
 
 def places(module: nn.Module) -> list[tuple[str, int | None]]:

@@ -71,6 +71,7 @@ class MultiHead(nn.Module):
             self.context.real(tokens)
             mask = outer.token_mask if outer.batch_first else outer.token_mask.T
             inner.mask(mask.repeat_interleave(self.heads, dim=1))
+        inner.call.packing = None if outer.packing is None else outer.packing.repeated(self.heads, tokens)
 
     def extra_repr(self) -> str:
         """The number of heads."""

@@ -6,6 +6,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from moeify import Context, MoE, kernels, record
+from moeify.documents import Packing
 from moeify.experts import FFN, Plain
 from moeify.flops import count
 from moeify.multihead import MultiHead, multi_head
@@ -53,6 +54,15 @@ def test_padding_is_padding_in_every_part():
     real = {3 * t + part for t in (0, 1, 4, 5, 6) for part in range(3)}
     assert set(decisions["moe"].source.tolist()) == real
     assert decisions["moe"].sequence_id.tolist() == [0] * 6 + [1] * 9
+
+
+def test_parts_belong_to_the_document_of_their_token():
+    context = Context()
+    model = multi(3, context)
+    context.call.packing = Packing({"position_ids": torch.tensor([[0, 1, 0, 1], [0, 1, 2, 3]])}, (2, 4))
+    with record(model) as decisions:
+        model(torch.randn(2, 4, D))
+    assert decisions["moe"].sequence_id.tolist() == [0] * 6 + [1] * 6 + [2] * 12
 
 
 def test_a_mask_is_forgotten_with_its_forward_pass():

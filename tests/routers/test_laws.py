@@ -5,9 +5,11 @@ from functools import partial
 import pytest
 import torch
 from hypothesis import given
+from hypothesis import strategies as st
 from torch import nn
 
 from moeify import Context, losses, routers
+from moeify.documents import Packing
 from moeify.experts import FFN, LoRA
 from moeify.moe import MoE
 from moeify.routers import (
@@ -70,6 +72,9 @@ BY_GROUP = {
     "expert choice": ExpertChoice,
     "soft": partial(Soft, slots=2),
     "mobile v-moe": partial(TopK, per="sequence"),
+    "slots of a sequence": lambda *sizes: Capacity(
+        TopK(*sizes), factor=0.7, eval_factor=0.7, priority="score", per="sequence"
+    ),
 }
 ROUTERS = TOKEN_BY_TOKEN | BY_GROUP
 
@@ -101,6 +106,24 @@ def test_padding_changes_no_bit_of_any_token_or_gradient(name, mask, seed):
     moe, x, ids = layer(name), torch.randn(*mask.shape, D), torch.randint(30, mask.shape)
     padded, alone = run(moe, x, mask, ids), run(moe, x[mask], None, ids[mask])
     assert all(torch.equal(a, b) for a, b in zip(padded, alone, strict=True))
+
+
+@pytest.mark.parametrize("name", BY_GROUP)
+@given(rows=st.lists(st.lists(st.integers(1, 5), min_size=1, max_size=4), min_size=1, max_size=2), seed=seeds)
+def test_documents_in_packed_rows_are_routed_as_each_is_alone(name, rows, seed):
+    torch.manual_seed(seed)
+    moe, longest = layer(name), max(sum(lengths) for lengths in rows)
+    x, position = torch.randn(len(rows), longest, D), torch.zeros(len(rows), longest, dtype=torch.long)
+    mask = torch.arange(longest) < torch.tensor([sum(lengths) for lengths in rows]).unsqueeze(1)
+    for row, lengths in enumerate(rows):
+        position[row, : sum(lengths)] = torch.cat([torch.arange(length) for length in lengths])
+    moe.context.call.packing = Packing({"position_ids": position}, (len(rows), longest))
+    moe.context.mask(mask)
+    together = moe(x)
+    for row, lengths in enumerate(rows):
+        moe.context = Context()
+        for document, y in zip(x[row, mask[row]].split(lengths), together[row, mask[row]].split(lengths), strict=True):
+            torch.testing.assert_close(y, moe(document.unsqueeze(0))[0])
 
 
 @pytest.mark.parametrize("name", [name for name in ROUTERS if "capacity" in name or "batch" in name])

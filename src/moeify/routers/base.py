@@ -103,13 +103,15 @@ class Tokens:
         x: the real tokens.
         shape: leading shape of the input, padding included.
         positions: the real tokens among all flattened tokens, None if they are all.
-        sequence_id: the sequence or image of each real token.
+        sequence_id: the sequence, document or image of each real token.
+        common_length: the length of all sequences, None where padding or packing may make them differ.
     """
 
     x: Float[Tensor, "T D"]
     shape: tuple[int, ...]
     positions: Int[Tensor, "T"] | None
     sequence_id: Int[Tensor, "T"]
+    common_length: int | None = None
 
     def assign(
         self,
@@ -140,8 +142,8 @@ class Tokens:
 
     def by_sequence(self) -> tuple[Int[Tensor, "B N"], Bool[Tensor, "B N"]]:
         """The tokens of each sequence or image as rows of one table, and which entries of it are tokens."""
-        if self.positions is None:
-            table = self.sequence_id.argsort(stable=True).view(-1, int(self.sequence_id.bincount()[0]))
+        if self.common_length is not None:
+            table = self.sequence_id.argsort(stable=True).view(-1, self.common_length)
             return table, torch.ones_like(table, dtype=torch.bool)
         members = self.members()
         table = pad_sequence(members, batch_first=True)
@@ -167,7 +169,7 @@ class Tokens:
         else:
             raise ValueError(
                 f"{name!r} has shape {tuple(given.shape)}, which fits neither the tokens {self.shape} of the layer nor "
-                "their sequences"
+                f"their {int(self.sequence_id.max()) + 1} sequences (documents, where rows are packed)"
             )
         return keys.long()
 
@@ -177,7 +179,7 @@ def real_tokens(x: Float[Tensor, "... D"], context: Context) -> Tokens:
     tokens, sequence_id = x.reshape(-1, x.shape[-1]), context.sequence_ids(x.shape[:-1]).to(x.device)
     positions = context.real(x.shape[:-1])
     if positions is None:
-        return Tokens(tokens, x.shape[:-1], None, sequence_id)
+        return Tokens(tokens, x.shape[:-1], None, sequence_id, context.common_length(x.shape[:-1]))
     return Tokens(tokens[positions], x.shape[:-1], positions, sequence_id[positions])
 
 

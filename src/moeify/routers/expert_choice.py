@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import math
-from typing import Literal
+from typing import Any, Literal
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from moeify.context import Context
@@ -57,15 +56,24 @@ class ExpertChoice(Router):
         tokens = real_tokens(x, context)
         logits = project(tokens.x, self.weight)
         scores = logits.softmax(-1)
-        chosen = torch.zeros_like(scores, dtype=torch.bool)
-        for members in tokens.members() if self.per == "sequence" else [torch.arange(len(scores), device=x.device)]:
-            taken = scores.detach()[members].topk(self.slots(len(members)), dim=0).indices  # (slots, E)
-            chosen[members[taken], torch.arange(self.num_experts, device=x.device)] = True
+        sequence = tokens.sequence_id if self.per == "sequence" else torch.zeros_like(tokens.sequence_id)
+        chosen = self._taken(scores.detach(), sequence)
         return tokens.assign_where(chosen, scores, Evidence(logits=logits, scores=scores))
 
-    def slots(self, tokens: int) -> int:
-        """How many of so many tokens every expert takes."""
-        return math.ceil(self.factor * tokens / self.num_experts)
+    def _taken(self, scores: Float[Tensor, "T E"], sequence: Int[Tensor, "T"]) -> Bool[Tensor, "T E"]:
+        """Which tokens every expert takes: the best of each sequence, the earlier of two that score the same."""
+        best_first = scores.argsort(dim=0, descending=True, stable=True)
+        by_sequence = best_first.gather(0, sequence[best_first].argsort(dim=0, stable=True))  # and best first in each
+        sequence = sequence.sort().values
+        first, end = torch.searchsorted(sequence, sequence), torch.searchsorted(sequence, sequence, right=True)
+        place = torch.arange(len(sequence), device=sequence.device) - first
+        taken = (place < self.slots(end - first)).unsqueeze(1).expand_as(scores)
+        return torch.zeros_like(taken).scatter(0, by_sequence, taken)
+
+    def slots(self, tokens: Any) -> Any:
+        """How many of so many tokens, a number or a tensor of numbers, every expert takes."""
+        parts = 2**20  # whole numbers, for a product of floats may lie above the whole number that it stands for
+        return -(-int(self.factor * parts) * tokens // (self.num_experts * parts))
 
     def rows_per_token(self, tokens: int | None = None) -> float:
         """The factor, or what rounding makes of it in a sequence of so many tokens."""

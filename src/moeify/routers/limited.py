@@ -8,7 +8,7 @@ from typing import Literal
 from jaxtyping import Float
 from torch import Tensor
 
-from moeify.capacity import Overflow, Priority, Slots, limit, per_choice
+from moeify.capacity import Overflow, Priority, Slots, limit, per_choice, sequence_of_rows
 from moeify.context import Context
 from moeify.registry import register
 from moeify.routers.base import Router
@@ -60,16 +60,19 @@ class Capacity(Router):
     def forward(self, x: Float[Tensor, "... D"], context: Context) -> Assignment:
         """Decide as the wrapped router does, then keep at most the capacity of every expert."""
         routing = self.router(x, context)
-        k = max(1, round(routing.source.shape[0] / routing.tokens))  # on average, where the number varies
-        factor = self.factor if self.training else self.eval_factor
-        slots = self.capacity(factor, self._scope(routing), routing.counts.shape[0], k)
+        if self.per == "batch":
+            slots = self._slots(routing, routing.tokens, len(routing.source))
+        else:
+            sequence, tokens = sequence_of_rows(routing)
+            rows = sequence.bincount(minlength=len(tokens))
+            slots = [self._slots(routing, *each) for each in zip(tokens.tolist(), rows.tolist(), strict=True)]
         return limit(routing, slots, priority=self.priority, overflow=self.overflow, per=self.per)
 
-    def _scope(self, routing: Assignment) -> int:
-        """The tokens that a capacity is for: those of the batch, or of the largest sequence."""
-        if self.per == "batch" or routing.sequence_id is None:
-            return routing.tokens
-        return int(routing.sequence_id.unique(return_counts=True)[1].max())
+    def _slots(self, routing: Assignment, tokens: int, rows: int) -> int:
+        """The capacity of an expert for so many tokens that have so many rows."""
+        factor = self.factor if self.training else self.eval_factor
+        k = max(1, round(rows / tokens))  # on average, where the number varies
+        return self.capacity(factor, tokens, len(routing.counts), k)
 
 
 @register("router", "capacity")

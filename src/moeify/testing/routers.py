@@ -12,6 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from moeify.context import Context
+from moeify.documents import Packing
 from moeify.experts import FFN
 from moeify.moe import MoE
 from moeify.routers.base import Router
@@ -60,12 +61,14 @@ class _Batch:
         ids: what the model says of each token, under every name that the router looks up.
         mask: True where a token is real, None if all are.
         batch_first: whether x is (B, N, D) and not (N, B, D).
+        documents: the document of each token of packed rows.
     """
 
     x: Float[Tensor, "... D"]
     ids: Int[Tensor, "..."]
     mask: Tensor | None = None
     batch_first: bool = True
+    documents: Int[Tensor, "B N"] | None = None
 
 
 def _batch(*shape: int, mask: Tensor | None = None) -> _Batch:
@@ -99,6 +102,8 @@ class _Subject:
         layer.context.mask(batch.mask)
         layer.context.call.batch_first = batch.batch_first
         layer.context.call.inputs.update(dict.fromkeys(self.names, batch.ids))
+        if batch.documents is not None:
+            layer.context.call.packing = Packing({"seq_idx": batch.documents}, (batch.x.shape[0], batch.x.shape[1]))
         return layer.context
 
     def route(self, layer: MoE, batch: _Batch) -> Routing:
@@ -206,7 +211,10 @@ def the_order_of_tokens_does_not_matter(subject: _Subject) -> None:
 
 
 def sequences_do_not_see_each_other(subject: _Subject) -> None:
-    """A sequence has the same outputs alone, in a batch, sequence first and flattened, unless the batch is seen."""
+    """A sequence has the same outputs alone, in a batch or a packed row, sequence first and flattened.
+
+    Routers that see the batch are free of it.
+    """
     if subject.sees == "batch":
         return
     law, layer, batch = "sequences_do_not_see_each_other", subject.layer(), _batch(3, 5)
@@ -222,6 +230,13 @@ def sequences_do_not_see_each_other(subject: _Subject) -> None:
         if (error := difference(other, y)) > 1e-5:
             seen = f"the same tokens {layout} have outputs that differ by {error:.2g}"
             raise BrokenLaw(law, seen, "take sequences from tokens.sequence_id, not from the shape of x")
+    lengths, ids = (5, 1, 9), torch.arange(3).repeat_interleave(torch.tensor([5, 1, 9]))
+    row = _Batch(batch.x.view(1, 15, -1), batch.ids.view(1, 15), documents=ids.unsqueeze(0))
+    parts = (each.split(lengths, dim=1) for each in (row.x, row.ids, subject.run(layer, row)))
+    for x, ids, packed in zip(*parts, strict=True):
+        if (error := difference(subject.run(layer, _Batch(x, ids)), packed)) > 1e-5:
+            seen = f"a document alone has outputs that differ by {error:.2g} from those in a packed row"
+            raise BrokenLaw(law, seen, "take documents, which differ in length, from tokens.sequence_id")
 
 
 def causal_is_declared_truthfully(subject: _Subject) -> None:

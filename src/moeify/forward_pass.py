@@ -1,0 +1,179 @@
+"""One forward pass of a stack of layers: which of its tokens are real, and which of them belong together."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor, nn
+
+from moeify import masks
+from moeify.documents import Packing, numbered
+
+TOKENS = ("input_ids", "inputs_embeds", "hidden_states")
+
+
+@dataclass(eq=False)
+class Call:
+    """One forward pass of a stack: what the modules above it were called with, and what its routers decided.
+
+    Attributes:
+        token_mask: True where a token is real, None where every token is.
+        positions: the real tokens as indices into the flattened tokens, None where every token is real.
+        inputs: the tensors that the outermost module was called with, by argument name.
+        packing: what tells which documents the rows are packed of, None if nothing does.
+        decisions: the decisions that later layers read (shared routing, residuals), by router.
+        batch_first: whether tokens are laid out as (B, N, D), and not sequence first as (N, B, D).
+        unpadded: the number of tokens of an input without padding, by the modules above the layers.
+        of_stack: whether the mask was given to the module that holds the layers, and not only to one above it.
+        layer_mask: the mask that the layer around a sparse one is given, with its name; False if no layer takes one.
+        outer: the pass that this one interrupts, of a model that is called while it runs.
+        repeated: whether a backward pass has repeated it outside of `Context.resumed`.
+    """
+
+    token_mask: Bool[Tensor, "B N"] | None = None
+    positions: Int[Tensor, "T"] | None = None
+    inputs: dict[str, Tensor] = field(default_factory=dict)
+    packing: Packing | None = None
+    decisions: dict[nn.Module, Any] = field(default_factory=dict)
+    batch_first: bool = True
+    unpadded: int | None = None
+    of_stack: bool = False
+    layer_mask: tuple[str, Tensor] | Literal[False] | None = False
+    outer: Call | None = None
+    repeated: bool = False
+    _read: dict[tuple[int, ...], tuple[Any, Int[Tensor, "T"] | None]] = field(default_factory=dict)
+    _documents: dict[tuple[int, ...], tuple[Any, Any, Int[Tensor, "T"]]] = field(default_factory=dict)
+
+    def mask(self, token_mask: Tensor | None) -> None:
+        """Set which tokens are real: 1 or True for a token, 0 or False for padding.
+
+        Raises:
+            ValueError: not a single token is real.
+        """
+        self.token_mask = self.positions = None
+        if token_mask is None:
+            return
+        real = token_mask.bool()
+        positions = real.flatten().nonzero().squeeze(1)
+        if positions.numel() == 0:
+            raise ValueError(
+                f"the attention mask of shape {tuple(real.shape)} marks every token as padding; "
+                "leave such batches out, no expert can learn from them"
+            )
+        if positions.numel() < real.numel():
+            self.token_mask, self.positions = real, positions
+
+    def real(self, shape: int | Sequence[int]) -> Int[Tensor, "T"] | None:
+        """The positions of the real ones among flattened tokens, None for all of them.
+
+        The mask of the modules above the layers counts where it is one of their tokens. Where the layers have tokens of
+        their own (a model downsampled them, put patches beside words, or filled up a window), the mask that the layer
+        around a sparse one is given counts; a stack whose layers are given none has no padding.
+
+        Args:
+            shape: of the tokens, (B, N) or (N, B), or their number.
+
+        Raises:
+            ValueError: the only mask there is is one of other tokens, so it belongs to another call.
+        """
+        shape = (shape,) if isinstance(shape, int) else tuple(shape)
+        tokens = math.prod(shape)
+        if self.token_mask is not None and self.token_mask.numel() == tokens:
+            return self._laid_out(self.token_mask, shape)
+        if self.token_mask is None and self.unpadded == tokens:
+            return None
+        if isinstance(self.layer_mask, tuple):
+            return self._of_layer(*self.layer_mask, shape)
+        if self.token_mask is None or self.layer_mask is None or (self.inputs and not self.of_stack):
+            return None
+        raise ValueError(
+            f"the token mask has {tuple(self.token_mask.shape)} = {self.token_mask.numel()} tokens, but the layer "
+            f"was given {tokens}; call the layer through its model, or context.clear() before calling it alone"
+        )
+
+    def _laid_out(self, mask: Bool[Tensor, "B N"], shape: tuple[int, ...]) -> Int[Tensor, "T"] | None:
+        """The positions of the real tokens, of a mask (B, N), in a layer that turns out to be laid out as (N, B)."""
+        if len(shape) != 2 or shape == mask.shape or shape != mask.shape[::-1]:
+            return self.positions
+        if shape not in self._read:
+            self._read[shape] = (mask, mask.T.flatten().nonzero().squeeze(1))
+        return self._read[shape][1]
+
+    def _of_layer(self, name: str, mask: Tensor, shape: tuple[int, ...]) -> Int[Tensor, "T"] | None:
+        """The positions of the real tokens by the mask of the layer, read once per mask."""
+        if shape not in self._read or self._read[shape][0] is not mask:
+            real = masks.of_layer(name, mask, shape)
+            square = len(shape) == 2 and shape[0] == shape[1]
+            if real is not None and len(shape) == 2 and (real.shape != shape or (square and not self.batch_first)):
+                real = real.T
+            positions = None if real is None else real.flatten().nonzero().squeeze(1)
+            every = positions is None or not 0 < positions.numel() < math.prod(shape)
+            self._read[shape] = (mask, None if every else positions)
+        return self._read[shape][1]
+
+    def sequence_ids(self, shape: Sequence[int]) -> Int[Tensor, "T"]:
+        """The sequence, document or image of each of the flattened tokens of a layer input with leading shape `shape`.
+
+        A flattened input is one sequence, unless the model's own input shows the length of its sequences.
+
+        Raises:
+            ValueError: as of `documents`.
+        """
+        if (documents := self.documents(shape)) is not None:
+            return documents
+        tokens, length = torch.arange(math.prod(shape)), self._row_length(shape)
+        return tokens // length if self.batch_first else tokens % (math.prod(shape) // length)
+
+    def common_length(self, shape: Sequence[int]) -> int | None:
+        """The length that all sequences have, None where padding or packing may make them differ.
+
+        Raises:
+            ValueError: as of `documents`.
+        """
+        differ = self.real(shape) is not None or self.documents(shape) is not None
+        return None if differ else self._row_length(shape)
+
+    def _row_length(self, shape: Sequence[int]) -> int:
+        if len(shape) == 1:
+            shape = next((t.shape for name, t in self.inputs.items() if _fits(name, t, shape[0])), (1, *shape))
+        return shape[-1] if self.batch_first else math.prod(shape) // shape[-1]
+
+    def documents(self, shape: Sequence[int]) -> Int[Tensor, "T"] | None:
+        """The document of each of the flattened tokens, counted through the batch; None if nothing tells of documents.
+
+        A row is packed of several where `position_ids` do not rise, `seq_idx` changes, `cu_seq_lens_q` or `cu_seqlens`
+        say so, or a mask of queries and keys is block-diagonal.
+
+        Raises:
+            ValueError: the rows that the stack was given are packed, and the layer has other tokens than theirs.
+        """
+        packing, shape = self.packing, tuple(shape)
+        if packing is None:
+            return None
+        positions = self.real(shape)
+        told, of, ids = self._documents.get(shape, (None, None, None))
+        if ids is None or told is not packing or of is not positions:
+            if (starts := packing.starts(math.prod(shape))) is None:
+                return packing.refuse(shape)
+            ids = self._numbered(starts, positions)
+            self._documents[shape] = (packing, positions, ids)
+        return ids
+
+    def _numbered(self, starts: Bool[Tensor, "B N"], positions: Int[Tensor, "T"] | None) -> Int[Tensor, "T"]:
+        """The document of each token, in the layout of the layer."""
+        real = None
+        if positions is not None:
+            real = torch.zeros(starts.numel(), dtype=torch.bool, device=starts.device)
+            real = real.index_fill(0, positions.to(starts.device), True)
+            real = real.view(starts.shape) if self.batch_first else real.view(starts.shape[::-1]).T
+        ids = numbered(starts, real)
+        return (ids if self.batch_first else ids.T).flatten()
+
+
+def _fits(name: str, tensor: Tensor, tokens: int) -> bool:
+    return name in TOKENS and tensor.shape[:2].numel() == tokens
