@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -45,13 +45,31 @@ def made_on(device: torch.device) -> Iterator[None]:
         yield
 
 
-def move_parameters_to_meta(model: nn.Module) -> None:
-    """Take the memory of all parameters of a model, in place; tied ones stay tied, buffers stay."""
+def made_on_meta(make: Callable[[], nn.Module]) -> nn.Module | None:
+    """The module that `make` returns, without memory for its parameters; None if it cannot be made so.
+
+    It cannot if what makes it computes with values of parameters, or if buffers that no file holds have no values.
+    """
+    try:
+        with parameters_on_meta():
+            made = make()
+    except Exception:  # whatever a part raises whose values are not there; made with memory, it raises again
+        return None
+    computed = ((module, name) for module in made.modules() for name in module._non_persistent_buffers_set)
+    buffers = (module._buffers.get(name) for module, name in computed)
+    return None if any(buffer is not None and buffer.is_meta for buffer in buffers) else made
+
+
+def move_parameters(model: nn.Module, device: str) -> None:
+    """Give a model parameters of zeros on a device, or without memory on the meta device; in place.
+
+    Tied ones stay tied, buffers stay.
+    """
     moved: dict[int, nn.Parameter] = {}
     for module in list(model.modules()):
         for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
             if id(parameter) not in moved:
-                empty = torch.empty_like(parameter, device="meta")
-                moved[id(parameter)] = nn.Parameter(empty, requires_grad=parameter.requires_grad)
+                zeros = torch.zeros_like(parameter, device=device)
+                moved[id(parameter)] = nn.Parameter(zeros, requires_grad=parameter.requires_grad)
                 vars(moved[id(parameter)]).update(vars(parameter))
             setattr(module, name, moved[id(parameter)])

@@ -5,7 +5,7 @@ import torch
 
 from moeify import MoE, Recipe
 from moeify.origin import Origin
-from moeify.sparsify import Plan, find
+from moeify.sparsify import find
 from plain_models import output, sparse_layers
 from tiny_models import DENSE, inputs
 
@@ -37,7 +37,7 @@ def test_a_plan_is_found_verified_applied_and_undone(family):
 def test_described_sites_give_the_same_plan(family):
     model, other = DENSE[family](), DENSE[family]()
     described = find(model, COPIES).describe()
-    plan = Plan.from_sites(other, COPIES, described)
+    plan = find(other, COPIES, described)
     assert plan.describe() == described
     plan.apply()
     find(model, COPIES).apply()

@@ -55,18 +55,17 @@ def quantize_module(model: nn.Module, name: str, bits: int, group_size: int = 64
         )
     module = model.get_submodule(name)
     parent = model.get_submodule(name.rpartition(".")[0])
-    if isinstance(module, Experts) and isinstance(parent, MoE):
-        parent.replace(experts=quantize(module, bits, group_size))
-        quantized: nn.Module = parent.experts
-    elif isinstance(module, Experts):  # inside others, such as `Masked`
-        quantized = quantize(module, bits, group_size)
+    if isinstance(module, Experts) or hasattr(module, "_apply_gate"):
+        experts = quantize(module if isinstance(module, Experts) else HfExperts(module), bits, group_size)
+        quantized = experts if isinstance(module, Experts) else QuantizedExperts(experts)
     elif type(module) is nn.Linear:
         quantized = QuantizedLinear(module, bits, group_size)
-    elif hasattr(module, "_apply_gate"):
-        quantized = QuantizedExperts(quantize(HfExperts(module), bits, group_size))
     else:
         raise ValueError(f"{name} is a {type(module).__name__}, and only linear layers and experts can be quantised")
-    model.set_submodule(name, quantized)
+    if isinstance(parent, MoE) and isinstance(quantized, Quantized):
+        parent.replace(experts=quantized)
+    else:  # also experts inside others, such as `Masked`
+        model.set_submodule(name, quantized)
     if hasattr(model, "save_pretrained"):
         vars(model)["save_pretrained"] = _refuse_save_pretrained
 

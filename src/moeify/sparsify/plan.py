@@ -15,9 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from moeify import masks
 from moeify.context import Context
-from moeify.find.causal import refuse_decoders
 from moeify.find.dense import DenseFFN
 from moeify.find.describe import describe, rebuild
 from moeify.find.layout import laid_out, padding_is_read
@@ -28,9 +26,9 @@ from moeify.modes import fixed_randomness
 from moeify.moe import MoE
 from moeify.origin import Origin
 from moeify.snapshot import restored_on_error
-from moeify.sparsify.after import append
 from moeify.sparsify.comparison import Comparison
 from moeify.sparsify.make import copies, masked, merged
+from moeify.sparsify.put import put
 from moeify.sparsify.recipe import Recipe
 from moeify.sparsify.shared import nothing
 
@@ -60,6 +58,24 @@ class Plan:
         layers = _layers(self.sites, self.recipe, contexts)
         _refuse(layers, self.recipe)
         return layers
+
+    @cached_property
+    def following(self) -> dict[str, nn.Module]:
+        """What follows the numbered layers in which sparse ones stand, by their names, made at first access.
+
+        Raises:
+            ValueError: something would follow a site that stands in no numbered layer, or whatever `after` refuses.
+        """
+        made = {}
+        for site in {site.layer: site for site in self.sites}.values():
+            following = self.recipe.after(site.dense, site.width)
+            if following is not None and not site.layer:
+                raise ValueError(
+                    f"{site.name} stands in no numbered layer, so that nothing can follow it; use after=nothing"
+                )
+            if following is not None:
+                made[site.layer] = following.train(site.training)
+        return made
 
     @property
     def keeps_function(self) -> bool:
@@ -120,71 +136,50 @@ class Plan:
             A function that undoes all of it.
 
         Raises:
-            ValueError: whatever `layers` raises; a router that looks at later tokens in a decoder. The model is as it
-                was.
+            ValueError: whatever `layers` and `following` raise; a router that looks at later tokens in a decoder. The
+                model is as it was.
         """
         return restored_on_error(self.model, lambda: self._apply(allow_noncausal), values=False)
 
     def _apply(self, allow_noncausal: bool) -> Callable[[], None]:
         before = Origin.of(self.model)
         described = self.describe()
-        layers = self.layers
-        followed = _followed(self.model, self.sites, self.recipe)
-        undo = put(self.model, self.sites, layers, allow_noncausal=allow_noncausal)
-        for layer, following in followed:
-            undo += append(layer, following)
+        undo = put(self.model, self.sites, self.layers, self.following, allow_noncausal=allow_noncausal)
         replace(before, recipe=self.recipe, sites=described).write_to(self.model)
-        return lambda: _undo([lambda: before.write_to(self.model), *undo])
+
+        def restore() -> None:
+            undo()
+            before.write_to(self.model)
+
+        return restore
 
     def describe(self) -> list[dict[str, Any]] | None:
-        """The sites as plain values, for `Plan.from_sites`; None if a site is no reading of the model's own modules."""
+        """The sites as plain values, for `find`; None if a site is no reading of the model's own modules."""
         try:
             return [describe(self.model, site) for site in self.sites]
         except KeyError:
             return None
 
-    @classmethod
-    def from_sites(cls, model: nn.Module, recipe: Recipe, sites: list[dict[str, Any]]) -> Plan:
-        """The plan whose sites were described, for a model of the same modules; nothing is run.
 
-        Raises:
-            ValueError: the model has no such modules, or the description is damaged.
-        """
-        return cls(model, recipe, [rebuild(model, values) for values in sites])
-
-
-def find(model: nn.Module, recipe: Recipe) -> Plan:
+def find(model: nn.Module, recipe: Recipe, described: list[dict[str, Any]] | None = None) -> Plan:
     """Where a recipe puts sparse layers into a model; nothing is changed.
 
+    Args:
+        model: the dense model.
+        recipe: what to make of it.
+        described: the sites of a model of the same modules (`Plan.describe`); with them nothing is searched or run.
+
     Raises:
-        ValueError: nothing to make sparse; a module that is not understood.
+        ValueError: nothing to make sparse; a module that is not understood; a description of another model.
     """
+    if described is not None:
+        return Plan(model, recipe, [rebuild(model, site) for site in described])
 
     def found() -> Plan:
         with fixed_randomness(model):
             return Plan(model, recipe, recipe.where(model))
 
     return restored_on_error(model, found, values=False)
-
-
-def put(
-    model: nn.Module, sites: list[Site], layers: list[MoE], *, allow_noncausal: bool = False
-) -> list[Callable[[], None]]:
-    """Put sparse layers into their sites, and let their contexts read what the model is called with.
-
-    Returns:
-        Functions that undo all of it, to be called from the last to the first.
-
-    Raises:
-        ValueError: a router that looks at later tokens in a decoder; the model is as it was.
-    """
-    router = layers[0].router
-    undo = [] if router.causal or allow_noncausal else refuse_decoders(model, sites, router)
-    undo += [site.install(layer) for site, layer in zip(sites, layers, strict=True)]
-    for stack, context in {site.stack: layer.context for site, layer in zip(sites, layers, strict=True)}.items():
-        around = [layer for site in sites if site.stack == stack if (layer := _around(model, site)) is not None]
-        undo += [handle.remove for handle in context.watch(_above(model, stack), list(dict.fromkeys(around)))]
-    return undo
 
 
 def _layers(sites: list[Site], recipe: Recipe, contexts: dict[str, Context]) -> list[MoE]:
@@ -206,20 +201,6 @@ def _layer(site: Site, recipe: Recipe, context: Context, previous: MoE | None) -
         shared = recipe.shared(site.dense, site.width)
     layer = MoE(router, experts, shared, context=context, name=site.name)
     return layer.train(site.training)
-
-
-def _followed(model: nn.Module, sites: list[Site], recipe: Recipe) -> list[tuple[nn.Module, nn.Module]]:
-    """The layers in which sparse ones stand, and what follows each."""
-    found = []
-    for site in {site.layer: site for site in sites}.values():
-        following = recipe.after(site.dense, site.width)
-        if following is not None and not site.layer:
-            raise ValueError(
-                f"{site.name} stands in no numbered layer, so that nothing can follow it; use after=nothing"
-            )
-        if following is not None:
-            found.append((model.get_submodule(site.layer), following.train(site.training)))
-    return found
 
 
 def _refuse(layers: list[MoE], recipe: Recipe) -> None:
@@ -256,23 +237,5 @@ def _same_with(model: nn.Module, sites: list[Site], compare: Comparison) -> bool
     except Exception:  # whatever the model raises where it is misread
         return False
     finally:
-        _undo(undo)
-
-
-def _undo(actions: list[Callable[[], None]]) -> None:
-    for restore in reversed(actions):
-        restore()
-
-
-def _above(model: nn.Module, stack: str) -> list[nn.Module]:
-    """The modules from the model down to what holds a stack of layers."""
-    parts = stack.split(".") if stack else []
-    return [model.get_submodule(".".join(parts[:i])) for i in range(len(parts) + 1)]
-
-
-def _around(model: nn.Module, site: Site) -> nn.Module | None:
-    """The outermost module of a stack around a site that receives a mask of its tokens, None if none is."""
-    parts = site.name.split(".")
-    above = len(site.stack.split(".")) if site.stack else 0
-    inside = (model.get_submodule(".".join(parts[:end])) for end in range(above + 1, len(parts)))
-    return next((module for module in inside if masks.places(module)), None)
+        for restore in reversed(undo):
+            restore()

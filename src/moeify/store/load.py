@@ -7,19 +7,19 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from types import NoneType
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from moeify.files import read_json
 from moeify.sparsify.recipe import Recipe
-from moeify.store.build import build, put
+from moeify.store.build import build
 from moeify.store.hashes import check
-from moeify.store.weights import Weights, persistent, ties_to_stored
+from moeify.store.weights import Weights
 
 
 def load(folder: str | Path, model: nn.Module | None = None, recipe: Recipe | None = None) -> nn.Module:
@@ -36,29 +36,23 @@ def load(folder: str | Path, model: nn.Module | None = None, recipe: Recipe | No
         ValueError: a damaged checkpoint, or one of another model; the message names the file or the tensors.
     """
     folder = Path(folder)
-    description = _read_description(folder)
-    weights = Weights.of(folder)
-    if recipe is None and description["recipe"] is not None:
-        recipe = Recipe.from_dict(description["recipe"])
-    _check_declared_sizes(folder / "config.json", description, recipe, weights)
+    description, recipe, weights = _read(folder, recipe)
     with torch.random.fork_rng(devices=[]):
         model = build(folder, description, recipe, model)
-    own = persistent(model)
-    ties = description["ties"] if "ties" in description else ties_to_stored(own, weights)
-    weights.refuse_unlike(model, own, ties)
-    weights.check()
-    _place(model, own, weights, ties)
+    weights.put_into(model, description.get("ties"))
     for name, dtype in description.get("buffers", {}).items():
-        put(model, name, model.get_buffer(name).to(getattr(torch, dtype)))
+        buffer = model.get_buffer(name)
+        buffer.data = buffer.to(getattr(torch, dtype))
     return model.eval()
 
 
-def _read_description(folder: Path) -> dict[str, Any]:
+def _read(folder: Path, recipe: Recipe | None) -> tuple[dict[str, Any], Recipe | None, Weights]:
+    """The config, the recipe that it holds unless another is given, and the headers of the weights, which fit them."""
     path = folder / "config.json"
     if not path.is_file():
         raise FileNotFoundError(f"there is no config.json in {folder}: it is not a checkpoint of moeify")
-    description = read_json(path)
     check(folder, [path])
+    description = read_json(path)
     for key, kind, needed in (
         ("moeify", str, True), ("recipe", (dict, NoneType) if "quantization" in description else dict, True),
         ("model", dict, True), ("quantization", list, False), ("ties", dict, False),
@@ -66,7 +60,11 @@ def _read_description(folder: Path) -> dict[str, Any]:
     ):  # fmt: skip
         if (needed or key in description) and not isinstance(description.get(key), kind):
             raise ValueError(f"{path} has no {key!r}: it was not written by moeify.save")
-    return description
+    weights = Weights.of(folder)
+    if recipe is None and description["recipe"] is not None:
+        recipe = Recipe.from_dict(description["recipe"])
+    _check_declared_sizes(path, description, recipe, weights)
+    return description, recipe, weights
 
 
 def _check_declared_sizes(path: Path, description: dict[str, Any], recipe: Recipe | None, weights: Weights) -> None:
@@ -99,16 +97,3 @@ def _integers(values: Any, key: str = "") -> Iterator[tuple[str, int]]:
             yield from _integers(value, str(name))
     elif type(values) is int:
         yield key, values
-
-
-def _place(model: nn.Module, own: Mapping[str, Tensor], weights: Weights, ties: Mapping[str, str]) -> None:
-    """Give every name its tensor, and those that are tied in the files the same one."""
-    names: dict[str, list[str]] = {name: [name] for name in weights.shapes}
-    for name, kept in ties.items():
-        names[kept].append(name)
-    for stored, tensor in weights.read():
-        old = own[stored]
-        new = nn.Parameter(tensor, old.requires_grad) if isinstance(old, nn.Parameter) else tensor
-        vars(new).update(vars(old))
-        for name in names[stored]:
-            put(model, name, new)

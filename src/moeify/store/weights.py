@@ -103,18 +103,40 @@ class Weights:
                     shapes[name], files[name] = tuple(tensors.get_slice(name).get_shape()), file
         return cls(folder, shapes, files)
 
-    def check(self) -> None:
-        """Compare the files with the hashes beside them, if there are any.
+    def put_into(self, model: nn.Module, ties: Mapping[str, str] | None = None) -> None:
+        """Put the tensors in the places of a model's own, which may have no memory; in place.
+
+        Args:
+            model: a model of tensors of the same names and shapes.
+            ties: names that mean the tensor of another name; None for those that the model ties.
 
         Raises:
-            ValueError: a file was damaged or changed.
+            ValueError: whatever `refuse_unlike` and `read` raise; the model is as it was.
         """
-        index = self.folder / _INDEX
-        check(self.folder, [*dict.fromkeys(self.files.values()), *([index] if index.is_file() else [])])
+        own = persistent(model)
+        ties = ties_to_stored(own, self) if ties is None else ties
+        self.refuse_unlike(model, own, ties)
+        names: dict[str, list[str]] = {name: [name] for name in self.shapes}
+        for name, kept in ties.items():
+            names[kept].append(name)
+        for stored, tensor in self.read():
+            old = own[stored]
+            new = nn.Parameter(tensor, old.requires_grad) if isinstance(old, nn.Parameter) else tensor
+            vars(new).update(vars(old))
+            for name in names[stored]:
+                owner, _, attribute = name.rpartition(".")
+                setattr(model.get_submodule(owner), attribute, new)
 
     def read(self) -> Iterator[tuple[str, Tensor]]:
-        """Every tensor, one at a time, in memory of its own."""
-        for file in dict.fromkeys(self.files.values()):
+        """Every tensor, one at a time, in memory of its own; the files are compared with their hashes first.
+
+        Raises:
+            ValueError: a file was damaged or changed since it was saved.
+        """
+        index = self.folder / _INDEX
+        files = list(dict.fromkeys(self.files.values()))
+        check(self.folder, [*files, *([index] if index.is_file() else [])])
+        for file in files:
             with open_tensors(file) as tensors:
                 for name in tensors.keys():  # noqa: SIM118
                     yield name, tensors.get_tensor(name).clone()
@@ -162,7 +184,6 @@ def load_weights(model: nn.Module, folder: str | Path) -> None:
     own = persistent(model)
     ties = ties_to_stored(own, weights)
     weights.refuse_unlike(model, own, ties)
-    weights.check()
     _refuse_untied(model, own, weights)
     with torch.no_grad():
         for name, tensor in weights.read():

@@ -1,0 +1,61 @@
+"""`put`: sparse layers go into their places in a model, and their contexts see what the model is called with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+from torch import nn
+
+from moeify import masks
+from moeify.find.causal import refuse_decoders
+from moeify.find.shapes import Site
+from moeify.moe import MoE
+from moeify.sparsify.after import append
+
+
+def put(
+    model: nn.Module,
+    sites: Sequence[Site],
+    layers: Sequence[MoE],
+    following: Mapping[str, nn.Module] | None = None,
+    *,
+    allow_noncausal: bool = False,
+) -> Callable[[], None]:
+    """Put sparse layers into their sites, and let their contexts read what the model is called with.
+
+    Args:
+        model: the model.
+        sites: where.
+        layers: the sparse layer of each site.
+        following: what reads the output of the numbered layer of a name before the next layer does.
+        allow_noncausal: let decoders have routers that look at later tokens.
+
+    Returns:
+        A function that undoes all of it.
+
+    Raises:
+        ValueError: a router that looks at later tokens in a decoder; the model is as it was.
+    """
+    router = layers[0].router
+    undo = [] if router.causal or allow_noncausal else refuse_decoders(model, sites, router)
+    undo += [site.install(layer) for site, layer in zip(sites, layers, strict=True)]
+    for stack, context in {site.stack: layer.context for site, layer in zip(sites, layers, strict=True)}.items():
+        around = [layer for site in sites if site.stack == stack if (layer := _around(model, site)) is not None]
+        undo += [handle.remove for handle in context.watch(_above(model, stack), list(dict.fromkeys(around)))]
+    for name, module in (following or {}).items():
+        undo += append(model.get_submodule(name), module)
+    return lambda: [restore() for restore in reversed(undo)].clear()
+
+
+def _above(model: nn.Module, stack: str) -> list[nn.Module]:
+    """The modules from the model down to what holds a stack of layers."""
+    parts = stack.split(".") if stack else []
+    return [model.get_submodule(".".join(parts[:i])) for i in range(len(parts) + 1)]
+
+
+def _around(model: nn.Module, site: Site) -> nn.Module | None:
+    """The outermost module of a stack around a site that receives a mask of its tokens, None if none is."""
+    parts = site.name.split(".")
+    above = len(site.stack.split(".")) if site.stack else 0
+    inside = (model.get_submodule(".".join(parts[:end])) for end in range(above + 1, len(parts)))
+    return next((module for module in inside if masks.places(module)), None)
