@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from moeify.files import read_json, sync, write_json
+from moeify.notices import say
 
 _STAGE, _COMMIT = ".moeify-save", ".moeify-commit"
 _OBSOLETE = "obsolete.json"
@@ -54,7 +55,7 @@ def locked(folder: Path, name: str, doing: str, *, wait: float = 0.0) -> Iterato
     except (NotImplementedError, OSError) as error:
         if isinstance(error, OSError) and error.errno not in _NO_LOCKS:
             raise
-        print(f"moeify: the file system of {folder} has no locks ({error}); let only one process write there")
+        say(f"moeify: the file system of {folder} has no locks ({error}); let only one process write there")
     try:
         yield
     finally:

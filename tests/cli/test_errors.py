@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from command_line import TINY, moeify
+from moeify.folders import RUN_LOCK, locked
 
 SOURCE = Path(__file__).parents[2] / "src"
 
@@ -200,3 +201,10 @@ def test_ctrl_c_beside_the_steps_says_how_to_go_on_as_well(tmp_path, text, monke
     ended = moeify(*command, "--resume")
     assert ended.code == 0
     assert "step 1/4" not in ended.out
+
+
+def test_a_second_job_in_the_same_folder_is_refused_and_the_first_is_not_disturbed(tmp_path, text):
+    with locked(tmp_path / "run", RUN_LOCK, ""):
+        assert re.match("another process is running in .*run .*wait until it ends", refused(tmp_path, text, "--resume"))
+        assert [path.name for path in (tmp_path / "run").iterdir()] == [RUN_LOCK]
+    assert moeify("train", *TINY, "--steps", 1, "--data", text, "--output", tmp_path / "run").code == 0

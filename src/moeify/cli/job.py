@@ -27,6 +27,7 @@ from moeify.data.tokenizer import ByteTokenizer, Tokenizer
 from moeify.evaluate.run import Settings, Stopped
 from moeify.evaluate.versus import Versus, versus
 from moeify.files import read_json, write_json, write_text
+from moeify.folders import RUN_LOCK, locked
 from moeify.inspect.load import ExpertLoad, expert_load
 from moeify.inspect.page import comparison_rows, load_rows, says, size_rows, write_report
 from moeify.inspect.pictures import draw_load, draw_losses
@@ -88,7 +89,9 @@ class Job:
             KeyboardInterrupt: a signal ended it; `resume` goes on.
         """
         try:
-            return self._run()
+            self._make_folder()
+            with locked(self.output, RUN_LOCK, "is running"):
+                return self._run()
         except (Stopped, KeyboardInterrupt) as stop:
             message = f"{str(stop) or 'interrupted'}; go on with the same command and --resume"
             raise KeyboardInterrupt(message) from None
@@ -96,7 +99,7 @@ class Job:
     def _run(self) -> Versus:
         started = time.perf_counter()
         console = Console(soft_wrap=True, markup=False, highlight=False)
-        self._prepare()
+        self._begin()
         console.print(threads.describe())
         tokenizer = ByteTokenizer() if self.model is None else load_tokenizer(self.model)
         corpus = build_corpus() if self.data is None else read_texts(self.data)
@@ -121,17 +124,19 @@ class Job:
         self._show(console, result, load, samples)
         return result
 
-    def _prepare(self) -> None:
-        """Make the folder, or see that what lies in it is this job begun."""
+    def _make_folder(self) -> None:
+        if self.output.exists() and not self.output.is_dir():
+            raise ValueError(f"{self.output} is a file; name a folder for the run")
+        self.output.mkdir(parents=True, exist_ok=True)
+        if not os.access(self.output, os.W_OK):
+            raise ValueError(f"{self.output} cannot be written to; name another --output")
+
+    def _begin(self) -> None:
+        """Say in the folder what this job is, or see that what lies in it is this job begun."""
         output, begun = self.output, self.output / "job.json"
-        if output.exists() and not output.is_dir():
-            raise ValueError(f"{output} is a file; name a folder for the run")
-        used = output.is_dir() and any(path != begun for path in output.iterdir())
+        used = any(path not in (begun, output / RUN_LOCK) for path in output.iterdir())
         if used and not self.resume:
             raise ValueError(f"{output} is not empty; pass --resume to go on with it, or another --output")
-        output.mkdir(parents=True, exist_ok=True)
-        if not os.access(output, os.W_OK):
-            raise ValueError(f"{output} cannot be written to; name another --output")
         ours = json.loads(json.dumps(self._decisive(), default=repr))
         theirs = read_json(begun) if used and begun.is_file() else ours
         others = [
@@ -143,7 +148,8 @@ class Job:
             raise ValueError(
                 f"{output} was begun with {', '.join(others)}; go on with its own options, or in another --output"
             )
-        write_json(begun, ours)
+        if not (used and begun.is_file()):
+            write_json(begun, ours)
 
     def _decisive(self) -> dict[str, Any]:
         """What decides the numbers that come out, by name; a job that goes on must have the same."""

@@ -171,7 +171,7 @@ def make_trainer(
         "warmup_steps": max(1, settings.steps // 20),
         "logging_steps": max(1, settings.steps // 40),
         "save_steps": max(1, settings.steps // 4),
-        "save_total_limit": 1,
+        "save_total_limit": 2,  # if the newer one is damaged, a resumed run goes on from the other
         "report_to": "none",
         "seed": settings.seed,
         "use_cpu": settings.device == "cpu",

@@ -102,14 +102,16 @@ class SparseTrainerMixin(Columns, Saving):
 
         Raises:
             FileNotFoundError: no checkpoint can be trusted; the message says why.
+            OSError: another process is training into the output folder.
         """
-        checkpoint = self._begin_run(resume_from_checkpoint)
-        try:
-            return super().train(checkpoint, *args, **kwargs)
-        finally:
-            self._stopper.restore()
-            self._line.close()
-            self._unhook()
+        with self._alone():
+            checkpoint = self._begin_run(resume_from_checkpoint)
+            try:
+                return super().train(checkpoint, *args, **kwargs)
+            finally:
+                self._stopper.restore()
+                self._line.close()
+                self._unhook()
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> Any:
         """An epoch; transformers looks after a step whether it was the last one, and not before the first."""

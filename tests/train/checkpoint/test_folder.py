@@ -9,10 +9,12 @@ import pytest
 from killing import forks, killed_at_every_operation
 from moeify.train.checkpoint.folder import checkpoints, discard, fault, newest, recover, set_aside, writing
 
+NAMES = ("trainer_state.json", "model.safetensors")
+
 
 def write(folder, content):
     with writing(folder) as inside:
-        for name in ("a", "b"):
+        for name in NAMES:
             (inside / name).write_text(content)
 
 
@@ -33,7 +35,7 @@ def test_a_kill_at_any_file_operation_leaves_a_checkpoint_that_can_be_trusted(tm
     for output, done in killed_at_every_operation(work, start, tmp_path):
         recover(output)
         assert newest(output).name == "checkpoint-2"
-        texts = {(output / "checkpoint-2" / name).read_text() for name in ("a", "b")}
+        texts = {(output / "checkpoint-2" / name).read_text() for name in NAMES}
         assert texts in ({"old"}, {"new"})
         assert {path.name for path in output.iterdir()} <= {"checkpoint-1", "checkpoint-2"}
         assert all(fault(path) is None for path in checkpoints(output))
@@ -43,7 +45,7 @@ def test_a_kill_at_any_file_operation_leaves_a_checkpoint_that_can_be_trusted(tm
 def test_what_has_no_name_and_is_not_whole_is_deleted(tmp_path, capsys):
     for suffix in (".tmp", ".trash"):
         write(tmp_path / "checkpoint-3", "x")
-        (tmp_path / "checkpoint-3" / "a").unlink()
+        (tmp_path / "checkpoint-3" / NAMES[0]).unlink()
         os.rename(tmp_path / "checkpoint-3", tmp_path / f"checkpoint-3{suffix}")
     (tmp_path / "checkpoint-notes.tmp").mkdir()
     recover(tmp_path)

@@ -15,14 +15,17 @@ import pytest
 import torch
 from transformers import MixtralForCausalLM, TrainingArguments
 
+from damage import damaged, flip
 from moeify.balance import Sign
+from moeify.files import fingerprint
+from moeify.folders import RUN_LOCK, locked
 from moeify.origin import Origin
 from moeify.routers.topk import TopK
 from moeify.schedule import linear
 from moeify.sparsify import Recipe, sparsify
 from moeify.store import load
 from moeify.train import SparseArguments, SparseTrainer
-from moeify.train.checkpoint.folder import fault, newest, rotate, writing
+from moeify.train.checkpoint.folder import MANIFEST, fault, newest, recover, rotate, writing
 from moeify.train.checkpoint.state import load_optimizer, save_optimizer, write_json
 from tiny_models import VOCABULARY, causal_lm, mixtral
 
@@ -125,14 +128,8 @@ def test_no_pickle_is_written(tmp_path):
     assert kinds == {".json", ".safetensors"}
 
 
-def _truncate(path):
-    path.write_bytes(path.read_bytes()[:-1])
-
-
 def _flip(path):
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
-    path.write_bytes(content)
+    flip(path, path.read_bytes(), b"")
 
 
 @pytest.fixture(scope="module")
@@ -142,15 +139,74 @@ def good(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("damage", [_truncate, _flip, Path.unlink])
-def test_damage_to_any_file_is_seen_and_the_checkpoint_before_is_taken(good, tmp_path, damage, capsys):
+def test_damage_to_any_file_is_seen_and_the_checkpoint_before_is_taken(good, capsys):
     assert newest(good) == good / "checkpoint-2"
-    for name in sorted(path.name for path in (good / "checkpoint-2").iterdir()):
-        copy = tmp_path / name
-        shutil.copytree(good, copy)
-        damage(copy / "checkpoint-2" / name)
-        assert newest(copy) == copy / "checkpoint-1"
-        assert "rejected checkpoint-2: " in capsys.readouterr().out
+    for name, what in damaged(good / "checkpoint-2", good / "checkpoint-1"):
+        assert newest(good) == good / "checkpoint-1", (name, what)
+        said = capsys.readouterr().out
+        assert "rejected checkpoint-2: " in said, (name, what)
+        assert name in said or name == MANIFEST, (name, what)
+    assert newest(good) == good / "checkpoint-2"
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda m: m.update(format=2), "has the format 2, and this version of moeify knows format 1"),
+        (lambda m: m.pop("format"), "has the format None"),
+        (lambda m: m.update(files=[]), "knows format 1"),
+        (lambda m: m["files"].pop("optimizer.safetensors"), "its manifest lacks optimizer.safetensors"),
+        (lambda m: m["files"].pop("trainer_state.json"), "its manifest lacks trainer_state.json"),
+        (lambda m: m["files"].pop("model.safetensors"), "its manifest lacks the weights"),
+        (lambda m: [m["files"].pop(name) for name in list(m["files"]) if name[0] in "bos"],
+         "balance.safetensors is not in its manifest"),
+        (lambda m: m["files"].update({"a\0b": {}}), "cannot be read"),
+        (lambda m: m["files"].update({"config.json": 3}), "cannot be read"),
+    ],
+)  # fmt: skip
+def test_a_manifest_that_does_not_say_everything_is_not_believed(good, change, reason, capsys):
+    path = good / "checkpoint-2" / MANIFEST
+    content = path.read_text()
+    manifest = json.loads(content)
+    change(manifest)
+    path.write_text(json.dumps(manifest))
+    try:
+        assert newest(good) == good / "checkpoint-1"
+    finally:
+        path.write_text(content)
+    assert reason in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("error", [OSError(5, "Input/output error"), PermissionError(13, "denied"), MemoryError()])
+def test_a_device_that_fails_is_a_reason_to_take_the_checkpoint_before(good, error, monkeypatch, capsys):
+    def failing(path):
+        if path.parent.name == "checkpoint-2":
+            raise error
+        return fingerprint(path)
+
+    monkeypatch.setattr("moeify.train.checkpoint.folder.fingerprint", failing)
+    assert newest(good) == good / "checkpoint-1"
+    assert f"rejected checkpoint-2: it cannot be read ({type(error).__name__}" in capsys.readouterr().out
+
+
+def test_what_cannot_be_read_after_a_kill_is_not_deleted(good, tmp_path, monkeypatch, capsys):
+    shutil.copytree(good / "checkpoint-2", tmp_path / "checkpoint-2.trash")
+
+    def failing(path):
+        raise OSError(5, "Input/output error")
+
+    with monkeypatch.context() as broken:
+        broken.setattr("moeify.train.checkpoint.folder.fingerprint", failing)
+        recover(tmp_path)
+    assert "left" in capsys.readouterr().out
+    recover(tmp_path)
+    assert fault(tmp_path / "checkpoint-2") is None
+
+
+def test_a_second_run_in_the_same_folder_is_refused(tmp_path):
+    with locked(tmp_path, RUN_LOCK, ""), pytest.raises(OSError, match=r"another process is training in .*name another"):
+        run(tmp_path, llama(), max_steps=1)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_stale_shard_an_empty_folder_and_a_path_outside_are_rejected(good, tmp_path):
@@ -159,7 +215,8 @@ def test_a_stale_shard_an_empty_folder_and_a_path_outside_are_rejected(good, tmp
     assert fault(folder) == "model-00002.safetensors is not in its manifest"
     (tmp_path / "checkpoint-3").mkdir()
     assert "never finished" in fault(tmp_path / "checkpoint-3")
-    outside = {"files": {"../checkpoint-2/config.json": {}}}
+    manifest = json.loads((folder / MANIFEST).read_text())
+    outside = manifest | {"files": {"../checkpoint-2/config.json": {}} | manifest["files"]}
     (tmp_path / "checkpoint-3" / "MANIFEST.json").write_text(json.dumps(outside))
     assert fault(tmp_path / "checkpoint-3") == "its manifest names ../checkpoint-2/config.json, which lies outside"
 

@@ -22,10 +22,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from moeify.files import fingerprint, read_json, sync, write_text
+from moeify.notices import say
 
 MANIFEST = "MANIFEST.json"
 TEMPORARY, TRASH = ".tmp", ".trash"
-_NAME = re.compile(r"checkpoint-\d+")
+_NAME = re.compile(r"checkpoint-\d{1,15}", re.ASCII)
 
 
 @contextmanager
@@ -60,9 +61,14 @@ def recover(output: Path) -> None:
     leftovers = [path for suffix in (TEMPORARY, TRASH) for path in sorted(output.glob(f"checkpoint-*{suffix}"))]
     for path in leftovers:  # new ones before those that they replace
         final = path.with_suffix("")
-        if _NAME.fullmatch(final.name) and not final.exists() and fault(path) is None:
+        try:
+            whole = _NAME.fullmatch(final.name) and not final.exists() and _fault(path) is None
+        except Exception as error:  # it may be whole, and readable another time
+            say(f"moeify: left {path} as it is, for it cannot be read ({type(error).__name__}: {error})")
+            continue
+        if whole:
             os.rename(path, final)
-            print(f"moeify: recovered {final}, which a kill had left without its name")
+            say(f"moeify: recovered {final}, which a kill had left without its name")
         else:
             shutil.rmtree(path, ignore_errors=True)
 
@@ -109,30 +115,65 @@ def discard(folder: Path) -> None:
 def fault(folder: Path) -> str | None:
     """Why a checkpoint cannot be trusted, or None if every file is what the manifest says."""
     try:
-        listed = read_json(folder / MANIFEST)["files"]
+        return _fault(folder)
+    except Exception as error:  # whatever a damaged disk or file brings, there may be an older checkpoint
+        return f"it cannot be read ({type(error).__name__}: {error})"
+
+
+def _fault(folder: Path) -> str | None:
+    try:
+        manifest = read_json(folder / MANIFEST)
     except FileNotFoundError:
         return f"it has no {MANIFEST}, so it was never finished, or was written by another trainer"
-    except (ValueError, KeyError, TypeError):
-        return f"its {MANIFEST} cannot be read"
+    listed = manifest.get("files")
+    if manifest.get("format") != 1 or not isinstance(listed, dict):
+        return f"its {MANIFEST} has the format {manifest.get('format')!r}, and this version of moeify knows format 1"
+    if (lacking := _lacking(set(listed))) is not None:
+        return f"its manifest lacks {lacking}"
     root = folder.resolve()
     for name, expected in listed.items():
-        path = (folder / name).resolve()
-        if not path.is_relative_to(root):
+        if not (folder / name).resolve().is_relative_to(root):
             return f"its manifest names {name}, which lies outside"
-        if not path.is_file():
+        try:
+            found = fingerprint(folder / name)
+        except FileNotFoundError:
             return f"{name} is missing"
-        found = fingerprint(path)
-        if found != expected:
-            what = "bytes" if found["bytes"] != expected.get("bytes") else "sha256"
-            return f"{name} has {what} {found[what]} instead of {expected.get(what)}"
-    strange = {path.name for path in folder.glob("*.safetensors")} - listed.keys()
-    return f"{sorted(strange)[0]} is not in its manifest" if strange else None
+        for what in ("bytes", "sha256"):
+            if found[what] != expected[what]:
+                return f"{name} has {what} {found[what]} instead of {expected[what]}"
+    there = {path.relative_to(folder).as_posix() for path in folder.rglob("*.safetensors")}
+    strange = sorted((there | {name for name in _STATE if (folder / name).exists()}) - listed.keys())
+    return f"{strange[0]} is not in its manifest" if strange else None
+
+
+def _lacking(listed: set[str]) -> str | None:
+    """A file that every checkpoint has, and that a manifest does not list."""
+    if "trainer_state.json" not in listed:
+        return "trainer_state.json"
+    if not any(re.match(r"(adapter_)?model.*\.safetensors$", name.rpartition("/")[2]) for name in listed):
+        return "the weights"
+    optimizer = set(_STATE) - {"scaler.json"}
+    return next(iter(sorted(optimizer - listed)), None) if optimizer & listed else None
+
+
+_STATE = (
+    "optimizer.json", "optimizer.safetensors", "scheduler.json", "sparse.safetensors", "balance.safetensors",
+    "scaler.json",
+)  # fmt: skip
+"""What a checkpoint has besides the model, all of it or (`save_only_model`) nothing; only fp16 has a scaler."""
 
 
 def checkpoints(output: Path) -> list[Path]:
     """All checkpoints of a run, newest first, good or not."""
-    found = [path for path in output.glob("checkpoint-*") if _NAME.fullmatch(path.name) and path.is_dir()]
+    found = [path for path in output.glob("checkpoint-*") if _NAME.fullmatch(path.name) and _may_be_folder(path)]
     return sorted(found, key=step_of, reverse=True)
+
+
+def _may_be_folder(path: Path) -> bool:
+    try:
+        return path.is_dir() or path.is_symlink()
+    except OSError:  # a device that fails
+        return True
 
 
 def step_of(checkpoint: Path) -> int:
@@ -152,7 +193,7 @@ def newest(output: Path) -> Path:
         if reason is None:
             return path
         rejected.append(f"{path.name}: {reason}")
-        print(f"moeify: rejected {rejected[-1]}")
+        say(f"moeify: rejected {rejected[-1]}")
     raise FileNotFoundError(
         f"no checkpoint in {output} can be trusted"
         + (f" ({'; '.join(rejected)})" if rejected else ", it holds none")
@@ -173,5 +214,8 @@ def rotate(written: list[Path], limit: int | None, best: str | None) -> None:
     keep = {Path(best).resolve()} if best else set()
     others = [path for path in written if path.resolve() not in keep]
     for path in others[: -max(1, limit - len(keep))]:
-        discard(path)
         written.remove(path)
+        try:
+            discard(path)
+        except OSError as error:
+            say(f"moeify: the old {path} could not be deleted: {error}")

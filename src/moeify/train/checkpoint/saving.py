@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Generator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ from transformers.trainer_callback import ExportableState
 
 from moeify import ranks
 from moeify.files import read_json, read_tensors, write_tensors
+from moeify.folders import RUN_LOCK, locked
 from moeify.notices import say
 from moeify.origin import Origin
 from moeify.store import save
@@ -92,6 +95,19 @@ class Saving(_Trainer):
                 kept[name] = [*kept[name], value] if isinstance(kept.get(name), list) else value
         self.state.save_to_json(str(folder / "trainer_state.json"))
 
+    @contextmanager
+    def _alone(self) -> Generator[None]:
+        """Let no other process train into the output folder meanwhile; the first rank holds the lock for all.
+
+        Raises:
+            OSError: another process does.
+        """
+        with ExitStack() as held:
+            with ranks.failing_together(self.args.device):
+                if self.is_world_process_zero() and self.hp_search_backend is None:
+                    held.enter_context(locked(Path(self.args.output_dir), RUN_LOCK, "is training"))
+            yield
+
     def _begin_run(self, resume_from_checkpoint: str | bool | None) -> str | None:
         """The checkpoint to go on from, if any; those that this run does not go on from are moved aside."""
         output = Path(self.args.output_dir)
@@ -105,7 +121,7 @@ class Saving(_Trainer):
             found = checkpoints(output)
             if aside := set_aside(output, step, *([] if checkpoint else ["metrics.jsonl"])):
                 begins = f"goes on from {checkpoint.name}" if checkpoint else "starts afresh"
-                print(
+                say(
                     f"moeify: {output} holds checkpoints of an earlier run up to {found[0].name}; this run {begins}, "
                     f"and those of later steps are moved to {aside}"
                 )
@@ -148,7 +164,7 @@ class Saving(_Trainer):
             return
         folder = Path(checkpoint)
         if not (folder / "scheduler.json").is_file():
-            print(f"moeify: {folder.name} holds the model only (save_only_model), optimizer and schedule begin anew")
+            say(f"moeify: {folder.name} holds the model only (save_only_model), optimizer and schedule begin anew")
             return
         state.load_optimizer(bare(self.optimizer), self.model, folder)
         self.lr_scheduler.load_state_dict(read_json(folder / "scheduler.json"))
