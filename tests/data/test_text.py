@@ -2,8 +2,10 @@ import csv
 import gzip
 import io
 import json
+import re
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -176,11 +178,11 @@ def test_settings_in_json_are_no_texts_and_are_named(tmp_path, caplog):
     assert everything(texts) == {tmp_path.name: sorted(texts.train[tmp_path.name] + texts.validation[tmp_path.name])}
     assert "".join(everything(texts)[tmp_path.name]).count("print") <= 2
     assert set(texts.skipped) == {"package.json", "numbers.json"}
-    assert "not read: numbers.json (" in caplog.text
+    assert "not whole: numbers.json (" in caplog.text
     (tmp_path / "main.py").unlink()
     with pytest.raises(ValueError, match=r"is empty: .*; package.json was not read: .* has no field 'text'"):
         read_texts(tmp_path)
-    with pytest.raises(ValueError, match=r"package.json has no field 'text', it has: name"):
+    with pytest.raises(ValueError, match=r"package.json, row 1 has no field 'text', it has: name"):
         read_texts(tmp_path / "package.json")
 
 
@@ -257,6 +259,15 @@ def test_rows_without_a_text_name_the_fields_seen(tmp_path):
         ("a.csv", b"text,id\na,b,1\n", "row 1 has not as many fields as the heading"),
         ("a.csv", b'text\n"a', "is not CSV"),
         ("a.jsonl", b'{"text": "a"}\n{"text": "a\\ud800"}', r"row 2: character 1 is half of a surrogate pair"),
+        ("a.jsonl", b'{"text": "a"}\n' + b"[" * 100_000, "line 2 is nested too deeply"),
+        ("a.json", b'[{"text": "]]"},\n' + b'{"x": ' * 100_000, "line 2 is nested too deeply"),
+        ("a.jsonl", b'\n{"n": ' + b"1" * 5000 + b"}", "line 2 cannot be read .*5000 digits"),
+        ("a.json", b'[{"n": 12},\n\n{"n": ' + b"1" * 5000 + b"}]", "line 3 cannot be read .*5000 digits"),
+        (
+            "a.jsonl",
+            b'{"text": "a"}\nx\ny\n{"text": "a"}',
+            "line 2 is not JSON.*; 2 of 4 rows are bad, and at",
+        ),
     ],
 )
 def test_a_bad_file_is_named_with_the_reason(tmp_path, name, content, message):
@@ -264,6 +275,67 @@ def test_a_bad_file_is_named_with_the_reason(tmp_path, name, content, message):
     with pytest.raises(ValueError, match=message) as error:
         read_texts(tmp_path / name)
     assert name in str(error.value)
+
+
+def test_a_file_that_unpacks_to_far_more_than_text_does_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr("moeify.data.unpack.UNPACKED", 2**20)
+    bomb = jsonl(tmp_path / "a.txt.gz", [])
+    bomb.write_bytes(gzip.compress(b"a" * 2**21))
+    with pytest.raises(ValueError, match=r"a.txt.gz of 2,\d+ bytes unpacks to more than 1,048,576; leave it out"):
+        read_texts(bomb)
+    arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    for dictionary in (True, False):  # one value for all rows, or one page of them
+        table = arrow.Table.from_pylist([{"text": "a" * 2**13}] * 2**9)
+        parquet.write_table(table, tmp_path / "a.parquet", use_dictionary=dictionary, compression="gzip")
+        with pytest.raises(ValueError, match=r"a.parquet of .* unpacks to more than 1,048,576; leave it out"):
+            read_texts(tmp_path / "a.parquet")
+
+
+BAD = ["x", "[1]", '{"text": 1}', '{"text": "a\\ud800"}', '{"other": 1}', "[" * 10_000, '{"n": ' + "1" * 5000 + "}"]
+
+
+@pytest.mark.parametrize("bad", BAD)
+def test_one_bad_row_in_a_thousand_is_left_out_counted_and_said(tmp_path, caplog, bad):
+    lines = ['{"text": "a"}'] * 999
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join([*lines[:500], bad, *lines[500:]]))
+    texts = read_texts(path)
+    assert everything(texts) == {"rows": ["a"] * 999}
+    why = r"1 of 1,000 rows were left out; the first: .*rows.jsonl, (line|row) 501"
+    assert re.match(why, texts.skipped["rows.jsonl"])
+    assert "not read, or not whole: rows.jsonl (1 of 1,000 rows" in caplog.text
+    path.write_text("\n".join([*lines, bad, bad]))
+    with pytest.raises(ValueError, match=r"rows.jsonl.* (line|row) 1000.*; 2 of 1,001 rows are bad"):
+        read_texts(tmp_path)
+
+
+def test_a_bad_row_of_a_table_is_left_out_too(tmp_path, monkeypatch):
+    monkeypatch.setattr("moeify.data.rows.ONE_IN", 2)
+    (tmp_path / "rows.csv").write_text("text,id\na,1\na,b,1\n")
+    (tmp_path / "rows.json").write_text('[{"text": "a"}, 3]')
+    arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    texts = arrow.StringArray.from_buffers(2, *arrow.array([b"a", b"\xff"]).buffers()[1:])
+    parquet.write_table(arrow.table({"text": texts}), tmp_path / "rows.parquet")
+    texts = read_texts(tmp_path)
+    assert everything(texts) == {tmp_path.name: ["a", "a", "a"]}
+    assert {name: why[:25] for name, why in texts.skipped.items()} == dict.fromkeys(
+        ("rows.csv", "rows.json", "rows.parquet"), "1 of 2 rows were left out"
+    )
+
+
+@pytest.mark.parametrize("folder", [True, False])
+def test_a_long_read_says_how_long_it_will_go_on(tmp_path, monkeypatch, capsys, folder):
+    seconds = iter(range(10**6))
+    monkeypatch.setattr("moeify.progress.time", SimpleNamespace(monotonic=lambda: next(seconds)))
+    path = jsonl(tmp_path / "rows.jsonl", [{"text": f"document {i:02}"} for i in range(40)])
+    texts = read_texts(tmp_path if folder else path)
+    said = capsys.readouterr().out.splitlines()
+    assert re.fullmatch(rf"reading {tmp_path.name if folder else path.name}: 2\d %, about 3\d s left", said[0])
+    assert len(said) == 4
+    blocks(texts, ByteTokenizer(), 4)
+    assert re.fullmatch(
+        r"tokens of the train part: 2\d %, about [23]\d s left", capsys.readouterr().out.splitlines()[0]
+    )
 
 
 # Holding out

@@ -6,10 +6,10 @@ from types import SimpleNamespace
 
 import pytest
 
-from moeify.evaluate import progress
+from moeify import progress
 from moeify.evaluate.pace import Cost, Pace, fit
-from moeify.evaluate.progress import left, with_progress
 from moeify.evaluate.run import Settings
+from moeify.progress import left, with_progress
 
 
 @pytest.mark.parametrize(("seconds", "lines"), [(1, 0), (4, 1), (11, 3)])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from itertools import chain
 
 import torch
 from jaxtyping import Int
@@ -13,6 +12,7 @@ from torch.utils.data import Dataset
 from moeify.data.corpus import Corpus
 from moeify.data.text import Texts
 from moeify.data.tokenizer import Tokenizer
+from moeify.progress import Progress
 
 
 class Blocks(Dataset[dict[str, Tensor]]):
@@ -49,7 +49,13 @@ def blocks(texts: Corpus | Texts, tokenizer: Tokenizer, length: int) -> tuple[Bl
     """
 
     def part(name: str, domains: Mapping[str, bytes | Sequence[str]]) -> Blocks:
-        tokens = {domain: _stream(_documents(documents), tokenizer) for domain, documents in domains.items()}
+        whole = {domain: _documents(documents) for domain, documents in domains.items()}
+        characters = sum(len(text) for documents in whole.values() for text in documents)
+        progress, done = Progress(f"tokens of the {name} part", characters), 0
+        tokens = {}
+        for domain, documents in whole.items():
+            tokens[domain] = _stream(documents, tokenizer, progress, done)
+            done += sum(map(len, documents))
         longest = max(map(len, tokens.values()), default=0)
         if longest < length:
             raise ValueError(
@@ -65,8 +71,12 @@ def _documents(documents: bytes | Sequence[str]) -> Sequence[str]:
     return [documents.decode()] if isinstance(documents, bytes) else documents
 
 
-def _stream(documents: Sequence[str], tokenizer: Tokenizer) -> Int[Tensor, "_"]:
+def _stream(documents: Sequence[str], tokenizer: Tokenizer, progress: Progress, done: int) -> Int[Tensor, "_"]:
     eos = getattr(tokenizer, "eos_token_id", None)
     end = [] if eos is None else [eos]
-    encoded = (tokenizer.encode(text) + end for text in documents)
-    return torch.cat([torch.tensor(ids, dtype=torch.int32) for ids in chain([[]], encoded)])  # [] for no documents
+    streams = [torch.tensor([], dtype=torch.int32)]
+    for text in documents:
+        progress.at(done)
+        streams.append(torch.tensor(tokenizer.encode(text) + end, dtype=torch.int32))
+        done += len(text)
+    return torch.cat(streams)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import csv
-import gzip
 import io
 import json
-import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
+
+from moeify.data.unpack import limit_of, parse_json, read_text, too_large
 
 FORMATS = (".txt", ".md", ".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
 """Endings of data files, in lower or upper case, with or without a further `.gz`."""
@@ -19,6 +19,15 @@ CHATS = ("messages", "conversations")
 
 Document = tuple[str, str]
 """Domain and text."""
+
+Row = tuple[float, Mapping[str, Any] | ValueError]
+"""The share of all rows that is read with this one, 0 to 1, and its fields, or why it has none."""
+
+LeftOut = Callable[[str], None]
+Told = Callable[[float], None]
+
+ONE_IN, MOST_BAD = 1000, 1000
+"""One row in so many, and so many at most, may be bad: they are left out."""
 
 
 class NoText(ValueError):
@@ -36,13 +45,17 @@ def is_data(path: Path) -> bool:
     return format_of(path) in FORMATS or path.suffix.lower() == ".gz"
 
 
-def read_file(path: Path, domain: str, field: str = "text") -> Iterator[Document]:
+def read_file(
+    path: Path, domain: str, field: str = "text", *, left_out: LeftOut | None = None, told: Told | None = None
+) -> Iterator[Document]:
     """The documents of one file; of rows without a domain of their own it is `domain`.
 
     Args:
         path: rows in JSON, CSV or parquet by its ending, and one document of text otherwise.
         domain: see above.
         field: the field of a row that is its text.
+        left_out: called with the reason if few bad rows among many were left out, see `documents`.
+        told: called with the share of the file that has been read, 0 to 1.
 
     Raises:
         ImportError: parquet without pyarrow.
@@ -50,49 +63,68 @@ def read_file(path: Path, domain: str, field: str = "text") -> Iterator[Document
         ValueError: a file that cannot be read. The message names the file, and the row if there are rows.
     """
     if (read := _READERS.get(format_of(path))) is not None:
-        yield from documents(read(path, field), path, domain, field)
+        yield from documents(read(path, field), path, domain, field, left_out=left_out, told=told)
     else:
         yield domain, _unicode(read_text(path), f"{path}")
 
 
-def read_text(path: Path) -> str:
-    """A file as UTF-8, unpacked if it ends with `.gz`.
-
-    Raises:
-        ValueError: not UTF-8, or not gzip.
-    """
-    data = path.read_bytes()
-    try:
-        return (gzip.decompress(data) if path.suffix.lower() == ".gz" else data).decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 (at byte {error.start}); convert it or leave it out") from error
-    except (gzip.BadGzipFile, zlib.error, EOFError) as error:
-        raise ValueError(f"{path} cannot be unpacked ({error}); the file is damaged or not gzip") from error
-
-
 def documents(
-    rows: Iterable[Mapping[str, Any]], source: object, domain: str, field: str = "text"
+    rows: Iterable[Row],
+    source: object,
+    domain: str,
+    field: str = "text",
+    *,
+    left_out: LeftOut | None = None,
+    told: Told | None = None,
 ) -> Iterator[Document]:
     """The domain and the text of every row; a row without the field may hold messages (a chat), which are joined.
 
+    One bad row in a thousand, and at most 1,000 of them, are left out.
+
     Args:
-        rows: mappings from field to value.
+        rows: mappings from field to value, or why a row has none, each with the share of all that is read with it.
         source: what messages call the rows.
         domain: of rows whose field `domain` is missing or empty.
         field: the text.
+        left_out: called with the reason if bad rows were left out.
+        told: called with the share of the rows that has been read, 0 to 1.
 
     Raises:
         NoText: a row without text and messages.
-        ValueError: a text that is no string, or not Unicode. The message names the row.
+        ValueError: a text that is no string, or not Unicode; the first bad row, where there are more than the limit.
+            The message names the row.
     """
-    for number, row in enumerate(rows, 1):
-        own = row.get("domain")
-        here = f"{source}, row {number}"
-        yield domain if own is None or own == "" else str(own), _unicode(_text_of(row, source, here, field), here)
+    bad, first, number = 0, None, 0
+    for number, (share, row) in enumerate(rows, 1):
+        if told is not None:
+            told(share)
+        try:
+            if isinstance(row, ValueError):
+                raise row
+            document = _document(row, source, number, domain, field)
+        except ValueError as error:
+            bad, first = bad + 1, first or error
+            if bad > MOST_BAD:
+                break
+        else:
+            yield document
+    if first is not None:
+        if bad > MOST_BAD or bad * ONE_IN > number:
+            others = f"; {bad:,} of {number:,} rows are bad, and at most one in {ONE_IN:,} is left out"
+            kind = NoText if isinstance(first, NoText) else ValueError
+            raise kind(f"{first}{others if bad > 1 else ''}") from first
+        if left_out is not None:
+            left_out(f"{bad:,} of {number:,} rows were left out; the first: {first}")
 
 
-def _text_of(row: Mapping[str, Any], source: object, here: str, field: str) -> str:
-    key = text_field(row, source, field)
+def _document(row: Mapping[str, Any], source: object, number: int, domain: str, field: str) -> Document:
+    own = row.get("domain")
+    here = f"{source}, row {number}"
+    return domain if own is None or own == "" else str(own), _unicode(_text_of(row, here, field), here)
+
+
+def _text_of(row: Mapping[str, Any], here: str, field: str) -> str:
+    key = text_field(row, here, field)
     value = row[key]
     if key != field:
         return _chat(value, here)
@@ -141,22 +173,31 @@ def _unicode(text: str, here: str) -> str:
     return text
 
 
-def _json_lines(path: Path, field: str) -> Iterator[Mapping[str, Any]]:
-    for number, line in enumerate(read_text(path).split("\n"), 1):
+def _json_lines(path: Path, field: str) -> Iterator[Row]:
+    text = read_text(path)
+    start = 0
+    for number, line in enumerate(text.split("\n"), 1):
+        start += len(line) + 1
         if line.strip():
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{path}, line {number} is not JSON: {error}") from error
-            if not isinstance(row, dict):
-                raise ValueError(f"{path}, line {number} is no object; a line should be {{{field!r}: ...}}")
-            yield row
+            yield start / len(text), _json_line(line, path, number, field)
 
 
-def _json(path: Path, field: str) -> Iterator[Mapping[str, Any]]:
+def _json_line(line: str, path: Path, number: int, field: str) -> Mapping[str, Any] | ValueError:
+    try:
+        row = parse_json(line, str(path), number)
+    except json.JSONDecodeError as error:
+        return ValueError(f"{path}, line {number} is not JSON: {error}")
+    except ValueError as error:
+        return error
+    if not isinstance(row, dict):
+        return ValueError(f"{path}, line {number} is no object; a line should be {{{field!r}: ...}}")
+    return row
+
+
+def _json(path: Path, field: str) -> Iterator[Row]:
     """A list of rows, the only list of rows in an object (`{"data": [...]}`), one row, or a row per line."""
     try:
-        value = json.loads(read_text(path))
+        value = parse_json(read_text(path), str(path))
     except json.JSONDecodeError as error:
         if error.msg == "Extra data":
             yield from _json_lines(path, field)
@@ -169,40 +210,69 @@ def _json(path: Path, field: str) -> Iterator[Mapping[str, Any]]:
     if not isinstance(value, list):
         raise NoText(f"{path} holds a {type(value).__name__} and no rows; it should be a list of {{{field!r}: ...}}")
     for number, row in enumerate(value, 1):
-        if not isinstance(row, dict):
-            raise NoText(f"{path}, row {number} is no object; a row should be {{{field!r}: ...}}")
-        yield row
+        is_object = isinstance(row, dict)
+        no_row = f"{path}, row {number} is no object; a row should be {{{field!r}: ...}}"
+        yield number / len(value), row if is_object else NoText(no_row)
 
 
-def _csv(path: Path, field: str) -> Iterator[Mapping[str, Any]]:
-    table = io.StringIO(read_text(path), newline="")
+def _csv(path: Path, field: str) -> Iterator[Row]:
+    text = read_text(path)
+    table = io.StringIO(text, newline="")
     limit = csv.field_size_limit(2**31 - 1)  # documents are longer than the default of 131,072
     try:
         rows = csv.DictReader(table, delimiter="\t" if format_of(path) == ".tsv" else ",", strict=True)
         text_field(rows.fieldnames or (), path, field)
         for number, row in enumerate(rows, 1):
-            if None in row or None in row.values():
-                raise ValueError(f"{path}, row {number} has not as many fields as the heading; quote texts with commas")
-            yield row
+            fits = None not in row and None not in row.values()
+            unfit = f"{path}, row {number} has not as many fields as the heading; quote texts with commas"
+            yield table.tell() / len(text), row if fits else ValueError(unfit)
     except csv.Error as error:
         raise ValueError(f"{path} is not CSV: {error}") from None
     finally:
         csv.field_size_limit(limit)
 
 
-def _parquet(path: Path, field: str) -> Iterator[Mapping[str, Any]]:
+def _parquet(path: Path, field: str) -> Iterator[Row]:
     try:
-        from pyarrow import ArrowInvalid, parquet
+        from pyarrow import ArrowException, parquet
     except ImportError as error:
         raise ImportError(f"{path} needs pyarrow: pip install 'moeify[data]'") from error
     try:
         table = parquet.ParquetFile(path)
-    except ArrowInvalid as error:
+        names = table.schema_arrow.names
+        wanted = [name for name in names if name in {text_field(names, path, field), "domain"}]
+        total, seen, size = table.metadata.num_rows, 0, 0
+        if _unpacked(table.metadata, wanted) > limit_of(path):
+            raise too_large(path)
+        for batch in table.iter_batches(batch_size=64, columns=wanted):  # one value may stand for all rows of a page
+            size += batch.nbytes
+            if size > limit_of(path):
+                raise too_large(path)
+            for row in _rows(batch, path, seen):
+                seen += 1
+                yield seen / total, row
+    except (ArrowException, OSError) as error:
         raise ValueError(f"{path} is not a parquet file ({error})") from error
-    names = table.schema_arrow.names
-    wanted = {text_field(names, path, field), "domain"}
-    for batch in table.iter_batches(columns=[name for name in names if name in wanted]):
+
+
+def _unpacked(metadata: Any, wanted: list[str]) -> int:
+    """The bytes that the wanted columns are said to unpack to."""
+    groups = (metadata.row_group(i) for i in range(metadata.num_row_groups))
+    columns = (group.column(i) for group in groups for i in range(group.num_columns))
+    return sum(each.total_uncompressed_size for each in columns if each.path_in_schema.split(".")[0] in wanted)
+
+
+def _rows(batch: Any, path: Path, before: int) -> Iterator[Mapping[str, Any] | ValueError]:
+    try:
         yield from batch.to_pylist()
+    except UnicodeDecodeError:
+        for i in range(len(batch)):
+            try:
+                yield batch.slice(i, 1).to_pylist()[0]
+            except UnicodeDecodeError as error:
+                yield ValueError(
+                    f"{path}, row {before + i + 1} is not UTF-8 ({error.reason}); repair it, or leave it out"
+                )
 
 
 _READERS = {

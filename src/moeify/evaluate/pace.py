@@ -17,8 +17,8 @@ from torch import nn
 from transformers import TrainerCallback
 
 from moeify.data.blocks import Blocks
-from moeify.evaluate.progress import with_progress
 from moeify.evaluate.run import Settings, Stopped, make_trainer, validation_loss
+from moeify.progress import with_progress
 
 Clock = Literal["wall-clock", "CPU"]
 

@@ -15,10 +15,10 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_callback import ExportableState, PrinterCallback
 
 from moeify.data.blocks import Blocks
-from moeify.evaluate.progress import with_progress
 from moeify.flops import Count, count
 from moeify.modes import in_evaluation
 from moeify.origin import Origin
+from moeify.progress import with_progress
 from moeify.train import SparseArguments, SparseTrainer
 
 Measure = Callable[[nn.Module], float]

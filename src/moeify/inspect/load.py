@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from moeify import statistics
 from moeify.data.blocks import Blocks
-from moeify.evaluate.progress import with_progress
 from moeify.modes import in_evaluation
+from moeify.progress import with_progress
 from moeify.record import observe
 from moeify.routing import Routing
 

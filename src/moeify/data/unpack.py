@@ -1,0 +1,89 @@
+"""Read files as text and JSON within limits: what unpacks to far more than it is, or nests without end, is refused."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import re
+import zlib
+from pathlib import Path
+from typing import Any
+
+UNPACKED, RATIO = 2**28, 50
+"""A packed file may unpack to 256 MiB, or to fifty times its own size if that is more; text seldom packs to a tenth."""
+
+
+def read_text(path: Path) -> str:
+    """A file as UTF-8, unpacked if it ends with `.gz`.
+
+    Raises:
+        ValueError: not UTF-8, not gzip, or more than the limit.
+    """
+    try:
+        data = _unpack(path) if path.suffix.lower() == ".gz" else path.read_bytes()
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 (at byte {error.start}); convert it or leave it out") from error
+    except (gzip.BadGzipFile, zlib.error, EOFError) as error:
+        raise ValueError(f"{path} cannot be unpacked ({error}); the file is damaged or not gzip") from error
+
+
+def limit_of(path: Path) -> int:
+    """The bytes that a packed file may unpack to."""
+    return max(UNPACKED, RATIO * path.stat().st_size)
+
+
+def too_large(path: Path) -> ValueError:
+    """The error for a file that unpacks to more."""
+    return ValueError(
+        f"{path} of {path.stat().st_size:,} bytes unpacks to more than {limit_of(path):,}; leave it out or, if it is "
+        "what it should be, unpack it yourself and name the unpacked file"
+    )
+
+
+def _unpack(path: Path) -> bytes:
+    with gzip.open(path) as file:
+        data = file.read(limit_of(path) + 1)
+    if len(data) > limit_of(path):
+        raise too_large(path)
+    return data
+
+
+def parse_json(text: str, where: str, first_line: int = 1) -> Any:
+    """The value of a JSON text.
+
+    Args:
+        text: the JSON.
+        where: what messages call the file.
+        first_line: the number that the text's first line has in it.
+
+    Raises:
+        json.JSONDecodeError: not JSON.
+        ValueError: nested too deeply, or an integer of thousands of digits; the message names file and line.
+    """
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        raise
+    except RecursionError:
+        reason, place = "is nested too deeply", _deepest(text)
+    except ValueError as error:  # Python's limit on the digits of an integer
+        reason, place = f"cannot be read ({error})", _long_number(text)
+    line = first_line + text.count("\n", 0, place)
+    raise ValueError(f"{where}, line {line} {reason}; repair it, or leave it out")
+
+
+_TOKENS = re.compile(r'"(?:[^"\\]|\\.)*"|[\[{]|[\]}]')
+
+
+def _deepest(text: str) -> int:
+    depth = deepest = place = 0
+    for token in _TOKENS.finditer(text):
+        depth += (token[0] in "[{") - (token[0] in "]}")
+        if depth > deepest:
+            deepest, place = depth, token.start()
+    return place
+
+
+def _long_number(text: str) -> int:
+    return max(re.finditer(r"\d+", text), key=lambda digits: len(digits[0])).start()

@@ -1,0 +1,54 @@
+"""A line with the time that is left, for whatever takes longer than ten seconds."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from typing import TypeVar
+
+from moeify.notices import say
+
+T = TypeVar("T")
+
+EVERY = 10.0
+"""Seconds until the first line, and between lines."""
+
+
+class Progress:
+    """Says every ten seconds how much of a whole is done, and how long the rest will take.
+
+    Args:
+        what: what is done, for the line.
+        total: of the whole, in a unit that takes about the same time everywhere, such as bytes.
+    """
+
+    def __init__(self, what: str, total: float) -> None:
+        self.what, self.total = what, total
+        self.started = self.told = time.monotonic()
+
+    def at(self, done: float, shown: str | None = None) -> None:
+        """Take note of what is done so far; `shown` in the line, or its share in percent."""
+        now = time.monotonic()
+        if done > 0 and now - self.told >= EVERY:
+            self.told = now
+            shown = f"{100 * min(done / self.total, 1):.0f} %" if shown is None else shown
+            say(f"{self.what}: {shown}, about {left(now - self.started, done, max(self.total, done))} left")
+
+
+def with_progress(items: Sequence[T], what: str) -> Iterator[T]:
+    """The items one by one, with a line of progress for every ten seconds that they take.
+
+    Args:
+        items: what is worked through.
+        what: what is done, for the line.
+    """
+    progress = Progress(what, len(items))
+    for done, item in enumerate(items):
+        progress.at(done, f"{done} of {len(items)}")
+        yield item
+
+
+def left(seconds: float, done: float, total: float) -> str:
+    """The time that is left if all goes on as it did: `40 s`, or `3 min`."""
+    rest = seconds / done * (total - done)
+    return f"{rest:.0f} s" if rest < 100 else f"{rest / 60:.0f} min"
