@@ -1,0 +1,165 @@
+"""Rules of attention: heads, norms, positions and sliding windows."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from moeify.export.form import Misfit
+from moeify.export.rules import Field, Traits
+
+
+@dataclass(frozen=True)
+class HeadDim:
+    """The width of a head, which some configurations leave to be computed."""
+
+    fields: tuple[str, ...] = ("head_dim",)
+
+    def read(self, config: Any) -> int:
+        """The field, or D divided by the number of heads."""
+        return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+    def write(self, value: int, traits: Traits) -> dict[str, Any]:
+        """The field, always."""
+        return {"head_dim": value}
+
+
+@dataclass(frozen=True)
+class HeadNorm(Field):
+    """A flag that normalises every head of queries and keys."""
+
+    def read(self, config: Any) -> str | None:
+        """`head` if it is set."""
+        return "head" if getattr(config, self.name) else None
+
+    def write(self, value: str | None, traits: Traits) -> dict[str, Any]:
+        """The flag."""
+        if value not in (None, "head"):
+            raise Misfit("it normalises every head of queries and keys, the model all heads together")
+        return {self.name: value is not None}
+
+
+@dataclass(frozen=True)
+class Rope:
+    """Rotary positions: base, scaling, and the share of a head that turns.
+
+    Attributes:
+        partial: whether a share of every head may stand still.
+        scaled: whether it knows the ways of transformers to reach beyond the lengths of training, such as YaRN.
+    """
+
+    partial: bool = False
+    scaled: bool = True
+    fields: tuple[str, ...] = ("rope_parameters",)
+
+    def read(self, config: Any) -> dict[str, Any]:
+        """All parameters, the share always among them."""
+        return {"partial_rotary_factor": 1.0, **config.rope_parameters}
+
+    def write(self, value: dict[str, Any], traits: Traits) -> dict[str, Any]:
+        """All parameters; a class in which whole heads turn has no share."""
+        share = value["partial_rotary_factor"]
+        if not self.scaled and value["rope_type"] != "default":
+            raise Misfit(f"it does not scale positions as {value['rope_type']!r} does")
+        if self.partial:
+            return {"rope_parameters": dict(value)}
+        if share != 1.0:
+            raise Misfit(f"its whole heads turn with the position, {share:g} of the model's")
+        return {"rope_parameters": {key: part for key, part in value.items() if key != "partial_rotary_factor"}}
+
+
+@dataclass(frozen=True)
+class AttentionScale:
+    """What multiplies the products of queries and keys, where it is a field; None is head_dim ** -0.5."""
+
+    name: str
+
+    @property
+    def fields(self) -> tuple[str, ...]:
+        """The field."""
+        return (self.name,)
+
+    def read(self, config: Any) -> float | None:
+        """The field, unless it is the usual one."""
+        scale = getattr(config, self.name)
+        return None if scale == HeadDim().read(config) ** -0.5 else scale
+
+    def write(self, value: float | None, traits: Traits) -> dict[str, Any]:
+        """The number itself."""
+        return {self.name: traits["head_dim"] ** -0.5 if value is None else value}
+
+
+@dataclass(frozen=True)
+class Latent:
+    """Multi-head latent attention: its ranks and widths (DeepSeek-V2 and V3)."""
+
+    fields: tuple[str, ...] = (
+        "q_lora_rank", "kv_lora_rank", "qk_rope_head_dim", "v_head_dim", "qk_nope_head_dim", "rope_interleave",
+    )  # fmt: skip
+
+    def read(self, config: Any) -> dict[str, Any]:
+        """All of them."""
+        return {name: getattr(config, name) for name in self.fields}
+
+    def write(self, value: dict[str, Any] | None, traits: Traits) -> dict[str, Any]:
+        """All of them."""
+        if value is None:
+            raise Misfit("its attention is latent, the model's is not")
+        return dict(value)
+
+
+@dataclass(frozen=True)
+class OneWindow:
+    """One sliding window for all layers.
+
+    Attributes:
+        flag: a field that turns it on, if there is one.
+    """
+
+    flag: str | None = None
+
+    @property
+    def fields(self) -> tuple[str, ...]:
+        """The fields."""
+        return ("sliding_window", *([self.flag] if self.flag else []))
+
+    def read(self, config: Any) -> tuple[int | None, ...] | None:
+        """The window of every layer; None if no layer has one."""
+        window = config.sliding_window if self.flag is None or getattr(config, self.flag) else None
+        return None if window is None else (window,) * config.num_hidden_layers
+
+    def write(self, value: tuple[int | None, ...] | None, traits: Traits) -> dict[str, Any]:
+        """The window, if it is the same everywhere."""
+        windows = set(value or [None])
+        if len(windows) > 1:
+            raise Misfit("all its layers have the same sliding window, and those of the model differ")
+        (window,) = windows
+        return {"sliding_window": window} | ({self.flag: window is not None} if self.flag else {})
+
+
+@dataclass(frozen=True)
+class Windows:
+    """A sliding window in the layers whose type says so."""
+
+    extra: tuple[str, ...] = ("use_sliding_window", "max_window_layers")
+
+    @property
+    def fields(self) -> tuple[str, ...]:
+        """The fields."""
+        return ("sliding_window", "layer_types", *self.extra)
+
+    def read(self, config: Any) -> tuple[int | None, ...] | None:
+        """The window of every layer; None if no layer has one."""
+        slides = [kind == "sliding_attention" for kind in config.layer_types]
+        return tuple(config.sliding_window if slide else None for slide in slides) if any(slides) else None
+
+    def write(self, value: tuple[int | None, ...] | None, traits: Traits) -> dict[str, Any]:
+        """The type of every layer, and the window."""
+        value = value or (None,) * traits["layers"]
+        widths = {window for window in value if window is not None}
+        if len(widths) > 1:
+            raise Misfit(f"its layers have one width of sliding windows, those of the model {len(widths)}")
+        types = ["full_attention" if window is None else "sliding_attention" for window in value]
+        settings = {"use_sliding_window": bool(widths), "max_window_layers": traits["layers"]}
+        window = {"sliding_window": max(widths, default=None), "layer_types": types}
+        return window | {name: settings[name] for name in self.extra}

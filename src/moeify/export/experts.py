@@ -1,0 +1,107 @@
+"""Experts and shared experts as the stacked SwiGLU networks that other programs hold, (E, 2H, D) and (E, D, H)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import singledispatch
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from moeify.experts import FFN, Masked
+from moeify.experts.lora import LoRA, LoRAFFN
+from moeify.export.form import Misfit
+from moeify.find.dense import DenseFFN
+from moeify.kernels.stacked import Activation, Glu
+from moeify.sparsify.shared import GatedShared
+
+
+@dataclass(frozen=True)
+class GatedFFNs:
+    """Gated networks without biases.
+
+    Attributes:
+        gate_up: gate and up projection side by side.
+        down: the down projection.
+        activation: of the gate.
+        rewrites: what was merged, in words.
+    """
+
+    gate_up: Float[Tensor, "E M D"]
+    down: Float[Tensor, "E O H"]
+    activation: Glu
+    rewrites: tuple[str, ...] = ()
+
+    @property
+    def hidden(self) -> int:
+        """H."""
+        return self.down.shape[-1]
+
+
+@singledispatch
+def gated_ffns(experts: nn.Module) -> GatedFFNs:
+    """The experts of a layer, merged with their adapters if they have some.
+
+    Raises:
+        Misfit: other experts, or ones with biases or without a gate.
+    """
+    raise Misfit(f"{type(experts).__name__} experts are no feed-forward networks of one size")
+
+
+@gated_ffns.register
+def _(experts: FFN) -> GatedFFNs:
+    (up, up_bias), (down, down_bias) = experts.up, experts.down
+    return _checked(up, up_bias, down, down_bias, experts.activation)
+
+
+@gated_ffns.register
+def _(experts: Masked) -> GatedFFNs:
+    return gated_ffns(experts.experts)
+
+
+@gated_ffns.register
+@torch.no_grad()
+def _(experts: LoRAFFN) -> GatedFFNs:
+    number = range(experts.num_experts)
+
+    def merged(linear: nn.Linear, adapters: LoRA) -> Tensor:
+        return torch.stack([linear.weight.float() + adapters.delta(e) for e in number]).to(linear.weight.dtype)
+
+    up, down = merged(experts.up, experts.up_lora), merged(experts.down, experts.down_lora)
+    ffns = _checked(up, experts.up.bias, down, experts.down.bias, experts.activation)
+    return GatedFFNs(ffns.gate_up, ffns.down, ffns.activation, ("adapters are merged into a network per expert",))
+
+
+@gated_ffns.register
+def _(experts: LoRA) -> GatedFFNs:
+    raise Misfit(
+        "adapters beside a linear layer have no home in other programs; MixLoRA's, inside whole networks, are merged"
+    )
+
+
+def shared_of(shared: nn.Module | None) -> tuple[str, GatedFFNs, Tensor | None] | None:
+    """Kind of a shared expert, its network as one of E = 1, and its gate; None if there is none.
+
+    Raises:
+        Misfit: it is no gated network without biases.
+    """
+    if shared is None:
+        return None
+    kind, dense, gate = "plain", shared, None
+    if isinstance(shared, GatedShared):
+        kind, dense, gate = "gated", shared.dense, shared.gate.weight
+    if not isinstance(dense, DenseFFN):
+        raise Misfit(f"its shared module is a {type(dense).__name__}, no feed-forward network")
+    up, down = dense.up_weight.unsqueeze(0), dense.down_weight.unsqueeze(0)
+    return kind, _checked(up, dense.up_bias, down, dense.down_bias, dense.activation), gate
+
+
+def _checked(
+    up: Tensor, up_bias: Tensor | None, down: Tensor, down_bias: Tensor | None, activation: Activation
+) -> GatedFFNs:
+    if any(bias is not None and torch.any(bias) for bias in (up_bias, down_bias)):
+        raise Misfit("its experts have biases")
+    if not isinstance(activation, Glu):
+        raise Misfit(f"its experts have no gate ({activation}), and those of other decoders have one")
+    return GatedFFNs(up, down, activation)

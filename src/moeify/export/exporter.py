@@ -1,0 +1,183 @@
+"""Exporters by name, and what every export goes through: written aside, read by its target, compared, put in place."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from moeify.export.probe import Probe
+from moeify.files import read_json, write_json
+from moeify.registry import suggest
+from moeify.version import __version__
+
+RECORD = "moeify_export.json"
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What came of reading an export by the program that it is for.
+
+    Attributes:
+        program: name and version.
+        difference: the largest absolute difference of logits, None if the program did not compute any.
+        note: what else there is to say.
+    """
+
+    program: str
+    difference: float | None
+    note: str = ""
+
+    def __str__(self) -> str:
+        """In one line."""
+        found = {None: "logits not compared", 0.0: "logits bitwise equal"}.get(
+            self.difference, f"logits differ by {self.difference} at most"
+        )
+        return f"{self.program}: {found}" + (f"; {self.note}" if self.note else "")
+
+
+class Exporter(ABC):
+    """A way to write models for another program."""
+
+    @abstractmethod
+    def supports(self, model: nn.Module) -> str | None:
+        """The reason why the target cannot express a model, None if it can."""
+
+    @abstractmethod
+    def write(self, model: nn.Module, folder: Path) -> list[str]:
+        """Write a model into an empty folder.
+
+        Returns:
+            What the files are, and what was rewritten, in words.
+
+        Raises:
+            ValueError: what `supports` says.
+        """
+
+    @abstractmethod
+    def verify(self, folder: Path, probe: Probe) -> Verdict:
+        """Read a folder by the target, and compare.
+
+        Raises:
+            ValueError: the target cannot read it, or computes something else.
+        """
+
+
+_EXPORTERS: dict[str, Exporter] = {}
+
+
+def register_exporter(name: str, exporter: Exporter) -> None:
+    """Make an exporter known by name, in the place of another of that name if there is one."""
+    _EXPORTERS[name] = exporter
+
+
+def exporters() -> list[str]:
+    """The names of all exporters."""
+    return list(_EXPORTERS)
+
+
+def find_exporter(name: str) -> Exporter:
+    """The exporter of a name.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if name not in _EXPORTERS:
+        raise ValueError(f"no exporter is called {name!r}; {suggest(name, exporters())}")
+    return _EXPORTERS[name]
+
+
+def supports(model: nn.Module) -> dict[str, str | None]:
+    """For every exporter, the reason why it cannot express a model, None if it can."""
+    return {name: exporter.supports(model) for name, exporter in _EXPORTERS.items()}
+
+
+@dataclass(frozen=True)
+class Export:
+    """A finished export.
+
+    Attributes:
+        folder: where it is.
+        notes: what the files are, and what was rewritten without changing the function.
+        verdict: what came of reading it by its target.
+    """
+
+    folder: Path
+    notes: list[str]
+    verdict: Verdict
+
+
+def write(model: Any, folder: str | Path, to: str | Exporter = "transformers", *, tokenizer: Any = None) -> Export:
+    """Write a sparse language model for another program, and compare what that program computes.
+
+    The folder appears once the comparison has succeeded; nothing is left of an export that is refused or fails.
+
+    Args:
+        model: what `sparsify` or `load` returned, or an MoE model of transformers; it is as it was afterwards.
+        folder: must not exist, or be empty.
+        to: the name of an exporter (`exporters()`), or one of your own.
+        tokenizer: of transformers, written beside the model; needed by targets that put it into the same file.
+
+    Raises:
+        ValueError: the target cannot express the model exactly, or computes something else.
+        FileExistsError: the folder has files.
+        ImportError: the target's library is missing.
+        OSError: the disk is full, or the folder cannot be written to.
+    """
+    exporter = find_exporter(to) if isinstance(to, str) else to
+    name = to if isinstance(to, str) else type(to).__name__.lower()
+    folder = Path(folder)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise FileExistsError(f"{folder} exists and is not empty; choose another folder, or delete it")
+    if (reason := exporter.supports(model)) is not None:
+        raise ValueError(f"this {type(model).__name__} cannot be exported to {name}: {reason}")
+    probe = Probe.of(model)
+    with _aside(folder) as new:
+        if tokenizer is not None:
+            tokenizer.save_pretrained(new)
+        notes = exporter.write(model, new)
+        verdict = exporter.verify(new, probe)
+        record = {"moeify": __version__, "to": name, "notes": notes, "verdict": str(verdict)}
+        write_json(new / RECORD, {**record, "probe": probe.largest().to_dict()}, indent=None)
+    return Export(folder, notes, verdict)
+
+
+def verify(folder: str | Path) -> Verdict:
+    """Read an export by the program that it is for once more, and compare with the logits that were recorded.
+
+    Raises:
+        FileNotFoundError: the folder is no export.
+        ValueError: the program computes something else, or cannot read it.
+    """
+    record = read_json(Path(folder) / RECORD)
+    return find_exporter(record["to"]).verify(Path(folder), Probe.from_dict(record["probe"]))
+
+
+@contextmanager
+def _aside(folder: Path) -> Iterator[Path]:
+    """A folder beside another that takes its place in the end, or vanishes."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    new = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    try:
+        yield new
+        new.chmod(0o777 & ~_umask())
+        if folder.exists():
+            folder.rmdir()
+        os.replace(new, folder)
+    except BaseException:
+        shutil.rmtree(new, ignore_errors=True)
+        raise
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

@@ -1,0 +1,220 @@
+"""The table of decoder classes of transformers, dense and sparse: what each computes, in which fields, by which names.
+
+A row says what a class does otherwise than Llama without biases. The same rows read a model and write one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any
+
+from moeify.export.attention_rules import AttentionScale, HeadDim, HeadNorm, Latent, OneWindow, Rope, Windows
+from moeify.export.layer_rules import AllSparse, DenseFirst, DenseListed, EveryFew, Groups, SharedCount, SharedWidth
+from moeify.export.rules import Field, Is, Rule
+
+DECODER: Mapping[str, Rule] = MappingProxyType({
+    "vocabulary": Field("vocab_size"),
+    "width": Field("hidden_size"),
+    "layers": Field("num_hidden_layers"),
+    "heads": Field("num_attention_heads"),
+    "kv_heads": Field("num_key_value_heads"),
+    "head_dim": HeadDim(),
+    "activation": Field("hidden_act"),
+    "positions": Field("max_position_embeddings"),
+    "norm_eps": Field("rms_norm_eps"),
+    "rope": Rope(),
+    "tied": Field("tie_word_embeddings"),
+    "pad": Field("pad_token_id"),
+    "bos": Field("bos_token_id"),
+    "eos": Field("eos_token_id"),
+    "init_std": Field("initializer_range"),
+    "attention_dropout": Field("attention_dropout"),
+    "norm": Is("rms"),
+    "norms": Is("before"),
+    "query_key_norm": Is(None),
+    "rope_pairs": Is("halves"),
+    "qkv_bias": Is(False),
+    "o_bias": Is(False),
+    "ffn_bias": Is(False),
+    "head_bias": Is(False),
+    "windows": Is(None),
+    "clip_qkv": Is(None),
+    "latent": Is(None),
+    "parallel": Is(False),
+    "attention_scale": Is(None),
+    "embedding_scale": Is(1.0),
+    "residual_scale": Is(1.0),
+    "logits_divisor": Is(1.0),
+    "ffn_hidden": Field("intermediate_size"),
+    "sparse_layers": Is(()),
+})  # fmt: skip
+"""The traits of a decoder, and how Llama without biases keeps them."""
+
+EXPERTS: Mapping[str, Rule] = MappingProxyType({
+    "ffn_hidden": Is(None),
+    "num_experts": Field("num_local_experts"),
+    "k": Field("num_experts_per_tok"),
+    "expert_hidden": Field("intermediate_size"),
+    "sparse_layers": AllSparse(),
+    "score": Is("softmax"),
+    "normalize": Is(True),
+    "scale": Is(1.0),
+    "selection_bias": Is(False),
+    "groups": Is(None),
+    "epsilon": Is(None),
+    "shared": Is(None),
+})  # fmt: skip
+"""The traits of sparse layers, and how Mixtral keeps them."""
+
+Names = dict[str, str | tuple[str, str]]
+MIXTRAL: Names = {
+    "router": "mlp.gate.weight",
+    "gate_up": "mlp.experts.gate_up_proj",
+    "down": "mlp.experts.down_proj",
+}
+SHARED_EXPERTS: Names = MIXTRAL | {
+    "selection_bias": "mlp.gate.e_score_correction_bias",
+    "shared_gate_up": ("mlp.shared_experts.gate_proj.weight", "mlp.shared_experts.up_proj.weight"),
+    "shared_down": "mlp.shared_experts.down_proj.weight",
+}
+
+
+@dataclass(frozen=True)
+class Family:
+    """A class of transformers with a language model's head.
+
+    Attributes:
+        model_type: of its configuration.
+        title: what people call it.
+        differs: the traits that it does not share with Llama, or as a sparse class with Mixtral.
+        names: of the tensors of a sparse layer, within the layer; empty for a dense class. A pair holds the two halves.
+        without_effect: fields that change no logits in evaluation.
+        settings: fields that are written as they are.
+    """
+
+    model_type: str
+    title: str
+    differs: Mapping[str, Rule] = field(default_factory=dict)
+    names: Names = field(default_factory=dict)
+    without_effect: tuple[str, ...] = ()
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def rules(self) -> dict[str, Rule]:
+        """How it keeps every trait."""
+        return {**DECODER, **(EXPERTS if self.names else {}), **self.differs}
+
+    @property
+    def fields(self) -> set[str]:
+        """Every field of its configuration that the row speaks of."""
+        ruled = {name for rule in self.rules.values() for name in rule.fields}
+        return ruled | set(self.without_effect) | set(self.settings) | _WITHOUT_EFFECT
+
+
+_WITHOUT_EFFECT = {"use_cache", "output_router_logits", "router_aux_loss_coef", "router_jitter_noise"}
+_BIASES = {"qkv_bias": Field("attention_bias"), "o_bias": Field("attention_bias")}
+_GRANITE = _BIASES | {
+    "attention_scale": AttentionScale("attention_multiplier"),
+    "embedding_scale": Field("embedding_multiplier"),
+    "residual_scale": Field("residual_multiplier"),
+    "logits_divisor": Field("logits_scaling"),
+}
+_OLMO2 = _BIASES | {"norms": Is("after"), "query_key_norm": Is("width")}
+_ERNIE = {
+    "qkv_bias": Field("use_bias"), "o_bias": Field("use_bias"), "ffn_bias": Field("use_bias"),
+    "head_bias": Field("use_bias"), "rope_pairs": Is("neighbours"), "attention_dropout": Is(0.0),
+}  # fmt: skip
+_QWEN = {
+    "num_experts": Field("num_experts"),
+    "expert_hidden": Field("moe_intermediate_size"),
+    "ffn_hidden": Field("intermediate_size"),
+    "sparse_layers": DenseListed(),
+    "normalize": Field("norm_topk_prob"),
+}
+_DEEPSEEK = _BIASES | {"latent": Latent()}
+_DEEPSEEK_EXPERTS = {
+    "num_experts": Field("n_routed_experts"),
+    "expert_hidden": Field("moe_intermediate_size"),
+    "ffn_hidden": Field("intermediate_size"),
+    "sparse_layers": DenseFirst(),
+    "score": Is("sigmoid"),
+    "normalize": Field("norm_topk_prob"),
+    "scale": Field("routed_scaling_factor"),
+    "selection_bias": Is(True),
+    "groups": Groups("top2"),
+    "shared": SharedCount("n_shared_experts"),
+}
+
+DENSE: Mapping[str, Family] = MappingProxyType({family.model_type: family for family in (
+    Family("llama", "Llama", {**_BIASES, "ffn_bias": Field("mlp_bias")}, without_effect=("pretraining_tp",)),
+    Family("mistral", "Mistral", {"windows": OneWindow()}),
+    Family("qwen2", "Qwen2", {"qkv_bias": Is(True), "windows": Windows()}),
+    Family("qwen3", "Qwen3", {**_BIASES, "query_key_norm": Is("head"), "windows": Windows()}),
+    Family("olmo2", "OLMo 2", _OLMO2),
+    Family("granite", "Granite", {**_GRANITE, "ffn_bias": Field("mlp_bias")}),
+    Family("ernie4_5", "Ernie 4.5", _ERNIE),
+    Family("stablelm", "StableLM", {
+        "norm": Is("layer"), "norm_eps": Field("layer_norm_eps"), "qkv_bias": Field("use_qkv_bias"),
+        "parallel": Field("use_parallel_residual"), "query_key_norm": HeadNorm("qk_layernorm"),
+        "rope": Rope(partial=True),
+    }, without_effect=("hidden_dropout",)),
+    Family("deepseek_v3", "DeepSeek-V3", _DEEPSEEK, without_effect=("pretraining_tp", "num_mtp_layers")),
+)})  # fmt: skip
+"""Classes of which `sparsify` makes sparse models that have a home; DeepSeek-V3 is one where its layers are dense."""
+
+SPARSE: Mapping[str, Family] = MappingProxyType({family.model_type: family for family in (
+    Family("mixtral", "Mixtral", {"windows": OneWindow()}, MIXTRAL),
+    Family("qwen2_moe", "Qwen2-MoE", {
+        **_QWEN, "qkv_bias": Field("qkv_bias"), "windows": Windows(),
+        "shared": SharedWidth("shared_expert_intermediate_size", "gated", always=True),
+    }, MIXTRAL | {
+        "shared_gate_up": ("mlp.shared_expert.gate_proj.weight", "mlp.shared_expert.up_proj.weight"),
+        "shared_down": "mlp.shared_expert.down_proj.weight",
+        "shared_gate": "mlp.shared_expert_gate.weight",
+    }),
+    Family("qwen3_moe", "Qwen3-MoE", {
+        **_QWEN, **_BIASES, "query_key_norm": Is("head"), "windows": OneWindow("use_sliding_window"),
+    }, MIXTRAL),
+    Family("olmoe", "OLMoE", {
+        **_BIASES, "query_key_norm": Is("width"), "clip_qkv": Field("clip_qkv"), "num_experts": Field("num_experts"),
+        "normalize": Field("norm_topk_prob"),
+    }, MIXTRAL),
+    Family("flex_olmo", "FlexOlmo", {
+        **_OLMO2, "num_experts": Field("num_experts"), "normalize": Field("norm_topk_prob"),
+    }, MIXTRAL),
+    Family("granitemoeshared", "GraniteMoeShared", {
+        **_GRANITE, "shared": SharedWidth("shared_intermediate_size", "plain"),
+    }, {
+        "router": "block_sparse_moe.router.weight",
+        "gate_up": "block_sparse_moe.experts.gate_up_proj",
+        "down": "block_sparse_moe.experts.down_proj",
+        "shared_gate_up": "shared_mlp.input_linear.weight",
+        "shared_down": "shared_mlp.output_linear.weight",
+    }),
+    Family("dots1", "Dots1", {
+        **_DEEPSEEK_EXPERTS, **_BIASES, "query_key_norm": Is("head"), "windows": Windows(("max_window_layers",)),
+    }, SHARED_EXPERTS),
+    Family("glm4_moe", "GLM4-MoE", {
+        **_DEEPSEEK_EXPERTS, "qkv_bias": Field("attention_bias"), "rope": Rope(partial=True),
+        "query_key_norm": HeadNorm("use_qk_norm"),
+    }, SHARED_EXPERTS, settings={"num_mtp_layers": 0}),
+    Family("ernie4_5_moe", "Ernie4.5-MoE", {
+        **_ERNIE, "num_experts": Field("moe_num_experts"), "k": Field("moe_k"),
+        "expert_hidden": Field("moe_intermediate_size"), "ffn_hidden": Field("intermediate_size"),
+        "sparse_layers": EveryFew(), "selection_bias": Is(True),
+        "shared": SharedCount("moe_num_shared_experts", always=False),
+    }, SHARED_EXPERTS | {"selection_bias": "mlp.gate.moe_statics.e_score_correction_bias"},
+       without_effect=("moe_norm_min",)),
+    Family("deepseek_v3", "DeepSeek-V3", {**_DEEPSEEK, **_DEEPSEEK_EXPERTS}, SHARED_EXPERTS,
+           without_effect=("pretraining_tp",), settings={"num_mtp_layers": 0}),
+    Family("minimax_m2", "MiniMax-M2", {
+        "query_key_norm": Is("width"), "score": Is("sigmoid"), "selection_bias": Is(True),
+    }, MIXTRAL | {"selection_bias": "mlp.e_score_correction_bias"}),
+    Family("phimoe", "PhiMoE", {
+        **_BIASES, "norm": Is("layer"), "windows": OneWindow(), "rope": Rope(scaled=False), "score": Is("sparsemixer"),
+        "normalize": Is(False), "epsilon": Field("router_jitter_noise"), "head_bias": Field("lm_head_bias"),
+    }, MIXTRAL | {"router": "mlp.router.weight"}, without_effect=("input_jitter_noise",)),
+)})  # fmt: skip
+"""Classes with experts, in the order in which they are tried."""

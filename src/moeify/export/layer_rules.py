@@ -1,0 +1,178 @@
+"""Rules of sparse layers: which ones they are, groups of experts, and shared experts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from moeify.export.form import Misfit
+from moeify.export.rules import Traits
+
+
+@dataclass(frozen=True)
+class AllSparse:
+    """Every layer has experts."""
+
+    fields: tuple[str, ...] = ()
+
+    def read(self, config: Any) -> tuple[int, ...]:
+        """All layers."""
+        return tuple(range(config.num_hidden_layers))
+
+    def write(self, value: tuple[int, ...], traits: Traits) -> dict[str, Any]:
+        """Nothing, if they all have."""
+        if len(value) != traits["layers"]:
+            raise Misfit(
+                f"all its layers are sparse, {len(value)} of the model's {traits['layers']} are; make every layer "
+                "sparse (where=ffn)"
+            )
+        return {}
+
+
+@dataclass(frozen=True)
+class DenseListed:
+    """A list names the dense layers."""
+
+    fields: tuple[str, ...] = ("mlp_only_layers", "decoder_sparse_step")
+
+    def read(self, config: Any) -> tuple[int, ...]:
+        """The others, as far as the step takes them."""
+        dense, step = set(config.mlp_only_layers), config.decoder_sparse_step
+        return tuple(i for i in range(config.num_hidden_layers) if i not in dense and (i + 1) % step == 0)
+
+    def write(self, value: tuple[int, ...], traits: Traits) -> dict[str, Any]:
+        """The dense ones."""
+        return {"mlp_only_layers": sorted(set(range(traits["layers"])) - set(value)), "decoder_sparse_step": 1}
+
+
+@dataclass(frozen=True)
+class DenseFirst:
+    """The first layers are dense."""
+
+    name: str = "first_k_dense_replace"
+
+    @property
+    def fields(self) -> tuple[str, ...]:
+        """The field."""
+        return (self.name,)
+
+    def read(self, config: Any) -> tuple[int, ...]:
+        """The layers after them."""
+        return tuple(range(min(getattr(config, self.name), config.num_hidden_layers), config.num_hidden_layers))
+
+    def write(self, value: tuple[int, ...], traits: Traits) -> dict[str, Any]:
+        """How many are dense."""
+        first = traits["layers"] - len(value)
+        if value != tuple(range(first, traits["layers"])):
+            raise Misfit("its sparse layers are all behind its dense ones, and in the model they alternate")
+        return {self.name: first}
+
+
+@dataclass(frozen=True)
+class EveryFew:
+    """Every so many layers between a first and a last one are sparse (Ernie 4.5)."""
+
+    fields: tuple[str, ...] = ("moe_layer_start_index", "moe_layer_end_index", "moe_layer_interval")
+
+    def read(self, config: Any) -> tuple[int, ...]:
+        """Those layers."""
+        last = config.moe_layer_end_index if config.moe_layer_end_index >= 0 else config.num_hidden_layers - 1
+        layers, step = range(config.moe_layer_start_index, last + 1), config.moe_layer_interval
+        return tuple(i for i in layers if (i + 1) % step == 0)
+
+    def write(self, value: tuple[int, ...], traits: Traits) -> dict[str, Any]:
+        """The interval that takes exactly these."""
+        for step in range(1, traits["layers"] + 1):
+            if value == tuple(i for i in range(value[0], value[-1] + 1) if (i + 1) % step == 0):
+                return dict(zip(self.fields, (value[0], value[-1], step), strict=True))
+        raise Misfit(f"no interval takes the sparse layers {', '.join(map(str, value))}")
+
+
+@dataclass(frozen=True)
+class Groups:
+    """Groups of experts, of which a token may use some.
+
+    Attributes:
+        reduce: how a group scores, see `moeify.routers.ExpertGroups`.
+    """
+
+    reduce: str
+    fields: tuple[str, ...] = ("n_group", "topk_group")
+
+    def read(self, config: Any) -> tuple[int, int, str] | None:
+        """Number of groups, how many are kept, and how they score; None where all are kept."""
+        count, keep = config.n_group, config.topk_group
+        return None if not count or count == keep else (count, keep, self.reduce)
+
+    def write(self, value: tuple[int, int, str] | None, traits: Traits) -> dict[str, Any]:
+        """Both numbers."""
+        count, keep, reduce = value or (1, 1, self.reduce)
+        if reduce != self.reduce:
+            raise Misfit(f"its groups score as {self.reduce!r}, the model's as {reduce!r}")
+        if traits["num_experts"] // count < 2:
+            raise Misfit("its groups have two experts at least")
+        return dict(zip(self.fields, (count, keep), strict=True))
+
+
+@dataclass(frozen=True)
+class SharedWidth:
+    """A field holds the width of the shared expert.
+
+    Attributes:
+        name: of the field.
+        kind: `plain`, or `gated` by a sigmoid.
+        always: whether the class has one in any case.
+    """
+
+    name: str
+    kind: str
+    always: bool = False
+
+    @property
+    def fields(self) -> tuple[str, ...]:
+        """The field."""
+        return (self.name,)
+
+    def read(self, config: Any) -> tuple[str, int] | None:
+        """Kind and width; None if there is no shared expert."""
+        width = getattr(config, self.name)
+        return (self.kind, width) if width or self.always else None
+
+    def write(self, value: tuple[str, int] | None, traits: Traits) -> dict[str, Any]:
+        """The width."""
+        if value is None and self.always:
+            raise Misfit(f"it has a {self.kind} shared expert, the model none", (self.kind, 0))
+        if value is not None and value[0] != self.kind:
+            raise Misfit(f"its shared expert is {self.kind}, the model's is {value[0]}")
+        return {self.name: value[1] if value else 0}
+
+
+@dataclass(frozen=True)
+class SharedCount:
+    """A field holds how many experts wide the shared one is; it has no gate."""
+
+    name: str
+    always: bool = True
+
+    @property
+    def fields(self) -> tuple[str, ...]:
+        """The field."""
+        return (self.name,)
+
+    def read(self, config: Any) -> tuple[str, int] | None:
+        """Kind and width; None if there is no shared expert."""
+        count = getattr(config, self.name) or 0
+        return ("plain", count * config.moe_intermediate_size) if count or self.always else None
+
+    def write(self, value: tuple[str, int] | None, traits: Traits) -> dict[str, Any]:
+        """The number of experts."""
+        if value is None and self.always:
+            raise Misfit("it has a shared expert, the model none", ("plain", 0))
+        kind, width = value or ("plain", 0)
+        if kind != "plain":
+            raise Misfit(f"its shared expert has no gate, the model's is {kind}")
+        count = -(-width // traits["expert_hidden"])
+        if count * traits["expert_hidden"] != width:
+            whole = count * traits["expert_hidden"]
+            raise Misfit(f"its shared expert is {whole} wide, the model's {width}", ("plain", whole))
+        return {self.name: count}

@@ -1,0 +1,133 @@
+"""Export to classes of transformers, which load without moeify."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from moeify.export.exporter import Exporter, Verdict
+from moeify.export.families import SPARSE
+from moeify.export.fit import Fit, best, fit
+from moeify.export.form import Misfit
+from moeify.export.probe import Probe, logits_of
+from moeify.export.read import form_of
+from moeify.registry import suggest
+
+_ROUNDING = 1e-4
+"""Differences of logits, relative to the largest, that may come of a different order of additions."""
+
+
+@dataclass(frozen=True)
+class Native(Exporter):
+    """A folder that `AutoModelForCausalLM.from_pretrained` reads, and whatever else reads such folders.
+
+    Attributes:
+        model_type: of the class to write; by default the one that needs the fewest rewrites.
+        max_shard_size: weights beyond this size are spread over several files.
+    """
+
+    model_type: str | None = None
+    max_shard_size: str = "5GB"
+
+    def supports(self, model: nn.Module) -> str | None:
+        """Why no class, or not the one that was asked for, computes what the model does."""
+        try:
+            build(self.fit(model), model)
+        except Misfit as misfit:
+            return str(misfit)
+        return None
+
+    def fit(self, model: nn.Module) -> Fit:
+        """The class, and the model in its words.
+
+        Raises:
+            Misfit: no class, or not the one that was asked for, computes what the model does.
+        """
+        form = form_of(model)
+        if self.model_type is None:
+            return best(form)
+        if self.model_type not in SPARSE:
+            raise Misfit(f"no class with experts is called {self.model_type!r}; {suggest(self.model_type, [*SPARSE])}")
+        return fit(form, SPARSE[self.model_type])
+
+    def write(self, model: Any, folder: Path) -> list[str]:
+        """Write `config.json`, the weights in the layout that the class was released with, and generation settings."""
+        found = self.fit(model)
+        built = build(found, model)
+        with _quiet():
+            built.save_pretrained(folder, max_shard_size=self.max_shard_size)
+        return [f"{found.family.title} ({type(built).__name__})", *found.rewrites]
+
+    def verify(self, folder: Path, probe: Probe) -> Verdict:
+        """Read it by transformers, in fp32."""
+        import transformers
+
+        options = {"dtype": torch.float32, "experts_implementation": "eager", "local_files_only": True}
+        with _quiet():
+            model, told = transformers.AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **options)
+        wrong = {kind: sorted(names) for kind, names in told.items() if names}
+        if wrong:
+            raise ValueError(f"transformers reads {folder} with faults: {wrong}")
+        difference = probe.difference(logits_of(model.eval(), probe.ids))
+        if difference > _ROUNDING * max(1.0, probe.size):
+            raise ValueError(
+                f"{type(model).__name__} of transformers gives other logits than the model, by {difference:.3g}"
+            )
+        return Verdict(f"transformers {transformers.__version__}, {type(model).__name__}", difference)
+
+
+def build(found: Fit, model: Any) -> Any:
+    """The model of transformers that a fit describes; its tensors are those of the form.
+
+    Args:
+        found: the fit.
+        model: what was exported, for its generation settings.
+
+    Raises:
+        Misfit: tensors that the class has no place for, or lacks.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    tensors = found.tensors()
+    dtype = tensors["model.embed_tokens.weight"].dtype
+    config = AutoConfig.for_model(found.family.model_type, **found.fields, dtype=dtype)
+    with torch.device("meta"), _quiet():
+        built = AutoModelForCausalLM.from_config(config)
+    wanted = built.state_dict()
+    if found.form["tied"]:
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
+    lost, missing = tensors.keys() - wanted.keys(), wanted.keys() - tensors.keys()
+    if lost or missing:
+        raise Misfit(
+            f"{found.family.title} has no place for {', '.join(sorted(lost)[:3]) or 'nothing'} and lacks "
+            f"{', '.join(sorted(missing)[:3]) or 'nothing'} of {len(missing)} tensors"
+        )
+    placed = {name: tensor.reshape(wanted[name].shape) for name, tensor in tensors.items()}
+    built.load_state_dict(placed, assign=True)
+    built.tie_weights()
+    if getattr(model, "generation_config", None) is not None:
+        built.generation_config = model.generation_config
+    return built.eval()
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No progress bars for a copy, and no warnings of networks of width 0."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Initializing zero-element tensors")
+            yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()

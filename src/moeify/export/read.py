@@ -1,0 +1,134 @@
+"""Read a model as a `Form`: one that `sparsify` made of a class of the table, or a sparse class of the table itself."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moeify.experts.base import Experts
+from moeify.export.experts import GatedFFNs, gated_ffns, shared_of
+from moeify.export.families import DENSE, EXPERTS, SPARSE, Family
+from moeify.export.form import Form, Misfit
+from moeify.export.routers import choice_of
+from moeify.layers import moe_layers
+from moeify.moe import MoE
+from moeify.store.peft import has_adapters
+
+
+def form_of(model: nn.Module) -> Form:
+    """What a causal language model of transformers computes, whose feed-forward networks are sparse.
+
+    Raises:
+        Misfit: a class that is not in the table, or sparse layers that no table has words for.
+    """
+    if has_adapters(model):
+        raise Misfit("it has adapters of PEFT; merge them first: model = model.merge_and_unload()")
+    layers = moe_layers(model)
+    family = _family(model, DENSE if layers else SPARSE)
+    return _sparsified(model, family, layers) if layers else _native(model, family)
+
+
+def _family(model: Any, table: Any) -> Family:
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as heads
+
+    model_type = getattr(getattr(model, "config", None), "model_type", "")
+    if model_type not in table or type(model).__name__ != heads.get(model_type):
+        known = ", ".join(f"{family.title}" for family in table.values())
+        kind = "no sparse layers of ours, and is" if table is SPARSE else "a base that is"
+        raise Misfit(f"{type(model).__name__} has {kind} none of the causal language models {known}")
+    return table[model_type]
+
+
+def _base(model: Any, family: Family) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Traits by the configuration, and all tensors; tied embeddings are those that are one tensor."""
+    traits = {trait: rule.read(model.config) for trait, rule in family.rules.items()}
+    tensors = {name: value for name, value in model.state_dict(keep_vars=True).items() if isinstance(value, Tensor)}
+    traits["tied"] = tensors["lm_head.weight"] is tensors["model.embed_tokens.weight"]
+    if traits["tied"]:
+        del tensors["lm_head.weight"]
+    return traits, {name: tensor.detach() for name, tensor in tensors.items()}
+
+
+def _native(model: Any, family: Family) -> Form:
+    traits, tensors = _base(model, family)
+    for i in traits["sparse_layers"]:
+        for part, names in family.names.items():
+            stored = [f"model.layers.{i}.{name}" for name in ([names] if isinstance(names, str) else names)]
+            if stored[0] in tensors:
+                found = torch.cat([tensors.pop(name) for name in stored]) if len(stored) > 1 else tensors.pop(stored[0])
+                tensors[f"layers.{i}.{part}"] = found.flatten() if part == "selection_bias" else found
+    return Form(_that_matter(traits), tensors)
+
+
+def _sparsified(model: Any, family: Family, layers: dict[str, MoE]) -> Form:
+    traits, tensors = _base(model, family)
+    traits["sparse_layers"] = tuple(sorted(_place(name) for name in layers))
+    rewrites: dict[str, None] = {}
+    of_layers: dict[str, dict[str, Any]] = {}
+    for name, layer in layers.items():
+        for inner in [key for key in tensors if key.startswith(f"{name}.")]:
+            del tensors[inner]
+        of_layers[name], parts, merged = _sparse_layer(layer, model.config.hidden_act)
+        tensors |= {f"layers.{_place(name)}.{part}": tensor.detach() for part, tensor in parts.items()}
+        rewrites |= dict.fromkeys(merged)
+    traits = dict.fromkeys(EXPERTS) | traits | _common(of_layers)
+    unknown = [name for name in tensors if re.fullmatch(r"model\.layers\.\d+\.after\..*", name)]
+    if unknown:
+        raise Misfit("further networks follow its sparse layers (after=sandwich), which no other program has")
+    return Form(_that_matter(traits), tensors, tuple(rewrites))
+
+
+def _that_matter(traits: dict[str, Any]) -> dict[str, Any]:
+    """All traits but those of dense networks, if there are none."""
+    all_sparse = len(traits["sparse_layers"]) == traits["layers"]
+    idle = {"ffn_hidden", *(["ffn_bias"] if traits["shared"] is None else [])} if all_sparse else ()
+    return {trait: value for trait, value in traits.items() if trait not in idle}
+
+
+def _place(name: str) -> int:
+    found = re.fullmatch(r"model\.layers\.(\d+)\.mlp", name)
+    if found is None:
+        raise Misfit(
+            f"a sparse layer stands at {name}, and other programs have them in the place of feed-forward networks only"
+        )
+    return int(found[1])
+
+
+def _sparse_layer(layer: MoE, hidden_act: str) -> tuple[dict[str, Any], dict[str, Tensor], tuple[str, ...]]:
+    choice, shared = choice_of(layer.router), shared_of(layer.shared)
+    if not isinstance(layer.experts, Experts):
+        raise Misfit(f"its experts are inside a {type(layer.experts).__name__}; take it off first")
+    experts = gated_ffns(layer.experts)
+    traits = choice.traits | {"num_experts": len(experts.down), "expert_hidden": experts.hidden}
+    parts = {"router": choice.router, "gate_up": experts.gate_up, "down": experts.down}
+    if choice.bias is not None:
+        parts["selection_bias"] = choice.bias
+    for ffns in [experts, *([shared[1]] if shared else [])]:
+        _require_activation(ffns, hidden_act)
+    traits["shared"] = None if shared is None else (shared[0], shared[1].hidden)
+    if shared is not None:
+        parts |= {"shared_gate_up": shared[1].gate_up[0], "shared_down": shared[1].down[0]}
+        if shared[2] is not None:
+            parts["shared_gate"] = shared[2]
+    return traits, parts, experts.rewrites
+
+
+def _require_activation(ffns: GatedFFNs, hidden_act: str) -> None:
+    from transformers.activations import ACT2FN
+
+    x = torch.linspace(-6, 6, 97)
+    if not torch.equal(ACT2FN[hidden_act](x), ffns.activation.act(x)):
+        raise Misfit(f"its experts do not have the activation of the model, {hidden_act}")
+
+
+def _common(of_layers: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """The traits of all sparse layers, which must be the same."""
+    (first, traits), *others = of_layers.items()
+    for name, other in others:
+        for trait, value in other.items():
+            if value != traits[trait]:
+                raise Misfit(f"{trait} is {traits[trait]} in {first} and {value} in {name}; other programs have one")
+    return traits

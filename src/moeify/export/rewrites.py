@@ -1,0 +1,122 @@
+"""Rewrites that change tensors and traits of a `Form` and not its function, one per trait."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from moeify.export.form import Form
+
+Rewrite = Callable[[Form, Any], Form | None]
+
+
+def rewritten(form: Form, trait: str, wanted: Any) -> Form | None:
+    """The same function with another value of a trait, None if there is no way."""
+    return REWRITES[trait](form, wanted) if trait in REWRITES else None
+
+
+def _scale(form: Form, wanted: float) -> Form:
+    """w · E(x) = E'(x) where the down projection is multiplied by w."""
+    ratio = form["scale"] / wanted
+    down = {name: tensor * ratio for name, tensor in form.each("down").items()}
+    return form.rewritten(f"the scale of the weights, {ratio:g}, is multiplied into the experts", down, scale=wanted)
+
+
+def _selection_bias(form: Form, wanted: bool) -> Form | None:
+    biases = form.each("selection_bias")
+    if wanted:
+        router = form.each("router")
+        zeros = {
+            name.replace("router", "selection_bias"): torch.zeros(len(weight), device=weight.device)
+            for name, weight in router.items()
+        }
+        return form.rewritten("a selection bias of zeros is added", zeros, selection_bias=True)
+    if any(torch.any(bias != bias[0]) for bias in biases.values()):
+        return None
+    return form.without("the selection bias, the same for all experts, is left out", {*biases}, selection_bias=False)
+
+
+def _shared(form: Form, wanted: tuple[str, int] | None) -> Form | None:
+    """Units whose weights are zero add nothing."""
+    if wanted is None:
+        return None
+    kind, width = wanted
+    old = form["shared"]
+    if old is not None and (old[0] != kind or old[1] > width):
+        return None
+    tensors: dict[str, Tensor] = {}
+    for i in form["sparse_layers"]:
+        like = form.tensors[f"layers.{i}.down"]
+        down = form.tensors.get(f"layers.{i}.shared_down", like.new_zeros(form["width"], 0))
+        gate_up = form.tensors.get(f"layers.{i}.shared_gate_up", like.new_zeros(0, form["width"]))
+        more = width - down.shape[1]
+        halves = [F.pad(half, (0, 0, 0, more)) for half in gate_up.chunk(2)] if len(gate_up) else [
+            like.new_zeros(width, form["width"])] * 2  # fmt: skip
+        tensors |= {f"layers.{i}.shared_down": F.pad(down, (0, more)), f"layers.{i}.shared_gate_up": torch.cat(halves)}
+        if kind == "gated" and old is None:
+            tensors[f"layers.{i}.shared_gate"] = like.new_zeros(1, form["width"])
+    what = f"a shared expert of {width} units is added" if old is None else (
+        f"the shared expert is filled up with zeros, from {old[1]} to {width} units")  # fmt: skip
+    return form.rewritten(what, tensors, shared=wanted)
+
+
+def _biases(trait: str, projections: tuple[str, ...]) -> Rewrite:
+    def rewrite(form: Form, wanted: bool) -> Form | None:
+        weights = {
+            name: tensor
+            for name, tensor in form.tensors.items()
+            if name.endswith(tuple(f"{projection}.weight" for projection in projections))
+        }
+        biases = {
+            name.removesuffix("weight") + "bias": tensor.new_zeros(len(tensor)) for name, tensor in weights.items()
+        }
+        said = ", ".join(projection.removesuffix("_proj") for projection in projections)
+        if wanted:
+            return form.rewritten(f"biases of zeros are added to {said}", biases, **{trait: True})
+        if any(torch.any(form.tensors[name]) for name in biases):
+            return None
+        return form.without(f"the biases of {said}, all zero, are left out", {*biases}, **{trait: False})
+
+    return rewrite
+
+
+def _rope_pairs(form: Form, wanted: str) -> Form | None:
+    """Positions turn pairs of units; which ones are a pair is an order of the rows of queries and keys."""
+    if form["latent"] is not None or form["query_key_norm"] is not None or form["rope"]["partial_rotary_factor"] != 1.0:
+        return None
+    tensors = {
+        name: reordered(tensor, form["head_dim"], wanted)
+        for name, tensor in form.tensors.items()
+        if name.endswith(("q_proj.weight", "k_proj.weight", "q_proj.bias", "k_proj.bias"))
+    }
+    what = "the rows of queries and keys are reordered, since positions turn other pairs of units"
+    return form.rewritten(what, tensors, rope_pairs=wanted)
+
+
+def reordered(rows: Tensor, head_dim: int, pairs: str) -> Tensor:
+    """Rows of queries or keys whose pairs are `halves` (i, i + d/2), as `neighbours` (2i, 2i + 1), or the reverse."""
+    split = (2, head_dim // 2) if pairs == "neighbours" else (head_dim // 2, 2)
+    return rows.unflatten(0, (-1, *split)).transpose(1, 2).flatten(0, 2).contiguous()
+
+
+def _windows(form: Form, wanted: None) -> Form | None:
+    if any(window is not None and window < form["positions"] for window in form["windows"]):
+        return None
+    return form.rewritten("sliding windows, no shorter than the longest text, are left out", windows=wanted)
+
+
+REWRITES: dict[str, Rewrite] = {
+    "scale": _scale,
+    "selection_bias": _selection_bias,
+    "shared": _shared,
+    "qkv_bias": _biases("qkv_bias", ("q_proj", "k_proj", "v_proj")),
+    "o_bias": _biases("o_bias", ("o_proj",)),
+    "head_bias": _biases("head_bias", ("lm_head",)),
+    "rope_pairs": _rope_pairs,
+    "windows": _windows,
+}
+"""By trait."""

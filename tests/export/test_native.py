@@ -1,0 +1,256 @@
+"""Models that sparsify makes become classes of transformers that compute the same, field by field."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import subprocess
+import sys
+from functools import partial
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedConfig
+
+import moe_families
+from moeify import Recipe, export, sparsify
+from moeify.export import Native, families
+from moeify.find.where import every, ffn, last
+from moeify.routers import ExpertGroups, TopK, sigmoid
+from moeify.sparsify import recipes
+from moeify.sparsify.make import copies, fresh, masked
+from moeify.sparsify.shared import dense, gated, nothing
+from tiny_models import causal_lm, tokens, widened
+
+LATENT = {"first_k_dense_replace": 9, "num_key_value_heads": 4, "q_lora_rank": 16, "kv_lora_rank": 16,
+          "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8}  # fmt: skip
+WHOLE_HEADS = {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 1.0}}
+BASES = {"deepseek_v3": LATENT, "stablelm": WHOLE_HEADS}
+
+
+def sparse(base="llama", recipe="mixtral", **config):
+    """A sparse model all of whose parts show in its logits, the selection biases included."""
+    recipe = recipes[recipe] if isinstance(recipe, str) else recipe
+    model = sparsify(causal_lm(base, **BASES.get(base, {}) | config), recipe, verbose=False)
+    return shown(model)
+
+
+def shown(model):
+    widened(model)
+    generator = torch.Generator().manual_seed(2)
+    for name, buffer in model.named_buffers():
+        if name.endswith("bias"):
+            buffer.copy_(torch.randn(buffer.shape, generator=generator) * 0.3)
+    return model.eval()
+
+
+FINER = partial(fresh, granularity=2)
+
+
+def router(where=ffn, experts=FINER, shared=nothing, **options):
+    """A recipe with a token choice of these options."""
+    return Recipe(where=where, num_experts=4, router=partial(TopK, **options), experts=experts, shared=shared)
+
+
+EXACT, ROUNDED = 0.0, 1e-5
+
+
+@pytest.mark.parametrize(
+    ("base", "recipe", "title", "rewrites", "at_most"),
+    [
+        ("llama", "mixtral", "Mixtral", 0, EXACT),
+        ("llama", router(normalize=False, shared=gated), "Qwen2-MoE", 0, EXACT),
+        ("llama", router(shared=dense), "GraniteMoeShared", 0, ROUNDED),
+        ("llama", "deepseek", "GLM4-MoE", 0, ROUNDED),
+        ("llama", "olmoe", "Qwen2-MoE", 1, EXACT),
+        ("llama", "matched", "Ernie4.5-MoE", 2, ROUNDED),
+        ("llama", "noisy", "Mixtral", 0, ROUNDED),
+        ("llama", "competesmoe", "Mixtral", 0, EXACT),
+        ("llama", "smoe_dropout", "Mixtral", 0, ROUNDED),
+        ("llama", "mixlora", "Mixtral", 1, ROUNDED),
+        ("llama", router(where=every(2)), "Qwen2-MoE", 1, EXACT),
+        ("llama", router(score=sigmoid, selection_bias=True, where=last(1)), "GLM4-MoE", 1, ROUNDED),
+        ("mistral", router(experts=partial(masked, experts=fresh)), "Mixtral", 0, EXACT),
+        ("mistral", "deepseek", "GLM4-MoE", 1, ROUNDED),
+        ("qwen2", "mixtral", "Qwen2-MoE", 1, EXACT),
+        ("qwen2", "matched", "Ernie4.5-MoE", 4, ROUNDED),
+        ("qwen3", router(where=every(2)), "Qwen3-MoE", 0, EXACT),
+        ("qwen3", "deepseek", "Dots1", 0, ROUNDED),
+        ("olmo2", "olmoe", "FlexOlmo", 0, EXACT),
+        ("granite", "mixtral", "GraniteMoeShared", 0, ROUNDED),
+        ("ernie4_5", router(scale=2.0, selection_bias=True, where=every(2)), "Ernie4.5-MoE", 1, EXACT),
+        ("stablelm", "phi", "PhiMoE", 0, EXACT),
+        ("deepseek_v3", "deepseek", "DeepSeek-V3", 0, ROUNDED),
+    ],
+)
+def test_a_sparse_model_is_a_class_of_transformers(base, recipe, title, rewrites, at_most, tmp_path):
+    done = export.write(sparse(base, recipe), tmp_path / "out")
+    assert done.notes[0].startswith(title)
+    assert len(done.notes) == 1 + rewrites
+    assert done.verdict.difference <= at_most
+
+
+ROPE = {"rope_type": "default", "rope_theta": 10000.0}
+FLIPS = [
+    {"hidden_act": "gelu", "head_dim": 16, "num_key_value_heads": 1, "rms_norm_eps": 0.3, "layer_norm_eps": 0.3,
+     "rope_parameters": ROPE | {"rope_theta": 50.0}, "tie_word_embeddings": True, "pad_token_id": 7, "bos_token_id": 9,
+     "eos_token_id": [3, 4], "max_position_embeddings": 24, "vocab_size": 96, "hidden_size": 64,
+     "intermediate_size": 40, "num_hidden_layers": 3, "attention_dropout": 0.1, "initializer_range": 0.3,
+     "embedding_multiplier": 1.5, "residual_multiplier": 0.7, "attention_multiplier": 0.2, "logits_scaling": 3.0,
+     "q_lora_rank": None, "kv_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 4},
+    {"num_attention_heads": 2, "attention_bias": True, "use_qkv_bias": True, "sliding_window": 4,
+     "use_sliding_window": True, "max_window_layers": 1, "layer_types": None, "pad_token_id": None,
+     "rope_parameters": ROPE | {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16},
+     "rope_interleave": False, "q_lora_rank": 8},
+]  # fmt: skip
+NOT_OF = {
+    "stablelm": {"hidden_size", "num_attention_heads"}, "olmo2": {"num_attention_heads"},
+    "deepseek_v3": {"num_key_value_heads", "num_attention_heads", "qk_rope_head_dim"}, "qwen3": {"max_window_layers"},
+}  # fmt: skip
+REFUSED = {
+    ("llama", "mlp_bias"), ("granite", "mlp_bias"), ("ernie4_5", "use_bias"), ("stablelm", "qk_layernorm"),
+    ("stablelm", "use_parallel_residual"), ("qwen3", "max_window_layers"),
+}  # fmt: skip
+SPARSE_BY = {"deepseek_v3": "deepseek", "stablelm": "phi"}
+
+
+def own_fields(config_class):
+    inherited = {field.name for field in dataclasses.fields(PreTrainedConfig)} - {"tie_word_embeddings"}
+    return {field.name for field in dataclasses.fields(config_class)} - inherited
+
+
+@pytest.mark.parametrize("base", families.DENSE)
+def test_every_field_of_a_dense_model_is_carried_over(base, tmp_path):
+    own = own_fields(type(causal_lm(base, **BASES.get(base, {})).config))
+    ruled = own & {name for rule in families.DENSE[base].rules.values() for name in rule.fields}
+    assert own - families.DENSE[base].fields <= families.SPARSE["deepseek_v3"].fields
+    assert ruled <= {*FLIPS[0], *FLIPS[1]} | {name for refused, name in REFUSED if refused == base}
+    for number, flips in enumerate(FLIPS):
+        flips = {name: value for name, value in flips.items() if name in ruled - NOT_OF.get(base, set())}
+        if base == "stablelm":
+            flips["rope_parameters"] = WHOLE_HEADS["rope_parameters"] | {"rope_theta": 50.0 + number}
+        done = export.write(sparse(base, SPARSE_BY.get(base, "mixtral"), **flips), tmp_path / str(number))
+        assert done.verdict.difference < 1e-4
+
+
+@pytest.mark.parametrize(("base", "flip"), sorted(REFUSED))
+def test_a_field_that_no_class_has_is_refused(base, flip):
+    flips = {flip: 1 if flip == "max_window_layers" else True, "use_sliding_window": True, "sliding_window": 4}
+    model = sparse(base, router(), **flips)
+    assert export.supports(model)["transformers"]
+
+
+@pytest.mark.parametrize("family", families.SPARSE)
+def test_a_class_with_experts_is_read_and_written_back_bit_for_bit(family, tmp_path):
+    model = shown(moe_families.build(family))
+    config_class = type(model.config)
+    assert own_fields(config_class) <= families.SPARSE[family].fields
+    done = export.write(model, tmp_path / "out", Native(family))
+    assert len(done.notes) == 1
+    assert done.verdict.difference == 0
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "out").state_dict()
+    assert all(torch.equal(again[name], tensor) for name, tensor in model.state_dict().items())
+
+
+def test_the_default_of_another_class_would_have_changed_the_logits_and_is_found(tmp_path):
+    assert export.verify(export.write(sparse(), tmp_path / "out").folder).difference == 0
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config.pop("rope_parameters")["rope_theta"] == 10000.0
+    (tmp_path / "out" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="other logits than the model"):
+        export.verify(tmp_path / "out")
+
+
+def test_a_folder_loads_in_a_process_that_cannot_import_moeify(tmp_path):
+    ids = tokens()
+    expected = {}
+    for base, recipe in (("llama", "mixtral"), ("qwen2", "olmoe"), ("llama", "deepseek")):
+        model = sparse(base, recipe)
+        export.write(model, tmp_path / recipe)
+        expected[recipe] = model(ids).logits
+    torch.save(ids, tmp_path / "ids.pt")
+    code = f"""
+import sys, torch
+sys.modules["moeify"] = None
+from transformers import AutoModelForCausalLM
+ids = torch.load({str(tmp_path / "ids.pt")!r})
+for name in {list(expected)}:
+    model = AutoModelForCausalLM.from_pretrained({str(tmp_path)!r} + "/" + name)
+    torch.save(model(ids).logits, {str(tmp_path)!r} + "/" + name + ".pt")
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+    for name, logits in expected.items():
+        torch.testing.assert_close(torch.load(tmp_path / f"{name}.pt"), logits, rtol=0, atol=1e-5)
+
+
+def test_half_precision_stays_as_it_is(tmp_path):
+    model = sparse("llama", router(score=sigmoid, selection_bias=True)).to(torch.bfloat16)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    rotary = model.model.rotary_emb.inv_freq.clone()
+    done = export.write(model, tmp_path / "out")
+    assert done.verdict.difference < 1e-5
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert again.dtype == torch.bfloat16
+    assert again.model.layers[0].mlp.gate.e_score_correction_bias.dtype == torch.float32
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+    assert torch.equal(model.model.rotary_emb.inv_freq, rotary)
+
+
+GROUPS = ExpertGroups(count=2, keep=1, reduce="max")
+
+
+@pytest.mark.parametrize(
+    ("base", "recipe", "reason"),
+    [
+        ("llama", "soft", "Soft is no token choice"),
+        ("llama", "expert_choice", "ExpertChoice is no token choice"),
+        ("llama", "switch", r"layer\.replace\(router=layer\.router\.router\)"),
+        ("llama", "longcat", "Blocks experts"),
+        ("llama", "phi", "Mixtral, score: it has softmax, the model sparsemixer"),
+        ("llama", "stmoe", "drops rows beyond a capacity"),
+        ("llama", "phatgoose", "a sparse layer stands at model.layers.0.self_attn.q_proj"),
+        ("llama", router(per="sequence"), "one decision for a whole sequence"),
+        ("llama", router(bias=True), "projection of its router has a bias"),
+        ("llama", router(expert_groups=GROUPS), "Mixtral, groups"),
+        ("llama", router(score=torch.exp), "a score of your own"),
+        ("qwen3", "matched", "Qwen3-MoE, selection bias: it has none, the model one"),
+        ("olmo2", "deepseek", "FlexOlmo, score: it has softmax, the model sigmoid"),
+        ("gemma", "mixtral", "GemmaForCausalLM has a base that is none of"),
+    ],
+)
+def test_what_no_class_computes_is_refused_with_the_reason(base, recipe, reason, tmp_path):
+    recipe = recipes[recipe] if isinstance(recipe, str) else recipe
+    layers = {"num_hidden_layers": 4} if recipe is recipes["stmoe"] else {}
+    model = shown(sparsify(causal_lm(base, **layers), recipe, verbose=False, allow_noncausal=True))
+    with pytest.raises(ValueError, match=reason):
+        export.write(model, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_layers_that_differ_are_refused():
+    model = sparse()
+    model.model.layers[1].mlp.router.k = 1
+    assert "k is 2 in model.layers.0.mlp and 1 in model.layers.1.mlp" in export.supports(model)["transformers"]
+
+
+def test_nothing_is_left_of_an_export_that_fails_or_would_overwrite(tmp_path, monkeypatch):
+    model = sparse()
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "mine").touch()
+    with pytest.raises(FileExistsError, match="not empty"):
+        export.write(model, tmp_path / "full")
+    monkeypatch.setattr("moeify.export.native.logits_of", lambda model, ids: torch.zeros(*ids.shape, 256))
+    with pytest.raises(ValueError, match="other logits than the model"):
+        export.write(model, tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["full"]
+    assert [path.name for path in (tmp_path / "full").iterdir()] == ["mine"]
+
+
+def test_a_class_may_be_asked_for(tmp_path):
+    model = sparse("llama", Recipe(num_experts=4, router=partial(TopK, score=sigmoid), experts=copies))
+    done = export.write(model, tmp_path / "out", Native("glm4_moe"))
+    assert done.notes[1:] == ["a selection bias of zeros is added", "a shared expert of 0 units is added"]
+    with pytest.raises(ValueError, match="score: it has softmax, the model sigmoid"):
+        export.write(model, tmp_path / "other", Native("mixtral"))
+    with pytest.raises(ValueError, match="did you mean 'mixtral'"):
+        export.write(model, tmp_path / "other", Native("mixtrl"))
