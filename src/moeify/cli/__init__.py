@@ -9,7 +9,7 @@ from typing import Any
 import typer
 
 from moeify import env
-from moeify.cli import compare, doctor, generate, sparsify, threads, train, verify
+from moeify.cli import compare, doctor, export, generate, sparsify, threads, train, verify
 
 app = typer.Typer(
     name="moeify",
@@ -23,6 +23,7 @@ app.command("compare")(compare.Compare)
 app.command("sparsify")(sparsify.sparsify)
 app.command("generate")(generate.generate)
 app.command("verify")(verify.verify)
+app.command("export")(export.export)
 app.command("recipes")(sparsify.list_recipes)
 app.command("doctor")(doctor.doctor)
 

@@ -1,0 +1,63 @@
+"""`moeify export`: write a saved sparse model for another program, and compare what that program computes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from moeify.export import Exporter
+
+
+def export(
+    model: Annotated[Path, typer.Argument(help="A saved sparse model, the folder of a run, or an MoE of transformers")],
+    to: Annotated[str, typer.Option(help="transformers")] = "transformers",
+    output: Annotated[
+        Path | None, typer.Option(help="The new folder", show_default="beside the model, named after the target")
+    ] = None,
+    as_class: Annotated[
+        str | None,
+        typer.Option("--class", help="The class of transformers, such as mixtral", show_default="the closest"),
+    ] = None,
+) -> None:
+    """Write a sparse language model for another program, which does not need moeify."""
+    from moeify import export
+
+    folder = model / "model" if (model / "model" / "config.json").is_file() else model
+    source, tokenizer = _load(folder), _tokenizer(folder)
+    output = folder.parent / f"{folder.name}-{to}" if output is None else output
+    done = export.write(source, output, _exporter(to, as_class), tokenizer=tokenizer)
+    print("\n".join([f"{done.folder}: {done.notes[0]}", *(f"  {note}" for note in done.notes[1:]), str(done.verdict)]))
+
+
+def _exporter(to: str, as_class: str | None) -> Exporter:
+    from moeify import export
+
+    if as_class is None:
+        return export.find_exporter(to)
+    if to != "transformers":
+        raise ValueError(f"--class is for --to transformers, not {to}")
+    return export.Native(as_class)
+
+
+def _load(folder: Path) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    from moeify.cli.text import load_dense
+    from moeify.files import read_json
+    from moeify.store import load
+
+    config = folder / "config.json"
+    if config.is_file() and "moeify" not in read_json(config):
+        return load_dense(str(folder), AutoModelForCausalLM.__name__, dtype="auto", local_files_only=True)
+    return load(folder)
+
+
+def _tokenizer(folder: Path) -> Any:
+    """The tokenizer of transformers that lies beside a model, None if there is none."""
+    from moeify.cli.text import load_tokenizer
+
+    names = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
+    return load_tokenizer(str(folder)) if any((folder / name).is_file() for name in names) else None
