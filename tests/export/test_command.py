@@ -38,4 +38,4 @@ def test_a_refusal_is_one_line_and_leaves_nothing(tmp_path):
     assert ended.code == 2
     assert "Soft is no token choice" in ended.err
     assert not (tmp_path / "out").exists()
-    assert "did you mean 'transformers'" in moeify("export", run, "--to", "transfomers").err
+    assert "did you mean 'transformers'" in moeify("export", run, "--to", "transformer").err
