@@ -27,9 +27,6 @@ LIBRARIES = "lucidrains"
 EXPLAINED = {
     "vmoe expert choice by 4": "V-MoE's default rounds slots up to a multiple of 4, ExpertChoice up to a whole number",
     "vmoe soft as shipped": "the shipped dispatcher casts rows to bfloat16",
-    "vmoe top-1 importance_loss": "V-MoE sums the softmax over all experts, losses.importance the weights of the rows",
-    "vmoe noisy top-2 importance_loss": "V-MoE sums the softmax over all experts, losses.importance the weights kept",
-    "vmoe noisy top-2 load_loss": "V-MoE compares with the k-th largest logit, its own included; Shazeer's with others",
     "vmoe noisy top-2 gshard_loss": "GShard counts first choices, losses.balance every choice",
     "lucidrains top-2 straight-through gradients": "a second gradient reaches the router through the dispatched rows",
     "lucidrains top-2 balance": "the peer counts first choices that were kept, losses.balance every choice asked for",

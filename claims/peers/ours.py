@@ -13,8 +13,8 @@ from torch.nn import functional as F
 from moeify import MoE, losses
 from moeify.capacity import per_choice_by_4, per_token
 from moeify.experts import FFN, Glu, Plain
-from moeify.losses.loads import cv_squared
 from moeify.routers import Capacity, ExpertChoice, GShard, NoisyTopK, Router, Soft
+from moeify.routers.noisy import of_all
 from moeify.routing import Assignment, Mixture
 
 B, N, D, E, H, SLOTS = 3, 32, 16, 4, 24, 2
@@ -63,7 +63,7 @@ def table(routing: Assignment) -> Tensor:
 
 def against_vmoe(given: Values) -> Values:
     """Our answers under the names of `peers/vmoe_jax.py`; after a bar, how else the quantity can be had."""
-    noisy = partial(NoisyTopK, D, E, noise=1 / E, order="softmax")
+    noisy = partial(NoisyTopK, D, E, noise="1/E", order="softmax", expected_load=of_all)
     limited = partial(Capacity, factor=0.7, capacity=per_choice_by_4, priority="choice")
     routers = {
         "top-2": limited(noisy(k=2)),
@@ -93,10 +93,7 @@ def against_vmoe(given: Values) -> Values:
             first = torch.bincount(routing.scores.argmax(-1), minlength=E)
             answers[f"{case}/gshard_loss"] = losses.balance(routing)
             answers[f"{case}/gshard_loss | balance(demand=first choices)"] = losses.balance(routing, assigned=first)
-            answers[f"{case}/importance_loss"] = losses.importance(routing)
-            answers[f"{case}/importance_loss | cv² of the noiseless softmax"] = cv_squared(
-                routing.logits.softmax(-1).sum(0)
-            )
+            answers[f"{case}/importance_loss"] = losses.score_importance(routing)
         if case == "noisy top-2":
             answers[f"{case}/load_loss"] = losses.load_loss(routing)
 

@@ -9,7 +9,7 @@ from torch import nn
 from moeify import MoE, losses
 from moeify.experts import Each
 from moeify.routers import NoisyTopK
-from moeify.routers.noisy import expected_load
+from moeify.routers.noisy import of_all, of_others
 from strategies import agree, doubled, route
 
 T, D, E = 12, 6, 5
@@ -98,7 +98,7 @@ def test_the_expected_load_is_how_often_another_draw_of_ones_own_noise_wins():
     clean, k, draws = torch.randn(3, E), 2, 20000
     spread = torch.rand(3, E) + 0.3
     noisy = clean + torch.randn(3, E) * spread
-    expected = expected_load(clean, noisy, spread, k)
+    expected = of_others(clean, noisy, spread, k)
     for j in range(E):
         again = noisy.expand(draws, 3, E).clone()
         again[..., j] = clean[:, j] + torch.randn(draws, 3) * spread[:, j]
@@ -110,3 +110,27 @@ def test_initially_noise_alone_decides():
     routing = route(NoisyTopK(D, E, k=2), torch.randn(4000, D))
     assert routing.logits.count_nonzero() == 0
     assert (routing.counts / 8000 - 1 / E).abs().max() < 0.02
+
+
+def test_v_moes_expected_load_compares_with_the_kth_of_all():
+    router = sharp(k=2, noise="1/E", order="softmax", expected_load=of_all)
+    x = torch.randn(T, D)
+    torch.manual_seed(3)
+    routing = route(router, x)
+    torch.manual_seed(3)
+    epsilon = torch.randn(T, E).double()
+
+    p, load = doubled(router), [0.0] * E
+    for t in range(T):
+        h = slow_noisy(x[t].double(), p, 1 / E, epsilon[t])
+        threshold = sorted(h, key=lambda v: -v.item())[2 - 1]
+        for j in range(E):
+            load[j] = load[j] + normal((p["weight"][j] @ x[t].double() - threshold) / (1 / E))
+    mean = sum(load) / E
+    slow = sum((v - mean) ** 2 for v in load) / E / mean**2
+    agree(losses.load_loss(routing), list(router.parameters()), slow, list(p.values()))
+
+
+@pytest.mark.parametrize("experts", [4, 8, 32])
+def test_v_moes_noise_shrinks_with_the_number_of_experts(experts):
+    assert NoisyTopK(D, experts, noise="1/E").noise == 1 / experts

@@ -82,15 +82,18 @@ def odd(model: nn.Module) -> list[Site]:
     return _every(model, n=2)
 
 
-def last(n: int) -> Where:
-    """The last n feed-forward networks of each stack (V-MoE)."""
-    return partial(_last, n=n)
+def last(n: int, *, where: Where = ffn) -> Where:
+    """The last n feed-forward networks of each stack, or of those in a stack that `where` chose.
+
+    V-MoE's "last 2" are the last two of every second one, `last(2, where=odd)`: blocks 5 and 7 of 0 to 7.
+    """
+    return partial(_last, n=n, where=where)
 
 
 @register("where", "last")
-def _last(model: nn.Module, n: int) -> list[Site]:
+def _last(model: nn.Module, n: int, *, where: Where = ffn) -> list[Site]:
     _at_least_one("last", n)
-    return [site for sites in _by_stack(ffn(model)) for site in sites[-n:]]
+    return [site for sites in _by_stack(where(model)) for site in sites[-n:]]
 
 
 @register("where", "last_half")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -15,6 +16,32 @@ from moeify.routers.base import Router, project, real_tokens
 from moeify.routers.topk import check_k
 from moeify.routing import Assignment, Evidence
 
+ExpectedLoad = Callable[[Tensor, Tensor, Tensor, int], Tensor]
+
+
+@register("expected_load", "of_others")
+def of_others(
+    clean: Float[Tensor, "T E"], noisy: Float[Tensor, "T E"], std: Float[Tensor, "T E"], k: int
+) -> Float[Tensor, "E"]:
+    """Σ_x Φ((x W_j - the k-th largest of the other noisy logits) / σ_j(x)), for k < E (Shazeer et al., eqs. 8-10)."""
+    top = noisy.topk(k + 1, dim=-1).values
+    kth, next_one = top[:, k - 1 : k], top[:, k : k + 1]
+    others_kth = torch.where(noisy >= kth, next_one, kth)
+    return torch.special.ndtr((clean - others_kth) / std.clamp_min(1e-6)).sum(0)
+
+
+@register("expected_load", "of_all")
+def of_all(
+    clean: Float[Tensor, "T E"], noisy: Float[Tensor, "T E"], std: Float[Tensor, "T E"], k: int
+) -> Float[Tensor, "E"]:
+    """Σ_x Φ((x W_j - the k-th largest of all noisy logits) / σ_j(x)) (V-MoE, appendix A.2, and the authors' code).
+
+    A chosen expert is compared with a threshold that its own noise may have set, so that the k-th choice wins half of
+    the redraws whatever the others score.
+    """
+    kth = noisy.topk(k, dim=-1).values[:, -1:]
+    return torch.special.ndtr((clean - kth) / std.clamp_min(1e-6)).sum(0)
+
 
 @register("router", "noisy")
 class NoisyTopK(Router):
@@ -26,14 +53,15 @@ class NoisyTopK(Router):
         g    = the k largest of softmax(H)          with order="softmax"  (V-MoE)
 
     In training, and for k < E, the decision keeps the expected load, Σ_x P(another draw of ε_j leaves H_j among the k
-    largest), whose CV², `moeify.losses.load_loss`, is a loss with a gradient.
+    largest), whose CV², `moeify.losses.load_loss`, is a loss with a gradient. Shazeer and V-MoE compute it differently.
 
     Args:
         width: D.
         num_experts: E.
         k: experts per token.
-        noise: standard deviation of the noise; V-MoE uses 1 / E.
+        noise: standard deviation of the noise: learned, a number, or "1/E" (V-MoE).
         order: whether the softmax is over the chosen logits, or over all before the choice.
+        expected_load: how the expected load is computed: `of_others` (Shazeer) or `of_all` (V-MoE).
 
     Raises:
         ValueError: k outside 1..E; k = 1 with the softmax over the one chosen logit; a constant noise that is not
@@ -48,14 +76,20 @@ class NoisyTopK(Router):
         num_experts: int,
         *,
         k: int = 2,
-        noise: float | Literal["learned"] = "learned",
+        noise: float | Literal["learned", "1/E"] = "learned",
         order: Literal["select", "softmax"] = "select",
+        expected_load: ExpectedLoad = of_others,
     ) -> None:
         super().__init__()
         check_k(k, num_experts, normalize=order == "select")
-        if noise != "learned" and noise <= 0:
-            raise ValueError(f"noise={noise} is no standard deviation; choose noise > 0, or TopK for none")
+        if noise == "1/E":
+            noise = 1 / num_experts
+        if noise != "learned" and not (isinstance(noise, float | int) and noise > 0):
+            raise ValueError(
+                f"noise={noise!r} is no standard deviation; choose noise > 0, 'learned' or '1/E', or TopK for none"
+            )
         self.num_experts, self.k, self.noise, self.order = num_experts, k, noise, order
+        self.expected_load = expected_load
         self.weights_sum_to_one = order == "select"
         self.weight = nn.Parameter(torch.zeros(num_experts, width))
         self.noise_weight = nn.Parameter(torch.zeros(num_experts, width)) if noise == "learned" else None
@@ -74,20 +108,10 @@ class NoisyTopK(Router):
     def _add_noise(
         self, clean: Float[Tensor, "T E"], tokens: Float[Tensor, "T D"]
     ) -> tuple[Float[Tensor, "T E"], Float[Tensor, "E"] | None]:
-        """The noisy logits, and the load to expect of them."""
+        """The noisy logits, and the expected load."""
         if self.noise_weight is None:
             std = torch.full_like(clean, float(self.noise))
         else:
             std = F.softplus(project(tokens, self.noise_weight))
         noisy = clean + torch.randn_like(clean) * std
-        return noisy, expected_load(clean, noisy, std, self.k) if self.k < self.num_experts else None
-
-
-def expected_load(
-    clean: Float[Tensor, "T E"], noisy: Float[Tensor, "T E"], std: Float[Tensor, "T E"], k: int
-) -> Float[Tensor, "E"]:
-    """Σ_x Φ((x W_j - the k-th largest of the other noisy logits) / σ_j(x)), for k < E."""
-    top = noisy.topk(k + 1, dim=-1).values
-    kth, next_one = top[:, k - 1 : k], top[:, k : k + 1]
-    others_kth = torch.where(noisy >= kth, next_one, kth)
-    return torch.special.ndtr((clean - others_kth) / std.clamp_min(1e-6)).sum(0)
+        return noisy, self.expected_load(clean, noisy, std, self.k) if self.k < self.num_experts else None
