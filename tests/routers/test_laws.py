@@ -14,6 +14,7 @@ from moeify.experts import FFN, LoRA
 from moeify.moe import MoE
 from moeify.routers import (
     AllExperts,
+    BalancedAssignment,
     Capacity,
     Conditional,
     Cosine,
@@ -63,6 +64,7 @@ TOKEN_BY_TOKEN = {
     "phatgoose": Phatgoose,
     "uniform": Uniform,
     "sinkhorn": Sinkhorn,
+    "balanced assignment": BalancedAssignment,
     "hash": partial(Lookup, size=7),
     "all experts": AllExperts,
     "learned hash": partial(Lookup, size=7, k=2, learned=True),

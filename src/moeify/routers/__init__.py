@@ -2,6 +2,7 @@
 
 from moeify.routers.all_experts import AllExperts
 from moeify.routers.arrow import Arrow
+from moeify.routers.balanced_assignment import BalancedAssignment
 from moeify.routers.base import Router, Tokens, begin_step, project, real_tokens
 from moeify.routers.competition import Compete
 from moeify.routers.cosine import Cosine
@@ -34,6 +35,7 @@ from moeify.routers.variable import ReLU, Threshold, TopP
 __all__ = [
     "AllExperts",
     "Arrow",
+    "BalancedAssignment",
     "Capacity",
     "Cluster",
     "Compete",

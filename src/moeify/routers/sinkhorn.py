@@ -1,4 +1,4 @@
-"""Balanced assignment as optimal transport: Sinkhorn iterations in training, plain top-k in evaluation."""
+"""S-BASE, balanced assignment as optimal transport: Sinkhorn iterations in training, plain top-k in evaluation."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from moeify.routing import Assignment, Evidence
 
 @register("router", "sinkhorn")
 class Sinkhorn(Router):
-    """The top k of a transport plan with even marginals (BASE, arXiv 2103.16716; as iterated in Megatron-Core).
+    """The top k of a transport plan with even marginals (S-BASE, arXiv 2202.01169; as iterated in Megatron-Core).
 
     Weights are the router's own: sigmoid for k = 1, softmax for more; no gradient flows through the plan. Which
     expert a token gets in training depends on the whole batch: not for decoders that must not look ahead.
