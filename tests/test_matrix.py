@@ -9,11 +9,26 @@ from torch import nn
 
 from moeify import MoE, kernels
 from moeify.backends import compose
-from moeify.experts import FFN, Blocks, ClampedGlu, Constant, Each, Glu, Identity, LoRA, LoRAFFN, Masked, Plain, Zero
+from moeify.experts import (
+    FFN,
+    Blocks,
+    ClampedGlu,
+    Constant,
+    Each,
+    Glu,
+    Identity,
+    LoRA,
+    LoRAFFN,
+    Masked,
+    Plain,
+    Scaled,
+    Zero,
+)
 from moeify.experts.quantized import quantize
 from moeify.kernels.cpu import cpp
 from moeify.routers import (
     AllExperts,
+    BalancedAssignment,
     Capacity,
     Cluster,
     Compete,
@@ -75,13 +90,14 @@ ROUTERS = {
     "expert choice": partial(ExpertChoice, D, E),
     "soft": partial(Soft, D, E, slots=2),
     "sinkhorn": partial(Sinkhorn, D, E, k=2),
+    "balanced assignment": partial(BalancedAssignment, D, E),
     "hash": partial(Lookup, D, E, size=12),
     "cluster": partial(Cluster, D, E, key="input_ids", clusters=258, temperature=1.0, dimensions=3),
     "cluster alone": partial(
         Cluster, D, E, key="input_ids", clusters=258, temperature=1.0, dimensions=3, universal=False, gate="twice"
     ),
     "all": partial(AllExperts, D, E),
-    "learned hash": partial(Lookup, D, E, size=5, k=3, learned=True),
+    "learned hash": partial(Lookup, D, E, size=5, k=3, learned=True, scale=1.5),
     "mmoe": partial(MultiGate, D, E, gates=2),
     "ple": partial(MultiGate, D, E, gates=2, private=1),
     "bounded union": partial(SparseMultiGate, D, E, gates=2, k=2, union=3),
@@ -120,6 +136,7 @@ EXPERTS = {
     "each": lambda: Each([nn.Sequential(nn.Linear(D, 3 + e), nn.Tanh(), nn.Linear(3 + e, D)) for e in range(E)]),
     "blocks": lambda: Blocks([FFN(1, D, 12), FFN(1, D, 2, activation=Glu(nn.functional.gelu)), Identity(), Zero()]),
     "quantised": lambda: quantize(FFN(E, D, 6, bias=True), 4),
+    "scaled": lambda: Scaled(FFN(E, D, 6), 2.0),
     "masked": lambda: Masked(FFN(E, D, 6), 0.4).eval(),  # its draws would differ where a router asks the experts
     "lora": lambda: learned(LoRA(E, D, rank=3, scale=0.5)),
     "adapted": lambda: learned(
@@ -160,7 +177,9 @@ def test_every_combination_is_its_definition(router, experts, backend, dtype, mo
 
 
 SEES = dict.fromkeys(["per group", "expert choice", "soft", "similarity"], "sequence")
-SEES |= dict.fromkeys(["capacity", "priority", "next", "gshard", "token rounding", "sinkhorn"], "batch")
+SEES |= dict.fromkeys(
+    ["capacity", "priority", "next", "gshard", "token rounding", "sinkhorn", "balanced assignment"], "batch"
+)
 OUTSIDE = {"mole": ["decisions_are_computed_in_fp32"]}  # its logits are those of experts, which compute in bf16
 
 

@@ -48,6 +48,13 @@ def test_options_given_by_position_are_written_too():
     assert decode("split", written)(name="mlp") == (3, 2, "mlp")
 
 
+def test_settings_are_what_was_given_and_the_defaults_of_the_rest():
+    found = registry.settings("router", {"name": "capacity", "router": {"name": "topk", "k": 1}, "factor": 1.5})
+    assert found["router"] == "capacity"
+    assert (found["router.factor"], found["router.eval_factor"]) == (1.5, 2.0)
+    assert (found["router.router"], found["router.router.k"], found["router.router.score"]) == ("topk", 1, "softmax")
+
+
 def test_a_name_alone_is_enough():
     assert decode("router", "topk") is TopK
     assert decode("controller", "sign") == Sign()

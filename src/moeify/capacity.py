@@ -17,8 +17,11 @@ from moeify.routing import Assignment
 
 @register("capacity", "tokens")
 def per_token(factor: float, tokens: int, num_experts: int, k: int) -> int:
-    """round(factor · T / E), at least 4: second choices are not counted (Switch, ST-MoE, mesh)."""
-    return max(4, round(factor * tokens / num_experts))
+    """floor(factor · T / E), at least 4: second choices are not counted (Switch and ST-MoE in mesh).
+
+    flaxformer, which trained later models of these authors, rounds to the nearest number.
+    """
+    return max(4, math.floor(factor * tokens / num_experts))
 
 
 @register("capacity", "choices")

@@ -116,6 +116,27 @@ def decode(kind: str, value: Any) -> Any:
     return partial(thing, **options) if options else thing
 
 
+def settings(kind: str, written: Any) -> dict[str, Any]:
+    """Every setting of a thing by its dotted name, those that were not given with their defaults.
+
+    Args:
+        kind: the kind of the thing; its own name stands under this key.
+        written: a name, or a mapping of a name and its options, as `encode` writes.
+    """
+    written = {"name": written} if isinstance(written, str) else written
+    thing = lookup(kind, written["name"])
+    parameters = inspect.signature(thing).parameters
+    found = {kind: written["name"]}
+    for option in _options_of(kind, thing):
+        value = written.get(option, parameters[option].default)
+        if value is inspect.Parameter.empty:  # what the thing is called with
+            continue
+        value = encode(option, value) if callable(value) else value
+        is_part = option in _BY_NAME and isinstance(value, str | dict)
+        found |= {f"{kind}.{name}": v for name, v in (settings(option, value) if is_part else {option: value}).items()}
+    return found
+
+
 def _options_of(kind: str, thing: Callable) -> list[str]:
     return list(inspect.signature(thing).parameters)[_LEADING.get(kind, 0) :]
 

@@ -27,6 +27,17 @@ def test_switch_gives_an_expert_at_least_four_slots():
     assert per_token(1.0, 8, 8, 1) == 4
 
 
+def test_mesh_truncates_slots():
+    assert per_token(1.25, 39, 8, 1) == 6
+    assert per_token(1.25, 51, 8, 1) == 7
+
+
+def test_an_infinite_capacity_drops_nothing():
+    router = Capacity(TopK(4, 4), factor=0.5, eval_factor=math.inf).eval()
+    torch.nn.init.zeros_(router.router.weight)
+    assert route(router, torch.ones(32, 4)).counts.sum() == 64
+
+
 def test_megatron_rounds_slots_up():
     assert per_choice(1.0, 10, 4, 1) == 3
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from moeify import assign, losses
-from moeify.routers import Capacity, ReLU, TopK, sigmoid
+from moeify.routers import Capacity, ExpertGroups, NoisyTopK, ReLU, TopK, sigmoid
 from strategies import agree, route, sharpen
 
 B, N, D, E, K = 3, 4, 5, 6, 2
@@ -64,6 +64,16 @@ def test_balance_by_sequence_is_each_sequences_own_averaged():
     agree(losses.balance(routing, "sequence"), [leaf], slow, [leaf64])
 
 
+def test_sequence_balance_is_deepseek_v3s_equations_17_to_20():
+    groups = ExpertGroups(3, 2, "top2")
+    routing, leaf, leaf64 = scores_of(decision(score=sigmoid, selection_bias=True, expert_groups=groups))
+    p = slow_probability(leaf64)
+    largest = torch.tensor([sorted(range(E), key=lambda j, t=t: -leaf64[t, j].item())[:K] for t in range(B * N)])
+    assert not torch.equal(largest.sort(-1).values, routing.choices.indices.sort(-1).values)
+    slow = sum(slow_balance(largest[b * N : (b + 1) * N], p[b * N : (b + 1) * N]) for b in range(B)) / B
+    agree(losses.sequence_balance(routing), [leaf], slow, [leaf64])
+
+
 def test_importance_is_the_squared_variation_of_summed_weights():
     gates = torch.rand(4, K, requires_grad=True)
     index = torch.tensor([[0, 1], [2, 0], [1, 5], [3, 4]])
@@ -72,6 +82,18 @@ def test_importance_is_the_squared_variation_of_summed_weights():
     mean = sum(sums) / E
     slow = sum((s - mean) ** 2 for s in sums) / E / mean**2
     agree(losses.importance(assign(index, gates, E)), [gates], slow, [gates64])
+
+
+def test_score_importance_is_the_squared_variation_of_every_experts_summed_scores():
+    router = NoisyTopK(D, E, k=2, noise="1/E", order="softmax")
+    torch.nn.init.normal_(router.weight)
+    routing = route(router, torch.randn(B, N, D))
+    z64 = routing.logits.detach().double().requires_grad_()
+    scores = [[torch.exp(z64[t, j]) / torch.exp(z64[t]).sum() for j in range(E)] for t in range(B * N)]
+    sums = [sum(row[j] for row in scores) for j in range(E)]
+    mean = sum(sums) / E
+    slow = sum((s - mean) ** 2 for s in sums) / E / mean**2
+    agree(losses.score_importance(routing), [routing.logits], slow, [z64])
 
 
 def test_load_counts_the_rows_that_were_assigned_before_any_were_dropped():

@@ -16,7 +16,8 @@ B, N, D, OUT, E, C, S = 4, 3, 6, 5, 4, 7, 0.5
 @pytest.mark.parametrize("gate", ["once", "twice"])
 @pytest.mark.parametrize("universal", [True, False])
 def test_cluster_conditional_experts_are_the_papers_formula(universal, gate, training):
-    router = Cluster(D, E, clusters=C, universal=universal, gate=gate, temperature=0.3, noise=0.2, dimensions=8)
+    options = {"temperature": 0.3, "noise": 0.2, "dimensions": 8, "bias": gate == "twice"}  # the authors' gate has one
+    router = Cluster(D, E, clusters=C, universal=universal, gate=gate, **options)
     moe = MoE(router, LoRA(E, D, OUT, rank=2, scale=S), shared=nn.Linear(D, OUT)).train(training)
     nn.init.normal_(moe.experts.lora_B)
     cluster = torch.tensor([3, 0, 3, 6])
@@ -31,7 +32,7 @@ def test_cluster_conditional_experts_are_the_papers_formula(universal, gate, tra
 
     slow = []
     for b, c in enumerate(cluster):
-        z = p["router.weight"] @ p["router.embedding.weight"][c]
+        z = p["router.weight"] @ p["router.embedding.weight"][c] + p.get("router.bias", 0)
         gates = torch.softmax((z + 0.2 * noise[b]) / 0.3, -1)
         i, g = int(gates.argmax()), gates.max()
         change = (g if gate == "once" else g * g) * changed(i)

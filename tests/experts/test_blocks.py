@@ -2,7 +2,7 @@ import torch
 from torch import nn
 
 from moeify import MoE
-from moeify.experts import FFN, Blocks, Each, Identity, Zero
+from moeify.experts import FFN, Blocks, Each, Identity, Scaled, Zero
 from moeify.routers import TopK
 from strategies import route, sharpen
 
@@ -25,6 +25,13 @@ def test_blocks_may_hold_blocks():
     inner = Blocks([Identity(), Zero()])
     y = Blocks([inner, Identity()])(torch.ones(3, 2), torch.tensor([1, 1, 1]))
     assert y[:, 0].tolist() == [1.0, 0.0, 1.0]
+
+
+def test_scaled_experts_read_their_rows_times_a_number():
+    rows, counts = torch.randn(3, 2), torch.tensor([1, 1, 1])
+    blocks = Blocks([FFN(1, 2, 4), Identity(), Zero()])
+    assert torch.equal(Scaled(blocks, 2.0)(rows, counts), blocks(2 * rows, counts))
+    assert torch.equal(Scaled(blocks, 2.0).costs, blocks.costs)
 
 
 def test_a_zero_expert_leaves_the_rest_of_the_weight_to_the_others():

@@ -1,6 +1,7 @@
 """Recipes as files: what is written is read back, and what cannot be read is answered with what can."""
 
 import json
+import math
 import re
 import subprocess
 import sys
@@ -31,7 +32,7 @@ from moeify.sparsify.make import clustered, importance, random
 from plain_models import output, sparse_layers, told
 from tiny_models import DENSE, causal_lm, inputs
 
-FOR_ENCODERS = {"gshard", "limoe", "stmoe", "nllb", "base", "vmoe", "mobile_vmoe", "soft", "expert_choice"}
+FOR_ENCODERS = {"gshard", "limoe", "stmoe", "nllb", "base", "sbase", "vmoe", "mobile_vmoe", "soft", "expert_choice"}
 
 any_recipe = st.builds(
     Recipe,
@@ -90,7 +91,7 @@ def toml(values: dict) -> str:
     def inline(value):
         if isinstance(value, dict):
             return "{" + ", ".join(f"{key} = {inline(part)}" for key, part in value.items()) + "}"
-        return "-inf" if value == float("-inf") else json.dumps(value)
+        return str(value) if value in (math.inf, -math.inf) else json.dumps(value)
 
     return "\n".join(f"{key} = {inline(value)}" for key, value in values.items())
 

@@ -7,9 +7,10 @@ from moeify.experts.ffn import FFN
 from moeify.experts.lora import LoRA, LoRAFFN
 from moeify.experts.masked import Masked
 from moeify.experts.quantized import Quantized, quantize
+from moeify.experts.scaled import Scaled
 from moeify.kernels.stacked import ClampedGlu, Glu, Plain
 
 __all__ = [
     "FFN", "Blocks", "ClampedGlu", "Constant", "Each", "Experts", "Glu", "Identity", "LoRA", "LoRAFFN", "Masked",
-    "Plain", "Quantized", "Zero", "quantize",
+    "Plain", "Quantized", "Scaled", "Zero", "quantize",
 ]  # fmt: skip

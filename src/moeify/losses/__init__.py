@@ -6,7 +6,18 @@ Each is of one layer; average them over layers. Padding is not part of a decisio
 from moeify.losses.compete import distillation, diversity
 from moeify.losses.cost import budget, cost
 from moeify.losses.experts import cosine, erc, linear_cka, orthogonality, proxies, similarity
-from moeify.losses.loads import Scope, balance, cv_squared, group_balance, importance, load_loss, probability, share
+from moeify.losses.loads import (
+    Scope,
+    balance,
+    cv_squared,
+    group_balance,
+    importance,
+    load_loss,
+    probability,
+    score_importance,
+    sequence_balance,
+    share,
+)
 from moeify.losses.localized import localized
 from moeify.losses.product import log_product
 from moeify.losses.scores import global_entropy, l1, local_entropy, z
@@ -15,5 +26,6 @@ from moeify.losses.supervision import supervision
 __all__ = [
     "Scope", "balance", "budget", "cosine", "cost", "cv_squared", "distillation", "diversity", "erc", "global_entropy",
     "group_balance", "importance", "l1", "linear_cka", "load_loss", "local_entropy", "localized", "log_product",
-    "orthogonality", "probability", "proxies", "share", "similarity", "supervision", "z",
+    "orthogonality", "probability", "proxies", "score_importance", "sequence_balance", "share",
+    "similarity", "supervision", "z",
 ]  # fmt: skip

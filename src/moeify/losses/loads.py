@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
-from jaxtyping import Float, Num
+from jaxtyping import Float, Int, Num
 from torch import Tensor
 
 from moeify.routing import Assignment, Routing
@@ -38,7 +38,7 @@ def balance(routing: Assignment, scope: Scope = "batch", assigned: Num[Tensor, "
     Args:
         routing: a decision with scores.
         scope: over what f and P are taken: the `batch` at hand, or each `sequence` by itself, averaged over their
-            tokens (DeepSeek-V3, eqs. 17-20).
+            tokens; DeepSeek-V3's is `sequence_balance`.
         assigned: the load of each expert over a wider scope than this batch, such as all micro-batches and ranks
             of a step (global-batch balance, arXiv 2501.11873); only with scope `batch`.
 
@@ -52,9 +52,33 @@ def balance(routing: Assignment, scope: Scope = "batch", assigned: Num[Tensor, "
         return num_experts * (f * p.mean(0)).sum()
     if routing.choices is None or routing.sequence_id is None or routing.tokens != len(p):
         raise ValueError("balance by sequence needs a decision of its own for every token, with k experts each")
-    chosen = torch.zeros_like(p).scatter(1, routing.choices.indices, 1.0)
-    sequence = routing.sequence_id.unique(return_inverse=True)[1]
-    by_sequence = chosen.new_zeros(int(sequence.max()) + 1, num_experts).index_add(0, sequence, chosen)
+    return _by_sequence(p, routing.choices.indices, routing.sequence_id)
+
+
+def sequence_balance(routing: Assignment) -> Float[Tensor, ""]:
+    """The balance of every sequence, averaged over tokens, by the experts of the largest scores (DeepSeek-V3).
+
+    f counts how often an expert is among a token's K largest scores, whatever selection bias or expert groups then
+    chose (arXiv 2412.19437, eqs. 17-20): the loss stands for what the scores ask for, and pulls even where the bias
+    has levelled the loads. `balance(routing, "sequence")` counts what was chosen. 1.0 is perfect. The gradient flows
+    through P only.
+
+    Raises:
+        ValueError: no scores, or a router that does not decide token by token.
+    """
+    p = probability(routing)
+    if routing.choices is None or routing.sequence_id is None or routing.tokens != len(p):
+        raise ValueError("balance by sequence needs a decision of its own for every token, with k experts each")
+    return _by_sequence(p, p.topk(routing.choices.k, dim=-1).indices, routing.sequence_id)
+
+
+def _by_sequence(
+    p: Float[Tensor, "T E"], chosen: Int[Tensor, "T K"], sequence_id: Int[Tensor, "T"]
+) -> Float[Tensor, ""]:
+    num_experts = p.shape[-1]
+    rows = torch.zeros_like(p).scatter(1, chosen, 1.0)
+    sequence = sequence_id.unique(return_inverse=True)[1]
+    by_sequence = rows.new_zeros(int(sequence.max()) + 1, num_experts).index_add(0, sequence, rows)
     f = by_sequence / by_sequence.sum(-1, keepdim=True)
     return num_experts * (f[sequence] * p).sum(-1).mean()
 
@@ -85,10 +109,24 @@ def importance(routing: Assignment) -> Float[Tensor, ""]:
     return cv_squared(weight.new_zeros(len(routing.counts)).index_add(0, routing.expert, weight))
 
 
+def score_importance(routing: Routing) -> Float[Tensor, ""]:
+    """CV² of the summed softmax of the logits, before any noise and of every expert, chosen or not (V-MoE, A.2).
+
+    `importance` is of the weights of chosen experts only, as Shazeer et al. define it; V-MoE's authors sum all scores.
+
+    Raises:
+        ValueError: the decision keeps no logits.
+    """
+    if routing.logits is None:
+        raise ValueError("this router keeps no logits, so no expert has a score to be summed; use importance")
+    return cv_squared(routing.logits.softmax(-1).sum(0))
+
+
 def load_loss(routing: Assignment) -> Float[Tensor, ""]:
     """CV² of the rows that each expert can expect; 0 for perfect balance (Shazeer et al. 2017, eq. 11).
 
-    Noisy routers compute the expected rows, with a gradient; for all others they are the assigned rows, without one.
+    Noisy routers compute the expected rows, with a gradient, in Shazeer's way or V-MoE's (`NoisyTopK`'s
+    `expected_load`); for all others they are the assigned rows, without one.
     """
     expected = routing.evidence.expected_load
     return cv_squared(routing.assigned.float() if expected is None else expected)

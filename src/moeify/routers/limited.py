@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Literal
 
@@ -22,7 +23,7 @@ class Capacity(Router):
     Args:
         router: the router whose decisions are limited; it must give `Assignment`s.
         factor: capacity factor in training.
-        eval_factor: capacity factor in evaluation.
+        eval_factor: capacity factor in evaluation; infinite, as `factor` may be, for none.
         capacity: the formula that turns a factor into slots: papers disagree by more than a factor of two.
         priority: which rows are kept, see `moeify.capacity.limit`.
         overflow: what happens to a token that lost a row, see `moeify.capacity.limit`; with `next` the slots that
@@ -60,19 +61,28 @@ class Capacity(Router):
     def forward(self, x: Float[Tensor, "... D"], context: Context) -> Assignment:
         """Decide as the wrapped router does, then keep at most the capacity of every expert."""
         routing = self.router(x, context)
+        factor = self.factor if self.training else self.eval_factor
+        if math.isinf(factor):
+            return routing
         if self.per == "batch":
-            slots = self._slots(routing, routing.tokens, len(routing.source))
+            slots = self._slots(routing, factor, routing.tokens, len(routing.source))
         else:
             sequence, tokens = sequence_of_rows(routing)
             rows = sequence.bincount(minlength=len(tokens))
-            slots = [self._slots(routing, *each) for each in zip(tokens.tolist(), rows.tolist(), strict=True)]
+            slots = [self._slots(routing, factor, *each) for each in zip(tokens.tolist(), rows.tolist(), strict=True)]
         return limit(routing, slots, priority=self.priority, overflow=self.overflow, per=self.per)
 
-    def _slots(self, routing: Assignment, tokens: int, rows: int) -> int:
+    def _slots(self, routing: Assignment, factor: float, tokens: int, rows: int) -> int:
         """The capacity of an expert for so many tokens that have so many rows."""
-        factor = self.factor if self.training else self.eval_factor
         k = max(1, round(rows / tokens))  # on average, where the number varies
         return self.capacity(factor, tokens, len(routing.counts), k)
+
+    def extra_repr(self) -> str:
+        """The factors, the formula, who comes first and what happens to the others."""
+        return (
+            f"factor={self.factor}, eval_factor={self.eval_factor}, capacity={self.capacity.__name__}, "
+            f"priority={self.priority!r}, overflow={self.overflow!r}, per={self.per!r}"
+        )
 
 
 @register("router", "capacity")

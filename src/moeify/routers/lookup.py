@@ -33,13 +33,12 @@ class Lookup(Router):
         size: entries of the table; a key beyond it is taken modulo `size`, as hash tables do.
         k: experts per key.
         learned: learn the weights: sqrt(softplus) of a projection, normalised; otherwise they are 1 / k.
+        scale: multiplies the weights; DeepSeek-V4 takes 1.5.
 
     Raises:
         ValueError: k outside 1..E; an empty table; k = 1 with learned weights, which normalised are the constant 1; in
             `forward`, an input that the model was not given, or that fits neither tokens nor sequences.
     """
-
-    weights_sum_to_one = True
 
     def __init__(
         self,
@@ -50,12 +49,14 @@ class Lookup(Router):
         size: int = 65536,
         k: int = 1,
         learned: bool = False,
+        scale: float = 1.0,
     ) -> None:
         super().__init__()
         check_k(k, num_experts, normalize=learned)
         if size < 1:
             raise ValueError(f"a table of size={size} has no entry to look up; choose size >= 1")
-        self.num_experts, self.key, self.k = num_experts, key, k
+        self.num_experts, self.key, self.k, self.scale = num_experts, key, k, scale
+        self.weights_sum_to_one = scale == 1.0
         self.register_buffer("table", balanced_table(size, num_experts, k))
         self.weight = nn.Parameter(torch.randn(num_experts, width) * 0.02) if learned else None
 
@@ -64,12 +65,12 @@ class Lookup(Router):
         tokens = real_tokens(x, context)
         indices = self.table[tokens.keys(context, self.key) % len(self.table)]  # (T, k)
         if self.weight is None:
-            topk_weights = torch.full(indices.shape, 1 / self.k, device=x.device)
+            topk_weights = torch.full(indices.shape, self.scale / self.k, device=x.device)
             return tokens.assign(indices, topk_weights, self.num_experts)
         logits = project(tokens.x, self.weight)
         scores = nn.functional.softplus(logits).sqrt()
         topk_weights = scores.gather(-1, indices)
-        topk_weights = topk_weights / topk_weights.sum(-1, keepdim=True)
+        topk_weights = self.scale * topk_weights / topk_weights.sum(-1, keepdim=True)
         return tokens.assign(indices, topk_weights, self.num_experts, Evidence(logits=logits, scores=scores))
 
 

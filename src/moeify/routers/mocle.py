@@ -20,7 +20,7 @@ from moeify.routing import Assignment, Evidence
 class Cluster(Router):
     """The expert of the cluster that a sample's instruction is in, beside a universal one (MoCLE, arXiv 2312.12379).
 
-        z = W C[c]                               c the sample's cluster, C a table of embeddings
+        z = W C[c] + b                           c the sample's cluster, C a table of embeddings
         p = softmax((z + σ ε) / τ)               ε ~ N(0, 1) in training, 0 in evaluation
         i = argmax p,  G = p_i
         y = G · E_i(x) + (1 - G) · U(x)          U the last expert
@@ -38,6 +38,7 @@ class Cluster(Router):
         universal: whether the last expert is universal; without it y = G · E_i(x).
         gate: `once` as in the paper; `twice` weights the expert by G · G, as the authors' code does.
         dimensions: width of the embeddings.
+        bias: whether the gate has b, as the authors' has.
 
     Raises:
         ValueError: no cluster; a universal expert alone; a temperature that is not positive; in `forward`, an input
@@ -56,6 +57,7 @@ class Cluster(Router):
         universal: bool = True,
         gate: Literal["once", "twice"] = "once",
         dimensions: int = 384,
+        bias: bool = False,
     ) -> None:
         super().__init__()
         if clusters < 1:
@@ -71,6 +73,7 @@ class Cluster(Router):
         self.embedding = nn.Embedding(clusters, dimensions)
         bound = 1 / math.sqrt(dimensions)
         self.weight = nn.Parameter(torch.empty(num_experts - universal, dimensions).uniform_(-bound, bound))
+        self.bias = nn.Parameter(torch.empty(num_experts - universal).uniform_(-bound, bound)) if bias else None
 
     def forward(self, x: Float[Tensor, "... D"], context: Context) -> Assignment:
         """Route all real tokens of a sample to the expert of its cluster, and to the universal one."""
@@ -78,7 +81,7 @@ class Cluster(Router):
         samples = torch.stack([tokens.sequence_id, tokens.keys(context, self.key)])
         (sequence_id, cluster), which = samples.unique(dim=1, return_inverse=True)
         self._require_known(cluster)
-        logits = project(self.embedding(cluster), self.weight)
+        logits = project(self.embedding(cluster), self.weight, self.bias)
         p = (self._noisy(logits) / self.temperature).softmax(-1)
         certainty, expert = p.max(-1)
         indices, topk_weights = [expert], [certainty if self.gate == "once" else certainty.square()]

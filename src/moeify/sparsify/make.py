@@ -15,6 +15,7 @@ from moeify.experts.blocks import Blocks, Each, Identity, Zero
 from moeify.experts.constant import Constant
 from moeify.experts.ffn import FFN
 from moeify.experts.masked import Masked
+from moeify.experts.scaled import Scaled
 from moeify.find.dense import DenseFFN
 from moeify.registry import register
 
@@ -116,6 +117,7 @@ def fresh(
     hidden: int | None = None,
     variance: float | None = None,
     zero: bool = False,
+    identical: bool = False,
 ) -> Experts:
     """Experts of the dense network's architecture, drawn with the standard deviation of its weights; biases start at 0.
 
@@ -127,6 +129,7 @@ def fresh(
         variance: s; draw every matrix from a normal distribution of standard deviation sqrt(s / columns), cut off at
             twice that, instead. Switch found s = 0.1 to be stable (arXiv 2101.03961, section 2.4).
         zero: start with a down projection of zeros, so that the layer starts as its shared module alone.
+        identical: draw one expert and start all as copies of it (V-MoE); the router alone makes them differ.
 
     Raises:
         ValueError: sizes for a module that is no `DenseFFN`; a granularity that does not divide H.
@@ -138,6 +141,9 @@ def fresh(
         for part in each.modules():
             if isinstance(part, nn.Linear):
                 part.reset_parameters()
+        if identical:
+            for expert in each.experts[1:]:
+                expert.load_state_dict(each.experts[0].state_dict())
         return each
     if hidden is None and dense.hidden % granularity:
         raise ValueError(f"a granularity of {granularity} does not divide the {dense.hidden} hidden units")
@@ -148,6 +154,9 @@ def fresh(
             bias.zero_()
     if zero:
         experts.down[0].zero_()
+    if identical:
+        for parameter in experts.parameters():
+            parameter.copy_(parameter[:1].expand_as(parameter))
     return experts
 
 
@@ -179,6 +188,7 @@ def with_free(
     zero: int = 1,
     copy: int = 1,
     constant: int = 2,
+    scale: float = 1.0,
 ) -> Experts:
     """The last experts cost nothing: they output a learned vector, the token, or 0, in this order (MoE++, 2410.07348).
 
@@ -189,6 +199,7 @@ def with_free(
         zero: how many `Zero` experts.
         copy: how many `Identity` experts.
         constant: how many `Constant` experts.
+        scale: multiplies what all of them read; the authors' code takes k, 2.
 
     Raises:
         ValueError: no expert is left that works, or a module that is no `DenseFFN` of one width.
@@ -203,9 +214,10 @@ def with_free(
     like = dense.down_weight
     with torch.device(like.device):
         groups = [(partial(Constant, width=dense.width), constant), (Identity, copy), (Zero, zero)]
-        return Blocks(
+        blocks = Blocks(
             [experts(dense, num_experts - free), *(group(count).to(like.dtype) for group, count in groups if count)]
         )
+    return blocks if scale == 1.0 else Scaled(blocks, scale)
 
 
 def draw(weight: Tensor, like: Tensor, variance: float | None) -> None:

@@ -1,0 +1,38 @@
+"""Experts that read their rows times a number (MoE++)."""
+
+from __future__ import annotations
+
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from moeify.experts.base import Experts
+
+
+class Scaled(Experts):
+    """Multiplies the rows by a number before the experts read them.
+
+    The code of MoE++ (SkyworkAI/MoE-plus-plus) doubles the input of all experts, which are two per token: copy experts
+    output twice the token, and an MLP sees what the mean of two would add up to.
+
+    Args:
+        experts: the experts.
+        scale: multiplies the rows.
+    """
+
+    def __init__(self, experts: Experts, scale: float) -> None:
+        super().__init__()
+        self.experts, self.scale = experts, scale
+        self.num_experts = experts.num_experts
+
+    @property
+    def costs(self) -> Float[Tensor, "E"]:
+        """Those of the experts."""
+        return self.experts.costs
+
+    def forward(self, rows: Float[Tensor, "R D"], counts: Int[Tensor, "E"]) -> Float[Tensor, "R O"]:
+        """Run the experts on the scaled rows."""
+        return self.experts(rows * self.scale, counts)
+
+    def extra_repr(self) -> str:
+        """The number."""
+        return f"scale={self.scale}"
