@@ -22,10 +22,11 @@ from moeify.experts.base import Experts
 from moeify.experts.quantized import Quantized
 from moeify.kernels.constant import constant_result
 from moeify.kernels.cpu import cpp
+from moeify.kernels.cpu.cpp import steps
 from moeify.kernels.cpu.packing import cached, may_pack
 from moeify.kernels.cpu.segments import WORTH_COMPILING
 from moeify.kernels.stacked import Activation, ClampedGlu, Glu, Plain, name_of
-from moeify.routing import Assignment, Routing
+from moeify.routing import Assignment, Routing, assign
 
 DTYPES = (torch.float32, torch.bfloat16)
 MAX_ROWS = 256
@@ -147,6 +148,23 @@ def _max_rows(x: Tensor, experts: Experts) -> int:
 @constant_result
 def _has_tiles() -> bool:
     return torch.cpu._is_amx_tile_supported()
+
+
+def step_experts(experts: Experts, width: int, dtype: torch.dtype) -> steps.Experts | None:
+    """The experts as a decoder's step reads them, None where the kernel cannot serve them.
+
+    Args:
+        experts: the experts.
+        width: D.
+        dtype: of the tokens.
+    """
+    routing = assign(torch.zeros(1, 1, dtype=torch.int64), torch.ones(1, 1), experts.num_experts)
+    if refuse(torch.zeros(1, width, dtype=dtype), routing, experts) is not None:
+        return None
+    p = projections_of(experts)
+    assert p is not None
+    up, down = (p.up, p.up_bias, p.up_scales), (p.down, p.down_bias, p.down_scales)
+    return steps.Experts(width, up, down, p.hidden, p.group_size, *kernel_activation(p.activation))
 
 
 def kernel_activation(activation: Activation) -> tuple[str, str, float, float]:

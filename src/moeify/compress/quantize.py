@@ -11,6 +11,7 @@ from moeify.compress.quantized_layers import QuantizedExperts, QuantizedLinear
 from moeify.experts import Experts, Quantized, quantize
 from moeify.experts.quantized import Weights
 from moeify.hf.interface import HfExperts
+from moeify.layers import moe_layers
 from moeify.moe import MoE
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -35,6 +36,32 @@ def quantize_experts(model: Model, bits: int = 8, group_size: int = 64) -> Model
     for name in found:
         quantize_module(model, name, bits, group_size)
     return model
+
+
+def quantize_decoder(model: Any, bits: int) -> None:
+    """Quantise the experts and projections of a decoder of Llama's kind, and its head to 8 bits; in place.
+
+    Routers, norms and embeddings stay as they are.
+
+    Args:
+        model: a model with layers in `model.layers`, and a `lm_head`.
+        bits: 8 or 4.
+
+    Raises:
+        ValueError: experts that cannot be quantised.
+    """
+    ours = [f"{name}.experts" for name, moe in moe_layers(model).items() if not isinstance(moe.experts, Quantized)]
+    theirs = [name for name, module in model.named_modules() if hasattr(module, "_apply_gate")]
+    for name in (*ours, *theirs):
+        quantize_module(model, name, bits)
+    for name, module in list(model.model.layers.named_modules()):
+        if type(module) is nn.Linear and name.rsplit(".", 1)[-1] in _PROJECTIONS:
+            quantize_module(model, f"model.layers.{name}", bits)
+    if type(model.lm_head) is nn.Linear:
+        quantize_module(model, "lm_head", 8)
+
+
+_PROJECTIONS = {f"{part}_proj" for part in ("q", "k", "v", "o", "gate", "up", "down")}
 
 
 def quantize_module(model: nn.Module, name: str, bits: int, group_size: int = 64) -> None:

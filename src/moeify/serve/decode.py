@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import warnings
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
@@ -12,13 +13,11 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from moeify.compress.quantize import quantize_module
+from moeify.compress.quantize import quantize_decoder
 from moeify.context import is_hook_of_context
-from moeify.experts.quantized import Quantized
 from moeify.hf.interface import use_moeify_experts
 from moeify.kernels.cpu import cpp
 from moeify.kernels.cpu.huge_pages import into_huge_pages
-from moeify.moe import MoE
 from moeify.serve.cache import PreallocatedLayer, preallocate
 from moeify.serve.decoder import Decoder, find_decoder, is_offloaded
 from moeify.serve.program import Program
@@ -64,17 +63,17 @@ def fast_decode(model: Model, *, bits: int = 16) -> Model:
     """
     if bits not in (16, 8, 4):
         raise ValueError(f"weights of {bits} bits are not known; choose 16 (as they are), 8 or 4")
-    plain_decode(model)
-    find_decoder(model)
-    model.eval()
+    plain_decode(model).eval()
+    decoder = find_decoder(model)
     if bits < 16:
-        _quantize(model, bits)
+        quantize_decoder(model, bits)
+        head: Any = model.lm_head
+        decoder = replace(decoder, head=head)
     if any(hasattr(module, "_apply_gate") for module in model.modules()):
         use_moeify_experts(model)
     if reason := cpp.why_not():
         warnings.warn(f"the model decodes by torch, which is slower: the C++ kernel is missing, {reason}", stacklevel=2)
         return model
-    decoder = find_decoder(model)
     into_huge_pages([*(part for layer in decoder.layers for part in (layer.attention, layer.mlp)), decoder.head])
     decode = _Decode(model, decoder)
     _must_agree(model, decode)
@@ -163,23 +162,6 @@ def _waits_for_call(part: nn.Module) -> bool:
 
 def _padded_left(mask: Tensor, length: int) -> bool:
     return mask.dim() == 2 and mask.shape[1] == length and bool((mask[:, 1:] >= mask[:, :-1]).all())
-
-
-def _quantize(model: Any, bits: int) -> None:
-    """Quantise projections, experts and the head; a linear layer that is a router's stays."""
-    for name, module in list(model.named_modules()):
-        if type(module) is nn.Linear and name.startswith("model.layers.") and _is_projection(name):
-            quantize_module(model, name, bits)
-        elif isinstance(module, MoE) and not isinstance(module.experts, Quantized):
-            quantize_module(model, f"{name}.experts", bits)
-        elif hasattr(module, "_apply_gate"):
-            quantize_module(model, name, bits)
-    if type(model.lm_head) is nn.Linear:
-        quantize_module(model, "lm_head", 8)
-
-
-def _is_projection(name: str) -> bool:
-    return name.rsplit(".", 1)[-1] in {f"{part}_proj" for part in ("q", "k", "v", "o", "gate", "up", "down")}
 
 
 @torch.no_grad()

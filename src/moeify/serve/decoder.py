@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import nn
@@ -93,7 +93,7 @@ def is_offloaded(module: nn.Module) -> bool:
     return has_other_forward(module) or any(weight is not None and weight.is_meta for weight in weights)
 
 
-def is_linear(module: nn.Module | None) -> bool:
+def is_linear(module: nn.Module | None) -> TypeGuard[Linear]:
     """Whether the kernel reads a module's weights itself: a plain linear layer, or a `QuantizedLinear`."""
     return type(module) is QuantizedLinear or (type(module) is nn.Linear and module.weight.stride(1) == 1)
 
