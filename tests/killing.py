@@ -35,12 +35,14 @@ def _die_before(at: int, work: Callable[[Path], object], folder: Path) -> None:
     os._exit(0)
 
 
-def killed_at_every_operation(work: Callable[[Path], object], start: Path, places: Path) -> Iterator[tuple[Path, bool]]:
-    """Copies of a folder in which some work was killed before its first, second, ... file operation.
+def killed_at_every_operation(
+    work: Callable[[Path], object], start: Path, places: Path, step: int = 1
+) -> Iterator[tuple[Path, bool]]:
+    """Copies of a folder in which some work was killed before its first, second, ... file operation, or each `step`-th.
 
     The last one is that of work which was not killed, and comes with True.
     """
-    for at in range(1, 200):
+    for at in range(1, 200, step):
         folder = shutil.copytree(start, places / str(at))
         process = multiprocessing.get_context("fork").Process(target=_die_before, args=(at, work, folder))
         process.start()

@@ -10,7 +10,7 @@ import json
 import os
 import stat
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -71,7 +71,7 @@ def open_tensors(path: str | Path) -> Any:
 
 
 @contextmanager
-def _reading_tensors(path: str | Path) -> Iterator[Path]:
+def _reading_tensors(path: str | Path) -> Generator[Path]:
     from safetensors import SafetensorError
 
     with _reading(path) as path:
@@ -82,7 +82,7 @@ def _reading_tensors(path: str | Path) -> Iterator[Path]:
 
 
 @contextmanager
-def _reading(path: str | Path) -> Iterator[Path]:
+def _reading(path: str | Path) -> Generator[Path]:
     """A file that is about to be read; what goes wrong is said with its name."""
     path = regular(path)
     try:
@@ -148,7 +148,7 @@ def write_tensors(path: str | Path, tensors: Mapping[str, Tensor]) -> None:
 
 
 @contextmanager
-def replacing(path: str | Path) -> Iterator[Path]:
+def replacing(path: str | Path) -> Generator[Path]:
     """Give a path beside a file to write to; what was written takes the file's place once it is on disk.
 
     The folder is made if it is not there. An exception inside removes what was written.

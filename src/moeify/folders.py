@@ -13,7 +13,7 @@ from __future__ import annotations
 import errno
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +27,7 @@ SAVE_LOCK, RUN_LOCK = ".moeify-save.lock", ".moeify-run.lock"
 
 
 @contextmanager
-def locked(folder: Path, name: str, doing: str, *, wait: float = 0.0) -> Iterator[None]:
+def locked(folder: Path, name: str, doing: str, *, wait: float = 0.0) -> Generator[None]:
     """Let no other process do the same in a folder; the system lifts the lock when this process ends, however it ends.
 
     Where the file system has no locks, this is printed and nothing is locked.
@@ -81,7 +81,7 @@ class Stage:
 
 
 @contextmanager
-def replacing_files(folder: Path, doing: str = "is saving") -> Iterator[Stage]:
+def replacing_files(folder: Path, doing: str = "is saving") -> Generator[Stage]:
     """Write several files of a folder, nested ones too, all or none of them, whatever a crash interrupts.
 
     Old and new files are on disk together until the commit. An exception inside leaves the folder as it was.

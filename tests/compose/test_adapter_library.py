@@ -209,7 +209,8 @@ def test_peft_computes_with_saved_adapters_what_each_of_them_adds(family, tmp_pa
 
 
 def test_the_table_says_who_is_where_and_whose_gates_are_missing(folders, capsys):
-    (folders["bio"] / "gates.safetensors").unlink()
+    for file in ("gates.safetensors", "SHA256.json"):
+        (folders["bio"] / file).unlink()
     model = from_adapters(TINY["llama"](), folders, Phatgoose)
     assert "no gates in the folders of bio: their rows of the routers are still" in capsys.readouterr().out
     show_adapters(model, console := Console(record=True, width=120))

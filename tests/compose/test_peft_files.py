@@ -8,10 +8,13 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from adapter_folders import adapted_llama, answer, fill, library, make_adapter, same
+from adapter_folders import adapted_llama, answer, fill, layers, library, make_adapter, make_gates, same
+from damage import damaged
+from killing import forks, killed_at_every_operation
 from moeify import from_adapters, load_adapters, save_adapters
-from moeify.compose import add_adapter, save_gates
+from moeify.compose import add_adapter, load_gates, save_gates
 from moeify.compose.peft_files import Adapter, LowRank, read_adapter, write_adapter
+from moeify.files import write_json
 from moeify.find import ffn
 from moeify.routers import TopK
 from moeify.sparsify import dense, lora_ffn
@@ -159,22 +162,113 @@ def test_a_gate_of_another_width_is_refused(folders):
         library(folders)
 
 
-def test_damaged_pools_are_refused(folders, tmp_path):
+def test_libraries_that_do_not_fit_are_refused_before_the_base_changes(folders, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"not written by moeify\.save_adapters"):
         load_adapters(TINY["llama"](), tmp_path / "law")
     save_adapters(library(folders), tmp_path / "library")
-    routers = load_file(tmp_path / "library/router.safetensors")
-    routers.pop("model.layers.0.self_attn.q_proj.weight")
-    save_file(routers, tmp_path / "library/router.safetensors")
-    with pytest.raises(ValueError, match=r"lacks model.layers.0.self_attn.q_proj.weight"):
-        load_adapters(TINY["llama"](), tmp_path / "library")
+    base, routers = TINY["llama"](), load_file(tmp_path / "library/router.safetensors")
+    parts = list(dict(base.named_modules()))
+    (tmp_path / "library/SHA256.json").unlink()
+    name = "model.layers.1.self_attn.v_proj.weight"  # the last: nothing may have been assigned before
+    for change in ({}, {name: torch.zeros(3, 31)}, {name: torch.zeros(3, 32, dtype=torch.int32)}):
+        save_file({k: t for k, t in routers.items() if k != name} | change, tmp_path / "library/router.safetensors")
+        with pytest.raises(ValueError, match=rf"router.safetensors is not of this library: it lacks {name}"):
+            load_adapters(base, tmp_path / "library")
+        assert list(dict(base.named_modules())) == parts
     description = json.loads((tmp_path / "library/moeify.json").read_text())
-    (tmp_path / "library/moeify.json").write_text(json.dumps(description | {"adapters": ["../law"]}))
-    with pytest.raises(ValueError, match="cannot be called"):
-        load_adapters(TINY["llama"](), tmp_path / "library")
-    (tmp_path / "library/moeify.json").write_text("{}")
-    with pytest.raises(ValueError, match="is damaged, or not written by"):
-        load_adapters(TINY["llama"](), tmp_path / "library")
+    for content, message in (
+        (description | {"adapters": ["../law"]}, "cannot be called"),
+        (description | {"adapters": None}, "is damaged, or not written by"),
+        (description | {"dropout": "much"}, "could not convert"),
+        ({}, "is damaged, or not written by"),
+    ):
+        write_json(tmp_path / "library/moeify.json", content)
+        with pytest.raises(ValueError, match=message):
+            load_adapters(base, tmp_path / "library")
+
+
+def small(folder, seed: int, hashed: bool = True):
+    """A small library, saved."""
+    made = {
+        name: make_gates(make_adapter(folder / "from" / name, ["q_proj"], seed=seed + i), seed=seed)
+        for i, name in enumerate(("law", "med"))
+    }
+    save_adapters(library(made), folder / "library")
+    if not hashed:
+        for path in (folder / "library").rglob("SHA256.json"):
+            path.unlink()
+    return folder / "library"
+
+
+@pytest.mark.parametrize("hashed", [True, False])
+def test_damage_to_any_file_of_a_library_is_refused_and_leaves_the_base(hashed, tmp_path):
+    folder, other = small(tmp_path / "one", 1, hashed), small(tmp_path / "two", 5, hashed)
+    expected, base = answer(load_adapters(TINY["llama"]().eval(), folder)), TINY["llama"]().eval()
+    for name, what in damaged(folder, other):
+        try:
+            load_adapters(base, folder)
+        except (ValueError, OSError) as error:
+            assert str(folder) in str(error), (name, what)  # noqa: PT017 (it may also load)
+            assert not layers(base)
+        else:
+            assert not hashed or (what, name.rpartition("/")[2]) == ("deleted", "SHA256.json"), (name, what)
+            assert not hashed or torch.equal(answer(base), expected)
+            base = TINY["llama"]().eval()
+
+
+def test_damage_to_gates_is_refused_and_files_of_peft_beside_them_need_no_hashes(tmp_path):
+    folder, other = (make_gates(make_adapter(tmp_path / str(seed), seed=seed), seed) for seed in (1, 2))
+    expected = load_gates(folder)
+    assert json.loads((folder / "SHA256.json").read_text())["files"].keys() == {"gates.safetensors"}
+    for name, what in damaged(folder, other, skip=("adapter_config.json", "adapter_model.safetensors")):
+        try:
+            read = load_gates(folder)
+        except (ValueError, OSError) as error:
+            assert str(folder) in str(error), (name, what)  # noqa: PT017 (it may also be read)
+        else:
+            assert (what, name) == ("deleted", "SHA256.json")
+            assert all(torch.equal(read[key], gate) for key, gate in expected.items())
+    save_gates({"a": torch.ones(3, dtype=torch.int32)}, tmp_path / "integers")
+    with pytest.raises(ValueError, match=r"int32 \(3,\) for a; a gate is a vector of weights"):
+        load_gates(tmp_path / "integers")
+
+
+@forks
+def test_a_kill_while_a_library_is_replaced_leaves_the_old_one_or_the_new_one(tmp_path):
+    old, new = small(tmp_path / "old", 1), small(tmp_path / "new", 5)
+    one, two = (load_adapters(TINY["llama"]().eval(), folder) for folder in (old, new))
+    seen = []
+    for folder, done in killed_at_every_operation(lambda folder: save_adapters(two, folder), old, tmp_path, step=13):
+        found = answer(load_adapters(TINY["llama"]().eval(), folder))
+        seen.append(torch.equal(found, answer(two)))
+        assert seen[-1] or (torch.equal(found, answer(one)) and not done)
+    assert not seen[0]
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"rank_pattern": {r"(\w|\w\w|\w{3}|\.)+(\w|\w\w|\.)+[!?]": 2}}, "takes longer than .* without repetitions"),
+        ({"alpha_pattern": {"(": 2}}, r"'\^.*' is not a regular expression"),
+        ({"alpha_pattern": ["q_proj"]}, "alpha_pattern=.*no mapping from patterns to numbers"),
+        ({"alpha_pattern": {"q_proj": "2"}}, "q_proj='2', which must be a number"),
+        ({"lora_alpha": None}, "lora_alpha=None, which must be a number"),
+        ({"r": float("nan")}, "r=nan, which must be a number"),
+    ],
+)
+def test_settings_that_no_scale_follows_from_are_refused(config, message, tmp_path, monkeypatch):
+    monkeypatch.setattr("moeify.patterns.LONGEST", 0.05)
+    folder = make_adapter(tmp_path / "a", ["q_proj"], **config)
+    with pytest.raises(ValueError, match=message):
+        read_adapter(folder)
+
+
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.float8_e4m3fn, torch.int32])
+def test_tensors_that_are_no_weights_are_refused(dtype, tmp_path):
+    file = make_adapter(tmp_path / "a", ["q_proj"]) / "adapter_model.safetensors"
+    save_file({name: tensor.to(dtype) for name, tensor in load_file(file).items()}, file)
+    with pytest.raises(ValueError, match=r"adapter_model.safetensors has .*q_proj.* in torch.*, which are no weights"):
+        read_adapter(tmp_path / "a")
 
 
 def test_what_no_adapter_of_peft_can_be_is_not_written_as_one(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -10,9 +11,12 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from moeify.files import read_tensors, write_tensors
+from moeify.folders import finish
 from moeify.layers import moe_layers
 from moeify.moe import MoE
 from moeify.routers.phatgoose import Phatgoose
+from moeify.store.dtypes import REAL
+from moeify.store.hashes import check, listed, saving
 
 FILE = "gates.safetensors"
 
@@ -21,8 +25,13 @@ Gates = Mapping[str, Float[Tensor, "D"]]
 
 
 def save_gates(gates: Gates, folder: str | Path) -> None:
-    """Write the gate of one adapter to `gates.safetensors`, in the folder of the adapter."""
-    write_tensors(Path(folder) / FILE, gates)
+    """Write the gate of one adapter to `gates.safetensors`, in the folder of the adapter, and its hash beside.
+
+    Raises:
+        OSError: the disk is full, the folder cannot be written to, or another process is saving into it.
+    """
+    with saving(folder, keep=True) as stage:
+        write_tensors(stage.new / FILE, gates)
 
 
 def load_gates(folder: str | Path) -> dict[str, Float[Tensor, "D"]]:
@@ -30,11 +39,20 @@ def load_gates(folder: str | Path) -> dict[str, Float[Tensor, "D"]]:
 
     Raises:
         FileNotFoundError: the folder has no gate.
+        ValueError: a damaged file, or one with something else than vectors.
+        OSError: it cannot be read.
     """
     path = Path(folder) / FILE
-    if not path.is_file():
+    finish(path.parent)
+    if not os.path.lexists(path):
         raise FileNotFoundError(f"{path} does not exist; make it with train_gates and save_gates")
-    return read_tensors(path)
+    if FILE in listed(path.parent):
+        check(path.parent, [path])
+    gates = read_tensors(path)
+    for name, gate in gates.items():
+        if gate.dim() != 1 or gate.dtype not in REAL:
+            raise ValueError(f"{path} has {gate.dtype} {tuple(gate.shape)} for {name}; a gate is a vector of weights")
+    return gates
 
 
 @torch.no_grad()

@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
-from torch import nn
+from torch import Tensor, nn
 
 from moeify import registry
 from moeify.compose.attach import AdapterLibrary, MakeRouter, adapted_linears, adapters_of, attach
-from moeify.compose.peft_files import Adapter, read_adapter, write_adapter
+from moeify.compose.peft_files import GATES, Adapter, read_adapter, write_files
 from moeify.files import read_json, read_tensors, write_json, write_tensors
 from moeify.find.dense import is_linear
+from moeify.folders import finish
 from moeify.layers import moe_layers
 from moeify.moe import MoE
 from moeify.origin import Origin
 from moeify.routers.topk import TopK
+from moeify.store.dtypes import fits
+from moeify.store.hashes import check, listed_or_none, saving
 from moeify.version import __version__
 
 
@@ -51,11 +56,7 @@ def from_adapters(
         ValueError: an adapter that is no plain LoRA of linear layers, or of another model, the message names its
             tensors; a router that cannot serve so few experts, or that looks at later tokens in a decoder.
     """
-    if layers := moe_layers(base):
-        raise ValueError(
-            f"this {type(base).__name__} is sparse already (see {next(iter(layers))}); add one more with "
-            "add_adapter(model, name, folder), or start from the dense model"
-        )
+    _refuse_sparse(base)
     if not adapters:
         raise ValueError("there is no adapter to attach; give at least one: {'law': 'folder'}")
     read = {_checked(name): read_adapter(folder) for name, folder in adapters.items()}
@@ -94,7 +95,8 @@ def add_adapter(model: nn.Module, name: str, folder: str | Path, *, verbose: boo
 def save_adapters(model: nn.Module, folder: str | Path) -> None:
     """Write one folder per adapter that PEFT reads, `router.safetensors`, and how to put it together in `moeify.json`.
 
-    The base model is not written: it is what it was.
+    The base model is not written: it is what it was. A library that is in the folder already is replaced all at once,
+    whatever a kill interrupts; folders of adapters that this one does not have stay.
 
     Args:
         model: what `from_adapters`, `load_adapters`, `add_adapter` or `sparsify(..., experts=lora)` made.
@@ -103,6 +105,7 @@ def save_adapters(model: nn.Module, folder: str | Path) -> None:
     Raises:
         ValueError: a sparse layer that is no frozen linear layer with LoRA experts beside it; a router that no file can
             name.
+        OSError: the disk is full, the folder cannot be written to, or another process is saving into it.
     """
     folder, library, adapters, linears = Path(folder), _library_of(model), adapters_of(model), adapted_linears(model)
     for module, here in linears.items():
@@ -117,20 +120,22 @@ def save_adapters(model: nn.Module, folder: str | Path) -> None:
         "dropout": library.dropout,
         "adapters": list(adapters),
     }
-    for name, adapter in adapters.items():
-        write_adapter(
-            adapter, folder / _checked(name),
-            targets=_targets(model, list(adapter.modules)),
-            transposed=not any(isinstance(linears[module].dense, nn.Linear) for module in adapter.modules),
-            base=getattr(getattr(model, "config", None), "_name_or_path", ""),
-        )  # fmt: skip
     routers = {
         f"{module}.{key}": tensor
         for module, here in linears.items()
         for key, tensor in here.layer.router.state_dict().items()
     }
-    write_tensors(folder / "router.safetensors", routers)
-    write_json(folder / "moeify.json", description)
+    with saving(folder) as stage:
+        for name, adapter in adapters.items():
+            write_files(
+                adapter, stage.new / _checked(name),
+                targets=_targets(model, list(adapter.modules)),
+                transposed=not any(isinstance(linears[module].dense, nn.Linear) for module in adapter.modules),
+                base=getattr(getattr(model, "config", None), "_name_or_path", ""),
+            )  # fmt: skip
+            stage.obsolete |= {f"{name}/{file}" for file in (GATES, *listed_or_none(folder / name))}
+        write_tensors(stage.new / "router.safetensors", routers)
+        write_json(stage.new / "moeify.json", description)
 
 
 def load_adapters(
@@ -139,38 +144,65 @@ def load_adapters(
     """Put a saved adapter library beside the linear layers of its base model, routers included; returns the same model.
 
     Args:
-        base: the model that the adapters were trained on.
+        base: the model that the adapters were trained on; a call that raises leaves it as it was.
         folder: what `save_adapters` wrote.
         router: used in place of the saved one, for routers of your own.
         verbose: print a table of what was put where.
 
     Raises:
         FileNotFoundError: no such library, or a file of it is missing.
-        ValueError: a damaged library, or one of another model; the message names the tensors.
+        ValueError: a damaged library, or one of another model; the message names the file or the tensors.
+        OSError: a file cannot be read.
     """
     folder = Path(folder)
+    _refuse_sparse(base)
+    finish(folder)
+    check(folder)
     for file in ("moeify.json", "router.safetensors"):
-        if not (folder / file).is_file():
+        if not os.path.lexists(folder / file):
             raise FileNotFoundError(f"there is no {file} in {folder}: it was not written by moeify.save_adapters")
     try:
         description = read_json(folder / "moeify.json")
         make = registry.decode("router", description["router"]) if router is None else router
         names, library = list(map(str, description["adapters"])), AdapterLibrary(make, float(description["dropout"]))
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{folder} is damaged, or not written by moeify.save_adapters: {error!r}") from None
     routers = read_tensors(folder / "router.safetensors")
     adapters = {name: read_adapter(folder / _checked(name)) for name in names}
-    attach(base, adapters, library, allow_noncausal=True)  # it was allowed when the library was saved
-    for module, layer in moe_layers(base).items():
-        own = layer.router.state_dict()
-        saved = {key: routers.get(f"{module}.{key}") for key in own}
-        wrong = [f"{module}.{key}" for key, t in saved.items() if t is None or t.shape != own[key].shape]
-        if wrong:
-            raise ValueError(f"router.safetensors in {folder} lacks {', '.join(wrong)}, or has another shape of it")
-        layer.router.load_state_dict(saved)
+    prepare = partial(_fill_routers, routers, folder / "router.safetensors", exact=router is None)
+    attach(base, adapters, library, allow_noncausal=True, prepare=prepare)  # it was allowed when it was saved
     if verbose:
         show_adapters(base)
     return base
+
+
+def _fill_routers(saved: dict[str, Tensor], file: Path, layers: Mapping[str, MoE], *, exact: bool) -> None:
+    """Give routers what a file has for them, if it has everything, and (`exact`) nothing else."""
+    own = {
+        f"{module}.{key}": (layer.router, key, tensor)
+        for module, layer in layers.items()
+        for key, tensor in layer.router.state_dict().items()
+    }
+    wrong = sorted(own.keys() ^ saved.keys() if exact else own.keys() - saved.keys()) + [
+        name
+        for name, (_, _, tensor) in own.items()
+        if name in saved and (saved[name].shape != tensor.shape or not fits(tensor.dtype, saved[name].dtype))
+    ]
+    if wrong:
+        raise ValueError(
+            f"{file} is not of this library: it lacks {', '.join(wrong[:3])}, or has it in another shape or dtype"
+            + (f", and {len(wrong) - 3} more" if len(wrong) > 3 else "")
+        )
+    for module, layer in layers.items():
+        layer.router.load_state_dict({key: saved[f"{module}.{key}"] for key in layer.router.state_dict()})
+
+
+def _refuse_sparse(base: nn.Module) -> None:
+    if layers := moe_layers(base):
+        raise ValueError(
+            f"this {type(base).__name__} is sparse already (see {next(iter(layers))}); add one more with "
+            "add_adapter(model, name, folder), or start from the dense model"
+        )
 
 
 def show_adapters(model: nn.Module, console: Console | None = None) -> None:

@@ -109,7 +109,12 @@ def adapters_of(model: nn.Module) -> dict[str, Adapter]:
 
 
 def attach(
-    model: nn.Module, adapters: Mapping[str, Adapter], library: AdapterLibrary, *, allow_noncausal: bool = False
+    model: nn.Module,
+    adapters: Mapping[str, Adapter],
+    library: AdapterLibrary,
+    *,
+    allow_noncausal: bool = False,
+    prepare: Callable[[Mapping[str, MoE]], None] | None = None,
 ) -> None:
     """Make the sparse layers that adapters need; those that are there keep what they have learned, and grow.
 
@@ -118,6 +123,7 @@ def attach(
         adapters: all adapters by name, those that are there first.
         library: how the sparse layers are made.
         allow_noncausal: let decoders have routers that look at later tokens.
+        prepare: receives the sparse layers that were made, by name, before any is put in its place; it may raise.
 
     Raises:
         ValueError: an adapter that does not fit the model; a router that cannot serve, or looks ahead in a decoder.
@@ -140,6 +146,9 @@ def attach(
         latest[site.stack] = AdaptedLinear(layer, experts, site.dense)
         _set_gates(latest[site.stack], adapters)
         made.append((site, layer))
+
+    if prepare is not None:
+        prepare({site.name: layer for site, layer in made})
 
     def put_all() -> None:
         if new := [(site, layer) for site, layer in made if site.stack not in watched]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 from collections import Counter
 from collections.abc import Callable
@@ -13,12 +14,15 @@ from typing import Any
 from jaxtyping import Float
 from torch import Tensor
 
-from moeify.compose.adapter_gates import load_gates, save_gates
+from moeify import patterns
+from moeify.compose.adapter_gates import FILE as GATES
+from moeify.compose.adapter_gates import load_gates
 from moeify.files import read_json, read_tensors, write_json, write_tensors
+from moeify.folders import finish
+from moeify.store.dtypes import REAL
+from moeify.store.hashes import check, saving
 
-_CONFIG, _WEIGHTS, _PICKLE, _GATES = (
-    "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin", "gates.safetensors",
-)  # fmt: skip
+_CONFIG, _WEIGHTS, _PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 _TENSOR = re.compile(r"(?:base_model\.model\.)?(?P<module>.+)\.lora_(?P<side>[AB])(?:\.(?!weight$)[^.]+)?\.weight")
 
 _BASE = re.compile(r"(?:base_model\.model\.)?(?P<module>.+)\.base_layer\.weight")
@@ -63,11 +67,17 @@ class Adapter:
 def read_adapter(folder: str | Path) -> Adapter:
     """Read what PEFT's `save_pretrained` wrote, and `gates.safetensors` if it lies beside.
 
+    What `write_adapter` wrote is compared with its hashes; files of PEFT have none.
+
     Raises:
         FileNotFoundError: a file is missing, or the weights are there as a pickle only.
         ValueError: damaged files; an adapter that is no plain LoRA of linear layers. The message says what to do.
+        OSError: a file cannot be read.
     """
     folder = Path(folder)
+    finish(folder.parent)  # of a library
+    finish(folder)
+    check(folder)
     config = _read_config(folder)
     _refuse_settings(folder, config)
     sides: dict[str, dict[str, Tensor]] = {}
@@ -77,6 +87,8 @@ def read_adapter(folder: str | Path) -> Adapter:
         found = _TENSOR.fullmatch(name)
         if found is None or tensor.dim() != 2:
             raise ValueError(f"{folder} has a tensor {name} of shape {tuple(tensor.shape)}: {_meaning(name)}")
+        if tensor.dtype not in REAL:
+            raise ValueError(f"{folder / _WEIGHTS} has {name} in {tensor.dtype}, which are no weights of a LoRA")
         sides.setdefault(found["module"], {})[found["side"]] = tensor
     modules = {}
     for module, pair in sides.items():
@@ -84,22 +96,31 @@ def read_adapter(folder: str | Path) -> Adapter:
             shapes = ", ".join(f"lora_{side} {tuple(tensor.shape)}" for side, tensor in pair.items())
             raise ValueError(f"{folder}: {module} has {shapes}; lora_A must be (r, D) and lora_B (O, r)")
         modules[module] = LowRank(pair["A"], pair["B"], _scale(folder, config, module, pair["A"].shape[0]))
-    gates = load_gates(folder) if (folder / _GATES).is_file() else {}
+    gates = load_gates(folder) if os.path.lexists(folder / GATES) else {}
     gates = {name.removeprefix("base_model.model."): gate for name, gate in gates.items()}
     return Adapter(modules, gates, {module: weight for module, weight in base.items() if module in modules})
 
 
 def write_adapter(adapter: Adapter, folder: str | Path, *, targets: list[str], transposed: bool, base: str) -> None:
-    """Write an adapter so that PEFT reads it, and its gates beside.
+    """Write an adapter so that PEFT reads it, and its gates and hashes beside.
 
     Args:
         adapter: what to write.
-        folder: made if it is not there.
+        folder: made if it is not there; an adapter in it is replaced all at once.
         targets: the names, or ends of names, that mean exactly its linear layers in the base model.
         transposed: whether these are transformers' Conv1D.
         base: the name of the base model, "" if it has none.
+
+    Raises:
+        OSError: the disk is full, the folder cannot be written to, or another process is saving into it.
     """
-    folder = Path(folder)
+    with saving(folder) as stage:
+        write_files(adapter, stage.new, targets=targets, transposed=transposed, base=base)
+        stage.obsolete.add(GATES)
+
+
+def write_files(adapter: Adapter, folder: Path, *, targets: list[str], transposed: bool, base: str) -> None:
+    """What `write_adapter` writes but the hashes, into a folder that nobody reads yet."""
     ranks = {module: low.rank for module, low in adapter.modules.items()}
     alphas = {module: _integer_if_whole(low.scale * low.rank) for module, low in adapter.modules.items()}
     rank, alpha = (Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas))
@@ -125,9 +146,8 @@ def write_adapter(adapter: Adapter, folder: str | Path, *, targets: list[str], t
         for side in ("A", "B")
     }
     write_tensors(folder / _WEIGHTS, tensors)
-    (folder / _GATES).unlink(missing_ok=True)
     if adapter.gates:
-        save_gates(adapter.gates, folder)
+        write_tensors(folder / GATES, adapter.gates)
 
 
 def _integer_if_whole(alpha: float) -> float | int:
@@ -137,8 +157,8 @@ def _integer_if_whole(alpha: float) -> float | int:
 def _scale(folder: Path, config: dict[str, Any], module: str, rank: int) -> float:
     """alpha / r, or alpha / sqrt(r): what PEFT multiplies by; a pattern may give a layer values of its own."""
     stated, alpha = (
-        next((value for pattern, value in patterns.items() if re.match(rf"(.*\.)?({pattern})$", module)), config[key])
-        for key, patterns in (
+        next((value for pattern, value in given.items() if _matches(pattern, module)), config[key])
+        for key, given in (
             ("r", config.get("rank_pattern") or {}),
             ("lora_alpha", config.get("alpha_pattern") or {}),
         )
@@ -148,6 +168,11 @@ def _scale(folder: Path, config: dict[str, Any], module: str, rank: int) -> floa
             f"{folder}: {module} has rank {rank} in {_WEIGHTS} and {stated} in {_CONFIG}, so its scale is not known"
         )
     return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+
+
+def _matches(pattern: str, module: str) -> bool:
+    """Whether PEFT gives a layer the value of a pattern."""
+    return patterns.search(rf"^(.*\.)?({pattern})$", module)
 
 
 _PLAIN = "train a plain LoRA, or merge it into the base with PEFT's merge_and_unload()"
@@ -191,14 +216,23 @@ def _meaning(name: str) -> str:
 
 def _read_config(folder: Path) -> dict[str, Any]:
     path = folder / _CONFIG
-    if not path.is_file():
+    if not os.path.lexists(path):
         raise FileNotFoundError(f"there is no {_CONFIG} in {folder}: it is not the folder of a PEFT adapter")
-    return {"r": 8, "lora_alpha": 8} | read_json(path)  # PEFT's defaults
+    config: dict[str, Any] = {"r": 8, "lora_alpha": 8} | read_json(path)  # PEFT's defaults
+    numbers = [(key, config[key]) for key in ("r", "lora_alpha")]
+    for key in ("rank_pattern", "alpha_pattern"):
+        if not isinstance(config.get(key) or {}, dict):
+            raise ValueError(f"{path} has {key}={config[key]!r}, which is no mapping from patterns to numbers")
+        numbers += (config.get(key) or {}).items()
+    for key, value in numbers:
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            raise ValueError(f"{path} has {key}={value!r}, which must be a number")
+    return config
 
 
 def _read_weights(folder: Path) -> dict[str, Tensor]:
     path = folder / _WEIGHTS
-    if path.is_file():
+    if os.path.lexists(path):
         return read_tensors(path)
     if (folder / _PICKLE).is_file():
         raise FileNotFoundError(

@@ -13,6 +13,7 @@ from moeify.find.dense import is_linear
 from moeify.find.shapes import Site, fast_paths, recognise, whole
 from moeify.find.unreadable import why_unreadable
 from moeify.layers import moe_layers, sparse_layers
+from moeify.patterns import search
 from moeify.registry import register
 
 Where = Callable[[nn.Module], list[Site]]
@@ -110,7 +111,7 @@ def named(regex: str) -> Where:
 @register("where", "named")
 def _named(model: nn.Module, regex: str) -> list[Site]:
     sites = ffn(model)
-    return _some([site for site in sites if re.search(regex, site.name)], regex, [site.name for site in sites])
+    return _some([site for site in sites if search(regex, site.name)], regex, [site.name for site in sites])
 
 
 def chosen(predicate: Callable[[str, nn.Module], bool]) -> Where:
@@ -126,7 +127,7 @@ def modules(regex: str) -> Where:
 @register("where", "modules")
 def _modules(model: nn.Module, regex: str) -> list[Site]:
     every_name = [name for name, part in model.named_modules() if name and any(map(is_linear, part.modules()))]
-    found = [name for name in every_name if re.search(regex, name)]
+    found = [name for name in every_name if search(regex, name)]
     outermost = [name for name in found if not any(name.startswith(f"{other}.") for other in found)]
     return _some([whole(model, name) for name in outermost], regex, every_name)
 
@@ -146,7 +147,7 @@ def _linears(model: nn.Module, regex: str = "") -> list[Site]:
     sites = [whole(model, name) for name in names]
     sites = [site for site in sites if site.layer] or sites
     sites = [replace(site, disabled=tuple(fast_paths(model, site.place[0]))) for site in sites]
-    return _some([site for site in sites if re.search(regex, site.name)], regex, [site.name for site in sites])
+    return _some([site for site in sites if search(regex, site.name)], regex, [site.name for site in sites])
 
 
 def _some(sites: list[Site], regex: str, names: list[str]) -> list[Site]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,26 +15,33 @@ HASHES = "SHA256.json"
 
 
 @contextmanager
-def saving(folder: str | Path) -> Iterator[Stage]:
+def saving(folder: str | Path, *, keep: bool = False) -> Generator[Stage]:
     """Give a folder to write files into, which take their places in `folder` together, with their hashes.
 
     Every folder in it gets hashes of its own. Files that the hashes of the last save list, and this save does not
     write, are deleted; `obsolete` of the result holds their names, to be changed.
 
+    Args:
+        folder: where the files go; made if it is not there.
+        keep: let the other files of the folder stay, with the hashes that they have.
+
     Raises:
+        ValueError: the other files stay, and their hashes are damaged.
         OSError: another process is saving there, the disk is full, or the folder cannot be written to.
     """
     folder = Path(folder)
     with replacing_files(folder) as stage:
-        stage.obsolete |= _listed_or_none(folder)
+        others = listed(folder) if keep else {}
+        stage.obsolete |= set() if keep else listed_or_none(folder)
         yield stage
         for place in {path.parent for path in stage.new.rglob("*") if path.is_file()}:
-            write_hashes(place, [path for path in place.iterdir() if path.is_file()])
+            files = [path for path in place.iterdir() if path.is_file()]
+            write_hashes(place, files, others if place == stage.new else {})
 
 
-def write_hashes(folder: Path, files: Iterable[Path], others: dict[str, Any] | None = None) -> None:
+def write_hashes(folder: Path, files: Iterable[Path], others: dict[str, Any]) -> None:
     """Write what the files of a folder are at this moment; `others` are those of which it is known already."""
-    listed = (others or {}) | {file.name: fingerprint(file) for file in sorted(files)}
+    listed = others | {file.name: fingerprint(file) for file in sorted(files)}
     write_json(folder / HASHES, {"format": 1, "files": listed})
 
 
@@ -52,11 +59,15 @@ def verify(folder: str | Path) -> None:
         raise FileNotFoundError(
             f"there is no {HASHES} in {folder}, so its files cannot be verified; load the model and save it again"
         )
-    check(folder, [folder / name for name in listed(folder)])
+    check(folder)
 
 
-def check(folder: Path, files: Iterable[Path]) -> None:
-    """Compare those files that are about to be read; folders without hashes, of earlier versions, pass.
+def check(folder: Path, files: Iterable[Path] | None = None) -> None:
+    """Compare the files that are about to be read; folders without hashes, of earlier versions and of PEFT, pass.
+
+    Args:
+        folder: with the hashes.
+        files: None for those that are listed.
 
     Raises:
         FileNotFoundError: a file is missing.
@@ -66,7 +77,7 @@ def check(folder: Path, files: Iterable[Path]) -> None:
     if not os.path.lexists(folder / HASHES):
         return
     known = listed(folder)
-    for file in files:
+    for file in (folder / name for name in known) if files is None else files:
         if not os.path.lexists(file):
             raise FileNotFoundError(f"there is no {file.name} in {folder}, though it was saved")
         if known.get(file.name) != fingerprint(file):
@@ -98,7 +109,7 @@ def listed(folder: Path) -> dict[str, Any]:
     return files
 
 
-def _listed_or_none(folder: Path) -> set[str]:
+def listed_or_none(folder: Path) -> set[str]:
     """What hashes list, and the hashes; nothing if they are damaged, for then it is not known whose files these are."""
     try:
         names = listed(folder)

@@ -17,7 +17,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -30,7 +30,7 @@ _NAME = re.compile(r"checkpoint-\d{1,15}", re.ASCII)
 
 
 @contextmanager
-def writing(final: Path) -> Iterator[Path]:
+def writing(final: Path) -> Generator[Path]:
     """Give a folder to write a checkpoint into, which gets its final name once everything is on disk.
 
     An exception inside removes what was written. A checkpoint that already has the final name is moved aside, and

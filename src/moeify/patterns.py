@@ -1,0 +1,35 @@
+"""Regular expressions from files, which may be written so that a match never ends."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+LONGEST = 1.0
+"""Seconds that one match may take; those that files are written with take microseconds."""
+
+
+def search(pattern: str, name: str) -> bool:
+    """Whether a pattern matches somewhere in a name, as `re.search` decides.
+
+    Raises:
+        ValueError: no regular expression, or one whose match does not end.
+    """
+    compiled = _compiled(pattern)
+    try:
+        return compiled.search(name, timeout=LONGEST) is not None
+    except TimeoutError:
+        raise ValueError(
+            f"the regular expression {pattern!r} takes longer than {LONGEST:g} s on {name!r}; write it without "
+            "repetitions inside repetitions"
+        ) from None
+
+
+@functools.cache
+def _compiled(pattern: str) -> Any:
+    import regex
+
+    try:
+        return regex.compile(pattern)
+    except (regex.error, RecursionError, OverflowError, TypeError) as error:
+        raise ValueError(f"{pattern!r} is not a regular expression: {error}") from None
