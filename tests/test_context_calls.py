@@ -1,5 +1,6 @@
 """Whose forward pass it is: threads, calls within calls and passes that fail keep their masks apart."""
 
+import contextlib
 import pickle
 from concurrent.futures import ThreadPoolExecutor
 
@@ -10,7 +11,9 @@ from torch import nn
 from masked_models import LEFT, RIGHT, decoder, real, watched_tokens, words
 from moeify import Context
 from moeify.context import extra_inputs, running
+from moeify.sparsify import Recipe, sparsify
 from strategies import layer
+from tiny_models import causal_lm
 
 
 @pytest.fixture
@@ -64,6 +67,28 @@ def test_a_pass_that_fails_leaves_no_mask_behind(llama):
         model(words(2, 5), attention_mask=LEFT)
     handle.remove()
     assert moe.context.call.token_mask is None
+    assert running() == []
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_a_layer_called_alone_hears_nothing_of_a_call_before(grad):
+    model = sparsify(causal_lm("llama"), Recipe(num_experts=4), verbose=False)
+    block = model.model.layers[0]
+    hidden, every = torch.randn(2, 5, block.mlp.experts.width), list(range(10))
+    where = {"position_embeddings": model.model.rotary_emb(hidden, torch.arange(5).unsqueeze(0))}
+    calls = [
+        lambda: model(words(2, 5), attention_mask=RIGHT),
+        lambda: model.model(words(2, 5), attention_mask=RIGHT),
+        lambda: model.model(words(2, 5), attention_mask=0 * RIGHT),
+        lambda: block(hidden, attention_mask=RIGHT[:, None, None].bool(), **where),
+    ]
+    seen = watched_tokens(block.mlp)
+    with torch.set_grad_enabled(grad):
+        for call in calls:
+            with contextlib.suppress(ValueError):  # of the one that is all padding
+                call()
+            block.mlp(hidden)
+    assert seen == [real(RIGHT), every, real(RIGHT), every, every, real(RIGHT), every]
     assert running() == []
 
 

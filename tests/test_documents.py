@@ -164,12 +164,14 @@ def test_packed_rows_whose_layers_have_other_tokens_are_refused():
 
 def test_a_stack_that_is_called_by_itself_forgets_the_documents_of_its_last_call():
     model, stack, x = nn.Module(), nn.Module(), torch.randn(2, 6, D)
-    stack.forward = lambda *args, **kwargs: None
-    context = Context()
+    context, seen = Context(), []
+    stack.forward = lambda *args, **kwargs: seen.append(context.documents((2, 6)))
     context.watch([model, stack])
     stack(inputs_embeds=x, position_ids=POSITION)
-    assert torch.equal(context.sequence_ids((2, 6)), IDS.flatten())
     stack(inputs_embeds=x)
+    assert torch.equal(seen[0], IDS.flatten())
+    assert seen[1] is None
+    stack(inputs_embeds=x, position_ids=POSITION)
     assert context.documents((2, 6)) is None
 
 

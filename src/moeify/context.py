@@ -136,10 +136,12 @@ class Context:
         for module in others:
             hook = partial(self._read_stack, innermost=module is others[-1])
             handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+            handles.append(module.register_forward_hook(self._end, always_call=True))
         for layer in layers:
             if found := masks.places(layer):
                 hook = partial(self._read_layer, places=found)
                 handles.append(layer.register_forward_pre_hook(hook, with_kwargs=True))
+                handles.append(layer.register_forward_hook(self._leave_layer, always_call=True))
         return [*handles, root.register_forward_hook(self._end, always_call=True)]
 
     def _begin(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], *, innermost: bool) -> None:
@@ -151,7 +153,8 @@ class Context:
                     f"{type(module).__name__} was called with an empty batch: {name} has shape {tuple(value.shape)}"
                 )
         batch_first = self.batch_first is not False
-        call = Call(inputs=inputs, batch_first=batch_first, outer=getattr(self._thread, "call", None))
+        outer = getattr(self._thread, "call", None)
+        call = Call(inputs=inputs, batch_first=batch_first, outer=outer, begun_by=module)
         if torch.is_grad_enabled():
             waiting = [] if any(earlier.repeated for earlier in self._unrepeated) else self._unrepeated[-1:]
             self._unrepeated = [*waiting, call]
@@ -162,18 +165,26 @@ class Context:
         call.of_stack = innermost
 
     def _end(self, module: nn.Module, args: tuple, output: Any) -> None:
-        ended = self.call
+        ended = getattr(self._thread, "call", None)
+        if ended is None or ended.begun_by is not module:
+            return
         self._thread.call = ended.outer
         ended.layer_mask = False
         _RUNNING.passes = [each for each in _RUNNING.passes if each[1] is not ended]
 
+    def _runs(self) -> bool:
+        return getattr(self._thread, "call", None) is not None
+
     def _read_stack(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], *, innermost: bool) -> None:
+        if not self._runs() and not recomputing():  # called by itself: a pass of its own
+            self._begin(module, args, kwargs, innermost=innermost)
+            return
         given = _by_name(module, args, kwargs)
         tokens = _tokens(given)
         call = self.call
         if tokens is not None and call.token_mask is not None and _count(tokens) != call.token_mask.numel():
             self.mask(None)  # the mask above is of other tokens: of words, where this stack reads an image
-        above = None if call is getattr(self._thread, "alone", None) else call.packing
+        above = call.packing
         call.packing = Packing.of(given, _shape(tokens), above=above, of_stack=innermost)
         self._read_mask(module, given)
         call.of_stack = (
@@ -184,6 +195,11 @@ class Context:
         self, module: nn.Module, args: tuple, kwargs: dict[str, Any], *, places: list[tuple[str, int | None]]
     ) -> None:
         self.call.layer_mask = masks.given_mask(places, args, kwargs)
+
+    def _leave_layer(self, module: nn.Module, args: tuple, output: Any) -> None:
+        """Forget the mask of a layer that was called by itself."""
+        if not self._runs() and not recomputing():
+            self.call.layer_mask = False
 
     def _read_mask(self, module: nn.Module, given: dict[str, Any]) -> None:
         call = self.call

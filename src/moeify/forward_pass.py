@@ -32,6 +32,7 @@ class Call:
         of_stack: whether the mask was given to the module that holds the layers, and not only to one above it.
         layer_mask: the mask that the layer around a sparse one is given, with its name; False if no layer takes one.
         outer: the pass that this one interrupts, of a model that is called while it runs.
+        begun_by: the module that was called: the model, or one inside it that is called by itself.
         repeated: whether a backward pass has repeated it outside of `Context.resumed`.
     """
 
@@ -45,6 +46,7 @@ class Call:
     of_stack: bool = False
     layer_mask: tuple[str, Tensor] | Literal[False] | None = False
     outer: Call | None = None
+    begun_by: nn.Module | None = None
     repeated: bool = False
     _read: dict[tuple[int, ...], tuple[Any, Int[Tensor, "T"] | None]] = field(default_factory=dict)
     _documents: dict[tuple[int, ...], tuple[Any, Any, Int[Tensor, "T"]]] = field(default_factory=dict)

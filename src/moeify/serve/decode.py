@@ -155,9 +155,9 @@ def _waits_for_call(part: nn.Module) -> bool:
 
     Hooks of a `Context` have read the same in the model's own.
     """
-    if part._forward_hooks or is_offloaded(part):
+    if is_offloaded(part):
         return True
-    return not all(map(is_hook_of_context, part._forward_pre_hooks.values()))
+    return not all(map(is_hook_of_context, [*part._forward_hooks.values(), *part._forward_pre_hooks.values()]))
 
 
 def _padded_left(mask: Tensor, length: int) -> bool:
