@@ -31,19 +31,21 @@ class Context:
 
     Args:
         batch_first: whether the stack lays tokens out as (B, N, D); by default that of torch's attention modules in it.
+        routes_padding: take every token for real, for a model whose outputs depend on what layers make of padding.
     """
 
-    def __init__(self, batch_first: bool | None = None) -> None:
+    def __init__(self, batch_first: bool | None = None, *, routes_padding: bool = False) -> None:
         self.batch_first = batch_first
+        self.routes_padding = routes_padding
         self._thread = threading.local()
         self._unrepeated: list[Call] = []
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Context:
-        copy = memo[id(self)] = Context(self.batch_first)
+        copy = memo[id(self)] = Context(self.batch_first, routes_padding=self.routes_padding)
         return copy
 
-    def __reduce__(self) -> tuple[type[Context], tuple[bool | None]]:
-        return Context, (self.batch_first,)
+    def __reduce__(self) -> tuple[Callable[..., Context], tuple[()], dict[str, Any]]:
+        return Context, (), {"batch_first": self.batch_first, "routes_padding": self.routes_padding}
 
     @property
     def extra_inputs(self) -> dict[str, Tensor]:
@@ -104,7 +106,7 @@ class Context:
 
     def mask(self, token_mask: Tensor | None) -> None:
         """Set which tokens are real, see `Call.mask`."""
-        self.call.mask(token_mask)
+        self.call.mask(None if self.routes_padding else token_mask)
 
     def real(self, shape: int | Sequence[int]) -> Int[Tensor, "T"] | None:
         """The positions of the real ones among flattened tokens, None for all of them, see `Call.real`."""
@@ -137,7 +139,7 @@ class Context:
             hook = partial(self._read_stack, innermost=module is others[-1])
             handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
             handles.append(module.register_forward_hook(self._end, always_call=True))
-        for layer in layers:
+        for layer in () if self.routes_padding else layers:
             if found := masks.places(layer):
                 hook = partial(self._read_layer, places=found)
                 handles.append(layer.register_forward_pre_hook(hook, with_kwargs=True))

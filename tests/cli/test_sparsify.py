@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 from command_line import moeify
@@ -56,6 +58,38 @@ def test_other_architectures_are_named(tmp_path):
     ended = moeify("generate", tmp_path / "sparse")
     assert ended.code == 2
     assert ended.err.startswith("moeify: error: ")
+
+
+def test_a_model_is_verified_with_the_input_of_a_file_or_not_at_all(tmp_path, llama):
+    save_file({"input_ids": torch.arange(3, 9)[None]}, tmp_path / "probe.safetensors")
+    (tmp_path / "probe.py").write_text(
+        "import torch\n\ndef given():\n    return {'input_ids': torch.arange(3, 9)[None]}\n"
+    )
+    for probe in (tmp_path / "probe.safetensors", f"{tmp_path / 'probe.py'}:given"):
+        ended = moeify("sparsify", llama, tmp_path / "sparse", "--probe", probe)
+        assert ended.code == 0, ended.err
+        assert "function difference on a probe" in ended.out
+        assert "not verified" not in ended.out
+    ended = moeify("sparsify", llama, tmp_path / "sparse", "--no-verify")
+    assert ended.code == 0
+    assert "moeify: not verified: nothing shows" in ended.out
+
+
+@pytest.mark.parametrize(
+    ("probe", "reason"),
+    [
+        ("probe.pt", "neither FILE.safetensors nor FILE.py:FUNCTION"),
+        ("none.safetensors", "there is no file"),
+        ("probe.py:other", "no function 'other'"),
+        ("probe.py:wrong", "cannot be run on the probe"),
+    ],
+)
+def test_a_probe_that_cannot_be_used_is_refused_and_nothing_written(tmp_path, llama, probe, reason):
+    (tmp_path / "probe.py").write_text("def wrong():\n    return {'nonsense': 3}\n")
+    ended = moeify("sparsify", llama, tmp_path / "sparse", "--probe", tmp_path / probe)
+    assert ended.code == 2
+    assert re.search(reason, ended.err)
+    assert not (tmp_path / "sparse").exists()
 
 
 def test_every_recipe_is_listed_with_its_experts():

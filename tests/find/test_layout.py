@@ -1,17 +1,22 @@
 """How layers lay out their tokens, and whether padding is read: seen in runs of a probe."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
 from transformers import BigBirdConfig, BigBirdModel, SiglipTextConfig, SiglipTextModel, XLNetConfig, XLNetModel
 
-from moeify import Recipe, sparsify
+from moeify import Recipe, record, sparsify
+from moeify.find import ffn, modules
 from moeify.find.probe import find_probe
 from moeify.routers import Soft
 from moeify.sparsify import fresh
 from moeify.store import load, save
-from plain_models import sparse_layers
+from plain_models import Block, Gated, sparse_layers, vit_mlp
 from tiny_models import bert, tokens, widened
+
+COPIES = Recipe(num_experts=4)
 
 
 def xlnet() -> XLNetModel:
@@ -36,15 +41,147 @@ def test_sequences_are_not_mixed_where_they_are_laid_out_first(length, tmp_path)
         torch.testing.assert_close(one(ids)[0][1:2], one(ids[1:2])[0], rtol=1e-4, atol=1e-4)
 
 
-def test_a_model_that_reads_padding_is_refused_unless_it_is_probed_without():
+@pytest.mark.parametrize("positional", [True, False])
+def test_a_given_probe_shows_the_layout_too(positional):
+    model, ids = xlnet(), tokens(3, 5)
+    recipe = Recipe(num_experts=4, router=Soft, experts=fresh)
+    sparsify(model, recipe, probe=ids if positional else {"input_ids": ids}, allow_noncausal=True, verbose=False)
+    assert {layer.context.batch_first for layer in sparse_layers(model).values()} == {False}
+
+
+def siglip() -> SiglipTextModel:
     config = SiglipTextConfig(vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
-                              num_attention_heads=4)  # fmt: skip
-    model, given = widened(SiglipTextModel(config).eval()), {"input_ids": tokens(2, 8) % 96}
-    with pytest.raises(ValueError, match="make of padding"):
-        sparsify(model, Recipe(num_experts=4), verbose=False)
-    assert not sparse_layers(model)
-    sparsify(model, Recipe(num_experts=4), probe=given, verbose=False)
-    assert sparse_layers(model)
+                              num_attention_heads=4, bos_token_id=1, eos_token_id=2)  # fmt: skip
+    return widened(SiglipTextModel(config).eval())
+
+
+def test_padding_is_routed_where_the_model_reads_it(tmp_path):
+    model, mask = siglip(), torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]])
+    given = {"input_ids": tokens(2, 4) % 96, "attention_mask": mask}  # the last position is pooled
+    before = model(**given).pooler_output
+    sparsify(model, Recipe(num_experts=4), verbose=False)
+    save(model, tmp_path)
+    for one in (model, copy.deepcopy(model), load(tmp_path).eval()):
+        with record(one) as decisions:
+            torch.testing.assert_close(one(**given).pooler_output, before, rtol=1e-4, atol=1e-4)
+        assert {int(routing.counts.sum()) for routing in decisions.values()} == {2 * 8}
+
+
+def test_padding_is_not_routed_in_other_stacks_nor_where_it_is_masked():
+    routed = {
+        kind: {layer.context.routes_padding for layer in sparse_layers(sparsify(model, COPIES, verbose=False)).values()}
+        for kind, model in (("siglip", siglip()), ("bert", bert()))
+    }
+    assert routed == {"siglip": {True}, "bert": {False}}
+
+
+class Towers(nn.Module):
+    """Two stacks, the second of which only runs when asked for."""
+
+    def __init__(self, second: nn.Module) -> None:
+        super().__init__()
+        self.first = nn.Sequential(Block(vit_mlp()), Block(vit_mlp()))
+        self.second = nn.Sequential(second)
+
+    def forward(self, x, both: bool = False):
+        return self.second(self.first(x)) if both else self.first(x)
+
+
+class Loose(nn.Module):
+    """An inline feed-forward network that scales between its projections, or does not."""
+
+    def __init__(self, scale: float) -> None:
+        super().__init__()
+        self.up, self.act, self.down, self.scale = nn.Linear(8, 12), nn.GELU(), nn.Linear(12, 8), scale
+        self.norm = nn.LayerNorm(8)
+
+    def forward(self, x):
+        return self.norm(x + self.down(self.scale * self.act(self.up(x))))
+
+
+def test_what_a_probe_does_not_reach_is_verified_alone():
+    sparsify(Towers(Loose(1.0)), COPIES, verbose=False)
+    with pytest.raises(ValueError, match=r"second\.0\.up was taken for a feed-forward network"):
+        sparsify(Towers(Loose(0.5)), COPIES, verbose=False)
+
+
+def test_what_cannot_be_reached_at_all_is_refused_unless_asked_for():
+    class Pair(Loose):
+        def forward(self, x, y):
+            return super().forward(x) + y.shape[1]
+
+    with pytest.raises(ValueError, match=r"the probe does not reach second\.0\.up.*verify=False"):
+        sparsify(Towers(Pair(1.0)), COPIES, verbose=False)
+    assert len(sparse_layers(sparsify(Towers(Pair(1.0)), COPIES, verify=False, verbose=False))) == 3
+
+
+class Riddle(nn.Sequential):
+    """A model whose input nobody guesses."""
+
+    def forward(self, x: dict):
+        if not isinstance(x, dict):
+            raise TypeError("a question is wanted")
+        return super().forward(x["question"])
+
+
+def test_a_model_whose_input_is_not_guessed_is_refused_unless_it_is_probed_or_verify_is_off():
+    x = torch.randn(2, 5, 8)
+    with pytest.raises(ValueError, match=r"no input could be guessed for this Riddle.*probe=.*verify=False"):
+        sparsify(Riddle(Loose(1.0)), COPIES, verbose=False)
+    with pytest.raises(ValueError, match=r"0\.up was taken for a feed-forward network"):
+        sparsify(Riddle(Loose(0.5)), COPIES, probe=({"question": x},), verbose=False)
+    sparsify(Riddle(Loose(1.0)), COPIES, probe=({"question": x},), verbose=False)
+    wrong = Riddle(Loose(0.5))
+    before = wrong({"question": x})
+    sparsify(wrong, COPIES, verify=False, verbose=False)
+    assert (wrong({"question": x}) - before).abs().max() > 0.05  # which nothing has shown
+    with pytest.raises(ValueError, match="leave out one of the two"):
+        sparsify(Riddle(Loose(1.0)), COPIES, probe=x, verify=False)
+
+
+def test_a_model_without_values_is_refused_unless_verify_is_off():
+    with torch.device("meta"):
+        model = nn.Sequential(Block(vit_mlp()))
+    with pytest.raises(ValueError, match=r"no values \(its parameters are on the meta device\)"):
+        sparsify(model, COPIES, verbose=False)
+    assert sparse_layers(sparsify(model, COPIES, verify=False, verbose=False))
+
+
+class Named(nn.Module):
+    """A layer that calls its network by keyword."""
+
+    def __init__(self, ffn: nn.Module) -> None:
+        super().__init__()
+        self.ffn = ffn
+
+    def forward(self, x):
+        return x + self.ffn(x=x)
+
+
+@pytest.mark.parametrize("where", [ffn, modules("ffn$")])
+def test_a_module_that_is_called_by_keyword_is_replaced(where, tmp_path):
+    def build():
+        return nn.Sequential(Named(Gated()), Named(Gated()))
+
+    model, x = widened(build()), torch.randn(2, 5, 8)
+    before = model(x)
+    sparsify(model, Recipe(num_experts=4, where=where), verbose=False)
+    save(model, tmp_path)
+    for one in (model, load(tmp_path, build())):
+        torch.testing.assert_close(one(x), before, rtol=1e-4, atol=1e-4)
+
+
+def test_a_module_that_is_given_more_than_tokens_is_refused():
+    class Layer(Block):
+        def forward(self, x):
+            return x + self.ffn(x, 3)
+
+    class Two(Gated):
+        def forward(self, x, layer=None):
+            return super().forward(x)
+
+    with pytest.raises(ValueError, match=r"0\.ffn \(Two\) cannot be an expert: .* more than its tokens \(layer\)"):
+        sparsify(nn.Sequential(Layer(Two())), COPIES, verbose=False)
 
 
 def test_a_probe_leaves_no_trace():

@@ -42,7 +42,7 @@ def test_shared_experts_are_shown():
 
 def test_a_difference_is_shown_and_so_is_that_there_is_none():
     assert "function difference on a probe: 1.5e-06" in report(1.5e-6, Recipe(num_experts=4))
-    assert "not measured" in report(None, Recipe(num_experts=4))
+    assert "not verified" in report(None, Recipe(num_experts=4))
 
 
 def test_parameters_and_work_are_those_counted():

@@ -33,6 +33,15 @@ NumExperts = Annotated[
     int | None, typer.Option("--experts", min=1, help="Number of experts", show_default="the recipe's")
 ]
 TopKExperts = Annotated[int | None, typer.Option("--k", min=1, help="Experts per token", show_default="the recipe's")]
+Probe = Annotated[
+    str | None,
+    typer.Option(
+        help="An input to verify with: FILE.safetensors with tensors by the names of the model's arguments, or "
+        "FILE.py:FUNCTION, which is run and returns a tensor, a tuple or a dictionary",
+        show_default="one is guessed",
+    ),
+]
+Verify = Annotated[bool, typer.Option("--verify/--no-verify", help="Run the model to show that it computes the same")]
 Output = Annotated[Path, typer.Option(help="The run's folder")]
 Steps = Annotated[int, typer.Option(min=1, help="Optimizer steps of each model")]
 Minutes = Annotated[
@@ -128,3 +137,33 @@ def choose_controller(text: str | None) -> Rule | None:
         return decode("controller", json.loads(text) if text.startswith("{") else text)
     except json.JSONDecodeError as error:
         raise ValueError(f"--controller {text!r} is not valid JSON: {error}") from None
+
+
+def choose_probe(text: str | None) -> Any:
+    """The input that a file holds, or that a function of a Python file returns.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: another kind of file, or one without this function.
+    """
+    if text is None:
+        return None
+    path, _, function = text.rpartition(":") if ".py:" in text else (text, "", "")
+    if not function and Path(text).suffix != ".safetensors":
+        raise ValueError(f"--probe {text!r} is neither FILE.safetensors nor FILE.py:FUNCTION")
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"there is no file {path} to read a probe from")
+    if function:
+        return _returned_by(Path(path), function)
+    from moeify.files import read_tensors
+
+    return read_tensors(Path(path))
+
+
+def _returned_by(path: Path, function: str) -> Any:
+    import runpy
+
+    found = runpy.run_path(str(path)).get(function)
+    if not callable(found):
+        raise ValueError(f"{path} has no function {function!r} that returns a probe")
+    return found()

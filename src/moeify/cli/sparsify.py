@@ -22,14 +22,18 @@ def sparsify(
     architecture: Annotated[
         str, typer.Option(help="How to load it: AutoModelForCausalLM, AutoModel, or another class of transformers")
     ] = "AutoModelForCausalLM",
+    probe: o.Probe = None,
+    verify: o.Verify = True,
 ) -> None:
     """Make a dense model sparse and save it with its tokenizer; `moeify generate` and `moeify.load` read it."""
     from moeify.cli.text import load_dense, load_tokenizer, save_tokenizer
     from moeify.sparsify import sparsify as make_sparse
     from moeify.store import save
 
-    chosen = o.choose_recipe(recipe, experts, k)
-    save(make_sparse(load_dense(model, architecture), chosen), output)
+    chosen, given = o.choose_recipe(recipe, experts, k), o.choose_probe(probe)
+    save(make_sparse(load_dense(model, architecture), chosen, probe=given, verify=verify), output)
+    if not verify:
+        print("moeify: not verified: nothing shows that the sparse model computes what the dense one does")
     try:
         save_tokenizer(load_tokenizer(model), output)
     except ValueError:

@@ -39,6 +39,7 @@ def merge_models(
     base: Model | None = None,
     router_init: Mapping[str, Sequence[Any]] | None = None,
     probe: Any = None,
+    verify: bool = True,
     allow_noncausal: bool = False,
     verbose: bool = True,
 ) -> nn.Module:
@@ -54,6 +55,7 @@ def merge_models(
         router_init: for each name, example inputs of the domain that its expert is for (each a tensor, a tuple of
             arguments or a mapping), see `route_by_examples`; without it routers start as the recipe makes them.
         probe: as in `sparsify`.
+        verify: as in `sparsify`.
         allow_noncausal: as in `sparsify`.
         verbose: print the table of `sparsify`; its function difference is to the base, or to the first model.
 
@@ -74,8 +76,9 @@ def merge_models(
 
     own = tensors(model)
     with fixed_randomness(model):
-        compare = Comparison.of(model, find_probe(model) if probe is None else as_probe(probe))
-    report = convert(model, recipe, probe=probe, allow_noncausal=allow_noncausal)
+        found = as_probe(probe) if probe is not None else find_probe(model) if verify else None
+        compare = None if found is None else Comparison.of(model, found)
+    report = convert(model, recipe, probe=probe, verify=verify, allow_noncausal=allow_noncausal)
     names = {id(tensor): group for group, tensor in own.items()}
     inside = set[int]()
     for site, layer in zip(report.sites, report.layers, strict=True):

@@ -211,8 +211,7 @@ def _faults_of_another_class(source: Source, model: nn.Module) -> Iterator[str]:
     with torch.no_grad():
         for names, tensor in tensors(filled).items():
             tensor.copy_(source.first(names))
-    compare = Comparison.of(source.load(), probe)
-    if compare is None or not compare.same(filled):
+    if probe is None or not Comparison.of(source.load(), probe).same(filled):
         yield (
             f"it is a {there}, and a {here} with its tensors computes something else; merge models that are all of one "
             "of both classes"

@@ -4,8 +4,8 @@
      "up": ["model.layers.0.mlp.gate_proj", "model.layers.0.mlp.up_proj"], "down": "model.layers.0.mlp.down_proj",
      "gated": true, "activation": {"name": "silu"}, "dropout": 0.0}
 
-Instead of projections, a site may be read as a chain of modules (`parts`), or as the module that stands there. `after`
-and `disabled` are there if they say something.
+Instead of projections, a site may be read as a chain of modules (`parts`), or as the module that stands there. `after`,
+`disabled`, `sequence_first`, `routes_padding` and `keyword` are there if they say something.
 """
 
 from __future__ import annotations
@@ -46,8 +46,9 @@ def describe(model: nn.Module, site: Site) -> dict[str, Any]:
         values["after"] = site.after
     if site.disabled:
         values["disabled"] = [[names[id(owner)], attribute, _plain(value)] for owner, attribute, value in site.disabled]
-    if site.sequence_first:
-        values["sequence_first"] = True
+    for fact in ("sequence_first", "routes_padding", "keyword"):
+        if getattr(site, fact):
+            values[fact] = getattr(site, fact)
     return values
 
 
@@ -84,8 +85,8 @@ def _rebuilt(model: nn.Module, values: dict[str, Any]) -> Site:
         _own(module, attribute)
         disabled.append(disable(module, attribute) if value is None else (module, attribute, value))
     place = (model.get_submodule(parent), child)
-    first = values.get("sequence_first")
-    return Site(name, dense, place, values.get("after", 0.0), tuple(disabled), values["width"], first)
+    facts = {fact: values[fact] for fact in ("sequence_first", "routes_padding", "keyword") if fact in values}
+    return Site(name, dense, place, values.get("after", 0.0), tuple(disabled), values["width"], **facts)
 
 
 def _plain(value: Any) -> Any:

@@ -1,99 +1,179 @@
-"""How the layers of a model lay out their tokens, and whether it reads padding: seen in runs of a probe."""
+"""What a run of a model shows of its sites: how they are called, how tokens lie there, whether padding is read."""
 
 from __future__ import annotations
 
 import inspect
-from dataclasses import replace
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import torch
 from jaxtyping import Bool
 from torch import Tensor, nn
 
-from moeify.find.dense import DenseFFN
+from moeify.context import Context
+from moeify.find.contexts import contexts_of, watch
 from moeify.find.probe import Probe
 from moeify.find.shapes import Site
 
 
-def laid_out(model: nn.Module, sites: list[Site], probe: Probe) -> list[Site]:
-    """The sites, with the layout of their tokens where the probe shows it: (B, N, D), or sequence first, (N, B, D).
+@dataclass(frozen=True)
+class SiteCall:
+    """How what stands in a site is called.
+
+    Attributes:
+        shape: leading shape of its tokens.
+        keyword: the name that it is given the tokens by, None if by position.
+        others: the names of whatever else it is given.
+    """
+
+    shape: torch.Size
+    keyword: str | None
+    others: tuple[str, ...]
+
+
+@contextmanager
+def observed(model: nn.Module, sites: Sequence[Site]) -> Iterator[dict[str, SiteCall]]:
+    """The calls of what stands in sites while the model runs, by the names of the sites; of each the latest."""
+    calls: dict[str, SiteCall] = {}
+    handles = [
+        getattr(*site.place).register_forward_pre_hook(partial(_keep_call, calls, site.name), with_kwargs=True)
+        for site in sites
+    ]
+    try:
+        yield calls
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _keep_call(calls: dict[str, SiteCall], name: str, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+    names = list(inspect.signature(module.forward).parameters)
+    by_position = [names[i] if i < len(names) else str(i) for i in range(len(args))]
+    given = [
+        (key, value) for key, value in [*zip(by_position, args, strict=True), *kwargs.items()] if value is not None
+    ]
+    first = next((key for key, value in given if isinstance(value, Tensor)), None)
+    if first is not None:
+        x = dict(given)[first]
+        others = tuple(key for key, _ in given if key != first)
+        calls[name] = SiteCall(x.shape[:-1], None if first in by_position else first, others)
+
+
+def called_alike(sites: Sequence[Site], calls: Mapping[str, SiteCall]) -> list[Site]:
+    """The sites, with the keyword by which each is given its tokens.
+
+    Raises:
+        ValueError: a site is given more than its tokens.
+    """
+    for site in sites:
+        if site.name in calls and calls[site.name].others:
+            raise ValueError(
+                f"{site.name} ({type(getattr(*site.place)).__name__}) cannot be an expert: it is called with more than "
+                f"its tokens ({', '.join(calls[site.name].others)}); leave it out of where=..."
+            )
+    return [replace(site, keyword=calls[site.name].keyword) if site.name in calls else site for site in sites]
+
+
+def laid_out(model: nn.Module, sites: Sequence[Site], probe: Probe, calls: Mapping[str, SiteCall]) -> list[Site]:
+    """The sites, with the layout of their tokens where a call shows it: (B, N, D), or sequence first, (N, B, D).
 
     torch's attention modules say themselves how they lay out tokens; beside one, a site is left as it is.
     """
     batch = probe.batch
-    if batch is None:
-        return sites
-    shapes: dict[str, torch.Size] = {}
-    handles = [
-        getattr(*site.place).register_forward_pre_hook(partial(_keep_shape, shapes, site.name), with_kwargs=True)
-        for site in sites
-    ]
-    try:
-        probe.run(model)
-    finally:
-        for handle in handles:
-            handle.remove()
+    shapes = {name: call.shape for name, call in calls.items()}
     return [_with_layout(model, site, shapes.get(site.name), batch) for site in sites]
 
 
-def _keep_shape(shapes: dict[str, torch.Size], name: str, module: nn.Module, args: tuple, kwargs: dict) -> None:
-    x = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
-    if x is not None:
-        shapes[name] = x.shape[:-1]
-
-
-def _with_layout(model: nn.Module, site: Site, shape: torch.Size | None, batch: int) -> Site:
+def _with_layout(model: nn.Module, site: Site, shape: torch.Size | None, batch: int | None) -> Site:
+    if batch is None or shape is None or len(shape) != 2:
+        return site
     stack = model.get_submodule(site.stack) if site.stack else model
-    if shape is None or len(shape) != 2 or any(isinstance(part, nn.MultiheadAttention) for part in stack.modules()):
+    if any(isinstance(part, nn.MultiheadAttention) for part in stack.modules()):
         return site
     first, second = shape
     return replace(site, sequence_first=second == batch != first)
 
 
-def padding_is_read(model: nn.Module, sites: list[Site], probe: Probe) -> float | None:
-    """How much an output at real tokens changes if feed-forward networks are silent at padding; None if it does not."""
+def padding_routed(model: nn.Module, sites: Sequence[Site], probe: Probe) -> list[Site]:
+    """The sites, with `routes_padding` in every stack whose outputs at padding the model reads elsewhere.
+
+    Some models pool a position that may be padding (SigLIP), or mix it into others by convolutions or landmarks
+    (ConvBERT, Nyströmformer). There a sparse layer must compute padding too, or outputs at real tokens change.
+    """
+    stacks = _reading_padding(model, sites, probe)
+    return [replace(site, routes_padding=site.stack in stacks) for site in sites]
+
+
+def _reading_padding(model: nn.Module, sites: Sequence[Site], probe: Probe) -> set[str]:
     config = getattr(model, "config", None)
     padding = getattr(getattr(config, "text_config", config), "pad_token_id", None)
     padded = probe.padded(padding if isinstance(padding, int) else 0)
     if padded is None or "attention_mask" not in inspect.signature(model.forward).parameters:
-        return None
+        return set()
     given, real = padded
     try:
         before = given.outputs(model)
     except MemoryError:  # says nothing about the model
         raise
     except Exception:  # whatever a model raises that takes no mask of this form
-        return None
-    undo = [site.install(_Silent(site.dense, real)) for site in sites if isinstance(site.dense, DenseFFN)]
+        return set()
+    if not _changed_by_silence(model, sites, given, before, real):
+        return set()
+    stacks = {site.stack for site in sites}
+    alone = {
+        stack
+        for stack in stacks
+        if _changed_by_silence(model, [site for site in sites if site.stack == stack], given, before, real)
+    }
+    return alone or stacks
+
+
+def _changed_by_silence(
+    model: nn.Module, sites: Sequence[Site], probe: Probe, before: list[Tensor], real: Bool[Tensor, "B N"]
+) -> bool:
+    """Whether an output at real tokens changes if sites are silent where sparse layers would see padding."""
+    contexts = contexts_of(sites)
+    undo = [site.install(_Silent(site.dense, contexts[site.stack])) for site in sites]
+    undo += watch(model, sites, contexts)
     try:
-        after = given.outputs(model)
+        after = probe.outputs(model)
+    except ValueError:  # the mask is not one of these tokens
+        return True
     finally:
         for restore in reversed(undo):
             restore()
-    changes = [_change(a, b, real) for a, b in zip(before, after, strict=True) if a.shape == b.shape]
-    return max((change for change in changes if change > 0), default=None)
+    return any(_changes(a, b, real) for a, b in zip(before, after, strict=True) if a.shape == b.shape)
 
 
-def _change(before: Tensor, after: Tensor, real: Bool[Tensor, "B N"]) -> float:
-    """The largest change, 0 if it is no more than rounding or at tokens that are not the model's input."""
+def _changes(before: Tensor, after: Tensor, real: Bool[Tensor, "B N"]) -> bool:
+    """Whether an output changes by more than rounding at real tokens; one that has no tokens, anywhere."""
     if before.dim() > 2:
         if before.shape[:2] != real.shape:
-            return 0.0
+            return False
         before, after = before[real], after[real]
-    change = (before - after).abs().max().item()
     rounding = torch.finfo(before.dtype).eps ** 0.5
-    return change if change > rounding * before.abs().max().item() else 0.0
+    return (before - after).abs().max().item() > rounding * before.abs().max().item()
 
 
 class _Silent(nn.Module):
-    """A feed-forward network whose outputs at padding are zero, as those of a sparse layer are."""
+    """A module whose outputs at padding are zero, as those of a sparse layer are."""
 
-    def __init__(self, dense: nn.Module, real: Bool[Tensor, "B N"]) -> None:
+    def __init__(self, dense: nn.Module, context: Context) -> None:
         super().__init__()
-        self.dense, self.real = dense, real
+        self.dense, self.context = dense, context
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight of a linear layer, whose dtype some models read (T5's do)."""
+        return self.dense.get_parameter("weight")
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.dense(x)
-        if x.shape[:-1] == self.real.shape:
-            return y * self.real.unsqueeze(-1)
-        return y * self.real.T.unsqueeze(-1) if x.shape[:-1] == self.real.shape[::-1] else y
+        positions = self.context.real(x.shape[:-1])
+        if positions is None or y.shape[:-1] != x.shape[:-1]:
+            return y
+        real = torch.zeros(x.shape[:-1].numel(), dtype=torch.bool, device=y.device).index_fill(0, positions, True)
+        return torch.where(real.view(*x.shape[:-1], 1), y, 0)

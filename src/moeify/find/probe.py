@@ -13,7 +13,7 @@ from jaxtyping import Bool
 from torch import Tensor, nn
 
 from moeify.context import extra_inputs
-from moeify.find.dense import is_linear, matrix
+from moeify.find.guesses import guesses
 from moeify.modes import fixed_randomness, in_evaluation
 from moeify.routers.lookup import columns
 from moeify.snapshot import Snapshot
@@ -36,9 +36,7 @@ class Probe:
 
     def outputs(self, model: nn.Module) -> list[Tensor]:
         """Every floating-point tensor among the model's outputs, as of `run`."""
-        output = self._output(model)
-        values = [output] if isinstance(output, Tensor) else output.values() if isinstance(output, dict) else output
-        return [value.float() for value in values if isinstance(value, Tensor) and value.is_floating_point()]
+        return [value.float() for value in _tensors(self._output(model))]
 
     @torch.no_grad()
     def _output(self, model: nn.Module) -> Any:
@@ -49,6 +47,14 @@ class Probe:
     def batch(self) -> int | None:
         """The number of sequences or images, None if only positions and not names say what they are."""
         return next((len(value) for value in (self.kwargs or {}).values() if isinstance(value, Tensor)), None)
+
+    def by_name(self, model: nn.Module) -> Probe:
+        """The same arguments by name, for models of transformers, whose names say what they are."""
+        given = inspect.signature(model.forward).parameters.values()
+        names = [p.name for p in given if p.kind is p.POSITIONAL_OR_KEYWORD]
+        if not hasattr(model, "config") or len(names) < len(self.args):
+            return self
+        return Probe(kwargs=dict(zip(names, self.args, strict=False)) | (self.kwargs or {}))
 
     def padded(self, padding: int) -> tuple[Probe, Bool[Tensor, "B N"]] | None:
         """The same texts, the last of them from its middle on nothing but padding, and which tokens are real.
@@ -94,8 +100,8 @@ def find_probe(model: nn.Module) -> Probe | None:
     parameter = next(model.parameters(), None)
     if parameter is None or parameter.is_meta:
         return None
-    for probe in _guesses(model):
-        probe = Probe(_moved(probe.args, parameter), _moved(probe.kwargs or {}, parameter))
+    for args, kwargs in guesses(model):
+        probe = Probe(_moved(args, parameter), _moved(kwargs, parameter))
         try:
             if torch.isfinite(probe.run(model)).all():
                 return probe
@@ -112,54 +118,15 @@ def _moved(inputs: Any, like: Tensor) -> Any:
     return inputs.to(like.device, like.dtype if inputs.is_floating_point() else None)
 
 
-def _guesses(model: nn.Module) -> Iterator[Probe]:
-    config = getattr(model, "config", None)
-    if config is not None:
-        inputs = dict(_named_inputs(model, config))
-        yield Probe(kwargs=inputs)
-        for name in inputs:
-            yield Probe(kwargs={name: inputs[name]})
-    given = inspect.signature(model.forward).parameters.values()
-    required = [p for p in given if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
-    sizes = [part.num_embeddings for part in model.modules() if isinstance(part, nn.Embedding)]
-    for shape in ((2, 8), (8,)) if sizes else ():
-        yield Probe((torch.randint(min(sizes), shape),) * len(required))
-    channels = next((part.in_channels for part in model.modules() if isinstance(part, nn.Conv2d)), 0)
-    for size in (32, 64, 224) if channels else ():
-        yield Probe((torch.randn(2, channels, size, size),) * len(required))
-    widths = [part.embed_dim for part in model.modules() if isinstance(part, nn.MultiheadAttention)]
-    widths += [matrix(part).shape[1] for part in model.modules() if is_linear(part)]
-    for width in dict.fromkeys(widths):
-        yield Probe((torch.randn(2, 5, width),) * len(required))
-        yield Probe((torch.randn(4, width),) * len(required))
-
-
-def _named_inputs(model: nn.Module, config: Any) -> Iterator[tuple[str, Tensor]]:
-    """Random values for the arguments that models of transformers commonly take."""
-    accepted = inspect.signature(model.forward).parameters
-    text = getattr(config, "text_config", config)
-    vision = getattr(config, "vision_config", config)
-    tokens = torch.randint(5, max(6, getattr(text, "vocab_size", None) or 6), (2, 11))
-    if "input_ids" in accepted:
-        yield "input_ids", tokens
-    if "decoder_input_ids" in accepted:
-        yield "decoder_input_ids", tokens[:, :6]
-    if "pixel_values" in accepted:
-        size = getattr(vision, "image_size", None) or 64
-        height, width = size if isinstance(size, tuple | list) else (size, size)
-        frames = [frames] if (frames := getattr(vision, "num_frames", None)) else []
-        yield "pixel_values", torch.randn(2, *frames, getattr(vision, "num_channels", 3), height, width)
-    if "input_values" in accepted:
-        yield "input_values", torch.randn(2, 4000)
-    if "input_features" in accepted and hasattr(config, "num_mel_bins") and hasattr(config, "max_source_positions"):
-        yield "input_features", torch.randn(2, config.num_mel_bins, 2 * config.max_source_positions)
-
-
 def _main(output: Any) -> Tensor:
     """Logits or, failing these, the first floating-point tensor of an output."""
+    logits = getattr(output, "logits", None)
+    return next(_tensors(output if logits is None else logits))
+
+
+def _tensors(output: Any) -> Iterator[Tensor]:
     if isinstance(output, Tensor):
-        return output
-    if getattr(output, "logits", None) is not None:
-        return output.logits
-    values = output.values() if isinstance(output, dict) else output
-    return next(value for value in values if isinstance(value, Tensor) and value.is_floating_point())
+        yield from [output] if output.is_floating_point() else []
+    elif isinstance(output, dict | list | tuple):
+        for value in output.values() if isinstance(output, dict) else output:
+            yield from _tensors(value)

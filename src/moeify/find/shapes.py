@@ -11,6 +11,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -42,6 +43,8 @@ class Site:
         disabled: attributes of the model that must do nothing once the layer is there, with their harmless values.
         known_width: D, where it is known without trying.
         sequence_first: whether tokens are laid out as (N, B, D); None where no probe has shown it.
+        routes_padding: whether padding is routed too, since the model reads what becomes of it.
+        keyword: the name by which the model passes the tokens, None if by position.
     """
 
     name: str
@@ -51,6 +54,8 @@ class Site:
     disabled: tuple[tuple[nn.Module, str, Any], ...] = ()
     known_width: int | None = None
     sequence_first: bool | None = None
+    routes_padding: bool = False
+    keyword: str | None = None
 
     @property
     def layer(self) -> str:
@@ -106,7 +111,16 @@ class Site:
         if self.after:
             module = nn.Sequential(module, nn.Dropout(self.after)).train(self.training)
         undo = [_swap(*self.place, module)] + [_swap(*change) for change in self.disabled]
+        if self.keyword is not None:
+            hook = partial(_by_position, self.keyword)
+            undo.append(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
         return lambda: [restore() for restore in reversed(undo)].clear()
+
+
+def _by_position(keyword: str, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+    """Pass the tokens by position, whatever name they are given by."""
+    others = {name: value for name, value in kwargs.items() if name != keyword}
+    return ((*args, kwargs[keyword]) if keyword in kwargs else args), others
 
 
 def _swap(owner: nn.Module, name: str, new: Any) -> Callable[[], None]:

@@ -1,4 +1,4 @@
-"""A model's output on one input before and after a change."""
+"""A model's outputs on one input before and after a change."""
 
 from __future__ import annotations
 
@@ -12,21 +12,32 @@ from moeify.find.probe import Probe
 
 @dataclass(frozen=True)
 class Comparison:
-    """A model's output on a probe before any change, to compare later outputs with."""
+    """A model's outputs on a probe before any change, to compare later outputs with."""
 
     probe: Probe
-    before: Tensor
+    before: list[Tensor]
 
     @classmethod
-    def of(cls, model: nn.Module, probe: Probe | None) -> Comparison | None:
-        """Run a model as it is, if there is a probe."""
-        return None if probe is None else cls(probe, probe.run(model))
+    def of(cls, model: nn.Module, probe: Probe) -> Comparison:
+        """Run a model as it is."""
+        return cls(probe, probe.outputs(model))
 
     def difference(self, model: nn.Module) -> float:
         """The largest change of an output."""
-        return (self.before - self.probe.run(model)).abs().max().item()
+        return max(self._changes(model), default=0.0)
 
     def same(self, model: nn.Module) -> bool:
-        """Whether the model still computes what it did, but for rounding."""
+        """Whether every output is what it was, but for rounding."""
         rounding = torch.finfo(next(model.parameters()).dtype).eps ** 0.5
-        return self.difference(model) <= rounding * self.before.abs().max().item()
+        allowed = [rounding * _largest(before[before.isfinite()]) for before in self.before]
+        return all(change <= most for change, most in zip(self._changes(model), allowed, strict=True))
+
+    def _changes(self, model: nn.Module) -> list[float]:
+        after = self.probe.outputs(model)
+        if [one.shape for one in after] != [one.shape for one in self.before]:
+            return [torch.inf] * len(self.before)
+        return [_largest((a - b)[(a != b) & ~(a.isnan() & b.isnan())]) for a, b in zip(self.before, after, strict=True)]
+
+
+def _largest(values: Tensor) -> float:
+    return values.abs().max().item() if values.numel() else 0.0

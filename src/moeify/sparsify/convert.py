@@ -18,6 +18,7 @@ def sparsify(
     recipe: Recipe,
     *,
     probe: Any = None,
+    verify: bool = True,
     allow_noncausal: bool = False,
     verbose: bool = True,
 ) -> nn.Module:
@@ -32,16 +33,19 @@ def sparsify(
         model: any module: of transformers, or plain PyTorch.
         recipe: what to make of it.
         probe: an input to compare outputs on (a tensor, a tuple of arguments or a mapping); by default one is guessed.
+        verify: False converts without running the model. Nothing then shows that the sparse model computes what the
+            dense one does, how tokens are laid out, or that padding is read.
         allow_noncausal: let decoders have routers that look at later tokens.
         verbose: print a table of what was done.
 
     Raises:
-        ValueError: nothing to make sparse; a module that is not understood; copied experts with weights that do not sum
-            to 1; a non-causal router in a decoder; and whatever router, experts, shared and after refuse.
+        ValueError: nothing to make sparse; a module that is not understood; no input to verify it with; copied experts
+            with weights that do not sum to 1; a non-causal router in a decoder; and whatever router, experts, shared
+            and after refuse.
     """
 
     def convert_and_show() -> nn.Module:
-        report = convert(model, recipe, probe=probe, allow_noncausal=allow_noncausal)
+        report = convert(model, recipe, probe=probe, verify=verify, allow_noncausal=allow_noncausal)
         if verbose:
             report.show()
         return model
@@ -49,15 +53,19 @@ def sparsify(
     return restored_on_error(model, convert_and_show, values=False)
 
 
-def convert(model: nn.Module, recipe: Recipe, *, probe: Any = None, allow_noncausal: bool = False) -> Report:
+def convert(
+    model: nn.Module, recipe: Recipe, *, probe: Any = None, verify: bool = True, allow_noncausal: bool = False
+) -> Report:
     """`sparsify`, without printing what was done."""
-    return restored_on_error(model, lambda: _convert(model, recipe, probe, allow_noncausal))
+    if probe is not None and not verify:
+        raise ValueError("verify=False makes no use of a probe; leave out one of the two")
+    return restored_on_error(model, lambda: _convert(model, recipe, probe, verify, allow_noncausal))
 
 
-def _convert(model: nn.Module, recipe: Recipe, probe: Any, allow_noncausal: bool) -> Report:
+def _convert(model: nn.Module, recipe: Recipe, probe: Any, verify: bool, allow_noncausal: bool) -> Report:
     dense_count = count(model)
     plan = find(model, recipe)
-    compare = plan.verify(probe)
+    compare = plan.verify(probe) if verify else None
     plan.apply(allow_noncausal=allow_noncausal)
     difference = None if compare is None else compare.difference(model)
     if compare is not None and plan.keeps_function and not compare.same(model):

@@ -16,10 +16,8 @@ import torch
 from torch import nn
 
 from moeify.context import Context
-from moeify.find.dense import DenseFFN
+from moeify.find.contexts import contexts_of
 from moeify.find.describe import describe, rebuild
-from moeify.find.layout import laid_out, padding_is_read
-from moeify.find.probe import Probe, as_probe, find_probe
 from moeify.find.shapes import Site
 from moeify.meta import made_on
 from moeify.modes import fixed_randomness
@@ -31,6 +29,7 @@ from moeify.sparsify.make import copies, masked, merged
 from moeify.sparsify.put import put
 from moeify.sparsify.recipe import Recipe
 from moeify.sparsify.shared import nothing
+from moeify.sparsify.verified import verified
 
 
 @dataclass(frozen=True)
@@ -54,8 +53,7 @@ class Plan:
         Raises:
             ValueError: whatever router, experts and shared refuse; experts that destroy the dense model's function.
         """
-        contexts = {site.stack: Context(False if site.sequence_first else None) for site in self.sites}
-        layers = _layers(self.sites, self.recipe, contexts)
+        layers = _layers(self.sites, self.recipe, contexts_of(self.sites))
         _refuse(layers, self.recipe)
         return layers
 
@@ -84,47 +82,26 @@ class Plan:
         same = not options.get("noise") and not options.get("drop") and self.recipe.after is nothing
         return same and _is_copy(self.recipe) and self.layers[0].router.weights_sum_to_one
 
-    def verify(self, probe: Any = None) -> Comparison | None:
+    def verify(self, probe: Any = None) -> Comparison:
         """Replace every feed-forward network by its reading for a moment: the model must not change.
+
+        The run also shows how sites are called, how they lay out tokens, and in which stacks padding must be routed.
 
         Args:
             probe: an input (a tensor, a tuple of arguments or a mapping); by default one is guessed.
 
         Returns:
-            The dense model's output, to compare the sparse model's with; None if no input could be guessed.
+            The dense model's outputs, to compare the sparse model's with.
 
         Raises:
-            ValueError: the model changes; the message names the first site that changes it. Or the outputs at real
-                tokens depend on padding.
+            ValueError: the model changes; the message names the first site that changes it. Or nothing can be shown:
+                no input could be guessed, or the input does not reach a site. Or a site is given more than tokens.
         """
         return restored_on_error(self.model, lambda: self._verify(probe))
 
-    def _verify(self, probe: Any) -> Comparison | None:
-        with fixed_randomness(self.model):
-            found = find_probe(self.model) if probe is None else as_probe(probe)
-            compare = Comparison.of(self.model, found)
-        readings = [site for site in self.sites if isinstance(site.dense, DenseFFN)]
-        if compare is None:
-            return None
-        if _same_with(self.model, readings, compare):
-            self.sites[:] = laid_out(self.model, self.sites, compare.probe)
-            if probe is None and self.recipe.shared is nothing:
-                self._refuse_read_padding(compare.probe)
-            return compare
-        culprit = next((site for site in readings if not _same_with(self.model, [site], compare)), readings[0])
-        raise ValueError(
-            f"{culprit.name} was taken for a feed-forward network, but the model computes something else there than "
-            "down(act(up(x))); leave it out with where=named(...), or make whole copies of a module with "
-            "where=modules(...)"
-        )
-
-    def _refuse_read_padding(self, probe: Probe) -> None:
-        if (change := padding_is_read(self.model, self.sites, probe)) is not None:
-            raise ValueError(
-                f"{type(self.model).__name__} reads what its feed-forward networks make of padding, which a sparse "
-                f"layer does not route: outputs at real tokens change by {change:.3g}; to make it sparse for inputs "
-                "without padding, pass one of them as probe=..."
-            )
+    def _verify(self, probe: Any) -> Comparison:
+        compare, self.sites[:] = verified(self.model, self.sites, probe)
+        return compare
 
     def apply(self, *, allow_noncausal: bool = False) -> Callable[[], None]:
         """Put the sparse layers in place, and let the model know its origin.
@@ -226,16 +203,3 @@ def _options(maker: Callable) -> tuple[Callable, dict[str, Any]]:
 def _is_copy(recipe: Recipe) -> bool:
     maker, options = _options(recipe.experts)
     return maker in (copies, merged) and options.get("scale", 1.0) == 1.0
-
-
-def _same_with(model: nn.Module, sites: list[Site], compare: Comparison) -> bool:
-    undo = [site.install(site.dense) for site in sites]
-    try:
-        return compare.same(model)
-    except MemoryError:  # says nothing about the model
-        raise
-    except Exception:  # whatever the model raises where it is misread
-        return False
-    finally:
-        for restore in reversed(undo):
-            restore()

@@ -6,8 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 
 from torch import nn
 
-from moeify import masks
 from moeify.find.causal import refuse_decoders
+from moeify.find.contexts import watch
 from moeify.find.shapes import Site
 from moeify.moe import MoE
 from moeify.sparsify.after import append
@@ -39,23 +39,7 @@ def put(
     router = layers[0].router
     undo = [] if router.causal or allow_noncausal else refuse_decoders(model, sites, router)
     undo += [site.install(layer) for site, layer in zip(sites, layers, strict=True)]
-    for stack, context in {site.stack: layer.context for site, layer in zip(sites, layers, strict=True)}.items():
-        around = [layer for site in sites if site.stack == stack if (layer := _around(model, site)) is not None]
-        undo += [handle.remove for handle in context.watch(_above(model, stack), list(dict.fromkeys(around)))]
+    undo += watch(model, sites, {site.stack: layer.context for site, layer in zip(sites, layers, strict=True)})
     for name, module in (following or {}).items():
         undo += append(model.get_submodule(name), module)
     return lambda: [restore() for restore in reversed(undo)].clear()
-
-
-def _above(model: nn.Module, stack: str) -> list[nn.Module]:
-    """The modules from the model down to what holds a stack of layers."""
-    parts = stack.split(".") if stack else []
-    return [model.get_submodule(".".join(parts[:i])) for i in range(len(parts) + 1)]
-
-
-def _around(model: nn.Module, site: Site) -> nn.Module | None:
-    """The outermost module of a stack around a site that receives a mask of its tokens, None if none is."""
-    parts = site.name.split(".")
-    above = len(site.stack.split(".")) if site.stack else 0
-    inside = (model.get_submodule(".".join(parts[:end])) for end in range(above + 1, len(parts)))
-    return next((module for module in inside if masks.places(module)), None)

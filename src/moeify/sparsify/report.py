@@ -22,7 +22,7 @@ class Report:
         layers: the sparse layer of each site.
         before: parameters and FLOPs of the dense model.
         after: parameters and FLOPs of the sparse model.
-        difference: largest change of an output on the probe, None if no probe was found.
+        difference: largest change of an output on the probe, None if nothing was verified.
     """
 
     sites: list[Site]
@@ -56,7 +56,7 @@ class Report:
             totals.add_row(row, *(f"{getattr(c, name):,.0f}" for c in (self.before, self.after)))
         console.print(totals)
         if self.difference is None:
-            console.print("function difference: not measured, no input could be guessed; pass probe=...")
+            console.print("function difference: not verified, as asked for")
         else:
             console.print(f"function difference on a probe: {self.difference:.3g} (largest change of an output)")
 

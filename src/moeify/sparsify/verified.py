@@ -1,0 +1,100 @@
+"""`verified`: show by running a model that its sites were read rightly, and learn from the run how they are called."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+
+from moeify.find.alone import same_alone
+from moeify.find.dense import DenseFFN
+from moeify.find.layout import called_alike, laid_out, observed, padding_routed
+from moeify.find.probe import Probe, as_probe, find_probe
+from moeify.find.shapes import Site
+from moeify.modes import fixed_randomness
+from moeify.sparsify.comparison import Comparison
+
+
+def verified(model: nn.Module, sites: Sequence[Site], given: Any = None) -> tuple[Comparison, list[Site]]:
+    """The dense model's outputs on a probe, and the sites with what the probe shows of their calls and tokens.
+
+    Args:
+        model: the dense model.
+        sites: where sparse layers are to stand.
+        given: a probe (a tensor, a tuple of arguments or a mapping); by default one is guessed.
+
+    Raises:
+        ValueError: as of `Plan.verify`.
+    """
+    with fixed_randomness(model):
+        probe = find_probe(model) if given is None else as_probe(given).by_name(model)
+        if probe is None:
+            raise ValueError(_no_probe(model))
+        with observed(model, sites) as calls:
+            compare = _run(model, probe)
+    sites = called_alike(sites, calls)
+    readings = [site for site in sites if isinstance(site.dense, DenseFFN)]
+    if not _same_with(model, readings, compare):
+        culprit = next((site for site in readings if not _same_with(model, [site], compare)), readings[0])
+        raise ValueError(_misread(culprit))
+    for site in readings:
+        if site.name not in calls:
+            _verify_alone(model, site)
+    return compare, padding_routed(model, laid_out(model, sites, probe, calls), probe)
+
+
+def _run(model: nn.Module, probe: Probe) -> Comparison:
+    try:
+        return Comparison.of(model, probe)
+    except MemoryError:  # says nothing about the model
+        raise
+    except Exception as error:  # whatever a model raises for an input that it does not take
+        raise ValueError(
+            f"this {type(model).__name__} cannot be run on the probe: {type(error).__name__}: {error}"
+        ) from error
+
+
+def _same_with(model: nn.Module, sites: Sequence[Site], compare: Comparison) -> bool:
+    undo = [site.install(site.dense) for site in sites]
+    try:
+        return compare.same(model)
+    except MemoryError:  # says nothing about the model
+        raise
+    except Exception:  # whatever the model raises where it is misread
+        return False
+    finally:
+        for restore in reversed(undo):
+            restore()
+
+
+def _verify_alone(model: nn.Module, site: Site) -> None:
+    same = same_alone(model, site)
+    if same is None:
+        raise ValueError(
+            f"the probe does not reach {site.name}, so that nothing shows whether its reading is right; pass one that "
+            "does as probe=..., leave it out with where=named(...), or go without with verify=False"
+        )
+    if not same:
+        raise ValueError(_misread(site))
+
+
+def _misread(site: Site) -> str:
+    return (
+        f"{site.name} was taken for a feed-forward network, but the model computes something else there than "
+        "down(act(up(x))); leave it out with where=named(...), or make whole copies of a module with "
+        "where=modules(...)"
+    )
+
+
+def _no_probe(model: nn.Module) -> str:
+    if any(parameter.is_meta for parameter in model.parameters()):
+        return (
+            f"this {type(model).__name__} has no values (its parameters are on the meta device), so that nothing can "
+            "be verified; load them first, or go without with verify=False"
+        )
+    return (
+        f"no input could be guessed for this {type(model).__name__}, so that nothing shows whether the sparse model "
+        "computes what the dense one does; pass one as probe=... (a tensor, a tuple of arguments or a mapping), or go "
+        "without with verify=False"
+    )
