@@ -6,15 +6,16 @@ import pytest
 import torch
 import transformers
 from hypothesis import given
+from torch import nn
 
 from moeify import Mixture, MoE, assign, backends
 from moeify.backends import Backend, backend_names, choose, compose, find_backend, order, register_backend
-from moeify.experts import FFN, Identity
+from moeify.experts import FFN, Blocks, Each, Identity, LoRA
 from moeify.experts.quantized import Quantized, quantize
 from moeify.find import every
 from moeify.routers import Capacity, TopK
 from moeify.sparsify import Recipe, fresh, sparsify
-from strategies import agree, choices, seeds
+from strategies import agree, choices, seeds, sharpen
 
 
 @pytest.mark.parametrize("name", ["gather", "compose", "auto"])
@@ -81,6 +82,39 @@ def test_auto_considers_the_backends_in_this_order():
 
 def doubled(*call):
     return 2 * compose(*call)
+
+
+KINDS = {
+    "ffn": lambda: FFN(4, 8, 16),
+    "each": lambda: Each([nn.Linear(8, 8) for _ in range(4)]),
+    "blocks": lambda: Blocks([FFN(2, 8, 16), FFN(2, 8, 4)]),
+    "lora": lambda: LoRA(4, 8, 8, rank=2),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("own", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("of_tokens", [torch.bfloat16, torch.float32, torch.float64])
+def test_tokens_of_another_dtype_come_out_in_that_of_the_experts_or_are_refused(kind, own, of_tokens):
+    moe, x = MoE(TopK(8, 4), KINDS[kind]()).to(own), torch.randn(6, 8, dtype=of_tokens)
+    sharpen(moe.router)
+    expected = None
+    for name in ("compose", "auto", *backend_names()):
+        moe.backend = name
+        y = _computed(moe, x)
+        if isinstance(y, str):
+            assert f"backend {name!r} cannot run this layer" in y
+            continue
+        expected = y if expected is None else expected
+        assert y.dtype == own
+        torch.testing.assert_close(y, expected, rtol=2e-2, atol=2e-2)
+
+
+def _computed(moe, x):
+    try:
+        return moe(x)
+    except ValueError as error:
+        return str(error)
 
 
 @pytest.mark.usefixtures("registry")

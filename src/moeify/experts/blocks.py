@@ -25,9 +25,17 @@ class Each(Experts):
         self.num_experts = len(self.experts)
 
     def forward(self, rows: Float[Tensor, "R D"], counts: Int[Tensor, "E"]) -> Float[Tensor, "R O"]:
-        """Call every expert, also those without rows, so that all stay in the autograd graph."""
+        """Call every expert, also those without rows, so that all stay in the autograd graph.
+
+        Follows autocast; otherwise rows take the dtype of an expert's parameters, if these have one.
+        """
         parts = rows.split(counts.tolist())
-        return torch.cat([expert(part) for expert, part in zip(self.experts, parts, strict=True)])
+        return torch.cat([expert(_in_dtype_of(expert, part)) for expert, part in zip(self.experts, parts, strict=True)])
+
+
+def _in_dtype_of(expert: nn.Module, rows: Float[Tensor, "R D"]) -> Float[Tensor, "R D"]:
+    dtypes = {parameter.dtype for parameter in expert.parameters() if parameter.is_floating_point()}
+    return rows if len(dtypes) != 1 or torch.is_autocast_enabled(rows.device.type) else rows.to(dtypes.pop())
 
 
 class Blocks(Experts):
