@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from damage import damaged
 from killing import forks, killed_at_every_operation
 from moeify import Recipe, load, save
 from moeify.files import write_json
@@ -34,14 +35,43 @@ def test_a_kill_at_any_file_operation_leaves_the_old_model_or_the_new_one(tmp_pa
     old, new = plain(0), plain(1, K3)  # of equal shapes
     save(old, tmp_path / "start", max_shard_size="1KB")
     seen = []
-    for folder, done in killed_at_every_operation(lambda folder: save(new, folder), tmp_path / "start", tmp_path):
-        verify(folder)
+    for folder, done in killed_at_every_operation(
+        lambda folder: save(new, folder), tmp_path / "start", tmp_path, step=2
+    ):
         found = computes(folder)
+        verify(folder)
         seen.append(torch.equal(found, output(new, (ONE,))))
         assert seen[-1] or torch.equal(found, output(old, (ONE,)))
         assert seen[-1] or not done
         assert not list(folder.glob(".moeify-commit"))
     assert not seen[0]
+
+
+def test_damage_to_any_file_is_refused(tmp_path):
+    for seed, name in enumerate(("one", "two")):
+        save(plain(seed), tmp_path / name, max_shard_size="1KB")
+    folder, expected = tmp_path / "one", computes(tmp_path / "one")
+    for name, what in damaged(folder, tmp_path / "two"):
+        try:
+            found = computes(folder)
+        except (ValueError, OSError) as error:
+            assert str(folder) in str(error), (name, what)  # noqa: PT017 (it may also load)
+        else:
+            assert (what, name) == ("deleted", "SHA256.json")
+            assert torch.equal(found, expected)
+
+
+def test_files_of_earlier_versions_have_no_hashes_and_damage_is_refused_in_words(tmp_path):
+    for seed, name in enumerate(("one", "two")):
+        save(plain(seed), tmp_path / name, max_shard_size="1KB")
+        (tmp_path / name / "SHA256.json").unlink()
+    for name, what in damaged(tmp_path / "one", tmp_path / "two"):
+        try:
+            computes(tmp_path / "one")
+        except (ValueError, OSError) as error:
+            assert "one" in str(error), (name, what)  # noqa: PT017 (it may also load)
+        else:
+            assert what in ("a bit flipped", "swapped")
 
 
 def test_files_that_are_not_of_the_saved_model_stay(tmp_path):

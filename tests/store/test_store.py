@@ -164,7 +164,7 @@ def broken(folder, change) -> None:
     (folder / "SHA256.json").unlink()
 
 
-ROUTER = "model.layers.0.mlp.router.weight"
+ROUTER, LAST = "model.layers.0.mlp.router.weight", "model.norm.weight"
 FAULTS = {
     "missing": (lambda w: w.pop(ROUTER), f"missing: {ROUTER}"),
     "many missing": (lambda w: [w.pop(name) for name in list(w)[:8]], "and 3 more"),
@@ -173,6 +173,13 @@ FAULTS = {
         lambda w: w.update({ROUTER: torch.ones(5, 32)}),
         r"wrong shape: .*\(5, 32\).* needs \(4, 32\)",
     ),
+    **{
+        f"of {dtype}": (
+            lambda w, dtype=dtype: w.update({LAST: w[LAST].to(dtype)}),
+            rf"wrong dtype: {LAST} is {dtype}, the model needs torch.float32",
+        )
+        for dtype in (torch.int32, torch.complex64, torch.float8_e4m3fn)
+    },
 }
 
 

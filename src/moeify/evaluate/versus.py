@@ -20,6 +20,7 @@ from moeify.flops import count
 from moeify.sparsify import Recipe
 from moeify.sparsify.convert import convert
 from moeify.store import load_weights
+from moeify.store.hashes import saving
 from moeify.store.weights import write_weights
 from moeify.train.checkpoint.folder import checkpoints, recover
 
@@ -220,7 +221,8 @@ def versus(
                 recover(place)
                 begun = resume and bool(checkpoints(place))
                 run = train_run(name, model, train, validation, place, replace(settings, seed=seed), resume=begun)
-                write_weights(model.state_dict(), place)
+                with saving(place) as stage:
+                    write_weights(model.state_dict(), stage.new)
                 write_json(done, run.to_dict(), indent=None)
             arms[name].append(run)
             on_model(name, model)

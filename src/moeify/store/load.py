@@ -6,16 +6,23 @@ No forward pass is run, and no weight is made that the files then replace.
 from __future__ import annotations
 
 import math
+import os
 import re
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import NoneType
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.module import (
+    register_module_module_registration_hook,
+    register_module_parameter_registration_hook,
+)
 
 from moeify.files import read_json
+from moeify.folders import finish
 from moeify.sparsify.recipe import Recipe
 from moeify.store.build import build
 from moeify.store.hashes import check
@@ -34,10 +41,14 @@ def load(folder: str | Path, model: nn.Module | None = None, recipe: Recipe | No
     Raises:
         FileNotFoundError: no such checkpoint.
         ValueError: a damaged checkpoint, or one of another model; the message names the file or the tensors.
+        OSError: a file cannot be read, or an interrupted save cannot be finished.
     """
     folder = Path(folder)
+    finish(folder)
     description, recipe, weights = _read(folder, recipe)
-    with torch.random.fork_rng(devices=[]):
+    weights.check()
+    most = max(_USUAL_LAYERS, 100 * len(weights.shapes))
+    with torch.random.fork_rng(devices=[]), _parts_at_most(most, folder / "config.json"):
         model = build(folder, description, recipe, model)
     weights.put_into(model, description.get("ties"))
     for name, dtype in description.get("buffers", {}).items():
@@ -49,7 +60,7 @@ def load(folder: str | Path, model: nn.Module | None = None, recipe: Recipe | No
 def _read(folder: Path, recipe: Recipe | None) -> tuple[dict[str, Any], Recipe | None, Weights]:
     """The config, the recipe that it holds unless another is given, and the headers of the weights, which fit them."""
     path = folder / "config.json"
-    if not path.is_file():
+    if not os.path.lexists(path):
         raise FileNotFoundError(f"there is no config.json in {folder}: it is not a checkpoint of moeify")
     check(folder, [path])
     description = read_json(path)
@@ -76,24 +87,51 @@ def _check_declared_sizes(path: Path, description: dict[str, Any], recipe: Recip
             "is damaged"
         )
     elements = sum(math.prod(shape) for shape in weights.shapes.values())
-    for key, value in _integers(description["model"].get("config")):
-        layers = re.search(r"layers?$", key) is not None
-        most = max(_USUAL_LAYERS, len(weights.shapes)) if layers else max(_USUAL_WIDTH, elements)
-        if (layers or re.search(_WIDTHS, key)) and value > most:
+    limits = (
+        (_STACKED, max(_USUAL_LAYERS, len(weights.shapes))),
+        (_COUNTED, max(_USUAL_COUNT, len(weights.shapes))),
+        (_WIDTHS, max(_USUAL_WIDTH, elements)),
+    )
+    for key, value in _numbers(description["model"].get("config")):
+        if any(re.search(keys, key) and value > most for keys, most in limits):
             raise ValueError(
                 f"{path} promises {key}={value}, and the files have {len(weights.shapes)} tensors of {elements} "
                 "numbers in all; one of them is damaged"
             )
 
 
+_STACKED, _COUNTED = r"(layers?|depths?|blocks?|stages?)$", r"(labels|heads?|experts?|groups?)$"
 _WIDTHS = r"hidden|intermediate|vocab|d_model|d_ff|ffn|emb"
-_USUAL_LAYERS, _USUAL_WIDTH = 10_000, 2**24
+_USUAL_LAYERS, _USUAL_COUNT, _USUAL_WIDTH = 10_000, 2**20, 2**24
 """A config also names sizes of parts that a model does not have; up to these, shapes are compared once it is built."""
 
 
-def _integers(values: Any, key: str = "") -> Iterator[tuple[str, int]]:
+@contextmanager
+def _parts_at_most(most: int, path: Path) -> Generator[None]:
+    """Inside, no more modules and parameters are made: a number that is damaged must not keep us busy for ever."""
+    made = 0
+
+    def count(*of_whom: Any) -> None:
+        nonlocal made
+        made += 1
+        if made > most:
+            raise ValueError(f"{path} describes more than {most} parts, and the files have far fewer tensors")
+
+    hooks = [register_module_parameter_registration_hook(count), register_module_module_registration_hook(count)]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _numbers(values: Any, key: str = "") -> Iterator[tuple[str, float]]:
+    """The numbers of a config, also those in lists, by key."""
     if isinstance(values, dict):
         for name, value in values.items():
-            yield from _integers(value, str(name))
-    elif type(values) is int:
+            yield from _numbers(value, str(name))
+    elif isinstance(values, list):
+        for value in values:
+            yield from _numbers(value, key)
+    elif type(values) in (int, float):
         yield key, values

@@ -13,7 +13,7 @@ from moeify.files import write_json
 from moeify.origin import Origin
 from moeify.store.hashes import saving
 from moeify.store.peft import has_adapters
-from moeify.store.weights import _INDEX, _WEIGHTS, persistent, ties_of, weight_files, write_weights
+from moeify.store.weights import INDEX, WEIGHTS, persistent, ties_of, weight_files, write_weights
 from moeify.version import __version__
 
 
@@ -65,9 +65,9 @@ def save(model: nn.Module, folder: str | Path, *, max_shard_size: str = "5GB") -
 def _weights_of_before(folder: Path) -> set[str]:
     """The weights in a folder by its index, for earlier versions wrote no hashes: none may stay beside new ones."""
     try:
-        return {_INDEX, *(file.name for file in weight_files(folder))}
+        return {INDEX, *(file.name for file in weight_files(folder))}
     except (ValueError, OSError):  # there are none, or it is not known which
-        return {_INDEX, _WEIGHTS}
+        return {INDEX, WEIGHTS}
 
 
 def _describe(model: nn.Module) -> dict[str, Any]:

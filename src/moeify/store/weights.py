@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,18 +11,20 @@ import torch
 from torch import Tensor, nn
 
 from moeify.files import open_tensors, read_json, write_json, write_tensors
+from moeify.folders import finish
+from moeify.store.dtypes import dtype_of, fits
 from moeify.store.hashes import check
 
-_WEIGHTS = "model.safetensors"
-_INDEX = "model.safetensors.index.json"
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
 
 
 def write_weights(tensors: Mapping[str, Tensor], folder: Path, max_shard_size: str = "5GB") -> list[Path]:
-    """Write tensors as `from_pretrained` reads them; equal tensors give equal bytes. Files of before are deleted.
+    """Write tensors as `from_pretrained` reads them; equal tensors give equal bytes.
 
     Args:
         tensors: by name; those that share memory with an earlier one in full are left out, see `ties_of`.
-        folder: made if it is not there.
+        folder: without weights of before (see `moeify.store.hashes.saving`), made if it is not there.
         max_shard_size: what a file holds at most; beyond it there are several, and an index.
 
     Returns:
@@ -33,16 +36,14 @@ def write_weights(tensors: Mapping[str, Tensor], folder: Path, max_shard_size: s
     from huggingface_hub import split_torch_state_dict_into_shards
 
     folder.mkdir(parents=True, exist_ok=True)
-    for old in [*folder.glob("model*.safetensors"), *folder.glob(_INDEX)]:
-        old.unlink()
     ready = _without_overlap({name: tensors[name] for name in tensors.keys() - ties_of(tensors).keys()})
     split = split_torch_state_dict_into_shards(ready, max_shard_size=max_shard_size)
     for file, names in split.filename_to_tensors.items():
         write_tensors(folder / file, {name: ready[name] for name in names})
     written = [folder / file for file in split.filename_to_tensors]
     if split.is_sharded:
-        write_json(folder / _INDEX, {"metadata": split.metadata, "weight_map": split.tensor_to_filename})
-        written.append(folder / _INDEX)
+        write_json(folder / INDEX, {"metadata": split.metadata, "weight_map": split.tensor_to_filename})
+        written.append(folder / INDEX)
     return written
 
 
@@ -79,11 +80,13 @@ class Weights:
     Attributes:
         folder: where they are.
         shapes: of every tensor.
+        dtypes: of every tensor; None for those that are not known.
         files: the file of every tensor.
     """
 
     folder: Path
     shapes: dict[str, tuple[int, ...]]
+    dtypes: dict[str, torch.dtype | None]
     files: dict[str, Path]
 
     @classmethod
@@ -95,13 +98,26 @@ class Weights:
             ValueError: files that are damaged or lie outside the folder.
         """
         folder = Path(folder)
+        finish(folder)
         shapes: dict[str, tuple[int, ...]] = {}
+        dtypes: dict[str, torch.dtype | None] = {}
         files: dict[str, Path] = {}
         for file in weight_files(folder):
             with open_tensors(file) as tensors:
                 for name in tensors.keys():  # noqa: SIM118 (it is no dictionary)
-                    shapes[name], files[name] = tuple(tensors.get_slice(name).get_shape()), file
-        return cls(folder, shapes, files)
+                    header = tensors.get_slice(name)
+                    shapes[name], dtypes[name] = tuple(header.get_shape()), dtype_of(header.get_dtype())
+                    files[name] = file
+        return cls(folder, shapes, dtypes, files)
+
+    def check(self) -> None:
+        """Compare the files with the hashes beside them, if there are any.
+
+        Raises:
+            ValueError: a file was damaged or changed since it was saved.
+        """
+        index = self.folder / INDEX
+        check(self.folder, [*dict.fromkeys(self.files.values()), *([index] if os.path.lexists(index) else [])])
 
     def put_into(self, model: nn.Module, ties: Mapping[str, str] | None = None) -> None:
         """Put the tensors in the places of a model's own, which may have no memory; in place.
@@ -111,7 +127,7 @@ class Weights:
             ties: names that mean the tensor of another name; None for those that the model ties.
 
         Raises:
-            ValueError: whatever `refuse_unlike` and `read` raise; the model is as it was.
+            ValueError: whatever `refuse_unlike` raises; the model is as it was.
         """
         own = persistent(model)
         ties = ties_to_stored(own, self) if ties is None else ties
@@ -128,21 +144,14 @@ class Weights:
                 setattr(model.get_submodule(owner), attribute, new)
 
     def read(self) -> Iterator[tuple[str, Tensor]]:
-        """Every tensor, one at a time, in memory of its own; the files are compared with their hashes first.
-
-        Raises:
-            ValueError: a file was damaged or changed since it was saved.
-        """
-        index = self.folder / _INDEX
-        files = list(dict.fromkeys(self.files.values()))
-        check(self.folder, [*files, *([index] if index.is_file() else [])])
-        for file in files:
+        """Every tensor, one at a time, in memory of its own."""
+        for file in dict.fromkeys(self.files.values()):
             with open_tensors(file) as tensors:
                 for name in tensors.keys():  # noqa: SIM118
                     yield name, tensors.get_tensor(name).clone()
 
     def refuse_unlike(self, model: nn.Module, own: Mapping[str, Tensor], ties: Mapping[str, str]) -> None:
-        """Compare names and shapes with a model's.
+        """Compare names, shapes and dtypes with a model's; one dtype of ordinary weights may stand for another.
 
         Args:
             model: for the message.
@@ -150,7 +159,7 @@ class Weights:
             ties: names that mean the tensor of another name.
 
         Raises:
-            ValueError: tensors that are missing, unexpected or of another shape; the message names them.
+            ValueError: tensors that are missing, unexpected, or of another shape or dtype; the message names them.
         """
         missing = [name for name in own if ties.get(name, name) not in self.shapes]
         unexpected = [name for name in self.shapes if name not in own]
@@ -159,9 +168,19 @@ class Weights:
             for name, tensor in own.items()
             if name in self.shapes and self.shapes[name] != tuple(tensor.shape)
         ]
+        of_another_dtype = [
+            f"{name} is {self.dtypes[name] or 'of an unknown dtype'}, the model needs {tensor.dtype}"
+            for name, tensor in own.items()
+            if name in self.shapes and not fits(tensor.dtype, self.dtypes[name])
+        ]
         faults = [
             f"{fault}: {', '.join(names[:5])}{f' and {len(names) - 5} more' if len(names) > 5 else ''}"
-            for fault, names in (("missing", missing), ("unexpected", unexpected), ("wrong shape", misshapen))
+            for fault, names in (
+                ("missing", missing),
+                ("unexpected", unexpected),
+                ("wrong shape", misshapen),
+                ("wrong dtype", of_another_dtype),
+            )
             if names
         ]
         if faults:
@@ -178,12 +197,13 @@ def load_weights(model: nn.Module, folder: str | Path) -> None:
     Raises:
         FileNotFoundError: no weights in the folder.
         ValueError: files that are damaged, changed or lie outside the folder; tensors that are missing, unexpected or
-            of another shape; two tensors that differ, for parameters that are tied in the model.
+            of another shape or dtype; two tensors that differ, for parameters that are tied in the model.
     """
     weights = Weights.of(folder)
     own = persistent(model)
     ties = ties_to_stored(own, weights)
     weights.refuse_unlike(model, own, ties)
+    weights.check()
     _refuse_untied(model, own, weights)
     with torch.no_grad():
         for name, tensor in weights.read():
@@ -227,9 +247,9 @@ def weight_files(folder: Path) -> list[Path]:
         FileNotFoundError: one of them is missing.
         ValueError: the index is damaged or names a file outside the folder.
     """
-    files = _listed(folder / _INDEX) if (folder / _INDEX).is_file() else [_WEIGHTS]
+    files = _listed(folder / INDEX) if os.path.lexists(folder / INDEX) else [WEIGHTS]
     for file in files:
-        if not (folder / file).is_file():
+        if not os.path.lexists(folder / file):
             raise FileNotFoundError(f"the checkpoint {folder} has no file {file}")
     return [folder / file for file in files]
 

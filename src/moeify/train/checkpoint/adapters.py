@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from moeify.files import read_tensors, write_tensors
+from moeify.store.dtypes import fits
 
 WEIGHTS = "adapter_model.safetensors"
 OTHERS = "trained.safetensors"
@@ -78,7 +79,10 @@ def _is_weight(tensor: Tensor) -> bool:
 
 def _require_same(own: dict[str, Any], loaded: dict[str, Tensor], file: Path) -> None:
     wrong = sorted(own.keys() ^ loaded.keys()) + [
-        name for name in own.keys() & loaded.keys() if own[name] is None or own[name].shape != loaded[name].shape
+        name
+        for name, tensor in loaded.items()
+        if name in own
+        and (own[name] is None or own[name].shape != tensor.shape or not fits(own[name].dtype, tensor.dtype))
     ]
     if wrong:
         raise ValueError(
