@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Self
+from typing import Any, Self
 
 import torch
 from jaxtyping import Float
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from moeify import backends, env
 from moeify.context import Context
 from moeify.experts.base import Experts
+from moeify.experts.wrapped import as_experts
 from moeify.routers.base import Router
 from moeify.routing import Routing
 
@@ -32,6 +33,9 @@ class MoE(nn.Module):
             synchronisation (on the CPU), elsewhere with `MOEIFY_CHECK=1`.
     """
 
+    router: Router
+    experts: Experts
+
     def __init__(
         self,
         router: Router,
@@ -52,8 +56,8 @@ class MoE(nn.Module):
     def replace(self, *, router: Router | None = None, experts: Experts | None = None) -> Self:
         """Put another router or other experts into the layer, in place; every router inside then holds its experts.
 
-        This is the only way to change a layer's parts: a router that was forgotten would go on computing with the old
-        experts. A part that is not passed stays. Returns the layer.
+        A part that is not passed stays. Returns the layer. Assigning to `router` or `experts`, as PEFT does, also lets
+        routers hold the experts, for one that was forgotten would go on with the old ones; but it compares no numbers.
 
         Raises:
             ValueError: the router is for another number of experts, or cannot work with these; the layer is as it was.
@@ -65,11 +69,20 @@ class MoE(nn.Module):
                 f"{type(router).__name__} routes to {wanted} experts, and {type(experts).__name__} holds "
                 f"{experts.num_experts}; make both with the same number"
             )
-        for part in router.modules():
-            if isinstance(part, Router):
-                part.attach(experts)
-        self.router, self.experts = router, experts
+        _attach(router, experts)
+        super().__setattr__("router", router)
+        super().__setattr__("experts", experts)
         return self
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in ("router", "experts"):
+            parts = dict(self.named_children()) | {name: value}
+            _attach(parts["router"], parts["experts"])
+        super().__setattr__(name, value)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        _attach(self.router, self.experts)  # copies of routers hold no experts
 
     def forward(self, x: Float[Tensor, "... D"]) -> Float[Tensor, "..."]:
         """Route the tokens, run their experts, and add the shared module's output."""
@@ -98,3 +111,10 @@ class MoE(nn.Module):
     def extra_repr(self) -> str:
         """How the layer is computed."""
         return f"backend={self.backend!r}"
+
+
+def _attach(router: nn.Module, experts: nn.Module) -> None:
+    """Let every router inside a router hold the experts, with what was put around them."""
+    for part in router.modules():
+        if isinstance(part, Router):
+            part.attach(as_experts(experts))

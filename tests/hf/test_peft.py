@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -10,6 +12,8 @@ from transformers import PreTrainedModel, TrainingArguments
 from moeify import MoE, Recipe, record, sparsify
 from moeify.flops import count
 from moeify.layers import sparse_layers
+from moeify.routers import Compete, DefaultVector, MoLE
+from moeify.routers.base import begin_step
 from moeify.sparsify import fresh
 from moeify.train import SparseArguments, SparseTrainer
 from moeify.train.calibrate import calibrate_all_experts, tokens_per_expert
@@ -89,3 +93,16 @@ def test_a_named_backend_does_not_pass_adapters_by():
             part.backend = "cpp"
     with pytest.raises(ValueError, match="backend 'cpp' cannot run this layer"), torch.no_grad():
         adapted(model)(**inputs(model))
+
+
+@pytest.mark.parametrize("holder", [partial(Compete, rate=1, most=9), DefaultVector, MoLE])
+def test_a_router_that_runs_experts_runs_their_adapters(holder):
+    model = sparsify(causal_lm("llama"), Recipe(num_experts=4, router=holder, experts=fresh), verbose=False)
+    begin_step(model, 0)
+    plain = model(**inputs(model)).logits
+    peft = adapted(model)
+    changed = peft(**inputs(model))
+    assert (changed.logits - plain).abs().max() > 1e-3
+    changed.loss.backward()
+    assert all(p.grad is not None for name, p in peft.named_parameters() if "lora_A" in name)
+    torch.testing.assert_close(peft.unload()(**inputs(model)).logits, plain)

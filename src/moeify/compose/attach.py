@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -61,7 +62,7 @@ class AdaptedLinear:
     @property
     def router_vectors(self) -> Float[Tensor, "E D"] | None:
         """The router's vector for every adapter, or None where the router has none."""
-        weight = getattr(self.layer.router, "weight", None)
+        weight: Any = getattr(self.layer.router, "weight", None)
         fits = isinstance(weight, Tensor) and weight.shape == (self.experts.num_experts, self.experts.width)
         return weight if fits else None
 

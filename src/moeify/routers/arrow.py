@@ -46,7 +46,6 @@ class Arrow(Router):
         if temperature <= 0:
             raise ValueError(f"temperature={temperature} divides similarities; choose temperature > 0")
         self.width, self.num_experts, self.k, self.temperature = width, num_experts, k, temperature
-        self._experts: tuple[Any, ...] = ()
 
     def attach(self, experts: Any) -> None:
         """Keep a reference to the experts, whose weights are the router."""

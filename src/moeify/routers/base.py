@@ -28,6 +28,7 @@ class Router(nn.Module, ABC):
     causal: bool = True
     weights_sum_to_one: bool = False
     settable_k: ClassVar[bool] = False
+    _experts: tuple[Any, ...] = ()
 
     @abstractmethod
     def forward(self, x: Float[Tensor, "... D"], context: Context) -> Routing:
@@ -36,8 +37,9 @@ class Router(nn.Module, ABC):
     def attach(self, experts: Any) -> None:
         """Keep a reference to the layer's experts; by default a router reads the tokens only, and keeps none.
 
-        `MoE` calls it of its router and of every router inside it. Keep the experts where PyTorch does not look for
-        parameters, as in `self._experts = (experts,)`: they are the layer's.
+        `MoE` calls it of its router and of every router inside it, whenever its experts or its router change. Keep them
+        as `self._experts = (experts,)`: there PyTorch does not look for parameters, which are the layer's, and a copy
+        of the router alone holds none.
         """
 
     def begin_step(self, step: int, seed: int, routers: Sequence[Router]) -> None:
@@ -76,6 +78,9 @@ class Router(nn.Module, ABC):
     def mixing_flops(self) -> int:
         """FLOPs per token beside the router's matrices: 0 where a row is a copy of its token."""
         return 0
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "_experts"}
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Router:
         """Move, but never round: buffers of a router (a selection bias, say) stay in fp32."""

@@ -60,7 +60,6 @@ class Compete(Router):
         self.weights_sum_to_one = True
         self.competes = False
         self.weight = nn.Parameter(torch.randn(num_experts, width) * init_std)
-        self._experts: tuple[Any, ...] = ()
 
     def attach(self, experts: Any) -> None:
         """Keep a reference to the experts that compete."""

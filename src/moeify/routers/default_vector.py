@@ -57,7 +57,6 @@ class DefaultVector(Router):
         self.num_experts, self.k, self.beta = num_experts, k, beta
         self.weight = nn.Parameter(torch.randn(num_experts, width) * init_std)
         self.register_buffer("default", torch.zeros(num_experts, width if width_out is None else width_out))
-        self._experts: tuple[Any, ...] = ()
 
     def attach(self, experts: Any) -> None:
         """Keep a reference to the experts whose outputs are averaged."""

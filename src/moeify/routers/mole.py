@@ -49,7 +49,6 @@ class MoLE(Router):
         self.width, self.num_experts, self.k, self.init_std = width, num_experts, num_experts, init_std
         self.log_temperature = nn.Parameter(torch.tensor([temperature]).log())  # not a scalar, which FSDP cannot shard
         self.register_parameter("weight", None)
-        self._experts: tuple[Any, ...] = ()
 
     def attach(self, experts: Any) -> None:
         """Keep a reference to the experts, and make W as wide as their outputs."""
