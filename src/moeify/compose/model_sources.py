@@ -130,7 +130,7 @@ def build(model: nn.Module | str | Path) -> nn.Module:
             f"{model} does not name the class of its model ('architectures' in config.json); load one model yourself "
             "and pass it as base=..."
         )
-    return architecture.from_pretrained(model)
+    return architecture.from_pretrained(model, local_files_only=True)
 
 
 def tensors(model: nn.Module) -> dict[Names, Tensor]:
@@ -261,7 +261,7 @@ def _read_config(folder: Path) -> Any:
 
     if not folder.is_dir():
         raise FileNotFoundError(f"there is no folder {folder}; models are given as modules, or as folders on this disk")
-    return transformers.AutoConfig.from_pretrained(folder)
+    return transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
 
 
 def _renaming(model: nn.Module) -> Callable[[str], str]:

@@ -13,6 +13,7 @@ from moeify.compress.quantize import quantize_as
 from moeify.meta import made_on_meta, move_parameters, parameters_on_meta
 from moeify.sparsify.plan import find
 from moeify.sparsify.recipe import Recipe
+from moeify.store.local import local_config
 
 
 def build(folder: Path, description: dict[str, Any], recipe: Recipe | None, model: nn.Module | None) -> nn.Module:
@@ -58,8 +59,9 @@ def _dense(folder: Path, description: dict[str, Any]) -> nn.Module:
             f"{folder} holds a {saved}, which is not a model of transformers; build the dense model "
             "yourself and pass it: load(folder, model=...)"
         )
+    config = local_config(description["config"], folder / "config.json")
     try:
-        return architecture(architecture.config_class.from_dict(description["config"]))
+        return architecture(architecture.config_class.from_dict(config))
     except Exception as error:  # whatever a model raises for settings that it was never tried with
         raise ValueError(
             f"{folder / 'config.json'} is damaged: no {name} can be built of it ({type(error).__name__}: {error})"

@@ -1,0 +1,62 @@
+"""Keep a saved config to its folder: what it asks of the hub, or of weights elsewhere, is refused or left out.
+
+All weights come from the folder. transformers resolves a few settings over the network while it builds a model: the
+name of a backbone, and implementations of attention or experts that are kernels of the hub.
+"""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+LOCAL = {
+    "attn": ("eager", "sdpa", "flex_attention", "paged|eager"),
+    "experts": ("eager", "batched_mm", "grouped_mm", "moeify"),
+}
+"""Implementations that transformers brings along; with others it may load kernels."""
+
+PRETRAINED = ("use_pretrained_backbone", "pretrained_backbone", "pretrained")
+
+
+def local_config(values: dict[str, Any], file: Path) -> dict[str, Any]:
+    """A model's config without what leads off the folder; the model that is built computes the same function.
+
+    Left out, with a warning: implementations of attention and experts that are not part of transformers, and the wish
+    for pretrained weights.
+
+    Args:
+        values: the config, with its configs of parts.
+        file: for messages.
+
+    Raises:
+        ValueError: a backbone that only the hub knows.
+    """
+    _refuse_backbone(values, file)
+    kept = {}
+    for name, value in values.items():
+        if _leads_away(name, value):
+            logging.getLogger(__name__).warning("%s: left out %s=%r, which is not in the folder", file, name, value)
+        else:
+            kept[name] = local_config(value, file) if isinstance(value, dict) else value
+    return kept
+
+
+def _refuse_backbone(values: dict[str, Any], file: Path) -> None:
+    timm = values.get("model_type") in ("timm_backbone", "timm_wrapper")
+    name = values.get("architecture" if values.get("model_type") == "timm_wrapper" else "backbone")
+    known = timm or isinstance(values.get("backbone_config"), dict)
+    if isinstance(name, str) and (not known or (timm and (":" in name or "/" in name))):
+        raise ValueError(
+            f"{file} names the backbone {name!r}, which transformers would look up on the hub, and a folder is loaded "
+            "without a network; build the dense model yourself and pass it: load(folder, model=...)"
+        )
+
+
+def _leads_away(name: str, value: Any) -> bool:
+    if name in PRETRAINED:
+        return bool(value)
+    kind = name.removeprefix("_").partition("_implementation")[0] if "_implementation" in name else None
+    if kind is None or value is None:
+        return False
+    return not all(each in LOCAL.get(kind, ()) for each in (value.values() if isinstance(value, dict) else [value]))
