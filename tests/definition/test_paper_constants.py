@@ -19,8 +19,10 @@ CONSTANTS = tomllib.loads((Path(__file__).parent / "paper_constants.toml").read_
 
 def settings(recipe: Recipe) -> dict:
     found = {}
-    for kind, written in recipe.to_dict().items():
-        found |= {kind: written} if isinstance(written, int) else registry.settings(kind, written)
+    for field, written in recipe.to_dict().items():
+        kind = "router" if field == "decoder_router" else field
+        of_kind = {kind: written} if isinstance(written, int) else registry.settings(kind, written)
+        found |= {field + name.removeprefix(kind): value for name, value in of_kind.items()}
     return {name: value for name, value in found.items() if value not in (None, False, "", "nothing")}
 
 

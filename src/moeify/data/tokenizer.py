@@ -29,6 +29,7 @@ class ByteTokenizer:
     eos_token_id = 256
     pad_token_id = 257
     vocab_size = 258
+    padding_side = "right"
 
     def encode(self, text: str) -> list[int]:
         """Return the bytes of the text."""

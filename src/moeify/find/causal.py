@@ -25,7 +25,7 @@ def refuse_decoders(model: nn.Module, sites: Sequence[Site], router: Router) -> 
         ValueError: a site is in a decoder.
     """
     for site in sites:
-        if says_causal(_layer_of(model, site)):
+        if in_decoder(model, site):
             raise ValueError(_looks_ahead(site, router))
     first_of_stack = {site.stack: site for site in reversed(sites)}
     return [
@@ -33,6 +33,11 @@ def refuse_decoders(model: nn.Module, sites: Sequence[Site], router: Router) -> 
         for site in first_of_stack.values()
         for handle in refuse_causal_calls(_layer_of(model, site), _looks_ahead(site, router))
     ]
+
+
+def in_decoder(model: nn.Module, site: Site) -> bool:
+    """Whether the layer around a site attends to earlier tokens only, by its attributes."""
+    return says_causal(_layer_of(model, site))
 
 
 def _layer_of(model: nn.Module, site: Site) -> nn.Module:

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from moeify.context import Context
+from moeify.find.causal import in_decoder
 from moeify.find.contexts import contexts_of
 from moeify.find.describe import describe, rebuild
 from moeify.find.shapes import Site
@@ -53,7 +54,7 @@ class Plan:
         Raises:
             ValueError: whatever router, experts and shared refuse; experts that destroy the dense model's function.
         """
-        layers = _layers(self.sites, self.recipe, contexts_of(self.sites))
+        layers = _layers(self.model, self.sites, self.recipe, contexts_of(self.sites))
         _refuse(layers, self.recipe)
         return layers
 
@@ -159,11 +160,13 @@ def find(model: nn.Module, recipe: Recipe, described: list[dict[str, Any]] | Non
     return restored_on_error(model, found, values=False)
 
 
-def _layers(sites: list[Site], recipe: Recipe, contexts: dict[str, Context]) -> list[MoE]:
+def _layers(model: nn.Module, sites: list[Site], recipe: Recipe, contexts: dict[str, Context]) -> list[MoE]:
     latest: dict[str, MoE] = {}
     layers = []
     for site in sites:
-        latest[site.stack] = _layer(site, recipe, contexts[site.stack], latest.get(site.stack))
+        of_decoder = recipe.decoder_router if in_decoder(model, site) else None
+        here = recipe if of_decoder is None else replace(recipe, router=of_decoder)
+        latest[site.stack] = _layer(site, here, contexts[site.stack], latest.get(site.stack))
         layers.append(latest[site.stack])
     return layers
 

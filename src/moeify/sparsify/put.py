@@ -36,8 +36,11 @@ def put(
     Raises:
         ValueError: a router that looks at later tokens in a decoder; the model is as it was.
     """
-    router = layers[0].router
-    undo = [] if router.causal or allow_noncausal else refuse_decoders(model, sites, router)
+    ahead = {} if allow_noncausal else {s.stack: m.router for s, m in zip(sites, layers, strict=True)}
+    ahead = {stack: router for stack, router in ahead.items() if not router.causal}
+    undo = []
+    for stack, router in ahead.items():
+        undo += refuse_decoders(model, [site for site in sites if site.stack == stack], router)
     undo += [site.install(layer) for site, layer in zip(sites, layers, strict=True)]
     undo += watch(model, sites, {site.stack: layer.context for site, layer in zip(sites, layers, strict=True)})
     for name, module in (following or {}).items():

@@ -27,6 +27,7 @@ class Recipe:
             `chosen(...)`.
         num_experts: E.
         router: makes a router from width and number of experts: `partial(TopK, k=2)`.
+        decoder_router: makes the routers of decoders, where those of encoders look at later tokens; None for `router`.
         experts: makes experts from the dense module: `copies`, `splits`, `fresh`.
         shared: makes what stands beside the experts: `nothing`, `dense`, `frozen`, `gated`.
         after: makes what follows the layer that a sparse one stands in: `nothing`, `sandwich`.
@@ -38,6 +39,7 @@ class Recipe:
     where: Where = ffn
     num_experts: int = 8
     router: Callable[[int, int], Router] = TopK
+    decoder_router: Callable[[int, int], Router] | None = None
     experts: Callable[[nn.Module, int], Experts] = copies
     shared: Callable[[nn.Module, int], nn.Module | None] = nothing
     after: Callable[[nn.Module, int], nn.Module | None] = nothing
@@ -53,7 +55,11 @@ class Recipe:
             ValueError: a part that has no registered name.
         """
         parts = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        return {name: part if isinstance(part, int) else registry.encode(name, part) for name, part in parts.items()}
+        return {
+            name: part if isinstance(part, int) else registry.encode(_kind(name), part)
+            for name, part in parts.items()
+            if part is not None
+        }
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Recipe:
@@ -66,4 +72,9 @@ class Recipe:
         for key in values:
             if key not in known:
                 raise ValueError(f"a recipe has no field {key!r}; {registry.suggest(key, known)}")
-        return cls(**{k: v if k == "num_experts" else registry.decode(k, v) for k, v in values.items()})
+        return cls(**{k: v if k == "num_experts" else registry.decode(_kind(k), v) for k, v in values.items()})
+
+
+def _kind(field: str) -> str:
+    """The kind of thing that a field of a recipe holds, by which the registry knows names."""
+    return "router" if field == "decoder_router" else field
