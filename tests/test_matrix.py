@@ -79,6 +79,7 @@ ROUTERS = {
     "per group": partial(TopK, D, E, per="sequence"),
     "capacity": lambda: Capacity(TopK(D, E), factor=0.7),
     "priority": lambda: Capacity(TopK(D, E), factor=0.7, priority="score", overflow="renormalize"),
+    "prefix": lambda: Capacity(TopK(D, E), factor=0.7, eval_factor=0.7, per="prefix"),
     "noisy": partial(NoisyTopK, D, E),
     "v-moe": partial(NoisyTopK, D, E, noise=1 / E, order="softmax"),
     "gshard": partial(GShard, D, E),
@@ -136,7 +137,7 @@ EXPERTS = {
     "each": lambda: Each([nn.Sequential(nn.Linear(D, 3 + e), nn.Tanh(), nn.Linear(3 + e, D)) for e in range(E)]),
     "blocks": lambda: Blocks([FFN(1, D, 12), FFN(1, D, 2, activation=Glu(nn.functional.gelu)), Identity(), Zero()]),
     "quantised": lambda: quantize(FFN(E, D, 6, bias=True), 4),
-    "scaled": lambda: Scaled(FFN(E, D, 6), 2.0),
+    "scaled": lambda: Scaled(FFN(E, D, 6), 0.5),
     "masked": lambda: Masked(FFN(E, D, 6), 0.4).eval(),  # its draws would differ where a router asks the experts
     "lora": lambda: learned(LoRA(E, D, rank=3, scale=0.5)),
     "adapted": lambda: learned(
@@ -144,7 +145,7 @@ EXPERTS = {
     ),
     "constant": lambda: Blocks([FFN(2, D, 6), Constant(2, D)]),
 }
-UNEVEN = {"capacity", "priority", "gshard", "top-p", "threshold", "relu", "expert choice", "soft"}
+UNEVEN = {"prefix", "capacity", "priority", "gshard", "top-p", "threshold", "relu", "expert choice", "soft"}
 UNEVEN |= {"default vector", "expert threshold", "next", "final mask", "mmoe", "ple", "bounded union", "token rounding"}
 IDS = torch.arange(12).view(3, 4)
 BACKENDS = ["compose", "gather", "auto"]
@@ -176,7 +177,7 @@ def test_every_combination_is_its_definition(router, experts, backend, dtype, mo
     agree(y, [x, *moe.parameters()], slow, [x64, *exact.parameters()], rtol=DTYPES[dtype], atol=DTYPES[dtype])
 
 
-SEES = dict.fromkeys(["per group", "expert choice", "soft", "similarity"], "sequence")
+SEES = dict.fromkeys(["prefix", "per group", "expert choice", "soft", "similarity"], "sequence")
 SEES |= dict.fromkeys(
     ["capacity", "priority", "next", "gshard", "token rounding", "sinkhorn", "balanced assignment"], "batch"
 )

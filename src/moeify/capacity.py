@@ -45,6 +45,7 @@ def double(factor: float, tokens: int, num_experts: int, k: int) -> int:
 Slots = Callable[[float, int, int, int], int]
 Priority = Literal["position", "choice", "batch", "score"]
 Overflow = Literal["zero", "renormalize", "next"]
+Per = Literal["batch", "sequence", "prefix"]
 
 
 def limit(
@@ -53,14 +54,15 @@ def limit(
     *,
     priority: Priority = "position",
     overflow: Overflow = "zero",
-    per: Literal["batch", "sequence"] = "batch",
+    per: Per = "batch",
 ) -> Assignment:
     """Keep at most `slots` rows per expert; a dropped token is a row that is not there.
 
     Args:
         routing: a decision with one weight per row.
         slots: capacity of each expert in rows, see `per_token`, `per_choice` and `double` for the usual formulas; per
-            sequence it may be one number for each, for those that are longer have more.
+            sequence it may be one number for each, for those that are longer have more; per prefix it is one number
+            for every length, from 1 on.
         priority: which rows are kept: the earliest tokens (`position`), all first choices before any second choice and
             then the earliest (`choice`; GShard), all first choices before any second and then the tokens with the
             largest weight of their own (`batch`; V-MoE's batch priority), or the largest weights (`score`).
@@ -69,11 +71,14 @@ def limit(
             free or all have been tried (No-Token-Left-Behind; Switch, appendix B); in every round, those are served
             first who come first by `priority`. Its weight w changes as the score does, to w · s_new / s_old: right for
             weights in proportion to the scores.
-        per: whether slots are for all rows of an expert, or those of each sequence or image (`sequence`; mesh, V-MoE).
+        per: whether slots are for all rows of an expert, those of each sequence or image (`sequence`; mesh, V-MoE), or
+            those up to a token in its sequence (`prefix`): then what is kept of a token depends on no later one, while
+            the slots of a batch or sequence are as many as all its tokens make them.
 
     Raises:
         ValueError: fewer than one slot, or several weights per row; `next` without a score of every token for every
-            expert, or per sequence; per sequence without the sequence of every token.
+            expert, or per sequence or prefix; per prefix by another priority than position; per sequence or prefix
+            without the sequence of every token.
     """
     each = [slots] if isinstance(slots, int) else list(slots)
     if min(each) < 1:
@@ -83,19 +88,20 @@ def limit(
             f"a capacity needs one weight per row to say which rows matter, and this router gave "
             f"{routing.weight[0].numel()} gates; leave the capacity out"
         )
+    if per == "prefix" and priority != "position":
+        raise ValueError(f"slots per prefix are given by position, not by {priority!r}; leave out priority, or per")
     turns = _by_priority(routing, priority)
     if overflow == "next":
-        if per == "sequence":
-            raise ValueError(
-                "overflow='next' looks for free slots in the whole batch; it cannot be limited per sequence"
-            )
+        if per != "batch":
+            raise ValueError(f"overflow='next' looks for free slots in the whole batch; it cannot be limited per {per}")
         return _reassign(routing, each[0], turns)
     if per == "batch":
         kept = _place(routing.expert, turns) < each[0]
     else:
         sequence, tokens = sequence_of_rows(routing)
-        free = torch.tensor(each, device=sequence.device).expand(len(tokens))
-        kept = _place(routing.expert * len(free) + sequence, turns) < free[sequence]
+        place = _place(routing.expert * len(tokens) + sequence, turns)
+        free = torch.tensor(each, device=sequence.device)
+        kept = place < (free.expand(len(tokens))[sequence] if per == "sequence" else free[_position_of_rows(routing)])
     served = routing.only(kept)
     return served if overflow == "zero" else served.with_weight_sums_of(routing)
 
@@ -136,8 +142,16 @@ def sequence_of_rows(routing: Assignment) -> tuple[Int[Tensor, "R"], Int[Tensor,
     return sequence[_decision_of_rows(routing)], tokens
 
 
+def _position_of_rows(routing: Assignment) -> Int[Tensor, "R"]:
+    """The position, from 0, of the token of each row among the tokens of its sequence."""
+    sequence = routing.sequence_id
+    assert sequence is not None  # `sequence_of_rows` requires it
+    order = torch.arange(len(sequence), device=sequence.device)
+    return _place(sequence, order)[_decision_of_rows(routing)]
+
+
 def _place(expert: Int[Tensor, "R"], turns: Int[Tensor, "R"]) -> Int[Tensor, "R"]:
-    """Each row's place in the queue of its expert, 0 for the first that is served."""
+    """Each row's place in the queue of its expert (or sequence), 0 for the first that is served."""
     served = turns[expert[turns].argsort(stable=True)]
     queue = torch.arange(len(served), device=served.device)
     first = torch.searchsorted(expert[served], expert[served])

@@ -87,6 +87,39 @@ def test_a_limit_serves_the_front_of_every_queue(priority, overflow, choice, slo
     assert limited.assigned.tolist() == index.flatten().bincount(minlength=num_experts).tolist()
 
 
+def slow_prefix(index, gates, num_experts, slots, length):
+    """(T, E): a token is served while fewer of its sequence have been than its position has slots."""
+    out = torch.zeros(len(index), num_experts, dtype=gates.dtype)
+    for t in range(len(index)):
+        first = t - t % length
+        for c, e in enumerate(index[t].tolist()):
+            if sum(int(e in row) for row in index[first:t].tolist()) < slots[t % length]:
+                out[t, e] = gates[t, c]
+    return out
+
+
+@given(choices(max_tokens=12), st.integers(1, 4), st.integers(0, 2))
+def test_a_limit_of_prefixes_gives_every_token_the_slots_of_its_position(choice, length, more):
+    index, gates, num_experts = choice
+    slots = [1 + n * more // 2 for n in range(length)]
+    evidence = Evidence(sequence_id=torch.arange(len(index)) // length)
+    limited = limit(assign(index, gates, num_experts, evidence=evidence), slots, per="prefix")
+    gates64 = gates.detach().double().requires_grad_()
+    slow = slow_prefix(index, gates64, num_experts, slots, length)
+    agree(weights(limited, num_experts), [gates], slow, [gates64])
+
+
+def test_a_prefix_is_served_as_it_is_alone():
+    router, x = Capacity(TopK(4, 4), eval_factor=0.7, per="prefix").eval(), torch.randn(1, 20, 4)
+    sharpen(router)
+    whole = weights(route(router, x), 4)
+    for n in range(1, 20):
+        assert torch.equal(weights(route(router, x[:, :n]), 4), whole[:n])
+    assert (whole == 0).sum() > 40
+    with pytest.raises(ValueError, match="slots per prefix are given by position, not by 'choice'"):
+        route(Capacity(TopK(4, 4), per="prefix", priority="choice"), x)
+
+
 def slow_next(scores, k, slots, priority):
     """(T, E): tokens knock at their next best expert, round after round, as long as one has room."""
     tokens, experts = scores.shape

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from moeify import Context, MoE
+from moeify.capacity import dropped
 from moeify.experts import FFN
 from moeify.inspect import check_causality
 from moeify.routers import Capacity, ExpertChoice, Soft, TopK
@@ -57,15 +58,26 @@ def test_a_capacity_by_score_leaks_the_future():
     assert not checked(tight(priority="score"))
 
 
-def test_a_capacity_by_position_is_clean_within_a_sequence_and_depends_on_the_sequences_before():
+def test_a_capacity_by_position_depends_on_the_sequences_before_and_on_how_many_tokens_follow():
     found = checked(tight())
-    assert found
+    assert not found
+    assert found.future is None
     assert found.others.by[0] < found.others.token[0]
+    assert found.length.token[0] == found.length.by[0]
+    assert found.length.token[1] < found.length.by[1]
 
 
-def test_a_single_sequence_under_a_capacity_by_position_is_clean():
-    found = checked(tight(), torch.randn(1, 12, D))
+def test_a_capacity_of_a_sequence_leaks_nothing_but_its_length():
+    found = checked(tight(per="sequence"))
     assert found.future is found.others is None
+    assert found.length is not None
+
+
+def test_a_capacity_of_prefixes_is_clean():
+    found = checked(tight(per="prefix"), torch.randn(3, 12, D))
+    assert found
+    assert found.future is found.others is found.length is None
+    assert dropped(layer(tight(per="prefix")).router(torch.randn(3, 12, D), Context()))[0] > 0
 
 
 def test_a_capacity_that_is_never_reached_leaks_nothing():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -24,7 +24,7 @@ class Leak:
     Attributes:
         what: whether its experts and their weights changed, or only the layer's output for it.
         token: the sequence and the position of the token that changed.
-        by: the sequence and the position of the token that was replaced.
+        by: the sequence and the position of the token that was replaced, or the first that was cut off.
     """
 
     what: Literal["decision", "output"]
@@ -39,18 +39,23 @@ class Causality:
     Attributes:
         future: a token that changed with a later one of its own sequence: training leaks, generation differs.
         others: a token that changed with one of another sequence: what a sequence gets depends on its batch.
+        length: a token that changed when its sequence was cut off behind it, though no other token was replaced: the
+            slots of a capacity, say, are as many as all tokens make them.
     """
 
     future: Leak | None = None
     others: Leak | None = None
+    length: Leak | None = None
 
     def __bool__(self) -> bool:
-        return self.future is None
+        return self.future is None and self.length is None
 
 
 @torch.no_grad()
 def check_causality(model: nn.Module, tokens: Any = None, *, tries: int = 4) -> dict[str, Causality]:
     """Replace every token of every sparse layer's input, one at a time, and see which other tokens change.
+
+    Then cut off what follows each token, and see whether it changes.
 
     Each layer is looked at alone, on the input that it gets in the model, so that a leak has the name of its layer and
     attention has no part in it. Leaks are found by trying: a capacity that is never reached leaks nothing. The model
@@ -129,7 +134,35 @@ def _check(layer: nn.Module, context: Context, args: tuple, kwargs: dict[str, An
                 others = others or _leak(what, elsewhere, sequence, position, by)
         if future and others:
             break
-    return Causality(future, others)
+    length = _length_leak(context, run, x, sequence, position, before)
+    return Causality(future, others, length)
+
+
+def _length_leak(
+    context: Context,
+    run: Callable[[Tensor], list[Tensor]],
+    x: Float[Tensor, "... D"],
+    sequence: Int[Tensor, "T"],
+    position: Int[Tensor, "T"],
+    before: list[Tensor],
+) -> Leak | None:
+    """A token that changes where what follows it is padding."""
+    call, real = context.call, torch.zeros_like(sequence, dtype=torch.bool)
+    positions = context.real(x.shape[:-1])
+    real[slice(None) if positions is None else positions] = True
+    for cut in range(1, int(position.max()) + 1):
+        kept = real & (position < cut)
+        if not kept.any():
+            continue
+        shorter = replace(call, decisions=dict(call.decisions), layer_mask=False)
+        shorter.mask(kept.view(x.shape[:-1]))
+        with context.resumed(shorter):
+            after = run(x)
+        for what, a, b in zip(("decision", "output"), before, after, strict=True):
+            changed = _differs(a, b, x.dtype) & kept
+            if changed.any():
+                return _leak(what, changed, sequence, position, (int(sequence[changed][0]), cut))
+    return None
 
 
 def _positions(sequence: Int[Tensor, "T"]) -> Int[Tensor, "T"]:

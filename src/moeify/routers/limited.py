@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Literal
 
 from jaxtyping import Float
 from torch import Tensor
 
-from moeify.capacity import Overflow, Priority, Slots, limit, per_choice, sequence_of_rows
+from moeify.capacity import Overflow, Per, Priority, Slots, limit, per_choice, sequence_of_rows
 from moeify.context import Context
 from moeify.registry import register
 from moeify.routers.base import Router
@@ -28,7 +27,9 @@ class Capacity(Router):
         priority: which rows are kept, see `moeify.capacity.limit`.
         overflow: what happens to a token that lost a row, see `moeify.capacity.limit`; with `next` the slots that
             are free for an earlier token depend on later ones.
-        per: whether an expert's slots are for the whole batch, or for each sequence or image (`sequence`).
+        per: whether an expert's slots are for the whole batch, for each sequence or image (`sequence`), or for what of
+            a sequence comes before (`prefix`). Only the last depends on no later token at all: the slots of a batch or
+            a sequence grow with its tokens, so that more of an earlier one is kept where more follow.
     """
 
     def __init__(
@@ -40,7 +41,7 @@ class Capacity(Router):
         capacity: Slots = per_choice,
         priority: Priority = "position",
         overflow: Overflow = "zero",
-        per: Literal["batch", "sequence"] = "batch",
+        per: Per = "batch",
     ) -> None:
         super().__init__()
         self.router = router
@@ -49,7 +50,7 @@ class Capacity(Router):
         self.capacity = capacity
         self.priority: Priority = priority
         self.overflow: Overflow = overflow
-        self.per: Literal["batch", "sequence"] = per
+        self.per: Per = per
         self.causal = router.causal and priority == "position" and overflow != "next"
 
     def link_to(self, previous: Router) -> Router:
@@ -66,6 +67,8 @@ class Capacity(Router):
             return routing
         if self.per == "batch":
             slots = self._slots(routing, factor, routing.tokens, len(routing.source))
+        elif self.per == "prefix":
+            slots = self._slots_of_prefixes(routing, factor)
         else:
             sequence, tokens = sequence_of_rows(routing)
             rows = sequence.bincount(minlength=len(tokens))
@@ -76,6 +79,13 @@ class Capacity(Router):
         """The capacity of an expert for so many tokens that have so many rows."""
         k = max(1, round(rows / tokens))  # on average, where the number varies
         return self.capacity(factor, tokens, len(routing.counts), k)
+
+    def _slots_of_prefixes(self, routing: Assignment, factor: float) -> list[int]:
+        """The capacity of an expert for the first token of a sequence, the first two, ..."""
+        if routing.choices is None:
+            raise ValueError("a capacity per prefix needs a router that gives every token the same number of experts")
+        longest = int(sequence_of_rows(routing)[1].max())
+        return [self.capacity(factor, n, len(routing.counts), routing.choices.k) for n in range(1, longest + 1)]
 
     def extra_repr(self) -> str:
         """The factors, the formula, who comes first and what happens to the others."""
@@ -96,7 +106,7 @@ def capacity(
     capacity: Slots = per_choice,
     priority: Priority = "position",
     overflow: Overflow = "zero",
-    per: Literal["batch", "sequence"] = "batch",
+    per: Per = "batch",
 ) -> Capacity:
     """A `Capacity` around the router that `router(width, num_experts)` makes, for recipes."""
     return Capacity(
