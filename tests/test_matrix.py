@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from moeify import MoE, kernels
+from moeify import Context, MoE, kernels
 from moeify.backends import compose
 from moeify.experts import (
     FFN,
@@ -64,6 +64,7 @@ from moeify.routers import (
     sqrt_softplus,
 )
 from moeify.testing import check_backend, check_experts, check_router
+from moeify.testing.routers import LAWS
 from strategies import agree, route, sharpen
 
 D, E = 8, 4
@@ -187,6 +188,28 @@ OUTSIDE = {"mole": ["decisions_are_computed_in_fp32"]}  # its logits are those o
 @pytest.mark.parametrize("name", sorted(ROUTERS.keys() - {"replay"}))  # its decisions are for the recorded tokens
 def test_every_router_keeps_the_laws(name):
     check_router(lambda *sizes: ROUTERS[name](), sees=SEES.get(name, "token"), without=OUTSIDE.get(name, ()))
+
+
+@pytest.mark.parametrize("name", ["expert choice", "soft", "cluster", "uniform"])
+def test_routers_of_every_kind_compile_into_one_graph(name):
+    others = {law.__name__ for law in LAWS}
+    check_router(lambda *sizes: ROUTERS[name](), sees="batch", compiles=True, without=others)
+
+
+@pytest.mark.parametrize("kind", [Sinkhorn, BalancedAssignment])
+def test_decisions_that_take_as_many_rounds_as_they_need_are_one_operator(kind):
+    router, x, context = kind(D, E), torch.randn(6, D), Context()
+    compiled = torch.compile(router, fullgraph=True, backend="eager")(x, context)
+    assert torch.equal(compiled.source, router(x, context).source)
+
+
+def test_routers_that_start_at_zero_choose_the_first_experts():
+    for name in ("softmax", "sigmoid", "logit", "noisy", "gshard", "cosine", "frozen", "phatgoose", "residual"):
+        router = ROUTERS[name]().eval()
+        for tensor in (*router.parameters(), *router.buffers()):
+            tensor.data.zero_()
+        indices = router(torch.randn(5, D), Context()).choices.indices
+        assert indices.tolist() == [list(range(indices.shape[1]))] * 5, name
 
 
 @pytest.mark.parametrize("name", EXPERTS)

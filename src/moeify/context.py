@@ -116,10 +116,6 @@ class Context:
         """The sequence, document or image of each of the flattened tokens, see `Call.sequence_ids`."""
         return self.call.sequence_ids(shape)
 
-    def common_length(self, shape: Sequence[int]) -> int | None:
-        """The length that all sequences have, None where they may differ, see `Call.common_length`."""
-        return self.call.common_length(shape)
-
     def documents(self, shape: Sequence[int]) -> Int[Tensor, "T"] | None:
         """The document of each of the flattened tokens, None if nothing tells of documents, see `Call.documents`."""
         return self.call.documents(shape)

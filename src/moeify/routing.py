@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, fields, is_dataclass, replace
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any, Self
 
 import torch
@@ -40,9 +40,6 @@ class Evidence:
     expected_load: Float[Tensor, "E"] | None = None
     sample_type: Int[Tensor, "L"] | None = None
     affinity: Float[Tensor, "L E"] | None = None
-
-
-NO_EVIDENCE = Evidence()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,7 +73,7 @@ class Routing(ABC):
 
     counts: Int[Tensor, "E"]
     shape: tuple[int, ...]
-    evidence: Evidence = NO_EVIDENCE
+    evidence: Evidence = field(default_factory=Evidence)
     expert_outputs: Float[Tensor, "R O"] | None = None
 
     @property
@@ -298,7 +295,7 @@ def assign(
     *,
     shape: tuple[int, ...] | None = None,
     positions: Int[Tensor, "T"] | None = None,
-    evidence: Evidence = NO_EVIDENCE,
+    evidence: Evidence | None = None,
 ) -> Assignment:
     """Turn every token's chosen experts and their weights into rows sorted by expert, earlier tokens first.
 
@@ -316,7 +313,7 @@ def assign(
     source = order // k
     return Assignment(
         counts=experts.new_zeros(num_experts).scatter_add_(0, experts, torch.ones_like(experts)),
-        evidence=evidence,
+        evidence=evidence or Evidence(),
         source=source if positions is None else positions[source],
         weight=weights.flatten(0, 1)[order],
         rank=order % k,
@@ -331,7 +328,7 @@ def assign_where(
     *,
     shape: tuple[int, ...] | None = None,
     positions: Int[Tensor, "T"] | None = None,
-    evidence: Evidence = NO_EVIDENCE,
+    evidence: Evidence | None = None,
 ) -> Assignment:
     """Turn a table of which token uses which expert into rows sorted by expert, earlier tokens first.
 
@@ -347,7 +344,7 @@ def assign_where(
     best_first = score.masked_fill(~chosen, float("-inf")).argsort(dim=-1, descending=True, stable=True)
     return Assignment(
         counts=chosen.sum(0),
-        evidence=evidence,
+        evidence=evidence or Evidence(),
         source=token if positions is None else positions[token],
         weight=weight[token, expert],
         rank=best_first.argsort(-1)[token, expert],

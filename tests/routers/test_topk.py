@@ -7,7 +7,23 @@ from hypothesis import strategies as st
 from torch import nn
 
 from moeify.routers import ExpertGroups, Similarity, TopK, sigmoid, softmax, sqrt_softplus
+from moeify.routers.base import k_best
 from strategies import route, seeds, sharpen
+
+# Ties
+
+
+@given(st.integers(1, 9), st.integers(1, 70), st.data())
+def test_the_k_best_come_best_first_and_of_equals_the_first_first(tokens, experts, data):
+    k = data.draw(st.integers(1, experts))
+    torch.manual_seed(data.draw(seeds))
+    scores = torch.randint(-2, 3, (tokens, experts)).float().requires_grad_()
+    best, indices = k_best(scores, k)
+    slow = [sorted(range(experts), key=lambda j: -row[j])[:k] for row in scores.tolist()]
+    assert indices.tolist() == slow
+    assert torch.equal(best, scores.gather(1, torch.tensor(slow)))
+    assert torch.equal(torch.autograd.grad(best.sum(), scores)[0].nonzero()[:, 1], indices.sort(1).values.flatten())
+
 
 # Bad inputs
 

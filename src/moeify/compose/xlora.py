@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from moeify.context import extra_inputs
+from moeify.routers.base import k_best
 from moeify.routers.input_weights import InputWeights
 
 
@@ -88,8 +89,8 @@ class XLoRA(nn.Module):
         scores = (logits / self.temperature).softmax(-1)
         if self.k is None:
             return scores
-        kept = scores.topk(self.k, dim=-1).indices
-        return torch.zeros_like(scores).scatter(-1, kept, scores.gather(-1, kept))
+        best, indices = k_best(scores, self.k)
+        return torch.zeros_like(scores).scatter(-1, indices, best)
 
 
 def _network(widths: list[int], dropout: float) -> Iterator[nn.Module]:

@@ -11,7 +11,7 @@ from torch import Tensor
 from moeify.context import Context
 from moeify.kernels.cpu.packing import cached
 from moeify.registry import register
-from moeify.routers.base import Router, project, real_tokens
+from moeify.routers.base import Router, k_best, project, real_tokens
 from moeify.routers.topk import check_k
 from moeify.routing import Assignment, Evidence
 
@@ -69,7 +69,7 @@ class Arrow(Router):
         """Route every real token along the prototypes."""
         tokens = real_tokens(x, context)
         logits = project(tokens.x, self.prototypes).abs() / self.temperature
-        best, indices = logits.topk(self.k, dim=-1)
+        best, indices = k_best(logits, self.k)
         return tokens.assign(
             indices, best.softmax(-1), self.num_experts, Evidence(logits=logits, scores=logits.softmax(-1))
         )

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor, nn
+from torch import Tensor, library, nn
 
 from moeify.context import Context
 from moeify.registry import register
-from moeify.routers.base import Router, project, real_tokens
+from moeify.routers.base import Router, k_best, project, real_tokens
 from moeify.routing import Assignment, Evidence
 
 
@@ -52,6 +52,9 @@ class BalancedAssignment(Router):
         return f"experts={self.num_experts}"
 
 
+@library.custom_op(  # one operator, as no compiler knows how many rounds the values take
+    "moeify::assign_evenly", mutates_args=(), schema="(Tensor scores, float precision=0.02) -> Tensor"
+)
 def assign_evenly(scores: Float[Tensor, "T E"], precision: float = 0.02) -> Int[Tensor, "T"]:
     """The expert of each token, at most ceil(T / E) tokens per expert, of nearly the largest sum of scores.
 
@@ -72,7 +75,12 @@ def assign_evenly(scores: Float[Tensor, "T E"], precision: float = 0.02) -> Int[
     bids = scores.new_full(scores.shape, -torch.inf)  # for the places that tokens have
     while len(waiting := bids.isneginf().all(1).nonzero().squeeze(1)):
         price = bids.topk(places, dim=0).values[-1].clamp_min(0)  # 0 while there are free places
-        value, expert = (scores[waiting] - price).topk(2, dim=1)
+        value, expert = k_best(scores[waiting] - price, 2)
         bids[waiting, expert[:, 0]] = price[expert[:, 0]] + value[:, 0] - value[:, 1] + raise_by
         bids.scatter_(0, bids.argsort(dim=0, descending=True, stable=True)[places:], -torch.inf)
     return bids.argmax(1)[:tokens]
+
+
+@assign_evenly.register_fake
+def _(scores: Tensor, precision: float = 0.02) -> Tensor:
+    return scores.new_empty(scores.shape[0], dtype=torch.long)

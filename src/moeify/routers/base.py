@@ -10,10 +10,9 @@ from typing import Any, ClassVar
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
 
 from moeify.context import Context
-from moeify.routing import NO_EVIDENCE, Assignment, Evidence, Routing, assign, assign_where
+from moeify.routing import Assignment, Evidence, Routing, assign, assign_where
 
 
 class Router(nn.Module, ABC):
@@ -123,21 +122,23 @@ class Tokens:
         indices: Int[Tensor, "T K"],
         weights: Float[Tensor, "T K *G"],
         num_experts: int,
-        evidence: Evidence = NO_EVIDENCE,
+        evidence: Evidence | None = None,
     ) -> Assignment:
         """The decision that gives every token its K experts."""
         evidence = self._of_tokens(evidence)
         return assign(indices, weights, num_experts, shape=self.shape, positions=self.positions, evidence=evidence)
 
     def assign_where(
-        self, chosen: Bool[Tensor, "T E"], weight: Float[Tensor, "T E *G"], evidence: Evidence = NO_EVIDENCE
+        self, chosen: Bool[Tensor, "T E"], weight: Float[Tensor, "T E *G"], evidence: Evidence | None = None
     ) -> Assignment:
         """The decision that gives every token the experts that are marked."""
         evidence = self._of_tokens(evidence)
         return assign_where(chosen, weight, shape=self.shape, positions=self.positions, evidence=evidence)
 
-    def _of_tokens(self, evidence: Evidence) -> Evidence:
+    def _of_tokens(self, evidence: Evidence | None) -> Evidence:
         """The evidence with the sequences of the tokens, unless it names those of its decisions."""
+        if evidence is None:
+            return Evidence(sequence_id=self.sequence_id)
         return replace(evidence, sequence_id=self.sequence_id) if evidence.sequence_id is None else evidence
 
     def members(self) -> list[Int[Tensor, "N"]]:
@@ -150,9 +151,11 @@ class Tokens:
         if self.common_length is not None:
             table = self.sequence_id.argsort(stable=True).view(-1, self.common_length)
             return table, torch.ones_like(table, dtype=torch.bool)
-        members = self.members()
-        table = pad_sequence(members, batch_first=True)
-        sizes = torch.tensor([len(tokens) for tokens in members], device=table.device)
+        _, sequence, sizes = self.sequence_id.unique(return_inverse=True, return_counts=True)
+        ordered = sequence.sort(stable=True)
+        token = torch.arange(len(sequence), device=sequence.device)
+        place = token - (sizes.cumsum(0) - sizes)[ordered.values]
+        table = token.new_zeros(len(sizes), int(sizes.max())).index_put((ordered.values, place), ordered.indices)
         return table, torch.arange(table.shape[1], device=table.device) < sizes.unsqueeze(1)
 
     def keys(self, context: Context, name: str) -> Int[Tensor, "T"]:
@@ -181,11 +184,11 @@ class Tokens:
 
 def real_tokens(x: Float[Tensor, "... D"], context: Context) -> Tokens:
     """The tokens of x that are not padding."""
-    tokens, sequence_id = x.reshape(-1, x.shape[-1]), context.sequence_ids(x.shape[:-1]).to(x.device)
-    positions = context.real(x.shape[:-1])
+    tokens, shape, call = x.reshape(-1, x.shape[-1]), x.shape[:-1], context.call
+    sequence_id, positions = call.sequence_ids(shape).to(x.device), call.real(shape)
     if positions is None:
-        return Tokens(tokens, x.shape[:-1], None, sequence_id, context.common_length(x.shape[:-1]))
-    return Tokens(tokens[positions], x.shape[:-1], positions, sequence_id[positions])
+        return Tokens(tokens, shape, None, sequence_id, call.common_length(shape))
+    return Tokens(tokens[positions], shape, positions, sequence_id[positions])
 
 
 def project(
@@ -194,3 +197,27 @@ def project(
     """Router logits, computed in fp32 whatever the dtype of the model and whether autocast is on."""
     with torch.autocast(tokens.device.type, enabled=False):
         return nn.functional.linear(tokens.float(), weight.float(), None if bias is None else bias.float())
+
+
+def k_best(scores: Float[Tensor, "... E"], k: int) -> tuple[Float[Tensor, "... K"], Int[Tensor, "... K"]]:
+    """The k largest of each row and where they lie, best first, and of equals the first one first (as in JAX)."""
+    indices = best_indices(scores, k)
+    return scores.gather(-1, indices), indices
+
+
+def best_indices(scores: Float[Tensor, "... E"], k: int) -> Int[Tensor, "... K"]:
+    """Where the k largest of each row lie, best first, and of equals the first one first (as in JAX).
+
+    `torch.topk` leaves the order of equals open, so that a router that starts at zero would choose by the backend.
+    """
+    rest = scores.detach()
+    if rest.is_cuda or rest.numel() <= _FEW:
+        return rest.sort(dim=-1, descending=True, stable=True).indices[..., :k]
+    found = [rest.max(-1, keepdim=True).indices]  # of equals the first, by its definition
+    while len(found) < k:
+        rest = rest.scatter(-1, found[-1], float("-inf"))
+        found.append(rest.max(-1, keepdim=True).indices)
+    return torch.cat(found, dim=-1)
+
+
+_FEW = 512  # scores that a CPU sorts in the time of the two calls for a second choice

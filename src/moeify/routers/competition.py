@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from moeify.context import Context
 from moeify.registry import register
-from moeify.routers.base import Router, project, real_tokens
+from moeify.routers.base import Router, k_best, project, real_tokens
 from moeify.routers.topk import check_k
 from moeify.routing import Assignment, Evidence
 
@@ -104,5 +104,5 @@ class Compete(Router):
 
 def best(score: Float[Tensor, "T E"], k: int) -> tuple[Int[Tensor, "T K"], Float[Tensor, "T K"]]:
     """The k experts with the highest scores of every token, and these scores divided by their sum."""
-    score, indices = score.topk(k, dim=-1)
+    score, indices = k_best(score, k)
     return indices, score / score.sum(-1, keepdim=True)

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from moeify.context import Context
 from moeify.registry import register
-from moeify.routers.base import Router, project, real_tokens
+from moeify.routers.base import Router, k_best, project, real_tokens
 from moeify.routers.topk import check_k
 from moeify.routing import Assignment, Evidence
 
@@ -64,6 +64,6 @@ class Cosine(Router):
         cosines = project(directions, F.normalize(self.embedding.float(), dim=-1))
         logits = cosines / self.log_temperature.float().exp()
         scores = logits.softmax(-1)
-        top = scores.topk(self.k, dim=-1)
-        topk_weights = top.values / top.values.sum(-1, keepdim=True) if self.normalize else top.values
-        return tokens.assign(top.indices, topk_weights, self.num_experts, Evidence(logits=logits, scores=scores))
+        best, indices = k_best(scores, self.k)
+        topk_weights = best / best.sum(-1, keepdim=True) if self.normalize else best
+        return tokens.assign(indices, topk_weights, self.num_experts, Evidence(logits=logits, scores=scores))

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from moeify import ranks
 from moeify.context import Context, recomputing
 from moeify.registry import register
-from moeify.routers.base import Router, project, real_tokens
+from moeify.routers.base import Router, k_best, project, real_tokens
 from moeify.routers.topk import check_k
 from moeify.routing import Assignment, Evidence
 
@@ -69,7 +69,7 @@ class DefaultVector(Router):
         tokens = real_tokens(x, context)
         logits = project(tokens.x, self.weight)
         p = logits.softmax(-1)
-        topk_weights, indices = p.topk(self.k, dim=-1)
+        topk_weights, indices = k_best(p, self.k)
         routing = tokens.assign(indices, topk_weights, self.num_experts, Evidence(logits=logits, scores=p))
         outputs = self._experts[0](routing.dispatch(x), routing.counts)
         if self.training and torch.is_grad_enabled() and not recomputing():

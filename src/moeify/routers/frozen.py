@@ -8,7 +8,7 @@ from torch import Tensor
 
 from moeify.context import Context
 from moeify.registry import register
-from moeify.routers.base import Router, project, real_tokens
+from moeify.routers.base import Router, k_best, project, real_tokens
 from moeify.routing import Assignment, Evidence
 
 
@@ -42,9 +42,9 @@ class Frozen(Router):
         """Route every real token by its random projections."""
         tokens = real_tokens(x, context)
         logits = project(tokens.x, self.weight)
-        top = logits.topk(self.k, dim=-1)
+        best, indices = k_best(logits, self.k)
         evidence = Evidence(logits=logits, scores=logits.softmax(-1))
-        return tokens.assign(top.indices, top.values.softmax(-1), self.num_experts, evidence)
+        return tokens.assign(indices, best.softmax(-1), self.num_experts, evidence)
 
     def extra_repr(self) -> str:
         """Experts per token."""

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from moeify.context import Context
 from moeify.registry import register
-from moeify.routers.base import Router, project, real_tokens
+from moeify.routers.base import Router, k_best, project, real_tokens
 from moeify.routers.topk import check_k
 from moeify.routing import Assignment, Evidence
 
@@ -52,14 +52,14 @@ class GShard(Router):
         tokens = real_tokens(x, context)
         logits = project(tokens.x, self.weight)
         scores = logits.softmax(-1)
-        top = scores.topk(2, dim=-1)
-        topk_weights = top.values / (top.values.sum(-1, keepdim=True) + 1e-9)
+        best, indices = k_best(scores, 2)
+        topk_weights = best / (best.sum(-1, keepdim=True) + 1e-9)
         if not (self.training or self.eval_random):
-            return tokens.assign(top.indices, topk_weights, self.num_experts, Evidence(logits=logits, scores=scores))
+            return tokens.assign(indices, topk_weights, self.num_experts, Evidence(logits=logits, scores=scores))
         second = torch.rand_like(topk_weights[:, 1]) < topk_weights[:, 1] / self.threshold
         kept = torch.stack([torch.ones_like(second), second], dim=1)
-        chosen = torch.zeros_like(scores, dtype=torch.bool).scatter(-1, top.indices, kept)
-        weight = torch.zeros_like(scores).scatter(-1, top.indices, topk_weights)
+        chosen = torch.zeros_like(scores, dtype=torch.bool).scatter(-1, indices, kept)
+        weight = torch.zeros_like(scores).scatter(-1, indices, topk_weights)
         return tokens.assign_where(chosen, weight, Evidence(logits=logits, scores=scores))
 
     def rows_per_token(self, tokens: int | None = None) -> float:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from moeify.context import Context
 from moeify.registry import register
-from moeify.routers.base import Router, Tokens, project, real_tokens
+from moeify.routers.base import Router, Tokens, best_indices, project, real_tokens
 from moeify.routers.topk import check_k
 from moeify.routing import Assignment, Evidence
 
@@ -144,7 +144,7 @@ def gate_logits(tokens: Tokens, weight: Float[Tensor, "G E D"], sees: Bool[Tenso
 
 def among(values: Float[Tensor, "... E"], k: int) -> Bool[Tensor, "... E"]:
     """Which of the values are among the k largest."""
-    return torch.zeros_like(values, dtype=torch.bool).scatter(-1, values.topk(k, dim=-1).indices, True)
+    return torch.zeros_like(values, dtype=torch.bool).scatter(-1, best_indices(values, k), True)
 
 
 def decisions(tokens: Tokens, logits: Float[Tensor, "T G E"], scores: Float[Tensor, "T G E"]) -> Evidence:

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from moeify.context import Context
 from moeify.registry import register
-from moeify.routers.base import Router, project, real_tokens
+from moeify.routers.base import Router, k_best, project, real_tokens
 from moeify.routers.topk import check_k
 from moeify.routing import Assignment, Evidence
 
@@ -100,10 +100,10 @@ class NoisyTopK(Router):
         clean = project(tokens.x, self.weight)
         noisy, load = self._add_noise(clean, tokens.x) if self.training else (clean, None)
         scores = noisy.softmax(-1)
-        top = noisy.topk(self.k, dim=-1)
-        topk_weights = top.values.softmax(-1) if self.order == "select" else scores.gather(-1, top.indices)
+        best, indices = k_best(noisy, self.k)
+        topk_weights = best.softmax(-1) if self.order == "select" else scores.gather(-1, indices)
         evidence = Evidence(logits=clean, scores=scores, expected_load=load)
-        return tokens.assign(top.indices, topk_weights, self.num_experts, evidence)
+        return tokens.assign(indices, topk_weights, self.num_experts, evidence)
 
     def _add_noise(
         self, clean: Float[Tensor, "T E"], tokens: Float[Tensor, "T D"]

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from moeify.context import Context
 from moeify.registry import register
-from moeify.routers.base import Router, project, real_tokens
+from moeify.routers.base import Router, k_best, project, real_tokens
 from moeify.routers.topk import check_k
 from moeify.routing import Assignment, Evidence
 
@@ -49,7 +49,7 @@ class Phatgoose(Router):
         """Route every real token by standardised products."""
         tokens = real_tokens(x, context)
         logits = project(_standardised(tokens.x), _standardised(self.weight)) / x.shape[-1] ** 0.5
-        best, indices = logits.topk(self.k, dim=-1)  # softmax of the kept is the softmax of all, renormalised
+        best, indices = k_best(logits, self.k)  # softmax of the kept is the softmax of all, renormalised
         return tokens.assign(
             indices, best.softmax(-1), self.num_experts, Evidence(logits=logits, scores=logits.softmax(-1))
         )

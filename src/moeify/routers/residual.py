@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from moeify.context import Context
 from moeify.registry import register
-from moeify.routers.base import Router, project, real_tokens
+from moeify.routers.base import Router, k_best, project, real_tokens
 from moeify.routers.topk import check_k
 from moeify.routing import Assignment, Evidence
 
@@ -76,7 +76,7 @@ class Residual(Router):
         for previous in self._previous:
             logits = logits + project(self._logits(previous, context, len(tokens.x)), self.residual)
         scores = logits.softmax(-1)
-        topk_weights, indices = scores.topk(self.k, dim=-1)
+        topk_weights, indices = k_best(scores, self.k)
         topk_weights = topk_weights.masked_fill(indices >= self.num_experts - self.zero_experts, 0.0)
         topk_weights = topk_weights / topk_weights.sum(-1, keepdim=True).clamp_min(torch.finfo(topk_weights.dtype).tiny)
         context.call.decisions[self] = routing = tokens.assign(

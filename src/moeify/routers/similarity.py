@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from moeify.context import Context
 from moeify.registry import register
-from moeify.routers.base import Router, project, real_tokens
+from moeify.routers.base import Router, k_best, project, real_tokens
 from moeify.routers.topk import check_k, check_per
 from moeify.routing import Assignment, Evidence
 
@@ -71,7 +71,7 @@ class Similarity(Router):
                 0, which, units
             )  # the length of a sum says nothing
         logits = project(F.normalize(units, dim=-1), F.normalize(self.centroids, dim=-1)) / self.temperature
-        best, indices = logits.topk(self.k, dim=-1)
+        best, indices = k_best(logits, self.k)
         evidence = Evidence(logits=logits, scores=logits.softmax(-1), sequence_id=ids)
         return tokens.assign(indices[which], best.softmax(-1)[which], self.num_experts, evidence)
 

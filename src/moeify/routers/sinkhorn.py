@@ -6,11 +6,11 @@ import math
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor, library, nn
 
 from moeify.context import Context
 from moeify.registry import register
-from moeify.routers.base import Router, project, real_tokens
+from moeify.routers.base import Router, best_indices, project, real_tokens
 from moeify.routers.topk import check_k
 from moeify.routing import Assignment, Evidence
 
@@ -50,16 +50,22 @@ class Sinkhorn(Router):
         logits = project(tokens.x, self.weight)
         scores = logits.sigmoid() if self.k == 1 else logits.softmax(-1)
         choice = plan(logits.detach(), self.tolerance) if self.training else logits
-        indices = choice.topk(self.k, dim=-1).indices
+        indices = best_indices(choice, self.k)
         return tokens.assign(
             indices, scores.gather(-1, indices), self.num_experts, Evidence(logits=logits, scores=scores)
         )
 
 
+@library.custom_op(
+    "moeify::sinkhorn_plan",
+    mutates_args=(),
+    schema="(Tensor logits, float tolerance, int iterations=1000) -> Tensor",
+)
 def plan(logits: Float[Tensor, "T E"], tolerance: float, iterations: int = 1000) -> Float[Tensor, "T E"]:
     """exp(z + f + g), where f makes every row sum to 1 / T and g every column to 1 / E, alternately.
 
-    In logarithms nothing overflows, and the tolerance is relative.
+    In logarithms nothing overflows, and the tolerance is relative. It is one operator, as no compiler knows how many
+    iterations the values take.
 
     Args:
         logits: z.
@@ -74,3 +80,8 @@ def plan(logits: Float[Tensor, "T E"], tolerance: float, iterations: int = 1000)
         if (g - before).abs().mean() <= tolerance:
             break
     return (logits + f + g).exp()
+
+
+@plan.register_fake
+def _(logits: Tensor, tolerance: float, iterations: int = 1000) -> Tensor:
+    return torch.empty_like(logits)

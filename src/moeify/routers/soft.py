@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from moeify.context import Context
 from moeify.registry import register
 from moeify.routers.base import Router, project, real_tokens
-from moeify.routing import Mixture
+from moeify.routing import Evidence, Mixture
 
 
 @register("router", "soft")
@@ -52,6 +52,7 @@ class Soft(Router):
             out_of=logits.softmax(-1).masked_fill(filling, 0),
             source=table if tokens.positions is None else tokens.positions[table],
             shape=tokens.shape,
+            evidence=Evidence(),  # torch.compile does not make it
         )
 
     def rows_per_token(self, tokens: int | None = None) -> float:

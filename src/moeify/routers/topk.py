@@ -22,7 +22,7 @@ from torch.nn import functional as F
 
 from moeify.context import Context
 from moeify.registry import register
-from moeify.routers.base import Router, project, real_tokens
+from moeify.routers.base import Router, best_indices, project, real_tokens
 from moeify.routing import Assignment, Evidence
 
 Score = Callable[[Tensor], Tensor]
@@ -68,7 +68,7 @@ class ExpertGroups:
         by_group = choice.unflatten(-1, (self.count, -1))  # (T, count, E / count)
         best = 1 if self.reduce == "max" else min(2, by_group.shape[-1])
         score = by_group.topk(best, dim=-1).values.sum(-1)
-        kept = torch.zeros_like(score, dtype=torch.bool).scatter(-1, score.topk(self.keep, dim=-1).indices, True)
+        kept = torch.zeros_like(score, dtype=torch.bool).scatter(-1, best_indices(score, self.keep), True)
         return by_group.masked_fill(~kept.unsqueeze(-1), self.fill).flatten(-2)
 
 
@@ -162,7 +162,7 @@ class TopK(Router):
             choice = choice + self.selection_bias
         if self.expert_groups is not None:
             choice = self.expert_groups(choice)
-        indices = choice.topk(self.k, dim=-1).indices
+        indices = best_indices(choice, self.k)
         return indices, self.topk_weights(scores, indices)
 
     def topk_weights(self, scores: Float[Tensor, "T E"], indices: Int[Tensor, "T K"]) -> Float[Tensor, "T K"]:
