@@ -10,6 +10,7 @@ import difflib
 import inspect
 from collections.abc import Callable, Iterator
 from functools import partial
+from types import NoneType
 from typing import Any
 
 _BY_NAME: dict[str, dict[str, Callable]] = {}
@@ -96,18 +97,29 @@ def decode(kind: str, value: Any) -> Any:
     options of earlier versions are understood.
 
     Raises:
-        ValueError: an unknown name, or options that the named thing does not take.
+        ValueError: an unknown name; options that the named thing does not take, of another type than it takes, or
+            missing; mappings inside mappings beyond any use.
     """
+    return _decode(kind, value, 0)
+
+
+_DEEPEST = 16
+"""How deep things may stand in each other; no router is around more than a few others."""
+
+
+def _decode(kind: str, value: Any, depth: int) -> Any:
     if isinstance(value, str):
         value = {"name": value}
-    if not isinstance(value, dict) or "name" not in value:
-        raise ValueError(f"{kind} must be a name or a mapping with a 'name', got {value!r}")
+    if not isinstance(value, dict) or not isinstance(value.get("name"), str):
+        raise ValueError(f"{kind} must be a name or a mapping with a 'name', got {str(value)[:200]}")
+    if depth > _DEEPEST:
+        raise ValueError(f"{kind} stands in more than {_DEEPEST} other things; the file is damaged")
     name, written = value["name"], {key: option for key, option in value.items() if key != "name"}
     if name not in _BY_NAME.get(kind, {}):
         name = _FORMER_NAMES.get(kind, {}).get(name, name)
     thing = lookup(kind, name)
     options = {
-        key: decode(key, option) if key in _BY_NAME and isinstance(option, str | dict) else option
+        key: _decode(key, option, depth + 1) if key in _BY_NAME and isinstance(option, str | dict) else option
         for key, option in _renamed(kind, thing, written).items()
     }
     _check_options(kind, name, thing, options)
@@ -152,6 +164,41 @@ def _renamed(kind: str, thing: Callable, options: dict[str, Any]) -> dict[str, A
 
 def _check_options(kind: str, name: str, thing: Callable, options: dict[str, Any]) -> None:
     known = _options_of(kind, thing)
-    for key in options:
+    parameters = inspect.signature(thing).parameters
+    for key, value in options.items():
         if key not in known:
             raise ValueError(f"{kind} {name!r} has no option {key!r}; {suggest(key, known)}")
+        if (needed := _other_type(key, value, parameters[key].annotation)) is not None:
+            raise ValueError(f"{kind} {name!r} needs {needed} as {key}, and not {value!r}")
+    if kind in _LEADING or dataclasses.is_dataclass(thing):
+        for key in known:
+            is_needed = parameters[key].default is inspect.Parameter.empty
+            if is_needed and parameters[key].kind not in _VARIADIC and key not in options:
+                raise ValueError(f"{kind} {name!r} needs the option {key!r}")
+
+
+_VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+_TYPES: dict[str, tuple[tuple[type, ...], str]] = {
+    "int": ((int,), "a whole number"),
+    "float": ((int, float), "a number"),
+    "bool": ((bool,), "true or false"),
+    "str": ((str,), "a text"),
+    "None": ((NoneType,), "nothing"),
+    "Sequence[float]": ((list,), "a list"),
+    "Sequence[str]": ((list,), "a list"),
+}
+"""What JSON has for the types of options, and what they are called."""
+
+
+def _other_type(key: str, value: Any, annotation: Any) -> str | None:
+    """What a file must have for an option, if a value is something else; types that JSON has not are not looked at."""
+    if key in _BY_NAME:
+        return None if callable(value) or value is None or dataclasses.is_dataclass(value) else "a name or a mapping"
+    stated = annotation if isinstance(annotation, str) else inspect.formatannotation(annotation)
+    kinds = stated.split(" | ")
+    if not all(kind in _TYPES for kind in kinds):
+        return None
+    is_bool = isinstance(value, bool)
+    if any(isinstance(value, _TYPES[kind][0]) and (not is_bool or kind == "bool") for kind in kinds):
+        return None
+    return " or ".join(_TYPES[kind][1] for kind in kinds)

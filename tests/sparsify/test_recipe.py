@@ -152,6 +152,13 @@ def test_a_file_may_leave_out_what_stays_as_it_is():
     assert Recipe.from_dict({"num_experts": 4, "router": "topk"}) == Recipe(num_experts=4)
 
 
+def nested(times: int) -> dict:
+    router = {"name": "topk"}
+    for _ in range(times):
+        router = {"name": "capacity", "router": router}
+    return router
+
+
 @pytest.mark.parametrize(
     ("values", "words"),
     [
@@ -165,6 +172,17 @@ def test_a_file_may_leave_out_what_stays_as_it_is():
         ({"where": {"name": "every", "m": 2}}, "where 'every' has no option 'm'"),
         ({"router": 3}, "router must be a name or a mapping"),
         ({"router": {"k": 3}}, "router must be a name or a mapping with a 'name'"),
+        ({"router": {"name": ["topk"]}}, "router must be a name or a mapping with a 'name', got {'name': ['topk']}"),
+        ({"router": {"name": "topk", "k": 2.0}}, "router 'topk' needs a whole number as k, and not 2.0"),
+        ({"router": {"name": "topk", "k": True}}, "router 'topk' needs a whole number as k, and not True"),
+        ({"router": {"name": "topk", "scale": "2"}}, "router 'topk' needs a number as scale, and not '2'"),
+        ({"router": {"name": "topk", "normalize": 1}}, "router 'topk' needs true or false as normalize, and not 1"),
+        ({"router": {"name": "topk", "score": 3}}, "router 'topk' needs a name or a mapping as score, and not 3"),
+        ({"router": {"name": "topk", "expert_groups": "expert_groups"}}, "'expert_groups' needs the option 'count'"),
+        ({"router": {"name": "uniform", "weights": 0.5}}, "router 'uniform' needs a list or nothing as weights"),
+        ({"where": "every"}, "where 'every' needs the option 'n'"),
+        ({"router": nested(17)}, "router stands in more than 16 other things"),
+        ([], "a recipe is a mapping of its fields, and not a list"),
         ({"num_experts": "many"}, "num_experts must be a whole number from 1 on, got 'many'"),
         ({"num_experts": 0}, "num_experts must be a whole number from 1 on, got 0"),
         ({"num_experts": True}, "num_experts must be a whole number"),
@@ -181,6 +199,8 @@ def test_what_a_file_says_wrongly_is_answered_with_what_was_meant(values, words)
         ("a.json", "{", ValueError, "is not valid JSON"),
         ("a.json", "[1]", ValueError, "must hold a mapping, not a list"),
         ("a.toml", "= 3", ValueError, "cannot be read"),
+        ("a.toml", "a = " + "[" * 5000, ValueError, "cannot be read"),
+        ("a.json", "[" * 5000, ValueError, "is not valid JSON"),
         ("a.toml", None, FileNotFoundError, "does not exist"),
         ("mixtrall", None, ValueError, "file is called 'mixtrall'; did you mean 'mixtral'"),
     ],

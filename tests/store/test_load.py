@@ -298,6 +298,13 @@ def test_a_folder_without_hashes_loads_and_cannot_be_verified(tmp_path):
         (lambda d: d["model"]["config"].update(hidden_size="wide"), "no LlamaForCausalLM can be built"),
         (lambda d: d.update(ties={"lm_head.weight": "nothing"}), "missing|nothing"),
         (lambda d: d.update(ties=[]), "has no 'ties'"),
+        (lambda d: d.update(ties={"lm_head.weight": 3}), "'ties' do not name tensors"),
+        (lambda d: d.update(buffers={"nowhere": "float16"}), "says that the buffer nowhere is 'float16'"),
+        (lambda d: d.update(buffers={"model.rotary_emb.inv_freq": "save"}), "inv_freq is 'save'"),
+        (lambda d: d.update(quantization=[{"module": []}]), "there is no module to quantise"),
+        (lambda d: d.update(sites=[3]), "nothing that could be the site"),
+        (lambda d: d["recipe"].update(router={"name": ["topk"]}), "router must be a name or a mapping"),
+        (lambda d: d["recipe"].update(router={"name": "topk", "k": 2.0}), "needs a whole number as k, and not 2.0"),
     ],
 )
 def test_what_a_config_promises_is_compared_before_anything_is_allocated(change, words, tmp_path):

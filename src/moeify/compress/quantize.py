@@ -123,6 +123,6 @@ def quantize_as(model: nn.Module, quantization: Iterable[Mapping[str, Any]]) -> 
     """
     modules = dict(model.named_modules())
     for each in quantization:
-        if not isinstance(each, Mapping) or each.get("module") not in modules:
+        if not isinstance(each, Mapping) or str(each.get("module")) not in modules:
             raise ValueError(f"there is no module to quantise for {each!r}; the config is damaged or of another model")
         quantize_module(model, each["module"], each.get("bits", 8), each.get("group_size", 64))

@@ -54,5 +54,5 @@ def read_recipe(source: str | Path) -> Recipe:
         return Recipe.from_dict(read_json(path))
     try:
         return Recipe.from_dict(tomllib.loads(path.read_text(encoding="utf-8")))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"{path} cannot be read: {error}") from None

@@ -66,8 +66,11 @@ class Recipe:
         """The inverse of `to_dict`.
 
         Raises:
-            ValueError: an unknown field, name or option; the message says which are known.
+            ValueError: no mapping; an unknown field, name or option, or a value of another type; the message says what
+                is known.
         """
+        if not isinstance(values, dict):
+            raise ValueError(f"a recipe is a mapping of its fields, and not a {type(values).__name__}")
         known = [field.name for field in dataclasses.fields(cls)]
         for key in values:
             if key not in known:

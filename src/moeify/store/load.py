@@ -15,7 +15,7 @@ from types import NoneType
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.module import (
     register_module_module_registration_hook,
     register_module_parameter_registration_hook,
@@ -25,6 +25,7 @@ from moeify.files import read_json
 from moeify.folders import finish
 from moeify.sparsify.recipe import Recipe
 from moeify.store.build import build
+from moeify.store.dtypes import REAL
 from moeify.store.hashes import check
 from moeify.store.weights import Weights
 
@@ -50,11 +51,22 @@ def load(folder: str | Path, model: nn.Module | None = None, recipe: Recipe | No
     most = max(_USUAL_LAYERS, 100 * len(weights.shapes))
     with torch.random.fork_rng(devices=[]), _parts_at_most(most, folder / "config.json"):
         model = build(folder, description, recipe, model)
+    buffers = _computed_buffers(model, description, folder / "config.json")
     weights.put_into(model, description.get("ties"))
-    for name, dtype in description.get("buffers", {}).items():
-        buffer = model.get_buffer(name)
-        buffer.data = buffer.to(getattr(torch, dtype))
+    for buffer, dtype in buffers:
+        buffer.data = buffer.to(dtype)
     return model.eval()
+
+
+def _computed_buffers(model: nn.Module, description: dict[str, Any], path: Path) -> list[tuple[Tensor, torch.dtype]]:
+    """The buffers that no file holds, and the dtypes that they had when the model was saved."""
+    own, found = dict(model.named_buffers()), []
+    for name, dtype in description.get("buffers", {}).items():
+        kind = getattr(torch, dtype, None) if isinstance(dtype, str) else None
+        if name not in own or kind not in REAL:
+            raise ValueError(f"{path} is damaged: it says that the buffer {name} is {dtype!r}")
+        found.append((own[name], kind))
+    return found
 
 
 def _read(folder: Path, recipe: Recipe | None) -> tuple[dict[str, Any], Recipe | None, Weights]:
@@ -71,6 +83,8 @@ def _read(folder: Path, recipe: Recipe | None) -> tuple[dict[str, Any], Recipe |
     ):  # fmt: skip
         if (needed or key in description) and not isinstance(description.get(key), kind):
             raise ValueError(f"{path} has no {key!r}: it was not written by moeify.save")
+    if not all(isinstance(kept, str) for kept in description.get("ties", {}).values()):
+        raise ValueError(f"{path} is damaged: its 'ties' do not name tensors")
     weights = Weights.of(folder)
     if recipe is None and description["recipe"] is not None:
         recipe = Recipe.from_dict(description["recipe"])

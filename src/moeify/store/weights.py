@@ -134,7 +134,8 @@ class Weights:
         self.refuse_unlike(model, own, ties)
         names: dict[str, list[str]] = {name: [name] for name in self.shapes}
         for name, kept in ties.items():
-            names[kept].append(name)
+            if name in own:
+                names[kept].append(name)
         for stored, tensor in self.read():
             old = own[stored]
             new = nn.Parameter(tensor, old.requires_grad) if isinstance(old, nn.Parameter) else tensor
