@@ -34,6 +34,13 @@ def test_every_row_remembers_its_choice_and_its_weight(routing):
     assert torch.equal(routing.choices.weights[routing.source, routing.rank], routing.weight)
 
 
+@given(assignments())
+def test_an_expert_reads_the_tokens_of_its_rows(routing):
+    pairs = set(zip(routing.source.tolist(), routing.expert.tolist(), strict=True))
+    assert {tuple(pair) for pair in routing.reads().nonzero().tolist()} == pairs
+    assert routing.num_rows == int(routing.counts.sum())
+
+
 @given(choices(), st.integers(1, 3), seeds)
 def test_an_assignment_is_its_sum(choice, gates_axis, seed):
     index, gates, num_experts = choice
@@ -146,6 +153,9 @@ def test_a_mixture_is_soft_moe(slots, batch):
     expert_outputs = torch.stack([exact[s // slots](mixed[..., s, :]) for s in range(e * slots)], dim=-2)
     slow = torch.einsum("...ns,...so->...no", out_of64, expert_outputs)
     agree(compose(x, routing, experts), [x, into, out_of], slow, leaves)
+    assert routing.num_rows == len(routing.dispatch(x))
+    assert routing.reads().shape == (x.shape[:-1].numel(), e)
+    assert routing.reads().all()
 
 
 def test_a_mixture_finds_its_tokens_where_they_lie():

@@ -19,7 +19,7 @@ from moeify.hf.decisions import Chosen, routing_of
 from moeify.hf.names import EXPERTS_PER_TOKEN, SELECTION_BIASES
 from moeify.moe import MoE
 from moeify.routers.base import Router
-from moeify.routing import Assignment, Routing
+from moeify.routing import Routing
 
 Observer = Callable[[Routing], None]
 
@@ -147,23 +147,23 @@ class MoELayer(SparseLayer):
         return [self.router.register_forward_hook(hook)]
 
     def run_unrouted(self) -> list[RemovableHandle]:
-        """Call the experts once more; a `Mixture` has given every expert every token."""
+        """Call the experts once more; a `Mixture` leaves no token unread."""
         latest: list[Routing] = []
 
         @torch.no_grad()
         def hook(layer: MoE, args: tuple, output: Tensor) -> None:
             routing = latest.pop()
-            if recomputing() or not isinstance(routing, Assignment):
+            if recomputing():
                 return
             tokens = args[0].reshape(-1, args[0].shape[-1])
-            unread = torch.ones(len(tokens), self.num_experts, dtype=torch.bool, device=tokens.device)
-            unread[routing.source, routing.expert] = False
+            unread = ~routing.reads()
             if (positions := self.context.real(len(tokens))) is not None:
                 real = torch.zeros_like(unread)
                 real[positions] = True
                 unread &= real
             expert, token = unread.T.nonzero(as_tuple=True)
-            layer.experts(tokens[token], expert.bincount(minlength=self.num_experts))
+            if len(token):
+                layer.experts(tokens[token], expert.bincount(minlength=self.num_experts))
 
         def keep(router: nn.Module, args: tuple, routing: Routing) -> None:
             latest[:] = [routing]

@@ -96,6 +96,15 @@ class Routing(ABC):
         """The load of every expert before any capacity limit, in rows; None of a dense mixture, always even."""
         return None
 
+    @property
+    @abstractmethod
+    def num_rows(self) -> int:
+        """R, the rows that all experts together compute; known without synchronisation."""
+
+    @abstractmethod
+    def reads(self) -> Bool[Tensor, "all E"]:
+        """Which experts read which tokens, padding included."""
+
     @abstractmethod
     def dispatch(self, x: Float[Tensor, "... D"]) -> Float[Tensor, "R D"]:
         """Give every expert its rows, sorted by expert."""
@@ -169,9 +178,20 @@ class Assignment(Routing):
         return math.prod(self.shape) if self.sequence_id is None else len(self.sequence_id)
 
     @property
+    def num_rows(self) -> int:
+        """One per source."""
+        return self.source.shape[0]
+
+    @property
     def expert(self) -> Int[Tensor, "R"]:
         """The expert of every row."""
-        return torch.repeat_interleave(self.counts, output_size=self.source.shape[0])
+        return torch.repeat_interleave(self.counts, output_size=self.num_rows)
+
+    def reads(self) -> Bool[Tensor, "all E"]:
+        """Those of the rows."""
+        found = self.counts.new_zeros(math.prod(self.shape), len(self.counts), dtype=torch.bool)
+        found[self.source, self.expert] = True
+        return found
 
     def for_other_experts(self) -> Self:
         """The same decision for the experts of another layer: without outputs of those that it was made for."""
@@ -270,14 +290,26 @@ class Mixture(Routing):
             y = out.index_add(0, self.source.flatten(), y.flatten(0, -2)).view(*self.shape, y.shape[-1])
         return y.to(rows.dtype)
 
+    @property
+    def num_rows(self) -> int:
+        """One per slot of every sequence or image."""
+        return self.into.shape[:-2].numel() * self.into.shape[-1]
+
+    def reads(self) -> Bool[Tensor, "all E"]:
+        """Every expert reads every token."""
+        return self.counts.new_ones(self._tokens, len(self.counts), dtype=torch.bool)
+
+    @property
+    def _tokens(self) -> int:
+        return self.into.shape[:-1].numel() if self.source is None else math.prod(self.shape)
+
     def fits(self, shape: tuple[int, ...]) -> bool:
         """Whether the tokens have this leading shape; without `source` any will do."""
         return self.source is None or tuple(self.shape) == tuple(shape)
 
     def weight_table(self) -> Float[Tensor, "all 0"]:
         """No columns: no expert is chosen."""
-        tokens = self.into.shape[:-1].numel() if self.source is None else math.prod(self.shape)
-        return torch.zeros(tokens, 0, device=self.counts.device)
+        return torch.zeros(self._tokens, 0, device=self.counts.device)
 
 
 def _detached(value: Any) -> Any:

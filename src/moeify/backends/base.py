@@ -47,6 +47,12 @@ def needs_one_weight(routing: Routing) -> str | None:
     return "it needs one weight per row, and the router gave several gates" if routing.has_gate_axis else None
 
 
+def sparse(routing: Routing) -> Assignment:
+    """The decision of a call that `needs_one_weight` has let pass."""
+    assert isinstance(routing, Assignment)
+    return routing
+
+
 def needs_rows_only(routing: Routing) -> str | None:
     """A sparse decision whose output is the weighted sum of rows."""
     if getattr(routing, "default_output", None) is not None:

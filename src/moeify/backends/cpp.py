@@ -17,6 +17,7 @@ from moeify.backends.base import (
     needs_one_weight,
     needs_stacked,
     needs_weights,
+    sparse,
 )
 from moeify.experts.base import Experts
 from moeify.experts.quantized import Quantized
@@ -26,7 +27,7 @@ from moeify.kernels.cpu.cpp import steps
 from moeify.kernels.cpu.packing import cached, may_pack
 from moeify.kernels.cpu.segments import WORTH_COMPILING
 from moeify.kernels.stacked import Activation, ClampedGlu, Glu, Plain, name_of
-from moeify.routing import Assignment, Routing, assign
+from moeify.routing import Routing, assign
 
 DTYPES = (torch.float32, torch.bfloat16)
 MAX_ROWS = 256
@@ -88,15 +89,23 @@ def _stored(experts: Experts) -> Projections | None:
 
 def _by_rows(weight: Float[Tensor, "E O D"], experts: Experts) -> Float[Tensor, "E O D"]:
     """The weight, or of one that is stored transposed a copy that is not, if copies are allowed."""
-    if weight.stride(-1) == 1 or torch.compiler.is_compiling() or weight.is_inference() or not may_pack(experts):
+    if not _is_transposed(weight) or not _may_copy(weight, experts):
         return weight
     owner = weight if weight._base is None else weight._base
     return cached(owner, "cpp", [weight], weight.detach().contiguous)
 
 
+def _is_transposed(weight: Tensor) -> bool:
+    return weight.stride(-1) != 1
+
+
+def _may_copy(weight: Tensor, experts: Experts) -> bool:
+    return not torch.compiler.is_compiling() and not weight.is_inference() and may_pack(experts)
+
+
 def run(x: Float[Tensor, "... D"], routing: Routing, experts: Experts) -> Tensor:
     """Compute the layer by the C++ kernel."""
-    assert isinstance(routing, Assignment)
+    routing = sparse(routing)
     p = projections_of(experts)
     assert p is not None
     layer = torch.ops.moeify.cpp_layer if torch.compiler.is_compiling() else cpp.cpp_layer
@@ -112,31 +121,29 @@ def refuse(x: Tensor, routing: Routing, experts: Experts) -> str | None:
     """Why the C++ kernel cannot serve a call, None if it can."""
     if reason := needs_cpu(x) or needs_one_weight(routing):
         return reason
-    if (stored := _stored(experts)) is None:
+    if (p := _stored(experts)) is None:
         return needs_stacked(experts)
-    if reason := needs_weights(x, experts, stored.tensors):
+    if reason := needs_weights(x, experts, p.tensors):
         return reason
-    p = projections_of(experts)
-    assert p is not None
     if isinstance(p.activation, Plain | Glu) and name_of(p.activation.act) is None:
         return f"it does not know the activation {p.activation.act}"
     floats = [p.up_bias, p.down_bias] if p.up_scales is not None else [p.up_bias, p.down_bias, p.up, p.down]
     if reason := needs_no_transform() or needs_no_autocast(x) or needs_dtype(x, DTYPES, floats):
         return reason
-    if any(tensor.stride(-1) != 1 for tensor in (p.up, p.down)):
+    if any(_is_transposed(weight) and not _may_copy(weight, experts) for weight in (p.up, p.down)):
         return "it reads weights row by row, and these are transposed; moeify.kernels.cpu.packing.pack allows a copy"
-    return needs_no_gradient([x, getattr(routing, "weight", None), *p.tensors]) or _unavailable()
+    return needs_no_gradient([x, sparse(routing).weight, *p.tensors]) or _unavailable()
 
 
 def chosen(x: Tensor, routing: Routing, experts: Experts) -> bool:
     """Whether there is enough to do, and the segments are short enough, for the kernel to be the fastest."""
-    if x.device.type != "cpu" or not isinstance(routing, Assignment):
+    if x.device.type != "cpu":
         return False
     if isinstance(experts, Quantized):
         return experts.up.weight.numel() >= WORTH_COMPILING
     if (stacked := experts.stacked) is None or stacked.up.numel() < WORTH_COMPILING:
         return False
-    return routing.source.shape[0] < _max_rows(x, experts) * experts.num_experts
+    return routing.num_rows < _max_rows(x, experts) * experts.num_experts
 
 
 def _max_rows(x: Tensor, experts: Experts) -> int:

@@ -6,14 +6,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from moeify.backends.base import needs_cpu, needs_one_weight, needs_rows_only, needs_stacked, needs_weights
+from moeify.backends.base import needs_cpu, needs_one_weight, needs_rows_only, needs_stacked, needs_weights, sparse
 from moeify.experts.base import Experts
 from moeify.kernels.cpu.layer import infer_layer, run_layer
 from moeify.kernels.cpu.onednn import can_pack, packed
 from moeify.kernels.cpu.packing import may_pack
 from moeify.kernels.cpu.segments import Matrices
 from moeify.kernels.stacked import Stacked
-from moeify.routing import Assignment, Routing
+from moeify.routing import Routing
 
 
 def run(x: Float[Tensor, "... D"], routing: Routing, experts: Experts, *, keep: bool = True) -> Tensor:
@@ -25,7 +25,7 @@ def run(x: Float[Tensor, "... D"], routing: Routing, experts: Experts, *, keep: 
         experts: the experts.
         keep: keep the hidden units for the backward pass, or compute them there again.
     """
-    assert isinstance(routing, Assignment)
+    routing = sparse(routing)
     stacked = experts.stacked
     assert stacked is not None
     dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else stacked.up.dtype

@@ -19,6 +19,7 @@ from moeify.backends.base import (
     needs_one_weight,
     needs_rows_only,
     needs_weights,
+    sparse,
 )
 from moeify.experts.base import Experts
 from moeify.kernels.stacked import Glu, Stacked, name_of
@@ -76,9 +77,8 @@ def cannot_sonicmoe(x: Float[Tensor, "... D"], routing: Routing, experts: Expert
 
 
 def _read(x: Tensor, routing: Routing, experts: Experts) -> tuple[Tensor, Stacked, Assignment]:
-    assert isinstance(routing, Assignment)
     assert experts.stacked is not None
-    return x.reshape(-1, x.shape[-1]), experts.stacked, routing
+    return x.reshape(-1, x.shape[-1]), experts.stacked, sparse(routing)
 
 
 def _unserved(x: Tensor, routing: Routing, experts: Experts, activations: tuple[str, ...]) -> str | None:

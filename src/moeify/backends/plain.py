@@ -6,9 +6,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from moeify.backends.base import needs_one_weight, needs_rows_only
+from moeify.backends.base import needs_one_weight, needs_rows_only, sparse
 from moeify.experts.base import Experts
-from moeify.routing import Assignment, Routing
+from moeify.routing import Routing
 
 
 def compose(x: Float[Tensor, "... D"], routing: Routing, experts: Experts) -> Tensor:
@@ -18,7 +18,7 @@ def compose(x: Float[Tensor, "... D"], routing: Routing, experts: Experts) -> Te
 
 def gather(x: Float[Tensor, "... D"], routing: Routing, experts: Experts) -> Tensor:
     """Undo the sort and add up each token's K expert outputs: no atomic additions, so deterministic on a GPU."""
-    assert isinstance(routing, Assignment)
+    routing = sparse(routing)
     assert routing.rank is not None
     assert routing.choices is not None
     rows = experts(routing.dispatch(x), routing.counts)
@@ -33,7 +33,7 @@ def cannot_gather(x: Tensor, routing: Routing, experts: Experts) -> str | None:
     """Why `gather` cannot serve a call, None if it can."""
     if reason := needs_one_weight(routing) or needs_rows_only(routing):
         return reason
-    assert isinstance(routing, Assignment)
+    routing = sparse(routing)
     if routing.choices is None or routing.rank is None:
         return "it needs the same number of experts for every token"
     if not routing.has_all_rows:

@@ -18,6 +18,7 @@ from moeify.backends.base import (
     needs_rows_only,
     needs_stacked,
     needs_weights,
+    sparse,
 )
 from moeify.experts.base import Experts
 from moeify.experts.lora import LoRA
@@ -33,7 +34,7 @@ def run(x: Float[Tensor, "... D"], routing: Routing, experts: Experts) -> Float[
     """A kernel for each projection, gather and activation inside, and one for the weighted sum."""
     from moeify.kernels.triton import sparse_adapters, sparse_ffn
 
-    assert isinstance(routing, Assignment)
+    routing = sparse(routing)
     tokens = x.reshape(-1, x.shape[-1])
     decision = routing.source, routing.weight, routing.counts, *rows_by_token(routing)
     if isinstance(experts, LoRA):
@@ -94,9 +95,9 @@ def decode(x: Float[Tensor, "... D"], routing: Routing, experts: Experts) -> Flo
     """Read the weights of each chosen expert once and in place, for a few tokens and without a gradient."""
     from moeify.kernels.triton.decode import Matrices, decode
 
-    assert isinstance(routing, Assignment)
-    assert routing.choices is not None
-    indices, weights = routing.choices.indices, routing.choices.weights
+    choices = sparse(routing).choices
+    assert choices is not None
+    indices, weights = choices.indices, choices.weights
     tokens = x.reshape(-1, x.shape[-1]).to(_dtype(x, experts))
     if isinstance(experts, Quantized):
         up, down = (Matrices(p.weight, p.bias, p.scales) for p in (experts.up, experts.down))
@@ -116,18 +117,13 @@ def cannot_decode(x: Float[Tensor, "... D"], routing: Routing, experts: Experts)
     return (
         _unserved(x, routing, experts)
         or needs_all_choices(routing)
-        or needs_no_gradient((x, getattr(routing, "weight", None), *experts.parameters()))
+        or needs_no_gradient((x, sparse(routing).weight, *experts.parameters()))
     )
 
 
 def decode_chosen(x: Float[Tensor, "... D"], routing: Routing, experts: Experts) -> bool:
     """Whether they are allowed, and rows are so few that most experts that are chosen have one row."""
-    return (
-        allowed()
-        and x.is_cuda
-        and isinstance(routing, Assignment)
-        and routing.source.shape[0] <= routing.counts.shape[0]
-    )
+    return allowed() and x.is_cuda and routing.num_rows <= routing.counts.shape[0]
 
 
 @constant_result
@@ -139,14 +135,13 @@ def allowed() -> bool:
 def _unserved(x: Tensor, routing: Routing, experts: Experts) -> str | None:
     if reason := needs_one_weight(routing) or needs_rows_only(routing):
         return reason
-    assert isinstance(routing, Assignment)
     activation = _activation(experts)
     if activation is not None and not isinstance(activation, ClampedGlu) and name_of(activation.act) is None:
         return f"it knows the activations {', '.join(KNOWN)}, and {activation.act} is none of them"
     dtype = _dtype(x, experts)
     if dtype not in DTYPES:
         return f"it computes in {', '.join(str(d).removeprefix('torch.') for d in DTYPES)}, and the weights are {dtype}"
-    if routing.source.shape[0] >= 2**31 or max(w[0].numel() for w in _matrices(experts)) >= 2**31:
+    if routing.num_rows >= 2**31 or max(w[0].numel() for w in _matrices(experts)) >= 2**31:
         return "it counts rows, and numbers of one expert, in 31 bits"
     return _missing() or _unfit(x) or needs_weights(x, experts, _tensors(experts))
 

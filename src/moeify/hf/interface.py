@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from moeify import backends
 from moeify.backends import Backend, find_backend, register_backend
-from moeify.backends.base import needs_all_choices, needs_dtype, needs_no_autocast, needs_weights
+from moeify.backends.base import needs_all_choices, needs_dtype, needs_no_autocast, needs_weights, sparse
 from moeify.experts import FFN, Experts
 from moeify.kernels import grouped_linear
 from moeify.kernels.stacked import Activation, ClampedGlu, Glu, Plain, Stacked
@@ -153,11 +153,11 @@ def use_transformers_backends() -> list[str]:
 
 
 def _run_theirs(theirs: Callable[..., Tensor], x: Float[Tensor, "... D"], routing: Routing, experts: Experts) -> Tensor:
-    assert isinstance(routing, Assignment)
-    assert routing.choices is not None
+    choices = sparse(routing).choices
+    assert choices is not None
     assert isinstance(experts, FFN)
     tokens = x.reshape(-1, x.shape[-1])
-    return theirs(_as_theirs(experts), tokens, routing.choices.indices, routing.choices.weights).view(x.shape)
+    return theirs(_as_theirs(experts), tokens, choices.indices, choices.weights).view(x.shape)
 
 
 def _as_theirs(ffn: FFN) -> SimpleNamespace:
