@@ -48,10 +48,14 @@ class Capacity(Router):
         self.factor = factor
         self.eval_factor = eval_factor
         self.capacity = capacity
-        self.priority: Priority = priority
         self.overflow: Overflow = overflow
         self.per: Per = per
-        self.causal = router.causal and priority == "position" and overflow != "next"
+        self.keep_by(priority)
+
+    def keep_by(self, priority: Priority) -> None:
+        """Set which rows are kept, and whether a later token may so take an earlier one's place."""
+        self.priority: Priority = priority
+        self.causal = self.router.causal and priority == "position" and self.overflow != "next"
 
     def link_to(self, previous: Router) -> Router:
         """Link the wrapped router to the one that the previous layer's router wraps."""
