@@ -39,3 +39,10 @@ def test_a_refusal_is_one_line_and_leaves_nothing(tmp_path):
     assert "Soft is no token choice" in ended.err
     assert not (tmp_path / "out").exists()
     assert "did you mean 'transformers'" in moeify("export", run, "--to", "transformer").err
+
+
+def test_options_of_one_target_are_refused_for_another(tmp_path):
+    run = saved(tmp_path, Recipe(num_experts=4))
+    assert "--type is for --to gguf" in moeify("export", run, "--type", "f16").err
+    assert "--class is for" in moeify("export", run, "--to", "mlx", "--class", "mixtral").err
+    assert "did you mean 'q8_0'" in moeify("export", run, "--to", "gguf", "--type", "q8").err

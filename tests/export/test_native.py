@@ -13,44 +13,15 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 import moe_families
+from export_models import BASES, WHOLE_HEADS, router, shown, sparse
 from moeify import Recipe, export, sparsify
 from moeify.export import Native, families
-from moeify.find.where import every, ffn, last
-from moeify.routers import ExpertGroups, TopK, sigmoid
+from moeify.find.where import every, last
+from moeify.routers import ExpertChoice, ExpertGroups, TopK, sigmoid
 from moeify.sparsify import recipes
 from moeify.sparsify.make import copies, fresh, masked
-from moeify.sparsify.shared import dense, gated, nothing
-from tiny_models import causal_lm, tokens, widened
-
-LATENT = {"first_k_dense_replace": 9, "num_key_value_heads": 4, "q_lora_rank": 16, "kv_lora_rank": 16,
-          "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8}  # fmt: skip
-WHOLE_HEADS = {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 1.0}}
-BASES = {"deepseek_v3": LATENT, "stablelm": WHOLE_HEADS}
-
-
-def sparse(base="llama", recipe="mixtral", **config):
-    """A sparse model all of whose parts show in its logits, the selection biases included."""
-    recipe = recipes[recipe] if isinstance(recipe, str) else recipe
-    model = sparsify(causal_lm(base, **BASES.get(base, {}) | config), recipe, verbose=False)
-    return shown(model)
-
-
-def shown(model):
-    widened(model)
-    generator = torch.Generator().manual_seed(2)
-    for name, buffer in model.named_buffers():
-        if name.endswith("bias"):
-            buffer.copy_(torch.randn(buffer.shape, generator=generator) * 0.3)
-    return model.eval()
-
-
-FINER = partial(fresh, granularity=2)
-
-
-def router(where=ffn, experts=FINER, shared=nothing, **options):
-    """A recipe with a token choice of these options."""
-    return Recipe(where=where, num_experts=4, router=partial(TopK, **options), experts=experts, shared=shared)
-
+from moeify.sparsify.shared import dense, gated
+from tiny_models import causal_lm, tokens
 
 EXACT, ROUNDED = 0.0, 1e-5
 
@@ -145,7 +116,7 @@ def test_a_class_with_experts_is_read_and_written_back_bit_for_bit(family, tmp_p
     model = shown(moe_families.build(family))
     config_class = type(model.config)
     assert own_fields(config_class) <= families.SPARSE[family].fields
-    done = export.write(model, tmp_path / "out", Native(family))
+    done = export.write(model, tmp_path / "out", exporter=Native(family))
     assert len(done.notes) == 1
     assert done.verdict.difference == 0
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "out").state_dict()
@@ -155,7 +126,7 @@ def test_a_class_with_experts_is_read_and_written_back_bit_for_bit(family, tmp_p
 def test_the_default_of_another_class_would_have_changed_the_logits_and_is_found(tmp_path):
     assert export.verify(export.write(sparse(), tmp_path / "out").folder).difference == 0
     config = json.loads((tmp_path / "out" / "config.json").read_text())
-    assert config.pop("rope_parameters")["rope_theta"] == 10000.0
+    assert config.pop("rope_parameters")["rope_theta"] == config.pop("rope_theta") == 10000.0
     (tmp_path / "out" / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match="other logits than the model"):
         export.verify(tmp_path / "out")
@@ -203,7 +174,7 @@ GROUPS = ExpertGroups(count=2, keep=1, reduce="max")
     ("base", "recipe", "reason"),
     [
         ("llama", "soft", "Soft is no token choice"),
-        ("llama", "expert_choice", "ExpertChoice is no token choice"),
+        ("llama", Recipe(router=ExpertChoice, experts=fresh), "ExpertChoice is no token choice"),
         ("llama", "switch", r"layer\.replace\(router=layer\.router\.router\)"),
         ("llama", "longcat", "Blocks experts"),
         ("llama", "phi", "Mixtral, score: it has softmax, the model sparsemixer"),
@@ -248,9 +219,9 @@ def test_nothing_is_left_of_an_export_that_fails_or_would_overwrite(tmp_path, mo
 
 def test_a_class_may_be_asked_for(tmp_path):
     model = sparse("llama", Recipe(num_experts=4, router=partial(TopK, score=sigmoid), experts=copies))
-    done = export.write(model, tmp_path / "out", Native("glm4_moe"))
+    done = export.write(model, tmp_path / "out", exporter=Native("glm4_moe"))
     assert done.notes[1:] == ["a selection bias of zeros is added", "a shared expert of 0 units is added"]
     with pytest.raises(ValueError, match="score: it has softmax, the model sigmoid"):
-        export.write(model, tmp_path / "other", Native("mixtral"))
+        export.write(model, tmp_path / "other", exporter=Native("mixtral"))
     with pytest.raises(ValueError, match="did you mean 'mixtral'"):
-        export.write(model, tmp_path / "other", Native("mixtrl"))
+        export.write(model, tmp_path / "other", exporter=Native("mixtrl"))

@@ -13,13 +13,21 @@ if TYPE_CHECKING:
 
 def export(
     model: Annotated[Path, typer.Argument(help="A saved sparse model, the folder of a run, or an MoE of transformers")],
-    to: Annotated[str, typer.Option(help="The program to write for: transformers")] = "transformers",
+    to: Annotated[str, typer.Option(help="The program to write for: transformers, gguf or mlx")] = "transformers",
     output: Annotated[
         Path | None, typer.Option(help="The new folder", show_default="beside the model, named after the target")
     ] = None,
     as_class: Annotated[
         str | None,
-        typer.Option("--class", help="The class of transformers, such as mixtral", show_default="the closest"),
+        typer.Option(
+            "--class",
+            help="The class of transformers or architecture of llama.cpp, such as mixtral",
+            show_default="the closest",
+        ),
+    ] = None,
+    weights: Annotated[
+        str | None,
+        typer.Option("--type", help="Weights of a GGUF file: f32, f16, bf16, q8_0 or q4_0", show_default="the model's"),
     ] = None,
 ) -> None:
     """Write a sparse language model for another program, which does not need moeify."""
@@ -28,18 +36,22 @@ def export(
     folder = model / "model" if (model / "model" / "config.json").is_file() else model
     source, tokenizer = _load(folder), _tokenizer(folder)
     output = folder.parent / f"{folder.name}-{to}" if output is None else output
-    done = export.write(source, output, _exporter(to, as_class), tokenizer=tokenizer)
+    done = export.write(source, output, to, tokenizer=tokenizer, exporter=_exporter(to, as_class, weights))
     print("\n".join([f"{done.folder}: {done.notes[0]}", *(f"  {note}" for note in done.notes[1:]), str(done.verdict)]))
 
 
-def _exporter(to: str, as_class: str | None) -> Exporter:
+def _exporter(to: str, as_class: str | None, weights: str | None) -> Exporter:
     from moeify import export
 
-    if as_class is None:
-        return export.find_exporter(to)
-    if to != "transformers":
-        raise ValueError(f"--class is for --to transformers, not {to}")
-    return export.Native(as_class)
+    if to == "gguf":
+        return export.Gguf(weights, as_class)
+    if weights is not None:
+        raise ValueError(f"--type is for --to gguf, not {to}")
+    if to == "transformers":
+        return export.Native(as_class)
+    if as_class is not None:
+        raise ValueError(f"--class is for --to transformers and gguf, not {to}")
+    return export.find_exporter(to)
 
 
 def _load(folder: Path) -> Any:

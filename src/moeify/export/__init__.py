@@ -1,4 +1,4 @@
-"""Export sparse models to other programs: to classes of transformers, which load without moeify."""
+"""Export sparse models to other programs: classes of transformers, which load without moeify, GGUF files, and MLX."""
 
 from moeify.export.exporter import (
     Export,
@@ -12,18 +12,24 @@ from moeify.export.exporter import (
     write,
 )
 from moeify.export.form import Form, Misfit
+from moeify.export.gguf_file import Gguf
+from moeify.export.mlx import Mlx
 from moeify.export.native import Native
 from moeify.export.probe import Probe
 from moeify.export.routers import Choice, choice_of
 
 register_exporter("transformers", Native())
+register_exporter("gguf", Gguf())
+register_exporter("mlx", Mlx())
 
 __all__ = [
     "Choice",
     "Export",
     "Exporter",
     "Form",
+    "Gguf",
     "Misfit",
+    "Mlx",
     "Native",
     "Probe",
     "Verdict",

@@ -115,7 +115,14 @@ class Export:
     verdict: Verdict
 
 
-def write(model: Any, folder: str | Path, to: str | Exporter = "transformers", *, tokenizer: Any = None) -> Export:
+def write(
+    model: Any,
+    folder: str | Path,
+    to: str = "transformers",
+    *,
+    exporter: Exporter | None = None,
+    tokenizer: Any = None,
+) -> Export:
     """Write a sparse language model for another program, and compare what that program computes.
 
     The folder appears once the comparison has succeeded; nothing is left of an export that is refused or fails.
@@ -123,7 +130,8 @@ def write(model: Any, folder: str | Path, to: str | Exporter = "transformers", *
     Args:
         model: what `sparsify` or `load` returned, or an MoE model of transformers; it is as it was afterwards.
         folder: must not exist, or be empty.
-        to: the name of an exporter (`exporters()`), or one of your own.
+        to: the name of an exporter, see `exporters()`; `verify` finds it by this name.
+        exporter: one with other settings than that of the name, such as `Gguf("q8_0")`.
         tokenizer: of transformers, written beside the model; needed by targets that put it into the same file.
 
     Raises:
@@ -132,20 +140,19 @@ def write(model: Any, folder: str | Path, to: str | Exporter = "transformers", *
         ImportError: the target's library is missing.
         OSError: the disk is full, or the folder cannot be written to.
     """
-    exporter = find_exporter(to) if isinstance(to, str) else to
-    name = to if isinstance(to, str) else type(to).__name__.lower()
+    exporter = find_exporter(to) if exporter is None else exporter
     folder = Path(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise FileExistsError(f"{folder} exists and is not empty; choose another folder, or delete it")
     if (reason := exporter.supports(model)) is not None:
-        raise ValueError(f"this {type(model).__name__} cannot be exported to {name}: {reason}")
+        raise ValueError(f"this {type(model).__name__} cannot be exported to {to}: {reason}")
     probe = Probe.of(model)
     with _aside(folder) as new:
         if tokenizer is not None:
             tokenizer.save_pretrained(new)
         notes = exporter.write(model, new)
         verdict = exporter.verify(new, probe)
-        record = {"moeify": __version__, "to": name, "notes": notes, "verdict": str(verdict)}
+        record = {"moeify": __version__, "to": to, "notes": notes, "verdict": str(verdict)}
         write_json(new / RECORD, {**record, "probe": probe.largest().to_dict()}, indent=None)
     return Export(folder, notes, verdict)
 

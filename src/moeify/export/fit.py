@@ -2,20 +2,47 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Generic, Protocol, TypeVar
 
 from torch import Tensor
 
-from moeify.export.families import EXPERTS, SPARSE, Family
+from moeify.export.families import EXPERTS, Names
 from moeify.export.form import Form, Misfit
 from moeify.export.rewrites import rewritten
-from moeify.export.rules import Rule
+from moeify.export.rules import Writes
+
+
+class Target(Protocol):
+    """What a model may be expressed as: a class of transformers, or an architecture of llama.cpp."""
+
+    @property
+    def title(self) -> str:
+        """What people call it."""
+        ...
+
+    @property
+    def rules(self) -> Mapping[str, Writes]:
+        """How it keeps every trait."""
+        ...
+
+    @property
+    def names(self) -> Names:
+        """Of the tensors of a sparse layer, within the layer; a pair holds the two halves."""
+        ...
+
+    @property
+    def settings(self) -> Mapping[str, Any]:
+        """Fields that are written as they are."""
+        ...
+
+
+T = TypeVar("T", bound=Target)
 
 
 @dataclass(frozen=True)
-class Fit:
+class Fit(Generic[T]):
     """A class that can hold a model.
 
     Attributes:
@@ -24,7 +51,7 @@ class Fit:
         fields: its configuration.
     """
 
-    family: Family
+    family: T
     form: Form = field(repr=False)
     fields: Mapping[str, Any] = field(repr=False)
 
@@ -33,19 +60,23 @@ class Fit:
         """What was rewritten; a fit without is exact."""
         return self.form.rewrites
 
-    def tensors(self) -> dict[str, Tensor]:
-        """The tensors by the names of the class."""
+    def tensors(self, layer: str = "model.layers.{}.") -> dict[str, Tensor]:
+        """The tensors by the names of the class.
+
+        Args:
+            layer: what the names in a sparse layer begin with.
+        """
         tensors = {name: t for name, t in self.form.tensors.items() if not name.startswith("layers.")}
         for i in self.form["sparse_layers"]:
             for part, names in self.family.names.items():
                 if (found := self.form.tensors.get(f"layers.{i}.{part}")) is None:
                     continue
-                halves = [(names, found)] if isinstance(names, str) else zip(names, found.chunk(2), strict=True)
-                tensors |= {f"model.layers.{i}.{name}": half.contiguous() for name, half in halves}
+                halves = [(names, found)] if isinstance(names, str) else zip(names, found.chunk(2, dim=-2), strict=True)
+                tensors |= {f"{layer.format(i)}{name}": half.contiguous() for name, half in halves}
         return tensors
 
 
-def fit(form: Form, family: Family) -> Fit:
+def fit(form: Form, family: T) -> Fit[T]:
     """Express a model as a class.
 
     Raises:
@@ -58,7 +89,7 @@ def fit(form: Form, family: Family) -> Fit:
     return Fit(family, form, fields)
 
 
-def fit_trait(form: Form, trait: str, rule: Rule, fields: Mapping[str, Any]) -> tuple[Form, dict[str, Any]]:
+def fit_trait(form: Form, trait: str, rule: Writes, fields: Mapping[str, Any]) -> tuple[Form, dict[str, Any]]:
     """The fields of one trait, and the model with the trait rewritten if it had to be.
 
     Raises:
@@ -75,7 +106,7 @@ def fit_trait(form: Form, trait: str, rule: Rule, fields: Mapping[str, Any]) -> 
         return again, _written(again, trait, rule, fields)
 
 
-def _written(form: Form, trait: str, rule: Rule, fields: Mapping[str, Any]) -> dict[str, Any]:
+def _written(form: Form, trait: str, rule: Writes, fields: Mapping[str, Any]) -> dict[str, Any]:
     written = rule.write(form[trait], form.traits)
     for name, value in written.items():
         if name in fields and fields[name] != value:
@@ -83,16 +114,21 @@ def _written(form: Form, trait: str, rule: Rule, fields: Mapping[str, Any]) -> d
     return written
 
 
-def best(form: Form) -> Fit:
+def best(form: Form, families: Iterable[T], program: str) -> Fit[T]:
     """The fit with the fewest rewrites; among equals the class that comes first.
+
+    Args:
+        form: the model.
+        families: the classes.
+        program: of the classes, for the message.
 
     Raises:
         Misfit: no class computes this; the reasons are those of the classes that differ in their sparse layers only, or
             of all if there is none.
     """
-    found: list[Fit] = []
+    found: list[Fit[T]] = []
     reasons: dict[str, Misfit] = {}
-    for family in SPARSE.values():
+    for family in families:
         try:
             found.append(fit(form, family))
         except Misfit as misfit:
@@ -101,4 +137,4 @@ def best(form: Form) -> Fit:
         return min(found, key=lambda each: len(each.rewrites))
     near = {t: misfit for t, misfit in reasons.items() if misfit.trait in EXPERTS}
     said = "; ".join(f"{title}, {misfit}" for title, misfit in (near or reasons).items())
-    raise Misfit(f"no class of transformers computes what this model does: {said}")
+    raise Misfit(f"no class of {program} computes what this model does: {said}")

@@ -101,7 +101,7 @@ class Groups:
 
     def read(self, config: Any) -> tuple[int, int, str] | None:
         """Number of groups, how many are kept, and how they score; None where all are kept."""
-        count, keep = config.n_group, config.topk_group
+        count, keep = (getattr(config, name) for name in self.fields)
         return None if not count or count == keep else (count, keep, self.reduce)
 
     def write(self, value: tuple[int, int, str] | None, traits: Traits) -> dict[str, Any]:
@@ -176,3 +176,31 @@ class SharedCount:
             whole = count * traits["expert_hidden"]
             raise Misfit(f"its shared expert is {whole} wide, the model's {width}", ("plain", whole))
         return {self.name: count}
+
+
+@dataclass(frozen=True)
+class SomeShared:
+    """A shared expert that must have units, as in llama.cpp, which adds it also where its tensors are missing.
+
+    Attributes:
+        rule: how wide it is.
+        kind: `plain`, or `gated` by a sigmoid.
+    """
+
+    rule: SharedWidth | SharedCount
+    kind: str
+
+    @property
+    def fields(self) -> tuple[str, ...]:
+        """Those of its width."""
+        return self.rule.fields
+
+    def read(self, config: Any) -> tuple[str, int] | None:
+        """Kind and width; None if there is no shared expert."""
+        return self.rule.read(config)
+
+    def write(self, value: tuple[str, int] | None, traits: Traits) -> dict[str, Any]:
+        """The width."""
+        if value is None or value[1] == 0:
+            raise Misfit("it has a shared expert, the model none", (self.kind, traits["expert_hidden"]))
+        return self.rule.write(value, traits)

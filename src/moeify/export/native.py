@@ -13,11 +13,12 @@ import torch
 from torch import nn
 
 from moeify.export.exporter import Exporter, Verdict
-from moeify.export.families import SPARSE
+from moeify.export.families import SPARSE, Family
 from moeify.export.fit import Fit, best, fit
 from moeify.export.form import Misfit
 from moeify.export.probe import Probe, logits_of
 from moeify.export.read import form_of
+from moeify.files import read_json, write_json
 from moeify.registry import suggest
 
 _ROUNDING = 1e-4
@@ -44,7 +45,7 @@ class Native(Exporter):
             return str(misfit)
         return None
 
-    def fit(self, model: nn.Module) -> Fit:
+    def fit(self, model: nn.Module) -> Fit[Family]:
         """The class, and the model in its words.
 
         Raises:
@@ -52,18 +53,14 @@ class Native(Exporter):
         """
         form = form_of(model)
         if self.model_type is None:
-            return best(form)
+            return best(form, SPARSE.values(), "transformers")
         if self.model_type not in SPARSE:
             raise Misfit(f"no class with experts is called {self.model_type!r}; {suggest(self.model_type, [*SPARSE])}")
         return fit(form, SPARSE[self.model_type])
 
     def write(self, model: Any, folder: Path) -> list[str]:
         """Write `config.json`, the weights in the layout that the class was released with, and generation settings."""
-        found = self.fit(model)
-        built = build(found, model)
-        with _quiet():
-            built.save_pretrained(folder, max_shard_size=self.max_shard_size)
-        return [f"{found.family.title} ({type(built).__name__})", *found.rewrites]
+        return write_fit(self.fit(model), model, folder, self.max_shard_size)
 
     def verify(self, folder: Path, probe: Probe) -> Verdict:
         """Read it by transformers, in fp32."""
@@ -83,7 +80,26 @@ class Native(Exporter):
         return Verdict(f"transformers {transformers.__version__}, {type(model).__name__}", difference)
 
 
-def build(found: Fit, model: Any) -> Any:
+def write_fit(found: Fit[Family], model: Any, folder: Path, max_shard_size: str = "5GB") -> list[str]:
+    """Write a fit as a folder of transformers, and say in words what it is and what was rewritten.
+
+    Args:
+        found: the fit.
+        model: what is exported, for its generation settings.
+        folder: where to.
+        max_shard_size: weights beyond this size are spread over several files.
+
+    Raises:
+        Misfit: tensors that the class has no place for, or lacks.
+    """
+    built = build(found, model)
+    with _quiet():
+        built.save_pretrained(folder, max_shard_size=max_shard_size)
+    _add_former_fields(folder / "config.json")
+    return [f"{found.family.title} ({type(built).__name__})", *found.rewrites]
+
+
+def build(found: Fit[Family], model: Any) -> Any:
     """The model of transformers that a fit describes; its tensors are those of the form.
 
     Args:
@@ -115,6 +131,25 @@ def build(found: Fit, model: Any) -> Any:
     if getattr(model, "generation_config", None) is not None:
         built.generation_config = model.generation_config
     return built.eval()
+
+
+def _add_former_fields(path: Path) -> None:
+    """Say positions and the number of experts by their names of transformers 4 too, which other programs read.
+
+    A program that finds no `rope_theta` takes its own default, and writes fluent text with other logits.
+    """
+    values = read_json(path)
+    rope = values["rope_parameters"]
+    scaling = {key: value for key, value in rope.items() if key not in ("rope_theta", "partial_rotary_factor")}
+    former = {
+        "rope_theta": rope["rope_theta"],
+        "rope_scaling": None if rope["rope_type"] == "default" else scaling,
+    }
+    if "partial_rotary_factor" in rope:
+        former["partial_rotary_factor"] = rope["partial_rotary_factor"]
+    if "num_local_experts" in values:
+        former["num_experts"] = values["num_local_experts"]
+    write_json(path, former | values)
 
 
 @contextmanager

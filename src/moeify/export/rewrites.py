@@ -58,7 +58,7 @@ def _shared(form: Form, wanted: tuple[str, int] | None) -> Form | None:
             like.new_zeros(width, form["width"])] * 2  # fmt: skip
         tensors |= {f"layers.{i}.shared_down": F.pad(down, (0, more)), f"layers.{i}.shared_gate_up": torch.cat(halves)}
         if kind == "gated" and old is None:
-            tensors[f"layers.{i}.shared_gate"] = like.new_zeros(1, form["width"])
+            tensors[f"layers.{i}.shared_gate"] = like.new_ones(1, form["width"])  # llama.cpp divides by its product
     what = f"a shared expert of {width} units is added" if old is None else (
         f"the shared expert is filled up with zeros, from {old[1]} to {width} units")  # fmt: skip
     return form.rewritten(what, tensors, shared=wanted)
@@ -103,6 +103,25 @@ def reordered(rows: Tensor, head_dim: int, pairs: str) -> Tensor:
     return rows.unflatten(0, (-1, *split)).transpose(1, 2).flatten(0, 2).contiguous()
 
 
+def _tied(form: Form, wanted: bool) -> Form | None:
+    if wanted:
+        return None
+    head = {"lm_head.weight": form.tensors["model.embed_tokens.weight"]}
+    return form.rewritten("the embeddings are written twice, as the output map too", head, tied=False)
+
+
+def _expert_hidden(form: Form, wanted: int) -> Form:
+    """Units whose weights are zero add nothing."""
+    more = wanted - form["expert_hidden"]
+    down = {name: F.pad(tensor, (0, more)) for name, tensor in form.each("down").items()}
+    up = {
+        name: torch.cat([F.pad(half, (0, 0, 0, more)) for half in tensor.chunk(2, dim=1)], dim=1)
+        for name, tensor in form.each("gate_up").items()
+    }
+    what = f"experts are filled up with zeros, from {form['expert_hidden']} to {wanted} units"
+    return form.rewritten(what, down | up, expert_hidden=wanted)
+
+
 def _windows(form: Form, wanted: None) -> Form | None:
     if any(window is not None and window < form["positions"] for window in form["windows"]):
         return None
@@ -118,5 +137,7 @@ REWRITES: dict[str, Rewrite] = {
     "head_bias": _biases("head_bias", ("lm_head",)),
     "rope_pairs": _rope_pairs,
     "windows": _windows,
+    "tied": _tied,
+    "expert_hidden": _expert_hidden,
 }
 """By trait."""

@@ -14,8 +14,20 @@ from moeify.export.form import Misfit
 Traits = Mapping[str, Any]
 
 
-class Rule(Protocol):
-    """How a class keeps a trait."""
+class Writes(Protocol):
+    """How a trait is written."""
+
+    def write(self, value: Any, traits: Traits) -> dict[str, Any]:
+        """The fields that express a value of the trait.
+
+        Raises:
+            Misfit: the class cannot express it.
+        """
+        ...
+
+
+class Rule(Writes, Protocol):
+    """How a class keeps a trait, to be read as well."""
 
     @property
     def fields(self) -> tuple[str, ...]:
@@ -24,14 +36,6 @@ class Rule(Protocol):
 
     def read(self, config: Any) -> Any:
         """The trait of a model with this configuration."""
-        ...
-
-    def write(self, value: Any, traits: Traits) -> dict[str, Any]:
-        """The fields that express a value of the trait.
-
-        Raises:
-            Misfit: the class cannot express it.
-        """
         ...
 
 

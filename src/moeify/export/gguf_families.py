@@ -1,0 +1,183 @@
+"""The table of llama.cpp's architectures with experts: what each computes, in which keys of a GGUF file."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any
+
+from moeify.export.families import Names
+from moeify.export.form import Misfit
+from moeify.export.layer_rules import AllSparse, DenseFirst, Groups, SharedCount, SharedWidth, SomeShared
+from moeify.export.rules import Field, Is, Traits, Writes
+
+
+@dataclass(frozen=True)
+class Either:
+    """The architecture can do all of these.
+
+    Attributes:
+        values: which ones; all if there are none.
+    """
+
+    values: tuple[Any, ...] = ()
+
+    def write(self, value: Any, traits: Traits) -> dict[str, Any]:
+        """Nothing: tensors say it, or it does not matter there."""
+        if self.values and value not in self.values:
+            raise Misfit(f"it can have {' or '.join(map(str, self.values))}, the model has {value}", self.values[0])
+        return {}
+
+
+@dataclass(frozen=True)
+class Silu:
+    """The only activation of gated experts in llama.cpp."""
+
+    def write(self, value: str, traits: Traits) -> dict[str, Any]:
+        """Nothing, if it is the model's."""
+        if value not in ("silu", "swish"):
+            raise Misfit(f"its experts have silu, the model's {value}")
+        return {}
+
+
+@dataclass(frozen=True)
+class Heads:
+    """Widths of heads.
+
+    Attributes:
+        square: whether all heads together must be as wide as the model.
+    """
+
+    square: bool = False
+
+    def write(self, value: int, traits: Traits) -> dict[str, Any]:
+        """Widths of keys and values."""
+        if self.square and value * traits["heads"] != traits["width"]:
+            raise Misfit(f"its heads are {traits['width']} wide together, the model's {value * traits['heads']}")
+        return {"attention.key_length": value, "attention.value_length": value}
+
+
+@dataclass(frozen=True)
+class Positions:
+    """Rotary positions without scaling, or with factors of their own for every frequency.
+
+    Attributes:
+        partial: whether a share of every head may stand still.
+        factors: whether the file may have a factor for every frequency.
+    """
+
+    partial: bool = False
+    factors: bool = False
+
+    def write(self, value: dict[str, Any], traits: Traits) -> dict[str, Any]:
+        """The base, and how many units of a head turn."""
+        share, kind = value["partial_rotary_factor"], value["rope_type"]
+        if share != 1.0 and not self.partial:
+            raise Misfit(f"its whole heads turn with the position, {share:g} of the model's")
+        if kind not in (("default", "llama3", "linear") if self.factors else ("default",)):
+            raise Misfit(f"it does not scale positions as {kind!r} does")
+        turning = int(traits["head_dim"] * share)
+        return {"rope.freq_base": float(value["rope_theta"]), "rope.dimension_count": turning}
+
+
+@dataclass(frozen=True)
+class Gating:
+    """What turns logits into scores, by number."""
+
+    def write(self, value: str, traits: Traits) -> dict[str, Any]:
+        """1 for softmax, 2 for sigmoid."""
+        if value not in ("softmax", "sigmoid"):
+            raise Misfit(f"it has softmax and sigmoid, the model {value}")
+        return {"expert_gating_func": 1 if value == "softmax" else 2}
+
+
+@dataclass(frozen=True)
+class OwnScale:
+    """What multiplies the products of queries and keys, written even where it is the usual number."""
+
+    def write(self, value: float | None, traits: Traits) -> dict[str, Any]:
+        """The number itself."""
+        return {"attention.scale": traits["head_dim"] ** -0.5 if value is None else value}
+
+
+COMMON: Mapping[str, Writes] = MappingProxyType({
+    "vocabulary": Field("vocab_size"), "width": Field("embedding_length"), "layers": Field("block_count"),
+    "heads": Field("attention.head_count"), "kv_heads": Field("attention.head_count_kv"), "head_dim": Heads(),
+    "activation": Silu(), "positions": Field("context_length"), "norm_eps": Field("attention.layer_norm_rms_epsilon"),
+    "rope": Positions(), "tied": Either(), "pad": Either(), "bos": Either(), "eos": Either(), "init_std": Either(),
+    "attention_dropout": Either(), "norm": Is("rms"), "norms": Is("before"), "query_key_norm": Is(None),
+    "rope_pairs": Is("halves"), "qkv_bias": Either(), "o_bias": Is(False), "ffn_bias": Is(False),
+    "head_bias": Is(False), "windows": Is(None), "clip_qkv": Is(None), "latent": Is(None), "parallel": Is(False),
+    "attention_scale": Is(None), "embedding_scale": Is(1.0), "residual_scale": Is(1.0), "logits_divisor": Is(1.0),
+    "ffn_hidden": Field("feed_forward_length"), "num_experts": Field("expert_count"), "k": Field("expert_used_count"),
+    "expert_hidden": Field("expert_feed_forward_length"), "sparse_layers": AllSparse(), "score": Is("softmax"),
+    "normalize": Is(True), "scale": Is(1.0), "selection_bias": Is(False), "groups": Is(None), "epsilon": Is(None),
+    "shared": Is(None),
+})  # fmt: skip
+"""What most architectures share."""
+
+_PARTS: Names = {
+    "router": "ffn_gate_inp.weight",
+    "selection_bias": "exp_probs_b.bias",
+    "gate_up": ("ffn_gate_exps.weight", "ffn_up_exps.weight"),
+    "down": "ffn_down_exps.weight",
+    "shared_gate_up": ("ffn_gate_shexp.weight", "ffn_up_shexp.weight"),
+    "shared_down": "ffn_down_shexp.weight",
+    "shared_gate": "ffn_gate_inp_shexp.weight",
+}
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """An architecture of llama.cpp.
+
+    Attributes:
+        title: its name in GGUF files.
+        differs: what it does otherwise than most.
+        settings: keys that are written as they are.
+        names: of the tensors of a sparse layer.
+    """
+
+    title: str
+    differs: Mapping[str, Writes] = field(default_factory=dict)
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    names: Names = field(default_factory=lambda: _PARTS)
+
+    @property
+    def rules(self) -> dict[str, Writes]:
+        """How it keeps every trait."""
+        return {**COMMON, **self.differs}
+
+
+_ONE_WIDTH = {"expert_hidden": Field("feed_forward_length"), "ffn_hidden": Either()}
+_ROTATED = {"rope_pairs": Is("neighbours"), "o_bias": Either()}
+ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType({row.title: row for row in (
+    Architecture("llama", {**_ONE_WIDTH, **_ROTATED, "rope": Positions(factors=True)}),
+    Architecture("qwen3moe", {"query_key_norm": Is("head")}),
+    Architecture("olmoe", {
+        **_ONE_WIDTH, "query_key_norm": Is("width"), "normalize": Is(False), "tied": Is(False),
+        "head_dim": Heads(square=True),
+    }),
+    Architecture("granitemoe", {
+        **_ONE_WIDTH, **_ROTATED, "shared": SharedWidth("expert_shared_feed_forward_length", "plain"),
+        "attention_scale": OwnScale(), "embedding_scale": Field("embedding_scale"),
+        "residual_scale": Field("residual_scale"), "logits_divisor": Field("logit_scale"),
+    }),
+    Architecture("qwen2moe", {
+        "head_dim": Heads(square=True), "tied": Is(False), "normalize": Is(False),
+        "shared": SomeShared(SharedWidth("expert_shared_feed_forward_length", "gated"), "gated"),
+    }),
+    Architecture("ernie4_5-moe", {
+        "rope_pairs": Is("neighbours"), "sparse_layers": DenseFirst("leading_dense_block_count"),
+        "selection_bias": Either(), "shared": SharedWidth("expert_shared_feed_forward_length", "plain"),
+    }, {"interleave_moe_layer_step": 1}),
+    Architecture("glm4moe", {
+        "rope": Positions(partial=True), "query_key_norm": Either((None, "head")),
+        "sparse_layers": DenseFirst("leading_dense_block_count"), "score": Gating(),
+        "normalize": Field("expert_weights_norm"), "scale": Field("expert_weights_scale"), "selection_bias": Is(True),
+        "groups": Groups("top2", ("expert_group_count", "expert_group_used_count")),
+        "shared": SomeShared(SharedCount("expert_shared_count"), "plain"),
+    }),
+)})  # fmt: skip
+"""In the order in which they are tried."""

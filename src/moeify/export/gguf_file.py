@@ -1,0 +1,247 @@
+"""Export to GGUF files, which llama.cpp and whatever is built on it read."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moeify.export.exporter import RECORD, Exporter, Verdict
+from moeify.export.fit import Fit, best
+from moeify.export.form import Form, Misfit
+from moeify.export.gguf_families import ARCHITECTURES, Architecture
+from moeify.export.gguf_tokenizer import read_tokenizer
+from moeify.export.probe import Probe
+from moeify.export.read import form_of
+from moeify.export.rewrites import rewritten
+from moeify.registry import suggest
+
+TYPES = {"f32": 0, "f16": 1, "q4_0": 2, "q8_0": 7, "bf16": 32}
+"""The types of weights, and the number of each as the type of a file."""
+_BLOCK = 32
+_STEP = {"f32": 0.0, "f16": 2**-10, "bf16": 2**-8, "q8_0": 1 / 127, "q4_0": 1 / 7}
+"""How far a weight may be from what was read back, relative to the largest of its row."""
+_ROUNDING = 1e-4
+_SMALL = 2**29
+"""Models of so many parameters are also compared in fp32 where they are written in another type."""
+_OF_A_DTYPE = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}
+
+
+@dataclass(frozen=True)
+class Gguf(Exporter):
+    """A folder with one GGUF file, the tokenizer in it if there is one.
+
+    In `f32` llama.cpp must give the same logits. In other types it rounds activations too, and a router may choose
+    otherwise where two experts score nearly the same; there every weight is read back and compared, small models are
+    written in `f32` as well and compared so, and what the file itself gives is reported.
+
+    Attributes:
+        weights: `f32`, `f16`, `bf16`, `q8_0` or `q4_0`; by default the dtype of the model. Norms, biases and routers
+            stay in fp32.
+        architecture: of llama.cpp; by default the one that needs the fewest rewrites.
+
+    Raises:
+        ValueError: an unknown type of weights.
+    """
+
+    weights: str | None = None
+    architecture: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.weights is not None and self.weights not in TYPES:
+            raise ValueError(f"{self.weights!r} is no type of weights; {suggest(self.weights, [*TYPES])}")
+
+    def supports(self, model: nn.Module) -> str | None:
+        """Why no architecture, or not the one that was asked for, computes what the model does."""
+        try:
+            self.fit(model)
+        except Misfit as misfit:
+            return str(misfit)
+        return None
+
+    def fit(self, model: nn.Module) -> Fit[Architecture]:
+        """The architecture, and the model in its words.
+
+        Raises:
+            Misfit: no architecture, or not the one that was asked for, computes what the model does.
+        """
+        form = form_of(model)
+        if self._type(form) in ("q8_0", "q4_0") and form["expert_hidden"] % _BLOCK:
+            form = rewritten(form, "expert_hidden", -(-form["expert_hidden"] // _BLOCK) * _BLOCK) or form
+        if self.architecture is None:
+            return best(form, ARCHITECTURES.values(), "llama.cpp")
+        if self.architecture not in ARCHITECTURES:
+            near = suggest(self.architecture, [*ARCHITECTURES])
+            raise Misfit(f"no architecture with experts is called {self.architecture!r}; {near}")
+        return best(form, [ARCHITECTURES[self.architecture]], "llama.cpp")
+
+    def _type(self, form: Form) -> str:
+        return self.weights or _OF_A_DTYPE[form.tensors["model.embed_tokens.weight"].dtype]
+
+    def write(self, model: Any, folder: Path) -> list[str]:
+        """Write the file, and read every weight back."""
+        gguf = _gguf()
+        found = self.fit(model)
+        kind = self._type(found.form)
+        tokenizer = read_tokenizer(folder, found.form["vocabulary"])
+        path = folder / f"model-{kind}.gguf"
+        writer = gguf.GGUFWriter(path, found.family.title)
+        writer.add_file_type(TYPES[kind])
+        writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+        for key, value in found.fields.items():
+            _add(writer, f"{found.family.title}.{key}", value)
+        if tokenizer is None:
+            writer.add_tokenizer_model("no_vocab")
+        else:
+            tokenizer.write(writer, folder)
+        widened = _write_tensors(writer, found, kind)
+        writer.close()
+        for file in folder.iterdir():
+            if file != path and file.name != RECORD:
+                file.unlink()
+        notes = [f"{found.family.title}, {kind}, {'with' if tokenizer else 'no'} tokenizer", *found.rewrites]
+        if widened:
+            notes.append(f"in f16, since no block of {_BLOCK} fits: {', '.join(widened)}")
+        if kind != "f32" and sum(tensor.numel() for tensor in found.form.tensors.values()) <= _SMALL:
+            with tempfile.TemporaryDirectory() as exact:
+                twin = Gguf("f32", found.family.title)
+                twin.write(model, Path(exact))
+                notes.append(f"in f32 {twin.verify(Path(exact), Probe.of(model))}")
+        return notes
+
+    def verify(self, folder: Path, probe: Probe) -> Verdict:
+        """Compare names with those that llama.cpp knows, and the logits if `llama_cpp` is installed."""
+        gguf = _gguf()
+        (path,) = folder.glob("*.gguf")
+        kind = path.stem.removeprefix("model-")
+        _check_names(gguf.GGUFReader(path))
+        try:
+            import llama_cpp
+        except ImportError:
+            note = "names were compared; to compare logits too, pip install llama-cpp-python"
+            return Verdict(f"gguf {_version('gguf')}", None, note)
+        logits = _run(llama_cpp, path, probe)
+        difference, agreement = probe.difference(logits), probe.agreement(logits)
+        if difference > (_ROUNDING * max(1.0, probe.size) if kind == "f32" else torch.finfo(torch.float32).max):
+            raise ValueError(f"llama.cpp gives other logits than the model, by {difference:.3g}")
+        note = f"the same most likely token at {agreement:.1%} of the positions"
+        return Verdict(f"llama-cpp-python {_version('llama_cpp_python')}", difference, note)
+
+
+def _add(writer: Any, key: str, value: Any) -> None:
+    kinds = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32}
+    kinds[type(value)](key, value)
+
+
+def _write_tensors(writer: Any, found: Fit[Architecture], kind: str) -> list[str]:
+    """Write all tensors, and return the names of those whose rows do not divide into blocks."""
+    import gguf
+
+    widened = []
+    for name, tensor in _named(found):
+        values = tensor.float().contiguous().numpy()
+        chosen = kind if tensor.dim() > 1 and "ffn_gate_inp" not in name else "f32"
+        if chosen in ("q8_0", "q4_0") and tensor.shape[-1] % _BLOCK:
+            chosen = "f16"
+            widened.append(name)
+        type_ = gguf.GGMLQuantizationType[chosen.upper()]
+        data = gguf.quants.quantize(values, type_)
+        back = torch.from_numpy(gguf.quants.dequantize(data, type_)).reshape(tensor.shape)
+        wrong = (back - tensor.float()).abs() - _STEP[chosen] * tensor.float().abs().amax(-1, keepdim=True)
+        if not (wrong <= 0).all():
+            raise ValueError(f"{name} does not fit into {chosen}: it is read back with other values")
+        writer.add_tensor(name, data, raw_dtype=type_)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    return widened
+
+
+def _named(found: Fit[Architecture]) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor by its name in the file; llama.cpp's shared gate is a vector."""
+    import gguf
+
+    arch = _arch(found.family.title)
+    known = gguf.get_tensor_name_map(arch, found.form["layers"])
+    for name, tensor in found.tensors(layer="blk.{}.").items():
+        if name.startswith("blk."):
+            yield name, tensor.flatten() if name.endswith("ffn_gate_inp_shexp.weight") else tensor
+            continue
+        stored = known.get_name(name, try_suffixes=(".weight", ".bias"))
+        if stored is None:
+            raise Misfit(f"{found.family.title} has no place for {name}")
+        yield stored, tensor
+    if found.form["rope"]["rope_type"] != "default":
+        yield "rope_freqs.weight", _frequency_factors(found.form)
+
+
+def _frequency_factors(form: Form) -> Tensor:
+    """By what the frequencies of positions are divided, (head_dim / 2)."""
+    from transformers import LlamaConfig
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    rope = {key: value for key, value in form["rope"].items() if key != "partial_rotary_factor"}
+    config = LlamaConfig(
+        hidden_size=form["width"], num_attention_heads=form["heads"], head_dim=form["head_dim"], rope_parameters=rope,
+        max_position_embeddings=form["positions"],
+    )  # fmt: skip
+    scaled, _ = ROPE_INIT_FUNCTIONS[rope["rope_type"]](config, device="cpu")
+    steps = torch.arange(0, form["head_dim"], 2, dtype=torch.float32) / form["head_dim"]
+    return rope["rope_theta"] ** -steps / scaled
+
+
+def _check_names(reader: Any) -> None:
+    """Whether llama.cpp has a tensor of every name in such a file.
+
+    Raises:
+        ValueError: it has not.
+    """
+    import gguf
+
+    title = reader.get_field("general.architecture").contents()
+    layers = reader.get_field(f"{title}.block_count").contents()
+    names = [gguf.TENSOR_NAMES[tensor] for tensor in gguf.MODEL_TENSORS[_arch(title)]]
+    known = {name.format(bid=i) for name in names for i in range(layers)}
+    strange = [tensor.name for tensor in reader.tensors if tensor.name.rpartition(".")[0] not in known]
+    if strange:
+        raise ValueError(f"llama.cpp's {title} has no tensors {', '.join(strange[:5])}")
+
+
+def _arch(title: str) -> Any:
+    import gguf
+
+    return next(arch for arch, name in gguf.MODEL_ARCH_NAMES.items() if name == title)
+
+
+def _run(llama_cpp: Any, path: Path, probe: Probe) -> Tensor:
+    """The logits of llama.cpp, one sequence at a time."""
+    length = probe.ids.shape[1]
+    exact = {"type_k": llama_cpp.GGML_TYPE_F32, "type_v": llama_cpp.GGML_TYPE_F32, "flash_attn": False}
+    sizes = {"n_ctx": length, "n_batch": length, "n_threads": 1}
+    model = llama_cpp.Llama(str(path), logits_all=True, verbose=False, **sizes, **exact)
+    logits = []
+    for ids in probe.ids.tolist():
+        model.reset()
+        model.eval(ids)
+        logits.append(torch.tensor(model.scores[:length]))
+    model.close()
+    return torch.stack(logits)
+
+
+def _gguf() -> Any:
+    try:
+        import gguf
+    except ImportError:
+        raise ImportError("GGUF files need the package gguf: pip install 'moeify[gguf]'") from None
+    return gguf
+
+
+def _version(package: str) -> str:
+    from importlib.metadata import version
+
+    return version(package)

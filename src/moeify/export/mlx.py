@@ -1,0 +1,80 @@
+"""Export for MLX: a folder of transformers whose class mlx-lm computes in the same way, which is compared there too."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moeify.export.exporter import Exporter, Verdict
+from moeify.export.families import SPARSE, Family
+from moeify.export.fit import Fit, best
+from moeify.export.form import Misfit
+from moeify.export.layer_rules import SharedWidth, SomeShared
+from moeify.export.native import Native, write_fit
+from moeify.export.probe import Probe
+from moeify.export.read import form_of
+from moeify.export.rules import Is, Rule
+
+_ROUNDING = 1e-4
+_OTHERWISE: Mapping[str, Mapping[str, Rule]] = {
+    "qwen2_moe": {
+        "qkv_bias": Is(True),
+        "normalize": Is(False),
+        "shared": SomeShared(SharedWidth("shared_expert_intermediate_size", "gated"), "gated"),
+    },
+    **{name: {} for name in ("mixtral", "qwen3_moe", "olmoe", "dots1", "glm4_moe", "deepseek_v3")},
+}
+"""The classes that mlx-lm has, and what it does otherwise than transformers."""
+
+
+@dataclass(frozen=True)
+class Mlx(Exporter):
+    """A folder that `mlx_lm.load` reads, and transformers too."""
+
+    def supports(self, model: nn.Module) -> str | None:
+        """Why no class that mlx-lm has computes what the model does."""
+        try:
+            self.fit(model)
+        except Misfit as misfit:
+            return str(misfit)
+        return None
+
+    def fit(self, model: nn.Module) -> Fit[Family]:
+        """The class, and the model in its words.
+
+        Raises:
+            Misfit: no class that mlx-lm has computes what the model does.
+        """
+        rows = [replace(SPARSE[name], differs={**SPARSE[name].differs, **rules}) for name, rules in _OTHERWISE.items()]
+        return best(form_of(model), rows, "mlx-lm")
+
+    def write(self, model: Any, folder: Path) -> list[str]:
+        """Write what `Native` writes."""
+        return write_fit(self.fit(model), model, folder)
+
+    def verify(self, folder: Path, probe: Probe) -> Verdict:
+        """Read it by transformers, and by MLX."""
+        try:
+            import mlx_lm
+            from mlx_lm.utils import load_model
+        except ImportError:
+            raise ImportError("to compare with MLX, pip install mlx-lm, and on Linux 'mlx[cpu]'") from None
+        by_transformers = Native().verify(folder, probe)
+        model, _ = load_model(folder)
+        difference = probe.difference(_logits(model, probe))
+        if difference > _ROUNDING * max(1.0, probe.size):
+            raise ValueError(f"MLX gives other logits than the model, by {difference:.3g}")
+        return Verdict(f"mlx-lm {mlx_lm.__version__}", difference, str(by_transformers))
+
+
+def _logits(model: Any, probe: Probe) -> Tensor:
+    import mlx.core as mx
+    import numpy as np
+
+    model.set_dtype(mx.float32)
+    return torch.from_numpy(np.array(model(mx.array(probe.ids.numpy())).astype(mx.float32)))

@@ -1,0 +1,45 @@
+"""MLX computes the same as the folders that are written for it."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from export_models import router, sparse
+from moeify import export
+from moeify.sparsify.shared import gated
+
+pytest.importorskip("mlx_lm")
+
+
+@pytest.mark.parametrize(
+    ("base", "recipe", "title"),
+    [
+        ("llama", "mixtral", "Mixtral"),
+        ("llama", "olmoe", "Qwen2-MoE"),
+        ("llama", router(normalize=False, shared=gated), "Qwen2-MoE"),
+        ("qwen2", "olmoe", "Qwen2-MoE"),
+        ("qwen3", "qwen3", "Qwen3-MoE"),
+        ("qwen3", "deepseek", "Dots1"),
+        ("llama", "deepseek", "GLM4-MoE"),
+        ("deepseek_v3", "deepseek", "DeepSeek-V3"),
+    ],
+)
+def test_mlx_gives_the_same_logits(base, recipe, title, tmp_path):
+    done = export.write(sparse(base, recipe), tmp_path / "out", "mlx")
+    assert done.notes[0].startswith(title)
+    assert done.verdict.difference < 1e-4
+
+
+def test_a_base_of_positions_that_mlx_does_not_find_is_found_by_the_comparison(tmp_path):
+    export.write(sparse(), tmp_path / "out", "mlx")
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    del config["rope_theta"]
+    (tmp_path / "out" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="MLX gives other logits"):
+        export.verify(tmp_path / "out")
+
+
+def test_what_mlx_lacks_is_refused():
+    assert "Mixtral, selection bias" in export.supports(sparse("llama", "matched"))["mlx"]
