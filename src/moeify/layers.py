@@ -14,8 +14,9 @@ from torch.utils.hooks import RemovableHandle
 
 from moeify.context import Context, recomputing
 from moeify.experts.base import Experts
-from moeify.hf.blocks import Block, find_blocks, unwrapped
+from moeify.hf.blocks import Block, unwrapped
 from moeify.hf.decisions import Chosen, routing_of
+from moeify.hf.discovery import find_blocks
 from moeify.hf.names import EXPERTS_PER_TOKEN, SELECTION_BIASES
 from moeify.moe import MoE
 from moeify.routers.base import Router

@@ -1,4 +1,4 @@
-"""Finds the mixture-of-experts blocks of transformers' models, and observes what each of them chooses.
+"""A mixture-of-experts block of transformers, and how to observe what it chooses.
 
 Most families call a module of stacked experts with tokens, expert indices and weights: `InterfaceBlock`. Those that do
 otherwise are in `moeify.hf.families`.
@@ -6,7 +6,6 @@ otherwise are in `moeify.hf.families`.
 
 from __future__ import annotations
 
-import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -74,20 +73,6 @@ class Block(ABC):
         )
 
 
-def find_blocks(model: nn.Module) -> Iterator[Block]:
-    """Every MoE block of a model that is transformers' own, with what PEFT has put around its parts or not."""
-    from moeify.hf.families import family
-
-    ours = {id(part) for moe in model.modules() if isinstance(moe, MoE) for part in moe.modules()}
-    for name, module in model.named_modules():
-        if id(module) in ours or is_wrapper(module):
-            continue
-        if (build := family(module)) is not None:
-            yield build(name, module)
-        elif (block := _interface_block(name, module, ours)) is not None:
-            yield block
-
-
 def is_wrapper(module: nn.Module) -> bool:
     """Whether a module is an adapter of PEFT around another module."""
     return isinstance(getattr(module, "base_layer", None), nn.Module) and not isinstance(module, MoE)
@@ -98,36 +83,6 @@ def unwrapped(module: nn.Module) -> nn.Module:
     while is_wrapper(module):
         module = module.get_submodule("base_layer")
     return module
-
-
-def stacked_experts(module: nn.Module) -> int:
-    """The number of experts that a module of transformers stacks, zero experts included, 0 if it stacks none."""
-    down = module._parameters.get("down_proj")
-    up = next((module._parameters[name] for name in ("gate_up_proj", "up_proj") if name in module._parameters), None)
-    return up.shape[0] if up is not None and down is not None and down.dim() == 3 else 0
-
-
-def _interface_block(name: str, module: nn.Module, ours: set[int]) -> InterfaceBlock | None:
-    for experts in module.children():
-        inside = unwrapped(experts)
-        if id(experts) in ours or not (num_experts := stacked_experts(inside)) or not _takes_choices(inside):
-            continue
-        others = [part for part in module.children() if part is not experts]
-        router = next((part for part in others if _routes(part, num_experts)), None)
-        shared = next((part for key, part in module.named_children() if "shared" in key and part is not router), None)
-        return InterfaceBlock(
-            name=name, module=module, router=router, experts=experts, shared=shared, num_experts=num_experts
-        )
-    return None
-
-
-def _takes_choices(experts: nn.Module) -> bool:
-    """Whether experts are called with tokens, indices and weights."""
-    return len(inspect.signature(experts.forward).parameters) >= 3
-
-
-def _routes(module: nn.Module, num_experts: int) -> bool:
-    return any(p.dim() == 2 and p.shape[0] == num_experts for p in module.parameters())
 
 
 @dataclass(frozen=True, kw_only=True)
