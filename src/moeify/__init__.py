@@ -11,7 +11,7 @@ from importlib.util import find_spec
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from moeify.hf.on_import import register_moeify_experts
+from moeify.hf.on_import import on_import
 from moeify.version import __version__ as __version__
 
 if TYPE_CHECKING:
@@ -81,4 +81,19 @@ class _Package(ModuleType):
 
 
 sys.modules[__name__].__class__ = _Package
-register_moeify_experts()
+
+
+def _register_experts(module: Any) -> None:
+    from moeify.hf.interface import moeify_experts
+
+    module.ALL_EXPERTS_FUNCTIONS.register("moeify", moeify_experts)
+
+
+def _register_models(module: Any) -> None:
+    from moeify.store.modelling import register
+
+    register(module)
+
+
+on_import("transformers.integrations.moe", _register_experts)
+on_import("transformers.models.auto.configuration_auto", _register_models)

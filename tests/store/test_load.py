@@ -19,6 +19,7 @@ from moeify.routers import TopK
 from moeify.sparsify import fresh, sparsify, splits
 from moeify.sparsify.make import clustered
 from moeify.store import load_weights, verify
+from moeify.store.config import unfold
 from plain_models import Gated, Recommender, Tied, blocks, encoder, output
 from tiny_models import DENSE, causal_lm, inputs, widened
 
@@ -31,9 +32,9 @@ def sparse(family: str = "llama", recipe: Recipe = COPIES) -> nn.Module:
 
 def older(folder) -> None:
     """Take from a folder what earlier versions did not write."""
-    description = json.loads((folder / "config.json").read_text())
-    for key in ("sites", "ties", "buffers"):
-        del description[key]
+    description = unfold(json.loads((folder / "config.json").read_text()))
+    for key in ("sites", "ties", "buffers", "sparse_layers"):
+        description.pop(key, None)
     (folder / "SHA256.json").unlink()
     write_json(folder / "config.json", description)
 
@@ -270,8 +271,9 @@ def test_a_flipped_bit_is_found_in_every_file(size, tmp_path):
             (tmp_path / "bad" / other.name).write_bytes(content if other == path else other.read_bytes())
         with pytest.raises(ValueError, match=r"damaged|valid JSON|weight_map|must hold"):
             verify(tmp_path / "bad")
-        with pytest.raises((ValueError, FileNotFoundError)):
-            load(tmp_path / "bad")
+        if path.name not in ("modeling_moeify.py", "SHA256.json"):  # which ends with the hash of that file
+            with pytest.raises((ValueError, FileNotFoundError)):
+                load(tmp_path / "bad")
 
 
 def test_a_folder_without_hashes_loads_and_cannot_be_verified(tmp_path):
@@ -286,16 +288,16 @@ def test_a_folder_without_hashes_loads_and_cannot_be_verified(tmp_path):
     ("change", "words"),
     [
         (lambda d: d["recipe"].update(num_experts=10**9), "promises 1000000000 experts"),
-        (lambda d: d["model"]["config"].update(hidden_size=2**40), "promises hidden_size="),
-        (lambda d: d["model"]["config"].update(num_hidden_layers=10**9), "promises num_hidden_layers="),
-        (lambda d: d["model"]["config"].update(num_hidden_layers=1e9), "promises num_hidden_layers="),
-        (lambda d: d["model"]["config"].update(num_labels=10**12), "promises num_labels="),
-        (lambda d: d["model"]["config"].update(num_hidden_layers=9_999), "describes more than 10000 parts"),
-        (lambda d: d["model"]["config"].update(num_hidden_layers=3), "missing: "),
-        (lambda d: d["model"]["config"].update(vocab_size=10**6), "wrong shape: "),
+        (lambda d: d.update(hidden_size=2**40), "promises hidden_size="),
+        (lambda d: d.update(num_hidden_layers=10**9), "promises num_hidden_layers="),
+        (lambda d: d.update(num_hidden_layers=1e9), "promises num_hidden_layers="),
+        (lambda d: d.update(num_labels=10**12), "promises num_labels="),
+        (lambda d: d.update(num_hidden_layers=9_999), "describes more than 10000 parts"),
+        (lambda d: d.update(num_hidden_layers=3), "missing: "),
+        (lambda d: d.update(vocab_size=10**6), "wrong shape: "),
         (lambda d: d["recipe"].update(num_experts=5), "wrong shape: "),
-        (lambda d: d["model"]["config"].update(hidden_act="wilu"), r"no LlamaForCausalLM can be built .*wilu"),
-        (lambda d: d["model"]["config"].update(hidden_size="wide"), "no LlamaForCausalLM can be built"),
+        (lambda d: d.update(hidden_act="wilu"), r"no LlamaForCausalLM can be built .*wilu"),
+        (lambda d: d.update(hidden_size="wide"), "no LlamaForCausalLM can be built"),
         (lambda d: d.update(ties={"lm_head.weight": "nothing"}), "missing|nothing"),
         (lambda d: d.update(ties=[]), "has no 'ties'"),
         (lambda d: d.update(ties={"lm_head.weight": 3}), "'ties' do not name tensors"),

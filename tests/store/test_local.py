@@ -12,6 +12,7 @@ import torch
 from moeify import Recipe, load, save
 from moeify.files import write_json
 from moeify.sparsify import sparsify
+from moeify.store.config import unfold
 from tiny_models import causal_lm, inputs
 
 
@@ -38,7 +39,7 @@ def saved(tmp_path_factory):
     model = sparsify(causal_lm("llama"), Recipe(num_experts=4), verbose=False).eval()
     folder = tmp_path_factory.mktemp("saved")
     save(model, folder)
-    return folder, json.loads((folder / "config.json").read_text()), inputs(model), model
+    return folder, unfold(json.loads((folder / "config.json").read_text())), inputs(model), model
 
 
 def edited(saved, folder, config: dict, architecture: str | None = None):

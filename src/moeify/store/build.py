@@ -11,7 +11,7 @@ from torch import nn
 
 from moeify.compress.quantize import quantize_as
 from moeify.meta import made_on_meta, move_parameters, parameters_on_meta
-from moeify.sparsify.plan import find
+from moeify.sparsify.plan import Plan, find
 from moeify.sparsify.recipe import Recipe
 from moeify.store.local import local_config
 
@@ -38,13 +38,18 @@ def build(folder: Path, description: dict[str, Any], recipe: Recipe | None, mode
         plan = find(model, recipe, sites)
     move_parameters(model, "meta")
     if plan is not None:
-        if made_on_meta(lambda: nn.ModuleList([*plan.layers, *plan.following.values()])) is None:
-            move_parameters(model, "cpu")  # for a part of the user's own that computes with values
-            plan = replace(plan)  # which makes its layers anew
-        plan.apply(allow_noncausal=True)  # whoever saved it allowed it
+        apply_on_meta(plan)
     with parameters_on_meta():
         quantize_as(model, description.get("quantization", []))
     return model
+
+
+def apply_on_meta(plan: Plan) -> None:
+    """Put the sparse layers of a plan into a model without memory for parameters, as far as the layers allow it."""
+    if made_on_meta(lambda: nn.ModuleList([*plan.layers, *plan.following.values()])) is None:
+        move_parameters(plan.model, "cpu")  # for a part of the user's own that computes with values
+        plan = replace(plan)  # which makes its layers anew
+    plan.apply(allow_noncausal=True)  # whoever saved it allowed it
 
 
 def _dense(folder: Path, description: dict[str, Any]) -> nn.Module:

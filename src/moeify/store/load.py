@@ -25,6 +25,7 @@ from moeify.files import read_json
 from moeify.folders import finish
 from moeify.sparsify.recipe import Recipe
 from moeify.store.build import build
+from moeify.store.config import unfold
 from moeify.store.dtypes import REAL
 from moeify.store.hashes import check
 from moeify.store.weights import Weights
@@ -75,7 +76,7 @@ def _read(folder: Path, recipe: Recipe | None) -> tuple[dict[str, Any], Recipe |
     if not os.path.lexists(path):
         raise FileNotFoundError(f"there is no config.json in {folder}: it is not a checkpoint of moeify")
     check(folder, [path])
-    description = read_json(path)
+    description = unfold(read_json(path))
     for key, kind, needed in (
         ("moeify", str, True), ("recipe", (dict, NoneType) if "quantization" in description else dict, True),
         ("model", dict, True), ("quantization", list, False), ("ties", dict, False),

@@ -11,7 +11,9 @@ from torch import Tensor, nn
 from moeify.compress.quantize import quantization_of
 from moeify.files import write_json
 from moeify.origin import Origin
+from moeify.store.config import architecture_of, describe, fold
 from moeify.store.hashes import saving
+from moeify.store.modelling_file import write_modelling_file
 from moeify.store.peft import has_adapters
 from moeify.store.weights import INDEX, WEIGHTS, persistent, ties_of, weight_files, write_weights
 from moeify.version import __version__
@@ -47,7 +49,7 @@ def save(model: nn.Module, folder: str | Path, *, max_shard_size: str = "5GB") -
     description: dict[str, Any] = {
         "moeify": __version__,
         "recipe": origin.recipe and origin.recipe.to_dict(),
-        "model": _describe(model),
+        "model": describe(model),
         "ties": ties_of(tensors),
         "buffers": _buffers(model),
     }
@@ -55,10 +57,13 @@ def save(model: nn.Module, folder: str | Path, *, max_shard_size: str = "5GB") -
         description["quantization"] = quantization
     if origin.sites is not None:
         description["sites"] = origin.sites
+    description = fold(model, description)
     folder = Path(folder)
     with saving(folder) as stage:
         write_weights(tensors, stage.new, max_shard_size)
         write_json(stage.new / "config.json", description)
+        if "auto_map" in description:
+            write_modelling_file(stage.new, architecture_of(model), is_plain=description["sparse_layers"] is not None)
         stage.obsolete |= _weights_of_before(folder)
 
 
@@ -68,13 +73,6 @@ def _weights_of_before(folder: Path) -> set[str]:
         return {INDEX, *(file.name for file in weight_files(folder))}
     except (ValueError, OSError):  # there are none, or it is not known which
         return {INDEX, WEIGHTS}
-
-
-def _describe(model: nn.Module) -> dict[str, Any]:
-    config: Any = getattr(model, "config", None)
-    if config is None:
-        return {"class": f"{type(model).__module__}.{type(model).__qualname__}"}
-    return {"class": f"transformers.{type(model).__name__}", "config": config.to_dict()}
 
 
 def _buffers(model: nn.Module) -> dict[str, str]:

@@ -1,0 +1,70 @@
+"""`config.json` for two readers: the config of the dense model as transformers writes it, and how to make it sparse.
+
+The keys of moeify lie beside those of the dense model, so that every tool finds `hidden_size` and the like where it
+looks for them. A model that transformers cannot build has the keys of moeify only.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from moeify.store.modelling_file import auto_map
+from moeify.store.standalone_layers import standalone_layers
+
+MODEL_TYPE = "moeify"
+_OF_MOEIFY = ("moeify", "recipe", "model", "ties", "buffers", "sites", "quantization", "sparse_layers")
+_OF_TRANSFORMERS = ("model_type", "architectures", "auto_map")
+
+
+def architecture_of(model: nn.Module) -> Any:
+    """The class of transformers that a model is of, dense or sparse; None if it is of another library."""
+    import transformers
+
+    known = [each for each in type(model).__mro__ if getattr(transformers, each.__name__, None) is each]
+    return next((each for each in known if each.__module__.startswith("transformers.")), None)
+
+
+def identify(architecture: Any) -> dict[str, str]:
+    """How a config names a class of transformers."""
+    return {"class": f"transformers.{architecture.__name__}", "model_type": architecture.config_class.model_type}
+
+
+def describe(model: nn.Module) -> dict[str, Any]:
+    """The class of a model's dense model, and its config if it has one."""
+    config: Any = getattr(model, "config", None)
+    if config is None:
+        return {"class": f"{type(model).__module__}.{type(model).__qualname__}"}
+    added = _OF_MOEIFY + _OF_TRANSFORMERS if config.model_type == MODEL_TYPE else ()
+    values = {key: value for key, value in config.to_dict().items() if key not in (*added, "_name_or_path")}
+    architecture = architecture_of(model)
+    if architecture is None:
+        return {"class": f"transformers.{type(model).__name__}", "config": values}
+    return {**identify(architecture), "config": values}
+
+
+def fold(model: nn.Module, description: dict[str, Any]) -> dict[str, Any]:
+    """What `save` writes: a description that transformers reads too, if it has a class for the model."""
+    architecture = architecture_of(model)
+    if architecture is None or "sites" not in description or "quantization" in description:
+        return description
+    dense = {key: value for key, value in description["model"]["config"].items() if key not in _OF_TRANSFORMERS}
+    for_transformers = {
+        "model_type": MODEL_TYPE,
+        "architectures": [f"Sparse{architecture.__name__}"],
+        "auto_map": auto_map(architecture),
+    }
+    of_moeify = description | {"model": identify(architecture)}
+    dtype = str(getattr(model, "dtype", "float32")).removeprefix("torch.")
+    return for_transformers | of_moeify | {"sparse_layers": standalone_layers(model)} | dense | {"dtype": dtype}
+
+
+def unfold(description: dict[str, Any]) -> dict[str, Any]:
+    """The description that was folded, with the config of the dense model in a place of its own; others as they are."""
+    model = description.get("model")
+    if description.get("model_type") != MODEL_TYPE or not isinstance(model, dict):
+        return description
+    dense = {key: value for key, value in description.items() if key not in _OF_MOEIFY + _OF_TRANSFORMERS}
+    own = {key: value for key, value in description.items() if key in _OF_MOEIFY}
+    return own | {"model": model | {"config": dense | {"model_type": model.get("model_type")}}}
