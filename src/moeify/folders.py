@@ -11,12 +11,14 @@ nothing of this finds an incomplete folder in between, never old files beside ne
 from __future__ import annotations
 
 import errno
+import inspect
 import os
 import shutil
 from collections.abc import Generator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from moeify.files import read_json, sync, write_json
 from moeify.notices import say
@@ -44,7 +46,11 @@ def locked(folder: Path, name: str, doing: str, *, wait: float = 0.0) -> Generat
     import filelock
 
     folder.mkdir(parents=True, exist_ok=True)
-    lock = filelock.FileLock(folder / name, timeout=wait)
+    options = inspect.signature(filelock.FileLock).parameters
+    native: dict[str, Any] = (
+        {"fallback_to_soft": False} if "fallback_to_soft" in options else {}
+    )  # a soft lock survives a kill
+    lock = filelock.FileLock(folder / name, timeout=wait, **native)
     try:
         lock.acquire()
     except filelock.Timeout:
@@ -60,7 +66,8 @@ def locked(folder: Path, name: str, doing: str, *, wait: float = 0.0) -> Generat
         yield
     finally:
         if os.name != "nt":  # before it is released: whoever comes next makes a new file
-            (folder / name).unlink(missing_ok=True)
+            with suppress(OSError):
+                (folder / name).unlink()
         lock.release()
 
 

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from moeify.data.blocks import Blocks
 from moeify.evaluate.run import Point, Run, Settings, Stopped
 from moeify.evaluate.versus import Versus, loss_at, versus
+from moeify.files import write_json
 from moeify.flops import Count
 from moeify.routers.topk import TopK
 from moeify.sparsify import Recipe
@@ -164,6 +165,9 @@ def test_a_stopped_comparison_goes_on_and_a_finished_one_is_not_repeated(tmp_pat
     told.clear()
     assert compare(tmp_path / "cut", resume=True, log=told.append, on_model=kept.__setitem__) == again
     assert told == []
+    write_json(tmp_path / "cut" / "dense-0" / "run.json", {"points": [{"stop": 1}]})
+    with pytest.raises(ValueError, match=r"run\.json is damaged .*delete it, and what it says is computed again"):
+        compare(tmp_path / "cut", resume=True)
     models = {}
     compare(tmp_path / "models", on_model=models.__setitem__)
     ids = blocks(1, 4).input_ids

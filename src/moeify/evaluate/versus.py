@@ -17,6 +17,7 @@ from moeify.evaluate.pace import Pace, fit, measure_pace
 from moeify.evaluate.run import Run, Settings, train_run
 from moeify.files import read_json, write_json
 from moeify.flops import count
+from moeify.folders import RUN_LOCK, locked
 from moeify.sparsify import Recipe
 from moeify.sparsify.convert import convert
 from moeify.store import load_weights
@@ -214,11 +215,12 @@ def versus(
             place = folder / f"{name}-{seed}"
             done = place / "run.json"
             if resume and done.is_file():
-                run = Run.from_dict(read_json(done))
+                run = _result(done, Run.from_dict)
                 load_weights(model, place)
             else:
                 log(f"training the {name} model, seed {seed}")
-                recover(place)
+                with locked(place, RUN_LOCK, "is training"):
+                    recover(place)
                 begun = resume and bool(checkpoints(place))
                 run = train_run(name, model, train, validation, place, replace(settings, seed=seed), resume=begun)
                 with saving(place) as stage:
@@ -240,6 +242,14 @@ def _fitted(settings: Settings, pace: Pace, log: Callable[[str], None]) -> Setti
     return fitted
 
 
+def _result(file: Path, read: Callable[[dict[str, Any]], Any]) -> Any:
+    """What an earlier call has written."""
+    try:
+        return read(read_json(file))
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{file} is damaged ({error!r}); delete it, and what it says is computed again") from None
+
+
 def _pace(
     sparse: nn.Module, dense: nn.Module, train: Blocks, validation: Blocks, folder: Path, settings: Settings,
     *, resume: bool, log: Callable[[str], None],
@@ -249,7 +259,7 @@ def _pace(
     if not settings.pairs:
         return None
     if resume and file.is_file():
-        return Pace.from_dict(read_json(file))
+        return _result(file, Pace.from_dict)
     log(f"measuring what a step costs both models, by turns, {settings.pairs} times")
     pace = measure_pace(sparse, dense, train, validation, settings)
     write_json(file, pace.to_dict())

@@ -13,7 +13,7 @@ from transformers.trainer_callback import ExportableState
 
 from moeify import ranks
 from moeify.files import read_json, read_tensors, write_tensors
-from moeify.folders import RUN_LOCK, locked
+from moeify.folders import RUN_LOCK, locked, replacing_files
 from moeify.notices import say
 from moeify.origin import Origin
 from moeify.store import save
@@ -185,7 +185,8 @@ class Saving(_Trainer):
         """
         if saves_adapters(self.model):
             if self.args.should_save:
-                self.model.save_pretrained(self.args.output_dir if output_dir is None else output_dir)
+                with replacing_files(Path(self.args.output_dir if output_dir is None else output_dir)) as stage:
+                    self.model.save_pretrained(stage.new)
             return None
         if Origin.of(self.model).recipe is None:
             return super()._save(output_dir, state_dict)
