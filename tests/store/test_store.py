@@ -102,6 +102,17 @@ def test_a_plain_model_is_loaded_into_one_of_its_kind(tmp_path):
     assert loaded.head.weight is loaded.embedding.weight
 
 
+def test_a_model_that_does_not_fit_is_as_it_was_before(tmp_path):
+    save(sparsify(Tied(), COPIES, verbose=False), tmp_path)
+    other = Tied()
+    other.head = nn.Linear(3, 5)  # found out when the sparse layers stand in their places already
+    before, parts = copy.deepcopy(other), list(other.modules())
+    with pytest.raises(ValueError, match=r"missing: head\.bias"):
+        load(tmp_path, model=other)
+    assert list(other.modules()) == parts
+    assert_equal(other, before)
+
+
 def test_a_recipe_of_ones_own_is_refused_before_anything_is_written(tmp_path):
     recipe = Recipe(num_experts=4, router=lambda width, num_experts: TopK(width, num_experts))
     model = sparse(recipe=recipe)

@@ -10,6 +10,7 @@ import os
 import re
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from types import NoneType
 from typing import Any
@@ -23,6 +24,7 @@ from torch.nn.modules.module import (
 
 from moeify.files import read_json
 from moeify.folders import finish
+from moeify.snapshot import restored_on_error
 from moeify.sparsify.recipe import Recipe
 from moeify.store.build import build
 from moeify.store.config import unfold
@@ -37,7 +39,7 @@ def load(folder: str | Path, model: nn.Module | None = None, recipe: Recipe | No
     Args:
         folder: what `save` wrote.
         model: the dense model to start from, whose weights are discarded; needed for models that are not of
-            transformers.
+            transformers. A call that raises leaves it as it was.
         recipe: used in place of the saved one, for recipes with parts of your own.
 
     Raises:
@@ -49,6 +51,13 @@ def load(folder: str | Path, model: nn.Module | None = None, recipe: Recipe | No
     finish(folder)
     description, recipe, weights = _read(folder, recipe)
     weights.check()
+    make = partial(_make, folder, description, recipe, weights)
+    return make(None) if model is None else restored_on_error(model, partial(make, model), values=False)
+
+
+def _make(
+    folder: Path, description: dict[str, Any], recipe: Recipe | None, weights: Weights, model: nn.Module | None
+) -> nn.Module:
     most = max(_USUAL_LAYERS, 100 * len(weights.shapes))
     with torch.random.fork_rng(devices=[]), _parts_at_most(most, folder / "config.json"):
         model = build(folder, description, recipe, model)
