@@ -22,8 +22,11 @@ def real_tokens(mask: Bool[Tensor, "B N"] | Tensor) -> Bool[Tensor, "B N"]:
     """The tokens that a mask with one entry per token marks as real.
 
     Integers and bools, and floats from 0 to 1, are 1 for a real token. Floats that are added to scores are 0 for a real
-    token and negative for padding; nothing but zeros is such a mask, for no batch is all padding.
+    token and negative for padding; nothing but zeros is such a mask, for no batch is all padding. So is nothing but
+    False, with which Mask2Former says that nothing is hidden.
     """
+    if mask.dtype is torch.bool:
+        return mask | ~mask.any()
     if not mask.is_floating_point():
         return mask.bool()
     added = (mask.amin() < 0) | (mask.amax() <= 0)

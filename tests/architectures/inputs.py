@@ -83,6 +83,8 @@ def whole(kind: str, model: PreTrainedModel) -> Inputs:
                 size = _of(config, "patch_size")
                 given |= {"pixel_values": _randn(2, 16, 3 * size * size), "spatial_shapes": torch.full((2, 2), 4)}
                 given["pixel_attention_mask"] = torch.ones(2, 16, dtype=torch.long)
+            case "task":
+                given["task_inputs"] = _ids(2, config.task_seq_len)
             case "regions":
                 size = config.visual_feat_dim
                 given |= {"visual_feats": _randn(2, LENGTH, size), "visual_pos": _randn(2, LENGTH, 4)}

@@ -114,8 +114,11 @@ def _recipe_for(names: list[str], recipe: Recipe) -> Recipe:
 
 @torch.no_grad()
 def _fill(experts: Experts, site: Site, sources: list[Source], names: dict[int, Names]) -> set[int]:
-    """Give every expert the weights that its model has at a site; returns the tensors of the site."""
-    inside = list(site.dense.state_dict(keep_vars=True).values())
+    """Give every expert the weights that its model has at a site; returns the tensors that were given to experts.
+
+    What an activation learns is shared by the experts, and is a mean over the models.
+    """
+    inside = [tensor for key, tensor in site.dense.state_dict(keep_vars=True).items() if not key.startswith("act.")]
     for e, model in enumerate(sources):
         for tensor in inside:
             tensor.copy_(model.first(names[id(tensor)]))
@@ -128,7 +131,8 @@ def _parts(experts: Experts, e: int) -> list[Tensor]:
     """What one expert consists of."""
     if isinstance(experts, Each):
         return list(experts.experts[e].state_dict(keep_vars=True).values())
-    return [stacked[e] for stacked in experts.parameters()]
+    common = {id(parameter) for module in experts.common_modules() for parameter in module.parameters()}
+    return [stacked[e] for stacked in experts.parameters() if id(stacked) not in common]
 
 
 @torch.no_grad()

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from moeify.kernels.stacked import Stacked
+from moeify.kernels.stacked import Activation, Stacked
 
 
 class Experts(nn.Module, ABC):
@@ -47,3 +47,10 @@ class Experts(nn.Module, ABC):
         """The output of every expert for every token."""
         counts = torch.full((self.num_experts,), len(x), dtype=torch.int64, device=x.device)
         return self(x.repeat(self.num_experts, 1), counts).unflatten(0, (self.num_experts, -1)).transpose(0, 1)
+
+
+def hold_activation(module: nn.Module, activation: Activation) -> None:
+    """Let a module have the parameters of its activation as its own, if there are any (PReLU, xIELU), as `act`."""
+    act = getattr(activation, "act", None)
+    if isinstance(act, nn.Module) and next(act.parameters(), None) is not None:
+        module.add_module("act", act)

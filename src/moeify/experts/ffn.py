@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from moeify.experts.base import Experts
+from moeify.experts.base import Experts, hold_activation
 from moeify.kernels import grouped_linear
 from moeify.kernels.stacked import SWIGLU, Activation, Stacked
 
@@ -23,7 +23,7 @@ class FFN(Experts):
         num_experts: E.
         width: D.
         hidden: H.
-        activation: between the projections; a gated one adds a gate projection.
+        activation: between the projections; a gated one adds a gate projection; what it learns, experts share.
         bias: give every projection a bias.
         width_out: O, D if not given.
         dropout: probability of dropping a hidden unit after the activation (expert dropout of Switch).
@@ -46,6 +46,7 @@ class FFN(Experts):
         self.num_experts, self.width, self.hidden = num_experts, width, hidden
         self.width_out = width if width_out is None else width_out
         self.activation = activation
+        hold_activation(self, activation)
         self.dropout = nn.Dropout(dropout)
         self._up = "gate_up_proj" if activation.projections == 2 else "up_proj"
         for name, rows, columns in [
@@ -73,10 +74,14 @@ class FFN(Experts):
 
     @property
     def stacked(self) -> Stacked | None:
-        """Its weights, unless hidden units are dropped now."""
-        if self.training and self.dropout.p > 0:
+        """Its weights, unless hidden units are dropped now, or the activation learns."""
+        if (self.training and self.dropout.p > 0) or "act" in self._modules:
             return None
         return Stacked(*self.up, *self.down, self.activation)
+
+    def common_modules(self) -> tuple[nn.Module, ...]:
+        """The activation, if it learns: its parameters are the same for all experts."""
+        return (self.get_submodule("act"),) if "act" in self._modules else ()
 
     def forward(self, rows: Float[Tensor, "R D"], counts: Int[Tensor, "E"]) -> Float[Tensor, "R O"]:
         """`down(activation(up(rows)))`, each row by its own expert."""

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from moeify.experts.base import Experts
+from moeify.experts.base import Experts, hold_activation
 from moeify.kernels import grouped_linear
 from moeify.kernels.stacked import Activation
 
@@ -95,6 +95,7 @@ class LoRAFFN(Experts):
         super().__init__()
         self.num_experts = up_lora.num_experts
         self.up, self.down, self.activation = up, down, activation
+        hold_activation(self, activation)
         self.up_lora, self.down_lora = up_lora, down_lora
 
     def common_modules(self) -> tuple[nn.Module, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -40,13 +41,17 @@ def same_alone(model: nn.Module, site: Site) -> bool | None:
 def _output(owner: nn.Module, site: Site) -> Tensor | None:
     """The first output of a module for random hidden states, None if it refuses them or does not reach the site."""
     weight = next(site.dense.parameters())
+    x = torch.randn(2, 5, site.width, generator=torch.Generator().manual_seed(0)).to(weight.device, weight.dtype)
     _, *others = inspect.signature(owner.forward).parameters.values()
-    missing = {p.name: None for p in others if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD}
+    required = [p.name for p in others if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
+    given: dict[str, Any] = dict.fromkeys(required)
+    if "cu_seqlens" in given:  # sequences one behind the other
+        x, given["cu_seqlens"] = x.flatten(0, 1), torch.tensor([0, 5, 10], dtype=torch.int32, device=weight.device)
     reached: list[bool] = []
     handle = getattr(*site.place).register_forward_pre_hook(lambda module, args: reached.append(True))
     try:
         with restored(owner), in_evaluation(owner), fixed_randomness(owner):
-            output = owner(torch.randn(2, 5, site.width, dtype=weight.dtype, device=weight.device), **missing)
+            output = owner(x, **given)
     except MemoryError:  # says nothing about the module
         raise
     except Exception:  # whatever it raises

@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from moeify.experts.base import hold_activation
 from moeify.kernels.stacked import Elementwise, Glu, Plain, gelu_tanh
 from moeify.modes import fixed_randomness, in_evaluation
 
@@ -32,6 +33,7 @@ class DenseFFN(nn.Module):
         self.ups = nn.ModuleList(ups)
         self.down = down
         self.activation = activation
+        hold_activation(self, activation)
         self.dropout = nn.Dropout(dropout)
 
     @property
@@ -102,12 +104,17 @@ _USUAL_ACTIVATIONS: tuple[Elementwise, ...] = (F.silu, F.gelu, gelu_tanh, F.relu
 
 
 def held_activations(module: nn.Module) -> Iterator[tuple[str, Elementwise]]:
-    """The elementwise functions and parameterless modules that a module holds, by attribute name."""
+    """The elementwise functions that a module holds, by attribute name; all that one of them learns are scalars."""
     for name, part in [*module.named_children(), *vars(module).items()]:
         if name.startswith("_") or isinstance(part, nn.Dropout | nn.Identity | type) or not callable(part):
             continue
-        if not (isinstance(part, nn.Module) and list(part.parameters())) and _is_elementwise(part):
+        if all(parameter.numel() == 1 for parameter in parameters_of(part)) and _is_elementwise(part):
             yield name, part
+
+
+def parameters_of(function: Callable) -> list[nn.Parameter]:
+    """What an activation learns."""
+    return list(function.parameters()) if isinstance(function, nn.Module) else []
 
 
 def activations(module: nn.Module) -> list[Elementwise]:

@@ -66,10 +66,10 @@ def _texts(model: nn.Module, config: Any, accepted: Set[str]) -> Iterator[Inputs
 
 def _images(model: nn.Module, config: Any, accepted: Set[str]) -> Iterator[Inputs]:
     vision = getattr(config, "vision_config", config)
-    size = _setting(vision, "image_size", "input_size", "img_size") or 64
+    frames = _setting(vision, "num_frames", "frames_per_clip")
+    size = _setting(vision, "image_size", "input_size", "img_size") or (32 if frames else 64)
     height, width = size if isinstance(size, tuple | list) else (size, size)
     picture = (_setting(vision, "num_channels", "in_chans", "in_channels") or 3, height, width)
-    frames = _setting(vision, "num_frames", "frames_per_clip")
     if "spatial_shapes" in accepted:  # patches of images of any size
         patch = _setting(vision, "patch_size") or 16
         yield {

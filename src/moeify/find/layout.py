@@ -98,37 +98,29 @@ def _with_layout(model: nn.Module, site: Site, shape: torch.Size | None, batch: 
 
 
 def padding_routed(model: nn.Module, sites: Sequence[Site], probe: Probe) -> list[Site]:
-    """The sites, with `routes_padding` in every stack whose outputs at padding the model reads elsewhere.
+    """The sites, with `routes_padding` if the model reads at real tokens what they make of padding.
 
     Some models pool a position that may be padding (SigLIP), or mix it into others by convolutions or landmarks
     (ConvBERT, Nyströmformer). There a sparse layer must compute padding too, or outputs at real tokens change.
     """
-    stacks = _reading_padding(model, sites, probe)
-    return [replace(site, routes_padding=site.stack in stacks) for site in sites]
+    reads = _reads_padding(model, sites, probe)
+    return [replace(site, routes_padding=reads) for site in sites]
 
 
-def _reading_padding(model: nn.Module, sites: Sequence[Site], probe: Probe) -> set[str]:
+def _reads_padding(model: nn.Module, sites: Sequence[Site], probe: Probe) -> bool:
     config = getattr(model, "config", None)
     padding = getattr(getattr(config, "text_config", config), "pad_token_id", None)
     padded = probe.padded(padding if isinstance(padding, int) else 0)
     if padded is None or "attention_mask" not in inspect.signature(model.forward).parameters:
-        return set()
+        return False
     given, real = padded
     try:
         before = given.outputs(model)
     except MemoryError:  # says nothing about the model
         raise
     except Exception:  # whatever a model raises that takes no mask of this form
-        return set()
-    if not _changed_by_silence(model, sites, given, before, real):
-        return set()
-    stacks = {site.stack for site in sites}
-    alone = {
-        stack
-        for stack in stacks
-        if _changed_by_silence(model, [site for site in sites if site.stack == stack], given, before, real)
-    }
-    return alone or stacks
+        return False
+    return _changed_by_silence(model, sites, given, before, real)
 
 
 def _changed_by_silence(

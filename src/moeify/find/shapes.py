@@ -26,7 +26,9 @@ from moeify.find.dense import (
     is_linear,
     matrix,
     misfit,
+    parameters_of,
     read,
+    widths,
 )
 from moeify.kernels.stacked import Plain
 
@@ -83,23 +85,25 @@ class Site:
             return self.known_width
         if isinstance(self.dense, DenseFFN):
             return self.dense.width
-        widths = dict.fromkeys(linear.shape[1] for linear in self._linears)
-        for width in widths:
+        if is_linear(self.dense):
+            return widths(self.dense)[1]
+        tried = dict.fromkeys(width for _, width in self._widths)
+        for width in tried:
             if accepts(self.dense, width):
                 return width
         raise ValueError(
             f"{self.name} ({type(self.dense).__name__}) cannot be an expert: it does not take a tensor of rows (R, D) "
-            f"alone, tried with D = {', '.join(map(str, widths))}; leave it out of where=..."
+            f"alone, tried with D = {', '.join(map(str, tried))}; leave it out of where=..."
         )
 
     @property
     def keeps_width(self) -> bool:
         """Whether O is D."""
-        return self._linears[-1].shape[0] == self.width
+        return self._widths[-1][0] == self.width
 
     @property
-    def _linears(self) -> list[Tensor]:
-        return [matrix(part) for part in self.dense.modules() if is_linear(part)]
+    def _widths(self) -> list[tuple[int, int]]:
+        return [widths(part) for part in self.dense.modules() if is_linear(part)]
 
     @property
     def training(self) -> bool:
@@ -147,15 +151,14 @@ def recognise(model: nn.Module) -> tuple[list[Site], list[str]]:
     for name, module in model.named_modules():
         if any(name == site.name or name.startswith(f"{site.name}.") for site in sites):
             continue
-        site = _loose(model, name, module) or _split(name, module) or _sequential(model, name, module)
-        has_parts = site is None and bool(name) and _has_only_an_ffn(module)
+        found = [*_loose(model, name, module), *_split(name, module)] or _sequential(model, name, module)
+        has_parts = not found and bool(name) and _has_parts(module)
         if has_parts:
-            site = _own(model, name, module) or _inline(model, name, module)
-        if has_parts or site is not None:
+            found = _own(model, name, module) or _inline(model, name, module)
+        if has_parts or found:
             rejected = [other for other in rejected if not name.startswith(f"{other}.")]
-        if site is not None:
-            sites.append(site)
-        elif has_parts:
+        sites += found
+        if has_parts and not found:
             rejected.append(name)
     return sites, rejected
 
@@ -167,46 +170,63 @@ def whole(model: nn.Module, name: str, dense: nn.Module | None = None, after: fl
     return Site(name, dense, (model.get_submodule(parent), child), after)
 
 
-def _has_only_an_ffn(module: nn.Module) -> bool:
+def _has_parts(module: nn.Module) -> bool:
+    """Whether a module holds the linear maps of one feed-forward network, and nothing else that learns."""
     linears = [part for part in module.modules() if is_linear(part)]
-    if not 2 <= len(linears) <= 3 or isinstance(module, nn.Sequential):
+    owned = {id(parameter) for part in linears for parameter in part.parameters()}
+    owned |= {id(parameter) for _, act in held_activations(module) for parameter in parameters_of(act)}
+    if isinstance(module, _CONTAINERS) or any(id(parameter) not in owned for parameter in module.parameters()):
         return False
-    owned = {id(parameter) for linear in linears for parameter in linear.parameters()}
-    if any(id(parameter) not in owned for parameter in module.parameters()):
-        return False
-    return any(
+    if len(linears) > 3 and list(held_activations(module)):
+        linears = list(_direct_linears(module).values())  # the others may adapt these
+    return 2 <= len(linears) <= 3 and any(
         {shape[1] for shape in ups} == {down[0]} and sum(shape[0] for shape in ups) in (down[1], 2 * down[1])
         for *ups, down in itertools.permutations([matrix(linear).shape for linear in linears])
     )
 
 
-def _own(model: nn.Module, name: str, module: nn.Module) -> Site | None:
-    dense = read(module, [part for part in module.modules() if is_linear(part)])
+def _own(model: nn.Module, name: str, module: nn.Module) -> list[Site]:
+    linears = [part for part in module.modules() if is_linear(part)]
+    dense = read(module, linears) if len(linears) <= 3 else None
     if dense is None:
-        return None
+        return []
     dense.dropout.p, after = dropouts(module, dense)
-    return whole(model, name, dense, after)
+    return [whole(model, name, dense, after)]
 
 
-def _split(name: str, module: nn.Module) -> Site | None:
-    for (first_name, first), (_, second) in itertools.pairwise(module.named_children()):
-        ups, downs = _direct_linears(first), _direct_linears(second)
-        drops = [part.p for part in first.modules() if isinstance(part, nn.Dropout)]
-        if len(ups) != 1 or len(downs) != 1 or len(list(first.modules())) > 3 + len(drops):
-            continue
-        (up,), ((down_name, down),) = ups.values(), downs.items()
-        if matrix(up).shape != matrix(down).shape[::-1]:
-            continue
-        acts = activations(first)
-        if up.get_parameter("weight").is_meta:
-            act = acts[0]
-        else:
-            act = closest(acts, lambda act, up=up, first=first: misfit(first, _Composed(up, act), matrix(up).shape[1]))
-        if act is not None:
-            dense = DenseFFN([up], down, Plain(act), max(drops, default=0.0))
-            disabled = (second, down_name, nn.Identity())
-            return Site(f"{name}.{first_name}".lstrip("."), dense, (module, first_name), disabled=(disabled,))
-    return None
+def _split(name: str, module: nn.Module) -> list[Site]:
+    """Each pair of neighbours of which the first holds an up projection and its activation, the second a down one."""
+    found: list[Site] = []
+    taken = None
+    for (first_name, _), (second_name, second) in itertools.pairwise(module.named_children()):
+        if first_name != taken and (site := _pair(name, module, first_name, second)) is not None:
+            found.append(site)
+            taken = second_name
+    return found
+
+
+def _pair(name: str, module: nn.Module, first_name: str, second: nn.Module) -> Site | None:
+    first = module.get_submodule(first_name)
+    ups, downs = _direct_linears(first), _direct_linears(second)
+    drops = [part.p for part in first.modules() if isinstance(part, nn.Dropout)]
+    if len(ups) != 1 or len(downs) != 1 or len(list(first.modules())) > 3 + len(drops):
+        return None
+    (up,), ((down_name, down),) = ups.values(), downs.items()
+    if matrix(up).shape != matrix(down).shape[::-1]:
+        return None
+    acts = activations(first)
+    if up.get_parameter("weight").is_meta:
+        act = acts[0]
+    else:
+        act = closest(acts, lambda act: misfit(first, _Composed(up, act), matrix(up).shape[1]))
+    if act is None:
+        return None
+    dense = DenseFFN([up], down, Plain(act), max(drops, default=0.0))
+    disabled = (second, down_name, nn.Identity())
+    return Site(f"{name}.{first_name}".lstrip("."), dense, (module, first_name), disabled=(disabled,))
+
+
+_CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
 
 class _Composed(nn.Module):
@@ -218,18 +238,18 @@ class _Composed(nn.Module):
         return self.act(self.up(x))
 
 
-def _loose(model: nn.Module, name: str, module: nn.Module) -> Site | None:
-    return None if _has_only_an_ffn(module) else _inline(model, name, module)
+def _loose(model: nn.Module, name: str, module: nn.Module) -> list[Site]:
+    return [] if _has_parts(module) else _inline(model, name, module)
 
 
-def _inline(model: nn.Module, name: str, module: nn.Module) -> Site | None:
+def _inline(model: nn.Module, name: str, module: nn.Module) -> list[Site]:
     linears = _direct_linears(module)
     acts = list(held_activations(module))
     if len(linears) != 2 or not acts or isinstance(module, nn.Sequential):
-        return None
+        return []
     (up_name, up), (down_name, down) = linears.items()
     if matrix(up).shape != matrix(down).shape[::-1]:
-        return None
+        return []
     act_name, act = acts[0]
     disabled = [disable(module, act_name), disable(module, down_name)]
     dropout = 0.0
@@ -240,7 +260,7 @@ def _inline(model: nn.Module, name: str, module: nn.Module) -> Site | None:
         dropout = probability
         disabled.append((module, "activation_dropout", 0.0))
     dense = DenseFFN([up], down, Plain(act), dropout)
-    return Site(f"{name}.{up_name}".lstrip("."), dense, (module, up_name), disabled=tuple(disabled))
+    return [Site(f"{name}.{up_name}".lstrip("."), dense, (module, up_name), disabled=tuple(disabled))]
 
 
 def fast_paths(model: nn.Module, layer: nn.Module) -> Iterator[tuple[nn.Module, str, Any]]:
@@ -252,9 +272,9 @@ def fast_paths(model: nn.Module, layer: nn.Module) -> Iterator[tuple[nn.Module, 
                 yield encoder, "use_nested_tensor", False
 
 
-def _sequential(model: nn.Module, name: str, module: nn.Module) -> Site | None:
+def _sequential(model: nn.Module, name: str, module: nn.Module) -> list[Site]:
     if not isinstance(module, nn.Sequential):
-        return None
+        return []
     linears = [i for i, part in enumerate(module) if is_linear(part)]
     if len(linears) == 2:
         first, last = linears
@@ -264,20 +284,24 @@ def _sequential(model: nn.Module, name: str, module: nn.Module) -> Site | None:
         if len(acts) == 1 and len(acts) + len(drops) == len(between):
             dense = DenseFFN([module[first]], module[last], Plain(acts[0]), max(drops, default=0.0))
             disabled = tuple(disable(module, str(i)) for i in range(first + 1, last + 1))
-            return Site(f"{name}.{first}".lstrip("."), dense, (module, str(first)), disabled=disabled)
+            return [Site(f"{name}.{first}".lstrip("."), dense, (module, str(first)), disabled=disabled)]
     return _tower(name, module)
 
 
-def _tower(name: str, module: nn.Sequential) -> Site | None:
-    """Linear layers with anything between them that reads one row at a time, from the first weights to the last."""
+def _tower(name: str, module: nn.Sequential) -> list[Site]:
+    """Linear layers with anything between them that reads one row at a time, from the first weights to the last.
+
+    Without an activation they are one linear map, such as a low-rank adapter, and no network.
+    """
     maps = [i for i, part in enumerate(module) if is_linear(part)]
-    alone = all(is_linear(part) or isinstance(part, _ROW_NORMS) or not list(part.parameters()) for part in module)
-    if len(maps) < 2 or not alone:
-        return None
+    acts = [act for _, act in held_activations(module)]
+    learning = (part for part in module if list(part.parameters()) and part not in acts)
+    if len(maps) < 2 or not acts or not all(is_linear(part) or isinstance(part, _ROW_NORMS) for part in learning):
+        return []
     first = next(i for i, part in enumerate(module) if list(part.parameters()))
     disabled = tuple(disable(module, str(i)) for i in range(first + 1, maps[-1] + 1))
     dense = nn.Sequential(*list(module)[first : maps[-1] + 1])
-    return Site(f"{name}.{first}".lstrip("."), dense, (module, str(first)), disabled=disabled)
+    return [Site(f"{name}.{first}".lstrip("."), dense, (module, str(first)), disabled=disabled)]
 
 
 _ROW_NORMS = (nn.LayerNorm, nn.RMSNorm)  # statistics of a batch would change with the rows that an expert is given

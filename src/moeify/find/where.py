@@ -9,7 +9,7 @@ from functools import partial
 
 from torch import nn
 
-from moeify.find.dense import is_linear
+from moeify.find.dense import accepts, is_linear, widths
 from moeify.find.shapes import Site, fast_paths, recognise, whole
 from moeify.find.unreadable import why_unreadable
 from moeify.layers import moe_layers, sparse_layers
@@ -29,20 +29,9 @@ def ffn(model: nn.Module) -> list[Site]:
         ValueError: there is none; the model is sparse already; or a layer has no feed-forward network but a module with
             the parts of one, that computes something else.
     """
-    if moe_layers(model):
-        raise ValueError(f"this {type(model).__name__} is sparse already; start from the dense model")
-    found, rejected = recognise(model)
-    sparse = list(sparse_layers(model))
-    sites = [site for site in found if not _is_expert(site, sparse)]
-    sites = [site for site in sites if site.layer and site.keeps_width] or sites
-    if not sparse and (reason := why_unreadable(model, sites)) is not None:
-        raise ValueError(f"this {type(model).__name__} cannot be made sparse: {reason}")
-    if sites or not sparse:
-        _refuse_rejected(model, sites, rejected)
-    if not sites and (already := sparse + [site.name for site in found]):
-        raise ValueError(
-            f"this {type(model).__name__} is sparse already (see {already[0]}); start from the dense model"
-        )
+    sites, rejected = candidates(model)
+    served = {site.layer for site in sites}
+    _refuse(model, [name for name in rejected if whole(model, name).layer not in served])
     if not sites:
         raise ValueError(
             f"no feed-forward network was found in this {type(model).__name__}; name the modules to make sparse, "
@@ -51,19 +40,57 @@ def ffn(model: nn.Module) -> list[Site]:
     return sites
 
 
+def candidates(model: nn.Module) -> tuple[list[Site], list[str]]:
+    """The feed-forward networks that can become sparse, and the modules with the parts of one that cannot be read.
+
+    Raises:
+        ValueError: the model is sparse already, or its linear layers hold no plain weights.
+    """
+    if moe_layers(model):
+        raise ValueError(f"this {type(model).__name__} is sparse already; start from the dense model")
+    found, rejected = recognise(model)
+    sparse = list(sparse_layers(model))
+    sites = [site for site in found if not _is_expert(site, sparse)]
+    sites = [site for site in sites if why_left(model, site, sites) is None] or sites
+    if not sparse and (reason := why_unreadable(model, sites)) is not None:
+        raise ValueError(f"this {type(model).__name__} cannot be made sparse: {reason}")
+    if not sites and (already := sparse + [site.name for site in found]):
+        raise ValueError(
+            f"this {type(model).__name__} is sparse already (see {already[0]}); start from the dense model"
+        )
+    return sites, [] if sparse else rejected
+
+
+def why_left(model: nn.Module, site: Site, sites: list[Site]) -> str | None:
+    """Why a feed-forward network stays dense unless there is nothing else, None if nothing speaks against it."""
+    if not site.layer:
+        return "it is in no numbered layer"
+    if not site.keeps_width:
+        return "its outputs are not as wide as its inputs"
+    norms = _norm_widths(model.get_submodule(site.layer))
+    fits = any(other.layer == site.layer and other.width in norms for other in sites)
+    return f"its width, {site.width}, is not that of the layer's tokens" if fits and site.width not in norms else None
+
+
+def _norm_widths(layer: nn.Module) -> set[int]:
+    """The widths of what a layer normalises, its tokens among them."""
+    weights = (part._parameters.get("weight") for part in layer.modules() if "Norm" in type(part).__name__)
+    return {len(weight) for weight in weights if weight is not None and weight.dim() == 1}
+
+
 def _is_expert(site: Site, layers: list[str]) -> bool:
     return "expert" in site.name.lower() or any(f"{site.name}.".startswith(f"{layer}.") for layer in layers)
 
 
-def _refuse_rejected(model: nn.Module, sites: list[Site], rejected: list[str]) -> None:
-    served = {site.layer for site in sites}
+def _refuse(model: nn.Module, rejected: list[str]) -> None:
     for name in rejected:
-        if whole(model, name).layer not in served:
-            raise ValueError(
-                f"{name} ({type(model.get_submodule(name)).__name__}) has the linear maps of a feed-forward network, "
-                "but does not compute down(act(up(x))) or down(act(gate(x)) · up(x)); leave it out with "
-                f"where=named(...), or make its experts whole copies of it with where=modules(r'{re.escape(name)}$')"
-            )
+        module = model.get_submodule(name)
+        rows = any(accepts(module, widths(part)[1]) for part in module.modules() if is_linear(part))
+        copies = f", or make its experts whole copies of it with where=modules(r'{re.escape(name)}$')" if rows else ""
+        raise ValueError(
+            f"{name} ({type(module).__name__}) has the linear maps of a feed-forward network, but does not compute "
+            f"down(act(up(x))) or down(act(gate(x)) · up(x)); leave it out with where=named(...){copies}"
+        )
 
 
 def every(n: int) -> Where:
@@ -110,13 +137,14 @@ def named(regex: str) -> Where:
 
 @register("where", "named")
 def _named(model: nn.Module, regex: str) -> list[Site]:
-    sites = ffn(model)
-    return _some([site for site in sites if search(regex, site.name)], regex, [site.name for site in sites])
+    sites, rejected = candidates(model)
+    _refuse(model, [name for name in rejected if re.search(regex, name)])
+    return _some([site for site in sites if re.search(regex, site.name)], regex, [site.name for site in sites])
 
 
 def chosen(predicate: Callable[[str, nn.Module], bool]) -> Where:
     """The feed-forward networks for which `predicate(name, dense module)` holds."""
-    return lambda model: [site for site in ffn(model) if predicate(site.name, site.dense)]
+    return lambda model: [site for site in candidates(model)[0] if predicate(site.name, site.dense)]
 
 
 def modules(regex: str) -> Where:

@@ -87,7 +87,9 @@ def weight_cosine(experts: nn.Module) -> Float[Tensor, "E E"]:
             raise ValueError("experts of different sizes have no cosine between their weights")
         stacked = torch.stack(vectors)
     else:
-        parameters = list(experts.parameters())
+        common = experts.common_modules() if isinstance(experts, Experts) else ()
+        shared = {id(parameter) for module in common for parameter in module.parameters()}
+        parameters = [parameter for parameter in experts.parameters() if id(parameter) not in shared]
         if len({len(p) for p in parameters}) != 1:
             raise ValueError(f"{type(experts).__name__} does not stack the weights of its experts as (E, ...)")
         stacked = torch.cat([p.flatten(1) for p in parameters], dim=1)

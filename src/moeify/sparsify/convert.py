@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import nn
 
+from moeify.find.left import left_dense
 from moeify.flops import count
 from moeify.snapshot import restored_on_error
 from moeify.sparsify.plan import find
@@ -65,6 +66,7 @@ def convert(
 def _convert(model: nn.Module, recipe: Recipe, probe: Any, verify: bool, allow_noncausal: bool) -> Report:
     dense_count = count(model)
     plan = find(model, recipe)
+    left = left_dense(model, plan.sites)
     compare = plan.verify(probe) if verify else None
     plan.apply(allow_noncausal=allow_noncausal)
     difference = None if compare is None else compare.difference(model)
@@ -73,4 +75,4 @@ def _convert(model: nn.Module, recipe: Recipe, probe: Any, verify: bool, allow_n
             f"copied experts should leave the model's outputs as they are, but one changed by {difference:.3g}; "
             "please report this model"
         )
-    return Report(sites=plan.sites, layers=plan.layers, before=dense_count, after=count(model), difference=difference)
+    return Report(plan.sites, plan.layers, dense_count, count(model), difference, left)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from moeify.experts.lora import LoRA, LoRAFFN
-from moeify.find.dense import DenseFFN, is_linear, matrix
+from moeify.find.dense import DenseFFN, is_linear, matrix, parameters_of
 from moeify.registry import register
 
 
@@ -44,6 +44,8 @@ def lora_ffn(dense: nn.Module, num_experts: int, *, rank: int = 8, scale: float 
             f"lora_ffn is for the projections of a feed-forward network, this is a {type(dense).__name__}; use lora"
         )
     up, down = dense.up_weight, dense.down_weight
+    for parameter in parameters_of(dense.activation.act):
+        parameter.requires_grad_(False)
     return LoRAFFN(
         _frozen_linear(up, dense.up_bias),
         _frozen_linear(down, dense.down_bias),

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import re
+from collections import Counter
+from dataclasses import dataclass, field
 
 from rich.console import Console
 from rich.table import Table
@@ -23,6 +25,7 @@ class Report:
         before: parameters and FLOPs of the dense model.
         after: parameters and FLOPs of the sparse model.
         difference: largest change of an output on the probe, None if nothing was verified.
+        left: the networks that stay dense, by name, with the reason of each.
     """
 
     sites: list[Site]
@@ -30,6 +33,7 @@ class Report:
     before: Count
     after: Count
     difference: float | None
+    left: dict[str, str] = field(default_factory=dict)
 
     def show(self, console: Console | None = None) -> None:
         """Print the table."""
@@ -45,6 +49,8 @@ class Report:
                 "-" if layer.shared is None else type(layer.shared).__name__,
             )  # fmt: skip
         console.print(layers)
+        if self.left:
+            console.print(self._left())
         totals = Table()
         for heading in ("", "dense", "sparse"):
             totals.add_column(heading, justify="right" if heading else "left")
@@ -59,6 +65,13 @@ class Report:
             console.print("function difference: not verified, as asked for")
         else:
             console.print(f"function difference on a probe: {self.difference:.3g} (largest change of an output)")
+
+    def _left(self) -> Table:
+        table = Table("modules", "count", "why", title="left dense", title_justify="left")
+        alike = Counter((re.sub(r"(?<=\.)\d+(?=\.)", "*", name), why) for name, why in self.left.items())
+        for (name, why), number in alike.items():
+            table.add_row(name, str(number), why)
+        return table
 
 
 def _experts(layer: MoE) -> str:
