@@ -39,6 +39,15 @@ class BalanceOnly(SparseTrainerMixin, Silent):
     pass
 
 
+class PaddingOnOne(SparseTrainer):
+    """In step 2, one rank has nothing but padding."""
+
+    def training_step(self, model, inputs, *args, **kwargs):
+        if self.args.process_index == 1 and self.state.global_step == 1:
+            inputs = {**inputs, "attention_mask": torch.zeros_like(inputs["attention_mask"])}
+        return super().training_step(model, inputs, *args, **kwargs)
+
+
 class Record(TrainerCallback):
     def __init__(self):
         self.routers = []
@@ -100,6 +109,11 @@ def stopped(rank, ranks, folder, kind):
         return train(folder, llama, ranks, Strike(kind)).state.global_step
     except FloatingPointError as error:
         return str(error)
+
+
+def padded(rank, ranks, folder):
+    made = train(folder, llama, ranks, kind=PaddingOnOne)
+    return [(entry["loss"], entry["load_entropy"]) for entry in made.state.log_history if "loss" in entry]
 
 
 def waited(rank, ranks, folder, timeout):

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from ranks import gradients, llama, on_ranks, resumed, stopped, waited, whole
+from ranks import gradients, llama, on_ranks, padded, resumed, stopped, waited, whole
 from tiny_models import mixtral
 
 if "forkserver" not in multiprocessing.get_all_start_methods():
@@ -37,6 +37,13 @@ def test_a_nan_on_one_rank_stops_all_before_the_same_step(tmp_path, kind):
     assert (kind == "activation") == other.startswith("another rank met a value")
     assert all(f"weights, which are saved in {tmp_path / 'checkpoint-2'}." in each for each in (other, struck))
     assert (tmp_path / "checkpoint-2" / "MANIFEST.json").is_file()
+
+
+def test_padding_alone_on_one_rank_adds_nothing_and_the_others_learn(tmp_path):
+    first, second = on_ranks(2, padded, tmp_path)
+    assert len(first) == 4
+    assert first == second
+    assert torch.isfinite(torch.tensor(first)).all()
 
 
 def test_a_stopped_rank_is_an_error_within_the_timeout_that_was_asked_for(tmp_path):

@@ -151,11 +151,14 @@ class StepLoss:
         return self._mean([loss(routing) * self._part(_made(routing), sizes) for _, routing in decisions])
 
     @torch.no_grad()
-    def add(self, decisions: Decisions) -> None:
-        """Remember the rows that this micro-batch assigned to the experts, for the f of the next step."""
+    def add(self, decisions: Decisions, *, counts: bool = True) -> None:
+        """Remember the rows that this micro-batch assigned to the experts, for the f of the next step.
+
+        Those of a micro-batch of padding do not count; its layers are named all the same, as ranks add up by layer.
+        """
         for name, routing in decisions:
             if routing.assigned is not None:
-                rows = routing.assigned.float()
+                rows = routing.assigned.float() * counts
                 self._this_step[name] = self._this_step[name] + rows if name in self._this_step else rows
 
     def end(self) -> None:

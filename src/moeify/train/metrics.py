@@ -28,17 +28,21 @@ class Tally:
         self.layers: dict[str, Float[Tensor, "S"]] = {}
 
     @torch.no_grad()
-    def add(self, decisions: Decisions) -> None:
-        """Add the rows that one micro-batch assigned to the experts; dense mixtures are balanced by construction."""
+    def add(self, decisions: Decisions, *, counts: bool = True) -> None:
+        """Add the rows that one micro-batch assigned to the experts; dense mixtures are balanced by construction.
+
+        Those of a micro-batch of padding do not count; its layers are named all the same, as ranks add up by layer.
+        """
         for name, routing in decisions:
             if (assigned := routing.assigned) is not None:
-                new = _sums(routing, assigned)
+                new = _sums(routing, assigned) * counts
                 self.layers[name] = self.layers[name] + new if name in self.layers else new
 
     def drain(self) -> dict[str, dict[str, float]]:
         """The metrics of every layer over all ranks since the last call."""
         sums, self.layers = self.layers, {}
-        return {name: measure(all_reduce(sums[name]).cpu()) for name in sorted(sums)}
+        totals = {name: all_reduce(sums[name]).cpu() for name in sorted(sums)}
+        return {name: measure(total) for name, total in totals.items() if total.any()}
 
 
 def _sums(routing: Routing, assigned: Int[Tensor, "E"]) -> Float[Tensor, "S"]:

@@ -160,7 +160,7 @@ class SparseTrainerMixin(Columns, Saving):
         if padding or not empty.has_labels(inputs, loss):
             self._say_once("all padding" if padding else "without a label to predict", training=model.training)
             loss = empty.zero(loss)
-        extra = self._balance(sizes) if model.training and self._hooks and not padding else None
+        extra = self._balance(sizes, counts=not padding) if model.training and self._hooks else None
         if extra is not None:
             loss = loss + extra.to(loss.device) * self._divisor(num_items_in_batch)
             self._extra = extra.detach().to(loss.device)
@@ -172,11 +172,18 @@ class SparseTrainerMixin(Columns, Saving):
             self._said.add((what, training))
             say(f"moeify: {place} is {what}; it, and all that are, count with a loss of 0")
 
-    def _balance(self, sizes: dict[str, int]) -> Tensor | None:
-        """What a micro-batch adds to the loss of its step, times the ranks, over which gradients are averaged."""
+    def _balance(self, sizes: dict[str, int], *, counts: bool) -> Tensor | None:
+        """What a micro-batch adds to the loss of its step, times the ranks, over which gradients are averaged.
+
+        One of padding adds nothing, and does not count.
+        """
         if not self.watches and not self._watch.seen:
             return None
         decisions = self._watch.take()
+        self._step_loss.add(decisions, counts=counts)
+        self._tally.add(decisions, counts=counts)
+        if not counts:
+            return None
         step, parts = self.state.global_step, []
         if (weight := at(self.sparse.balance, step)) != 0:
             parts.append(weight * self._step_loss.balance(decisions, sizes))
@@ -188,8 +195,6 @@ class SparseTrainerMixin(Columns, Saving):
         for target in self.targets:
             for _, routing in decisions:
                 target.observe(routing)
-        self._step_loss.add(decisions)
-        self._tally.add(decisions)
         return sum(parts) * (self.accelerator.num_processes // self.get_tp_size()) if parts else None
 
     def _divisor(self, num_items_in_batch: Any) -> int:
