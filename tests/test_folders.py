@@ -68,6 +68,20 @@ def test_what_is_to_be_deleted_outside_the_folder_is_not(old, tmp_path):
     assert (tmp_path / "precious").exists()
 
 
+def test_links_do_not_lead_a_save_that_is_finished_to_files_elsewhere(old, tmp_path):
+    write_text(tmp_path / "elsewhere" / "new" / "a", "precious")
+    for link, target in (
+        (".moeify-commit", tmp_path / "elsewhere"),
+        (".moeify-commit/new", tmp_path / "elsewhere/new"),
+    ):
+        (old / link).parent.mkdir(exist_ok=True)
+        (old / link).symlink_to(target)
+        with pytest.raises(ValueError, match="a link to elsewhere; delete it"):
+            finish(old)
+        (old / link).unlink()
+    assert (tmp_path / "elsewhere" / "new" / "a").read_text() == "precious"
+
+
 def hold(folder, held, end):
     with locked(folder, ".lock", "is working"):
         held.set()

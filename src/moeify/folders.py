@@ -46,11 +46,10 @@ def locked(folder: Path, name: str, doing: str, *, wait: float = 0.0) -> Generat
     import filelock
 
     folder.mkdir(parents=True, exist_ok=True)
-    options = inspect.signature(filelock.FileLock).parameters
-    native: dict[str, Any] = (
-        {"fallback_to_soft": False} if "fallback_to_soft" in options else {}
-    )  # a soft lock survives a kill
-    lock = filelock.FileLock(folder / name, timeout=wait, **native)
+    known = inspect.signature(filelock.FileLock).parameters
+    # a soft lock is a file that a kill leaves behind
+    options: dict[str, Any] = {"fallback_to_soft": False} if "fallback_to_soft" in known else {}
+    lock = filelock.FileLock(folder / name, timeout=wait, **options)
     try:
         lock.acquire()
     except filelock.Timeout:
@@ -140,6 +139,8 @@ def _finish(folder: Path) -> None:
     commit, new = folder / _COMMIT, folder / _COMMIT / "new"
     if not commit.is_dir():
         return
+    if commit.is_symlink() or new.is_symlink():
+        raise ValueError(f"{commit} is no folder that a save left, but a link to elsewhere; delete it")
     coming = {name: _place(folder, name) for name in sorted(_files(new))}
     obsolete = read_json(commit / _OBSOLETE)["obsolete"] if (commit / _OBSOLETE).is_file() else []
     for place in [*(_place(folder, name) for name in obsolete), *coming.values()]:

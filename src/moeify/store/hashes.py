@@ -41,8 +41,8 @@ def saving(folder: str | Path, *, keep: bool = False) -> Generator[Stage]:
 
 def write_hashes(folder: Path, files: Iterable[Path], others: dict[str, Any]) -> None:
     """Write what the files of a folder are at this moment; `others` are those of which it is known already."""
-    listed = others | {file.name: fingerprint(file) for file in sorted(files)}
-    write_json(folder / HASHES, {"format": 1, "files": listed})
+    known = others | {file.name: fingerprint(file) for file in sorted(files)}
+    write_json(folder / HASHES, {"format": 1, "files": known})
 
 
 def verify(folder: str | Path) -> None:
