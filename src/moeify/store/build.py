@@ -2,45 +2,53 @@
 
 from __future__ import annotations
 
+from collections.abc import Generator
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from torch import nn
+from torch.nn.modules.module import (
+    register_module_module_registration_hook,
+    register_module_parameter_registration_hook,
+)
 
 from moeify.compress.quantize import quantize_as
 from moeify.meta import made_on_meta, move_parameters, parameters_on_meta
 from moeify.sparsify.plan import Plan, find
-from moeify.sparsify.recipe import Recipe
+from moeify.store.dtypes import cast_buffers
 from moeify.store.local import local_config
+from moeify.store.saved import USUAL_LAYERS, Saved
 
 
-def build(folder: Path, description: dict[str, Any], recipe: Recipe | None, model: nn.Module | None) -> nn.Module:
-    """The sparse model that a config describes, with parameters on the meta device wherever its parts allow it.
+def build(saved: Saved, model: nn.Module | None = None) -> nn.Module:
+    """The model that was saved, with parameters on the meta device wherever its parts allow it.
 
     Args:
-        folder: where the config lies, for messages.
-        description: the config.
-        recipe: of the sparse model, None if it is dense.
+        saved: its config and the headers of its weights.
         model: the dense model to start from; one of transformers is built if it is not given.
 
     Raises:
         ValueError: a model that is not of transformers and was not given, or a config that no model follows.
     """
+    description, recipe = saved.description, saved.recipe
     sites, plan = description.get("sites"), None
-    if model is None:
-        make = partial(_dense, folder, description["model"])
-        searched = recipe is not None and sites is None  # saved by an earlier version; a search reads values
-        model = None if searched else made_on_meta(make)
-        model = make() if model is None else model
-    if recipe is not None:
-        plan = find(model, recipe, sites)
-    move_parameters(model, "meta")
-    if plan is not None:
-        apply_on_meta(plan)
-    with parameters_on_meta():
-        quantize_as(model, description.get("quantization", []))
+    with _parts_at_most(max(USUAL_LAYERS, 100 * len(saved.weights.shapes)), saved.path):
+        if model is None:
+            make = partial(_dense, saved.path, description["model"])
+            searched = recipe is not None and sites is None  # saved by an earlier version; a search reads values
+            model = None if searched else made_on_meta(make)
+            model = make() if model is None else model
+        if recipe is not None:
+            plan = find(model, recipe, sites)
+        move_parameters(model, "meta")
+        if plan is not None:
+            apply_on_meta(plan)
+        with parameters_on_meta():
+            quantize_as(model, description.get("quantization", []))
+    cast_buffers(model, description.get("buffers", {}), saved.path)
     return model
 
 
@@ -52,7 +60,7 @@ def apply_on_meta(plan: Plan) -> None:
     plan.apply(allow_noncausal=True)  # whoever saved it allowed it
 
 
-def _dense(folder: Path, description: dict[str, Any]) -> nn.Module:
+def _dense(path: Path, description: dict[str, Any]) -> nn.Module:
     import transformers
 
     saved = str(description.get("class"))
@@ -61,13 +69,32 @@ def _dense(folder: Path, description: dict[str, Any]) -> nn.Module:
     known = isinstance(architecture, type) and issubclass(architecture, transformers.PreTrainedModel)
     if not known or architecture.config_class is None:
         raise ValueError(
-            f"{folder} holds a {saved}, which is not a model of transformers; build the dense model "
+            f"{path.parent} holds a {saved}, which is not a model of transformers; build the dense model "
             "yourself and pass it: load(folder, model=...)"
         )
-    config = local_config(description["config"], folder / "config.json")
+    config = local_config(description["config"], path)
     try:
         return architecture(architecture.config_class.from_dict(config))
     except Exception as error:  # whatever a model raises for settings that it was never tried with
         raise ValueError(
-            f"{folder / 'config.json'} is damaged: no {name} can be built of it ({type(error).__name__}: {error})"
+            f"{path} is damaged: no {name} can be built of it ({type(error).__name__}: {error})"
         ) from error
+
+
+@contextmanager
+def _parts_at_most(most: int, path: Path) -> Generator[None]:
+    """Inside, no more modules and parameters are made: a number that is damaged must not keep us busy for ever."""
+    made = 0
+
+    def count(*of_whom: Any) -> None:
+        nonlocal made
+        made += 1
+        if made > most:
+            raise ValueError(f"{path} describes more than {most} parts, and the files have far fewer tensors")
+
+    hooks = [register_module_parameter_registration_hook(count), register_module_module_registration_hook(count)]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()

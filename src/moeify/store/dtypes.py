@@ -1,8 +1,12 @@
-"""Which dtypes of a file may stand for which of a model."""
+"""Which dtypes of a file may stand for which of a model, and those of buffers that no file holds."""
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import torch
+from torch import nn
 
 REAL = frozenset({torch.float64, torch.float32, torch.bfloat16, torch.float16})
 """The dtypes of ordinary weights; those of 8 bits need scales beside them, which only quantised layers have."""
@@ -24,3 +28,23 @@ def dtype_of(name: str) -> torch.dtype | None:
 def fits(own: torch.dtype, stored: torch.dtype | None) -> bool:
     """Whether a tensor of a file can be one of a model: of the same dtype, or both are ordinary weights."""
     return own == stored or (own in REAL and stored in REAL)
+
+
+def cast_buffers(model: nn.Module, dtypes: dict[str, Any], path: Path) -> None:
+    """Give the buffers that no file holds the dtypes that they had when the model was saved.
+
+    Args:
+        model: the model.
+        dtypes: names of dtypes by names of buffers.
+        path: of the config, for the message.
+
+    Raises:
+        ValueError: the model has no such buffer, or there is no such dtype.
+    """
+    own = dict(model.named_buffers())
+    for name, dtype in dtypes.items():
+        kind = getattr(torch, dtype, None) if isinstance(dtype, str) else None
+        if name not in own or kind not in REAL:
+            raise ValueError(f"{path} is damaged: it says that the buffer {name} is {dtype!r}")
+        owner, _, attribute = name.rpartition(".")
+        setattr(model.get_submodule(owner), attribute, own[name].to(kind))

@@ -1,0 +1,111 @@
+"""What is read of a saved model before it is built: its config and the headers of its weights, which fit each other."""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import NoneType
+from typing import Any
+
+from moeify.files import read_json
+from moeify.folders import finish
+from moeify.sparsify.recipe import Recipe
+from moeify.store.config import unfold
+from moeify.store.hashes import check
+from moeify.store.weights import Weights
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A saved model whose files are as they were saved.
+
+    Attributes:
+        path: of the config, for messages.
+        description: the config.
+        recipe: of the sparse model, None if it is dense.
+        weights: the headers of the weights.
+    """
+
+    path: Path
+    description: dict[str, Any]
+    recipe: Recipe | None
+    weights: Weights
+
+
+def read_saved(folder: Path, recipe: Recipe | None = None) -> Saved:
+    """Read the config and the headers of a folder, and compare all of its files with their hashes.
+
+    Args:
+        folder: what `save` wrote.
+        recipe: used in place of the one in the config.
+
+    Raises:
+        FileNotFoundError: no such checkpoint.
+        ValueError: a damaged checkpoint; the message names the file.
+        OSError: a file cannot be read, or an interrupted save cannot be finished.
+    """
+    finish(folder)
+    path = folder / "config.json"
+    if not os.path.lexists(path):
+        raise FileNotFoundError(f"there is no config.json in {folder}: it is not a checkpoint of moeify")
+    check(folder, [path])
+    description = unfold(read_json(path))
+    for key, kind, needed in (
+        ("moeify", str, True), ("recipe", (dict, NoneType) if "quantization" in description else dict, True),
+        ("model", dict, True), ("quantization", list, False), ("ties", dict, False),
+        ("buffers", dict, False), ("sites", list, False),
+    ):  # fmt: skip
+        if (needed or key in description) and not isinstance(description.get(key), kind):
+            raise ValueError(f"{path} has no {key!r}: it was not written by moeify.save")
+    if not all(isinstance(kept, str) for kept in description.get("ties", {}).values()):
+        raise ValueError(f"{path} is damaged: its 'ties' do not name tensors")
+    weights = Weights.of(folder)
+    if recipe is None and description["recipe"] is not None:
+        recipe = Recipe.from_dict(description["recipe"])
+    _check_declared_sizes(path, description, recipe, weights)
+    weights.check()
+    return Saved(path, description, recipe, weights)
+
+
+def _check_declared_sizes(path: Path, description: dict[str, Any], recipe: Recipe | None, weights: Weights) -> None:
+    """Compare the sizes that a config names with the headers of the files, before anything is built."""
+    most = sum(shape[0] if shape else 1 for shape in weights.shapes.values())
+    if recipe is not None and recipe.num_experts > most:
+        raise ValueError(
+            f"{path} promises {recipe.num_experts} experts, and the files have tensors for {most} at most; one of them "
+            "is damaged"
+        )
+    elements = sum(math.prod(shape) for shape in weights.shapes.values())
+    limits = (
+        (_STACKED, max(USUAL_LAYERS, len(weights.shapes))),
+        (_COUNTED, max(_USUAL_COUNT, len(weights.shapes))),
+        (_WIDTHS, max(_USUAL_WIDTH, elements)),
+    )
+    for key, value in _numbers(description["model"].get("config")):
+        if any(re.search(keys, key) and value > most for keys, most in limits):
+            raise ValueError(
+                f"{path} promises {key}={value}, and the files have {len(weights.shapes)} tensors of {elements} "
+                "numbers in all; one of them is damaged"
+            )
+
+
+_STACKED, _COUNTED = r"(layers?|depths?|blocks?|stages?)$", r"(labels|heads?|experts?|groups?)$"
+_WIDTHS = r"hidden|intermediate|vocab|d_model|d_ff|ffn|emb"
+USUAL_LAYERS, _USUAL_COUNT, _USUAL_WIDTH = 10_000, 2**20, 2**24
+"""A config also names sizes of parts that a model does not have; up to these, shapes are compared once it is built."""
+
+
+def _numbers(values: Any, key: str = "") -> Iterator[tuple[str, float]]:
+    """The numbers of a config, also those in lists, by key."""
+    if isinstance(values, dict):
+        for name, value in values.items():
+            yield from _numbers(value, str(name))
+    elif isinstance(values, list):
+        for value in values:
+            yield from _numbers(value, key)
+    elif type(values) in (int, float):
+        yield key, values
