@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 
-.PHONY: demo test check bench gpu claims docs clean
+.PHONY: demo test check bench gpu claims suites docs clean
 
 demo: $(VENV)/.test
 	$(BIN)/moeify train --minutes 6 --output runs/demo --resume
@@ -32,6 +32,10 @@ gpu: $(VENV)/.test
 
 claims: $(VENV)/.test
 	for claim in claims/*.py; do $(BIN)/python $$claim || exit 1; done
+
+# The tests of transformers and PEFT themselves, without moeify and with it behind their experts; needs a network.
+suites: $(VENV)/.suites
+	$(BIN)/python tests/suites/run.py
 
 docs: $(VENV)/.dev
 	$(BIN)/mkdocs build --strict

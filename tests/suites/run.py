@@ -1,0 +1,82 @@
+"""The test suites of transformers and PEFT with moeify behind their experts: what passes without it passes with it.
+
+    python tests/suites/run.py                                  clones both at the installed versions
+    python tests/suites/run.py --peft FOLDER --only peft        a repository that is there
+
+Every suite runs twice, without moeify and with the plugin `behind.py`; exits with 1 if a test passes only without it.
+Tests that need the hub fail both times where there is no network, and are counted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from importlib.metadata import version
+from pathlib import Path
+from xml.etree import ElementTree
+
+FAMILIES = ["mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "deepseek_v3", "gpt_oss", "granitemoe", "phimoe", "glm4_moe"]
+SUITES = {
+    "transformers": [f"tests/models/{family}/test_modeling_{family}.py" for family in FAMILIES],
+    "peft": ["tests/test_target_parameters.py", "tests/test_custom_models.py", "tests/test_arrow.py"],
+}
+BEHIND = Path(__file__).parent
+
+
+def repository(library: str, folder: Path) -> Path:
+    """A clone of a library's repository at the version that is installed."""
+    url, tag = f"https://github.com/huggingface/{library}", f"v{version(library)}"
+    subprocess.run(["git", "clone", "--quiet", "--depth", "1", "--branch", tag, url, str(folder)], check=True)
+    return folder
+
+
+def outcomes(where: Path, files: list[str], options: list[str], *, behind: bool) -> dict[str, str]:
+    """How every test of some files ended: passed, skipped, failure or error."""
+    plugin = ["-p", "behind"] if behind else []
+    path = os.pathsep.join([str(where), str(BEHIND), *sys.path[1:]])
+    with tempfile.TemporaryDirectory() as folder:
+        report = Path(folder) / "report.xml"
+        command = [sys.executable, "-m", "pytest", "-q", "-o", "addopts=", *plugin, *files, *options]
+        command += ["--junitxml", str(report)]
+        subprocess.run(command, cwd=where, env=os.environ | {"PYTHONPATH": path})
+        if not report.exists():
+            sys.exit(f"pytest ended without a report in {where}")
+        tests = ElementTree.parse(report).iter("testcase")
+        return {f"{t.get('classname')}::{t.get('name')}": next((e.tag for e in t), "passed") for t in tests}
+
+
+def compare(library: str, where: Path, options: list[str]) -> int:
+    """Run a suite both ways, and print what passes only without moeify.
+
+    Returns:
+        How many tests these are.
+    """
+    files = [file for file in SUITES[library] if (where / file).exists()]
+    without, beside = (outcomes(where, files, options, behind=behind) for behind in (False, True))
+    broken = [name for name, end in without.items() if end == "passed" and beside.get(name) != "passed"]
+    print(f"{library}: without moeify {dict(Counter(without.values()))}, with it {dict(Counter(beside.values()))}")
+    for name in broken:
+        print(f"  passes only without moeify: {name}")
+    return len(broken)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", choices=SUITES, nargs="+", default=list(SUITES))
+    for library in SUITES:
+        parser.add_argument(f"--{library}", type=Path, help="a clone of its repository; by default one is made")
+    given, options = parser.parse_known_args()
+    broken = 0
+    with tempfile.TemporaryDirectory() as folder:
+        for library in given.only:
+            where = getattr(given, library) or repository(library, Path(folder) / library)
+            broken += compare(library, where.resolve(), options)
+    sys.exit(bool(broken))
+
+
+if __name__ == "__main__":
+    main()
