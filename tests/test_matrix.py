@@ -41,6 +41,7 @@ from moeify.routers import (
     FinalMask,
     Frozen,
     GShard,
+    Labelled,
     Lookup,
     MoLE,
     MultiGate,
@@ -81,6 +82,7 @@ ROUTERS = {
     "capacity": lambda: Capacity(TopK(D, E), factor=0.7),
     "priority": lambda: Capacity(TopK(D, E), factor=0.7, priority="score", overflow="renormalize"),
     "prefix": lambda: Capacity(TopK(D, E), factor=0.7, eval_factor=0.7, per="prefix"),
+    "labelled": lambda: Labelled(TopK(D, E, per="sequence"), key="input_ids"),
     "noisy": partial(NoisyTopK, D, E),
     "v-moe": partial(NoisyTopK, D, E, noise=1 / E, order="softmax"),
     "gshard": partial(GShard, D, E),
@@ -178,7 +180,7 @@ def test_every_combination_is_its_definition(router, experts, backend, dtype, mo
     agree(y, [x, *moe.parameters()], slow, [x64, *exact.parameters()], rtol=DTYPES[dtype], atol=DTYPES[dtype])
 
 
-SEES = dict.fromkeys(["prefix", "per group", "expert choice", "soft", "similarity"], "sequence")
+SEES = dict.fromkeys(["prefix", "labelled", "per group", "expert choice", "soft", "similarity"], "sequence")
 SEES |= dict.fromkeys(
     ["capacity", "priority", "next", "gshard", "token rounding", "sinkhorn", "balanced assignment"], "batch"
 )

@@ -30,7 +30,7 @@ class Evidence:
         scores: the logits after the score function, without selection bias.
         sequence_id: the sequence or image that each decision belongs to.
         expected_load: rows that each expert can expect under the router's noise, with a gradient (noisy routers).
-        sample_type: the type of each decision's sample (LoRAMoE).
+        label: what the model was told of each decision's token or sample: its modality, task type or super-class.
         affinity: how strongly every expert reacted to every token (CompeteSMoE).
     """
 
@@ -38,7 +38,7 @@ class Evidence:
     scores: Float[Tensor, "L E"] | None = None
     sequence_id: Int[Tensor, "L"] | None = None
     expected_load: Float[Tensor, "E"] | None = None
-    sample_type: Int[Tensor, "L"] | None = None
+    label: Int[Tensor, "L"] | None = None
     affinity: Float[Tensor, "L E"] | None = None
 
 

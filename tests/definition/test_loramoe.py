@@ -94,7 +94,7 @@ def test_a_model_is_told_the_types_of_its_samples_and_all_layers_keep_them():
         model(**inputs(model))
     assert len(decisions) == 2 * 3
     for routing in decisions.values():
-        assert routing.evidence.sample_type.tolist() == [1] * 12 + [0] * 12
+        assert routing.evidence.label.tolist() == [1] * 12 + [0] * 12
         assert localized(routing, 0.5) > localized(routing, 0.0)
 
 

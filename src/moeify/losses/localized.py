@@ -27,8 +27,8 @@ def localized(routing: Routing, delta: float = 0.1, types: Int[Tensor, "E"] | No
         ValueError: the decision keeps no scores, or does not know its samples and their types.
     """
     p = probability(routing)
-    sample_type = routing.evidence.sample_type
-    if sample_type is None or routing.sequence_id is None:
+    label = routing.evidence.label
+    if label is None or routing.sequence_id is None:
         raise ValueError(
             "this decision does not know of what type its samples are; route by AllExperts, and call the model inside "
             "extra_inputs(model, task_type=...)"
@@ -38,6 +38,6 @@ def localized(routing: Routing, delta: float = 0.1, types: Int[Tensor, "E"] | No
     sample = routing.sequence_id.unique(return_inverse=True)[1]
     samples = int(sample.max()) + 1
     importance = p.new_zeros(samples, experts).index_add(0, sample, p)
-    own = sample_type.new_zeros(samples).scatter(0, sample, sample_type).unsqueeze(1) == types
+    own = label.new_zeros(samples).scatter(0, sample, label).unsqueeze(1) == types
     z = importance * torch.where(own, 1 + delta, 1 - delta)
     return z.var() / (z.mean().square() + 1e-10)

@@ -39,22 +39,25 @@ def l1(routing: Assignment, k: float) -> Float[Tensor, ""]:
     return num_experts * (routing.assigned / (decisions * k) * routing.scores.mean(0)).sum()
 
 
-def local_entropy(routing: Routing, of: Bool[Tensor, "L"] | None = None) -> Float[Tensor, ""]:
+def local_entropy(
+    routing: Routing, of: Bool[Tensor, "L"] | None = None, *, label: int | None = None
+) -> Float[Tensor, ""]:
     """Mean over decisions of H(p_l), in nats: made small, every token is certain of its experts (LIMoE, 2206.02770).
 
     Args:
         routing: a decision with scores.
         of: the decisions that count, such as those of one modality; all if not given. None marked gives 0.
+        label: count those of this label, which `moeify.routers.Labelled` keeps.
 
     Raises:
-        ValueError: the decision keeps no scores.
+        ValueError: the decision keeps no scores, or no labels where one is asked for.
     """
-    p = _of(probability(routing), of)
+    p = _of(routing, of, label)
     return _entropy(p).sum() / max(1, len(p))
 
 
 def global_entropy(
-    routing: Routing, of: Bool[Tensor, "L"] | None = None, experts: float | None = None
+    routing: Routing, of: Bool[Tensor, "L"] | None = None, experts: float | None = None, *, label: int | None = None
 ) -> Float[Tensor, ""]:
     """max(0, log S - H(mean_l p_l)), in nats: made small, at least S experts are in use (LIMoE, arXiv 2206.02770).
 
@@ -62,18 +65,24 @@ def global_entropy(
         routing: a decision with scores.
         of: the decisions that count, such as those of one modality; all if not given. None marked gives 0.
         experts: S, all experts if not given.
+        label: count the decisions of this label, which `moeify.routers.Labelled` keeps.
 
     Raises:
-        ValueError: the decision keeps no scores.
+        ValueError: the decision keeps no scores, or no labels where one is asked for.
     """
-    p = _of(probability(routing), of)
+    p = _of(routing, of, label)
     if len(p) == 0:
         return p.sum()
     wanted = math.log(p.shape[-1] if experts is None else experts)
     return (wanted - _entropy(p.mean(0))).clamp_min(0)
 
 
-def _of(p: Float[Tensor, "L E"], of: Bool[Tensor, "L"] | None) -> Float[Tensor, "M E"]:
+def _of(routing: Routing, of: Bool[Tensor, "L"] | None, label: int | None) -> Float[Tensor, "M E"]:
+    p = probability(routing)
+    if label is not None:
+        if routing.evidence.label is None:
+            raise ValueError("this decision has no labels; put Labelled around its router, or mark decisions by `of`")
+        of = routing.evidence.label == label
     return p if of is None else p[of]
 
 

@@ -12,6 +12,7 @@ from moeify.routers.expert_threshold import ExpertThreshold
 from moeify.routers.frozen import Frozen
 from moeify.routers.gshard import GShard
 from moeify.routers.input_weights import InputWeights
+from moeify.routers.labelled import Labelled
 from moeify.routers.limited import Capacity
 from moeify.routers.lookup import Lookup
 from moeify.routers.mocle import Cluster
@@ -49,6 +50,7 @@ __all__ = [
     "Frozen",
     "GShard",
     "InputWeights",
+    "Labelled",
     "Lookup",
     "MoLE",
     "MultiGate",

@@ -39,6 +39,6 @@ class AllExperts(Router):
         logits = project(tokens.x, self.weight)
         scores = logits.softmax(-1)
         indices = torch.arange(self.num_experts, device=x.device).expand(len(scores), -1)
-        sample_type = tokens.keys(context, self.key) if context.look_up(self.key) is not None else None
-        evidence = Evidence(logits=logits, scores=scores, sample_type=sample_type)
+        label = tokens.keys(context, self.key) if context.look_up(self.key) is not None else None
+        evidence = Evidence(logits=logits, scores=scores, label=label)
         return tokens.assign(indices, scores, self.num_experts, evidence)
