@@ -22,7 +22,7 @@ from moeify.sparsify.recipe import Recipe
 from moeify.store.build import apply_on_meta
 from moeify.store.config import MODEL_TYPE, architecture_of, identify
 from moeify.store.modelling_file import auto_classes, auto_map, write_modelling_file
-from moeify.store.standalone import Sparse, name_in
+from moeify.store.standalone import Sparse, announce, name_in
 
 
 class SparseModel(Sparse):
@@ -121,11 +121,9 @@ def sparse_config_class(dense: type) -> type:
 @cache
 def sparse_class(architecture: type, config_class: type) -> type:
     """The sparse class of a class of transformers, where tools find it that look an architecture up by its name."""
-    import transformers
-
     attributes = {"config_class": config_class, "__module__": __name__}
     made = type(f"Sparse{architecture.__name__}", (SparseModel, architecture), attributes)
-    setattr(transformers, made.__name__, made)
+    announce(made)
     return made
 
 

@@ -79,6 +79,8 @@ Written by moeify {version}, and complete without it:
     {auto}.from_pretrained(folder, trust_remote_code=True)
 """
 
+import sys
+
 import torch
 import transformers
 from torch import nn
@@ -97,8 +99,7 @@ class Sparse{config}({config}):
 Sparse{config}.register_for_auto_class()
 Sparse{architecture}.register_for_auto_class("{auto}")
 {registered}
-# `transformers serve` looks an architecture up here, by its name
-transformers.Sparse{architecture} = Sparse{architecture}
+announce(Sparse{architecture})
 '''
 _PLAIN_CLASS = """
 

@@ -4,6 +4,8 @@
 Parameters have the names and shapes that the layers of moeify give them.
 """
 
+import sys
+
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -212,3 +214,11 @@ def put(model, site, layer):
     setattr(model.get_submodule(parent), name, nn.Sequential(moe, nn.Dropout(after)) if after else moe)
     for owner, attribute, value in site.get("disabled", []):
         setattr(part(owner), attribute, nn.Identity() if value is None else value)
+
+
+def announce(architecture):
+    """Let `transformers serve` find a class by its name in `transformers`, of which a process may hold several."""
+    holders = [vars(module).get("transformers") for module in [*sys.modules.values()] if hasattr(module, "__dict__")]
+    for module in (sys.modules["transformers"], *holders):
+        if getattr(module, "__name__", None) == "transformers":
+            setattr(module, architecture.__name__, architecture)
