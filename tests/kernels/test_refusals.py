@@ -1,7 +1,4 @@
-"""Kernels for a GPU on a machine without one: they say why they do not serve a call, and are not imported for it."""
-
-import subprocess
-import sys
+"""Kernels for a GPU on a machine without one: they say why they do not serve a call."""
 
 import pytest
 import torch
@@ -45,12 +42,3 @@ def test_what_kernels_do_not_know_is_refused_in_words(backend, reason, routing, 
 @pytest.mark.parametrize("backend", ["liger", "sonicmoe"])
 def test_kernels_of_others_are_only_taken_by_name(backend):
     assert not backends.find_backend(backend).chosen(X, decision(), FFN(2, 4, 3))
-
-
-def test_a_layer_on_the_cpu_imports_no_triton():
-    script = (
-        "import sys, torch; from moeify import MoE; from moeify.experts import FFN; from moeify.routers import TopK;"
-        "MoE(TopK(4, 2), FFN(2, 4, 3))(torch.randn(3, 4));"
-        "assert not [name for name in sys.modules if name.startswith('moeify.kernels.triton')]"
-    )
-    assert subprocess.run([sys.executable, "-c", script], capture_output=True).returncode == 0
