@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import io
+import multiprocessing
+import os
 import random
+import sys
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from unittest.mock import patch
 
 from moeify.cli import main
+from ranks import PRELOAD
 from tiny_models import causal_lm
 
 _SIZES = {"steps": 4, "width": 16, "heads": 2, "layers": 2, "hidden": 32, "length": 32, "batch": 4, "evaluations": 2}
@@ -37,7 +42,24 @@ def moeify(*arguments: object) -> Ended:
     return Ended(code, out.getvalue(), err.getvalue())
 
 
-def write_text(file: Path, lines: int = 300) -> Path:
+def moeify_apart(errors: Path, *arguments: object) -> BaseProcess:
+    """Start a command in a process group of its own, forked off a server that has imported everything heavy."""
+    server = multiprocessing.get_context("forkserver")
+    server.set_forkserver_preload(PRELOAD)
+    process = server.Process(target=_become, args=(errors, ["moeify", *map(str, arguments)]))
+    process.start()
+    return process
+
+
+def _become(errors: Path, command: list[str]) -> None:
+    os.setsid()
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    os.dup2(os.open(errors, os.O_WRONLY | os.O_CREAT), sys.stderr.fileno())
+    sys.argv = command
+    main()
+
+
+def write_text(file: Path, lines: int = 120) -> Path:
     """A file of random sentences of few words, the same on every call."""
     words = random.Random(0)
     file.write_text("\n".join(" ".join(words.choices(WORDS, k=10)) for _ in range(lines)))

@@ -13,6 +13,19 @@ def no_hub_and_short_samples(monkeypatch):
     monkeypatch.setattr("moeify.cli.job.sample", partial(sample, tokens=10))
 
 
+@pytest.fixture(autouse=True)
+def pictures_are_not_painted(monkeypatch, request):
+    """Figures are made and not painted, which is half the time of a tiny run, unless a test takes `real_pictures`."""
+    figure = pytest.importorskip("matplotlib.figure").Figure
+    if "real_pictures" not in request.fixturenames:
+        monkeypatch.setattr(figure, "savefig", lambda self, file, **options: file.write_bytes(b"a picture"))
+
+
+@pytest.fixture
+def real_pictures():
+    """Marks a test whose pictures are painted, as those of `trained` are."""
+
+
 @pytest.fixture(scope="session")
 def text(tmp_path_factory):
     return write_text(tmp_path_factory.mktemp("data") / "text.txt")

@@ -7,17 +7,12 @@ import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import pytest
 
-from command_line import TINY, moeify
+from command_line import TINY, moeify, moeify_apart
 from moeify.folders import RUN_LOCK, locked
-
-SOURCE = Path(__file__).parents[2] / "src"
 
 
 def error(*arguments):
@@ -136,7 +131,7 @@ def test_the_origin_of_an_error_is_shown_to_those_who_ask(tmp_path, text, monkey
         moeify("train", "--recipe", "nope")
 
 
-LONG = [*TINY, "--steps", "40", "--evaluations", "4"]
+LONG = [*TINY, "--steps", "24", "--evaluations", "4"]
 
 
 def losses(folder):
@@ -154,28 +149,25 @@ def whole(tmp_path_factory, text):
 
 
 def interrupt(number, text, folder, sign):
-    """Start a run in a process group of its own, and send it a signal as soon as a file is there."""
-    command = [sys.executable, "-c", "from moeify.cli import main; main()", "train", *LONG, "--data", text]
-    process = subprocess.Popen(
-        [*map(str, command), "--output", str(folder)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        start_new_session=True, env=os.environ | {"PYTHONPATH": str(SOURCE), "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+    """How a run ends that gets a signal as soon as a file is there, and its last words."""
+    errors = folder.with_name("errors")
+    process = moeify_apart(errors, "train", *LONG, "--data", text, "--output", folder)
     try:
         while not list(folder.glob(sign)):
-            assert process.poll() is None, process.communicate()[1]
+            assert process.is_alive(), errors.read_text()
             time.sleep(0.01)
         os.killpg(process.pid, number)
-        _, err = process.communicate(timeout=120)
+        process.join(120)
     finally:
         process.kill()
-    return process.returncode, err
+    return process.exitcode, errors.read_text()
 
 
 def test_ctrl_c_saves_says_how_to_go_on_and_the_end_is_the_same(tmp_path, text, whole):
     folder = tmp_path / "run"
     code, err = interrupt(signal.SIGINT, text, folder, "sparse-0/metrics.jsonl")
     assert code == 130
-    stopped = rf"moeify: stopped after step \d+ of 40, saved in {folder}/(sparse|dense)-0"
+    stopped = rf"moeify: stopped after step \d+ of 24, saved in {folder}/(sparse|dense)-0"
     assert re.fullmatch(f"{stopped}; go on with the same command and --resume\n", err)
     assert moeify("train", *LONG, "--data", text, "--output", folder, "--resume").code == 0
     assert losses(folder) == whole
@@ -183,7 +175,7 @@ def test_ctrl_c_saves_says_how_to_go_on_and_the_end_is_the_same(tmp_path, text, 
 
 def test_after_a_kill_the_end_is_the_same(tmp_path, text, whole):
     folder = tmp_path / "run"
-    code, _ = interrupt(signal.SIGKILL, text, folder, "sparse-0/checkpoint-10")
+    code, _ = interrupt(signal.SIGKILL, text, folder, "sparse-0/checkpoint-12")
     assert code == -signal.SIGKILL
     assert moeify("train", *LONG, "--data", text, "--output", folder, "--resume").code == 0
     assert losses(folder) == whole

@@ -90,19 +90,8 @@ def test_every_named_recipe_for_decoders_trains(tmp_path, text, recipe):
 
 
 def test_a_controller_moves_the_selection_biases(tmp_path, text):
-    options = [
-        "--recipe",
-        "deepseek",
-        "--controller",
-        "sign",
-        "--steps",
-        2,
-        "--data",
-        text,
-        "--output",
-        tmp_path / "run",
-    ]
-    assert moeify("train", *TINY, *options).code == 0
+    options = ["--recipe", "deepseek", "--controller", "sign", "--steps", 2, "--data", text]
+    assert moeify("train", *TINY, *options, "--output", tmp_path / "run").code == 0
     assert load(tmp_path / "run" / "model").model.layers[0].mlp.router.selection_bias.abs().max() > 0
 
 
@@ -161,7 +150,7 @@ def test_a_folder_has_a_domain_for_each_of_its_folders(tmp_path, text):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="file names are bytes on Linux alone")
-def test_names_of_domains_end_no_finished_training(tmp_path, text):
+def test_names_of_domains_end_no_finished_training(tmp_path, text, real_pictures):
     for name in (b"a$\\frac{b$", b"caf\xe9", b"<b>"):
         folder = tmp_path / "data" / os.fsdecode(name)
         folder.mkdir(parents=True)
@@ -185,7 +174,7 @@ def test_a_picture_that_cannot_be_drawn_costs_that_picture_alone(tmp_path, text,
     assert (tmp_path / "run" / "report.html").read_text(encoding="utf-8").count("data:image/png;base64,") == 1
 
 
-def test_without_matplotlib_a_run_ends_with_a_word_in_the_place_of_pictures(tmp_path, text, monkeypatch):
+def test_without_matplotlib_a_run_ends_with_a_word_in_the_place_of_pictures(tmp_path, text, monkeypatch, real_pictures):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     ended = moeify("train", *TINY, "--steps", 1, "--data", text, "--output", tmp_path / "run")
     assert ended.code == 0
