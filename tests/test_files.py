@@ -36,6 +36,7 @@ def test_text_is_utf8_whatever_the_locale(tmp_path):
         (b"", "is not valid JSON"),
         (b"\xff\xfe\x00", "is not valid JSON"),
         (b"[" * 100_000, "is not valid JSON"),
+        (b'{"a": ' + b"[" * 101 + b"]" * 101 + b"}", "is not valid JSON: it is nested more than 100 deep"),
         (b"[]", "must hold a mapping, not a list"),
     ],
 )
@@ -53,6 +54,19 @@ def test_tensors_that_are_none_are_refused_by_name(read, damage, tmp_path):
     path.write_bytes(damage(path.read_bytes()))
     with pytest.raises(ValueError, match=r"x\.safetensors is damaged or not a safetensors file"):
         read(path)
+
+
+def test_json_of_any_size_and_what_is_no_file_is_not_read(tmp_path, monkeypatch):
+    write_json(tmp_path / "x.json", {"a": [[1]] * 3})
+    assert read_json(tmp_path / "x.json") == {"a": [[1]] * 3}
+    monkeypatch.setattr(files, "LARGEST_JSON", 5)
+    with pytest.raises(ValueError, match=r"x\.json has .* bytes, and JSON of more than 5 is not read"):
+        read_json(tmp_path / "x.json")
+    (tmp_path / "y.json").mkdir()
+    with pytest.raises(ValueError, match=r"y\.json is a folder, not a file"):
+        read_json(tmp_path / "y.json")
+    with pytest.raises(ValueError, match=r"no file can be called .*z"):
+        read_json(tmp_path / "z\0.json")
 
 
 @pytest.mark.parametrize("read", [read_json, read_tensors, open_tensors])

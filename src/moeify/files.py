@@ -19,6 +19,8 @@ from torch import Tensor
 
 LARGEST_JSON = 2**28
 """Bytes of the largest JSON file that is read; no config, index or manifest comes near."""
+DEEPEST_JSON = 100
+"""How deep JSON may be nested that is read; whoever follows it deeper meets the end of Python's stack."""
 
 
 def read_json(path: str | Path) -> dict[str, Any]:
@@ -26,7 +28,7 @@ def read_json(path: str | Path) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: not JSON, not UTF-8, no mapping, no regular file, or more than `LARGEST_JSON` bytes.
+        ValueError: not JSON, not UTF-8, no mapping, no regular file, or more than is read.
         OSError: it cannot be read.
     """
     with _reading(path) as path:
@@ -39,7 +41,20 @@ def read_json(path: str | Path) -> dict[str, Any]:
         raise ValueError(f"{path} is not valid JSON: {error}") from None
     if not isinstance(values, dict):
         raise ValueError(f"{path} must hold a mapping, not a {type(values).__name__}")
+    if _depth(values) > DEEPEST_JSON:
+        raise ValueError(f"{path} is not valid JSON: it is nested more than {DEEPEST_JSON} deep")
     return values
+
+
+def _depth(values: dict[str, Any] | list[Any]) -> int:
+    """How deep mappings and lists are nested, up to one more than is read."""
+    level: list[Any] = [values]
+    for depth in range(DEEPEST_JSON + 1):
+        parts = (part for whole in level for part in (whole.values() if isinstance(whole, dict) else whole))
+        level = [part for part in parts if isinstance(part, dict | list)]
+        if not level:
+            return depth
+    return DEEPEST_JSON + 1
 
 
 def read_tensors(path: str | Path) -> dict[str, Tensor]:

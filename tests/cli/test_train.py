@@ -36,6 +36,8 @@ def test_a_run_leaves_model_metrics_summary_pictures_and_report(trained):
         "job.json", "pace.json",
     }  # fmt: skip
     load(folder / "model")
+    kept = [path.name for path in (folder / "sparse-0").glob("checkpoint-*")]
+    assert sorted(kept) == ["checkpoint-3", "checkpoint-4"]  # one to fall back to
     rows = [strict(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [1, 2, 3, 4]
     assert (folder / "report.html").read_text().count("data:image/png;base64,") == 2
