@@ -27,7 +27,7 @@ from moeify.kernels.cpu.cpp import steps
 from moeify.kernels.cpu.packing import cached, may_pack
 from moeify.kernels.cpu.segments import WORTH_COMPILING
 from moeify.kernels.stacked import Activation, ClampedGlu, Glu, Plain, name_of
-from moeify.routing import Routing, assign
+from moeify.routing import Routing
 
 DTYPES = (torch.float32, torch.bfloat16)
 MAX_ROWS = 256
@@ -121,6 +121,11 @@ def refuse(x: Tensor, routing: Routing, experts: Experts) -> str | None:
     """Why the C++ kernel cannot serve a call, None if it can."""
     if reason := needs_cpu(x) or needs_one_weight(routing):
         return reason
+    return _cannot_read(x, experts) or needs_no_gradient([x, sparse(routing).weight])
+
+
+def _cannot_read(x: Tensor, experts: Experts) -> str | None:
+    """Why the C++ kernel cannot compute experts for such tokens, None if it can."""
     if (p := _stored(experts)) is None:
         return needs_stacked(experts)
     if reason := needs_weights(x, experts, p.tensors):
@@ -128,11 +133,12 @@ def refuse(x: Tensor, routing: Routing, experts: Experts) -> str | None:
     if isinstance(p.activation, Plain | Glu) and name_of(p.activation.act) is None:
         return f"it does not know the activation {p.activation.act}"
     floats = [p.up_bias, p.down_bias] if p.up_scales is not None else [p.up_bias, p.down_bias, p.up, p.down]
-    if reason := needs_no_transform() or needs_no_autocast(x) or needs_dtype(x, DTYPES, floats):
+    dtypes = needs_no_autocast(x) or needs_dtype(x, DTYPES, floats)
+    if reason := needs_no_transform() or dtypes or needs_no_gradient(p.tensors):
         return reason
     if any(_is_transposed(weight) and not _may_copy(weight, experts) for weight in (p.up, p.down)):
         return "it reads weights row by row, and these are transposed; moeify.kernels.cpu.packing.pack allows a copy"
-    return needs_no_gradient([x, sparse(routing).weight, *p.tensors]) or _unavailable()
+    return _unavailable()
 
 
 def chosen(x: Tensor, routing: Routing, experts: Experts) -> bool:
@@ -165,8 +171,7 @@ def step_experts(experts: Experts, width: int, dtype: torch.dtype) -> steps.Expe
         width: D.
         dtype: of the tokens.
     """
-    routing = assign(torch.zeros(1, 1, dtype=torch.int64), torch.ones(1, 1), experts.num_experts)
-    if refuse(torch.zeros(1, width, dtype=dtype), routing, experts) is not None:
+    if _cannot_read(torch.zeros(1, width, dtype=dtype), experts) is not None:
         return None
     p = projections_of(experts)
     assert p is not None

@@ -47,11 +47,6 @@ class Norm:
     gain: Float[Tensor, "D"]
     eps: float
 
-    @classmethod
-    def of(cls, norm: Any) -> Norm:
-        """The norm of a module."""
-        return cls(norm.weight.detach().float(), norm.variance_epsilon)
-
     def step(self, x: Float[Tensor, "T M"], y: Float[Tensor, "T M"]) -> Step:
         """The step from x to y."""
         return steps.norm(x, y, self.gain, self.eps)
@@ -66,16 +61,6 @@ class Matrix:
     dtype: torch.dtype
     scales: Tensor | None = None
     group_size: int = 0
-
-    @classmethod
-    def of(cls, linear: Linear, dtype: torch.dtype) -> Matrix:
-        """The weights of a linear layer, quantised or not."""
-        if isinstance(linear, QuantizedLinear):
-            w = linear.map
-            bias = None if w.bias is None else w.bias.to(dtype)
-            return cls(w.weight, bias, dtype, w.scales, w.group_size)
-        bias = None if linear.bias is None else linear.bias.detach().unsqueeze(0).to(dtype)
-        return cls(linear.weight.detach().unsqueeze(0), bias, dtype)
 
     @property
     def width_out(self) -> int:
@@ -100,20 +85,6 @@ class Attention:
     o: Matrix
     head: int
     scale: float
-
-    @classmethod
-    def of(cls, layer: Layer, dtype: torch.dtype) -> Attention:
-        """The attention of a layer."""
-        a = layer.attention
-        norms = {letter: norm for letter in "qk" if (norm := getattr(a, f"{letter}_norm", None)) is not None}
-        return cls(
-            Norm.of(layer.before_attention),
-            {letter: Matrix.of(getattr(a, f"{letter}_proj"), dtype) for letter in "qkv"},
-            {letter: Norm.of(norm) for letter, norm in norms.items()},
-            Matrix.of(a.o_proj, dtype),
-            a.head_dim,
-            a.scaling,
-        )
 
     def to_steps(self, x: Float[Tensor, "T D"], normed: Float[Tensor, "T D"], buffers: Buffers) -> Steps:
         """Add the attention to what the tokens read, x."""
@@ -190,6 +161,35 @@ class Called(Network):
         x += self.module(normed.to(self.dtype).unsqueeze(1)).view_as(x)
 
 
+def norm_of(norm: Any) -> Norm:
+    """A root-mean-square norm of transformers."""
+    return Norm(norm.weight.detach().float(), norm.variance_epsilon)
+
+
+def matrix_of(linear: Linear, dtype: torch.dtype) -> Matrix:
+    """A linear layer, quantised or not."""
+    if isinstance(linear, QuantizedLinear):
+        w = linear.map
+        bias = None if w.bias is None else w.bias.to(dtype)
+        return Matrix(w.weight, bias, dtype, w.scales, w.group_size)
+    bias = None if linear.bias is None else linear.bias.detach().unsqueeze(0).to(dtype)
+    return Matrix(linear.weight.detach().unsqueeze(0), bias, dtype)
+
+
+def attention_of(layer: Layer, dtype: torch.dtype) -> Attention:
+    """The attention of a layer, with the norm before it."""
+    a = layer.attention
+    norms = {letter: norm for letter in "qk" if (norm := getattr(a, f"{letter}_norm", None)) is not None}
+    return Attention(
+        norm_of(layer.before_attention),
+        {letter: matrix_of(getattr(a, f"{letter}_proj"), dtype) for letter in "qkv"},
+        {letter: norm_of(norm) for letter, norm in norms.items()},
+        matrix_of(a.o_proj, dtype),
+        a.head_dim,
+        a.scaling,
+    )
+
+
 def network_of(mlp: nn.Module, dtype: torch.dtype) -> Network:
     """A layer's network: gated or sparse where the kernel knows it, else called."""
     if (found := _ours(mlp) or _theirs(mlp)) is not None:
@@ -249,5 +249,5 @@ def _gated(mlp: Any, dtype: torch.dtype) -> Gated | None:
     linears = [module for module in projections if is_linear(module)]
     if activation is None or len(linears) != 3:
         return None
-    gate, up, down = (Matrix.of(linear, dtype) for linear in linears)
+    gate, up, down = (matrix_of(linear, dtype) for linear in linears)
     return Gated(gate, up, down, activation)

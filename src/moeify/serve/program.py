@@ -12,7 +12,7 @@ from moeify.kernels.cpu.cpp import steps
 from moeify.kernels.cpu.cpp.steps import Step
 from moeify.serve.cache import PreallocatedLayer
 from moeify.serve.decoder import Decoder
-from moeify.serve.operands import Attention, Buffers, Matrix, Norm, Steps, network_of
+from moeify.serve.operands import Buffers, Steps, attention_of, matrix_of, network_of, norm_of
 
 
 class Program:
@@ -28,9 +28,9 @@ class Program:
 
     def __init__(self, decoder: Decoder, tokens: int) -> None:
         self.decoder, self.tokens, dtype = decoder, tokens, decoder.dtype
-        norm, head = Norm.of(decoder.norm), Matrix.of(decoder.head, dtype)
+        norm, head = norm_of(decoder.norm), matrix_of(decoder.head, dtype)
         layers = [
-            (Attention.of(layer, dtype), Norm.of(layer.before_mlp), network_of(layer.mlp, dtype))
+            (attention_of(layer, dtype), norm_of(layer.before_mlp), network_of(layer.mlp, dtype))
             for layer in decoder.layers
         ]
         buffers = Buffers(tokens)

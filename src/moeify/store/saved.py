@@ -53,7 +53,8 @@ def read_saved(folder: Path, recipe: Recipe | None = None) -> Saved:
     if not os.path.lexists(path):
         raise FileNotFoundError(f"there is no config.json in {folder}: it is not a checkpoint of moeify")
     check(folder, [path])
-    description = unfold(read_json(path))
+    written = read_json(path)
+    description = unfold(written)
     for key, kind, needed in (
         ("moeify", str, True), ("recipe", (dict, NoneType) if "quantization" in description else dict, True),
         ("model", dict, True), ("quantization", list, False), ("ties", dict, False),
