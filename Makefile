@@ -22,6 +22,7 @@ check: $(VENV)/.dev
 bench: $(VENV)/.bench
 	$(BIN)/python benchmarks/run.py --device cpu
 	for table in startup scaling train_step peak roofline; do $(BIN)/python benchmarks/$$table.py || exit 1; done
+	$(BIN)/python benchmarks/load.py --threads 2
 	$(BIN)/python benchmarks/decode.py $(if $(LLAMA),--llama $(LLAMA))
 
 gpu: $(VENV)/.test

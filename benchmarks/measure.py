@@ -17,12 +17,15 @@ from typing import TypeVar
 import torch
 import transformers
 
+from moeify.kernels.cpu import onednn
 from moeify.kernels.cpu.huge_pages import in_huge_pages
 
 Key = TypeVar("Key", bound=Hashable)
 
 RESULTS = Path(__file__).parent / "results"
 IMAGES = Path(__file__).parents[1] / "docs" / "images"
+LARGE = 2**26  # numbers that no cache holds
+SIDE = {"cpu": 1024, "cuda": 8192}  # of a product that is as fast as any
 HEAD = ["date", "commit", "device", "threads", "torch", "transformers"]
 
 
@@ -159,16 +162,16 @@ def least(measured: dict[Key, list[float]]) -> list[float]:
 @cache
 def limits(dtype: torch.dtype, device: str = "cpu") -> tuple[float, float]:
     """Bytes and FLOPs per second of this machine: the fastest read of large memory, the fastest product."""
-    large = torch.empty(2**26, device=device)
+    large = torch.empty(LARGE, device=device)
     if device == "cpu":
         in_huge_pages(large)
     large.zero_()
     read = min(milliseconds(large.sum, device) for _ in range(9))
-    side = 1024 if device == "cpu" else 8192
+    side = SIDE[device]
     left, right = (torch.ones(side, side, device=device, dtype=dtype) for _ in range(2))
     products = [lambda: left @ right.t()]
-    if device == "cpu" and torch.backends.mkldnn.is_available():
-        products.append(lambda: torch.ops.mkldnn._linear_pointwise(left, right, None, "none", [], ""))
+    if device == "cpu" and onednn.can_pack(dtype):
+        products.append(lambda: onednn.linear(left, right))
     product = min(milliseconds(way, device) for way in products for _ in range(9))
     return 1000 * large.nbytes / read, 1000 * 2 * side**3 / product
 

@@ -60,7 +60,11 @@ def loop(case: Case, experts: FFN) -> Tensor:
 
 
 def peak(block: str, tokens: int, backward: bool, threads: int, way: str) -> float:
-    """MiB beside the weights; to be called in a fresh process."""
+    """MiB beside the weights; to be called in a fresh process.
+
+    Raises:
+        ValueError: so few tokens that the peak does not show among what was resident before.
+    """
     torch.set_num_threads(threads)
     torch.manual_seed(0)
     small, case = (
@@ -72,7 +76,9 @@ def peak(block: str, tokens: int, backward: bool, threads: int, way: str) -> flo
     Path("/proc/self/clear_refs").write_text("5")  # the highest mark falls to what is resident now
     before = resident("VmRSS")
     case.step(step, 0)
-    return resident("VmHWM") - before
+    if (found := resident("VmHWM") - before) <= 0:
+        raise ValueError(f"{tokens} tokens of {block} need no memory that can be measured; give more --tokens")
+    return found
 
 
 def resident(which: str) -> float:

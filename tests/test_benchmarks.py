@@ -85,6 +85,21 @@ def benchmarks(monkeypatch):
     return importlib.import_module
 
 
+AVX2 = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "OMP_NUM_THREADS": "1"}
+
+
+def test_the_limits_of_a_processor_without_products_in_bf16_are_found():
+    program = (
+        "import measure, torch; measure.LARGE, measure.SIDE = 64, {'cpu': 8}; "
+        "print(*measure.limits(torch.float32), *measure.limits(torch.bfloat16))"
+    )
+    said = subprocess.run(
+        [sys.executable, "-c", program], env=os.environ | AVX2, cwd=SCRIPT.parent, capture_output=True, text=True
+    )
+    assert said.returncode == 0, said.stderr
+    assert all(float(limit) > 0 for limit in said.stdout.split())
+
+
 def test_every_round_measures_all_in_an_order_of_its_own(benchmarks):
     measure, calls = benchmarks("measure"), []
     ways = {name: lambda turn, name=name: calls.append((turn, name)) or float(turn) for name in "abcd"}

@@ -1,0 +1,131 @@
+"""Time the training steps of `moeify train` under two ways for idle threads to wait, on an idle and on a busy machine.
+
+The sparse model that the command makes by default is trained on its usual batch in two processes: one in which OpenMP
+decides how idle threads wait, one whose waiting is set by the command line (`moeify.cli.threads`). Both have the same
+number of threads and take turns; the one that waits sleeps. All is measured alone, and beside a process that keeps one
+core busy. Ratios are taken round by round.
+
+    python benchmarks/load.py --threads 2
+    python benchmarks/load.py --rounds 1 --steps 1 --out /tmp/load.csv
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
+from functools import partial
+from pathlib import Path
+
+import measure
+import torch
+from torch import nn
+
+from moeify import sparsify
+from moeify.cli import threads
+from moeify.cli.train import Train
+from moeify.data.tokenizer import ByteTokenizer
+
+WORK = "import load; load.work()"
+PROGRAMS = {"OpenMP": WORK, "command line": f"from moeify.cli import threads; threads.prepare(); {WORK}"}
+COLUMNS = [
+    *measure.HEAD, "load", "waiting", "tokens", "tok_per_s", "quartiles", "over_openmp", "over_openmp_quartiles",
+]  # fmt: skip
+
+
+def work() -> None:
+    """Train, in a process of its own: a line says how many steps, and is answered by the tokens per second."""
+    torch.manual_seed(0)
+    command = Train()
+    job = command.job()
+    dense = job.builder(ByteTokenizer())()
+    model = sparsify(dense, job.recipe).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6)
+    ids = torch.randint(ByteTokenizer.vocab_size, (command.batch, command.length))
+    step(model, optimizer, ids)
+    for line in sys.stdin:
+        begun = time.perf_counter()
+        for _ in range(int(line)):
+            step(model, optimizer, ids)
+        print(int(line) * ids.numel() / (time.perf_counter() - begun), flush=True)
+
+
+def step(model: nn.Module, optimizer: torch.optim.Optimizer, ids: torch.Tensor) -> None:
+    """Forward, backward, AdamW, fresh gradients."""
+    model(input_ids=ids, labels=ids).loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+@contextmanager
+def worker(program: str, threads_each: int) -> Iterator[subprocess.Popen[str]]:
+    """A process that trains whenever it is told to, with no variable that says how threads wait but its own."""
+    environment = {name: value for name, value in os.environ.items() if name not in (*threads.COUNTS, *threads.WAITS)}
+    environment[threads.COUNTS[0]] = str(threads_each)
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen([sys.executable, "-c", program], cwd=Path(__file__).parent, env=environment, **pipes) as made:
+        try:
+            yield made
+        finally:
+            made.kill()
+
+
+@contextmanager
+def busy() -> Iterator[None]:
+    """A process that computes all the time."""
+    with subprocess.Popen([sys.executable, "-c", "while True: pass"]) as made:
+        try:
+            yield
+        finally:
+            made.kill()
+
+
+LOADS = {"idle": nullcontext, "one busy process": busy}
+
+
+def speed(process: subprocess.Popen[str], steps: int, turn: int) -> float:
+    """Tokens per second of so many steps.
+
+    Raises:
+        RuntimeError: the process ended.
+    """
+    assert process.stdin is not None
+    assert process.stdout is not None
+    process.stdin.write(f"{steps}\n")
+    process.stdin.flush()
+    if not (answer := process.stdout.readline()):
+        raise RuntimeError("a training process ended; its error is above")
+    return float(answer)
+
+
+def main() -> None:
+    options = measure.parser(__doc__, rounds=9, file="load-cpu.csv")
+    options.set_defaults(threads=2)
+    options.add_argument("--steps", type=int, default=5, help="training steps that are timed together")
+    chosen = options.parse_args()
+    head = measure.start(chosen)
+    command = Train()
+    with ExitStack() as stack:
+        processes = {name: stack.enter_context(worker(program, chosen.threads)) for name, program in PROGRAMS.items()}
+        ways = {name: partial(speed, process, chosen.steps) for name, process in processes.items()}
+        measure.in_turn(ways, 1)  # both have started, and memory is warm
+        for load, burden in LOADS.items():
+            with burden():
+                speeds = measure.in_turn(ways, chosen.rounds)
+            rows = [
+                head
+                | {"load": load, "waiting": name, "tokens": str(command.batch * command.length)}
+                | measure.summary(("tok_per_s", "quartiles"), values)
+                | measure.summary(
+                    ("over_openmp", "over_openmp_quartiles"), measure.ratios(values, speeds["OpenMP"]), ".3f"
+                )
+                for name, values in speeds.items()
+            ]
+            measure.report(chosen.out, COLUMNS, rows)
+
+
+if __name__ == "__main__":
+    main()
