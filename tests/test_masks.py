@@ -1,10 +1,16 @@
 """What masks of every form say of padding."""
 
+from functools import partial
+
 import pytest
 import torch
 from torch import nn
+from transformers import Idefics2Config, Idefics2Model
 
-from moeify import Context, masks
+from moeify import Context, Recipe, masks, record, sparsify
+from moeify.find.where import named
+from moeify.routers import TopK
+from strategies import sharpen
 
 REAL = torch.tensor([[True, True, True], [True, False, False]])
 ADDED = torch.zeros(2, 3).masked_fill(~REAL, -10_000.0)
@@ -80,3 +86,32 @@ def test_a_layer_that_lays_sequences_out_first_reads_the_mask_so():
     model.layer.register_forward_pre_hook(lambda *args: found.append(context.real((3, 2)).tolist()))
     model(torch.randn(2, 3, 8), attention_mask=REAL, keep=True)
     assert found == [REAL.T.flatten().nonzero().flatten().tolist()]
+
+
+@pytest.mark.parametrize("per", ["token", "sequence"])
+def test_the_padding_of_images_is_not_routed(per):
+    vision = {
+        "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 32,
+        "patch_size": 8, "initializer_range": 0.3,
+    }  # fmt: skip
+    perceiver = {"resampler_n_latents": 2, "resampler_depth": 1, "resampler_n_heads": 2, "resampler_head_dim": 8}
+    text = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "pad_token_id": 0}
+    config = Idefics2Config(
+        vision_config=vision, perceiver_config=perceiver | {"num_key_value_heads": 1, "hidden_size": 16},
+        text_config=text | {"num_attention_heads": 2, "num_key_value_heads": 1}, image_token_id=30,
+    )  # fmt: skip
+    model = Idefics2Model(config).eval()
+    recipe = Recipe(where=named("vision_model"), router=partial(TopK, per=per))
+    sparsify(model, recipe, allow_noncausal=True, verbose=False)
+    sharpen(model)
+    images, real = torch.randn(1, 2, 3, 32, 32), torch.ones(1, 2, 32, 32, dtype=torch.long)
+    real[0, 0, 16:] = real[0, 0, :, 24:] = 0  # the first image has 2 x 3 patches of 4 x 4
+
+    def features(images, real):
+        return torch.cat([*model.get_image_features(images, real).pooler_output])
+
+    with record(model) as decisions:
+        together = features(images, real)
+    assert next(iter(decisions.values())).counts.sum() == (2 * 3 + 4 * 4) * 2
+    first = features(images[:, :1, :, :16, :24], real[:, :1, :16, :24])
+    torch.testing.assert_close(together, torch.cat([first, features(images[:, 1:], real[:, 1:])]))
