@@ -17,7 +17,7 @@ from moeify.routers.base import begin_step
 from moeify.sparsify import fresh
 from moeify.train import SparseArguments, SparseTrainer
 from moeify.train.calibrate import calibrate_all_experts, tokens_per_expert
-from tiny_models import SPARSE, causal_lm, inputs, mixtral, tokens
+from tiny_models import SPARSE, causal_lm, inputs, tokens
 
 ADAPTED = ["experts.gate_up_proj", "experts.down_proj"]
 
@@ -61,14 +61,21 @@ def test_adapters_of_experts_are_active_for_the_share_of_tokens_that_reach_them(
     assert after.active_parameters - before.active_parameters == round(added * share)
 
 
-def test_a_sparse_trainer_trains_adapters_of_experts(tmp_path):
-    model = adapted(mixtral())
+@pytest.mark.parametrize("family", SPARSE)
+def test_adapters_of_experts_are_trained_saved_and_loaded(family: str, tmp_path):
+    model = adapted(SPARSE[family]())
     before = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
     data = [{"input_ids": row, "labels": row} for row in tokens(4).tolist()]
-    small = {"max_steps": 1, "per_device_train_batch_size": 4, "save_strategy": "no", "report_to": [], "use_cpu": True}
+    small = {"max_steps": 2, "per_device_train_batch_size": 4, "save_strategy": "no", "report_to": [], "use_cpu": True}
     arguments = TrainingArguments(tmp_path, **small, disable_tqdm=True, learning_rate=1e-2)
     SparseTrainer(model, arguments, train_dataset=data, sparse=SparseArguments(balance=0)).train()
+    assert before
     assert all(not torch.equal(p, before[name]) for name, p in model.named_parameters() if name in before)
+    model.save_pretrained(tmp_path / "adapter")
+    loaded = PeftModel.from_pretrained(SPARSE[family](), tmp_path / "adapter").eval()
+    with torch.no_grad():
+        given = inputs(model)
+        torch.testing.assert_close(loaded(**given).logits, model.eval()(**given).logits)
 
 
 def test_a_sparse_layer_runs_adapters_of_its_experts():
