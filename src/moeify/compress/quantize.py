@@ -12,7 +12,6 @@ from moeify.experts import Experts, Quantized, quantize
 from moeify.experts.quantized import Weights
 from moeify.hf.interface import HfExperts
 from moeify.layers import moe_layers
-from moeify.moe import MoE
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -81,7 +80,6 @@ def quantize_module(model: nn.Module, name: str, bits: int, group_size: int = 64
             f"weights of {bits} bits in groups of {group_size} are not known; choose 8 or 4 bits, 32 or 64"
         )
     module = model.get_submodule(name)
-    parent = model.get_submodule(name.rpartition(".")[0])
     if isinstance(module, Experts) or hasattr(module, "_apply_gate"):
         experts = quantize(module if isinstance(module, Experts) else HfExperts(module), bits, group_size)
         quantized = experts if isinstance(module, Experts) else QuantizedExperts(experts)
@@ -89,10 +87,7 @@ def quantize_module(model: nn.Module, name: str, bits: int, group_size: int = 64
         quantized = QuantizedLinear(module, bits, group_size)
     else:
         raise ValueError(f"{name} is a {type(module).__name__}, and only linear layers and experts can be quantised")
-    if isinstance(parent, MoE) and isinstance(quantized, Quantized):
-        parent.replace(experts=quantized)
-    else:  # also experts inside others, such as `Masked`
-        model.set_submodule(name, quantized)
+    model.set_submodule(name, quantized)
     if hasattr(model, "save_pretrained"):
         vars(model)["save_pretrained"] = _refuse_save_pretrained
 

@@ -8,6 +8,7 @@ from torch import nn
 
 from moeify.capacity import Priority
 from moeify.find.causal import says_causal
+from moeify.layers import moe_layers
 from moeify.moe import MoE
 from moeify.routers.base import Router
 from moeify.routers.limited import Capacity
@@ -35,7 +36,7 @@ def serve_with(
         ValueError: nothing to set; a setting that no router of the model has; k outside 1..E; a capacity that is not
             positive; in a decoder a priority that looks at later tokens. Nothing is changed.
     """
-    layers = {name: part for name, part in model.named_modules() if isinstance(part, MoE)}
+    layers = moe_layers(model)
     routers = [(layer, part) for layer in layers.values() for part in layer.router.modules()]
     limited = [router for _, router in routers if isinstance(router, Capacity)]
     choosing: list[tuple[MoE, Any]] = [
