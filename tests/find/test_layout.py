@@ -5,8 +5,9 @@ import copy
 import pytest
 import torch
 from torch import nn
-from transformers import BigBirdConfig, BigBirdModel, SiglipTextConfig, SiglipTextModel, XLNetConfig, XLNetModel
+from transformers import BigBirdConfig, BigBirdModel
 
+from layout_models import siglip, xlnet
 from moeify import Recipe, record, sparsify
 from moeify.find import ffn, modules
 from moeify.find.probe import find_probe
@@ -17,10 +18,6 @@ from plain_models import Block, Gated, sparse_layers, vit_mlp
 from tiny_models import bert, tokens, widened
 
 COPIES = Recipe(num_experts=4)
-
-
-def xlnet() -> XLNetModel:
-    return widened(XLNetModel(XLNetConfig(vocab_size=256, d_model=32, n_layer=2, n_head=4, d_inner=48)).eval())
 
 
 def test_a_square_batch_of_a_model_that_lays_sequences_out_first():
@@ -47,12 +44,6 @@ def test_a_given_probe_shows_the_layout_too(positional):
     recipe = Recipe(num_experts=4, router=Soft, experts=fresh)
     sparsify(model, recipe, probe=ids if positional else {"input_ids": ids}, allow_noncausal=True, verbose=False)
     assert {layer.context.batch_first for layer in sparse_layers(model).values()} == {False}
-
-
-def siglip() -> SiglipTextModel:
-    config = SiglipTextConfig(vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
-                              num_attention_heads=4, bos_token_id=1, eos_token_id=2)  # fmt: skip
-    return widened(SiglipTextModel(config).eval())
 
 
 def test_padding_is_routed_where_the_model_reads_it(tmp_path):

@@ -15,7 +15,9 @@ from torch import Tensor, nn
 from moeify.compose.peft_files import Adapter, LowRank
 from moeify.context import Context
 from moeify.experts.lora import LoRA, LoRAFFN
+from moeify.find.contexts import contexts_of
 from moeify.find.dense import is_linear, matrix, widths
+from moeify.find.layout import seen_in_a_run
 from moeify.find.shapes import Site, fast_paths, whole
 from moeify.find.unreadable import is_quantized
 from moeify.layers import moe_layers
@@ -119,6 +121,8 @@ def attach(
 ) -> None:
     """Make the sparse layers that adapters need; those that are there keep what they have learned, and grow.
 
+    A guessed input, if the model takes it, shows how stacks lay out tokens and whether padding is read.
+
     Args:
         model: the base model, with or without some of the adapters; a call that raises leaves it as it was.
         adapters: all adapters by name, those that are there first.
@@ -134,7 +138,9 @@ def attach(
     watched = set(contexts)
     latest: dict[str, AdaptedLinear] = {}
     made: list[tuple[Site, MoE]] = []
-    for site, experts in _experts_by_site(model, adapters, library.dropout):
+    found = list(_experts_by_site(model, adapters, library.dropout))
+    contexts |= contexts_of(seen_in_a_run(model, [site for site, _ in found if site.stack not in watched]))
+    for site, experts in found:
         old = before.get(site.name)
         if old is not None and old.experts.names == experts.names:
             latest[site.stack] = old
@@ -143,7 +149,7 @@ def attach(
         if old is not None:
             _grow(old.layer.router, router, _router(site, old.experts, library.router))
             _learn_alike(old.experts, experts)
-        layer = _layer(site, experts, router, old, contexts.setdefault(site.stack, Context()))
+        layer = _layer(site, experts, router, old, contexts[site.stack])
         latest[site.stack] = AdaptedLinear(layer, experts, site.dense)
         _set_gates(latest[site.stack], adapters)
         made.append((site, layer))

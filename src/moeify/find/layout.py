@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from moeify.context import Context
 from moeify.find.contexts import contexts_of, watch
-from moeify.find.probe import Probe
+from moeify.find.probe import Probe, find_probe
 from moeify.find.shapes import Site
+from moeify.modes import fixed_randomness
 
 
 @dataclass(frozen=True)
@@ -95,6 +96,19 @@ def _with_layout(model: nn.Module, site: Site, shape: torch.Size | None, batch: 
         return site
     first, second = shape
     return replace(site, sequence_first=second == batch != first)
+
+
+def seen_in_a_run(model: nn.Module, sites: Sequence[Site]) -> list[Site]:
+    """The sites, with what a guessed input shows of their tokens; as they are where none can be guessed."""
+    if not sites:
+        return []
+    with fixed_randomness(model):
+        probe = find_probe(model)
+        if probe is None:
+            return list(sites)
+        with observed(model, sites) as calls:
+            probe.run(model)
+        return padding_routed(model, laid_out(model, sites, probe, calls), probe)
 
 
 def padding_routed(model: nn.Module, sites: Sequence[Site], probe: Probe) -> list[Site]:
