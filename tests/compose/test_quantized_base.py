@@ -1,6 +1,7 @@
 """Bases whose weights are packed or of 8 bits: adapters need their widths alone, everything else says what they are."""
 
 import copy
+from functools import partial
 
 import pytest
 import torch
@@ -10,8 +11,11 @@ from torch.nn import functional as F
 from adapter_folders import answer, library, make_adapter, same
 from moeify import Recipe, from_adapters, load_adapters, save_adapters, sparsify
 from moeify.compose import merge_into_base
+from moeify.find import linears, modules, named
 from moeify.routers import TopK
-from tiny_models import TINY
+from moeify.sparsify import dense, frozen, lora
+from plain_models import sparse_layers
+from tiny_models import TINY, inputs
 
 
 class Packed(nn.Linear):
@@ -67,6 +71,41 @@ def test_a_quantised_base_is_not_made_sparse_and_is_told_so(kind):
         ValueError, match=r"the base is quantised: model.layers.0.* is a (Packed|Float8) with .*from_adapters"
     ):
         sparsify(model, Recipe(), verbose=False)
+
+
+@pytest.mark.parametrize("kind", [Packed, Float8])
+def test_low_rank_experts_need_the_widths_of_a_quantised_base_only(kind):
+    recipe = Recipe(where=linears("(q_proj|down_proj)$"), num_experts=3, experts=partial(lora, rank=2), shared=frozen)
+    model = quantized(kind).bfloat16()
+    for part in model.modules():
+        if isinstance(part, Packed):
+            part.full[0] = part.full[0].bfloat16()
+    if kind is Packed:
+        assert {part.weight.dtype for part in model.modules() if isinstance(part, Packed)} == {torch.uint8}
+    before = answer(model)
+    sparsify(model, recipe, verbose=False)
+    assert torch.equal(answer(model), before)
+    assert len(sparse_layers(model)) == 4
+    learned = {p.dtype for p in model.parameters() if p.requires_grad and p.dim() == 3}
+    assert learned == {torch.bfloat16}
+    answer_with_gradient = model(**inputs(model)).logits.sum()
+    answer_with_gradient.backward()
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        Recipe(where=linears("q_proj$")),
+        Recipe(where=modules("mlp$")),
+        Recipe(where=named("mlp$")),
+        Recipe(where=linears("q_proj$"), experts=lora, shared=dense),
+    ],
+    ids=["linears", "modules", "named", "trained"],
+)
+@pytest.mark.parametrize("kind", [Packed, Float8])
+def test_whatever_needs_weights_says_that_the_base_is_quantised(kind, recipe):
+    with pytest.raises(ValueError, match=r"the base is quantised: .*where=linears\(\.\.\.\), experts=lora"):
+        sparsify(quantized(kind), recipe, verbose=False)
 
 
 @pytest.mark.parametrize("layers", [None, [1]])

@@ -16,10 +16,9 @@ from moeify.compose.peft_files import Adapter, LowRank
 from moeify.context import Context
 from moeify.experts.lora import LoRA, LoRAFFN
 from moeify.find.contexts import contexts_of
-from moeify.find.dense import is_linear, matrix, widths
+from moeify.find.dense import compute_dtype, is_linear, is_quantized, matrix, widths
 from moeify.find.layout import seen_in_a_run
 from moeify.find.shapes import Site, fast_paths, whole
-from moeify.find.unreadable import is_quantized
 from moeify.layers import moe_layers
 from moeify.moe import MoE
 from moeify.origin import Origin
@@ -193,7 +192,7 @@ def _experts_by_site(model: nn.Module, adapters: Mapping[str, Adapter], dropout:
             site = whole(model, module, dense)
             yield (
                 replace(site, disabled=tuple(fast_paths(model, site.place[0]))),
-                stack(here, dense, dropout, _dtype(model, dense)),
+                stack(here, dense, dropout, compute_dtype(model, dense)),
             )
 
 
@@ -261,16 +260,6 @@ def stack(
         experts.lora_B[e, :, : low.rank] = low.B
         experts.scale[e] = low.scale
     return experts
-
-
-def _dtype(model: nn.Module, dense: nn.Module) -> torch.dtype:
-    """The dtype that a linear layer computes in: that of its weight or, if this is quantised, of the model's others."""
-    if not is_quantized(dense):
-        return dense.get_parameter("weight").dtype
-    quantized = {id(part.weight) for part in model.modules() if is_quantized(part)}
-    return next(
-        (p.dtype for p in model.parameters() if p.is_floating_point() and id(p) not in quantized), torch.float32
-    )
 
 
 def _unpadded(experts: LoRA, e: int) -> LowRank:

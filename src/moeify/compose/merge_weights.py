@@ -11,8 +11,7 @@ from torch import nn
 from moeify.compose.attach import adapted_linears
 from moeify.experts.ffn import FFN
 from moeify.experts.lora import LoRA, LoRAFFN
-from moeify.find.dense import matrix
-from moeify.find.unreadable import is_quantized
+from moeify.find.dense import is_quantized, matrix
 from moeify.layers import moe_layers
 from moeify.moe import MoE
 from moeify.origin import Origin

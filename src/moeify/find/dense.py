@@ -94,10 +94,29 @@ def matrix(linear: nn.Module) -> Float[Tensor, "O D"]:
 
 def widths(linear: nn.Module) -> tuple[int, int]:
     """The widths out and in of a linear layer, whose weight may be packed by quantisation."""
-    if isinstance(linear, nn.Linear):
+    if isinstance(linear, nn.Linear) or is_quantized(linear):
         return linear.out_features, linear.in_features
     out, width = matrix(linear).shape
     return out, width
+
+
+_FULL = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+
+def is_quantized(module: nn.Module) -> bool:
+    """Whether a module is a linear layer by its widths whose weight is packed or of a type below 16 bits."""
+    widths = (getattr(module, "out_features", None), getattr(module, "in_features", None))
+    weight = getattr(module, "weight", None)
+    if not all(isinstance(width, int) for width in widths) or not isinstance(weight, torch.Tensor):
+        return False
+    return weight.dtype not in _FULL or tuple(weight.shape) != widths
+
+
+def compute_dtype(model: nn.Module, module: nn.Module) -> torch.dtype:
+    """The dtype that a module computes in: that of its weights or, if these are quantised, of the model's others."""
+    of_quantized = {id(part.weight) for part in model.modules() if is_quantized(part)}
+    parameters = [*module.parameters(), *model.parameters()]
+    return next((p.dtype for p in parameters if p.dtype in _FULL and id(p) not in of_quantized), torch.float32)
 
 
 _USUAL_ACTIVATIONS: tuple[Elementwise, ...] = (F.silu, F.gelu, gelu_tanh, F.relu, torch.tanh, torch.sigmoid)
@@ -189,7 +208,7 @@ def accepts(module: nn.Module, width: int) -> bool:
     weight = next(module.parameters())
     try:
         with in_evaluation(module), fixed_randomness(module):
-            module(torch.randn(2, width, dtype=weight.dtype, device=weight.device))
+            module(torch.randn(2, width, dtype=compute_dtype(module, module), device=weight.device))
     except MemoryError:  # says nothing about the model
         raise
     except Exception:  # whatever it raises

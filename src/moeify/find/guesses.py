@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moeify.find.dense import is_linear, matrix
+from moeify.find.dense import is_linear, is_quantized
+from moeify.find.dense import widths as width_of
 
 Inputs = dict[str, Tensor]
 
@@ -36,7 +37,7 @@ def _by_position(model: nn.Module) -> Iterator[Tensor]:
     for size in (32, 64, 224) if channels else ():
         yield torch.randn(2, channels, size, size)
     widths = [part.embed_dim for part in model.modules() if isinstance(part, nn.MultiheadAttention)]
-    widths += [matrix(part).shape[1] for part in model.modules() if is_linear(part)]
+    widths += [width_of(part)[1] for part in model.modules() if is_linear(part) or is_quantized(part)]
     for width in dict.fromkeys(widths):
         yield torch.randn(2, 5, width)
         yield torch.randn(4, width)

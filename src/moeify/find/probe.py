@@ -13,6 +13,7 @@ from jaxtyping import Bool
 from torch import Tensor, nn
 
 from moeify.context import extra_inputs
+from moeify.find.dense import compute_dtype
 from moeify.find.guesses import guesses
 from moeify.modes import fixed_randomness, in_evaluation
 from moeify.routers.lookup import columns
@@ -100,8 +101,9 @@ def find_probe(model: nn.Module) -> Probe | None:
     parameter = next(model.parameters(), None)
     if parameter is None or parameter.is_meta:
         return None
+    like = torch.empty(0, dtype=compute_dtype(model, model), device=parameter.device)
     for args, kwargs in guesses(model):
-        probe = Probe(_moved(args, parameter), _moved(kwargs, parameter))
+        probe = Probe(_moved(args, like), _moved(kwargs, like))
         try:
             if torch.isfinite(probe.run(model)).all():
                 return probe

@@ -24,6 +24,7 @@ from moeify.find.dense import (
     dropouts,
     held_activations,
     is_linear,
+    is_quantized,
     matrix,
     misfit,
     parameters_of,
@@ -85,7 +86,7 @@ class Site:
             return self.known_width
         if isinstance(self.dense, DenseFFN):
             return self.dense.width
-        if is_linear(self.dense):
+        if is_linear(self.dense) or is_quantized(self.dense):
             return widths(self.dense)[1]
         tried = dict.fromkeys(width for _, width in self._widths)
         for width in tried:

@@ -2,21 +2,10 @@
 
 from __future__ import annotations
 
-import torch
 from torch import nn
 
+from moeify.find.dense import is_quantized
 from moeify.find.shapes import Site
-
-_FULL = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-
-
-def is_quantized(module: nn.Module) -> bool:
-    """Whether a module is a linear layer by its widths whose weight is packed or of a type below 16 bits."""
-    widths = (getattr(module, "out_features", None), getattr(module, "in_features", None))
-    weight = getattr(module, "weight", None)
-    if not all(isinstance(width, int) for width in widths) or not isinstance(weight, torch.Tensor):
-        return False
-    return weight.dtype not in _FULL or tuple(weight.shape) != widths
 
 
 def why_unreadable(model: nn.Module, sites: list[Site]) -> str | None:
@@ -38,9 +27,14 @@ def why_unreadable(model: nn.Module, sites: list[Site]) -> str | None:
                 "base first (model = model.merge_and_unload()), or make the base sparse without them"
             )
         if is_quantized(module):
-            return (
-                f"the base is quantised: {name} is a {type(module).__name__} with a weight of {module.weight.dtype}, "
-                "from which no expert can be made; load the base in 16 or 32 bits, or put adapters beside it with "
-                "from_adapters, which needs only its widths"
-            )
+            return quantized_base(name, module)
     return None
+
+
+def quantized_base(name: str, module: nn.Module) -> str:
+    """What to say of a quantised layer where weights are needed."""
+    return (
+        f"the base is quantised: {name} is a {type(module).__name__} with a weight of {module.weight.dtype}, "
+        "from which no expert can be made; load the base in 16 or 32 bits, or put adapters beside it, which need only "
+        "its widths: from_adapters, or where=linears(...), experts=lora, shared=frozen"
+    )

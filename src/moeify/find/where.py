@@ -9,7 +9,7 @@ from functools import partial
 
 from torch import nn
 
-from moeify.find.dense import accepts, is_linear, widths
+from moeify.find.dense import accepts, is_linear, is_quantized, widths
 from moeify.find.shapes import Site, fast_paths, recognise, whole
 from moeify.find.unreadable import why_unreadable
 from moeify.layers import moe_layers, sparse_layers
@@ -154,7 +154,7 @@ def modules(regex: str) -> Where:
 
 @register("where", "modules")
 def _modules(model: nn.Module, regex: str) -> list[Site]:
-    every_name = [name for name, part in model.named_modules() if name and any(map(is_linear, part.modules()))]
+    every_name = [name for name, part in model.named_modules() if name and any(map(_has_widths, part.modules()))]
     found = [name for name in every_name if search(regex, name)]
     outermost = [name for name in found if not any(name.startswith(f"{other}.") for other in found)]
     return _some([whole(model, name) for name in outermost], regex, every_name)
@@ -170,12 +170,16 @@ def _linears(model: nn.Module, regex: str = "") -> list[Site]:
     """Layers whose weights a module reads without calling them are left out: experts would not run."""
     uncalled = [name for name, part in model.named_modules() if isinstance(part, nn.MultiheadAttention)]
     names = [
-        name for name, part in model.named_modules() if is_linear(part) and name.rpartition(".")[0] not in uncalled
+        name for name, part in model.named_modules() if _has_widths(part) and name.rpartition(".")[0] not in uncalled
     ]
     sites = [whole(model, name) for name in names]
     sites = [site for site in sites if site.layer] or sites
     sites = [replace(site, disabled=tuple(fast_paths(model, site.place[0]))) for site in sites]
     return _some([site for site in sites if search(regex, site.name)], regex, [site.name for site in sites])
+
+
+def _has_widths(module: nn.Module) -> bool:
+    return is_linear(module) or is_quantized(module)
 
 
 def _some(sites: list[Site], regex: str, names: list[str]) -> list[Site]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from moeify.find.dense import compute_dtype
 from moeify.find.probe import Probe
 
 
@@ -28,7 +29,7 @@ class Comparison:
 
     def same(self, model: nn.Module) -> bool:
         """Whether every output is what it was, but for rounding."""
-        rounding = torch.finfo(next(model.parameters()).dtype).eps ** 0.5
+        rounding = torch.finfo(compute_dtype(model, model)).eps ** 0.5
         allowed = [rounding * _largest(before[before.isfinite()]) for before in self.before]
         return all(change <= most for change, most in zip(self._changes(model), allowed, strict=True))
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from moeify.experts.lora import LoRA, LoRAFFN
-from moeify.find.dense import DenseFFN, is_linear, matrix, parameters_of
+from moeify.find.dense import DenseFFN, is_linear, is_quantized, parameters_of, widths
 from moeify.registry import register
 
 
@@ -21,8 +21,8 @@ def lora(dense: nn.Module, num_experts: int, *, rank: int = 8, scale: float = 1.
         scale: multiplies the outputs; `alpha / rank` where a paper gives alpha.
         dropout: probability of dropping an input in training.
     """
-    first, last = _ends(dense)
-    return _lora(first.shape[1], last.shape[0], num_experts, rank, scale, dropout, like=last)
+    (_, width), (width_out, _), like = _ends(dense)
+    return _lora(width, width_out, num_experts, rank, scale, dropout, like)
 
 
 @register("experts", "lora_ffn")
@@ -55,12 +55,17 @@ def lora_ffn(dense: nn.Module, num_experts: int, *, rank: int = 8, scale: float 
     )
 
 
-def _ends(dense: nn.Module) -> tuple[Tensor, Tensor]:
-    """The first and the last matrix of a module."""
+def _ends(dense: nn.Module) -> tuple[tuple[int, int], tuple[int, int], Tensor]:
+    """The widths of the first and of the last linear layer of a module, and what experts resemble in dtype and device.
+
+    Beside a quantised layer they compute in fp32, until the dtype of the model is given to them.
+    """
     if isinstance(dense, DenseFFN):
-        return dense.up_weight, dense.down_weight
-    matrices = [matrix(part) for part in dense.modules() if is_linear(part)]
-    return matrices[0], matrices[-1]
+        return (0, dense.width), (dense.width_out, 0), dense.down_weight
+    linears = [part for part in dense.modules() if is_linear(part) or is_quantized(part)]
+    weight = linears[-1].get_parameter("weight")
+    like = torch.empty(0, device=weight.device) if is_quantized(linears[-1]) else weight
+    return widths(linears[0]), widths(linears[-1]), like
 
 
 def _lora(width: int, width_out: int, num_experts: int, rank: int, scale: float, dropout: float, like: Tensor) -> LoRA:

@@ -18,18 +18,21 @@ from torch import nn
 from moeify.context import Context
 from moeify.find.causal import in_decoder
 from moeify.find.contexts import contexts_of
+from moeify.find.dense import compute_dtype, is_quantized
 from moeify.find.describe import describe, rebuild
 from moeify.find.shapes import Site
+from moeify.find.unreadable import quantized_base
 from moeify.meta import made_on
 from moeify.modes import fixed_randomness
 from moeify.moe import MoE
 from moeify.origin import Origin
 from moeify.snapshot import restored_on_error
 from moeify.sparsify.comparison import Comparison
+from moeify.sparsify.lora import lora
 from moeify.sparsify.make import copies, masked, merged
 from moeify.sparsify.put import put
 from moeify.sparsify.recipe import Recipe
-from moeify.sparsify.shared import nothing
+from moeify.sparsify.shared import frozen, nothing
 from moeify.sparsify.verified import verified
 
 
@@ -155,7 +158,10 @@ def find(model: nn.Module, recipe: Recipe, described: list[dict[str, Any]] | Non
 
     def found() -> Plan:
         with fixed_randomness(model):
-            return Plan(model, recipe, recipe.where(model))
+            sites = recipe.where(model)
+        for site in sites:
+            _refuse_quantized(site, recipe)
+        return Plan(model, recipe, sites)
 
     return restored_on_error(model, found, values=False)
 
@@ -166,21 +172,31 @@ def _layers(model: nn.Module, sites: list[Site], recipe: Recipe, contexts: dict[
     for site in sites:
         of_decoder = recipe.decoder_router if in_decoder(model, site) else None
         here = recipe if of_decoder is None else replace(recipe, router=of_decoder)
-        latest[site.stack] = _layer(site, here, contexts[site.stack], latest.get(site.stack))
+        dtype = compute_dtype(model, site.dense)
+        latest[site.stack] = _layer(site, here, contexts[site.stack], latest.get(site.stack), dtype)
         layers.append(latest[site.stack])
     return layers
 
 
-def _layer(site: Site, recipe: Recipe, context: Context, previous: MoE | None) -> MoE:
+def _layer(site: Site, recipe: Recipe, context: Context, previous: MoE | None, dtype: torch.dtype) -> MoE:
     like = next(site.dense.parameters())
     with made_on(like.device):
         router = recipe.router(site.width, recipe.num_experts)
-        router = (router if previous is None else router.link_to(previous.router)).to(like.dtype)
+        router = (router if previous is None else router.link_to(previous.router)).to(dtype)
     with torch.device(like.device):
-        experts = recipe.experts(site.dense, recipe.num_experts)
+        experts = recipe.experts(site.dense, recipe.num_experts).to(dtype)
         shared = recipe.shared(site.dense, site.width)
     layer = MoE(router, experts, shared, context=context, name=site.name)
     return layer.train(site.training)
+
+
+def _refuse_quantized(site: Site, recipe: Recipe) -> None:
+    """Of a quantised layer only adapters can be made, and it can only stand beside them as it is."""
+    if recipe.shared is frozen and _options(recipe.experts)[0] is lora:
+        return
+    for name, part in site.dense.named_modules():
+        if is_quantized(part):
+            raise ValueError(quantized_base(f"{site.name}.{name}".rstrip("."), part))
 
 
 def _refuse(layers: list[MoE], recipe: Recipe) -> None:

@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from moeify.find.dense import is_quantized
 from moeify.registry import register
 
 
@@ -37,7 +38,12 @@ def gated(dense: nn.Module, width: int) -> nn.Module:
 
 
 def _in_its_memory(dense: nn.Module) -> nn.Module:
-    """A copy whose parameters are its own, but lie in the memory of the dense network whose place it takes."""
+    """A copy whose parameters are its own, but lie in the memory of the dense network whose place it takes.
+
+    Quantised modules, whose parameters may be of classes of their own, are taken as they are.
+    """
+    if any(is_quantized(part) for part in dense.modules()):
+        return dense
     own = {id(p): nn.Parameter(p.detach(), requires_grad=p.requires_grad) for p in dense.parameters()}
     return copy.deepcopy(dense, own)
 
