@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import warnings
+from io import StringIO
 
 import pytest
 import torch
+from rich.console import Console
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
@@ -16,6 +18,7 @@ from moeify.flops import count
 from moeify.kernels import naive_grouped_linear
 from moeify.routers import Capacity
 from moeify.sparsify import recipes
+from moeify.sparsify.convert import convert
 from tiny_models import causal_lm, inputs, masked_lm
 
 AT_MOST = {
@@ -79,3 +82,18 @@ def test_a_base_that_all_experts_share_is_run_for_every_row_and_is_active_once()
     assert only.dense_flops == 8 * (2 * base + one) + router
     assert only.active_parameters == base + k * one / 2 + router / 2
     assert count(model).flops > dense.flops
+
+
+def test_the_table_of_mixlora_tells_what_torch_counts(monkeypatch: pytest.MonkeyPatch):
+    model = causal_lm("llama", attn_implementation="eager")
+    report = convert(model, recipes["mixlora"])
+    report.show(Console(file=(shown := StringIO()), width=120))
+    for part in model.modules():
+        if isinstance(part, MoE):
+            part.backend = "compose"
+    attention = count(model, tokens=LENGTH).flops - count(model).flops  # of scores, which the table leaves out
+    assert report.after.flops == round(ran(model, monkeypatch)) - attention
+    assert report.after.flops > report.before.flops
+    row = next(line for line in shown.getvalue().splitlines() if "forward FLOPs per token" in line)
+    assert f"{report.before.flops:,}" in row
+    assert f"{report.after.flops:,}" in row
