@@ -86,7 +86,8 @@ class Call:
         shape = (shape,) if isinstance(shape, int) else tuple(shape)
         tokens = math.prod(shape)
         if self.token_mask is not None and self.token_mask.numel() == tokens:
-            return self._laid_out(self.token_mask, shape)
+            hides_nothing = self.layer_mask is None and not self.of_stack  # as many tokens, but of another stack
+            return None if hides_nothing else self._laid_out(self.token_mask, shape)
         if self.token_mask is None and self.unpadded == tokens:
             return None
         if isinstance(self.layer_mask, tuple):

@@ -205,3 +205,40 @@ def test_buffers_and_attributes_that_a_call_changes_are_as_they_were():
 
 def test_a_model_that_masks_its_padding_is_not_refused():
     sparsify(bert(), Recipe(num_experts=4), verbose=False)
+
+
+class MaskedLayer(Block):
+    def forward(self, x, attention_mask=None):
+        return super().forward(x)
+
+
+class Tower(nn.Module):
+    """A stack whose layers the model calls itself."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList([MaskedLayer(Gated())])
+
+
+class WordsAndPatches(nn.Module):
+    """Two stacks, of which the layers of the patches are given no mask (BridgeTower)."""
+
+    def __init__(self):
+        super().__init__()
+        self.words, self.patches = Tower(), Tower()
+
+    def forward(self, inputs_embeds, attention_mask, patches):
+        for layer in self.words.layers:
+            inputs_embeds = layer(inputs_embeds, attention_mask[:, None, None])
+        for layer in self.patches.layers:
+            patches = layer(patches)
+        return inputs_embeds, patches.mean(1)
+
+
+def test_a_stack_of_as_many_tokens_has_not_the_padding_of_another():
+    mask = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]])
+    given = {"inputs_embeds": torch.randn(2, 4, 8), "attention_mask": mask, "patches": torch.randn(2, 4, 8)}
+    model = sparsify(WordsAndPatches(), COPIES, probe=given, verbose=False)
+    with record(model) as decisions:
+        model(**given)
+    assert [int(routing.counts.sum()) for routing in decisions.values()] == [2 * 6, 2 * 8]

@@ -95,7 +95,7 @@ def matrix(linear: nn.Module) -> Float[Tensor, "O D"]:
 def widths(linear: nn.Module) -> tuple[int, int]:
     """The widths out and in of a linear layer, whose weight may be packed by quantisation."""
     if isinstance(linear, nn.Linear) or is_quantized(linear):
-        return linear.out_features, linear.in_features
+        return int(linear.out_features), int(linear.in_features)  # pyrefly: ignore[bad-argument-type]
     out, width = matrix(linear).shape
     return out, width
 

@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Bool
 from torch import Tensor, nn
 
 from moeify.context import extra_inputs
 from moeify.find.dense import compute_dtype
 from moeify.find.guesses import guesses
+from moeify.masks import real_tokens
 from moeify.modes import fixed_randomness, in_evaluation
 from moeify.routers.lookup import columns
 from moeify.snapshot import Snapshot
@@ -36,8 +36,13 @@ class Probe:
         return _main(self._output(model)).float()
 
     def outputs(self, model: nn.Module) -> list[Tensor]:
-        """Every floating-point tensor among the model's outputs, as of `run`."""
-        return [value.float() for value in _tensors(self._output(model))]
+        """Every floating-point tensor among the model's outputs, as of `run`; those of padding are left out."""
+        values = [value.float() for value in _tensors(self._output(model))]
+        mask = (self.kwargs or {}).get("attention_mask")
+        if not isinstance(mask, Tensor) or mask.dim() != 2:
+            return values
+        real = real_tokens(mask)
+        return [value[real] if value.dim() > 2 and value.shape[:2] == real.shape else value for value in values]
 
     @torch.no_grad()
     def _output(self, model: nn.Module) -> Any:
@@ -57,8 +62,8 @@ class Probe:
             return self
         return Probe(kwargs=dict(zip(names, self.args, strict=False)) | (self.kwargs or {}))
 
-    def padded(self, padding: int) -> tuple[Probe, Bool[Tensor, "B N"]] | None:
-        """The same texts, the last of them from its middle on nothing but padding, and which tokens are real.
+    def padded(self, padding: int) -> Probe | None:
+        """The same texts with a mask that makes the last of them padding from its middle on.
 
         Args:
             padding: the id of a padding token.
@@ -69,7 +74,7 @@ class Probe:
         real = torch.ones_like(ids, dtype=torch.bool)
         real[-1, ids.shape[1] // 2 :] = False
         ids = ids.masked_fill(~real, padding)
-        return Probe(kwargs={**(self.kwargs or {}), "input_ids": ids, "attention_mask": real.long()}), real
+        return Probe(kwargs={**(self.kwargs or {}), "input_ids": ids, "attention_mask": real.long()})
 
     def _untold(self, model: nn.Module) -> AbstractContextManager[None]:
         names = columns(model) - (self.kwargs or {}).keys()

@@ -58,7 +58,7 @@ def candidates(model: nn.Module) -> tuple[list[Site], list[str]]:
         raise ValueError(
             f"this {type(model).__name__} is sparse already (see {already[0]}); start from the dense model"
         )
-    return sites, [] if sparse else rejected
+    return sites, rejected
 
 
 def why_left(model: nn.Module, site: Site, sites: list[Site]) -> str | None:
