@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 
-.PHONY: demo test check bench gpu claims suites docs clean
+.PHONY: demo test check bench gpu claims suites docs homes clean
 
 demo: $(VENV)/.test
 	$(BIN)/moeify train --minutes 6 --output runs/demo --resume
@@ -40,6 +40,10 @@ suites: $(VENV)/.suites
 
 docs: $(VENV)/.dev
 	$(BIN)/mkdocs build --strict
+
+# The table of what each recipe becomes in other programs; a test says when it is old.
+homes: $(VENV)/.test
+	$(BIN)/python -m moeify.export.table docs/guide/export.md
 
 clean:
 	rm -rf $(VENV) site runs

@@ -18,6 +18,7 @@ from moeify import Recipe, export, sparsify
 from moeify.export import Native, families
 from moeify.find.where import every, last
 from moeify.routers import ExpertChoice, ExpertGroups, TopK, sigmoid
+from moeify.serve import serve_with
 from moeify.sparsify import recipes
 from moeify.sparsify.make import copies, fresh, masked
 from moeify.sparsify.shared import dense, gated
@@ -175,7 +176,7 @@ GROUPS = ExpertGroups(count=2, keep=1, reduce="max")
     [
         ("llama", "soft", "Soft is no token choice"),
         ("llama", Recipe(router=ExpertChoice, experts=fresh), "ExpertChoice is no token choice"),
-        ("llama", "switch", r"layer\.replace\(router=layer\.router\.router\)"),
+        ("llama", "switch", r"serve_with\(model, capacity=float\('inf'\)\)"),
         ("llama", "longcat", "Blocks experts"),
         ("llama", "phi", "Mixtral, score: it has softmax, the model sparsemixer"),
         ("llama", "stmoe", "drops rows beyond a capacity"),
@@ -196,6 +197,13 @@ def test_what_no_class_computes_is_refused_with_the_reason(base, recipe, reason,
     with pytest.raises(ValueError, match=reason):
         export.write(model, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_capacity_that_is_off_in_evaluation_is_no_hindrance(tmp_path):
+    model = serve_with(sparse("llama", "switch"), capacity=float("inf"))
+    done = export.write(model, tmp_path / "out")
+    assert done.notes[0].startswith("Qwen2-MoE")
+    assert done.verdict.difference == 0
 
 
 def test_layers_that_differ_are_refused():

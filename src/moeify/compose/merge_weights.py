@@ -41,7 +41,7 @@ def merge_into_experts(model: nn.Module) -> nn.Module:
     for name, layer in layers.items():
         if not isinstance(layer.experts, LoRAFFN):
             raise ValueError(_why_not_experts(name, layer, sum(isinstance(m.experts, LoRA) for m in layers.values())))
-        merged.append((layer, _full(layer.experts)))
+        merged.append((layer, with_full_weights(layer.experts)))
     for layer, full in merged:
         layer.replace(experts=full)
     origin = Origin.of(model)
@@ -50,7 +50,9 @@ def merge_into_experts(model: nn.Module) -> nn.Module:
     return model
 
 
-def _full(experts: LoRAFFN) -> FFN:
+@torch.no_grad()
+def with_full_weights(experts: LoRAFFN) -> FFN:
+    """The same experts, each with full weights of its own."""
     up, down = experts.up, experts.down
     with torch.device(up.weight.device):
         full = FFN(

@@ -15,6 +15,7 @@ from moeify.export.form import Form, Misfit
 from moeify.export.gguf_file import Gguf
 from moeify.export.mlx import Mlx
 from moeify.export.native import Native
+from moeify.export.plan import Outlook, plan
 from moeify.export.probe import Probe
 from moeify.export.routers import Choice, choice_of
 
@@ -31,11 +32,13 @@ __all__ = [
     "Misfit",
     "Mlx",
     "Native",
+    "Outlook",
     "Probe",
     "Verdict",
     "choice_of",
     "exporters",
     "find_exporter",
+    "plan",
     "register_exporter",
     "supports",
     "verify",

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import singledispatch
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from moeify.compose.merge_weights import with_full_weights
 from moeify.experts import FFN, Masked
 from moeify.experts.lora import LoRA, LoRAFFN
 from moeify.export.form import Misfit
@@ -61,16 +62,9 @@ def _(experts: Masked) -> GatedFFNs:
 
 
 @gated_ffns.register
-@torch.no_grad()
 def _(experts: LoRAFFN) -> GatedFFNs:
-    number = range(experts.num_experts)
-
-    def merged(linear: nn.Linear, adapters: LoRA) -> Tensor:
-        return torch.stack([linear.weight.float() + adapters.delta(e) for e in number]).to(linear.weight.dtype)
-
-    up, down = merged(experts.up, experts.up_lora), merged(experts.down, experts.down_lora)
-    ffns = _checked(up, experts.up.bias, down, experts.down.bias, experts.activation)
-    return GatedFFNs(ffns.gate_up, ffns.down, ffns.activation, ("adapters are merged into a network per expert",))
+    merged = gated_ffns(with_full_weights(experts))
+    return replace(merged, rewrites=("adapters are merged into a network per expert",))
 
 
 @gated_ffns.register

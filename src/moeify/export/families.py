@@ -47,8 +47,8 @@ DECODER: Mapping[str, Rule] = MappingProxyType({
     "embedding_scale": Is(1.0),
     "residual_scale": Is(1.0),
     "logits_divisor": Is(1.0),
-    "ffn_hidden": Field("intermediate_size"),
     "sparse_layers": Is(()),
+    "ffn_hidden": Field("intermediate_size"),
 })  # fmt: skip
 """The traits of a decoder, and how Llama without biases keeps them."""
 

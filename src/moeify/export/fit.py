@@ -137,4 +137,5 @@ def best(form: Form, families: Iterable[T], program: str) -> Fit[T]:
         return min(found, key=lambda each: len(each.rewrites))
     near = {t: misfit for t, misfit in reasons.items() if misfit.trait in EXPERTS}
     said = "; ".join(f"{title}, {misfit}" for title, misfit in (near or reasons).items())
-    raise Misfit(f"no class of {program} computes what this model does: {said}")
+    trait = next(iter((near or reasons).values())).trait
+    raise Misfit(f"no class of {program} computes what this model does: {said}", trait=trait)

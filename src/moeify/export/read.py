@@ -93,6 +93,7 @@ def _place(name: str) -> int:
     if found is None:
         raise Misfit(
             f"a sparse layer stands at {name}, and other programs have them in the place of feed-forward networks only"
+            "; moeify.compose.merge_into_base(model, weights) makes one dense model of adapters beside linear layers"
         )
     return int(found[1])
 

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from functools import singledispatch
 from typing import Any
@@ -134,7 +135,9 @@ def _(router: DefaultVector) -> Choice:
 
 @choice_of.register
 def _(router: Capacity) -> Choice:
+    if math.isinf(router.eval_factor):
+        return choice_of(router.router)
     raise Misfit(
-        "it drops rows beyond a capacity, which no other program does as it does; to serve it without, put the router "
-        "inside it in its place: layer.replace(router=layer.router.router)"
+        "it drops rows beyond a capacity in evaluation, which no other program does as it does; to export it without, "
+        "call moeify.serve.serve_with(model, capacity=float('inf')) first"
     )

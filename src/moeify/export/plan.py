@@ -1,0 +1,109 @@
+"""What becomes of a recipe on a family of dense models, said before anything is trained."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from moeify.export.families import DENSE
+from moeify.export.fit import Fit
+from moeify.export.form import Misfit
+from moeify.export.gguf_file import Gguf
+from moeify.export.native import Native
+from moeify.registry import suggest
+from moeify.routers import Capacity
+from moeify.sparsify import Recipe, sparsify
+
+_SIZES: dict[str, Any] = {
+    "vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4,
+    "num_key_value_heads": 4, "head_dim": 8, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+_SIZES_OF: dict[str, dict[str, Any]] = {
+    "mistral": {"sliding_window": None},
+    "stablelm": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 1.0}},
+    "deepseek_v3": {
+        "first_k_dense_replace": 4, "q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8,
+        "v_head_dim": 8,
+    },
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Outlook:
+    """Whether another program can hold what a recipe makes.
+
+    Attributes:
+        home: the class or architecture that will hold it, None if there is none.
+        rewrites: what is rewritten without changing the function; nothing where the home is exact.
+        without_capacity: whether it has a home only once the capacity is off in evaluation.
+        reason: why there is no home.
+        trait: what the reason is about, of the class that comes nearest.
+    """
+
+    home: str | None
+    rewrites: tuple[str, ...] = ()
+    without_capacity: bool = False
+    reason: str = ""
+    trait: str = ""
+
+    @property
+    def kind(self) -> str:
+        """`exact`, `rewrite` or `refused`."""
+        if self.home is None:
+            return "refused"
+        return "rewrite" if self.rewrites else "exact"
+
+
+def plan(recipe: Recipe, base: str) -> dict[str, Outlook]:
+    """What transformers and llama.cpp make of a recipe on a base family, by the names of their exporters.
+
+    A tiny model of the family is made sparse. Selection biases and default vectors are set to what training may make
+    of them. What a large model's own settings rule out, such as a sliding window, `supports` says.
+
+    Args:
+        recipe: of the sparse model.
+        base: a `model_type` of the table `families.DENSE`.
+
+    Raises:
+        ValueError: an unknown family, or one that the recipe finds nothing in.
+    """
+    model = _sparse(recipe, base)
+    found = _outlooks(model)
+    limits = [part for part in model.modules() if isinstance(part, Capacity)]
+    for limit in limits:
+        limit.eval_factor = math.inf
+    if not limits or all(outlook.home for outlook in found.values()):
+        return found
+    again = {to: replace(outlook, without_capacity=True) for to, outlook in _outlooks(model).items()}
+    return {to: outlook if outlook.home else again[to] for to, outlook in found.items()}
+
+
+def _outlooks(model: nn.Module) -> dict[str, Outlook]:
+    return {"transformers": _outlook(Native(), model), "gguf": _outlook(Gguf(), model)}
+
+
+def _outlook(exporter: Native | Gguf, model: nn.Module) -> Outlook:
+    try:
+        found: Fit[Any] = exporter.fit(model)
+    except Misfit as misfit:
+        return Outlook(None, reason=str(misfit), trait=misfit.trait)
+    return Outlook(found.family.title, found.rewrites)
+
+
+def _sparse(recipe: Recipe, base: str) -> nn.Module:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    if base not in DENSE:
+        raise ValueError(f"no family of dense models is called {base!r}; {suggest(base, [*DENSE])}")
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        config = AutoConfig.for_model(base, **{**_SIZES, **_SIZES_OF.get(base, {})})
+        model = sparsify(AutoModelForCausalLM.from_config(config), recipe, verbose=False, allow_noncausal=True)
+        for name, buffer in model.named_buffers():
+            if name.endswith(("selection_bias", ".default")):
+                buffer.uniform_()
+    return model.eval()
