@@ -3,13 +3,20 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 
-.PHONY: demo test check bench gpu claims suites docs homes clean
+.PHONY: demo test nightly check bench gpu claims suites docs homes clean
 
 demo: $(VENV)/.test
 	$(BIN)/moeify train --minutes 6 --output runs/demo --resume
 
 test: $(VENV)/.test $(VENV)/.interpreter
 	$(BIN)/python -m pytest tests --numprocesses 2 --dist worksteal
+
+# make nightly KILLS=40 CASES=200 takes some minutes in the place of some hours.
+KILLS  ?= 500
+CASES  ?= 2000
+nightly: $(VENV)/.test
+	$(BIN)/python tests/nightly/kills.py --kills $(KILLS)
+	$(BIN)/python tests/nightly/kernels.py --cases $(CASES)
 
 check: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -183,18 +183,33 @@ def test_a_finished_model_is_saved_so_that_it_loads(tmp_path):
     assert not list((tmp_path / "final").glob("*.bin"))
 
 
+class Sender(TrainerCallback):
+    """Sends a signal in step 2."""
+
+    def __init__(self, number):
+        self.number = number
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == 1:
+            signal.raise_signal(self.number)
+
+
+def test_a_stop_on_a_full_disk_does_not_say_that_it_was_saved(tmp_path, capsys, monkeypatch):
+    def full(trainer, folder):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(SparseTrainer, "_write", full)
+    trainer(llama(), tmp_path, callbacks=[Sender(signal.SIGTERM)]).train()
+    assert "after step 2 of 4, which could not be saved: earlier checkpoints are kept" in capsys.readouterr().out
+
+
 NAMES = ["SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"]
 
 
 @pytest.mark.parametrize("number", [getattr(signal, name) for name in NAMES if hasattr(signal, name)])
 def test_a_signal_ends_the_run_after_the_step_with_a_checkpoint(tmp_path, capsys, number):
-    class Sender(TrainerCallback):
-        def on_step_begin(self, args, state, control, **kwargs):
-            if state.global_step == 1:
-                signal.raise_signal(number)
-
     before = signal.getsignal(number)
-    run = trainer(llama(), tmp_path, callbacks=[Sender()])
+    run = trainer(llama(), tmp_path, callbacks=[Sender(number)])
     run.train()
     assert run.state.global_step == 2
     assert (tmp_path / "checkpoint-2" / "MANIFEST.json").is_file()

@@ -149,7 +149,8 @@ def train_run(
     trainer = make_trainer(model, train, folder, settings, [curve, *(callbacks or [])])
     trainer.train(resume_from_checkpoint=resume or None)
     if trainer.state.global_step < settings.steps:
-        raise Stopped(f"stopped after step {trainer.state.global_step} of {settings.steps}, saved in {folder}")
+        saved = "which could not be saved" if trainer.failures else f"saved in {folder}"
+        raise Stopped(f"stopped after step {trainer.state.global_step} of {settings.steps}, {saved}")
     _, domains = validation_loss(model, validation, settings)
     return Run(name=name, seed=settings.seed, count=size, points=curve.points, domains=domains)
 
