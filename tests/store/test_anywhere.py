@@ -206,6 +206,8 @@ def test_an_opened_model_is_saved_and_described_as_the_one_that_sparsify_made(tm
     for path in (tmp_path / "saved").iterdir():
         assert path.read_bytes() == (tmp_path / "again" / path.name).read_bytes(), path.name
     assert_same(copy.deepcopy(again), model)
+    again.save_pretrained(tmp_path / "saved")
+    assert_same(load(tmp_path / "saved"), model)
 
 
 class Hub:

@@ -75,7 +75,7 @@ def test_saving_again_leaves_nothing_of_the_last_time(tmp_path):
     save(sparse(), tmp_path, max_shard_size="20KB")
     model = sparse("gpt2")
     save(model, tmp_path)
-    files = ["SHA256.json", "config.json", "model.safetensors", "modeling_moeify.py"]
+    files = ["README.md", "SHA256.json", "config.json", "model.safetensors", "modeling_moeify.py"]
     assert sorted(path.name for path in tmp_path.iterdir()) == files
     assert_equal(load(tmp_path), model)
 

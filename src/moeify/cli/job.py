@@ -110,7 +110,11 @@ class Job:
             self.builder(tokenizer), self.recipe, train, validation, self.output, self.settings,
             seeds=self.seeds, resume=self.resume, log=console.print, on_model=models.__setitem__,
         )  # fmt: skip
-        save(models["sparse"], self.output / "model")
+        notes = {
+            "Data": self.data or "text that came with Python and torch",
+            "Balance": self.settings.sparse.describe(),
+        }
+        save(models["sparse"], self.output / "model", notes=notes)
         save_tokenizer(tokenizer, self.output / "model")
         load = expert_load(models["sparse"], validation)
         samples = {name: [sample(model, tokenizer, prompt) for prompt in PROMPTS] for name, model in models.items()}

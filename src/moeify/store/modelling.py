@@ -10,6 +10,7 @@ import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from moeify.sparsify.plan import Plan, find
 from moeify.sparsify.recipe import Recipe
 from moeify.store.build import apply_on_meta
 from moeify.store.config import MODEL_TYPE, architecture_of, identify
+from moeify.store.hashes import HASHES
 from moeify.store.modelling_file import auto_classes, auto_map, write_modelling_file
 from moeify.store.standalone import Sparse, announce, name_in
 
@@ -49,12 +51,13 @@ class SparseModel(Sparse):
             setattr(module, name, value.to(module.get_buffer(name).device))
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
-        """Save as `PreTrainedModel` does, and write the modelling file."""
+        """Save as `PreTrainedModel` does, and write the modelling file; hashes of an earlier `save` are deleted."""
         model: Any = self
         architecture = architecture_of(model)
         model.config.model = identify(architecture)
         model.config.auto_map = auto_map(architecture)
         model.config.sites, model.config.ties = Origin.of(model).sites, dict(model.all_tied_weights_keys)
+        (Path(save_directory) / HASHES).unlink(missing_ok=True)
         super().save_pretrained(save_directory, *args, **kwargs)  # pyrefly: ignore[missing-attribute]
         write_modelling_file(save_directory, architecture, is_plain=model.config.sparse_layers is not None)
 

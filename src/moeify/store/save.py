@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from moeify.compress.quantize import quantization_of
-from moeify.files import write_json
+from moeify.files import write_json, write_text
 from moeify.origin import Origin
+from moeify.store.card import NAME as CARD
+from moeify.store.card import card, is_own
 from moeify.store.config import architecture_of, describe, fold
 from moeify.store.hashes import saving
 from moeify.store.modelling_file import write_modelling_file
@@ -19,8 +22,12 @@ from moeify.store.weights import INDEX, WEIGHTS, persistent, ties_of, weight_fil
 from moeify.version import __version__
 
 
-def save(model: nn.Module, folder: str | Path, *, max_shard_size: str = "5GB") -> None:
+def save(
+    model: nn.Module, folder: str | Path, *, max_shard_size: str = "5GB", notes: Mapping[str, str] | None = None
+) -> None:
     """Write a sparsified or quantised model: its weights, and how to build it again.
+
+    Models of transformers get a modelling file and a model card too, unless the folder has a card of somebody else's.
 
     The same model gives the same bytes. A model that is in the folder already is replaced all at once: whatever a kill
     interrupts, `load` finds the one or the other, and until then the disk holds both. Files that are not its own stay.
@@ -29,6 +36,7 @@ def save(model: nn.Module, folder: str | Path, *, max_shard_size: str = "5GB") -
         model: what `sparsify`, `quantize_experts` or `fast_decode` returned.
         folder: made if it is not there.
         max_shard_size: weights beyond this size are spread over several files.
+        notes: rows of the model card, such as `{"Data": ..., "Balance": ...}`.
 
     Raises:
         ValueError: the model was not made by `sparsify`, has adapters of PEFT, or its recipe has a part that no file
@@ -59,11 +67,15 @@ def save(model: nn.Module, folder: str | Path, *, max_shard_size: str = "5GB") -
         description["sites"] = origin.sites
     description = fold(model, description)
     folder = Path(folder)
+    has_own_card = is_own(folder)
     with saving(folder) as stage:
         write_weights(tensors, stage.new, max_shard_size)
         write_json(stage.new / "config.json", description)
         if "auto_map" in description:
             write_modelling_file(stage.new, architecture_of(model), is_plain=description["sparse_layers"] is not None)
+            if has_own_card:
+                write_text(stage.new / CARD, card(model, description, notes or {}))
+        stage.obsolete -= set() if has_own_card else {CARD}
         stage.obsolete |= _weights_of_before(folder)
 
 

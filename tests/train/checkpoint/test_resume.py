@@ -125,7 +125,7 @@ def test_the_best_model_comes_back_with_its_experts(tmp_path):
 def test_no_pickle_is_written(tmp_path):
     run(tmp_path, llama(), max_steps=1)
     kinds = {path.suffix for path in (tmp_path / "checkpoint-1").iterdir()}
-    assert kinds == {".json", ".safetensors", ".py"}
+    assert kinds == {".json", ".safetensors", ".py", ".md"}
 
 
 def _flip(path):
