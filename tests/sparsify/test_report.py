@@ -7,7 +7,7 @@ from torch import nn
 
 from moeify.find import ffn
 from moeify.flops import count
-from moeify.sparsify import Recipe, dense, fresh, sparsify
+from moeify.sparsify import Recipe, dense, fresh, recipes, sparsify
 from moeify.sparsify.report import Report
 from plain_models import blocks, sparse_layers
 from tiny_models import DENSE
@@ -15,13 +15,13 @@ from tiny_models import DENSE
 
 def shown(report: Report) -> str:
     file = io.StringIO()
-    report.show(Console(file=file, width=160))
+    report.show(Console(file=file, width=300))
     return file.getvalue()
 
 
 def report(difference: float | None, recipe: Recipe) -> str:
     model = DENSE["t5"]()
-    before, sites = count(model), ffn(model)
+    before, sites = count(model), recipe.where(model)
     sparsify(model, recipe, verbose=False)
     layers = list(sparse_layers(model).values())
     return shown(Report(sites=sites, layers=layers, before=before, after=count(model), difference=difference))
@@ -62,3 +62,9 @@ def test_the_table_is_printed_unless_told_otherwise(capsys):
     assert "sparse layers" in capsys.readouterr().out
     sparsify(nn.Sequential(*blocks(2)), Recipe(num_experts=4), verbose=False)
     assert capsys.readouterr().out == ""
+
+
+def test_a_router_is_shown_with_those_that_it_is_put_around():
+    text = report(None, recipes["gshard"])
+    for words in ("Capacity(factor=1.25", "priority='choice'", "priority='position'", "GShard(experts=8"):
+        assert words in text

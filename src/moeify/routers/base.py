@@ -81,6 +81,11 @@ class Router(nn.Module, ABC):
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in vars(self).items() if name != "_experts"}
 
+    def extra_repr(self) -> str:
+        """The experts and how many of them a token gets, where the router has these as attributes."""
+        known = {"experts": getattr(self, "num_experts", None), "k": getattr(self, "k", None)}
+        return ", ".join(f"{name}={value}" for name, value in known.items() if value is not None)
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Router:
         """Move, but never round: buffers of a router (a selection bias, say) stay in fp32."""
         exact = {name: buffer for name, buffer in self.named_buffers(recurse=False) if buffer.is_floating_point()}

@@ -94,6 +94,10 @@ class NoisyTopK(Router):
         self.weight = nn.Parameter(torch.zeros(num_experts, width))
         self.noise_weight = nn.Parameter(torch.zeros(num_experts, width)) if noise == "learned" else None
 
+    def extra_repr(self) -> str:
+        """The experts, the choice and the noise."""
+        return f"{super().extra_repr()}, noise={self.noise!r}, order={self.order!r}"
+
     def forward(self, x: Float[Tensor, "... D"], context: Context) -> Assignment:
         """Route every real token by its noisy logits."""
         tokens = real_tokens(x, context)

@@ -13,6 +13,7 @@ from moeify.experts.ffn import FFN
 from moeify.find.shapes import Site
 from moeify.flops import Count
 from moeify.moe import MoE
+from moeify.routers.base import Router
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ class Report:
         console = Console() if console is None else console
         layers = Table(title="sparse layers", title_justify="left")
         for heading in ("stack", "layers", "experts", "router", "shared"):
-            layers.add_column(heading)
+            layers.add_column(heading, overflow="fold")
         for stack in dict.fromkeys(site.stack for site in self.sites):
             inside = [(s, m) for s, m in zip(self.sites, self.layers, strict=True) if s.stack == stack]
             layer = inside[0][1]
@@ -81,4 +82,6 @@ def _experts(layer: MoE) -> str:
 
 
 def _router(layer: MoE) -> str:
-    return f"{type(layer.router).__name__}({layer.router.extra_repr()})"
+    """The router and those that it is put around, with their settings."""
+    routers = [part for part in layer.router.modules() if isinstance(part, Router)]
+    return "\n".join(f"{type(router).__name__}({router.extra_repr()})" for router in routers)
