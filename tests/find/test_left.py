@@ -15,7 +15,7 @@ from moeify.sparsify import copies, fresh, frozen, lora_ffn, splits
 from moeify.sparsify.convert import convert
 from moeify.store import load, save
 from plain_models import Block, Gated, Strange, blocks, sparse_layers
-from tiny_models import widened
+from tiny_models import SPARSE, widened
 
 COPIES = Recipe(num_experts=4)
 X = torch.randn(2, 5, 8)
@@ -105,6 +105,10 @@ def test_what_stays_dense_is_told_with_its_reason():
     report.show(Console(file=(out := io.StringIO()), width=120))
     assert "left dense" in out.getvalue()
     assert "0.positions.0" in out.getvalue()
+
+
+def test_the_experts_of_a_mixture_are_not_what_stays_dense():
+    assert convert(SPARSE["deepseek_v3"](), COPIES).left == {}
 
 
 @pytest.mark.parametrize("where", [named(r"^1\."), chosen(lambda name, dense: name.startswith("1"))])

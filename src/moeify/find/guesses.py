@@ -109,11 +109,7 @@ _KINDS = (_texts, _images, _sounds, _others)
 
 def _setting(config: Any, *names: str) -> Any:
     """The first of these settings in a configuration, or in those inside it."""
-    inside = [part for key in getattr(config, "sub_configs", {}) if (part := getattr(config, key, None)) is not None]
-    found = (getattr(config, name, None) for name in names)
-    found = next((value for value in found if value is not None), None)
-    return (
-        next((value for part in inside if (value := _setting(part, *names)) is not None), None)
-        if found is None
-        else found
-    )
+    inside = (getattr(config, key, None) for key in getattr(config, "sub_configs", {}))
+    own = (getattr(config, name, None) for name in names)
+    values = itertools.chain(own, (_setting(part, *names) for part in inside if part is not None))
+    return next((value for value in values if value is not None), None)

@@ -52,13 +52,11 @@ def observed(model: nn.Module, sites: Sequence[Site]) -> Iterator[dict[str, Site
 def _keep_call(calls: dict[str, SiteCall], name: str, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
     names = list(inspect.signature(module.forward).parameters)
     by_position = [names[i] if i < len(names) else str(i) for i in range(len(args))]
-    given = [
-        (key, value) for key, value in [*zip(by_position, args, strict=True), *kwargs.items()] if value is not None
-    ]
-    first = next((key for key, value in given if isinstance(value, Tensor)), None)
+    given = dict(zip(by_position, args, strict=True)) | kwargs
+    first = next((key for key, value in given.items() if isinstance(value, Tensor)), None)
     if first is not None:
-        x = dict(given)[first]
-        others = tuple(key for key, _ in given if key != first)
+        x = given[first]
+        others = tuple(key for key, value in given.items() if key != first and value is not None)
         calls[name] = SiteCall(x.shape[:-1], None if first in by_position else first, others)
 
 

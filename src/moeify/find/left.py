@@ -8,7 +8,8 @@ from torch import nn
 
 from moeify.find.dense import DenseFFN, is_linear
 from moeify.find.shapes import Site, recognise
-from moeify.find.where import why_left
+from moeify.find.where import is_expert, why_left
+from moeify.layers import sparse_layers
 from moeify.modes import fixed_randomness
 
 
@@ -26,10 +27,11 @@ def left_dense(model: nn.Module, sites: Sequence[Site]) -> dict[str, str]:
 
     with fixed_randomness(model):
         found, rejected = recognise(model)
+    sparse = list(sparse_layers(model))
     why = {
         site.name: why_left(model, site, [*sites, *found]) or "where=... does not choose it"
         for site in found
-        if is_left(site.dense)
+        if is_left(site.dense) and not is_expert(site, sparse)
     }
     rejected = [name for name in rejected if is_left(model.get_submodule(name))]
     return why | dict.fromkeys(rejected, "it does not compute down(act(up(x))) or down(act(gate(x)) · up(x))")

@@ -50,7 +50,7 @@ def candidates(model: nn.Module) -> tuple[list[Site], list[str]]:
         raise ValueError(f"this {type(model).__name__} is sparse already; start from the dense model")
     found, rejected = recognise(model)
     sparse = list(sparse_layers(model))
-    sites = [site for site in found if not _is_expert(site, sparse)]
+    sites = [site for site in found if not is_expert(site, sparse)]
     sites = [site for site in sites if why_left(model, site, sites) is None] or sites
     if not sparse and (reason := why_unreadable(model, sites)) is not None:
         raise ValueError(f"this {type(model).__name__} cannot be made sparse: {reason}")
@@ -78,7 +78,8 @@ def _norm_widths(layer: nn.Module) -> set[int]:
     return {len(weight) for weight in weights if weight is not None and weight.dim() == 1}
 
 
-def _is_expert(site: Site, layers: list[str]) -> bool:
+def is_expert(site: Site, layers: list[str]) -> bool:
+    """Whether a network is an expert, by its name or by the sparse layers that it may lie in."""
     return "expert" in site.name.lower() or any(f"{site.name}.".startswith(f"{layer}.") for layer in layers)
 
 
