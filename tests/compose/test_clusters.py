@@ -60,12 +60,7 @@ def test_clusters_lie_beside_the_model_that_they_were_made_for(tmp_path):
     save(model, tmp_path)
     groups.save(tmp_path)
     save(model, tmp_path)
-    assert sorted(path.name for path in tmp_path.iterdir()) == [
-        "SHA256.json",
-        "clusters.safetensors",
-        "config.json",
-        "model.safetensors",
-    ]
+    assert {path.name for path in tmp_path.glob("*.safetensors")} == {"clusters.safetensors", "model.safetensors"}
     assert torch.equal(Clusters.load(tmp_path).centres, groups.centres)
     router = load(tmp_path).get_submodule("model.layers.0.self_attn.q_proj.router")
     assert router.clusters == len(Clusters.load(tmp_path)) == 2

@@ -98,7 +98,6 @@ class Weights:
             ValueError: files that are damaged or lie outside the folder.
         """
         folder = Path(folder)
-        finish(folder)
         shapes: dict[str, tuple[int, ...]] = {}
         dtypes: dict[str, torch.dtype | None] = {}
         files: dict[str, Path] = {}
@@ -200,6 +199,7 @@ def load_weights(model: nn.Module, folder: str | Path) -> None:
         ValueError: files that are damaged, changed or lie outside the folder; tensors that are missing, unexpected or
             of another shape or dtype; two tensors that differ, for parameters that are tied in the model.
     """
+    finish(Path(folder))
     weights = Weights.of(folder)
     own = persistent(model)
     ties = ties_to_stored(own, weights)
