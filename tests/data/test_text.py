@@ -259,6 +259,7 @@ def test_rows_without_a_text_name_the_fields_seen(tmp_path):
         ("a.csv", b"text,id\na,b,1\n", "row 1 has not as many fields as the heading"),
         ("a.csv", b'text\n"a', "is not CSV"),
         ("a.jsonl", b'{"text": "a"}\n{"text": "a\\ud800"}', r"row 2: character 1 is half of a surrogate pair"),
+        ("a.jsonl", b'{"text": "a", "domain": "\\ud800"}', r"row 1: character 0 is half of a surrogate pair"),
         ("a.jsonl", b'{"text": "a"}\n' + b"[" * 100_000, "line 2 is nested too deeply"),
         ("a.json", b'[{"text": "]]"},\n' + b'{"x": ' * 100_000, "line 2 is nested too deeply"),
         ("a.jsonl", b'\n{"n": ' + b"1" * 5000 + b"}", "line 2 cannot be read .*5000 digits"),

@@ -120,7 +120,8 @@ def documents(
 def _document(row: Mapping[str, Any], source: object, number: int, domain: str, field: str) -> Document:
     own = row.get("domain")
     here = f"{source}, row {number}"
-    return domain if own is None or own == "" else str(own), _unicode(_text_of(row, here, field), here)
+    domain = domain if own is None or own == "" else _unicode(str(own), here)
+    return domain, _unicode(_text_of(row, here, field), here)
 
 
 def _text_of(row: Mapping[str, Any], here: str, field: str) -> str:

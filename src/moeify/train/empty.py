@@ -30,16 +30,15 @@ def as_real(batch: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def has_labels(batch: Mapping[str, Any], loss: Float[Tensor, ""]) -> bool:
-    """Whether a batch with this loss has a label to predict; batches whose labels are no token ids (B, N) have.
+def has_labels(batch: Mapping[str, Any]) -> bool:
+    """Whether a batch has a label to predict, behind the first position, of which causal models predict none.
 
-    A causal model predicts no label of a first position, which leaves it none in a batch of one token.
+    Batches whose labels are no token ids (B, N) have.
     """
     labels = batch.get("shift_labels", batch.get("labels"))
     if not isinstance(labels, Tensor) or labels.dim() < 2 or labels.is_floating_point():
         return True
-    real = labels.ne(IGNORED)
-    return bool(real.any()) and (bool(real[:, 1:].any()) or bool(torch.isfinite(loss)))
+    return bool(labels[:, 0 if "shift_labels" in batch else 1 :].ne(IGNORED).any())
 
 
 def zero(loss: Float[Tensor, ""]) -> Float[Tensor, ""]:

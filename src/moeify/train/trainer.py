@@ -157,7 +157,7 @@ class SparseTrainerMixin(Columns, Saving):
         loss, outputs = super().compute_loss(
             model, empty.as_real(inputs) if padding else inputs, True, num_items_in_batch
         )
-        if padding or not empty.has_labels(inputs, loss):
+        if padding or not (torch.isfinite(loss).all() or empty.has_labels(inputs)):
             self._say_once("all padding" if padding else "without a label to predict", training=model.training)
             loss = empty.zero(loss)
         extra = self._balance(sizes, counts=not padding) if model.training and self._hooks else None
