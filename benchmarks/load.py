@@ -42,7 +42,7 @@ def work() -> None:
     command = Train()
     job = command.job()
     dense = job.builder(ByteTokenizer())()
-    model = sparsify(dense, job.recipe).train()
+    model = sparsify(dense, job.recipe, verbose=False).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6)
     ids = torch.randint(ByteTokenizer.vocab_size, (command.batch, command.length))
     step(model, optimizer, ids)

@@ -100,6 +100,16 @@ def test_the_limits_of_a_processor_without_products_in_bf16_are_found():
     assert all(float(limit) > 0 for limit in said.stdout.split())
 
 
+def test_only_the_command_line_says_how_idle_threads_wait(benchmarks, monkeypatch):
+    load, say = benchmarks("load"), "import os; print(os.environ.get('OMP_WAIT_POLICY'), os.environ['OMP_NUM_THREADS'])"
+    monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
+    said = {}
+    for name, program in load.PROGRAMS.items():
+        with load.worker(program.replace(load.WORK, say), 3) as process:
+            said[name] = process.stdout.read().split()
+    assert said == {"OpenMP": ["None", "3"], "command line": ["PASSIVE", "3"]}
+
+
 def test_every_round_measures_all_in_an_order_of_its_own(benchmarks):
     measure, calls = benchmarks("measure"), []
     ways = {name: lambda turn, name=name: calls.append((turn, name)) or float(turn) for name in "abcd"}
