@@ -48,7 +48,7 @@ def losses(model):
 # the base that everybody has
 sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
 base = LlamaForCausalLM(LlamaConfig(vocab_size=256, **sizes))
-train(base, b"".join(corpus.train[name] for name in domains), steps=150, lr=5e-3)
+train(base, b"".join(corpus.train[name] for name in domains), steps=80, lr=5e-3)
 table = {"base": losses(base)}
 
 # what each of the three does, alone: an adapter with PEFT, then a gate for it
@@ -56,12 +56,12 @@ for name in domains:
     folder = Path("adapters") / name
     targets = ["q_proj", "v_proj", "up_proj", "down_proj"]
     adapted = get_peft_model(copy.deepcopy(base), LoraConfig(r=8, lora_alpha=16, target_modules=targets))
-    train(adapted, corpus.train[name], steps=80, lr=1e-2)
+    train(adapted, corpus.train[name], steps=40, lr=1e-2)
     adapted.save_pretrained(folder)
     table[f"adapter {name}"] = losses(adapted)
 
     alone = from_adapters(copy.deepcopy(base), {name: folder}, Uniform, verbose=False)
-    save_gates(train_gates(alone, [batch(corpus.train[name]) for _ in range(30)], steps=30), folder)
+    save_gates(train_gates(alone, [batch(corpus.train[name]) for _ in range(20)], steps=20), folder)
 
 # what the fourth does: no training, and no text of the others
 folders = {name: Path("adapters") / name for name in domains}

@@ -17,7 +17,7 @@ from moeify.sparsify import fresh, recipes
 from plain_models import told
 from test_matrix import ROUTERS, D, E
 
-LENGTH, BATCH, STEPS = 32, 8, 40
+LENGTH, BATCH, STEPS = 32, 8, 24
 MASK = ByteTokenizer.pad_token_id
 RECIPES = [f"recipe {name}" for name in recipes]
 CASES = [f"router {name}" for name in ROUTERS] + RECIPES
