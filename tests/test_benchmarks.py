@@ -17,37 +17,44 @@ from moeify.kernels.cpu.packing import may_pack
 SCRIPT = Path(__file__).parents[1] / "benchmarks" / "gpu.py"
 
 
-def run(*options):
-    environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
-    return subprocess.run([sys.executable, SCRIPT, *options], env=environment, capture_output=True, text=True)
+@pytest.fixture
+def run(monkeypatch):
+    """Runs the benchmark of a GPU on a machine without one."""
+    monkeypatch.syspath_prepend(SCRIPT.parent)
+    monkeypatch.setattr(order, "_ORDER", list(order._ORDER))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+    def main(*options):
+        monkeypatch.setattr(sys, "argv", [str(SCRIPT), *options])
+        importlib.import_module("gpu").main()
+
+    return main
 
 
-def test_a_dry_run_checks_every_step_and_measures_nothing():
+def test_a_dry_run_checks_every_step_and_measures_nothing(run, capsys):
     results = SCRIPT.parent / "results" / "gpu.csv"
     before = results.read_bytes() if results.exists() else None
-    said = run("--dry-run", "--only", "G1", "G7", "G8 T=1", "--rounds", "2")
-    assert said.returncode == 0, said.stderr
-    assert said.stdout.count("not measured") >= 9
-    assert " pass" not in said.stdout
+    run("--dry-run", "--only", "G1", "G7", "G8 T=1", "--rounds", "2")
+    said = capsys.readouterr().out
+    assert said.count("not measured") >= 9
+    assert " pass" not in said
     assert (results.read_bytes() if results.exists() else None) == before
 
 
-def test_without_a_gpu_it_says_what_to_do():
-    said = run()
-    assert said.returncode == 2
-    assert "--dry-run" in said.stderr
+def test_without_a_gpu_it_says_what_to_do(run, capsys):
+    with pytest.raises(SystemExit) as end:
+        run()
+    assert end.value.code == 2
+    assert "--dry-run" in capsys.readouterr().err
 
 
-def test_nothing_is_timed_where_a_check_fails(monkeypatch):
-    monkeypatch.syspath_prepend(SCRIPT.parent)
+def test_nothing_is_timed_where_a_check_fails(run, monkeypatch):
     import gpu
 
     monkeypatch.setattr(gpu, "check", lambda *rest: ["layer silu"])
     monkeypatch.setattr(gpu, "measure", lambda *rest: pytest.fail("timed"))
-    monkeypatch.setattr(order, "_ORDER", list(order._ORDER))
-    monkeypatch.setattr(sys, "argv", ["gpu.py", "--dry-run"])
     with pytest.raises(SystemExit, match="differ from the definition: layer silu"):
-        gpu.main()
+        run("--dry-run")
 
 
 def test_goals_are_judged_by_what_was_measured(monkeypatch):
