@@ -16,6 +16,7 @@ KILLS  ?= 500
 CASES  ?= 2000
 nightly: $(VENV)/.test
 	$(BIN)/python tests/nightly/kills.py --kills $(KILLS)
+	$(BIN)/python tests/nightly/saves.py --kills $(KILLS)
 	$(BIN)/python tests/nightly/kernels.py --cases $(CASES)
 
 check: $(VENV)/.dev
