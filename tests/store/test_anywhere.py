@@ -200,7 +200,10 @@ def test_the_model_without_its_head_and_with_another_is_sparse_too(tmp_path):
 
 def test_an_opened_model_is_saved_and_described_as_the_one_that_sparsify_made(tmp_path):
     model = saved(tmp_path / "saved")
+    model.generation_config.eos_token_id = [2, 7]
+    save(model, tmp_path / "saved")
     again = opened(tmp_path / "saved")
+    assert again.generation_config.eos_token_id == [2, 7]
     assert Origin.of(again).recipe.to_dict() == Origin.of(model).recipe.to_dict()
     save(again, tmp_path / "again")
     for path in (tmp_path / "saved").iterdir():
@@ -264,3 +267,15 @@ def test_a_pipeline_generates_with_an_opened_model(tmp_path):
     text = generate("w7 w9", max_new_tokens=4, do_sample=False)[0]["generated_text"]
     ids = model.generate(torch.tensor([[7, 9]]), max_new_tokens=4, do_sample=False)[0]
     assert re.findall(r"w\d+", text) == [f"w{int(i)}" for i in ids]
+
+
+def test_a_class_of_ones_own_is_not_taken_for_that_of_transformers(tmp_path):
+    class Own(transformers.LlamaForCausalLM):
+        pass
+
+    model = DENSE["llama"]()
+    model.__class__ = Own
+    save(sparsify(model, COPIES, verbose=False), tmp_path)
+    with pytest.raises(ValueError, match=r"holds a transformers\.Own, which is not a model of transformers"):
+        load(tmp_path)
+    assert not (tmp_path / "modeling_moeify.py").exists()

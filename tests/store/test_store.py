@@ -75,7 +75,8 @@ def test_saving_again_leaves_nothing_of_the_last_time(tmp_path):
     save(sparse(), tmp_path, max_shard_size="20KB")
     model = sparse("gpt2")
     save(model, tmp_path)
-    files = ["README.md", "SHA256.json", "config.json", "model.safetensors", "modeling_moeify.py"]
+    described = ["README.md", "SHA256.json", "config.json", "generation_config.json"]
+    files = [*described, "model.safetensors", "modeling_moeify.py"]
     assert sorted(path.name for path in tmp_path.iterdir()) == files
     assert_equal(load(tmp_path), model)
 

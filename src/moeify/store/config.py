@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 
 from moeify.store.modelling_file import auto_map
+from moeify.store.standalone import Sparse
 from moeify.store.standalone_layers import standalone_layers
 
 MODEL_TYPE = "moeify"
@@ -22,8 +23,9 @@ def architecture_of(model: nn.Module) -> Any:
     """The class of transformers that a model is of, dense or sparse; None if it is of another library."""
     import transformers
 
-    known = [each for each in type(model).__mro__ if getattr(transformers, each.__name__, None) is each]
-    return next((each for each in known if each.__module__.startswith("transformers.")), None)
+    candidates = type(model).__mro__ if isinstance(model, Sparse) else (type(model),)
+    own = [each for each in candidates if each.__module__.startswith("transformers.")]
+    return next((each for each in own if getattr(transformers, each.__name__, None) is each), None)
 
 
 def identify(architecture: Any) -> dict[str, str]:
@@ -36,7 +38,7 @@ def describe(model: nn.Module) -> dict[str, Any]:
     config: Any = getattr(model, "config", None)
     if config is None:
         return {"class": f"{type(model).__module__}.{type(model).__qualname__}"}
-    added = _OF_MOEIFY + _OF_TRANSFORMERS if config.model_type == MODEL_TYPE else ()
+    added = _OF_MOEIFY + _OF_TRANSFORMERS if isinstance(model, Sparse) else ()
     values = {key: value for key, value in config.to_dict().items() if key not in (*added, "_name_or_path")}
     architecture = architecture_of(model)
     if architecture is None:

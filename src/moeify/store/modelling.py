@@ -101,8 +101,9 @@ def _computed_buffers(model: nn.Module) -> Iterator[tuple[nn.Module, dict[str, T
     """The buffers of sparse layers that no file holds, by module, for `from_pretrained` takes their values away."""
     for layer in [part for part in model.modules() if isinstance(part, MoE)]:
         for module in layer.modules():
-            if names := module._non_persistent_buffers_set:
-                yield module, {name: module.get_buffer(name) for name in names}
+            buffers = {name: module._buffers.get(name) for name in module._non_persistent_buffers_set}
+            if values := {name: buffer for name, buffer in buffers.items() if buffer is not None}:
+                yield module, values
 
 
 @cache

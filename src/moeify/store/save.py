@@ -72,11 +72,18 @@ def save(
         write_weights(tensors, stage.new, max_shard_size)
         write_json(stage.new / "config.json", description)
         if "auto_map" in description:
-            write_modelling_file(stage.new, architecture_of(model), is_plain=description["sparse_layers"] is not None)
+            _write_for_transformers(model, stage.new, description)
             if has_own_card:
                 write_text(stage.new / CARD, card(model, description, notes or {}))
         stage.obsolete -= set() if has_own_card else {CARD}
         stage.obsolete |= _weights_of_before(folder)
+
+
+def _write_for_transformers(model: Any, folder: Path, description: dict[str, Any]) -> None:
+    """Write what only transformers reads: the modelling file, and how the model generates."""
+    write_modelling_file(folder, architecture_of(model), is_plain=description["sparse_layers"] is not None)
+    if getattr(model, "generation_config", None) is not None:
+        write_text(folder / "generation_config.json", model.generation_config.to_json_string())
 
 
 def _weights_of_before(folder: Path) -> set[str]:
