@@ -7,7 +7,7 @@ import json
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from command_line import moeify, save_llama
-from moeify import Recipe, save, sparsify
+from moeify import Recipe, export, save, sparsify
 from moeify.cli.text import load_dense, load_tokenizer, save_tokenizer
 from moeify.routers import Soft
 from moeify.sparsify.make import fresh
@@ -27,6 +27,8 @@ def test_a_run_is_exported_with_its_tokenizer_and_the_comparison_is_shown(tmp_pa
     assert "MixtralForCausalLM: logits bitwise equal" in ended.out
     assert AutoTokenizer.from_pretrained(tmp_path / "out")("def class")["input_ids"]
     assert type(AutoModelForCausalLM.from_pretrained(tmp_path / "out")).__name__ == "MixtralForCausalLM"
+    opened = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model")
+    assert export.supports(opened)["transformers"] is None
     again = moeify("export", tmp_path / "out", "--output", tmp_path / "again", "--class", "granitemoeshared")
     assert again.code == 0, again.err
     assert json.loads((tmp_path / "again" / "config.json").read_text())["model_type"] == "granitemoeshared"

@@ -15,6 +15,7 @@ from moeify.export.form import Form, Misfit
 from moeify.export.routers import choice_of
 from moeify.layers import moe_layers
 from moeify.moe import MoE
+from moeify.store.config import architecture_of
 from moeify.store.peft import has_adapters
 
 
@@ -34,8 +35,9 @@ def form_of(model: nn.Module) -> Form:
 def _family(model: Any, table: Any) -> Family:
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as heads
 
-    model_type = getattr(getattr(model, "config", None), "model_type", "")
-    if model_type not in table or type(model).__name__ != heads.get(model_type):
+    architecture: Any = architecture_of(model)  # of what AutoModel opened, too
+    model_type = getattr(getattr(architecture, "config_class", None), "model_type", "")
+    if model_type not in table or getattr(architecture, "__name__", "") != heads.get(model_type):
         known = ", ".join(f"{family.title}" for family in table.values())
         kind = "no sparse layers of ours, and is" if table is SPARSE else "a base that is"
         raise Misfit(f"{type(model).__name__} has {kind} none of the causal language models {known}")
