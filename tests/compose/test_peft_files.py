@@ -172,7 +172,7 @@ def test_libraries_that_do_not_fit_are_refused_before_the_base_changes(folders, 
     name = "model.layers.1.self_attn.v_proj.weight"  # the last: nothing may have been assigned before
     for change in ({}, {name: torch.zeros(3, 31)}, {name: torch.zeros(3, 32, dtype=torch.int32)}):
         save_file({k: t for k, t in routers.items() if k != name} | change, tmp_path / "library/router.safetensors")
-        with pytest.raises(ValueError, match=rf"router.safetensors is not of this library: it lacks {name}"):
+        with pytest.raises(ValueError, match=rf"router.safetensors is not of this library; missing, .* dtype: {name}"):
             load_adapters(base, tmp_path / "library")
         assert list(dict(base.named_modules())) == parts
     description = json.loads((tmp_path / "library/moeify.json").read_text())

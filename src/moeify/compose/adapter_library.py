@@ -190,8 +190,8 @@ def _fill_routers(saved: dict[str, Tensor], file: Path, layers: Mapping[str, MoE
     ]
     if wrong:
         raise ValueError(
-            f"{file} is not of this library: it lacks {', '.join(wrong[:3])}, or has it in another shape or dtype"
-            + (f", and {len(wrong) - 3} more" if len(wrong) > 3 else "")
+            f"{file} is not of this library; missing, unexpected, or of another shape or dtype: {', '.join(wrong[:3])}"
+            + (f" and {len(wrong) - 3} more" if len(wrong) > 3 else "")
         )
     for module, layer in layers.items():
         layer.router.load_state_dict({key: saved[f"{module}.{key}"] for key in layer.router.state_dict()})
