@@ -66,6 +66,8 @@ def _shared(form: Form, wanted: tuple[str, int] | None) -> Form | None:
 
 def _biases(trait: str, projections: tuple[str, ...]) -> Rewrite:
     def rewrite(form: Form, wanted: bool) -> Form | None:
+        if form["latent"] is not None:
+            return None  # latent attention has its biases in other projections
         weights = {
             name: tensor
             for name, tensor in form.tensors.items()
