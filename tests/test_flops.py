@@ -212,8 +212,8 @@ def test_experts_that_are_modules_run_what_is_counted():
     assert count(layer).flops * 10 == measured(layer, x=torch.randn(10, 8))
 
 
-AT_MOST = ["top-p", "threshold", "relu", "expert threshold", "bounded union"]
-CHEAPER = ["per group", "similarity", "noisy"]  # one decision per image or sequence; noise in training only
+AT_MOST = ["top-p", "threshold", "relu", "expert threshold", "bounded union", "prefix"]
+CHEAPER = ["per group", "labelled", "similarity", "noisy"]  # one decision per image or sequence; noise in training only
 
 
 @pytest.mark.parametrize("name", [name for name in ROUTERS if name not in AT_MOST + CHEAPER])
@@ -314,7 +314,8 @@ def test_the_recipe_of_moepp_costs_its_share_of_ffn_experts():
     config = hf.LlamaConfig(intermediate_size=48, num_key_value_heads=2, vocab_size=64, **SMALL)
     model = sparsify(hf.LlamaForCausalLM(config), recipes["moepp"], verbose=False)
     moe = next(part for part in model.modules() if isinstance(part, MoE))
-    ffn, free = moe.experts.banks[0], sum(bank.num_experts for bank in list(moe.experts.banks)[1:])
+    ffn, *others = moe.experts.experts.banks
+    free = sum(bank.num_experts for bank in others)
     rows = 2 * ffn.num_experts / (ffn.num_experts + free)
     constants = sum(2 * bank.weight.numel() for bank in moe.experts.modules() if isinstance(bank, Constant)) * 2 / 12
     router = sum(2 * weight.numel() for weight in moe.router.parameters() if weight.dim() == 2)
