@@ -108,6 +108,8 @@ def test_damaged_and_missing_models_are_refused_in_one_line(tmp_path, trained, l
     (broken / "model.safetensors").write_bytes(whole[:-8])
     assert "model.safetensors is damaged or not a safetensors file" in error("generate", broken)
     (broken / "config.json").write_text("{")
+    assert "config.json is damaged" in error("generate", broken)
+    (broken / "SHA256.json").unlink()
     assert "config.json is not valid JSON" in error("generate", broken)
     dense = shutil.copytree(llama, tmp_path / "dense")
     (dense / "model.safetensors").write_bytes(b"nothing")

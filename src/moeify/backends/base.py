@@ -75,7 +75,10 @@ def needs_stacked(experts: Experts) -> str | None:
     """Feed-forward experts whose weights are stacked, in the state in which they are."""
     if experts.stacked is None:
         found = type(experts).__name__
-        return f"it needs stacked weights of feed-forward networks of one size without dropout, and these are {found}"
+        return (
+            "it needs stacked weights of feed-forward networks of one size, without dropout and with an activation "
+            f"without parameters, and these are {found}"
+        )
     return None
 
 
