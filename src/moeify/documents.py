@@ -1,4 +1,4 @@
-"""Find the documents of packed rows: which tokens belong together, by all that models are told of it."""
+"""Find the documents of packed rows by the arguments of a call: position ids, lengths, indices or attention masks."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ Shape = tuple[int, int]
 
 @dataclass(frozen=True)
 class Packing:
-    """What a module was told of the documents in its rows.
+    """The arguments of a module's call that tell where the documents of packed rows begin.
 
     Attributes:
-        given: the arguments that tell, by name.
-        shape: (B, N) of the tokens that they are about; None if the call does not show it.
-        of_stack: whether the module is the one that holds the layers, so that their tokens should be these.
+        given: these arguments, by name.
+        shape: (B, N) of the tokens that they describe; None if the call does not show it.
+        of_stack: whether the module is the one that holds the layers, whose tokens must then have this shape.
     """
 
     given: Mapping[str, Any]
@@ -35,12 +35,12 @@ class Packing:
     def of(
         cls, given: Mapping[str, Any], shape: Shape | None, *, above: Packing | None = None, of_stack: bool = False
     ) -> Packing | None:
-        """What a module is told of documents, by its arguments and by those of the module above; None if nothing.
+        """The packing that a module's arguments and those of the module above describe; None if they describe none.
 
         Args:
             given: the arguments of its call, by name.
             shape: (B, N) of its tokens; None if its call does not show it.
-            above: what the module above was told, which holds if it was of these tokens.
+            above: the packing of the module above, which holds if it describes the same tokens.
             of_stack: whether it is the module that holds the layers.
         """
         told = own = {name: given[name] for name in _STARTS if _tells(name, given.get(name))}

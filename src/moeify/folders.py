@@ -30,7 +30,7 @@ SAVE_LOCK, RUN_LOCK = ".moeify-save.lock", ".moeify-run.lock"
 
 @contextmanager
 def locked(folder: Path, name: str, doing: str, *, wait: float = 0.0) -> Generator[None]:
-    """Let no other process do the same in a folder; the system lifts the lock when this process ends, however it ends.
+    """Lock a folder against other processes that do the same; the system lifts the lock however this process ends.
 
     Where the file system has no locks, this is printed and nothing is locked.
 
@@ -75,7 +75,7 @@ _NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP}
 
 @dataclass
 class Stage:
-    """Files that are about to take their places in a folder.
+    """New files of a folder before the commit.
 
     Attributes:
         new: an empty folder to write them into.

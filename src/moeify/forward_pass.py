@@ -25,13 +25,13 @@ class Call:
         token_mask: True where a token is real, None where every token is.
         positions: the real tokens as indices into the flattened tokens, None where every token is real.
         inputs: the tensors that the outermost module was called with, by argument name.
-        packing: what tells which documents the rows are packed of, None if nothing does.
+        packing: the arguments that tell where the documents of packed rows begin, None if there are none.
         decisions: the decisions that later layers read (shared routing, residuals), by router.
         batch_first: whether tokens are laid out as (B, N, D), and not sequence first as (N, B, D).
         unpadded: the number of tokens of an input without padding, by the modules above the layers.
         of_stack: whether the mask was given to the module that holds the layers, and not only to one above it.
         layer_mask: the mask that the layer around a sparse one is given, with its name; False if no layer takes one.
-        outer: the pass that this one interrupts, of a model that is called while it runs.
+        outer: the pass in progress when the model was called again, None for the outermost.
         begun_by: the module that was called: the model, or one inside it that is called by itself.
         repeated: whether a backward pass has repeated it outside of `Context.resumed`.
     """

@@ -1,10 +1,10 @@
-"""Print what a user should know of a run that goes on."""
+"""Print messages to the user that must not end a run."""
 
 from __future__ import annotations
 
 
 def say(text: str) -> None:
-    """Print a line; an output that takes none, a full disk or a closed pipe, ends no run."""
+    """Print a line; a full disk or a closed pipe raises nothing."""
     try:
         print(text, flush=True)
     except OSError:

@@ -1,4 +1,4 @@
-"""Regular expressions from files, which may be written so that a match never ends."""
+"""Regular expressions from files, with a time limit, since a match can take practically for ever."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def search(pattern: str, name: str) -> bool:
     """Whether a pattern matches somewhere in a name, as `re.search` decides.
 
     Raises:
-        ValueError: no regular expression, or one whose match does not end.
+        ValueError: not a regular expression, or a match takes longer than `LONGEST`.
     """
     compiled = _compiled(pattern)
     try:

@@ -15,11 +15,11 @@ EVERY = 10.0
 
 
 class Progress:
-    """Says every ten seconds how much of a whole is done, and how long the rest will take.
+    """Prints every ten seconds how much of the work is done, and how long the rest will take.
 
     Args:
-        what: what is done, for the line.
-        total: of the whole, in a unit that takes about the same time everywhere, such as bytes.
+        what: the name of the work, for the line.
+        total: amount of work, in a unit that takes about the same time everywhere, such as bytes.
     """
 
     def __init__(self, what: str, total: float) -> None:
@@ -27,7 +27,7 @@ class Progress:
         self.started = self.told = time.monotonic()
 
     def at(self, done: float, shown: str | None = None) -> None:
-        """Take note of what is done so far; `shown` in the line, or its share in percent."""
+        """Print a line if one is due for the amount that is done, as `shown` or as its share in percent."""
         now = time.monotonic()
         if done > 0 and now - self.told >= EVERY:
             self.told = now
@@ -39,8 +39,8 @@ def with_progress(items: Sequence[T], what: str) -> Iterator[T]:
     """The items one by one, with a line of progress for every ten seconds that they take.
 
     Args:
-        items: what is worked through.
-        what: what is done, for the line.
+        items: any items.
+        what: the name of the work, for the line.
     """
     progress = Progress(what, len(items))
     for done, item in enumerate(items):

@@ -14,7 +14,7 @@ T = TypeVar("T")
 class Snapshot:
     """Every attribute, submodule, hook and buffer of a model and its configs, and torch's random numbers.
 
-    Parameters are kept as they are referred to, not by their values, which nothing here changes.
+    Parameters are kept by reference and not copied: callers must not change their values in between.
 
     Args:
         model: any module.
@@ -41,7 +41,7 @@ class Snapshot:
 
 
 def restored_on_error(model: nn.Module, action: Callable[[], T], *, values: bool = True) -> T:
-    """What an action returns; where it raises, or is interrupted, the model is restored first."""
+    """Run an action and return its result; if it raises or is interrupted, restore the model first."""
     before = Snapshot(model, values=values)
     try:
         return action()

@@ -1,4 +1,4 @@
-"""Which of the networks in a layer become sparse, which stay dense and why, and activations that learn."""
+"""Which of the networks in a layer become sparse, which stay dense and why, and learnable activations."""
 
 import io
 from functools import partial

@@ -49,7 +49,7 @@ NOT_PLAIN = {
 
 
 def saved(folder, family: str = "llama", recipe: Recipe = COPIES) -> nn.Module:
-    """A sparse model whose experts have gone their own ways, which lies in a folder too."""
+    """Save a sparse model whose experts differ from each other, and return it."""
     model = sparsify(DENSE[family](), recipe, verbose=False, allow_noncausal=True)
     model = widened(model).eval()
     for name, buffer in model.named_buffers():

@@ -1,7 +1,7 @@
-"""The test suites of transformers and PEFT with moeify behind their experts: what passes without it passes with it.
+"""Run the test suites of transformers and PEFT with moeify's experts: what passes without them must pass with them.
 
     python tests/suites/run.py                                  clones both at the installed versions
-    python tests/suites/run.py --peft FOLDER --only peft        a repository that is there
+    python tests/suites/run.py --peft FOLDER --only peft        a repository on this disk
 
 Every suite runs twice, without moeify and with the plugin `behind.py`; exits with 1 if a test passes only without it.
 Tests that need the hub fail both times where there is no network, and are counted.

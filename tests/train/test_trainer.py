@@ -1,4 +1,4 @@
-"""The trainer keeps balance on, says so, and refuses what would switch it off unnoticed."""
+"""The trainer keeps the balance loss on, reports it, and refuses settings that would silently switch it off."""
 
 from __future__ import annotations
 

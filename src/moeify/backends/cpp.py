@@ -60,7 +60,7 @@ class Projections:
 
 
 def projections_of(experts: Experts) -> Projections | None:
-    """What the kernel reads of experts, None of experts that it does not know."""
+    """The projections of experts as the kernel reads them, None for experts that it does not support."""
     stored = _stored(experts)
     if stored is None or stored.up_scales is not None:
         return stored

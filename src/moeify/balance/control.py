@@ -1,6 +1,6 @@
 """Loss-free balancing: a controller observes every decision and moves selection biases after the optimizer's step.
 
-Inside `forward`, recomputation would route differently.
+If biases moved inside `forward`, activation recomputation would route differently.
 """
 
 from __future__ import annotations
@@ -62,10 +62,10 @@ class Control:
     """The running controllers of a model; `remove()` stops them and leaves the biases where they are.
 
     Attributes:
-        rule: how biases move.
+        rule: the update rule of the biases.
         biases: the bias of every controlled layer, by the layer's name.
         active: set to False to freeze the biases.
-        memory: what the rule keeps of every layer between steps, by the layer's name; saved with a checkpoint.
+        memory: the rule's state of every layer between steps, by the layer's name; saved with a checkpoint.
     """
 
     rule: Rule

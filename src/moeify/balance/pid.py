@@ -1,4 +1,4 @@
-"""Rules that move biases in proportion to the missing share of rows: a PID controller, and its P alone."""
+"""Rules that move biases in proportion to the missing share of rows: a PID controller, or its proportional term."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from moeify.routing import Assignment
 @register("controller", "proportional")
 @dataclass(frozen=True)
 class Proportional(Rule):
-    """b_j ← b_j + rate · e_j with e_j = target share - share_j: the P of a PID controller (LongCat-Flash, 2509.01322).
+    """b_j ← b_j + rate · e_j, e_j = target share - share_j: P of a PID controller (LongCat-Flash, arXiv 2509.01322).
 
-    The share is of all rows. With experts that cost nothing (`Zero`, `Identity`) behind the `real` ones, each real
-    expert is wanted by k / (K · real) of the rows, which holds the real experts per token at k on average; the biases
-    of the free ones stay.
+    Shares are of all rows. Where zero-computation experts (`Zero`, `Identity`) follow the `real` ones, the target share
+    of each real expert is k / (K · real), so that a token uses k real experts on average; the biases of the
+    zero-computation experts do not move.
 
     Attributes:
         rate: shares are of the size of 1 / E, so the rate that moves a bias by 1e-3 grows with E.
-        real: how many experts, the first ones, do work; all if not given.
-        k: real experts per token that are aimed at; all K choices if not given.
+        real: the number of real experts, which come first; all experts if not given.
+        k: the target number of real experts per token; K if not given.
     """
 
     rate: float = 1e-2
@@ -68,9 +68,9 @@ class PID(Rule):
     """b_j ← b_j + rate · (e_j + integral · Σ e_j + derivative · (e_j - e_j')), e as in `Proportional`.
 
     The sum is over all steps up to this one, e' is of the step before; the first step has no derivative. LongCat-Flash
-    (arXiv 2509.01322) names a PID controller and gives its P alone; the other two terms are control theory's.
-    b itself is a sum, so that the P already ends an error that stays. Where loads follow biases at once, both other
-    terms widen the swings about balance; the integral catches up with loads that drift.
+    (arXiv 2509.01322) names a PID controller and gives its proportional term alone; the other two are textbook terms.
+    b itself is a sum, so the proportional term already removes a constant error. Where loads follow biases at once, the
+    other two terms increase the oscillation about balance; the integral removes the lag behind loads that drift.
 
     Attributes:
         rate: as of `Proportional`.

@@ -1,4 +1,4 @@
-"""`moeify generate`: let a saved sparse model write."""
+"""`moeify generate`: continue a prompt with a saved sparse model."""
 
 from __future__ import annotations
 

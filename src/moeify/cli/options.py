@@ -1,4 +1,4 @@
-"""Options that several verbs share, with their help, and what they stand for."""
+"""Options that several verbs share, with their help, and the functions that turn their values into objects."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ def _with_k(router: Any, k: int) -> Any:
 
 
 def choose_balance(recipe: str, balance: float | None, controller: str | None) -> tuple[float | Schedule, Rule | None]:
-    """The weight of the balance loss and the controller; `matched` has a controller and no loss unless told otherwise.
+    """The weight of the balance loss and the controller; by default `matched` has a controller and no loss.
 
     Raises:
         ValueError: a controller that is not known.

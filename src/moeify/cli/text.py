@@ -18,7 +18,7 @@ def load_dense(model: str, architecture: str = "AutoModelForCausalLM", **options
     """A local or hub model of transformers; `options` are those of its `from_pretrained`.
 
     Raises:
-        ValueError: transformers has no such class, or the model cannot be had or read.
+        ValueError: transformers has no such class, or the model cannot be downloaded or read.
     """
     loader = getattr(transformers, architecture, None)
     if not hasattr(loader, "from_pretrained"):

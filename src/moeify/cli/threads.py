@@ -1,7 +1,7 @@
-"""How many threads a command computes with and how idle ones wait: decided before torch is loaded, and said in a line.
+"""Set the number of threads of a command and how idle ones wait, before torch is loaded, and describe both in a line.
 
-OpenMP takes as many threads as the machine has, and idle ones spin. Where something else wants one of the cores, or a
-container may use less than it sees, threads then wait for each other by keeping each other off the cores.
+OpenMP takes as many threads as the machine has, and idle ones spin. Where another process uses one of the cores, or a
+container may use fewer cores than it sees, spinning threads occupy the cores of the threads that they wait for.
 """
 
 from __future__ import annotations

@@ -53,8 +53,8 @@ def from_adapters(
 
     Raises:
         FileNotFoundError: a folder without an adapter, or with a pickle only.
-        ValueError: an adapter that is no plain LoRA of linear layers, or of another model, the message names its
-            tensors; a router that cannot serve so few experts, or that looks at later tokens in a decoder.
+        ValueError: an adapter that is not plain LoRA of linear layers, or of another model (the message names its
+            tensors); a router that cannot serve so few experts, or that looks at later tokens in a decoder.
     """
     _refuse_sparse(base)
     if not adapters:

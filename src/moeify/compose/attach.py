@@ -38,7 +38,7 @@ class AdapterLibrary:
     Attributes:
         router: makes a router from width and number of experts.
         dropout: probability of dropping an input of an adapter in training.
-        names: the adapters, in the order that they have wherever they are.
+        names: of the adapters, in the order of the experts in every layer.
     """
 
     router: MakeRouter = TopK

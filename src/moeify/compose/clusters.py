@@ -84,7 +84,7 @@ def cluster(instructions: Sequence[str], embed: Embed, count: int = 64, *, seed:
         instructions: of the training data, each as often as it should count.
         embed: gives an embedding to each.
         count: C; 64 or 16 in the paper.
-        seed: of the first centres.
+        seed: of the initial centres.
 
     Raises:
         ImportError: scikit-learn is not installed.

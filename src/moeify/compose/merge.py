@@ -45,7 +45,7 @@ def merge_models(
 ) -> nn.Module:
     """Make one sparse model of several dense ones of the same kind: each becomes one expert in every sparse layer.
 
-    The models stay as they are. Beside the model that is made, only one layer is in memory of those that are paths.
+    The models stay as they are. Of models given as paths, only one layer at a time is in memory beside the new model.
 
     Args:
         models: modules, or folders of saved models; by name, if the experts are to have names other than 0, 1, ...

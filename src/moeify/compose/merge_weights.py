@@ -24,8 +24,8 @@ def merge_into_experts(model: nn.Module) -> nn.Module:
 
         W_j = W + s · B_j A_j
 
-    The function stays, but for rounding; the adapters are gone. The model can then be saved, exported and served as any
-    mixture of feed-forward networks.
+    The function stays the same up to rounding; the adapters are removed. The model can then be saved, exported and
+    served as any mixture of feed-forward networks.
 
     Args:
         model: sparse, with one routing decision per feed-forward network.

@@ -30,7 +30,7 @@ _BASE = re.compile(r"(?:base_model\.model\.)?(?P<module>.+)\.base_layer\.weight"
 
 @dataclass(frozen=True)
 class LowRank:
-    """What an adapter adds to the weight of one linear layer: `s · B A`.
+    """The low-rank update that an adapter adds to the weight of one linear layer: `s · B A`.
 
     Attributes:
         A: the down-projection, `lora_A`.
@@ -53,10 +53,10 @@ class Adapter:
     """A LoRA adapter.
 
     Attributes:
-        modules: what it adds, by the name of the linear layer in the base model.
-        gates: a vector per linear layer that a router may compare tokens with (PHATGOOSE); often none.
-        base: weights of the base that the file holds beside it, by the name of the linear layer: PEFT stores that of an
-            adapted `lm_head`.
+        modules: the low-rank update of each linear layer, by the name of the layer in the base model.
+        gates: PHATGOOSE's gate vector of each linear layer, by the same names; often empty.
+        base: weights of the base model in the same file, by the same names: PEFT stores the weight of an adapted
+            `lm_head`.
     """
 
     modules: dict[str, LowRank]

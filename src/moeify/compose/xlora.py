@@ -19,7 +19,7 @@ class XLoRA(nn.Module):
     """A model with adapters whose every call is two forward passes (X-LoRA, arXiv 2402.07148).
 
         h = last hidden states of the model without its adapters        no gradient
-        g = softmax(MLP(h) / τ)                                          per token, for all layers or for each its own
+        g = softmax(MLP(h) / τ)                                          per token, shared by all layers or per layer
         y = W u + Σ_j g_j s_j B_j A_j u                                  in the second pass, in every adapted layer
 
     Args:
@@ -27,14 +27,14 @@ class XLoRA(nn.Module):
         width: width of its hidden states.
         depth: linear layers of the network, with ReLU and dropout in between.
         hidden: their width.
-        dropout: in between.
+        dropout: dropout probability between them.
         temperature: τ.
         layerwise: weights for every layer rather than the same for all.
         k: how many of the weights are kept for each token; the others are 0, and their adapters do not run.
 
     Raises:
         ValueError: a model without such routers, or with different numbers of experts; a depth below 1; k outside 1..E;
-            in `forward`, a cache of earlier tokens, which one of the two passes would spoil.
+            in `forward`, a KV cache, which both passes would write to.
     """
 
     def __init__(

@@ -38,7 +38,7 @@ def quantize_experts(model: Model, bits: int = 8, group_size: int = 64) -> Model
 
 
 def quantize_decoder(model: Any, bits: int) -> None:
-    """Quantise the experts and projections of a decoder of Llama's kind, and its head to 8 bits; in place.
+    """Quantise the experts and projections of a Llama-like decoder, and its head to 8 bits; in place.
 
     Routers, norms and embeddings stay as they are.
 

@@ -1,4 +1,4 @@
-"""The default corpus: text that `import torch` already put on this machine, labelled by domain."""
+"""The default corpus: text from the installed packages of Python and torch, labelled by domain."""
 
 import ast
 import hashlib
@@ -22,7 +22,7 @@ NOT_STDLIB = ("site-packages", "dist-packages", "test", "tests", "idle_test", "p
 
 @dataclass(frozen=True)
 class Corpus:
-    """Text of several domains in two parts that share no file.
+    """Text of several domains, split into a training and a validation part that share no file.
 
     Attributes:
         train: domain -> UTF-8 text.
@@ -51,7 +51,7 @@ class Corpus:
 def build_corpus(cap: int = 1_000_000) -> Corpus:
     """Read up to `cap` bytes of each domain, nine tenths to train on and one tenth held out, in files as a whole.
 
-    A file is held out by the hash of its relative path, the same text is taken once, and no file gives more than a
+    A file is held out by the hash of its relative path, duplicates are taken once, and no file gives more than a
     tenth of `cap`, so that none makes up a domain alone. The result depends on the installed versions and on nothing
     else. Licences come from every installed distribution.
     """

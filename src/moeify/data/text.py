@@ -1,4 +1,4 @@
-"""Read what the user names (a file, a folder, a data set on the hub) as documents to train on and held-out ones."""
+"""Read what the user names (a file, a folder, a data set on the hub) as training and held-out documents."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ SAVED = ("state.json", "dataset_dict.json")
 
 @dataclass(frozen=True)
 class Texts:
-    """Documents by domain, to train on and held out.
+    """Training and held-out documents, by domain.
 
     Attributes:
         train: domain -> documents.

@@ -1,4 +1,4 @@
-"""Read files as text and JSON within limits: what unpacks to far more than it is, or nests without end, is refused."""
+"""Read text and JSON files within limits: refuse compressed files that expand too far, and JSON nested too deeply."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 UNPACKED, RATIO = 2**28, 50
-"""A packed file may unpack to 256 MiB, or to fifty times its own size if that is more; text seldom packs to a tenth."""
+"""A compressed file may expand to 256 MiB, or to 50 times its size if that is more; text seldom shrinks to a tenth."""
 
 
 def read_text(path: Path) -> str:
-    """A file as UTF-8, unpacked if it ends with `.gz`.
+    """The text of a UTF-8 file, decompressed if its name ends with `.gz`.
 
     Raises:
         ValueError: not UTF-8, not gzip, or more than the limit.
@@ -29,12 +29,12 @@ def read_text(path: Path) -> str:
 
 
 def limit_of(path: Path) -> int:
-    """The bytes that a packed file may unpack to."""
+    """The number of bytes that a compressed file may expand to."""
     return max(UNPACKED, RATIO * path.stat().st_size)
 
 
 def too_large(path: Path) -> ValueError:
-    """The error for a file that unpacks to more."""
+    """The error for a file that expands to more."""
     return ValueError(
         f"{path} of {path.stat().st_size:,} bytes unpacks to more than {limit_of(path):,}; leave it out or, if it is "
         "what it should be, unpack it yourself and name the unpacked file"

@@ -1,4 +1,4 @@
-"""Experts that read their rows times a number (MoE++)."""
+"""Experts whose input rows are multiplied by a constant (MoE++)."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from moeify.experts.base import Experts
 
 
 class Scaled(Experts):
-    """Multiplies the rows by a number before the experts read them.
+    """Multiplies the rows by a constant before the experts read them.
 
-    The code of MoE++ (SkyworkAI/MoE-plus-plus) doubles the input of all experts, which are two per token: copy experts
-    output twice the token, and an MLP sees what the mean of two would add up to.
+    The code of MoE++ (SkyworkAI/MoE-plus-plus) doubles the input of all experts, of which a token uses two: a copy
+    expert outputs twice the token, and an FFN reads twice the token.
 
     Args:
         experts: the experts.

@@ -1,4 +1,4 @@
-"""Rules of attention: heads, norms, positions and sliding windows."""
+"""Rules of attention: how configurations store heads, norms, positions and sliding windows."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from moeify.export.rules import Field, Traits
 
 @dataclass(frozen=True)
 class HeadDim:
-    """The width of a head, which some configurations leave to be computed."""
+    """The width of a head, which is D / heads in configurations without the field."""
 
     fields: tuple[str, ...] = ("head_dim",)
 

@@ -1,4 +1,4 @@
-"""Experts and shared experts as the stacked SwiGLU networks that other programs hold, (E, 2H, D) and (E, D, H)."""
+"""Experts and shared experts as the stacked gated networks that other programs store, (E, 2H, D) and (E, D, H)."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from moeify.sparsify.shared import GatedShared
 
 @dataclass(frozen=True)
 class GatedFFNs:
-    """Gated networks without biases.
+    """Gated feed-forward networks (GLU) without biases, stacked by expert.
 
     Attributes:
         gate_up: gate and up projection side by side.
         down: the down projection.
         activation: of the gate.
-        rewrites: what was merged, in words.
+        rewrites: descriptions of what was merged.
     """
 
     gate_up: Float[Tensor, "E M D"]

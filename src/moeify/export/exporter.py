@@ -1,4 +1,4 @@
-"""Exporters by name, and what every export goes through: written aside, read by its target, compared, put in place."""
+"""Exporters by name, and the steps of an export: write a temporary folder, read it by the target, compare, rename."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ RECORD = "moeify_export.json"
 
 @dataclass(frozen=True)
 class Verdict:
-    """What came of reading an export by the program that it is for.
+    """The result of reading an export with its target program.
 
     Attributes:
         program: name and version.
         difference: the largest absolute difference of logits, None if the program did not compute any.
-        note: what else there is to say.
+        note: a further remark.
     """
 
     program: str
@@ -45,7 +45,7 @@ class Verdict:
 
 
 class Exporter(ABC):
-    """A way to write models for another program."""
+    """Writes models in the format of another program, and verifies them with it."""
 
     @abstractmethod
     def supports(self, model: nn.Module) -> str | None:
@@ -107,7 +107,7 @@ class Export:
     Attributes:
         folder: where it is.
         notes: what the files are, and what was rewritten without changing the function.
-        verdict: what came of reading it by its target.
+        verdict: the result of reading it with its target program.
     """
 
     folder: Path
@@ -158,7 +158,7 @@ def write(
 
 
 def verify(folder: str | Path) -> Verdict:
-    """Read an export by the program that it is for once more, and compare with the logits that were recorded.
+    """Read an export with its target program once more, and compare with the logits that were recorded.
 
     Raises:
         FileNotFoundError: the folder is no export.
@@ -170,7 +170,7 @@ def verify(folder: str | Path) -> Verdict:
 
 @contextmanager
 def _aside(folder: Path) -> Iterator[Path]:
-    """A folder beside another that takes its place in the end, or vanishes."""
+    """A temporary folder beside `folder` that is renamed to it at the end, or deleted after an error."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     new = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:

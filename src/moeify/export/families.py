@@ -1,6 +1,6 @@
-"""The table of decoder classes of transformers, dense and sparse: what each computes, in which fields, by which names.
+"""The table of decoder classes of transformers, dense and sparse: what each computes, config fields and tensor names.
 
-A row says what a class does otherwise than Llama without biases. The same rows read a model and write one.
+A row lists the differences from Llama without biases. The same row reads a model and writes one.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ DECODER: Mapping[str, Rule] = MappingProxyType({
     "sparse_layers": Is(()),
     "ffn_hidden": Field("intermediate_size"),
 })  # fmt: skip
-"""The traits of a decoder, and how Llama without biases keeps them."""
+"""The traits of a decoder, and how the config of Llama without biases stores them."""
 
 EXPERTS: Mapping[str, Rule] = MappingProxyType({
     "ffn_hidden": Is(None),
@@ -66,7 +66,7 @@ EXPERTS: Mapping[str, Rule] = MappingProxyType({
     "epsilon": Is(None),
     "shared": Is(None),
 })  # fmt: skip
-"""The traits of sparse layers, and how Mixtral keeps them."""
+"""The traits of sparse layers, and how the config of Mixtral stores them."""
 
 Names = dict[str, str | tuple[str, str]]
 MIXTRAL: Names = {
@@ -87,9 +87,10 @@ class Family:
 
     Attributes:
         model_type: of its configuration.
-        title: what people call it.
-        differs: the traits that it does not share with Llama, or as a sparse class with Mixtral.
-        names: of the tensors of a sparse layer, within the layer; empty for a dense class. A pair holds the two halves.
+        title: its display name.
+        differs: the traits in which it differs from Llama, or a sparse class from Mixtral.
+        names: of the tensors of a sparse layer, within the layer; empty for a dense class. A pair names the gate and
+            the up projection, where they are stored apart.
         without_effect: fields that change no logits in evaluation.
         settings: fields that are written as they are.
     """
@@ -103,12 +104,12 @@ class Family:
 
     @property
     def rules(self) -> dict[str, Rule]:
-        """How it keeps every trait."""
+        """How its config stores every trait."""
         return {**DECODER, **(EXPERTS if self.names else {}), **self.differs}
 
     @property
     def fields(self) -> set[str]:
-        """Every field of its configuration that the row speaks of."""
+        """Every field of its configuration that the row covers."""
         ruled = {name for rule in self.rules.values() for name in rule.fields}
         return ruled | set(self.without_effect) | set(self.settings) | _WITHOUT_EFFECT
 
@@ -162,7 +163,7 @@ DENSE: Mapping[str, Family] = MappingProxyType({family.model_type: family for fa
     }, without_effect=("hidden_dropout",)),
     Family("deepseek_v3", "DeepSeek-V3", _DEEPSEEK, without_effect=("pretraining_tp", "num_mtp_layers")),
 )})  # fmt: skip
-"""Classes of which `sparsify` makes sparse models that have a home; DeepSeek-V3 is one where its layers are dense."""
+"""Dense classes whose sparse versions can be exported; DeepSeek-V3 among them, where all its layers are dense."""
 
 SPARSE: Mapping[str, Family] = MappingProxyType({family.model_type: family for family in (
     Family("mixtral", "Mixtral", {"windows": OneWindow()}, MIXTRAL),

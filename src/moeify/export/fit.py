@@ -1,4 +1,4 @@
-"""Find the class of the table that computes what a `Form` computes, exactly or by rewrites that lose nothing."""
+"""Find the class of the table that computes what a `Form` computes, exactly or by rewrites that keep the function."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ class Target(Protocol):
 
     @property
     def title(self) -> str:
-        """What people call it."""
+        """Its display name."""
         ...
 
     @property
     def rules(self) -> Mapping[str, Writes]:
-        """How it keeps every trait."""
+        """How its config stores every trait."""
         ...
 
     @property
     def names(self) -> Names:
-        """Of the tensors of a sparse layer, within the layer; a pair holds the two halves."""
+        """Of the tensors of a sparse layer, within the layer; a pair names the gate and the up projection."""
         ...
 
     @property
@@ -43,12 +43,12 @@ T = TypeVar("T", bound=Target)
 
 @dataclass(frozen=True)
 class Fit(Generic[T]):
-    """A class that can hold a model.
+    """A class that computes the same function as a model, with what to write for it.
 
     Attributes:
         family: the class.
-        form: the model, after what had to be rewritten.
-        fields: its configuration.
+        form: the model, after all rewrites.
+        fields: of the class's configuration.
     """
 
     family: T

@@ -1,4 +1,4 @@
-"""`Form`: a causal language model in the words of no class: what it computes, and its tensors."""
+"""`Form`: a causal language model described independently of its class: what it computes, and its tensors."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ class Misfit(ValueError):
     """A model that a target cannot express, with the reason.
 
     Attributes:
-        wanted: the value of the trait that the target can express; an ellipsis if nothing leads there.
-        trait: which it is about, if it is about one.
+        wanted: the value of the trait that the target can express; an ellipsis if no rewrite reaches it.
+        trait: the trait that does not fit; '' if the reason is another.
     """
 
     def __init__(self, reason: str, wanted: Any = ..., trait: str = "") -> None:
@@ -24,15 +24,15 @@ class Misfit(ValueError):
 
 @dataclass(frozen=True)
 class Form:
-    """What a decoder computes, so that every target reads one thing, whatever the model was made of.
+    """What a decoder computes: the one description that every target reads, whatever class the model has.
 
     Attributes:
         traits: sizes, attention, norms, positions, experts and router by the names of `families.DECODER` and `EXPERTS`;
-            what does not matter, such as the width of dense networks where there are none, is not there.
+            traits without effect, such as the width of dense networks where there are none, are left out.
         tensors: by name. Those of a sparse layer i are `layers.i.router` (E, D), `selection_bias` (E), `gate_up`
             (E, 2H, D), `down` (E, D, H), `shared_gate_up` (2S, D), `shared_down` (D, S) and `shared_gate` (1, D); all
             others have the names that Llama gives them.
-        rewrites: what was changed, in words, without changing the function.
+        rewrites: descriptions of the changes so far, none of which changes the function.
     """
 
     traits: Mapping[str, Any]

@@ -1,4 +1,4 @@
-"""The table of llama.cpp's architectures with experts: what each computes, in which keys of a GGUF file."""
+"""The table of llama.cpp's architectures with experts: what each computes, and its keys in a GGUF file."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from moeify.export.rules import Field, Is, Traits, Writes
 
 @dataclass(frozen=True)
 class Either:
-    """The architecture can do all of these.
+    """The architecture supports each of several values.
 
     Attributes:
-        values: which ones; all if there are none.
+        values: these values; empty for any value.
     """
 
     values: tuple[Any, ...] = ()
 
     def write(self, value: Any, traits: Traits) -> dict[str, Any]:
-        """Nothing: tensors say it, or it does not matter there."""
+        """Nothing: llama.cpp sees it by the tensors, or it has no effect there."""
         if self.values and value not in self.values:
             raise Misfit(f"it can have {' or '.join(map(str, self.values))}, the model has {value}", self.values[0])
         return {}
@@ -115,7 +115,7 @@ COMMON: Mapping[str, Writes] = MappingProxyType({
     "normalize": Is(True), "scale": Is(1.0), "selection_bias": Is(False), "groups": Is(None), "epsilon": Is(None),
     "shared": Is(None),
 })  # fmt: skip
-"""What most architectures share."""
+"""The traits of most architectures."""
 
 _PARTS: Names = {
     "router": "ffn_gate_inp.weight",
@@ -134,7 +134,7 @@ class Architecture:
 
     Attributes:
         title: its name in GGUF files.
-        differs: what it does otherwise than most.
+        differs: the traits in which it differs from `COMMON`.
         settings: keys that are written as they are.
         names: of the tensors of a sparse layer.
     """
@@ -146,7 +146,7 @@ class Architecture:
 
     @property
     def rules(self) -> dict[str, Writes]:
-        """How it keeps every trait."""
+        """How it stores every trait."""
         return {**COMMON, **self.differs}
 
 

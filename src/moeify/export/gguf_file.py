@@ -1,4 +1,4 @@
-"""Export to GGUF files, which llama.cpp and whatever is built on it read."""
+"""Export to GGUF files, which llama.cpp and programs built on it read."""
 
 from __future__ import annotations
 
@@ -36,9 +36,9 @@ _OF_A_DTYPE = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16
 class Gguf(Exporter):
     """A folder with one GGUF file, the tokenizer in it if there is one.
 
-    In `f32` llama.cpp must give the same logits. In other types it rounds activations too, and a router may choose
-    otherwise where two experts score nearly the same; there every weight is read back and compared, small models are
-    written in `f32` as well and compared so, and what the file itself gives is reported.
+    Every weight is read back and compared. In `f32` llama.cpp must give the same logits. In other types it rounds
+    activations too, and a router may choose another expert where two scores are nearly equal: there small models are
+    also written and compared in `f32`, and the difference of the file itself is reported only.
 
     Attributes:
         weights: `f32`, `f16`, `bf16`, `q8_0` or `q4_0`; by default the dtype of the model. Norms, biases and routers

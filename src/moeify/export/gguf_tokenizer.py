@@ -1,4 +1,4 @@
-"""Tokenizers in GGUF files: what a `tokenizer.json` says, in the keys of llama.cpp."""
+"""Tokenizers in GGUF files: a `tokenizer.json` translated to the keys of llama.cpp."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ PATTERNS = {
     _CONTRACTIONS + r"\p{N}{1,3}" + _REST: "llama-bpe",
     _CONTRACTIONS + r"\p{N}" + _REST: "qwen2",
 }
-"""The regular expressions that cut texts into words, and what llama.cpp calls them."""
+"""The regular expressions of pre-tokenizers, and llama.cpp's names of them."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class GgufTokenizer:
 
     Attributes:
         model: `llama` (SentencePiece's merges, bytes as tokens), or `gpt2` (merges of bytes).
-        pre: how texts are cut into words.
+        pre: llama.cpp's name of the pre-tokenizer, which cuts texts into words.
         tokens: in order.
         types: of tokens, as llama.cpp numbers them.
         scores: of tokens; the merges of `llama` with the highest come first.

@@ -1,4 +1,4 @@
-"""Rules of sparse layers: which ones they are, groups of experts, and shared experts."""
+"""Rules of sparse layers: how configurations store which layers are sparse, expert groups, and shared experts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Export for MLX: a folder of transformers whose class mlx-lm computes in the same way, which is compared there too."""
+"""Export for MLX: a class of transformers that mlx-lm computes in the same way, with logits compared in MLX too."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _OTHERWISE: Mapping[str, Mapping[str, Rule]] = {
     },
     **{name: {} for name in ("mixtral", "qwen3_moe", "olmoe", "dots1", "glm4_moe", "deepseek_v3")},
 }
-"""The classes that mlx-lm has, and what it does otherwise than transformers."""
+"""The classes that mlx-lm has, and the traits in which it differs from transformers."""
 
 
 @dataclass(frozen=True)

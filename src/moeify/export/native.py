@@ -27,7 +27,7 @@ _ROUNDING = 1e-4
 
 @dataclass(frozen=True)
 class Native(Exporter):
-    """A folder that `AutoModelForCausalLM.from_pretrained` reads, and whatever else reads such folders.
+    """A folder that `AutoModelForCausalLM.from_pretrained` and other programs for models of transformers read.
 
     Attributes:
         model_type: of the class to write; by default the one that needs the fewest rewrites.
@@ -81,7 +81,7 @@ class Native(Exporter):
 
 
 def write_fit(found: Fit[Family], model: Any, folder: Path, max_shard_size: str = "5GB") -> list[str]:
-    """Write a fit as a folder of transformers, and say in words what it is and what was rewritten.
+    """Write a fit as a folder of transformers; return its class and its rewrites, described for the user.
 
     Args:
         found: the fit.

@@ -1,4 +1,4 @@
-"""What becomes of a recipe on a family of dense models, said before anything is trained."""
+"""Before training: which classes of other programs can hold what a recipe makes of a family of dense models."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ _SIZES_OF: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Outlook:
-    """Whether another program can hold what a recipe makes.
+    """Whether another program can hold the sparse model that a recipe makes.
 
     Attributes:
-        home: the class or architecture that will hold it, None if there is none.
-        rewrites: what is rewritten without changing the function; nothing where the home is exact.
-        without_capacity: whether it has a home only once the capacity is off in evaluation.
-        reason: why there is no home.
-        trait: what the reason is about, of the class that comes nearest.
+        home: the class of transformers or architecture of llama.cpp that can hold it, None if none can.
+        rewrites: what is rewritten without changing the function; empty where the class fits exactly.
+        without_capacity: whether this needs the capacity to be off in evaluation.
+        reason: why no class can hold it.
+        trait: the first trait in which the nearest class differs.
     """
 
     home: str | None
@@ -59,10 +59,10 @@ class Outlook:
 
 
 def plan(recipe: Recipe, base: str) -> dict[str, Outlook]:
-    """What transformers and llama.cpp make of a recipe on a base family, by the names of their exporters.
+    """The outlook of a recipe on a base family for transformers and llama.cpp, by the names of their exporters.
 
-    A tiny model of the family is made sparse. Selection biases and default vectors are set to what training may make
-    of them. What a large model's own settings rule out, such as a sliding window, `supports` says.
+    A tiny model of the family is made sparse. Selection biases and default vectors get random values, as after
+    training. For a given model, `supports` also sees its own settings, such as a sliding window.
 
     Args:
         recipe: of the sparse model.

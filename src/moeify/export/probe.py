@@ -1,4 +1,4 @@
-"""`Probe`: inputs and the logits that a model gives for them, by which every export is compared with its origin."""
+"""`Probe`: inputs and the logits that a model gives for them, by which every export is compared with its source."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Probe:
 
     Attributes:
         ids: of the tokens.
-        indices: which logits are known; all V, or the largest.
+        indices: of the logits that are kept: all V, or the largest.
         values: these logits.
     """
 

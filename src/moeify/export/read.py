@@ -20,10 +20,10 @@ from moeify.store.peft import has_adapters
 
 
 def form_of(model: nn.Module) -> Form:
-    """What a causal language model of transformers computes, whose feed-forward networks are sparse.
+    """The form of a causal language model of transformers with sparse layers.
 
     Raises:
-        Misfit: a class that is not in the table, or sparse layers that no table has words for.
+        Misfit: a class that is not in the table, or sparse layers that the tables cannot express.
     """
     if has_adapters(model):
         raise Misfit("it has adapters of PEFT; merge them first: model = model.merge_and_unload()")

@@ -15,7 +15,7 @@ Rewrite = Callable[[Form, Any], Form | None]
 
 
 def rewritten(form: Form, trait: str, wanted: Any) -> Form | None:
-    """The same function with another value of a trait, None if there is no way."""
+    """The same function with another value of a trait, None if no rewrite gives it."""
     return REWRITES[trait](form, wanted) if trait in REWRITES else None
 
 

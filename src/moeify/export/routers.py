@@ -1,4 +1,4 @@
-"""What routers decide in evaluation, as settings of token choice, which is all that other programs know.
+"""Routers in evaluation as settings of token choice (top-k), the only kind of routing that other programs have.
 
 `choice_of.register(MyRouter)` adds a router of your own.
 """
@@ -67,10 +67,10 @@ _SCORES = {softmax: "softmax", sigmoid: "sigmoid", sqrt_softplus: "sqrt_softplus
 
 @singledispatch
 def choice_of(router: nn.Module) -> Choice:
-    """What a router decides in evaluation.
+    """The token choice that a router computes in evaluation.
 
     Raises:
-        Misfit: it is no token choice by one projection.
+        Misfit: it does not compute token choice by one linear projection.
     """
     raise Misfit(f"{type(router).__name__} is no token choice by one projection, which is all that other programs know")
 

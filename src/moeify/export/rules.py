@@ -1,4 +1,4 @@
-"""Rules: how one trait of a `Form` stands in the configuration of a class, read and written by the same object.
+"""Rules: how the configuration of a class stores one trait of a `Form`; the same object reads and writes it.
 
 A rule names its fields, `read`s the trait from a configuration, and `write`s a trait as fields or raises `Misfit`.
 """
@@ -27,11 +27,11 @@ class Writes(Protocol):
 
 
 class Rule(Writes, Protocol):
-    """How a class keeps a trait, to be read as well."""
+    """How the configuration of a class stores a trait: the rule also reads it."""
 
     @property
     def fields(self) -> tuple[str, ...]:
-        """The fields of the configuration that it speaks for."""
+        """The fields of the configuration that store the trait."""
         ...
 
     def read(self, config: Any) -> Any:

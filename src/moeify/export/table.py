@@ -1,4 +1,4 @@
-"""The table of homes in `docs/guide/export.md`: `python -m moeify.export.table docs/guide/export.md` writes it anew."""
+"""Write the table of recipes in `docs/guide/export.md`: `python -m moeify.export.table docs/guide/export.md`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Verify the reading of a site that no run of the model reaches, by running the modules around it alone."""
+"""Verify how a site was read where no forward pass of the model reaches it, by running a module around it alone."""
 
 from __future__ import annotations
 
@@ -14,7 +14,9 @@ from moeify.modes import fixed_randomness, in_evaluation
 
 
 def same_alone(model: nn.Module, site: Site) -> bool | None:
-    """Whether the innermost module around a site that takes hidden states alone computes the same with the reading.
+    """Whether the module around a site computes the same with the dense network that was read of the site.
+
+    The module is the innermost one around the site that runs on hidden states alone.
 
     Returns:
         None if no module up to the site's numbered layer can be run by itself.

@@ -1,4 +1,4 @@
-"""The contexts of sites: one per stack of layers, which reads what the modules above the stack are called with."""
+"""The contexts of sites: one per stack of layers, which reads the arguments of the modules above the stack."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def contexts_of(sites: Sequence[Site]) -> dict[str, Context]:
 
 
 def watch(model: nn.Module, sites: Sequence[Site], contexts: Mapping[str, Context]) -> list[Callable[[], None]]:
-    """Let contexts read what their stacks are called with; returns what stops each."""
+    """Let contexts read the arguments of the modules above their stacks; returns functions that stop it."""
     undo: list[Callable[[], None]] = []
     for stack, context in contexts.items():
         around = [layer for site in sites if site.stack == stack if (layer := _around(model, site)) is not None]

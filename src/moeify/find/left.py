@@ -1,4 +1,4 @@
-"""What stays dense beside the sites of a recipe, and why."""
+"""The feed-forward networks that a recipe leaves dense, and why."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from moeify.modes import fixed_randomness
 
 
 def left_dense(model: nn.Module, sites: Sequence[Site]) -> dict[str, str]:
-    """The feed-forward networks of a dense model outside of sites, and modules with the parts of one, with the reason.
+    """The feed-forward networks of a dense model outside of sites, and modules with the layers of one, with the reason.
 
-    Sites that are no feed-forward networks, such as linear layers with adapters, leave nothing to tell.
+    Empty where no site is a feed-forward network, as with adapters beside linear layers.
     """
     if not any(isinstance(site.dense, DenseFFN) for site in sites):
         return {}

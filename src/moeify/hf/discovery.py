@@ -1,4 +1,4 @@
-"""Finds the mixture-of-experts blocks of transformers' models, by the names of their classes or by what they hold."""
+"""Find the mixture-of-experts blocks of transformers' models, by their class names or by their parameters."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from moeify.moe import MoE
 
 
 def find_blocks(model: nn.Module) -> Iterator[Block]:
-    """Every MoE block of a model that is transformers' own, with what PEFT has put around its parts or not."""
+    """Every MoE block of a model that is transformers' own, with or without PEFT's wrappers around its modules."""
     ours = {id(part) for moe in model.modules() if isinstance(moe, MoE) for part in moe.modules()}
     for name, module in model.named_modules():
         if id(module) in ours or is_wrapper(module):

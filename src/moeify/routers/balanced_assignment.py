@@ -58,8 +58,9 @@ class BalancedAssignment(Router):
 def assign_evenly(scores: Float[Tensor, "T E"], precision: float = 0.02) -> Int[Tensor, "T"]:
     """The expert of each token, at most ceil(T / E) tokens per expert, of nearly the largest sum of scores.
 
-    Bertsekas' auction: tokens without a place bid for one at the expert of the largest score less price, as much as
-    makes it no better than their second best; an expert keeps its highest bids, and its price is the lowest of them.
+    Bertsekas' auction: tokens without a slot bid for one at the expert of the largest score less price, up to the
+    price at which their second best expert is as good; an expert keeps its highest bids, and its price is the lowest
+    of them.
 
     Args:
         scores: of every token for every expert.

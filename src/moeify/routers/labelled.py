@@ -1,4 +1,4 @@
-"""Labels for losses: what the model is told of tokens or samples is kept beside any router's decisions."""
+"""Labels for losses: an input with a label per token or sample is kept with the decisions of any router."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ class Labelled(Router):
 
     The label is an input of the model, or a column of the data that a trainer hands on: the modality of a token, whose
     entropies LIMoE treats apart (`losses.local_entropy(routing, label=0)`), or the super-class of an image, which
-    Mobile V-MoE's router learns (`losses.supervision`). The choice does not depend on it, and where the model was not
-    given it the decision has no labels.
+    Mobile V-MoE's router learns (`losses.supervision`). The choice does not depend on it. Without this
+    input the decision has no labels.
 
     Args:
         router: decides.

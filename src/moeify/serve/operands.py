@@ -1,4 +1,4 @@
-"""What the kernel reads of a decoder, and its steps: weights where they lie, norms and routers as copies in fp32."""
+"""The operands and steps of the decoding kernel: weights are read in place, norms and routers copied in fp32."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ Steps = list[Step | Callable[[], None]]
 
 @dataclass(frozen=True)
 class Buffers:
-    """Memory (T, width) between steps, by name; the same name and width are the same memory."""
+    """Activations (T, width) between steps, by name; equal names and widths share memory."""
 
     tokens: int
     made: dict[tuple[str, int], Tensor] = field(default_factory=dict)

@@ -1,4 +1,4 @@
-"""`put`: sparse layers go into their places in a model, and their contexts see what the model is called with."""
+"""`put`: replace the sites of a model by sparse layers, whose contexts read the arguments of its calls."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ def put(
     *,
     allow_noncausal: bool = False,
 ) -> Callable[[], None]:
-    """Put sparse layers into their sites, and let their contexts read what the model is called with.
+    """Put sparse layers into their sites, and let their contexts read the arguments of the model's calls.
 
     Args:
         model: the model.
         sites: where.
         layers: the sparse layer of each site.
-        following: what reads the output of the numbered layer of a name before the next layer does.
+        following: a module for each named layer of a stack, which reads its output before the next layer does.
         allow_noncausal: let decoders have routers that look at later tokens.
 
     Returns:

@@ -1,4 +1,4 @@
-"""`verified`: show by running a model that its sites were read rightly, and learn from the run how they are called."""
+"""`verified`: run a model on a probe to check that its sites were read correctly, and record how they are called."""
 
 from __future__ import annotations
 

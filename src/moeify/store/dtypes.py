@@ -1,4 +1,4 @@
-"""Which dtypes of a file may stand for which of a model, and those of buffers that no file holds."""
+"""Which stored dtypes may be loaded into which dtypes of a model, and the dtypes of buffers that are not stored."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def dtype_of(name: str) -> torch.dtype | None:
 
 
 def fits(own: torch.dtype, stored: torch.dtype | None) -> bool:
-    """Whether a tensor of a file can be one of a model: of the same dtype, or both are ordinary weights."""
+    """Whether a stored tensor can be loaded: the dtypes are equal, or both are those of ordinary weights."""
     return own == stored or (own in REAL and stored in REAL)
 
 

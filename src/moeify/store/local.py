@@ -1,4 +1,4 @@
-"""Keep a saved config to its folder: what it asks of the hub, or of weights elsewhere, is refused or left out.
+"""Restrict a saved config to its folder: refuse or leave out settings that load from the hub or from elsewhere.
 
 All weights come from the folder. transformers resolves a few settings over the network while it builds a model: the
 name of a backbone, and implementations of attention or experts that are kernels of the hub.
@@ -20,13 +20,13 @@ PRETRAINED = ("use_pretrained_backbone", "pretrained_backbone", "pretrained")
 
 
 def local_config(values: dict[str, Any], file: Path) -> dict[str, Any]:
-    """A model's config without what leads off the folder; the model that is built computes the same function.
+    """A model's config without settings that load from outside the folder; the model computes the same function.
 
-    Left out, with a warning: implementations of attention and experts that are not part of transformers, and the wish
-    for pretrained weights.
+    Left out, with a warning: implementations of attention and experts that are not part of transformers, and
+    requests for pretrained weights.
 
     Args:
-        values: the config, with its configs of parts.
+        values: the config, with the configs inside it.
         file: for messages.
 
     Raises:

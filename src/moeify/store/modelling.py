@@ -1,6 +1,6 @@
 """Sparse models as classes of transformers, which `AutoModel...from_pretrained` opens, and so do the tools around it.
 
-A sparse class is a class of transformers with `SparseModel` before it: `SparseLlamaForCausalLM` is a `LlamaForCausalLM`
+A sparse class inherits from `SparseModel` and a class of transformers: `SparseLlamaForCausalLM` is a `LlamaForCausalLM`
 whose dense networks are replaced as `config.recipe` and `config.sites` say. Reading such a config makes it.
 """
 
@@ -28,7 +28,7 @@ from moeify.store.standalone import Sparse, announce, name_in
 
 
 class SparseModel(Sparse):
-    """Stands before a class of transformers, and puts the layers of a recipe into its models when they are built.
+    """Puts the layers of a recipe into models of a class of transformers, its other base class, when they are built.
 
     Routers stay in fp32 whatever `dtype` a model is loaded in.
     """
@@ -108,7 +108,7 @@ def _computed_buffers(model: nn.Module) -> Iterator[tuple[nn.Module, dict[str, T
 
 @cache
 def sparse_config_class(dense: type) -> type:
-    """The config class of the sparse models of a dense class's, for every `AutoModel...` that has a model for that.
+    """The config class of sparse models for that of dense ones; every `AutoModel...` that takes `dense` takes it too.
 
     An instance has an attribute for every key that `save` adds to a config.
     """

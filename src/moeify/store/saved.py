@@ -1,4 +1,4 @@
-"""What is read of a saved model before it is built: its config and the headers of its weights, which fit each other."""
+"""Read a saved model's config and the headers of its weights, and compare them, before the model is built."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Gradients of experts: memory that comes back, and sums that are made in place."""
+"""Gradients of experts: memory of freed gradients is reused, and sums are accumulated in place."""
 
 import gc
 

@@ -25,9 +25,9 @@ _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 def pack(model: Model) -> Model:
     """Allow kernels to keep a packed copy of the expert weights of a model; in place.
 
-    Packed weights are read faster, and are held beside the originals: the memory of the experts doubles. A copy is made
-    at first use, again when the weights have changed, and goes with `unpack`. `MOEIFY_PACK=1` in the environment allows
-    it to every model.
+    The kernels read packed weights faster, but both copies stay in memory: the memory of the experts doubles. A copy is
+    made at first use and again after the weights change; `unpack` frees it. `MOEIFY_PACK=1` in the environment allows
+    packing for every model.
     """
     _PACKED.update(model.modules())
     return model
