@@ -128,7 +128,7 @@ def _restarts(position: Int[Tensor, "*A B N"], shape: Shape) -> Bool[Tensor, "B 
 
 
 def _blocks(mask: Any, shape: Shape) -> Bool[Tensor, "B N"] | None:
-    """Where nothing from here on sees what lies before, by a mask of queries and keys."""
+    """Where a document begins by a mask of queries and keys: no token from here on attends to an earlier one."""
     if isinstance(mask, Mapping):  # of several types of attention; the widest one shows documents
         mask = mask.get("full_attention")
     if type(mask).__name__ == "BlockMask":

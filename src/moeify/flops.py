@@ -1,4 +1,4 @@
-"""Parameters and FLOPs, total and active, read off the module tree: nothing runs, so the meta device is enough.
+"""Parameters and FLOPs, total and active, counted from the module tree: nothing runs, so the meta device is enough.
 
 active = sum over parameters of size · min(share, 1)   share = rows per token / E in experts, 1 elsewhere
 FLOPs  = sum over matrices of 2 · size · share         a token multiplies every matrix once
@@ -143,7 +143,7 @@ def _passes(model: nn.Module) -> dict[nn.Module, int]:
 
 
 def _matrices(module: nn.Module, in_experts: bool) -> Iterator[Tensor]:
-    """What a token is multiplied by: weights of two dimensions or more, and whatever experts stack as (E, ., .).
+    """The matrices that a token is multiplied by: weights of two or more dimensions, and those of experts, (E, ., .).
 
     Embeddings among experts (Doge) are rows of matrices; elsewhere a lookup costs nothing. A router's tables are all
     matrices, whatever they are called, unless they hold no real numbers.

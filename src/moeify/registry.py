@@ -47,7 +47,7 @@ def names(kind: str) -> list[str]:
 
 
 def lookup(kind: str, name: str) -> Callable:
-    """The thing that a name stands for.
+    """The function or class that a name stands for.
 
     Raises:
         ValueError: no such name; the message lists the nearest ones.
@@ -133,10 +133,10 @@ def _decode(kind: str, value: Any, depth: int) -> Any:
 
 
 def settings(kind: str, written: Any) -> dict[str, Any]:
-    """Every setting of a thing by its dotted name, those that were not given with their defaults.
+    """Every setting of a registered part by its dotted name, with defaults for those that were not given.
 
     Args:
-        kind: the kind of the thing; its own name stands under this key.
+        kind: the kind of the part, such as `router`; the part's name is the value of this key.
         written: a name, or a mapping of a name and its options, as `encode` writes.
     """
     written = {"name": written} if isinstance(written, str) else written
@@ -158,7 +158,7 @@ def _options_of(kind: str, thing: Callable) -> list[str]:
 
 
 def _renamed(kind: str, thing: Callable, options: dict[str, Any]) -> dict[str, Any]:
-    """The options by the names of today, with the values of today where the thing is not one's own."""
+    """The options with former names replaced by the current ones, and former values too where the part is moeify's."""
     known, former, values = _options_of(kind, thing), _FORMER_OPTIONS.get(kind, {}), _FORMER_VALUES.get(kind, {})
     named = {key if key in known else former.get(key, key): option for key, option in options.items()}
     if not thing.__module__.startswith("moeify."):

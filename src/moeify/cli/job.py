@@ -1,4 +1,4 @@
-"""What `train` and `compare` do: a dense model made sparse, both trained on the same text, and what came of it."""
+"""The job of `train` and `compare`: train a sparse model and its dense baseline on the same text, and write results."""
 
 from __future__ import annotations
 
@@ -136,7 +136,7 @@ class Job:
             raise ValueError(f"{self.output} cannot be written to; name another --output")
 
     def _begin(self) -> None:
-        """Say in the folder what this job is, or see that what lies in it is this job begun."""
+        """Record the job in its folder, or check that the folder holds an earlier start of the same job."""
         output, begun = self.output, self.output / "job.json"
         used = any(path not in (begun, output / RUN_LOCK) for path in output.iterdir())
         if used and not self.resume:

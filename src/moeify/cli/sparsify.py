@@ -1,4 +1,4 @@
-"""`moeify sparsify`: make a model sparse and save it. `moeify recipes`: what can be made."""
+"""`moeify sparsify`: make a model sparse and save it. `moeify recipes`: list the named recipes."""
 
 from __future__ import annotations
 

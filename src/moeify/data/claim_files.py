@@ -1,4 +1,4 @@
-"""Find the files that claims and benchmarks are measured on, and make sure that they are the right ones."""
+"""Find the files that claims and benchmarks are measured on, and compare them with their SHA-256."""
 
 import csv
 import hashlib

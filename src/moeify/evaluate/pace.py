@@ -1,4 +1,4 @@
-"""What an optimizer step costs a sparse model and its dense baseline, measured by turns: load falls on both alike."""
+"""Time per optimizer step of a sparse model and its dense baseline, measured alternately: noise slows both alike."""
 
 from __future__ import annotations
 

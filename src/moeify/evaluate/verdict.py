@@ -1,4 +1,4 @@
-"""What a comparison says, in words."""
+"""The result of a comparison in sentences."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def _clause(d: Difference, name: str) -> str:
 
 
 def headline(versus: Versus) -> str:
-    """One sentence: where the sparse model is ahead, behind, or neither can be told."""
+    """One sentence: where the sparse model is ahead, behind, or within the noise."""
     names = axis_names(versus)
     found: dict[str, list[str]] = {"ahead": [], "behind": [], "unclear": []}
     for d in versus.differences:

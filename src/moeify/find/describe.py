@@ -1,11 +1,11 @@
-"""Sites as plain values: what each was read as, so that a saved model is built again without looking for it.
+"""Sites as plain values, projections and activation by name, so that a saved model is built without searching it.
 
     {"name": "model.layers.0.mlp", "width": 32,
      "up": ["model.layers.0.mlp.gate_proj", "model.layers.0.mlp.up_proj"], "down": "model.layers.0.mlp.down_proj",
      "gated": true, "activation": {"name": "silu"}, "dropout": 0.0}
 
 Instead of projections, a site may be read as a chain of modules (`parts`), or as the module that stands there. `after`,
-`disabled`, `sequence_first`, `routes_padding` and `keyword` are there if they say something.
+`disabled`, `sequence_first`, `routes_padding` and `keyword` are left out where they have their defaults.
 """
 
 from __future__ import annotations

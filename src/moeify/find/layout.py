@@ -1,4 +1,4 @@
-"""What a run of a model shows of its sites: how they are called, how tokens lie there, whether padding is read."""
+"""Observe the sites of a model in a forward pass: their calls, the layout of tokens, whether padding is read."""
 
 from __future__ import annotations
 

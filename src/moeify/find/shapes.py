@@ -1,4 +1,4 @@
-"""The shapes in which models keep a feed-forward network.
+"""Recognise feed-forward networks in each of the forms in which models define them.
 
 - in a module of its own (Llama, T5, GPT-2, ViT, CLIP);
 - split over two neighbouring modules, the second of which may add dropout, norm and residual (BERT);

@@ -9,7 +9,7 @@ from moeify.find.shapes import Site
 
 
 def why_unreadable(model: nn.Module, sites: list[Site]) -> str | None:
-    """What keeps feed-forward networks of a dense model from being read, with the way out; None if nothing does.
+    """The reason why feed-forward networks of a dense model cannot be read, and the way out; None if there is none.
 
     Looks inside the sites that were found, and into the numbered layers (everywhere, if no site was found) without one.
     """

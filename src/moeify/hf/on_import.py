@@ -1,4 +1,4 @@
-"""Lets transformers know moeify as soon as the module of it that asks is imported, and not before."""
+"""Register moeify with a module of transformers when that module is imported, and not before."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def on_import(name: str, register: Callable[[Any], None]) -> None:
 
 
 class _Finder(MetaPathFinder):
-    """Lets Python find modules as ever, and calls a function with those that are waited for."""
+    """Finds modules as Python does, and calls a function with those that were registered by name."""
 
     def __init__(self) -> None:
         self.waiting: dict[str, Callable[[Any], None]] = {}

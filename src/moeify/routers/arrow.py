@@ -18,7 +18,7 @@ from moeify.routing import Assignment, Evidence
 
 @register("router", "arrow")
 class Arrow(Router):
-    """The k experts whose prototypes a token lies along, with either sign (Arrow, arXiv 2405.11157).
+    """The k experts with the largest |token · prototype| (Arrow, arXiv 2405.11157).
 
         v_j = the right singular vector of B_j A_j to its largest singular value
         z_j = |u · v_j| / τ;  i = topk(z, k);  w = softmax(z[i])

@@ -79,5 +79,5 @@ class Recipe:
 
 
 def _kind(field: str) -> str:
-    """The kind of thing that a field of a recipe holds, by which the registry knows names."""
+    """The kind under which the registry lists the names for a field of a recipe."""
     return "router" if field == "decoder_router" else field

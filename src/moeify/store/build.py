@@ -1,4 +1,4 @@
-"""A sparse model built from its saved config, without memory for the weights that the files will bring."""
+"""Build a sparse model from its saved config on the meta device, without memory for its weights."""
 
 from __future__ import annotations
 

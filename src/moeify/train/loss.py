@@ -1,4 +1,4 @@
-"""Balance losses whose gradient does not depend on how an optimizer step is cut into micro-batches and ranks.
+"""Balance losses whose gradient does not depend on the number of micro-batches and ranks.
 
 With f_j fixed, the loss of a step is linear in its tokens:
 

@@ -1,4 +1,4 @@
-"""How evenly experts are used, measured while a model trains: per layer, over all ranks, at no extra pass."""
+"""Expert load and balance while a model trains: per layer, over all ranks, without a further forward pass."""
 
 from __future__ import annotations
 

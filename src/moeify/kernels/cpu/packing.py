@@ -48,7 +48,7 @@ def may_pack(model: nn.Module) -> bool:
 
 
 def cached(owner: object, name: str, tensors: Sequence[Tensor], make: Callable[[], Thing]) -> Thing:
-    """What `make()` made of `tensors`, made anew when one of them has changed since.
+    """The result of `make()` on `tensors`, cached until one of them changes.
 
     A change is seen by the memory, layout and version of a tensor, and by a sample of its content, because edits
     through `.data` leave the version as it is.
