@@ -1,6 +1,7 @@
 """Every variable of the environment is declared once, documented, and read through its declaration."""
 
 import re
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -58,10 +59,16 @@ def test_the_kernels_of_cpp_may_have_the_instruction_sets_that_there_are():
     assert env.CPP.allowed == ("0", "1", *LEVELS)
 
 
+def _no_home():
+    raise RuntimeError("Could not determine home directory.")
+
+
 def test_there_is_one_folder_for_all_that_is_compiled(tmp_path, monkeypatch):
     for name in ("MOEIFY_CACHE", "XDG_CACHE_HOME"):
         monkeypatch.delenv(name, raising=False)
     assert env.cache_folder() == Path.home() / ".cache/moeify"
+    monkeypatch.setattr(Path, "home", _no_home)
+    assert env.cache_folder().parent == Path(tempfile.gettempdir())
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert env.cache_folder() == tmp_path / "moeify"
     monkeypatch.setenv("MOEIFY_CACHE", str(tmp_path / "mine"))

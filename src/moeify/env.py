@@ -6,6 +6,7 @@ They are read when they are needed, so a change takes effect at once. An empty v
 from __future__ import annotations
 
 import os
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -93,6 +94,15 @@ VARIABLES = (AUTOTUNE, CACHE, CHECK, CPP, DATA, FP32_GEMM, PACK, TRACEBACK, TRIT
 
 
 def cache_folder() -> Path:
-    """Where compiled libraries and tuned sizes are kept: `MOEIFY_CACHE`, or a folder of the user's cache."""
-    user = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return CACHE.path or user / "moeify"
+    """Where compiled libraries and tuned sizes are kept: `MOEIFY_CACHE`, or a folder of the user's cache.
+
+    A user without a home, as in a container that does not know its user, has a folder among the temporary files.
+    """
+    if CACHE.path is not None:
+        return CACHE.path
+    if named := os.environ.get("XDG_CACHE_HOME"):
+        return Path(named) / "moeify"
+    try:
+        return Path.home() / ".cache" / "moeify"
+    except RuntimeError:
+        return Path(tempfile.gettempdir()) / f"moeify-{os.getuid()}"

@@ -78,6 +78,48 @@ def test_what_belongs_to_somebody_else_is_refused(compiled, part, monkeypatch):
         compiled()
 
 
+@pytest.fixture
+def fresh():
+    """Load kernels again in spite of what this process has loaded."""
+    build._load.cache_clear()
+    yield build._load
+    build._load.cache_clear()
+
+
+def test_without_a_compiler_the_kernel_of_the_cache_is_loaded(compiled, fresh, monkeypatch):
+    loaded = []
+    monkeypatch.setattr(build.ctypes, "CDLL", loaded.append)
+    assert "install a C++ compiler" in fresh("portable", "none-there")
+    build._load.cache_clear()
+    file, _ = compiled()
+    fresh("portable", "none-there")
+    assert loaded == [str(file)]
+    build._load.cache_clear()
+    file.write_bytes(b"a lib")
+    assert "install a C++ compiler" in fresh("portable", "none-there")
+
+
+@pytest.mark.parametrize("error", [RuntimeError("no home"), ValueError("odd"), OSError("disk")])
+def test_whatever_goes_wrong_is_a_reason_and_not_a_crash(compiled, fresh, monkeypatch, error):
+    def fail(command, made):
+        raise error
+
+    monkeypatch.setattr(build, "_compile", fail)
+    assert fresh("portable", "c++") == f"it could not be compiled by c++: {error}"
+
+
+def test_what_killed_compilations_left_is_swept(compiled):
+    folder = compiled()[0].parent
+    old, young = folder / "compiling-old", folder / "compiling-young"
+    for left in (old, young):
+        left.mkdir()
+    os.utime(old, (0, 0))
+    compiled()[0].unlink()
+    compiled()
+    assert not old.exists()
+    assert young.exists()
+
+
 def test_a_cache_that_is_refused_is_a_reason_and_not_a_crash(compiled):
     file, _ = compiled()
     file.parent.chmod(0o777)

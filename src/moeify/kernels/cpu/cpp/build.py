@@ -11,12 +11,14 @@ import platform
 import shutil
 import subprocess
 import tempfile
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
 
 from moeify import env
+from moeify.files import sync
 
 LEVELS: dict[str, list[str]] = {
     "avx512_bf16": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512bf16", "-mfma"],
@@ -30,6 +32,7 @@ LEVELS: dict[str, list[str]] = {
 _FLAGS = ["-O3", "-std=c++17", "-fPIC", "-fno-math-errno", "-w"]
 _SOURCES = sorted(path for path in Path(__file__).parent.iterdir() if path.suffix in (".cpp", ".h"))
 
+_UNFINISHED = "compiling-"
 _OWN_FOLDER = "set MOEIFY_CACHE to a folder of your own"
 
 
@@ -94,15 +97,17 @@ def _load(level: str, chosen: str | None) -> ctypes.CDLL | str:
     compiler = next(
         (path for name in ([chosen] if chosen else ["c++", "g++", "clang++"]) if (path := _find(name))), None
     )
-    if compiler is None:
-        tried = f"CXX={chosen} is not found" if chosen else "none of c++, g++ and clang++ is found"
-        return f"it is compiled at first use and {tried}; install a C++ compiler or set CXX"
     try:
-        return ctypes.CDLL(str(_compiled(level, compiler)))
+        file = _compiled(level, compiler) if compiler else _cached(level)
+        if file is None:
+            tried = f"CXX={chosen} is not found" if chosen else "none of c++, g++ and clang++ is found"
+            return f"it is compiled at first use and {tried}; install a C++ compiler or set CXX"
+        return ctypes.CDLL(str(file))
     except PermissionError as error:
         return f"its cache cannot be used: {error}"
-    except (OSError, subprocess.SubprocessError) as error:
-        return f"it could not be compiled by {' '.join(compiler)}: {_end_of_output(error)}"
+    except Exception as error:  # whatever a machine does: without the kernel all works as well
+        how = f"compiled by {' '.join(compiler)}" if compiler else "taken from its cache"
+        return f"it could not be {how}: {_end_of_output(error)}"
 
 
 def _find(command: str) -> list[str] | None:
@@ -113,29 +118,68 @@ def _find(command: str) -> list[str] | None:
 
 def _compiled(level: str, compiler: list[str]) -> Path:
     """The file of the compiled kernel; written whole, so that processes may race for it."""
-    version = _run([*compiler, "--version"])
-    content = b"\0".join(path.read_bytes() for path in _SOURCES)
-    what = repr((version, compiler, platform.machine(), level, LEVELS[level], _FLAGS)).encode()
-    name = f"layer-{level}-{hashlib.sha256(what + content).hexdigest()[:16]}.so"
-    folder = env.cache_folder() / "cpp"
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    _must_be_trusted(folder)
-    file, digest = folder / name, folder / f"{name}.sha256"
-    if not (file.exists() and digest.exists()) or _digest(file) != digest.read_bytes():
+    folder, version = _folder(), _short_hash(repr((_run([*compiler, "--version"]), compiler)).encode())
+    file = folder / f"{_name(level)}-{version}.so"
+    if not _is_whole(file):
         logging.getLogger(__name__).info("compiling %s; this takes some seconds, once", file)
-        with tempfile.TemporaryDirectory(dir=folder) as here:
-            made, written = Path(here) / name, Path(here) / digest.name
+        _sweep(folder)
+        with tempfile.TemporaryDirectory(dir=folder, prefix=_UNFINISHED) as here:
+            made, written = Path(here) / file.name, Path(here) / _digest_of(file).name
             _compile([*compiler, *_FLAGS, *LEVELS[level]], made)
             made.chmod(0o755)
             written.write_bytes(_digest(made))
-            written.replace(digest)
+            for whole in (made, written):
+                sync(whole)
+            written.replace(_digest_of(file))
             made.replace(file)
     _must_be_trusted(file)
     return file
 
 
+def _cached(level: str) -> Path | None:
+    """The kernel that some compiler has left in the cache, None if there is none; for machines without a compiler."""
+    found = next((file for file in sorted(_folder().glob(f"{_name(level)}-*.so")) if _is_whole(file)), None)
+    if found is not None:
+        _must_be_trusted(found)
+    return found
+
+
+def _folder() -> Path:
+    folder = env.cache_folder() / "cpp"
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    _must_be_trusted(folder)
+    return folder
+
+
+def _name(level: str) -> str:
+    """The beginning of the file's name: of these sources, for this processor, whatever the compiler."""
+    content = b"\0".join(path.read_bytes() for path in _SOURCES)
+    return f"layer-{level}-{_short_hash(repr((platform.machine(), LEVELS[level], _FLAGS)).encode() + content)}"
+
+
+def _sweep(folder: Path) -> None:
+    """Remove what compilations that were killed have left; one that runs is younger than an hour."""
+    for left in folder.glob(f"{_UNFINISHED}*"):
+        if time.time() - left.stat().st_mtime > 3600:
+            shutil.rmtree(left, ignore_errors=True)
+
+
+def _is_whole(file: Path) -> bool:
+    """Whether a library is there as it was written: one that was cut would end the process when it is loaded."""
+    digest = _digest_of(file)
+    return file.exists() and digest.exists() and _digest(file) == digest.read_bytes()
+
+
+def _digest_of(file: Path) -> Path:
+    return file.with_name(f"{file.name}.sha256")
+
+
 def _digest(file: Path) -> bytes:
     return hashlib.sha256(file.read_bytes()).hexdigest().encode()
+
+
+def _short_hash(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:16]
 
 
 def _must_be_trusted(path: Path) -> None:
