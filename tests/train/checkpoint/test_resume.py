@@ -237,6 +237,15 @@ def test_a_checkpoint_of_another_model_is_refused(good):
         run(good, mixtral(), resume=str(good / "checkpoint-2"))
 
 
+def test_a_run_that_freezes_other_parameters_is_refused_before_anything_is_assigned(good):
+    model = llama()
+    model.model.layers[0].self_attn.q_proj.weight.requires_grad_(False)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(ValueError, match="groups other parameters than the checkpoint"):
+        run(good, model, resume=str(good / "checkpoint-2"))
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+
+
 def test_an_optimizer_that_groups_other_parameters_is_refused(tmp_path):
     model = torch.nn.Linear(2, 1)
     save_optimizer(torch.optim.AdamW(model.parameters()), model, tmp_path)

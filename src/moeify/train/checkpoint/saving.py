@@ -150,6 +150,7 @@ class Saving(_Trainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """Bring back every tensor of the model, experts included, or none."""
         self._refuse_sharded()
+        state.refuse_frozen(self.model, Path(resume_from_checkpoint))
         state.load_model(self.model, Path(resume_from_checkpoint))
 
     def _load_best_model(self) -> None:

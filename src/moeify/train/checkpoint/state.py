@@ -19,6 +19,9 @@ from moeify.train.checkpoint.adapters import load_adapters, save_adapters, saves
 
 OPTIMIZER = "optimizer"
 BALANCE = "balance.safetensors"
+_OTHER_PARAMETERS = (
+    "the optimizer groups other parameters than the checkpoint {}; freeze and group them as they were when it was saved"
+)
 
 
 def save_weights(model: nn.Module, folder: Path) -> None:
@@ -76,6 +79,20 @@ def save_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, folder: P
     write_json(folder / f"{OPTIMIZER}.json", {"state": numbers, "groups": groups})
 
 
+def refuse_frozen(model: nn.Module, folder: Path) -> None:
+    """Refuse a checkpoint whose run trained parameters that this one freezes, before anything is assigned.
+
+    Raises:
+        ValueError: there is such a parameter.
+    """
+    file = folder / f"{OPTIMIZER}.json"
+    if not file.is_file():
+        return
+    frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+    if any(name in frozen for group in read_json(file)["groups"] for name in group["params"]):
+        raise ValueError(_OTHER_PARAMETERS.format(folder))
+
+
 def load_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, folder: Path) -> None:
     """Read an optimizer's state back.
 
@@ -86,10 +103,7 @@ def load_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, folder: P
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     order = [names[id(p)] for group in optimizer.param_groups for p in group["params"]]
     if [name for group in saved["groups"] for name in group["params"]] != order:
-        raise ValueError(
-            f"the optimizer groups other parameters than the checkpoint {folder}; freeze and group them as they were "
-            "when it was saved"
-        )
+        raise ValueError(_OTHER_PARAMETERS.format(folder))
     state: dict[str, dict[str, Any]] = saved["state"]
     for key, tensor in read_tensors(folder / f"{OPTIMIZER}.safetensors").items():
         name, _, kind = key.rpartition("|")
