@@ -89,14 +89,14 @@ def fresh():
 def test_without_a_compiler_the_kernel_of_the_cache_is_loaded(compiled, fresh, monkeypatch):
     loaded = []
     monkeypatch.setattr(build.ctypes, "CDLL", loaded.append)
-    assert "install a C++ compiler" in fresh("portable", "none-there")
-    build._load.cache_clear()
     file, _ = compiled()
-    fresh("portable", "none-there")
+    monkeypatch.setattr(build, "_find", lambda command: None)
+    fresh("portable", None)
     assert loaded == [str(file)]
+    assert "CXX=none-there is not found" in fresh("portable", "none-there")
     build._load.cache_clear()
     file.write_bytes(b"a lib")
-    assert "install a C++ compiler" in fresh("portable", "none-there")
+    assert "none of c++, g++ and clang++ is found; install a C++ compiler" in fresh("portable", None)
 
 
 @pytest.mark.parametrize("error", [RuntimeError("no home"), ValueError("odd"), OSError("disk")])

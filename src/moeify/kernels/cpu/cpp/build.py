@@ -98,7 +98,7 @@ def _load(level: str, chosen: str | None) -> ctypes.CDLL | str:
         (path for name in ([chosen] if chosen else ["c++", "g++", "clang++"]) if (path := _find(name))), None
     )
     try:
-        file = _compiled(level, compiler) if compiler else _cached(level)
+        file = _compiled(level, compiler) if compiler else None if chosen else _cached(level)
         if file is None:
             tried = f"CXX={chosen} is not found" if chosen else "none of c++, g++ and clang++ is found"
             return f"it is compiled at first use and {tried}; install a C++ compiler or set CXX"
