@@ -314,11 +314,12 @@ def test_an_unknown_level_is_refused_with_the_known_ones(monkeypatch):
     assert re.search(r"MOEIFY_CPP=neon is not among .*portable", cpp.why_not())
 
 
-def test_a_compiler_that_is_not_there_is_named(monkeypatch):
+def test_a_compiler_that_is_not_there_is_named(tmp_path, monkeypatch):
     monkeypatch.setenv("CXX", "no-such-compiler")
     assert "CXX=no-such-compiler is not found; install a C++ compiler" in cpp.why_not()
     monkeypatch.delenv("CXX")
     monkeypatch.setenv("PATH", "")
+    monkeypatch.setenv("MOEIFY_CACHE", str(tmp_path))
     build._load.cache_clear()
     assert "none of c++, g++ and clang++ is found" in cpp.why_not()
     build._load.cache_clear()
