@@ -28,6 +28,7 @@ from moeify.sparsify.comparison import Comparison
 from moeify.sparsify.convert import convert
 from moeify.sparsify.make import copies, merged
 from moeify.sparsify.recipe import Recipe
+from moeify.sparsify.report import Report
 
 Model = nn.Module | str | Path
 
@@ -79,20 +80,23 @@ def merge_models(
         found = as_probe(probe) if probe is not None else find_probe(model) if verify else None
         compare = None if found is None else Comparison.of(model, found)
     report = convert(model, recipe, probe=probe, verify=verify, allow_noncausal=allow_noncausal)
-    names = {id(tensor): group for group, tensor in own.items()}
-    inside = set[int]()
-    for site, layer in zip(report.sites, report.layers, strict=True):
-        inside |= _fill(layer.experts, site, sources, names)
-    if base is None:
-        for group, tensor in own.items():
-            if id(tensor) not in inside:
-                _average(tensor, group, sources)
+    inside = _fill_experts(report, sources, own)
+    for group, tensor in own.items() if base is None else ():
+        if id(tensor) not in inside:
+            _average(tensor, group, sources)
     if router_init is not None:
         route_by_examples(model, router_init)
     if verbose:
         difference = None if compare is None else compare.difference(model)
         dataclasses.replace(report, difference=difference).show()
     return model
+
+
+def _fill_experts(report: Report, sources: list[Source], own: Mapping[Names, Tensor]) -> set[int]:
+    """Fill the experts of every layer from the models; returns the tensors of the base that they stand for, by id."""
+    names = {id(tensor): group for group, tensor in own.items()}
+    filled = [_fill(m.experts, site, sources, names) for site, m in zip(report.sites, report.layers, strict=True)]
+    return set().union(*filled)
 
 
 def _recipe_for(names: list[str], recipe: Recipe) -> Recipe:

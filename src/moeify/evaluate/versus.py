@@ -213,22 +213,29 @@ def versus(
             settings = settings if pace is None else _fitted(settings, pace, log)
         for name, model in (("sparse", sparse), ("dense", dense)):
             place = folder / f"{name}-{seed}"
-            done = place / "run.json"
-            if resume and done.is_file():
-                run = _result(done, Run.from_dict)
+            if resume and (place / "run.json").is_file():
+                run = _result(place / "run.json", Run.from_dict)
                 load_weights(model, place)
             else:
                 log(f"training the {name} model, seed {seed}")
-                with locked(place, RUN_LOCK, "is training"):
-                    recover(place)
-                begun = resume and bool(checkpoints(place))
-                run = train_run(name, model, train, validation, place, replace(settings, seed=seed), resume=begun)
-                with saving(place) as stage:
-                    write_weights(model.state_dict(), stage.new)
-                write_json(done, run.to_dict(), indent=None)
+                run = _trained(name, model, train, validation, place, replace(settings, seed=seed), resume=resume)
             arms[name].append(run)
             on_model(name, model)
     return Versus(**arms, pace=pace)
+
+
+def _trained(
+    name: str, model: nn.Module, train: Blocks, validation: Blocks, place: Path, settings: Settings, *, resume: bool
+) -> Run:
+    """Train one arm in its folder, and leave its weights and its curve there."""
+    with locked(place, RUN_LOCK, "is training"):
+        recover(place)
+    begun = resume and bool(checkpoints(place))
+    run = train_run(name, model, train, validation, place, settings, resume=begun)
+    with saving(place) as stage:
+        write_weights(model.state_dict(), stage.new)
+    write_json(place / "run.json", run.to_dict(), indent=None)
+    return run
 
 
 def _fitted(settings: Settings, pace: Pace, log: Callable[[str], None]) -> Settings:
