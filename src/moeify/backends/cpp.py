@@ -37,6 +37,8 @@ MAX_ROWS_PACKED = 128
 MAX_ROWS_AMX = 8
 """The same in bf16 where the processor has matrix tiles (AMX), which the kernel does not use; an estimate."""
 
+_TRANSPOSED = "it reads weights row by row, and these are transposed; moeify.kernels.cpu.packing.pack allows a copy"
+
 
 @dataclass(frozen=True)
 class Projections:
@@ -121,12 +123,16 @@ def refuse(x: Tensor, routing: Routing, experts: Experts) -> str | None:
     """Why the C++ kernel cannot serve a call, None if it can."""
     if reason := needs_cpu(x) or needs_one_weight(routing):
         return reason
-    return _cannot_read(x, experts) or needs_no_gradient([x, sparse(routing).weight])
+    p = _stored(experts)
+    if reason := _cannot_read(x, experts, p) or needs_no_gradient([x, sparse(routing).weight]):
+        return reason
+    stays = p is not None and any(_is_transposed(w) and not _may_copy(w, experts) for w in (p.up, p.down))
+    return _TRANSPOSED if stays else None
 
 
-def _cannot_read(x: Tensor, experts: Experts) -> str | None:
+def _cannot_read(x: Tensor, experts: Experts, p: Projections | None) -> str | None:
     """Why the C++ kernel cannot compute experts for such tokens, None if it can."""
-    if (p := _stored(experts)) is None:
+    if p is None:
         return needs_stacked(experts)
     if reason := needs_weights(x, experts, p.tensors):
         return reason
@@ -136,8 +142,6 @@ def _cannot_read(x: Tensor, experts: Experts) -> str | None:
     dtypes = needs_no_autocast(x) or needs_dtype(x, DTYPES, floats)
     if reason := needs_no_transform() or dtypes or needs_no_gradient(p.tensors):
         return reason
-    if any(_is_transposed(weight) and not _may_copy(weight, experts) for weight in (p.up, p.down)):
-        return "it reads weights row by row, and these are transposed; moeify.kernels.cpu.packing.pack allows a copy"
     return _unavailable()
 
 
@@ -171,10 +175,11 @@ def step_experts(experts: Experts, width: int, dtype: torch.dtype) -> steps.Expe
         width: D.
         dtype: of the tokens.
     """
-    if _cannot_read(torch.zeros(1, width, dtype=dtype), experts) is not None:
-        return None
     p = projections_of(experts)
-    assert p is not None
+    if p is None or _cannot_read(torch.zeros(1, width, dtype=dtype), experts, p) is not None:
+        return None
+    if _is_transposed(p.up) or _is_transposed(p.down):  # and may not be copied
+        return None
     up, down = (p.up, p.up_bias, p.up_scales), (p.down, p.down_bias, p.down_scales)
     return steps.Experts(width, up, down, p.hidden, p.group_size, *kernel_activation(p.activation))
 
