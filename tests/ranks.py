@@ -20,8 +20,8 @@ from transformers import TrainerCallback, TrainingArguments
 
 from moeify.ranks import all_reduce, anywhere, broadcast, join
 from moeify.sparsify import Recipe, sparsify
-from moeify.train import SparseArguments, SparseTrainer, SparseTrainerMixin
-from tiny_models import VOCABULARY, causal_lm
+from moeify.train import RoutingCallback, SparseArguments, SparseTrainer, SparseTrainerMixin
+from tiny_models import VOCABULARY, causal_lm, mixtral
 
 # Modules of this folder are not found by the server, which says nothing and lets every rank read all by itself.
 PRELOAD = ["moeify.train", "transformers.models.llama.modeling_llama", "transformers.models.mixtral.modeling_mixtral"]
@@ -46,6 +46,13 @@ class PaddingOnOne(SparseTrainer):
         if self.args.process_index == 1 and self.state.global_step == 1:
             inputs = {**inputs, "attention_mask": torch.zeros_like(inputs["attention_mask"])}
         return super().training_step(model, inputs, *args, **kwargs)
+
+
+class PlainTrainer(transformers.Trainer):
+    """Takes what `train` gives a sparse trainer."""
+
+    def __init__(self, *args, sparse=None, **kwargs):
+        super().__init__(*args, **kwargs)
 
 
 class Record(TrainerCallback):
@@ -109,6 +116,11 @@ def stopped(rank, ranks, folder, kind):
         return train(folder, llama, ranks, Strike(kind)).state.global_step
     except FloatingPointError as error:
         return str(error)
+
+
+def routed(rank, ranks, folder):
+    made = train(folder, mixtral, ranks, RoutingCallback(), kind=PlainTrainer, learning_rate=0.0)
+    return next(entry for entry in made.state.log_history if "loss" in entry)
 
 
 def padded(rank, ranks, folder):

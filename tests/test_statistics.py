@@ -15,9 +15,11 @@ from moeify.routers import TopK
 from moeify.statistics import (
     dead,
     drop_rate,
+    effective_share,
     information,
     load,
     load_entropy,
+    load_variation,
     max_violation,
     router_entropy,
 )
@@ -29,6 +31,8 @@ def test_an_even_load(experts: int):
     assert max_violation(rows).tolist() == [0, 0, 0]
     assert dead(rows).tolist() == [0, 0, 0]
     assert load_entropy(rows).tolist() == pytest.approx([float(experts > 1)] * 3)
+    assert effective_share(rows).tolist() == pytest.approx([1] * 3)
+    assert load_variation(rows).tolist() == [0, 0, 0]
 
 
 @pytest.mark.parametrize("experts", [2, 8])
@@ -37,6 +41,8 @@ def test_one_expert_alone(experts: int):
     assert max_violation(rows).item() == experts - 1
     assert dead(rows).item() == experts - 1
     assert load_entropy(rows).item() == 0
+    assert effective_share(rows).item() == pytest.approx(1 / experts)
+    assert load_variation(rows).item() == pytest.approx(math.sqrt(experts - 1))
 
 
 def test_an_expert_is_dead_below_a_hundredth_of_the_mean():

@@ -42,6 +42,17 @@ def load_entropy(rows: Num[Tensor, "... E"]) -> Float[Tensor, "..."]:
     return -torch.special.xlogy(f, f).sum(-1) / log_experts(rows.shape[-1])
 
 
+def effective_share(rows: Num[Tensor, "... E"]) -> Float[Tensor, "..."]:
+    """exp(H) / E of the load's entropy H = -Σ_j f_j log f_j: the share of experts that would be busy were they even."""
+    f = load(rows)
+    return (-torch.special.xlogy(f, f).sum(-1)).exp() / rows.shape[-1]
+
+
+def load_variation(rows: Num[Tensor, "... E"]) -> Float[Tensor, "..."]:
+    """The coefficient of variation of the load, deviation over mean: 0 is even, √(E - 1) one expert alone."""
+    return load(rows).std(-1, correction=0) * rows.shape[-1]
+
+
 def drop_rate(assigned: Num[Tensor, "... E"], counts: Num[Tensor, "... E"]) -> Float[Tensor, "..."]:
     """The share of the assigned rows that a capacity limit left out (Switch, section 2.2)."""
     return 1 - counts.sum(-1) / assigned.sum(-1).clamp_min(1)

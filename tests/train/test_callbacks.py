@@ -23,8 +23,9 @@ from moeify.routers import Frozen, Lookup
 from moeify.routing import Evidence, assign
 from moeify.schedule import constant, linear
 from moeify.sparsify import Recipe, sparsify
-from moeify.train import ExpertDropout, KSchedule, ProgressLine, SaveOnSignal, SparseArguments, SparseTrainer, metrics
-from moeify.train.metrics import Tally, append, exact, forget_after, summarize
+from moeify.train import ExpertDropout, KSchedule, ProgressLine, SaveOnSignal, SparseArguments, SparseTrainer, run_log
+from moeify.train.metrics import MAX_KEYS, Tally, summarize
+from moeify.train.run_log import append, exact, forget_after
 from tiny_models import VOCABULARY, causal_lm, mixtral
 
 
@@ -120,11 +121,17 @@ def test_load_metrics_are_those_of_their_definitions(choices):
         gates = torch.full(part.shape, 0.5)
         routing = assign(part, gates, 4, evidence=Evidence(scores=scores[: len(part)], logits=scores[: len(part)]))
         tally.add([("layer", routing)])
+    tally.end_step()
     (layer,) = tally.drain().values()
     f = [choices_of / tokens.numel() for choices_of in tokens.flatten().bincount(minlength=4).tolist()]
     assert layer["load_entropy"] == pytest.approx(-sum(p * math.log(p) for p in f if p) / math.log(4), abs=1e-5)
-    assert layer["max_load"] == pytest.approx(4 * max(f), abs=1e-5)
     assert layer["max_vio"] == pytest.approx(4 * max(f) - 1, abs=1e-5)
+    micro = [part.flatten().bincount(minlength=4) / part.numel() for part in tokens.split(7)]
+    violations = [4 * part.max().item() - 1 for part in micro]
+    assert layer["max_vio_micro"] == pytest.approx(sum(violations) / len(violations), abs=1e-5)
+    assert layer["load_cv"] == pytest.approx(math.sqrt(sum((4 * share - 1) ** 2 for share in f) / 4), abs=1e-5)
+    assert layer["effective_experts"] == pytest.approx(4 ** (layer["load_entropy"] - 1), abs=1e-5)
+    assert layer["rows"] == tokens.flatten().bincount(minlength=4).tolist()
     assert layer["dead_experts"] == sum(p == 0 for p in f)
     assert layer["router_entropy"] == pytest.approx(1, abs=1e-5)
     assert layer["balance"] == pytest.approx(1, abs=1e-5)
@@ -136,21 +143,58 @@ def test_dropped_rows_are_counted_against_what_was_asked():
     routing = limit(assign(torch.zeros(8, 1, dtype=torch.long), torch.ones(8, 1), 2), 2)
     tally = Tally()
     tally.add([("layer", routing)])
+    tally.end_step()
     (layer,) = tally.drain().values()
     assert layer["drop_rate"] == pytest.approx(0.75)
     assert layer["dead_experts"] == 1
     assert "balance" not in layer
 
 
+def one_expert_each(*experts):
+    return assign(torch.tensor(experts)[:, None], torch.ones(len(experts), 1), 2)
+
+
+def test_the_global_batch_of_a_step_is_even_where_its_micro_batches_are_not():
+    tally = Tally()
+    tally.begin({"called": 2, "idle": 2})
+    for _ in range(2):
+        for expert in (0, 1):
+            tally.add([("called", one_expert_each(expert, expert))])
+        tally.end_step()
+    ((name, layer),) = tally.drain().items()
+    assert (name, layer["max_vio"], layer["max_vio_micro"], layer["rows"]) == ("called", 0, 1, [4, 4])
+
+
+def test_violations_are_of_steps_and_not_of_all_that_a_log_entry_covers():
+    tally = Tally()
+    for expert in (0, 1):
+        tally.add([("layer", one_expert_each(expert, expert))])
+        tally.end_step()
+    tally.add([("layer", one_expert_each(0, 0))], counts=False)  # a step of padding
+    tally.end_step()
+    (layer,) = tally.drain().values()
+    assert (layer["max_vio"], layer["max_vio_micro"], layer["load_cv"], layer["dead_experts"]) == (1, 1, 0, 0)
+
+
 def test_a_summary_holds_the_means_and_points_at_the_worst_layer():
     layers = {
-        "a": {"load_entropy": 0.9, "max_vio": 0.2, "max_load": 1.2, "dead_experts": 0.0, "drop_rate": 0.0},
-        "b": {"load_entropy": 0.5, "max_vio": 1.0, "max_load": 2.0, "dead_experts": 2.0, "drop_rate": 0.1},
+        "a": {"load_entropy": 0.9, "max_vio": 0.2, "max_vio_micro": 0.3, "dead_experts": 0.0, "drop_rate": 0.0},
+        "b": {"load_entropy": 0.5, "max_vio": 1.0, "max_vio_micro": 1.0, "dead_experts": 2.0, "drop_rate": 0.1},
     }
     found = summarize(layers)
     assert found["load_entropy"] == pytest.approx(0.7)
     assert (found["load_entropy_worst"], found["max_vio_worst"], found["worst_layer"]) == (0.5, 1.0, 1.0)
     assert summarize({}) == {}
+
+
+def test_a_summary_has_no_more_keys_for_more_layers_and_experts():
+    tally = Tally()
+    for layer in range(30):
+        scores = torch.rand(5, 64)
+        evidence = Evidence(logits=scores, scores=scores)
+        tally.add([(str(layer), assign(scores.topk(2).indices, torch.ones(5, 2), 64, evidence=evidence))])
+    tally.end_step()
+    assert len(summarize(tally.drain())) == MAX_KEYS
 
 
 def test_a_full_disk_costs_a_line_of_metrics_and_not_the_run(tmp_path, capsys):
@@ -174,7 +218,7 @@ def test_a_log_forgets_the_steps_that_are_done_again_and_damaged_lines(tmp_path,
     for step in range(1, 5):
         append(log, exact({"step": step, "loss": 1 / step}))
     log.write_bytes(log.read_bytes() + end)
-    monkeypatch.setattr(metrics, "write_text", None)  # a full disk takes no second file
+    monkeypatch.setattr(run_log, "write_text", None)  # a full disk takes no second file
     forget_after(log, 2)
     rows = [json.loads(line) for line in log.read_text().splitlines()]
     assert [row["step"] for row in rows] == [1, 2]
@@ -187,7 +231,7 @@ def test_what_cannot_be_taken_out_of_a_log_is_said_and_kept(tmp_path, monkeypatc
 
     log = tmp_path / "metrics.jsonl"
     log.write_text('{"step": 3}\n{"step": 1}\n')
-    monkeypatch.setattr(metrics, "write_text", full)
+    monkeypatch.setattr(run_log, "write_text", full)
     forget_after(log, 2)
     assert "metrics after step 2 could not be taken out" in capsys.readouterr().out
     assert len(log.read_text().splitlines()) == 2

@@ -8,11 +8,13 @@ from moeify.train.callbacks import ExpertDropout, KSchedule, ProgressLine, SaveO
 from moeify.train.finetune import FineTuning, finetune
 from moeify.train.freeze import Trainable, freeze, trainable, unfreeze
 from moeify.train.loss import StepLoss
+from moeify.train.routing_callback import RoutingCallback
 from moeify.train.super_classes import confusion, super_classes
 from moeify.train.trainer import SparseTrainer, SparseTrainerMixin
 
 __all__ = [
-    "ExpertDropout", "ExpertTokens", "FineTuning", "KSchedule", "ProgressLine", "SaveOnSignal", "SparseArguments",
-    "SparseTrainer", "SparseTrainerMixin", "StepLoss", "Trainable", "calibrate_all_experts", "confusion", "finetune",
-    "freeze", "keep_decisions", "super_classes", "tokens_per_expert", "train_gates", "trainable", "unfreeze",
+    "ExpertDropout", "ExpertTokens", "FineTuning", "KSchedule", "ProgressLine", "RoutingCallback", "SaveOnSignal",
+    "SparseArguments", "SparseTrainer", "SparseTrainerMixin", "StepLoss", "Trainable", "calibrate_all_experts",
+    "confusion", "finetune", "freeze", "keep_decisions", "super_classes", "tokens_per_expert", "train_gates",
+    "trainable", "unfreeze",
 ]  # fmt: skip

@@ -22,7 +22,7 @@ from moeify.notices import say
 from moeify.ranks import OnAnotherRank
 from moeify.record import observe
 from moeify.routers import begin_step
-from moeify.train import empty, metrics
+from moeify.train import empty, run_log
 from moeify.train.activation_checkpointing import enable
 from moeify.train.arguments import SparseArguments, at
 from moeify.train.callbacks import ExpertDropout, ProgressLine, SaveOnSignal
@@ -32,6 +32,7 @@ from moeify.train.decoder_mask import with_decoder_mask
 from moeify.train.finite import find_nonfinite, is_finite
 from moeify.train.freeze import require_learning_routers
 from moeify.train.loss import StepLoss, Watch, count_decisions, disable_own_loss
+from moeify.train.metrics import Tally
 
 
 class SparseTrainerMixin(Columns, Saving):
@@ -65,7 +66,7 @@ class SparseTrainerMixin(Columns, Saving):
             raise ValueError("nn.DataParallel copies the routers in every step; use torchrun, one process per GPU")
         ranks.wait_at_most(self.args.ddp_timeout)  # which transformers passes on for GPUs only
         self.args.logging_nan_inf_filter = False  # would show a NaN as the average of the losses before it
-        self._watch, self._step_loss, self._tally = Watch(), StepLoss(self.sparse.scope), metrics.Tally()
+        self._watch, self._step_loss, self._tally = Watch(), StepLoss(self.sparse.scope), Tally()
         self._hooks: list[RemovableHandle] = []
         self._control: Control | None = None
         self._batches: list[Any] = []
@@ -245,24 +246,19 @@ class SparseTrainerMixin(Columns, Saving):
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Add the routing metrics to what the trainer logs; all of them, per layer, go to metrics.jsonl."""
         if "loss" in logs:
-            layers = self._tally.drain()
             now = time.perf_counter()
             speed, self._tokens, self._since = self._tokens / max(now - self._since, 1e-9), 0.0, now
-            logs |= metrics.summarize(layers) | {"tokens_per_second": speed}
-            if self.is_world_process_zero():
-                record = {"step": self.state.global_step} | metrics.exact(dict(logs)) | {"layers": layers}
-                metrics.append(self._metrics_file, record)
+            logs |= {"tokens_per_second": speed}
+            logs |= run_log.report(self._tally, logs, self.state, str(self.args.output_dir))
         super().log(logs, *args, **kwargs)
-
-    @property
-    def _metrics_file(self) -> Path:
-        return Path(self.args.output_dir) / "metrics.jsonl"
 
     def begin(self) -> None:
         """Called when the model is wrapped and loaded, before the first step."""
         self._begin_checkpointing()
         self._unhook()
-        if sparse_layers(self.model):
+        layers = sparse_layers(self.model)
+        self._tally.begin({name: layer.num_experts for name, layer in layers.items()})
+        if layers:
             if self.sparse.balance != 0 or self.sparse.z != 0:
                 require_learning_routers(self.model)
             self._hooks = observe(self.model, self._watch.observe)
@@ -273,7 +269,7 @@ class SparseTrainerMixin(Columns, Saving):
             )
         self._own_loss_off = disable_own_loss(self.model) or self._own_loss_off
         if self.is_world_process_zero():
-            metrics.forget_after(self._metrics_file, self.state.global_step)
+            run_log.forget_after(Path(str(self.args.output_dir)) / run_log.LOG, self.state.global_step)
             own = "; the model's own balance loss is turned off, it would count twice" if self._own_loss_off else ""
             say(f"moeify: {self.sparse.describe()}{own}")
         self._since = time.perf_counter()
@@ -311,6 +307,7 @@ class _Steps(TrainerCallback):
 
     def on_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         self.trainer._step_loss.end()
+        self.trainer._tally.end_step()
         for target in self.trainer.targets:
             target.step()
 

@@ -29,6 +29,7 @@ from moeify.train.checkpoint.folder import (
     step_of,
     writing,
 )  # fmt: skip
+from moeify.train.run_log import LOG
 
 _Trainer: Any = object  # at run time a trainer of transformers stands behind the mixin
 
@@ -119,7 +120,7 @@ class Saving(_Trainer):
             step = read_json(checkpoint / "trainer_state.json")["global_step"]
         if self.is_world_process_zero():
             found = checkpoints(output)
-            if aside := set_aside(output, step, *([] if checkpoint else ["metrics.jsonl"])):
+            if aside := set_aside(output, step, *([] if checkpoint else [LOG])):
                 begins = f"goes on from {checkpoint.name}" if checkpoint else "starts afresh"
                 say(
                     f"moeify: {output} holds checkpoints of an earlier run up to {found[0].name}; this run {begins}, "
