@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -28,18 +28,27 @@ def concatenate(traces: Sequence[Trace], *, renumber: bool = True) -> Trace:
     if not traces:
         raise ValueError("there is no trace to concatenate")
     shifts = _shifts(traces) if renumber else [{} for _ in traces]
-    by_layer: dict[str, list[tuple[LayerTrace, dict[str, int]]]] = {}
+    parts: dict[str, list[Part]] = {}
     for trace, shift in zip(traces, shifts, strict=True):
         for layer in trace:
-            by_layer.setdefault(layer.name, []).append((layer, shift))
-    joined: dict[tuple[int, ...], Tokens] = {}
+            parts.setdefault(layer.name, []).append((layer, shift))
+    return Trace(layers=join(parts), header=traces[0].header)
+
+
+Part = tuple[LayerTrace, dict[str, int]]
+"""What a layer decided for some of the tokens, and what is to be added to columns of their table."""
+
+
+def join(parts: Mapping[str, Sequence[Part]]) -> dict[str, LayerTrace]:
+    """Each layer's trace from its parts; layers that share all tables share the joined one."""
+    tables: dict[tuple[int, ...], Tokens] = {}
     layers = {}
-    for name, parts in by_layer.items():
-        key = tuple(id(layer.tokens) for layer, _ in parts)
-        if key not in joined:
-            joined[key] = join_tokens([layer.tokens for layer, _ in parts], [shift for _, shift in parts])
-        layers[name] = join_layers([layer for layer, _ in parts], joined[key])
-    return Trace(layers=layers, header=traces[0].header)
+    for name, of_layer in parts.items():
+        key = tuple(id(layer.tokens) for layer, _ in of_layer)
+        if key not in tables:
+            tables[key] = join_tokens([layer.tokens for layer, _ in of_layer], [shift for _, shift in of_layer])
+        layers[name] = join_layers([layer for layer, _ in of_layer], tables[key])
+    return layers
 
 
 def _shifts(traces: Sequence[Trace]) -> list[dict[str, int]]:
