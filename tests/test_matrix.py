@@ -83,6 +83,7 @@ ROUTERS = {
     "capacity": lambda: Capacity(TopK(D, E), factor=0.7),
     "priority": lambda: Capacity(TopK(D, E), factor=0.7, priority="score", overflow="renormalize"),
     "prefix": lambda: Capacity(TopK(D, E), factor=0.7, eval_factor=0.7, per="prefix"),
+    "groups of 2": lambda: Capacity(TopK(D, E), factor=0.7, eval_factor=0.7, per=2),
     "labelled": lambda: Labelled(TopK(D, E, per="sequence"), key="input_ids"),
     "noisy": partial(NoisyTopK, D, E),
     "v-moe": partial(NoisyTopK, D, E, noise=1 / E, order="softmax"),
@@ -149,7 +150,18 @@ EXPERTS = {
     ),
     "constant": lambda: Blocks([FFN(2, D, 6), Constant(2, D)]),
 }
-UNEVEN = {"prefix", "capacity", "priority", "gshard", "top-p", "threshold", "relu", "expert choice", "soft"}
+UNEVEN = {
+    "prefix",
+    "groups of 2",
+    "capacity",
+    "priority",
+    "gshard",
+    "top-p",
+    "threshold",
+    "relu",
+    "expert choice",
+    "soft",
+}
 UNEVEN |= {"default vector", "expert threshold", "next", "final mask", "mmoe", "ple", "bounded union", "token rounding"}
 IDS = torch.arange(12).view(3, 4)
 DTYPES = {torch.float32: 1e-5, torch.float64: 1e-5, torch.bfloat16: 6e-2}
@@ -190,7 +202,8 @@ def test_every_combination_is_its_definition(router, experts, backend, dtype, mo
 
 SEES = dict.fromkeys(["prefix", "labelled", "per group", "expert choice", "soft", "similarity"], "sequence")
 SEES |= dict.fromkeys(
-    ["capacity", "priority", "next", "gshard", "token rounding", "sinkhorn", "balanced assignment"], "batch"
+    ["capacity", "groups of 2", "priority", "next", "gshard", "token rounding", "sinkhorn", "balanced assignment"],
+    "batch",
 )
 OUTSIDE = {"mole": ["decisions_are_computed_in_fp32"]}  # its logits are those of experts, which compute in bf16
 

@@ -17,7 +17,7 @@ from moeify.routers import Capacity, ExpertChoice, GShard, NoisyTopK, Router, So
 from moeify.routers.noisy import of_all
 from moeify.routing import Assignment, Mixture
 
-B, N, D, E, H, SLOTS = 3, 32, 16, 4, 24, 2
+B, N, D, E, H, SLOTS = 4, 32, 16, 4, 24, 2
 Values = dict[str, Tensor]
 
 
@@ -71,6 +71,7 @@ def against_vmoe(given: Values) -> Values:
         "top-1 batch priority": limited(noisy(k=1), factor=0.5, priority="batch"),
         "top-2 batch priority": limited(noisy(k=2), priority="batch"),
         "top-2 of groups": limited(noisy(k=2), per="sequence"),
+        "top-2 of groups of 2": limited(noisy(k=2), per=2),
         "noisy top-2": limited(noisy(k=2)),
         "expert choice": ExpertChoice(D, E, factor=1.7),
         "expert choice by 4": ExpertChoice(D, E, factor=1.7),
@@ -85,7 +86,7 @@ def against_vmoe(given: Values) -> Values:
         moe.train(case == "noisy top-2")
         if isinstance(router, Capacity):
             router.eval_factor = router.factor
-        x = given["x"] if case.startswith("expert choice") or case.endswith("groups") else given["x"][:1]
+        x = given["x"] if case.startswith("expert choice") or "of groups" in case else given["x"][:1]
         with patch("torch.randn_like", return_value=given["noise"]):
             routing, found = run(moe, x, given["direction"], names | {"router": inner})
         answers |= {f"{case}/weights": table(routing)} | {f"{case}/{name}": value for name, value in found.items()}

@@ -43,6 +43,10 @@ def _routers(given: dict[str, np.ndarray]) -> dict[str, tuple]:
         "top-1 batch priority": (by_item(1, deterministic=True, dispatcher=limited(0.5, first=True)), one),
         "top-2 batch priority": (by_item(2, deterministic=True, dispatcher=limited(0.7, first=True)), one),
         "top-2 of groups": (by_item(2, deterministic=True, dispatcher=limited(0.7, first=False)), given["x"]),
+        "top-2 of groups of 2": (
+            by_item(2, deterministic=True, dispatcher=limited(0.7, first=False)),
+            given["x"].reshape(-1, 2 * given["x"].shape[1], given["x"].shape[2]),
+        ),
         "noisy top-2": (by_item(2, noise_std=1.0, dispatcher=limited(0.7, first=False)), one),
         "expert choice": (
             NoisyTopItemsPerExpertRouter(
@@ -108,7 +112,7 @@ def _run(dispatcher: object, leaves: dict) -> jax.Array:
 def _with_gradients(layer: Callable, leaves: dict, direction: np.ndarray) -> tuple:
     def projected(leaves: dict) -> tuple:
         y, aux = layer(leaves)
-        return (y * direction[: len(y)]).sum(), (y, aux)
+        return (y * direction.reshape(-1, *y.shape[1:])[: len(y)]).sum(), (y, aux)
 
     leaves = {name: jnp.asarray(value) for name, value in leaves.items()}
     gradients, (y, aux) = jax.grad(projected, has_aux=True)(leaves)

@@ -45,7 +45,7 @@ def double(factor: float, tokens: int, num_experts: int, k: int) -> int:
 Slots = Callable[[float, int, int, int], int]
 Priority = Literal["position", "choice", "batch", "score"]
 Overflow = Literal["zero", "renormalize", "next"]
-Per = Literal["batch", "sequence", "prefix"]
+Per = Literal["batch", "sequence", "prefix"] | int
 
 
 def limit(
@@ -61,8 +61,8 @@ def limit(
     Args:
         routing: a decision with one weight per row.
         slots: capacity of each expert in rows, see `per_token`, `per_choice` and `double` for the usual formulas; per
-            sequence it may be one number for each, for those that are longer have more; per prefix it is one number
-            for every length, from 1 on.
+            sequence or group of these it may be one number for each, for those that are longer have more; per prefix
+            it is one number for every length, from 1 on.
         priority: which rows are kept: the earliest tokens (`position`), all first choices before any second choice and
             then the earliest (`choice`; GShard), all first choices before any second and then the tokens with the
             largest weight of their own (`batch`; V-MoE's batch priority), or the largest weights (`score`).
@@ -71,14 +71,15 @@ def limit(
             free or all have been tried (No-Token-Left-Behind; Switch, appendix B); in every round, those are served
             first who come first by `priority`. Its weight w changes as the score does, to w · s_new / s_old: right for
             weights in proportion to the scores.
-        per: whether slots are for all rows of an expert, those of each sequence or image (`sequence`; mesh, V-MoE), or
-            those up to a token in its sequence (`prefix`): then what is kept of a token depends on no later one, while
-            the slots of a batch or sequence are as many as all its tokens make them.
+        per: whether slots are for all rows of an expert, those of each sequence or image (`sequence`; mesh), those of
+            so many sequences or images one after the other (a number; V-MoE's groups have 8 images), or those up to a
+            token in its sequence (`prefix`): then what is kept of a token depends on no later one, while the slots of
+            a batch, group or sequence are as many as all its tokens make them.
 
     Raises:
-        ValueError: fewer than one slot, or several weights per row; `next` without a score of every token for every
-            expert, or per sequence or prefix; per prefix by another priority than position; per sequence or prefix
-            without the sequence of every token.
+        ValueError: fewer than one slot, or sequence in a group; several weights per row; `next` without a score of
+            every token for every expert, or per anything but the batch, of which alone the sequence of every token need
+            not be known; per prefix by another priority than position.
     """
     each = [slots] if isinstance(slots, int) else list(slots)
     if min(each) < 1:
@@ -88,20 +89,24 @@ def limit(
             f"a capacity needs one weight per row to say which rows matter, and this router gave "
             f"{routing.weight[0].numel()} gates; leave the capacity out"
         )
+    if isinstance(per, int) and per < 1:
+        raise ValueError(f"a group of {per} sequences holds no token; let at least one sequence share the slots")
     if per == "prefix" and priority != "position":
         raise ValueError(f"slots per prefix are given by position, not by {priority!r}; leave out priority, or per")
     turns = _by_priority(routing, priority)
     if overflow == "next":
         if per != "batch":
-            raise ValueError(f"overflow='next' looks for free slots in the whole batch; it cannot be limited per {per}")
+            raise ValueError(
+                f"overflow='next' looks for free slots in the whole batch; it cannot be limited with per={per!r}"
+            )
         return _reassign(routing, each[0], turns)
     if per == "batch":
         kept = _place(routing.expert, turns) < each[0]
     else:
-        sequence, tokens = sequence_of_rows(routing)
-        place = _place(routing.expert * len(tokens) + sequence, turns)
-        free = torch.tensor(each, device=sequence.device)
-        kept = place < (free.expand(len(tokens))[sequence] if per == "sequence" else free[_position_of_rows(routing)])
+        group, tokens = group_of_rows(routing, per)
+        place = _place(routing.expert * len(tokens) + group, turns)
+        free = torch.tensor(each, device=group.device)
+        kept = place < (free[_position_of_rows(routing)] if per == "prefix" else free.expand(len(tokens))[group])
     served = routing.only(kept)
     return served if overflow == "zero" else served.with_weight_sums_of(routing)
 
@@ -130,22 +135,25 @@ def _by_priority(routing: Assignment, priority: Priority) -> Int[Tensor, "R"]:
     return turns[routing.rank[turns].argsort(stable=True)]
 
 
-def sequence_of_rows(routing: Assignment) -> tuple[Int[Tensor, "R"], Int[Tensor, "B"]]:
-    """The sequence of each row, counted from 0 among those that have tokens, and how many tokens each of these has.
+def group_of_rows(routing: Assignment, per: Per) -> tuple[Int[Tensor, "R"], Int[Tensor, "B"]]:
+    """The group of each row, counted from 0 among those that have tokens, and how many tokens each of these has.
+
+    A group is `per` sequences, where this is a number, and else one sequence.
 
     Raises:
         ValueError: the decision does not know the sequence of every token that it routed.
     """
     if routing.sequence_id is None or len(routing.sequence_id) != routing.tokens:
         raise ValueError("a capacity per sequence needs a decision that knows the sequence of every token it routed")
-    _, sequence, tokens = routing.sequence_id.unique(return_inverse=True, return_counts=True)
-    return sequence[_decision_of_rows(routing)], tokens
+    sequences = per if isinstance(per, int) else 1
+    _, group, tokens = (routing.sequence_id // sequences).unique(return_inverse=True, return_counts=True)
+    return group[_decision_of_rows(routing)], tokens
 
 
 def _position_of_rows(routing: Assignment) -> Int[Tensor, "R"]:
     """The position, from 0, of the token of each row among the tokens of its sequence."""
     sequence = routing.sequence_id
-    assert sequence is not None  # `sequence_of_rows` requires it
+    assert sequence is not None  # `group_of_rows` requires it
     order = torch.arange(len(sequence), device=sequence.device)
     return _place(sequence, order)[_decision_of_rows(routing)]
 

@@ -276,6 +276,35 @@ def test_a_capacity_per_group_is_a_capacity_of_each_group_alone(priority):
     torch.testing.assert_close(together, alone)
 
 
+def test_a_capacity_of_several_images_is_one_for_every_so_many():
+    router = Capacity(TopK(4, 3), factor=0.7, capacity=per_choice_by_4, priority="choice", per=2)
+    sharpen(router)
+    x = torch.randn(5, 6, 4)
+    decision, index = route(router, x), route(router.router, x).choices
+    slow = torch.zeros(30, 3)
+    for group in ([0, 1], [2, 3], [4]):
+        tokens = [6 * image + n for image in group for n in range(6)]
+        slots, used = 4 * math.ceil(math.ceil(0.7 * 2 * len(tokens) / 3) / 4), [0, 0, 0]
+        for choice in range(2):
+            for t in tokens:
+                expert = int(index.indices[t, choice])
+                if used[expert] < slots:
+                    slow[t, expert] = index.weights[t, choice]
+                    used[expert] += 1
+    assert 0 < len(decision.source) < 60
+    torch.testing.assert_close(weights(decision, 3), slow)
+
+
+def test_a_group_of_one_image_is_an_image_and_a_group_of_all_the_batch():
+    x = torch.randn(3, 6, 4)
+    one, three, each, batch = (Capacity(TopK(4, 3), factor=0.7, per=per) for per in (1, 3, "sequence", "batch"))
+    sharpen(one)
+    for router in (three, each, batch):
+        router.load_state_dict(one.state_dict())
+    torch.testing.assert_close(weights(route(one, x), 3), weights(route(each, x), 3))
+    torch.testing.assert_close(weights(route(three, x), 3), weights(route(batch, x), 3))
+
+
 def test_a_capacity_per_group_leaves_padding_out_of_both_rows_and_slots():
     router = Capacity(TopK(4, 3), factor=0.5, eval_factor=0.5, per="sequence").eval()
     sharpen(router)
@@ -289,5 +318,7 @@ def test_a_capacity_per_sequence_needs_sequences_and_does_not_look_for_room_else
     routing = assign(torch.zeros(3, 1, dtype=torch.long), torch.ones(3, 1), 2)
     with pytest.raises(ValueError, match="knows the sequence of every token"):
         limit(routing, 1, per="sequence")
-    with pytest.raises(ValueError, match="cannot be limited per sequence"):
+    with pytest.raises(ValueError, match="cannot be limited with per='sequence'"):
         limit(routing, 1, per="sequence", overflow="next")
+    with pytest.raises(ValueError, match="a group of 0 sequences"):
+        limit(routing, 1, per=0)

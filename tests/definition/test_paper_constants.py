@@ -56,7 +56,10 @@ def test_v_moes_noise_is_1_over_e(experts):
 def test_slots_of_1024_tokens(name, experts, slots, monkeypatch):
     """By hand: 1.25 · 1024 / 8, 2 · ceil(1024 / 8), 4 · ceil(1.05 · 2 · 1024 / 8 / 4), ..."""
     limited, seen = router(name, experts), []
-    monkeypatch.setattr("moeify.routers.limited.limit", lambda routing, slots, **_: seen.append(slots) or routing)
+    monkeypatch.setattr(
+        "moeify.routers.limited.limit",
+        lambda routing, slots, **_: seen.extend([slots] if isinstance(slots, int) else slots) or routing,
+    )
     for training in (True, False):
         before = len(seen)
         route(limited.train(training), torch.randn(1024, 16))

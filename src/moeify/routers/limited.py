@@ -8,7 +8,7 @@ from collections.abc import Callable
 from jaxtyping import Float
 from torch import Tensor
 
-from moeify.capacity import Overflow, Per, Priority, Slots, limit, per_choice, sequence_of_rows
+from moeify.capacity import Overflow, Per, Priority, Slots, group_of_rows, limit, per_choice
 from moeify.context import Context
 from moeify.registry import register
 from moeify.routers.base import Router
@@ -27,9 +27,10 @@ class Capacity(Router):
         priority: which rows are kept, see `moeify.capacity.limit`.
         overflow: what happens to a token that lost a row, see `moeify.capacity.limit`; with `next` the slots that
             are free for an earlier token depend on later ones.
-        per: whether an expert's slots are for the whole batch, for each sequence or image (`sequence`), or for what of
-            a sequence comes before (`prefix`). Only the last depends on no later token at all: the slots of a batch or
-            a sequence grow with its tokens, so that more of an earlier one is kept where more follow.
+        per: whether an expert's slots are for the whole batch, for each sequence or image (`sequence`), for so many of
+            them one after the other (a number: V-MoE's groups have 8 images), or for what of a sequence comes before
+            (`prefix`). Only the last depends on no later token at all: the slots of a batch, a group or a sequence grow
+            with its tokens, so that more of an earlier one is kept where more follow.
     """
 
     def __init__(
@@ -74,8 +75,8 @@ class Capacity(Router):
         elif self.per == "prefix":
             slots = self._slots_of_prefixes(routing, factor)
         else:
-            sequence, tokens = sequence_of_rows(routing)
-            rows = sequence.bincount(minlength=len(tokens))
+            group, tokens = group_of_rows(routing, self.per)
+            rows = group.bincount(minlength=len(tokens))
             slots = [self._slots(routing, factor, *each) for each in zip(tokens.tolist(), rows.tolist(), strict=True)]
         return limit(routing, slots, priority=self.priority, overflow=self.overflow, per=self.per)
 
@@ -88,7 +89,7 @@ class Capacity(Router):
         """The capacity of an expert for the first token of a sequence, the first two, ..."""
         if routing.choices is None:
             raise ValueError("a capacity per prefix needs a router that gives every token the same number of experts")
-        longest = int(sequence_of_rows(routing)[1].max())
+        longest = int(group_of_rows(routing, "sequence")[1].max())
         return [self.capacity(factor, n, len(routing.counts), routing.choices.k) for n in range(1, longest + 1)]
 
     def extra_repr(self) -> str:
