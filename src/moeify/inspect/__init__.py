@@ -15,11 +15,15 @@ from moeify.inspect.collapse import (
 )
 from moeify.inspect.load import ExpertLoad, expert_load
 from moeify.inspect.page import write_report
+from moeify.inspect.panels.panel import Panel
+from moeify.inspect.report import Report, report
 
 __all__ = [
     "Causality",
     "ExpertLoad",
     "Leak",
+    "Panel",
+    "Report",
     "check_causality",
     "effective_rank",
     "expert_load",
@@ -28,6 +32,7 @@ __all__ = [
     "overlap",
     "participation_ratio",
     "redundancy",
+    "report",
     "representation_collapse",
     "switched",
     "weight_cosine",

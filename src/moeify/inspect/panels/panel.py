@@ -1,0 +1,74 @@
+"""A panel of the report: one question about a model's routing, answered by a picture, a table and advice."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from moeify.inspect.panels.charts import Chart
+
+Level = Literal["act", "look", "fine", "unknown"]
+"""How urgent an advice is: something is wrong, something can be gained, nothing to do, or the data do not tell."""
+
+
+class NotMeasured(ValueError):
+    """A panel has nothing to show: what is missing, and how to get it."""
+
+
+@dataclass(frozen=True)
+class Table:
+    """Numbers under a heading.
+
+    Attributes:
+        heading: names of the columns.
+        rows: their values, one per column.
+    """
+
+    heading: tuple[str, ...]
+    rows: Sequence[tuple[Any, ...]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Advice:
+    """What a panel found, and what to do with it.
+
+    Attributes:
+        level: how urgent it is.
+        finding: what the numbers say.
+        action: what to do.
+        gain: what this can be expected to bring.
+        source: where the number of the gain comes from.
+    """
+
+    level: Level
+    finding: str
+    action: str
+    gain: str
+    source: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Panel:
+    """One question about a model's routing, answered.
+
+    Attributes:
+        title: a few words.
+        question: what it answers, for a reader who does not know the term.
+        picture: what is drawn.
+        table: the numbers.
+        advice: what to do.
+        notes: what was sampled, binned or left out.
+    """
+
+    title: str
+    question: str
+    picture: Chart
+    table: Table
+    advice: Advice
+    notes: tuple[str, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Title, advice, notes and numbers as plain values for JSON, without the picture."""
+        rows = [dict(zip(self.table.heading, row, strict=True)) for row in self.table.rows]
+        return {"title": self.title, "advice": asdict(self.advice), "notes": list(self.notes), "rows": rows}
