@@ -150,18 +150,8 @@ EXPERTS = {
     ),
     "constant": lambda: Blocks([FFN(2, D, 6), Constant(2, D)]),
 }
-UNEVEN = {
-    "prefix",
-    "groups of 2",
-    "capacity",
-    "priority",
-    "gshard",
-    "top-p",
-    "threshold",
-    "relu",
-    "expert choice",
-    "soft",
-}
+UNEVEN = {"prefix", "capacity", "priority", "gshard", "top-p", "threshold", "relu", "expert choice", "soft"}
+UNEVEN |= {"groups of 2"}
 UNEVEN |= {"default vector", "expert threshold", "next", "final mask", "mmoe", "ple", "bounded union", "token rounding"}
 IDS = torch.arange(12).view(3, 4)
 DTYPES = {torch.float32: 1e-5, torch.float64: 1e-5, torch.bfloat16: 6e-2}

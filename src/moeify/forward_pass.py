@@ -167,6 +167,33 @@ class Call:
             self._documents[shape] = (packing, positions, ids)
         return ids
 
+    def cut(self, parts: int, shape: Sequence[int]) -> Call:
+        """The same pass of tokens that are each cut into parts, which lie side by side in its sequence: (B, N · parts).
+
+        What holds for a token holds for its parts: padding, documents and what the model was given for it.
+
+        Args:
+            parts: of every token.
+            shape: of the tokens, (B, N) or (N, B), or their number.
+        """
+        tokens, real, positions = math.prod(shape), None, self.real(shape)
+        if positions is not None:
+            real = torch.zeros(tokens, dtype=torch.bool, device=positions.device).index_fill(0, positions, True)
+            real = real.view(tuple(shape))
+            real = (real if self.batch_first or real.dim() < 2 else real.T).repeat_interleave(parts, dim=-1)
+        inputs = {
+            name: value.repeat_interleave(parts, dim=1)
+            if value.dim() > 1 and value.shape[:2].numel() == tokens
+            else value
+            for name, value in self.inputs.items()
+        }
+        packing = None if self.packing is None else self.packing.repeated(parts, tokens)
+        pieces = Call(
+            inputs=inputs, packing=packing, decisions=self.decisions, outer=self.outer, begun_by=self.begun_by
+        )
+        pieces.mask(real)
+        return pieces
+
     def _numbered(self, starts: Bool[Tensor, "B N"], positions: Int[Tensor, "T"] | None) -> Int[Tensor, "T"]:
         """The document of each token, in the layout of the layer."""
         real = None

@@ -20,25 +20,23 @@ from moeify.routers.topk import TopK
 class MultiHead(nn.Module):
     """y = W_merge · moe(cut(W_head x)): h sub-tokens of width D / h per token (MH-MoE, arXiv 2404.15045).
 
-    Capacity, losses and statistics of the wrapped layer are over sub-tokens. Its padding, and whatever else the context
-    holds for a token, holds for all sub-tokens of that token.
+    Capacity, losses and statistics of the wrapped layer are over sub-tokens. Padding, and whatever else the layer's
+    context holds for a token, holds for all sub-tokens of that token.
 
     Args:
         moe: the wrapped layer, on tokens of width D / h.
         width: D.
         heads: h.
-        context: what the model was called with.
 
     Raises:
         ValueError: h does not divide D.
     """
 
-    def __init__(self, moe: MoE, width: int, heads: int, *, context: Context | None = None) -> None:
+    def __init__(self, moe: MoE, width: int, heads: int) -> None:
         super().__init__()
         if heads < 1 or width % heads:
             raise ValueError(f"a width of {width} cannot be cut into {heads} heads; choose a number that divides it")
         self.heads = heads
-        self.context = Context() if context is None else context
         self.head, self.merge = nn.Linear(width, width), nn.Linear(width, width)
         self.moe = moe
         nn.init.xavier_uniform_(self.head.weight, gain=1 / math.sqrt(2))
@@ -47,31 +45,20 @@ class MultiHead(nn.Module):
 
     def forward(self, x: Float[Tensor, "... N D"]) -> Float[Tensor, "... N D"]:
         """Cut, route and merge."""
-        self._fill_context(tokens=x.shape[:-1].numel())
-        return self.merge(self._sequences_first(self._merged(self.moe(self._cut(self._sequences_first(self.head(x)))))))
+        context, parts = self.moe.context, self._cut(self._sequences_first(self.head(x)))
+        with context.resumed(context.call.cut(self.heads, x.shape[:-1])):
+            y = self.moe(parts)
+        return self.merge(self._sequences_first(self._merged(y)))
 
     def _sequences_first(self, x: Tensor) -> Tensor:
         """Sequences before tokens, (B, N, D), and back: the sub-tokens of a token lie side by side in its sequence."""
-        return x if self.context.call.batch_first or x.dim() < 3 else x.transpose(0, 1)
+        return x if self.moe.context.call.batch_first or x.dim() < 3 else x.transpose(0, 1)
 
     def _cut(self, x: Float[Tensor, "... N D"]) -> Float[Tensor, "... M d"]:
         return x.unflatten(-1, (self.heads, -1)).flatten(-3, -2)
 
     def _merged(self, y: Float[Tensor, "... M d"]) -> Float[Tensor, "... N D"]:
         return y.unflatten(-2, (-1, self.heads)).flatten(-2)
-
-    def _fill_context(self, tokens: int) -> None:
-        """Fill the context of the wrapped layer: what holds for a token holds for its h sub-tokens."""
-        outer, inner = self.context.call, self.moe.context
-        inner.clear()
-        for name, value in outer.inputs.items():
-            of_tokens = value.dim() > 1 and value.shape[:2].numel() == tokens
-            inner.call.inputs[name] = value.repeat_interleave(self.heads, dim=1) if of_tokens else value
-        if outer.token_mask is not None:
-            self.context.real(tokens)
-            mask = outer.token_mask if outer.batch_first else outer.token_mask.T
-            inner.mask(mask.repeat_interleave(self.heads, dim=1))
-        inner.call.packing = None if outer.packing is None else outer.packing.repeated(self.heads, tokens)
 
     def extra_repr(self) -> str:
         """The number of heads."""
@@ -92,12 +79,7 @@ def multi_head(
     activation: Activation = _SWIGLU,
     context: Context | None = None,
 ) -> MultiHead:
-    """A `MultiHead` that costs what k of `num_experts` experts of width `hidden` cost without it (arXiv 2411.16205).
-
-    The two linear layers are paid for by narrower experts: H' = H - 2 D / (k · m), with m the matrices of an expert, so
-    that 2 D² + h · k · m · H' · D / h = k · m · H · D. An expert on D / h is h times smaller, so there are
-    E' = (E · m · H · D - 2 D²) / (m · H' · D / h) of them, rounded, for as many parameters. The router's own work,
-    E · D, becomes E' · D.
+    """A `MultiHead` that costs what k of `num_experts` experts of width `hidden` cost without it, see `matched`.
 
     Args:
         width: D.
@@ -110,9 +92,33 @@ def multi_head(
         context: what the model was called with.
 
     Raises:
+        ValueError: as of `matched`.
+    """
+    count, narrow = matched(width, num_experts, hidden, heads=heads, k=k, matrices=activation.projections + 1)
+    part = width // heads
+    experts = FFN(count, part, narrow, activation=activation)
+    return MultiHead(MoE(router(part, count, k=k), experts, context=context), width, heads)
+
+
+def matched(width: int, num_experts: int, hidden: int, *, heads: int, k: int = 2, matrices: int = 3) -> tuple[int, int]:
+    """E' and H': the experts on sub-tokens that cost what k of E experts of hidden width H cost (arXiv 2411.16205).
+
+    The two linear layers are paid for by narrower experts: H' = H - 2 D / (k · m), with m the matrices of an expert, so
+    that 2 D² + h · k · m · H' · D / h = k · m · H · D. An expert on D / h is h times smaller, so there are
+    E' = (E · m · H · D - 2 D²) / (m · H' · D / h) of them, rounded, for as many parameters. The router's own work,
+    E · D, becomes E' · D.
+
+    Args:
+        width: D.
+        num_experts: E.
+        hidden: H.
+        heads: h.
+        k: experts per sub-token, and per token of the layer that is matched.
+        matrices: m, 3 with a gate projection and 2 without.
+
+    Raises:
         ValueError: h does not divide D, or experts too narrow to pay for the two linear layers.
     """
-    matrices = activation.projections + 1
     narrow = round(hidden - 2 * width / (k * matrices))
     if narrow < 1:
         raise ValueError(
@@ -121,8 +127,4 @@ def multi_head(
         )
     if heads < 1 or width % heads:
         raise ValueError(f"a width of {width} cannot be cut into {heads} heads; choose a number that divides it")
-    part = width // heads
-    count = round((num_experts * matrices * hidden - 2 * width) * width / (matrices * narrow * part))
-    return MultiHead(
-        MoE(router(part, count, k=k), FFN(count, part, narrow, activation=activation)), width, heads, context=context
-    )
+    return round((num_experts * matrices * hidden - 2 * width) * heads / (matrices * narrow)), narrow

@@ -9,7 +9,7 @@ from moeify import Context, MoE, kernels, record
 from moeify.documents import Packing
 from moeify.experts import FFN, Plain
 from moeify.flops import count
-from moeify.multihead import MultiHead, multi_head
+from moeify.multihead import MultiHead, matched, multi_head
 from moeify.routers import Lookup, TopK
 from strategies import agree, doubled, layer
 
@@ -18,7 +18,9 @@ D, E, H = 12, 4, 5
 
 def multi(heads, context=None, router=TopK):
     torch.manual_seed(0)
-    return MultiHead(layer(D // heads, E, H, router=router), D, heads, context=context)
+    moe = layer(D // heads, E, H, router=router)
+    moe.context = moe.context if context is None else context
+    return MultiHead(moe, D, heads)
 
 
 @pytest.mark.parametrize("heads", [1, 2, 3])
@@ -72,7 +74,7 @@ def test_a_mask_is_forgotten_with_its_forward_pass():
     model(torch.randn(1, 2, D))
     context.clear()
     assert model(torch.randn(3, 5, D)).shape == (3, 5, D)
-    assert model.moe.context.call.token_mask is None
+    assert context.call.token_mask is None
 
 
 def test_sequences_that_come_second_stay_together():
@@ -88,33 +90,37 @@ def test_sequences_that_come_second_stay_together():
 
 def test_what_is_known_of_a_token_is_known_of_its_parts():
     context = Context()
-    moe = MoE(Lookup(D // 3, E, size=10), FFN(E, D // 3, H))
+    moe = MoE(Lookup(D // 3, E, size=10), FFN(E, D // 3, H), context=context)
     context.call.inputs = {"input_ids": torch.tensor([[1, 2], [3, 1]])}
-    with record(MultiHead(moe, D, 3, context=context)) as decisions:
-        MultiHead.forward(model := MultiHead(moe, D, 3, context=context), torch.randn(2, 2, D))
+    with record(model := MultiHead(moe, D, 3)) as decisions:
+        model(torch.randn(2, 2, D))
     table = moe.router.table[:, 0]
     assert decisions["moe"].choices.indices[:, 0].tolist() == table[[1] * 3 + [2] * 3 + [3] * 3 + [1] * 3].tolist()
-    assert model.moe is moe
 
 
 def test_a_matched_layer_costs_what_the_plain_one_costs(monkeypatch):
     monkeypatch.setattr("moeify.experts.ffn.grouped_linear", kernels.naive_grouped_linear)
     width, experts, hidden, tokens = 48, 8, 96, 10
     plain = MoE(TopK(width, experts, k=2), FFN(experts, width, hidden))
-    matched = multi_head(width, experts, hidden, heads=4, k=2)
+    equal = multi_head(width, experts, hidden, heads=4, k=2)
 
-    plain.backend = matched.moe.backend = "compose"  # whose products are counted one by one
+    plain.backend = equal.moe.backend = "compose"  # whose products are counted one by one
 
     def flops(model, routers):
         with FlopCounterMode(display=False) as counter:
             model(torch.randn(1, tokens, width))
         return counter.get_total_flops() - 2 * tokens * width * routers
 
-    assert flops(matched, matched.moe.experts.num_experts) == flops(plain, experts)
-    assert count(matched).flops == flops(matched, 0) / tokens
-    assert count(matched).dense_flops == 2 * (2 * width**2 + 4 * sum(p.numel() for p in matched.moe.parameters()))
-    sizes = [sum(p.numel() for p in model.parameters()) for model in (plain, matched)]
+    assert flops(equal, equal.moe.experts.num_experts) == flops(plain, experts)
+    assert count(equal).flops == flops(equal, 0) / tokens
+    assert count(equal).dense_flops == 2 * (2 * width**2 + 4 * sum(p.numel() for p in equal.moe.parameters()))
+    sizes = [sum(p.numel() for p in model.parameters()) for model in (plain, equal)]
     assert sizes[1] == pytest.approx(sizes[0], rel=0.05)
+
+
+def test_linear_layers_are_paid_for_by_narrower_experts():
+    """By hand: H' = 96 - 2 · 48 / (2 · 3), E' = (8 · 3 · 96 - 2 · 48) · 4 / (3 · 80)."""
+    assert matched(48, 8, 96, heads=4) == (37, 80)
 
 
 def test_what_cannot_be_cut_or_matched_is_refused():

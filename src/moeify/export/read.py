@@ -92,6 +92,8 @@ def _that_matter(traits: dict[str, Any]) -> dict[str, Any]:
 
 def _place(name: str) -> int:
     found = re.fullmatch(r"model\.layers\.(\d+)\.mlp", name)
+    if name.endswith(".mlp.moe"):
+        raise Misfit("sparse layers read sub-tokens, between two linear maps that no other program has")
     if found is None:
         raise Misfit(
             f"a sparse layer stands at {name}, and other programs have them in the place of feed-forward networks only"

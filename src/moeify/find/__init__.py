@@ -2,6 +2,10 @@
 
 from moeify.find.dense import DenseFFN
 from moeify.find.shapes import Site
+from moeify.find.sub_tokens import sub_tokens
 from moeify.find.where import chosen, every, ffn, last, last_half, linears, modules, named, odd
 
-__all__ = ["DenseFFN", "Site", "chosen", "every", "ffn", "last", "last_half", "linears", "modules", "named", "odd"]
+__all__ = [
+    "DenseFFN", "Site", "chosen", "every", "ffn", "last", "last_half", "linears", "modules", "named", "odd",
+    "sub_tokens",
+]  # fmt: skip

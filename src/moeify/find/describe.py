@@ -5,7 +5,7 @@
      "gated": true, "activation": {"name": "silu"}, "dropout": 0.0}
 
 Instead of projections, a site may be read as a chain of modules (`parts`), or as the module that stands there. `after`,
-`disabled`, `sequence_first`, `routes_padding` and `keyword` are left out where they have their defaults.
+`disabled`, `sequence_first`, `routes_padding`, `keyword` and `heads` are left out where they have their defaults.
 """
 
 from __future__ import annotations
@@ -49,6 +49,8 @@ def describe(model: nn.Module, site: Site) -> dict[str, Any]:
     for fact in ("sequence_first", "routes_padding", "keyword"):
         if getattr(site, fact):
             values[fact] = getattr(site, fact)
+    if site.heads > 1:
+        values["heads"] = site.heads
     return values
 
 
@@ -85,7 +87,7 @@ def _rebuilt(model: nn.Module, values: dict[str, Any]) -> Site:
         _own(module, attribute)
         disabled.append(disable(module, attribute) if value is None else (module, attribute, value))
     place = (model.get_submodule(parent), child)
-    facts = {fact: values[fact] for fact in ("sequence_first", "routes_padding", "keyword") if fact in values}
+    facts = {fact: values[fact] for fact in ("sequence_first", "routes_padding", "keyword", "heads") if fact in values}
     return Site(name, dense, place, values.get("after", 0.0), tuple(disabled), values["width"], **facts)
 
 

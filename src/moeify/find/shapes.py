@@ -48,6 +48,7 @@ class Site:
         sequence_first: whether tokens are laid out as (N, B, D); None where no probe has shown it.
         routes_padding: whether padding is routed too, since the model reads what becomes of it.
         keyword: the name by which the model passes the tokens, None if by position.
+        heads: h, the sub-tokens in which a sparse layer reads every token (MH-MoE).
     """
 
     name: str
@@ -59,6 +60,7 @@ class Site:
     sequence_first: bool | None = None
     routes_padding: bool = False
     keyword: str | None = None
+    heads: int = 1
 
     @property
     def layer(self) -> str:

@@ -21,6 +21,7 @@ from moeify.find.contexts import contexts_of
 from moeify.find.dense import compute_dtype, is_quantized
 from moeify.find.describe import describe, rebuild
 from moeify.find.shapes import Site
+from moeify.find.sub_tokens import read_there
 from moeify.find.unreadable import quantized_base
 from moeify.meta import made_on
 from moeify.modes import fixed_randomness
@@ -29,7 +30,7 @@ from moeify.origin import Origin
 from moeify.snapshot import restored_on_error
 from moeify.sparsify.comparison import Comparison
 from moeify.sparsify.lora import lora
-from moeify.sparsify.make import copies, masked, merged
+from moeify.sparsify.make import copies, masked, merged, splits
 from moeify.sparsify.put import put
 from moeify.sparsify.recipe import Recipe
 from moeify.sparsify.shared import frozen, nothing
@@ -58,7 +59,7 @@ class Plan:
             ValueError: whatever router, experts and shared refuse; experts that destroy the dense model's function.
         """
         layers = _layers(self.model, self.sites, self.recipe, contexts_of(self.sites))
-        _refuse(layers, self.recipe)
+        _refuse(self.sites, layers, self.recipe)
         return layers
 
     @cached_property
@@ -180,12 +181,13 @@ def _layers(model: nn.Module, sites: list[Site], recipe: Recipe, contexts: dict[
 
 def _layer(site: Site, recipe: Recipe, context: Context, previous: MoE | None, dtype: torch.dtype) -> MoE:
     like = next(site.dense.parameters())
+    dense, width = read_there(site)
     with made_on(like.device):
-        router = recipe.router(site.width, recipe.num_experts)
+        router = recipe.router(width, recipe.num_experts)
         router = (router if previous is None else router.link_to(previous.router)).to(dtype)
     with torch.device(like.device):
-        experts = recipe.experts(site.dense, recipe.num_experts).to(dtype)
-        shared = recipe.shared(site.dense, site.width)
+        experts = recipe.experts(dense, recipe.num_experts).to(dtype)
+        shared = recipe.shared(dense, width)
     layer = MoE(router, experts, shared, context=context, name=site.name)
     return layer.train(site.training)
 
@@ -199,8 +201,13 @@ def _refuse_quantized(site: Site, recipe: Recipe) -> None:
             raise ValueError(quantized_base(f"{site.name}.{name}".rstrip("."), part))
 
 
-def _refuse(layers: list[MoE], recipe: Recipe) -> None:
+def _refuse(sites: list[Site], layers: list[MoE], recipe: Recipe) -> None:
     router = layers[0].router
+    if (maker := _options(recipe.experts)[0]) in (copies, merged, splits) and any(site.heads > 1 for site in sites):
+        raise ValueError(
+            f"experts={maker.__name__} keeps what a network computes of whole tokens, and experts on sub-tokens read "
+            "parts of one; train new experts (experts=fresh)"
+        )
     if _is_copy(recipe) and not router.weights_sum_to_one and recipe.num_experts > 1:
         raise ValueError(
             f"copied experts under {type(router).__name__} weights that do not sum to 1 destroy the dense model's "

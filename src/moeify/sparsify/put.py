@@ -9,6 +9,7 @@ from torch import nn
 from moeify.find.causal import refuse_decoders
 from moeify.find.contexts import watch
 from moeify.find.shapes import Site
+from moeify.find.sub_tokens import stands_there
 from moeify.moe import MoE
 from moeify.sparsify.after import append
 
@@ -41,7 +42,7 @@ def put(
     undo = []
     for stack, router in ahead.items():
         undo += refuse_decoders(model, [site for site in sites if site.stack == stack], router)
-    undo += [site.install(layer) for site, layer in zip(sites, layers, strict=True)]
+    undo += [site.install(stands_there(site, layer)) for site, layer in zip(sites, layers, strict=True)]
     undo += watch(model, sites, {site.stack: layer.context for site, layer in zip(sites, layers, strict=True)})
     for name, module in (following or {}).items():
         undo += append(model.get_submodule(name), module)

@@ -46,7 +46,7 @@ class Report:
             inside = [(s, m) for s, m in zip(self.sites, self.layers, strict=True) if s.stack == stack]
             layer = inside[0][1]
             layers.add_row(
-                stack or "(model)", str(len(inside)), _experts(layer), _router(layer),
+                stack or "(model)", str(len(inside)), _experts(*inside[0]), _router(layer),
                 "-" if layer.shared is None else type(layer.shared).__name__,
             )  # fmt: skip
         console.print(layers)
@@ -75,10 +75,11 @@ class Report:
         return table
 
 
-def _experts(layer: MoE) -> str:
+def _experts(site: Site, layer: MoE) -> str:
     experts = layer.experts
     size = f" of {experts.hidden} hidden units" if isinstance(experts, FFN) else ""
-    return f"{experts.num_experts}{size}"
+    parts = f", on {site.heads} sub-tokens of a token" if site.heads > 1 else ""
+    return f"{experts.num_experts}{size}{parts}"
 
 
 def _router(layer: MoE) -> str:

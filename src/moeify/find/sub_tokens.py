@@ -1,0 +1,73 @@
+"""Sites whose sparse layers read every token in parts (MH-MoE): where they are, and what stands there."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from moeify.find.dense import DenseFFN, matrix
+from moeify.find.shapes import Site
+from moeify.find.where import Where, ffn
+from moeify.moe import MoE
+from moeify.multihead import MultiHead
+from moeify.registry import register
+
+
+def sub_tokens(heads: int, *, where: Where = ffn) -> Where:
+    """The feed-forward networks that `where` chose; their sparse layers read every token in `heads` sub-tokens."""
+    return partial(_sub_tokens, heads=heads, where=where)
+
+
+@register("where", "sub_tokens")
+def _sub_tokens(model: nn.Module, heads: int, *, where: Where = ffn) -> list[Site]:
+    return [_cut(site, heads) for site in where(model)]
+
+
+def _cut(site: Site, heads: int) -> Site:
+    if not isinstance(site.dense, DenseFFN) or not site.keeps_width:
+        raise ValueError(
+            f"{site.name} is no feed-forward network with outputs as wide as its inputs, so that sub-tokens could not "
+            "be merged again; leave it out of where=sub_tokens(...)"
+        )
+    if type(heads) is not int or heads < 1 or site.width % heads:
+        raise ValueError(
+            f"{site.name} reads tokens of width {site.width}, which cannot be cut into {heads!r} heads; choose a "
+            "number that divides it"
+        )
+    return replace(site, heads=heads)
+
+
+def read_there(site: Site) -> tuple[nn.Module, int]:
+    """What experts are made of, and the width that they read: of sub-tokens, the network of their width.
+
+    It has all hidden units of the dense one, and of their weights those from and to the first D / h of a token.
+    """
+    if site.heads == 1:
+        return site.dense, site.width
+    dense, part = site.dense, site.width // site.heads
+    assert isinstance(dense, DenseFFN)
+    ups = [_linear(matrix(up)[:, :part], up._parameters["bias"]) for up in dense.ups]
+    bias = dense.down_bias
+    down = _linear(dense.down_weight[:part], None if bias is None else bias[:part])
+    return DenseFFN(ups, down, dense.activation, dense.dropout.p), part
+
+
+def stands_there(site: Site, layer: nn.Module) -> nn.Module:
+    """What is put into the site: a sparse layer, or a `MultiHead` around one that reads sub-tokens."""
+    if site.heads == 1:
+        return layer
+    assert isinstance(layer, MoE)
+    like = next(layer.parameters())
+    with torch.device(like.device):
+        return MultiHead(layer, site.width, site.heads).to(like.dtype).train(layer.training)
+
+
+def _linear(weight: Float[Tensor, "O D"], bias: Float[Tensor, "O"] | None) -> nn.Linear:
+    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
+    linear.weight = nn.Parameter(weight.detach().clone())
+    linear.bias = None if bias is None else nn.Parameter(bias.detach().clone())
+    return linear
