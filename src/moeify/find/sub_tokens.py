@@ -50,7 +50,7 @@ def read_there(site: Site) -> tuple[nn.Module, int]:
         return site.dense, site.width
     dense, part = site.dense, site.width // site.heads
     assert isinstance(dense, DenseFFN)
-    ups = [_linear(matrix(up)[:, :part], up._parameters["bias"]) for up in dense.ups]
+    ups: list[nn.Module] = [_linear(matrix(up)[:, :part], up._parameters["bias"]) for up in dense.ups]
     bias = dense.down_bias
     down = _linear(dense.down_weight[:part], None if bias is None else bias[:part])
     return DenseFFN(ups, down, dense.activation, dense.dropout.p), part
@@ -69,5 +69,6 @@ def stands_there(site: Site, layer: nn.Module) -> nn.Module:
 def _linear(weight: Float[Tensor, "O D"], bias: Float[Tensor, "O"] | None) -> nn.Linear:
     linear = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
     linear.weight = nn.Parameter(weight.detach().clone())
-    linear.bias = None if bias is None else nn.Parameter(bias.detach().clone())
+    if bias is not None:
+        linear.bias = nn.Parameter(bias.detach().clone())
     return linear
