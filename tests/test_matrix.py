@@ -87,6 +87,7 @@ ROUTERS = {
     "labelled": lambda: Labelled(TopK(D, E, per="sequence"), key="input_ids"),
     "noisy": partial(NoisyTopK, D, E),
     "v-moe": partial(NoisyTopK, D, E, noise=1 / E, order="softmax"),
+    "llama-moe": partial(NoisyTopK, D, E, hidden=True, floor=0.01),
     "gshard": partial(GShard, D, E),
     "cosine": partial(Cosine, D, E, k=2, dimensions=3),
     "compete": partial(Compete, D, E),

@@ -77,13 +77,13 @@ def _name_of(kind: str, thing: Any) -> str:
 def encode(kind: str, thing: Any) -> Any:
     """Write a registered callable, a partial of one, or an instance of a registered dataclass as plain JSON values.
 
-    Of a dataclass, only the fields that differ from their defaults are written.
+    Of a dataclass, only the fields that are compared and differ from their defaults are written.
     """
     if isinstance(thing, partial):
         by_position = dict(zip(inspect.signature(thing.func).parameters, thing.args, strict=False))
         return {"name": _name_of(kind, thing.func), **dict(_encode_options(by_position | thing.keywords))}
     if dataclasses.is_dataclass(thing) and not isinstance(thing, type):
-        values = {field: getattr(thing, field.name) for field in dataclasses.fields(thing)}
+        values = {field: getattr(thing, field.name) for field in dataclasses.fields(thing) if field.compare}
         options = {field.name: value for field, value in values.items() if value != field.default}
         return {"name": _name_of(kind, type(thing)), **dict(_encode_options(options))}
     return _name_of(kind, thing)

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from moeify.experts import FFN, Constant, Glu, Identity, Masked, Plain, Zero
 from moeify.find import DenseFFN
 from moeify.sparsify import copies, fresh, masked, splits, with_free
-from moeify.sparsify.make import clustered, importance, random
+from moeify.sparsify.split import clustered, importance, random
 
 SPLITS = [random, clustered, importance]
 

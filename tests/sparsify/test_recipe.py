@@ -28,7 +28,7 @@ from moeify.sparsify import (
     sparsify,
     splits,
 )
-from moeify.sparsify.make import clustered, importance, random
+from moeify.sparsify.split import clustered, importance, random
 from moeify.store import load, save
 from plain_models import output, sparse_layers, told
 from tiny_models import DENSE, causal_lm, inputs

@@ -17,7 +17,7 @@ from moeify.find import modules
 from moeify.registry import names
 from moeify.routers import TopK
 from moeify.sparsify import fresh, sparsify, splits
-from moeify.sparsify.make import clustered
+from moeify.sparsify.split import clustered
 from moeify.store import load_weights, verify
 from moeify.store.config import unfold
 from plain_models import Gated, Recommender, Tied, blocks, encoder, output

@@ -48,7 +48,7 @@ class NoisyTopK(Router):
     """The k experts of the largest noisy logits (Shazeer et al. 2017, eqs. 3-5 and appendix A; V-MoE, eq. 1).
 
         H(x) = x W + ε · σ(x),   ε ~ N(0, 1) in training, 0 in evaluation
-        σ(x) = softplus(x W_noise)  if `noise` is "learned", else the constant `noise`
+        σ(x) = softplus(x W_noise) + floor  if `noise` is "learned", else the constant `noise`
         g    = softmax(the k largest of H)          with order="select"   (Shazeer)
         g    = the k largest of softmax(H)          with order="softmax"  (V-MoE)
 
@@ -62,10 +62,12 @@ class NoisyTopK(Router):
         noise: standard deviation of the noise: learned, a number, or "1/E" (V-MoE).
         order: whether the softmax is over the chosen logits, or over all before the choice.
         expected_load: how the expected load is computed: `of_others` (Shazeer) or `of_all` (V-MoE).
+        hidden: clean logits are tanh(x W) V with E hidden units (LLaMA-MoE), and not x W.
+        floor: added to the standard deviation of a learned noise (LLaMA-MoE).
 
     Raises:
         ValueError: k outside 1..E; k = 1 with the softmax over the one chosen logit; a constant noise that is not
-            positive.
+            positive; a floor that is negative.
     """
 
     settable_k = True
@@ -79,6 +81,8 @@ class NoisyTopK(Router):
         noise: float | Literal["learned", "1/E"] = "learned",
         order: Literal["select", "softmax"] = "select",
         expected_load: ExpectedLoad = of_others,
+        hidden: bool = False,
+        floor: float = 0.0,
     ) -> None:
         super().__init__()
         check_k(k, num_experts, normalize=order == "select")
@@ -88,10 +92,16 @@ class NoisyTopK(Router):
             raise ValueError(
                 f"noise={noise!r} is no standard deviation; choose noise > 0, 'learned' or '1/E', or TopK for none"
             )
-        self.num_experts, self.k, self.noise, self.order = num_experts, k, noise, order
+        if floor < 0:
+            raise ValueError(f"floor={floor} is no least standard deviation; choose floor >= 0")
+        self.num_experts, self.k, self.noise, self.order, self.floor = num_experts, k, noise, order, floor
         self.expected_load = expected_load
         self.weights_sum_to_one = order == "select"
         self.weight = nn.Parameter(torch.zeros(num_experts, width))
+        self.hidden_weight = nn.Parameter(torch.empty(num_experts, num_experts)) if hidden else None
+        if self.hidden_weight is not None:  # both as nn.Linear draws them: a product of two zeros would not learn
+            nn.init.kaiming_uniform_(self.weight, a=5**0.5)
+            nn.init.kaiming_uniform_(self.hidden_weight, a=5**0.5)
         self.noise_weight = nn.Parameter(torch.zeros(num_experts, width)) if noise == "learned" else None
 
     def extra_repr(self) -> str:
@@ -102,6 +112,8 @@ class NoisyTopK(Router):
         """Route every real token by its noisy logits."""
         tokens = real_tokens(x, context)
         clean = project(tokens.x, self.weight)
+        if self.hidden_weight is not None:
+            clean = project(clean.tanh(), self.hidden_weight)
         noisy, load = self._add_noise(clean, tokens.x) if self.training else (clean, None)
         scores = noisy.softmax(-1)
         best, indices = k_best(noisy, self.k)
@@ -116,6 +128,6 @@ class NoisyTopK(Router):
         if self.noise_weight is None:
             std = torch.full_like(clean, float(self.noise))
         else:
-            std = F.softplus(project(tokens, self.noise_weight))
+            std = F.softplus(project(tokens, self.noise_weight)) + self.floor
         noisy = clean + torch.randn_like(clean) * std
         return noisy, self.expected_load(clean, noisy, std, self.k) if self.k < self.num_experts else None

@@ -7,9 +7,11 @@ from moeify.sparsify.make import copies, fresh, masked, merged, splits, with_fre
 from moeify.sparsify.named import read_recipe, recipes
 from moeify.sparsify.plan import Plan, find
 from moeify.sparsify.recipe import Recipe
+from moeify.sparsify.residual import residual, residual_splits, start_routers
 from moeify.sparsify.shared import dense, frozen, gated, nothing
 
 __all__ = [
     "Plan", "Recipe", "copies", "dense", "find", "fresh", "frozen", "gated", "lora", "lora_ffn", "masked", "merged",
-    "nothing", "read_recipe", "recipes", "sandwich", "sparsify", "splits", "with_free",
+    "nothing", "read_recipe", "recipes", "residual", "residual_splits", "sandwich", "sparsify", "splits",
+    "start_routers", "with_free",
 ]  # fmt: skip

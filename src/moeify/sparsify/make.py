@@ -18,6 +18,7 @@ from moeify.experts.masked import Masked
 from moeify.experts.scaled import Scaled
 from moeify.find.dense import DenseFFN
 from moeify.registry import register
+from moeify.sparsify.split.random import random
 
 
 @register("experts", "copies")
@@ -84,7 +85,7 @@ def splits(
     Args:
         dense: a `DenseFFN`.
         num_experts: E; must divide H.
-        split: which hidden units go to which expert: `random` (if not given), `clustered` or `importance`.
+        split: which hidden units go to which expert, a function of `moeify.sparsify.split`; `random` if not given.
         scale: multiplies the outputs, E if not given.
 
     Raises:
@@ -98,12 +99,17 @@ def splits(
             f"{dense.hidden} hidden units cannot be split into {num_experts} equal experts; "
             f"these numbers of experts can: {', '.join(map(str, near)) or 'none near'}"
         )
-    experts = _like(dense, num_experts, dense.hidden // num_experts)
-    scale = num_experts if scale is None else scale
     split = random if split is None or dense.down_weight.is_meta else split  # there are no values to split by
-    _fill(experts, dense, list(split(dense, num_experts)), scale)
+    experts = of_units(dense, split(dense, num_experts), num_experts if scale is None else scale)
     if experts.down[1] is not None:
         experts.down[1].div_(num_experts)
+    return experts
+
+
+def of_units(dense: DenseFFN, units: Int[Tensor, "E h"], scale: float) -> FFN:
+    """Experts of the given hidden units each, the outputs of each multiplied by `scale`."""
+    experts = _like(dense, *units.shape)
+    _fill(experts, dense, list(units), scale)
     return experts
 
 
@@ -262,42 +268,3 @@ def _redraw(experts: FFN, e: int, units: Int[Tensor, "h"]) -> None:
     for matrix in (*up[e].unflatten(0, (experts.activation.projections, -1)), down[e].t()):  # each (H, .)
         old = matrix[units]
         matrix[units] = torch.randn_like(old) * old.std() + old.mean()
-
-
-@register("split", "random")
-def random(dense: DenseFFN, parts: int) -> Int[Tensor, "E h"]:
-    """Hidden units at random: what LLaMA-MoE found best after continued training."""
-    return torch.randperm(dense.hidden).view(parts, -1)
-
-
-@register("split", "importance")
-def importance(dense: DenseFFN, parts: int) -> Int[Tensor, "E h"]:
-    """Every expert gets its share of the important hidden units, by the size of the weights into and out of them."""
-    into = dense.up_weight.unflatten(0, (dense.activation.projections, -1)).norm(dim=-1).prod(0)
-    order = (into * dense.down_weight.norm(dim=0)).argsort(descending=True).view(-1, parts)
-    order[1::2] = order[1::2].flip(1)  # dealt back and forth, so that no expert always gets the better one
-    return order.t()
-
-
-@register("split", "clustered")
-def clustered(dense: DenseFFN, parts: int) -> Int[Tensor, "E h"]:
-    """Hidden units of similar input weights: balanced k-means on normalised rows of the up matrix (MoEfication)."""
-    points = nn.functional.normalize(dense.up_weight[: dense.hidden].float(), dim=-1)
-    centres = points[torch.randperm(dense.hidden, device=points.device)[:parts]]
-    for _ in range(10):
-        members = _balanced(points @ centres.t())
-        centres = nn.functional.normalize(points[members].mean(1), dim=-1)
-    return members
-
-
-def _balanced(affinity: Tensor) -> Int[Tensor, "E h"]:
-    """Put every point into a part that is not full, the pairs of highest affinity first."""
-    points, parts = affinity.shape
-    capacity = [points // parts] * parts
-    part_of = [-1] * points
-    for pair in affinity.flatten().argsort(descending=True).tolist():
-        point, part = divmod(pair, parts)
-        if part_of[point] < 0 and capacity[part]:
-            part_of[point] = part
-            capacity[part] -= 1
-    return torch.tensor(part_of, device=affinity.device).argsort(stable=True).view(parts, -1)

@@ -33,6 +33,7 @@ from moeify.sparsify.lora import lora
 from moeify.sparsify.make import copies, masked, merged, splits
 from moeify.sparsify.put import put
 from moeify.sparsify.recipe import Recipe
+from moeify.sparsify.residual import refuse_misfit
 from moeify.sparsify.shared import frozen, nothing
 from moeify.sparsify.verified import verified
 

@@ -1,0 +1,15 @@
+"""The random split: what LLaMA-MoE released."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Int
+
+from moeify.find.dense import DenseFFN
+from moeify.registry import register
+
+
+@register("split", "random")
+def random(dense: DenseFFN, parts: int) -> Int[torch.Tensor, "E h"]:
+    """Hidden units at random: what LLaMA-MoE found best after continued training."""
+    return torch.randperm(dense.hidden).view(parts, -1)
