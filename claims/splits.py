@@ -39,7 +39,6 @@ from moeify.routers.base import k_best, real_tokens
 from moeify.routing import Assignment
 from moeify.sparsify import residual, residual_splits, splits
 from moeify.sparsify.split import (
-    by_weights,
     clustered,
     coactivated,
     importance,
@@ -94,10 +93,10 @@ def made(method: str, model: nn.Module, batches: list[dict[str, Tensor]], per_ex
     """How experts, and what is shared, are made; what has to be measured is measured on the model."""
     if method == "residual by gradients":
         measured = measure_token_importance(model, batches, EXPERTS - 1, tokens=2048)
-        beside = partial(residual, num_experts=EXPERTS - 1, importance=measured)
+        beside = partial(residual, importance=measured)
         return partial(residual_splits, importance=measured), beside
     if method == "residual by weights":
-        return residual_splits, partial(residual, num_experts=EXPERTS - 1, importance=by_weights)
+        return residual_splits, residual
     split: Callable = {
         "random": lambda: random,
         "clustered": lambda: clustered,

@@ -180,7 +180,7 @@ def test_a_measured_split_is_made_saved_and_loaded(kind, llama, tmp_path):
     elif kind == "residual":
         measured, num_experts = measure_token_importance(llama, given, 3), 3
         experts = partial(residual_splits, importance=measured)
-        shared = {"shared": partial(residual, num_experts=3, importance=measured)}
+        shared = {"shared": partial(residual, importance=measured)}
     else:
         measured = measure_importance(llama, [given] * 4)
         split = {"independent": independent, "inner": inner}[kind]
@@ -221,8 +221,9 @@ def test_what_was_measured_elsewhere_is_refused(llama):
 
 
 def test_shared_and_routed_parts_that_do_not_belong_together_are_refused(llama):
-    with pytest.raises(ValueError, match="differ in num_experts: 3 and 7"):
-        sparsify(llama, dataclasses.replace(recipes["llama_moe_v2"], num_experts=3), verbose=False)
+    recipe = dataclasses.replace(recipes["llama_moe_v2"], num_experts=3)
+    with pytest.raises(ValueError, match="differ in parts: 1 and 2"):
+        sparsify(llama, dataclasses.replace(recipe, shared=partial(residual, parts=2)), verbose=False)
     alone = Recipe(num_experts=3, router=partial(TopK, k=1, normalize=False), experts=residual_splits)
     with pytest.raises(ValueError, match="use both"):
         sparsify(llama, alone, verbose=False)

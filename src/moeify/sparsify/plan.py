@@ -33,7 +33,7 @@ from moeify.sparsify.lora import lora
 from moeify.sparsify.make import copies, masked, merged, splits
 from moeify.sparsify.put import put
 from moeify.sparsify.recipe import Recipe
-from moeify.sparsify.residual import refuse_misfit
+from moeify.sparsify.residual import beside, refuse_misfit, residual_splits
 from moeify.sparsify.shared import frozen, nothing
 from moeify.sparsify.verified import verified
 
@@ -59,6 +59,7 @@ class Plan:
         Raises:
             ValueError: whatever router, experts and shared refuse; experts that destroy the dense model's function.
         """
+        refuse_misfit(self.recipe.experts, self.recipe.shared)
         layers = _layers(self.model, self.sites, self.recipe, contexts_of(self.sites))
         _refuse(self.sites, layers, self.recipe)
         return layers
@@ -188,7 +189,7 @@ def _layer(site: Site, recipe: Recipe, context: Context, previous: MoE | None, d
         router = (router if previous is None else router.link_to(previous.router)).to(dtype)
     with torch.device(like.device):
         experts = recipe.experts(dense, recipe.num_experts).to(dtype)
-        shared = recipe.shared(dense, width)
+        shared = beside(recipe.shared, recipe.num_experts)(dense, width)
     layer = MoE(router, experts, shared, context=context, name=site.name)
     return layer.train(site.training)
 
@@ -204,7 +205,7 @@ def _refuse_quantized(site: Site, recipe: Recipe) -> None:
 
 def _refuse(sites: list[Site], layers: list[MoE], recipe: Recipe) -> None:
     router = layers[0].router
-    if (maker := _options(recipe.experts)[0]) in (copies, merged, splits) and any(site.heads > 1 for site in sites):
+    if (maker := _options(recipe.experts)[0]) in (copies, merged, splits, residual_splits) and any(site.heads > 1 for site in sites):
         raise ValueError(
             f"experts={maker.__name__} keeps what a network computes of whole tokens, and experts on sub-tokens read "
             "parts of one; train new experts (experts=fresh)"

@@ -49,20 +49,23 @@ def residual_splits(
 @register("shared", "residual")
 @torch.no_grad()
 def residual(
-    dense: nn.Module, width: int, *, num_experts: int, parts: int = 1, importance: Importance = by_weights
+    dense: nn.Module, width: int, *, num_experts: int | None = None, parts: int = 1, importance: Importance = by_weights
 ) -> nn.Module:
     """The hidden units that most experts need, as a feed-forward network which reads every token.
 
     Args:
         dense: a `DenseFFN`.
         width: D.
-        num_experts: E of the experts beside it, which are made by `residual_splits` with the same settings.
+        num_experts: E of the experts beside it, which are made by `residual_splits` with the same settings; in a
+            recipe, the recipe's.
         parts: how many parts the shared expert has, each as large as an expert.
         importance: how much every expert needs every unit.
 
     Raises:
-        ValueError: as of `residual_splits`.
+        ValueError: as of `residual_splits`; no number of experts.
     """
+    if num_experts is None:
+        raise ValueError("shared=residual needs num_experts outside a recipe: how many experts divide the other units")
     units = _units(dense, num_experts, parts, importance)[0]
     assert isinstance(dense, DenseFFN)
     down = _linear(dense.down_weight[:, units], dense.down_bias)
@@ -73,23 +76,28 @@ def residual(
     return DenseFFN([_linear(up, bias)], down, dense.activation, dense.dropout.p)
 
 
-def refuse_misfit(experts: Callable, shared: Callable, num_experts: int) -> None:
+def beside(shared: Callable, num_experts: int) -> Callable:
+    """What makes the shared module of a recipe: `residual` is told how many experts there are."""
+    return partial(shared, num_experts=num_experts) if _settings(shared)[0] is residual else shared
+
+
+def refuse_misfit(experts: Callable, shared: Callable) -> None:
     """Refuse routed and shared experts that were not cut from one division of the hidden units.
 
     Raises:
         ValueError: one without the other, or settings that differ.
     """
     made, options = _settings(experts)
-    beside, of_shared = _settings(shared)
-    if (made is residual_splits) != (beside is residual):
+    alone, of_shared = _settings(shared)
+    if (made is residual_splits) != (alone is residual):
         raise ValueError("experts=residual_splits and shared=residual divide one network between them; use both")
     if made is residual_splits:
-        wanted = {"num_experts": num_experts, "parts": 1, "importance": by_weights}
+        wanted = {"parts": 1, "importance": by_weights}
         options, of_shared = wanted | options, wanted | of_shared
         if differ := [name for name in wanted if options[name] != of_shared[name]]:
             raise ValueError(
                 f"experts=residual_splits and shared=residual differ in {differ[0]}: {options[differ[0]]} and "
-                f"{of_shared[differ[0]]}; give both the same, and shared the num_experts of the recipe"
+                f"{of_shared[differ[0]]}; give both the same"
             )
 
 
