@@ -7,7 +7,6 @@ METIS cut the graph into equal parts. LLaMA-MoE's code weighs it by Σ |h_i h_j|
 from __future__ import annotations
 
 from collections.abc import Iterable
-from weakref import WeakKeyDictionary
 
 import torch
 from jaxtyping import Float, Int
@@ -18,7 +17,7 @@ from moeify.find.where import Where, ffn
 from moeify.modes import in_evaluation
 from moeify.registry import register
 from moeify.sparsify.split.clustered import balanced_clusters
-from moeify.sparsify.split.measure import Batch, Measured, real_tokens, seen
+from moeify.sparsify.split.measure import Batch, Measured, by_down, networks, real_tokens, require_reached, seen
 from moeify.sparsify.split.weights import Importance
 
 
@@ -34,18 +33,17 @@ def measure_coactivation(model: nn.Module, batches: Iterable[Batch], *, where: W
     Raises:
         ValueError: a network whose tokens are not those of the mask, or that is not reached.
     """
-    sites = where(model)
-    sums = {site.name: torch.zeros(site.dense.hidden, site.dense.hidden) for site in sites}
+    dense = networks(model, where)
+    sums = {name: torch.zeros(ffn.hidden, ffn.hidden) for name, ffn in dense.items()}
     for batch in batches:
         hidden: dict[str, Tensor] = {}
-        with in_evaluation(model), seen(sites, {}, hidden):
+        with in_evaluation(model), seen(dense, {}, hidden):
             model(**batch)
+        require_reached(dense, hidden)
         for name, h in hidden.items():
             active = h.flatten(0, -2)[real_tokens(name, batch, h)].float().abs()
             sums[name] = sums[name].to(h.device) + active.t() @ active
-    if missed := [name for name, table in sums.items() if not table.any()]:
-        raise ValueError(f"the data does not reach {missed[0]}, so that nothing can be measured of it; narrow where=")
-    return Measured(WeakKeyDictionary({site.dense.down: sums[site.name] for site in sites}))
+    return Measured(by_down(dense, sums))
 
 
 @register("split", "coactivated")

@@ -5,7 +5,7 @@ v_c = 1 / |T_c| · Σ_{x in T_c} |h(x) · ∂L/∂h(x)|        (LLaMA-MoE, arXiv
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,7 +16,6 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from moeify.find.dense import DenseFFN
-from moeify.find.shapes import Site
 from moeify.find.where import Where, ffn
 from moeify.modes import in_evaluation
 from moeify.registry import register
@@ -69,11 +68,10 @@ def measure_importance(
     Raises:
         ValueError: a network that the batches do not reach, or whose tokens are not those of the mask.
     """
-    sites = where(model)
-    watch = _Watch(sites, len(clusters))
+    watch = _Watch(networks(model, where), len(clusters))
     for number, batches in enumerate(clusters):
         for batch in batches:
-            watch.run(model, batch, loss, lambda site, number=number: number)
+            watch.run(model, batch, loss, lambda name, number=number: number)
     return Measured(watch.means())
 
 
@@ -104,12 +102,12 @@ def measure_token_importance(
     Raises:
         ValueError: as of `measure_importance`.
     """
-    sites = where(model)
-    read = _inputs(model, sites, batches, tokens)
+    dense = networks(model, where)
+    read = _inputs(model, dense, batches, tokens)
     centres = {name: k_means(rows, clusters, jitter) for name, rows in read.items()}
-    watch = _Watch(sites, clusters)
+    watch = _Watch(dense, clusters)
     for batch in batches:
-        watch.run(model, batch, loss, lambda site: (watch.inputs[site.name] @ centres[site.name].t()).argmax(-1))
+        watch.run(model, batch, loss, lambda name: (watch.inputs[name] @ centres[name].t()).argmax(-1))
     return Measured(watch.means(), centres)
 
 
@@ -129,46 +127,64 @@ def k_means(rows: Float[Tensor, "T D"], clusters: int, jitter: float) -> Float[T
 class _Watch:
     """Adds up |h · ∂L/∂h| of every network, by cluster."""
 
-    def __init__(self, sites: Sequence[Site], clusters: int) -> None:
-        self.sites = list(sites)
+    def __init__(self, dense: dict[str, DenseFFN], clusters: int) -> None:
+        self.dense = dense
         self.inputs: dict[str, Tensor] = {}
         self.hidden: dict[str, Tensor] = {}
-        device = next(sites[0].dense.parameters()).device
-        self.sums = {site.name: torch.zeros(clusters, site.dense.hidden, device=device) for site in sites}
-        self.sizes = {site.name: torch.zeros(clusters, device=device) for site in sites}
+        device = next(iter(dense.values())).down_weight.device
+        self.sums = {name: torch.zeros(clusters, ffn.hidden, device=device) for name, ffn in dense.items()}
+        self.sizes = {name: torch.zeros(clusters, device=device) for name in dense}
 
-    def run(self, model: nn.Module, batch: Batch, loss: Loss | None, cluster_of: Callable[[Site], Any]) -> None:
-        with in_evaluation(model), torch.enable_grad(), seen(self.sites, self.inputs, self.hidden):
+    def run(self, model: nn.Module, batch: Batch, loss: Loss | None, cluster_of: Callable[[str], Any]) -> None:
+        with in_evaluation(model), torch.enable_grad(), seen(self.dense, self.inputs, self.hidden):
             total = model(**batch).loss if loss is None else loss(model, batch)
-        missed = [site.name for site in self.sites if site.name not in self.hidden]
-        if missed:
-            raise ValueError(
-                f"the data does not reach {missed[0]}, so that nothing can be measured of it; narrow where="
-            )
-        gradients = torch.autograd.grad(total, [self.hidden[site.name] for site in self.sites])
-        for site, gradient in zip(self.sites, gradients, strict=True):
-            real = real_tokens(site.name, batch, self.hidden[site.name])
-            self.inputs[site.name] = self.inputs[site.name].detach().flatten(0, -2)[real].float()
-            change = (self.hidden[site.name].detach() * gradient).float().abs().flatten(0, -2)[real]
-            member = torch.as_tensor(cluster_of(site), device=change.device).expand(len(change))
-            self.sums[site.name].index_add_(0, member, change)
-            self.sizes[site.name] += member.bincount(minlength=len(self.sizes[site.name]))
+        require_reached(self.dense, self.hidden)
+        gradients = torch.autograd.grad(total, [self.hidden[name] for name in self.dense])
+        for name, gradient in zip(self.dense, gradients, strict=True):
+            real = real_tokens(name, batch, self.hidden[name])
+            self.inputs[name] = self.inputs[name].detach().flatten(0, -2)[real].float()
+            change = (self.hidden[name].detach() * gradient).float().abs().flatten(0, -2)[real]
+            member = torch.as_tensor(cluster_of(name), device=change.device).expand(len(change))
+            self.sums[name].index_add_(0, member, change)
+            self.sizes[name] += member.bincount(minlength=len(self.sizes[name]))
         self.hidden.clear()
 
     def means(self) -> WeakKeyDictionary[nn.Module, Tensor]:
         means = {name: sums / self.sizes[name].clamp_min(1).unsqueeze(1) for name, sums in self.sums.items()}
-        return WeakKeyDictionary({site.dense.down: means[site.name] for site in self.sites})
+        return by_down(self.dense, means)
+
+
+def networks(model: nn.Module, where: Where) -> dict[str, DenseFFN]:
+    """The feed-forward networks of a model, by the names of their sites."""
+    found = {site.name: site.dense for site in where(model)}
+    if others := [name for name, dense in found.items() if not isinstance(dense, DenseFFN)]:
+        raise ValueError(f"{others[0]} is no feed-forward network, so that it has no hidden units; narrow where=")
+    return {name: dense for name, dense in found.items() if isinstance(dense, DenseFFN)}
+
+
+def require_reached(dense: Iterable[str], reached: Container[str]) -> None:
+    """Raise if the data did not run a network."""
+    if missed := [name for name in dense if name not in reached]:
+        raise ValueError(f"the data does not reach {missed[0]}, so that nothing can be measured of it; narrow where=")
+
+
+def by_down(dense: Mapping[str, DenseFFN], values: Mapping[str, Tensor]) -> WeakKeyDictionary[nn.Module, Tensor]:
+    """Values by the down projections of the networks, which are the model's own modules."""
+    found: WeakKeyDictionary[nn.Module, Tensor] = WeakKeyDictionary()
+    for name, ffn in dense.items():
+        found[ffn.down] = values[name]
+    return found
 
 
 @contextmanager
-def seen(sites: Sequence[Site], inputs: dict[str, Tensor], hidden: dict[str, Tensor]) -> Iterator[None]:
-    """Keep what each network reads, and its hidden units, by the name of its site, while the model runs."""
+def seen(dense: Mapping[str, DenseFFN], inputs: dict[str, Tensor], hidden: dict[str, Tensor]) -> Iterator[None]:
+    """Keep what each network reads, and its hidden units, by its name, while the model runs."""
 
     def keep(into: dict[str, Tensor], name: str) -> Callable[[nn.Module, tuple], None]:
         return lambda module, args: into.__setitem__(name, args[0])
 
-    handles = [site.dense.ups[0].register_forward_pre_hook(keep(inputs, site.name)) for site in sites]
-    handles += [site.dense.down.register_forward_pre_hook(keep(hidden, site.name)) for site in sites]
+    handles = [ffn.ups[0].register_forward_pre_hook(keep(inputs, name)) for name, ffn in dense.items()]
+    handles += [ffn.down.register_forward_pre_hook(keep(hidden, name)) for name, ffn in dense.items()]
     try:
         yield
     finally:
@@ -189,13 +205,14 @@ def real_tokens(name: str, batch: Batch, values: Float[Tensor, "... H"]) -> Int[
 
 @torch.no_grad()
 def _inputs(
-    model: nn.Module, sites: Sequence[Site], batches: Iterable[Batch], tokens: int
+    model: nn.Module, dense: dict[str, DenseFFN], batches: Iterable[Batch], tokens: int
 ) -> dict[str, Float[Tensor, "T D"]]:
-    found: dict[str, list[Tensor]] = {site.name: [] for site in sites}
+    found: dict[str, list[Tensor]] = {name: [] for name in dense}
     for batch in batches:
-        inputs, hidden = {}, {}
-        with in_evaluation(model), seen(sites, inputs, hidden):
+        inputs: dict[str, Tensor] = {}
+        with in_evaluation(model), seen(dense, inputs, {}):
             model(**batch)
+        require_reached(dense, inputs)
         for name, x in inputs.items():
             found[name].append(x.flatten(0, -2)[real_tokens(name, batch, x)].float())
     rows = {name: torch.cat(parts) for name, parts in found.items()}
