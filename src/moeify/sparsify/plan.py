@@ -205,7 +205,9 @@ def _refuse_quantized(site: Site, recipe: Recipe) -> None:
 
 def _refuse(sites: list[Site], layers: list[MoE], recipe: Recipe) -> None:
     router = layers[0].router
-    if (maker := _options(recipe.experts)[0]) in (copies, merged, splits, residual_splits) and any(site.heads > 1 for site in sites):
+    if (maker := _options(recipe.experts)[0]) in (copies, merged, splits, residual_splits) and any(
+        site.heads > 1 for site in sites
+    ):
         raise ValueError(
             f"experts={maker.__name__} keeps what a network computes of whole tokens, and experts on sub-tokens read "
             "parts of one; train new experts (experts=fresh)"

@@ -34,7 +34,7 @@ def measure_coactivation(model: nn.Module, batches: Iterable[Batch], *, where: W
         ValueError: a network whose tokens are not those of the mask, or that is not reached.
     """
     dense = networks(model, where)
-    sums = {name: torch.zeros(ffn.hidden, ffn.hidden) for name, ffn in dense.items()}
+    sums = {name: torch.zeros(network.hidden, network.hidden) for name, network in dense.items()}
     for batch in batches:
         hidden: dict[str, Tensor] = {}
         with in_evaluation(model), seen(dense, {}, hidden):

@@ -132,7 +132,7 @@ class _Watch:
         self.inputs: dict[str, Tensor] = {}
         self.hidden: dict[str, Tensor] = {}
         device = next(iter(dense.values())).down_weight.device
-        self.sums = {name: torch.zeros(clusters, ffn.hidden, device=device) for name, ffn in dense.items()}
+        self.sums = {name: torch.zeros(clusters, network.hidden, device=device) for name, network in dense.items()}
         self.sizes = {name: torch.zeros(clusters, device=device) for name in dense}
 
     def run(self, model: nn.Module, batch: Batch, loss: Loss | None, cluster_of: Callable[[str], Any]) -> None:
@@ -171,8 +171,8 @@ def require_reached(dense: Iterable[str], reached: Container[str]) -> None:
 def by_down(dense: Mapping[str, DenseFFN], values: Mapping[str, Tensor]) -> WeakKeyDictionary[nn.Module, Tensor]:
     """Values by the down projections of the networks, which are the model's own modules."""
     found: WeakKeyDictionary[nn.Module, Tensor] = WeakKeyDictionary()
-    for name, ffn in dense.items():
-        found[ffn.down] = values[name]
+    for name, network in dense.items():
+        found[network.down] = values[name]
     return found
 
 
@@ -183,8 +183,8 @@ def seen(dense: Mapping[str, DenseFFN], inputs: dict[str, Tensor], hidden: dict[
     def keep(into: dict[str, Tensor], name: str) -> Callable[[nn.Module, tuple], None]:
         return lambda module, args: into.__setitem__(name, args[0])
 
-    handles = [ffn.ups[0].register_forward_pre_hook(keep(inputs, name)) for name, ffn in dense.items()]
-    handles += [ffn.down.register_forward_pre_hook(keep(hidden, name)) for name, ffn in dense.items()]
+    handles = [network.ups[0].register_forward_pre_hook(keep(inputs, name)) for name, network in dense.items()]
+    handles += [network.down.register_forward_pre_hook(keep(hidden, name)) for name, network in dense.items()]
     try:
         yield
     finally:
