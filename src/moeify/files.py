@@ -145,8 +145,13 @@ def write_json(path: str | Path, values: Any, **options: Any) -> None:
     write_text(path, json.dumps(values, **settings) + "\n")
 
 
-def write_tensors(path: str | Path, tensors: Mapping[str, Tensor]) -> None:
+def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], header: Mapping[str, str] | None = None) -> None:
     """Write tensors as safetensors; a crash leaves the file as it was, and equal tensors give equal bytes.
+
+    Args:
+        path: where to.
+        tensors: by name.
+        header: a text by its name that stands beside them; of several the order, and so the bytes, would be random.
 
     Raises:
         OSError: the disk is full, or the folder cannot be written to.
@@ -157,7 +162,7 @@ def write_tensors(path: str | Path, tensors: Mapping[str, Tensor]) -> None:
     ready = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
     with replacing(path) as new:
         try:
-            save_file(ready, new, metadata={"format": "pt"})
+            save_file(ready, new, metadata=dict(header or {"format": "pt"}))
         except SafetensorError as error:
             raise OSError(f"{path} could not be written: {error}") from None
 

@@ -1,5 +1,6 @@
-"""Diagnose a sparse model: expert load, collapse, causality, pictures, and an HTML report."""
+"""Diagnose a sparse model: traces, expert load, collapse, causality, pictures, and an HTML report."""
 
+from moeify.inspect.capture import capture
 from moeify.inspect.causality import Causality, Leak, check_causality
 from moeify.inspect.collapse import (
     effective_rank,
@@ -13,29 +14,40 @@ from moeify.inspect.collapse import (
     weight_cosine,
     without_first,
 )
+from moeify.inspect.formats import read_trace, register_format, write_trace
+from moeify.inspect.join import concatenate
 from moeify.inspect.load import ExpertLoad, expert_load
 from moeify.inspect.page import write_report
 from moeify.inspect.panels.panel import Panel
 from moeify.inspect.report import Report, report
+from moeify.inspect.trace import LayerTrace, Tokens, Trace
 
 __all__ = [
     "Causality",
     "ExpertLoad",
+    "LayerTrace",
     "Leak",
     "Panel",
     "Report",
+    "Tokens",
+    "Trace",
+    "capture",
     "check_causality",
+    "concatenate",
     "effective_rank",
     "expert_load",
     "margin",
     "output_similarity",
     "overlap",
     "participation_ratio",
+    "read_trace",
     "redundancy",
+    "register_format",
     "report",
     "representation_collapse",
     "switched",
     "weight_cosine",
     "without_first",
     "write_report",
+    "write_trace",
 ]  # fmt: skip

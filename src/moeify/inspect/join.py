@@ -108,6 +108,7 @@ def join_layers(parts: Sequence[LayerTrace], tokens: Tokens) -> LayerTrace:
     if any(part.dropped is not None for part in parts):
         parts = [part if part.dropped is not None else _with_nothing_dropped(part) for part in parts]
     columns: dict[str, Any] = {}
+    k = max(part.k for part in parts)
     for name in LAYER_COLUMNS:
         values = [part.columns[name] for part in parts if name in part.columns]
         if values and len(values) < len(parts):
@@ -116,11 +117,19 @@ def join_layers(parts: Sequence[LayerTrace], tokens: Tokens) -> LayerTrace:
                 f"trace.without({name!r})"
             )
         if name in _EMPTY:
-            k = max(part.k for part in parts)
-            values = [F.pad(v, (0, k - v.shape[1]), value=_EMPTY[name]) for v in values]
+            values = [_padded(v, k, _EMPTY[name]) for v in values]
         if values:
             columns[name] = torch.cat(values)
-    return LayerTrace(name=first.name, num_experts=first.num_experts, tokens=tokens, **columns)
+    extra = {name: torch.cat([_padded(part.extra[name], k, 0) for part in parts]) for name in _shared_extra(parts)}
+    return LayerTrace(name=first.name, num_experts=first.num_experts, tokens=tokens, extra=extra, **columns)
+
+
+def _padded(values: Tensor, k: int, value: float) -> Tensor:
+    return F.pad(values, (0, k - values.shape[1]), value=value)
+
+
+def _shared_extra(parts: Sequence[LayerTrace]) -> list[str]:
+    return [name for name in parts[0].extra if all(name in part.extra for part in parts)]
 
 
 _EMPTY = {"experts": -1, "weights": 0.0, "dropped": False}

@@ -23,7 +23,7 @@ LAYER_COLUMNS = ("experts", "weights", "dropped", "scores", "logits")
 """The columns of a layer, one row per token."""
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Tokens:
     """A table of T tokens; layers that see the same tokens share one.
 
@@ -70,6 +70,9 @@ class Tokens:
     def __len__(self) -> int:
         return self.count
 
+    def __repr__(self) -> str:
+        return f"Tokens({self.count}: {', '.join(self.columns)})"
+
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Tokens) and _equal(self, other)
 
@@ -100,7 +103,7 @@ class Tokens:
         return replace(self, count=_size(kept), **columns)
 
 
-@dataclass(frozen=True, eq=False, kw_only=True)
+@dataclass(frozen=True, eq=False, repr=False, kw_only=True)
 class LayerTrace:
     """What one layer decided for a table of tokens.
 
@@ -114,6 +117,7 @@ class LayerTrace:
         dropped: which of them a capacity left out; None if none was, or if it is not known.
         scores: of all experts, after the score function; of Soft MoE the weight of each expert's slots.
         logits: of all experts.
+        extra: what a format knows of every row besides, by name, such as the bytes that were read for it.
     """
 
     name: str
@@ -124,6 +128,7 @@ class LayerTrace:
     dropped: Bool[Tensor, "T K"] | None = None
     scores: Float[Tensor, "T E"] | None = None
     logits: Float[Tensor, "T E"] | None = None
+    extra: Mapping[str, Int[Tensor, "T K"]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.num_experts < 1:
@@ -144,13 +149,19 @@ class LayerTrace:
         for name, shape in {"weights": self.experts.shape, "scores": wide, "logits": wide}.items():
             self._check(name, shape, "numbers", lambda values: values.is_floating_point())
         self._check("dropped", self.experts.shape, "true or false", lambda values: values.dtype == torch.bool)
+        for name in self.extra:
+            self._check(name, self.experts.shape, "numbers", lambda values: values.dtype != torch.bool)
 
     def _check(self, name: str, shape: tuple[int, ...], kind: str, fits: Callable[[Tensor], bool]) -> None:
-        values = getattr(self, name)
+        values = self.extra[name] if name in self.extra else getattr(self, name)
         if values is not None and values.shape != shape:
             raise ValueError(f"{name} of layer {self.name} have shape {tuple(values.shape)} instead of {tuple(shape)}")
         if values is not None and not fits(values):
             raise ValueError(f"{name} of layer {self.name} are {values.dtype}; they must be {kind}")
+
+    def __repr__(self) -> str:
+        columns = ", ".join((*self.columns, *self.extra))
+        return f"LayerTrace({self.name}: {self.num_experts} experts, k={self.k}, {len(self.tokens)} tokens; {columns})"
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, LayerTrace) and _equal(self, other)
@@ -187,10 +198,11 @@ class LayerTrace:
             tokens: their table, if it was made already.
         """
         columns = {name: values[kept] for name, values in self.columns.items()}
-        return replace(self, tokens=self.tokens.take(kept) if tokens is None else tokens, **columns)
+        extra = {name: values[kept] for name, values in self.extra.items()}
+        return replace(self, tokens=self.tokens.take(kept) if tokens is None else tokens, extra=extra, **columns)
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, repr=False, kw_only=True)
 class Trace:
     """The decisions of the sparse layers of a model on some tokens.
 
@@ -247,6 +259,9 @@ class Trace:
         layers = {name: replace(layer, **none) for name, layer in self.layers.items()}
         return replace(self, layers=layers)
 
+    def __repr__(self) -> str:
+        return f"Trace({len(self.layers)} layers, {' and '.join(map(repr, self.tables))})"
+
     def __iter__(self) -> Iterator[LayerTrace]:
         return iter(self.layers.values())
 
@@ -272,15 +287,14 @@ def _fitted(values: Tensor, kind: torch.dtype, name: str) -> Tensor:
 
 
 def _equal(one: Any, other: Any) -> bool:
-    pairs = [(getattr(one, f.name), getattr(other, f.name)) for f in fields(one)]
-    return all(_same(a, b) if isinstance(a, Tensor) and isinstance(b, Tensor) else _plain(a, b) for a, b in pairs)
+    return all(_same(getattr(one, f.name), getattr(other, f.name)) for f in fields(one))
 
 
-def _same(one: Tensor, other: Tensor) -> bool:
+def _same(one: Any, other: Any) -> bool:
+    if isinstance(one, Mapping) and isinstance(other, Mapping):
+        return one.keys() == other.keys() and all(_same(value, other[key]) for key, value in one.items())
+    if not isinstance(one, Tensor) or not isinstance(other, Tensor):
+        return not isinstance(one, Tensor) and not isinstance(other, Tensor) and one == other
     if one.dtype != other.dtype or one.shape != other.shape:
         return False
     return torch.equal(one, other) or bool(((one == other) | (one.isnan() & other.isnan())).all())
-
-
-def _plain(one: Any, other: Any) -> bool:
-    return not isinstance(one, Tensor) and not isinstance(other, Tensor) and one == other
