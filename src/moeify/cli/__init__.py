@@ -9,7 +9,7 @@ from typing import Any
 import typer
 
 from moeify import env
-from moeify.cli import compare, doctor, export, generate, sparsify, threads, train, verify
+from moeify.cli import compare, doctor, export, generate, inspect, sparsify, threads, train, verify
 
 app = typer.Typer(
     name="moeify",
@@ -24,6 +24,7 @@ app.command("sparsify")(sparsify.sparsify)
 app.command("generate")(generate.generate)
 app.command("verify")(verify.verify)
 app.command("export")(export.export)
+app.command("inspect")(inspect.inspect)
 app.command("recipes")(sparsify.list_recipes)
 app.command("doctor")(doctor.doctor)
 

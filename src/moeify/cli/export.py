@@ -32,9 +32,10 @@ def export(
 ) -> None:
     """Write a sparse language model for another program, which does not need moeify."""
     from moeify import export
+    from moeify.cli.text import load_model
 
     folder = model / "model" if (model / "model" / "config.json").is_file() else model
-    source, tokenizer = _load(folder), _tokenizer(folder)
+    source, tokenizer = load_model(folder), _tokenizer(folder)
     output = folder.parent / f"{folder.name}-{to}" if output is None else output
     done = export.write(source, output, to, tokenizer=tokenizer, exporter=_exporter(to, as_class, weights))
     print("\n".join([f"{done.folder}: {done.notes[0]}", *(f"  {note}" for note in done.notes[1:]), str(done.verdict)]))
@@ -52,19 +53,6 @@ def _exporter(to: str, as_class: str | None, weights: str | None) -> Exporter:
     if as_class is not None:
         raise ValueError(f"--class is for --to transformers and gguf, not {to}")
     return export.find_exporter(to)
-
-
-def _load(folder: Path) -> Any:
-    from transformers import AutoModelForCausalLM
-
-    from moeify.cli.text import load_dense
-    from moeify.files import read_json
-    from moeify.store import load
-
-    config = folder / "config.json"
-    if config.is_file() and "moeify" not in read_json(config):
-        return load_dense(str(folder), AutoModelForCausalLM.__name__, dtype="auto", local_files_only=True)
-    return load(folder)
 
 
 def _tokenizer(folder: Path) -> Any:

@@ -10,8 +10,9 @@ import transformers
 from safetensors import SafetensorError
 
 from moeify.data.tokenizer import ByteTokenizer, Tokenizer
-from moeify.files import write_json
+from moeify.files import read_json, write_json
 from moeify.modes import in_evaluation
+from moeify.store import load
 
 
 def load_dense(model: str, architecture: str = "AutoModelForCausalLM", **options: Any) -> Any:
@@ -27,6 +28,18 @@ def load_dense(model: str, architecture: str = "AutoModelForCausalLM", **options
         return loader.from_pretrained(model, **options)
     except (OSError, ValueError, SafetensorError) as error:
         raise ValueError(f"no model {model!r} could be loaded: {_first_line(error)}") from None
+
+
+def load_model(folder: Path) -> Any:
+    """The model of a folder: one that `moeify.save` wrote, or a language model of transformers.
+
+    Raises:
+        ValueError: it cannot be read.
+    """
+    config = folder / "config.json"
+    if config.is_file() and "moeify" not in read_json(config):
+        return load_dense(str(folder), dtype="auto", local_files_only=True)
+    return load(folder)
 
 
 def load_tokenizer(model: str) -> Any:

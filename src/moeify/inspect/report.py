@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor, nn
+
+from moeify.inspect.capture import capture
 from moeify.inspect.html_page import write_page
+from moeify.inspect.measurements.likeness import likeness
+from moeify.inspect.measurements.masking import chosen_experts, masked_losses
+from moeify.inspect.measurements.outliers import largest_outputs
+from moeify.inspect.measurements.seen import what_experts_see
+from moeify.inspect.panels.causal import causal
 from moeify.inspect.panels.coactivation import coactivation
 from moeify.inspect.panels.coloured_text import coloured_text
 from moeify.inspect.panels.coverage import coverage
@@ -17,11 +25,16 @@ from moeify.inspect.panels.entropy import entropy
 from moeify.inspect.panels.importance import importance
 from moeify.inspect.panels.load_by_layer import load_by_layer
 from moeify.inspect.panels.margin import margin
+from moeify.inspect.panels.over_training import over_training
 from moeify.inspect.panels.panel import NotMeasured, Panel
+from moeify.inspect.panels.patches import patches
 from moeify.inspect.panels.paths import paths
 from moeify.inspect.panels.reuse import reuse
+from moeify.inspect.panels.saturation import saturation
+from moeify.inspect.panels.similarity import similarity
 from moeify.inspect.panels.slots import slots
 from moeify.inspect.panels.specialisation import specialisation
+from moeify.inspect.panels.super_experts import super_experts
 from moeify.inspect.panels.top_tokens import top_tokens
 from moeify.inspect.panels.violation import violation
 from moeify.inspect.trace import Trace
@@ -61,7 +74,7 @@ class Report:
         return [panel for group in self.groups.values() for panel in group]
 
     def add(self, group: str, name: str, make: Maker) -> None:
-        """Put a panel into a tab, or its reason into what is missing."""
+        """Put a panel into a tab, or the reason why there is none into what is missing."""
         try:
             made = make()
         except NotMeasured as reason:
@@ -69,9 +82,15 @@ class Report:
             return
         self.groups.setdefault(group, []).extend([made] if isinstance(made, Panel) else made)
 
-    def write(self, file: Path) -> None:
-        """Write the page."""
-        write_page(file, self.title, self.facts, self.groups, self.missing)
+    def write(self, file: str | Path) -> None:
+        """Write the page.
+
+        Raises:
+            ValueError: there is no panel.
+        """
+        if not self.panels:
+            raise ValueError(f"there is nothing to show of {self.title}: {'; '.join(self.missing)}")
+        write_page(Path(file), self.title, self.facts, self.groups, self.missing)
 
     def to_dict(self) -> dict[str, Any]:
         """Facts, and the numbers and advice of every panel, as plain values for JSON."""
@@ -79,20 +98,80 @@ class Report:
         return {"title": self.title, "facts": self.facts, "panels": panels, "missing": self.missing}
 
 
-def report(trace: Trace, *, file: str | Path | None = None) -> Report:
-    """Everything that can be seen in a trace, and what to do about it.
+def report(
+    source: nn.Module | Trace,
+    data: Iterable[Any] | None = None,
+    *,
+    file: str | Path | None = None,
+    title: str | None = None,
+    tokenizer: Any = None,
+    generate: int = 0,
+    measure: bool = True,
+    checkpoints: Mapping[int, nn.Module | Trace] | None = None,
+    log: Sequence[Mapping[str, Any]] | None = None,
+) -> Report:
+    """Everything that can be seen in a model's routing, and what to do about it.
 
     Args:
-        trace: of a model, or read from a file.
+        source: a model with sparse layers, ours or of transformers, or a trace.
+        data: batches for the model, see `moeify.inspect.capture.capture`; images as `pixel_values`.
         file: where to write it as a page, if it is to be written.
+        title: what the page is called; by default the name of the model.
+        tokenizer: gives the text of the tokens.
+        generate: how many tokens the model writes after every batch, to see decoding apart.
+        measure: also compare experts and mask some of them, which runs the model about 50 times more.
+        checkpoints: earlier states of the model by step, or their traces of the same data.
+        log: the lines of `metrics.jsonl` of a training.
+
+    Raises:
+        ValueError: a model without data, or without sparse layers.
     """
-    made = Report(str(trace.header.get("model") or "A trace"), facts_of(trace))
+    batches = [] if data is None else list(data)
+    if isinstance(source, nn.Module) and not batches:
+        raise ValueError("a model shows its routing only on data; pass batches of inputs as data=")
+    trace = source if isinstance(source, Trace) else capture(source, batches, tokenizer=tokenizer, generate=generate)
+    made = Report(title or str(trace.header.get("model") or "A trace"), facts_of(trace))
     for group, functions in OF_TRACES.items():
         for function in functions:
             made.add(group, _words(function.__name__), lambda function=function: function(trace))
+    if images := _images(batches):
+        made.add("Images", "image patches", lambda: patches(trace, images))
+    if isinstance(source, nn.Module) and measure:
+        _add_measurements(made, source, batches, trace)
+    if checkpoints:
+        traces = {step: _traced(state, batches) for step, state in checkpoints.items()}
+        made.add("Time", "saturation", lambda: saturation(traces))
+    if log:
+        made.add("Time", "training", lambda: over_training(log))
     if file is not None:
-        made.write(Path(file))
+        made.write(file)
     return made
+
+
+def _add_measurements(made: Report, model: nn.Module, batches: Sequence[Any], trace: Trace) -> None:
+    """The panels that need the weights."""
+    seen = what_experts_see(model, batches)
+    made.add("Experts", "similarity of experts", lambda: similarity(likeness(seen)))
+    made.add("Experts", "super experts", lambda: super_experts(largest_outputs(seen)))
+
+    def masked() -> Panel:
+        try:
+            whole, found = masked_losses(model, batches[:4], chosen_experts(trace))
+        except ValueError as reason:
+            raise NotMeasured(str(reason)) from None
+        return causal(whole, found, sum(layer.num_experts for layer in trace))
+
+    made.add("Experts", "causal score", masked)
+
+
+def _traced(state: nn.Module | Trace, batches: Sequence[Any]) -> Trace:
+    return state if isinstance(state, Trace) else capture(state, batches, scores=False)
+
+
+def _images(batches: Sequence[Any]) -> list[Tensor]:
+    """The images of the batches, in order."""
+    named = [batch["pixel_values"] for batch in batches if isinstance(batch, Mapping) and "pixel_values" in batch]
+    return [image for batch in named if batch.dim() == 4 for image in batch]
 
 
 def facts_of(trace: Trace) -> dict[str, Any]:

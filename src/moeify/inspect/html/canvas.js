@@ -61,6 +61,7 @@ function plot(host, label, width, paint) {
     context.font = "12px system-ui, sans-serif";
     painted = paint(context, w, h, cursor);
     if (cursor !== null) said.textContent = painted.say(cursor);
+    said.classList.toggle("hint", cursor === null);
   }
   const go = (next, seen) => {
     if (next === null || next === undefined) return;
@@ -125,7 +126,7 @@ function heatmap(host, chart, label) {
   const size = (room) => [Math.max(room, left + narrow * columns), 34 + rows * Math.max(5, Math.min(22, 420 / rows))];
   plot(host, label, size, (c, w, h, cursor) => {
     const [stops, none, empty] = [stopsOf(chart.scale), css("--none"), css("--dead")];
-    const [cw, ch] = [Math.min(56, (w - left) / columns), (h - 34) / rows];
+    const [cw, ch] = [Math.min(96, (w - left) / columns), (h - 34) / rows];
     for (let i = 0; i < rows; i++)
       for (let j = 0; j < columns; j++) {
         const v = values[i * columns + j];
@@ -216,6 +217,7 @@ const bounds = (list, zero) => {
   let [low, high] = [Math.min(...list), Math.max(...list)];
   if (!list.length) [low, high] = [0, 1];
   if (zero) [low, high] = [Math.min(0, low), Math.max(0, high)];
+  if (zero && low === high) high = 1;
   const pad = (high - low || Math.abs(high) || 1) * 0.06;
   return [zero && low === 0 ? 0 : low - pad, zero && high === 0 ? 0 : high + pad];
 };
@@ -292,8 +294,12 @@ function ticks(c, names, xs, named, sx, box, nice) {
     return;
   }
   const room = Math.max(...names.map((name) => c.measureText(name).width));
+  const inside = (x, text) => Math.min(x, box.right + 8 - c.measureText(text).width / 2);
   const every = Math.max(1, Math.ceil((Math.min(room, 90) + 10) / Math.max(1, sx(1) - sx(0))));
-  for (let i = 0; i < names.length; i += every) c.fillText(shortened(c, names[i], 90), sx(i), box.bottom + 14);
+  for (let i = 0; i < names.length; i += every) {
+    const text = shortened(c, names[i], 90);
+    c.fillText(text, inside(sx(i), text), box.bottom + 14);
+  }
 }
 
 function drawBars(c, { values, low, high, xs, sx, sy, colour, slot, n, of }) {

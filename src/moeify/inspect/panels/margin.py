@@ -53,7 +53,7 @@ def _advice(ties: dict[str, float]) -> Advice:
     worst = max(ties, key=ties.__getitem__)
     said = f"In {worst}, {ties[worst]:.1%} of the choices are closer than bfloat16 can tell, in the mean over layers "
     said += f"{sum(ties.values()) / len(ties):.1%}."
-    if ties[worst] < 0.01:
+    if ties[worst] < 0.05:
         return Advice(
             level="fine", finding=said, action="Nothing; rounding changes few choices.", gain="none",
             source="8 bits of bfloat16: 1/256",

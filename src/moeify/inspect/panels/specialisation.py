@@ -16,7 +16,7 @@ from moeify.inspect.trace import LayerTrace, Trace
 
 _LAYERS = 16
 _SAYS = {
-    "script": "script, which tells many languages apart",
+    "script": "script, which tells many languages apart, or kind of character",
     "token": "single token, of the 32 most frequent",
 }
 
@@ -108,7 +108,7 @@ def _advice(name: str, bits: dict[str, Bits], shown: list[tuple[LayerTrace, Grou
             f"load, not by {name}.",
             gain="none", source="the interval holds 0",
         )  # fmt: skip
-    if name in ("domain", "modality", "script"):
+    if name in ("domain", "modality"):
         groups = max(shown, key=lambda pair: bits[pair[0].name].excess)
         share = _cover(*groups)
         return Advice(

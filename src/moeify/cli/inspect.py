@@ -1,0 +1,86 @@
+"""`moeify inspect`: show the routing of a model or a training run as one HTML file."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from moeify.inspect.report import Report
+
+_LENGTH, _BATCH = 128, 8
+
+
+def inspect(
+    source: Annotated[Path, typer.Argument(help="The folder of a model, or of a run of moeify train")],
+    data: Annotated[
+        str | None,
+        typer.Option(help="Text for the model to read", show_default="the text that came with Python and torch"),
+    ] = None,
+    output: Annotated[Path | None, typer.Option(help="The HTML file", show_default="inspect.html beside it")] = None,
+    blocks: Annotated[int, typer.Option(min=1, help="Blocks of 128 tokens that are read of each domain")] = 16,
+    generate: Annotated[int, typer.Option(min=0, help="Tokens to write after each block, to see decoding apart")] = 0,
+    measure: Annotated[bool, typer.Option(help="Also compare experts, and mask some to see the loss rise")] = True,
+    as_json: Annotated[bool, typer.Option("--json", help="Print numbers and advice as JSON")] = False,
+) -> None:
+    """Show which experts a model uses for what, and what to do about it, in one HTML file that loads nothing."""
+    folder = source / "model" if (source / "model" / "config.json").is_file() else source
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(f"there is no model or run {source}")
+    made = _of_model(folder, source, data, blocks, generate, measure)
+    output = (source if source.is_dir() else source.parent) / "inspect.html" if output is None else output
+    made.write(output)
+    print(json.dumps(made.to_dict(), indent=1)) if as_json else _say(made, output)
+
+
+def _of_model(folder: Path, run: Path, data: str | None, per_domain: int, generate: int, measure: bool) -> Report:
+    from moeify.cli.text import load_model, saved_tokenizer
+    from moeify.inspect.report import report
+    from moeify.train.checkpoint.folder import checkpoints, step_of
+
+    model, tokenizer = load_model(folder), saved_tokenizer(folder)
+    training = next((path for path in sorted(run.glob("sparse-*")) if path.is_dir()), run)
+    log = training / "metrics.jsonl"
+    lines = log.read_text(encoding="utf-8").splitlines() if log.is_file() else []
+    return report(
+        model, _batches(tokenizer, data, per_domain), title=run.resolve().name, tokenizer=tokenizer, generate=generate,
+        measure=measure, checkpoints={step_of(path): load_model(path) for path in checkpoints(training)},
+        log=[json.loads(line) for line in lines],
+    )  # fmt: skip
+
+
+def _batches(tokenizer: Any, data: str | None, per_domain: int) -> list[dict[str, Any]]:
+    """Batches of one domain each."""
+    import torch
+
+    from moeify.data.blocks import blocks
+    from moeify.data.corpus import build_corpus
+    from moeify.data.text import read_texts
+
+    _, held_out = blocks(build_corpus() if data is None else read_texts(data), tokenizer, _LENGTH)
+    members: dict[str, list[int]] = {}
+    for i in range(len(held_out)):
+        members.setdefault(held_out.domain_of(i), []).append(i)
+    found = []
+    for domain, places in members.items():
+        kept = places[:: max(1, len(places) // per_domain)][:per_domain]
+        for start in range(0, len(kept), _BATCH):
+            ids = torch.stack([held_out[i]["input_ids"] for i in kept[start : start + _BATCH]])
+            found.append({"input_ids": ids, "domain": domain})
+    return found
+
+
+def _say(made: Report, output: Path) -> None:
+    """The verdict in the terminal: what is to be done first."""
+    print(f"{made.title}: " + ", ".join(f"{name} {value}" for name, value in made.facts.items()))
+    for level, word in (("act", "ACT"), ("look", "improve")):
+        for panel in made.panels:
+            if (advice := panel.advice).level == level:
+                print(f"{word:8} {panel.title}: {advice.finding}\n         -> {advice.action}")
+    for level in ("fine", "unknown"):
+        if titles := [panel.title for panel in made.panels if panel.advice.level == level]:
+            print(f"{level:8} {', '.join(titles)}")
+    print(f"open {output}")

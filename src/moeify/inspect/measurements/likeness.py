@@ -1,0 +1,55 @@
+"""How alike the experts of each layer are: cosine of their weights, cosine and CKA of their outputs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from moeify import losses
+from moeify.hf.blocks import unwrapped
+from moeify.inspect.collapse import weight_cosine
+from moeify.inspect.measurements.seen import Seen, experts_of
+
+
+@dataclass(frozen=True)
+class Likeness:
+    """Similarity of every two experts of a layer; None where it cannot be measured.
+
+    Attributes:
+        weights: cosine of all their weights.
+        outputs: cosine of their outputs for the same tokens.
+        cka: linear CKA of their outputs for the same tokens (Kornblith et al., arXiv 1905.00414).
+    """
+
+    weights: Float[Tensor, "E E"] | None
+    outputs: Float[Tensor, "E E"] | None
+    cka: Float[Tensor, "E E"] | None
+
+
+@torch.no_grad()
+def likeness(seen: Mapping[str, Seen], tokens: int = 128) -> dict[str, Likeness]:
+    """The similarity of the experts of every layer.
+
+    Args:
+        seen: what the layers see.
+        tokens: on how many tokens the outputs are compared; every expert computes all of them.
+    """
+    return {name: _of(found, tokens) for name, found in seen.items()}
+
+
+def _of(found: Seen, tokens: int) -> Likeness:
+    try:
+        weights = weight_cosine(unwrapped(found.layer.experts)).cpu()
+    except ValueError:
+        weights = None
+    x = found.tokens
+    x = x[:: max(1, len(x) // tokens)][:tokens]
+    try:
+        outputs = experts_of(found.layer).all_outputs(x).float()
+    except ValueError:
+        return Likeness(weights, None, None)
+    return Likeness(weights, losses.cosine(outputs).cpu(), losses.linear_cka(outputs).cpu())

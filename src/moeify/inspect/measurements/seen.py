@@ -1,0 +1,109 @@
+"""What the experts of a model see: the layer's inputs and its decisions on them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from moeify.experts import Experts
+from moeify.experts.wrapped import as_experts
+from moeify.hf.blocks import unwrapped
+from moeify.hf.interface import HfExperts
+from moeify.layers import HfLayer, MoELayer, SparseLayer, sparse_layers, watch_inputs
+from moeify.modes import in_evaluation
+from moeify.routing import Assignment, Routing
+
+
+@dataclass(frozen=True)
+class Seen:
+    """One layer, and what it did in some forward passes.
+
+    Attributes:
+        layer: the layer.
+        passes: inputs of the experts, padding included, and the decision on them.
+    """
+
+    layer: SparseLayer
+    passes: list[tuple[Float[Tensor, "all D"], Assignment]]
+
+    @property
+    def tokens(self) -> Float[Tensor, "T D"]:
+        """The inputs of all passes that were routed to an expert."""
+        return torch.cat([x[routing.source.unique()] for x, routing in self.passes])
+
+
+def run(model: nn.Module, batch: Any) -> Any:
+    """The output of a model for a batch: inputs by name, a tensor, or a tuple of arguments."""
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+
+    def moved(value: Any) -> Any:
+        return value.to(device) if isinstance(value, Tensor) else value
+
+    if isinstance(batch, Mapping):
+        return model(**{name: moved(value) for name, value in batch.items() if name != "domain"})
+    return model(*map(moved, batch)) if isinstance(batch, tuple | list) else model(moved(batch))
+
+
+@torch.no_grad()
+def what_experts_see(model: nn.Module, batches: Iterable[Any], tokens: int = 4096) -> dict[str, Seen]:
+    """Inputs and decisions of every layer that sends tokens to experts, until it has seen so many tokens."""
+    layers = sparse_layers(model)
+    seen = {name: Seen(layer, []) for name, layer in layers.items()}
+    latest: dict[str, Tensor] = {}
+    count = dict.fromkeys(layers, 0)
+
+    def keep(name: str) -> Any:
+        def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+            found = next((value for value in (*args, *kwargs.values()) if _is_input(value)), None)
+            if found is not None:
+                latest[name] = found.detach().reshape(-1, found.shape[-1])
+
+        return hook
+
+    def observe(name: str) -> Any:
+        def see(routing: Routing) -> None:
+            x = latest.pop(name, None)
+            if x is not None and isinstance(routing, Assignment) and len(x) == torch.Size(routing.shape).numel():
+                seen[name].passes.append((x, routing.detached()))
+                count[name] += len(x)
+
+        return see
+
+    handles = watch_inputs(model, layers)
+    for name, layer in layers.items():
+        called = layer.module if isinstance(layer, MoELayer) else layer.experts
+        handles.append(called.register_forward_pre_hook(keep(name), with_kwargs=True))
+        handles += layer.observe(observe(name))
+    try:
+        with in_evaluation(model):
+            for batch in batches:
+                run(model, batch)
+                if all(n >= tokens for n in count.values()):
+                    break
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {name: found for name, found in seen.items() if found.passes}
+
+
+def _is_input(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point() and value.dim() >= 2
+
+
+def experts_of(layer: SparseLayer) -> Experts:
+    """The experts of a layer, ours or those of transformers, called with rows sorted by expert.
+
+    Raises:
+        ValueError: experts of transformers that cannot be called so.
+    """
+    if isinstance(layer, HfLayer):
+        inside = unwrapped(layer.experts)
+        if all(hasattr(inside, name) for name in ("_apply_gate", "is_transposed", "has_bias", "has_gate")):
+            return HfExperts(inside)
+        raise ValueError(f"the experts of {layer.name} ({type(inside).__name__}) cannot be called one by one")
+    return as_experts(layer.experts)

@@ -1,0 +1,32 @@
+"""`moeify inspect` writes a page about a run's folder, and says in the terminal what to do first."""
+
+import json
+
+from command_line import moeify
+
+
+def test_a_run_is_shown_with_its_log_and_its_advice(trained, text, tmp_path):
+    folder, _ = trained
+    ended = moeify("inspect", folder, "--data", text, "--output", tmp_path / "page.html", "--blocks", 2)
+    assert ended.code == 0, ended.err
+    page = (tmp_path / "page.html").read_text("utf-8")
+    for title in ("Load", "Coloured text", "Causal score", "Time axis: training"):
+        assert f"<h2>{title}</h2>" in page
+    assert f"open {tmp_path / 'page.html'}" in ended.out
+    assert "experts 8" in ended.out
+
+
+def test_numbers_and_advice_come_as_json(trained, text, tmp_path):
+    folder, _ = trained
+    arguments = ("--data", text, "--output", tmp_path / "page.html", "--blocks", 1, "--no-measure", "--json")
+    found = json.loads(moeify("inspect", folder / "model", *arguments).out)
+    panels = {panel["title"]: panel for panel in found["panels"]}
+    assert "Causal score" not in panels
+    assert panels["Load"]["advice"]["action"]
+    assert panels["Load"]["rows"][0]["tokens"] == "all"
+
+
+def test_what_is_no_model_is_refused(tmp_path):
+    ended = moeify("inspect", tmp_path / "nothing")
+    assert ended.code == 2
+    assert "no model" in ended.err

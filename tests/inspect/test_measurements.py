@@ -1,0 +1,154 @@
+"""Measurements on models: what experts see, how alike they are, outliers, and what masking one does."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from inspect_routes import trace_of
+from moeify import MoE
+from moeify.experts import FFN
+from moeify.inspect import report
+from moeify.inspect.measurements.likeness import likeness
+from moeify.inspect.measurements.masking import chosen_experts, masked_losses, without_expert
+from moeify.inspect.measurements.outliers import largest_outputs
+from moeify.inspect.measurements.seen import experts_of, what_experts_see
+from moeify.inspect.panels.causal import rank_correlation
+from moeify.inspect.panels.over_training import over_training
+from moeify.inspect.panels.panel import NotMeasured
+from moeify.inspect.panels.patches import patches
+from moeify.inspect.panels.saturation import saturation
+from moeify.inspect.panels.similarity import similarity
+from moeify.inspect.panels.super_experts import super_experts
+from moeify.layers import sparse_layers
+from moeify.routers import Soft, TopK
+
+
+def mixtral(**settings):
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    sizes = {
+        "vocab_size": 40, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2,
+        "num_key_value_heads": 2, "num_local_experts": 4, "initializer_range": 0.3,
+    }  # fmt: skip
+    return MixtralForCausalLM(MixtralConfig(**sizes | settings))
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    return mixtral()
+
+
+@pytest.fixture(scope="module")
+def batches():
+    generator = torch.Generator().manual_seed(0)
+    return [{"input_ids": torch.randint(40, (3, 12), generator=generator), "domain": name} for name in ("a", "b")]
+
+
+def test_what_experts_see_gives_back_the_output_of_the_layer(model, batches):
+    outputs = []
+    block = model.model.layers[1].mlp
+    handle = block.register_forward_hook(lambda module, args, output: outputs.append(output))
+    seen = what_experts_see(model, batches[:1])[next(reversed(sparse_layers(model)))]
+    handle.remove()
+    (x, routing) = seen.passes[0]
+    again = routing.combine(experts_of(seen.layer)(routing.dispatch(x), routing.counts))
+    torch.testing.assert_close(again.flatten(), outputs[0].flatten(), rtol=1e-4, atol=1e-5)
+
+
+def test_copies_of_one_expert_are_alike_and_others_are_not():
+    router = TopK(8, 4)
+    moe = nn.Sequential(MoE(router, FFN(4, 8, 16)))
+    before = similarity(likeness(what_experts_see(moe, [torch.randn(2, 9, 8)])))
+    for p in moe[0].experts.parameters():
+        p.data[:] = p.data[:1].clone()
+    after = similarity(likeness(what_experts_see(moe, [torch.randn(2, 9, 8)])))
+    assert before.advice.level == "fine"
+    assert after.advice.level == "act"
+    assert after.table.rows[0][1:] == (1.0, 1.0, 1.0)
+
+
+def test_an_expert_with_outliers_is_a_super_expert():
+    moe = nn.Sequential(*(MoE(TopK(8, 8), FFN(8, 8, 16)) for _ in range(3)))
+    x = [torch.randn(4, 32, 8)]
+    assert super_experts(largest_outputs(what_experts_see(moe, x))).advice.level == "fine"
+    list(moe[1].experts.parameters())[-1].data[5] *= 1000
+    panel = super_experts(largest_outputs(what_experts_see(moe, x)))
+    assert panel.advice.level == "act"
+    assert "5 in 1" in panel.advice.finding
+
+
+def test_masking_an_expert_is_undone_and_one_without_tokens_changes_nothing(model, batches):
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    name, layer = next(iter(sparse_layers(model).items()))
+    with without_expert(layer, 2):
+        assert all(not p[2].any() for p in layer.weights.values())
+        assert all(p[1].any() for p in layer.weights.values())
+    whole, found = masked_losses(model, batches, [(name, e, 1.0) for e in range(4)])
+    assert all(torch.equal(p, before[key]) for key, p in model.named_parameters())
+    assert len(whole) == 6
+    assert any(bool(f.rise.abs().max() > 1e-4) for f in found)
+
+
+def test_the_masked_loss_is_that_of_the_model_without_the_expert(model, batches):
+    name, layer = next(iter(sparse_layers(model).items()))
+    ids = batches[0]["input_ids"]
+    whole, (found,) = masked_losses(model, batches[:1], [(name, 1, 1.0)])
+    assert float(whole.mean()) == pytest.approx(float(model(ids, labels=ids).loss), abs=1e-5)
+    with without_expert(layer, 1):
+        assert float((whole + found.rise).mean()) == pytest.approx(float(model(ids, labels=ids).loss), abs=1e-5)
+
+
+def test_experts_to_mask_are_of_large_and_small_load():
+    trace = trace_of([[0]] * 6 + [[1]] * 3 + [[2]] * 1)
+    assert [expert for _, expert, _ in chosen_experts(trace, most=2)] == [0, 3]
+    assert chosen_experts(trace, most=2)[0][2] == pytest.approx(2.4)
+
+
+def test_ranks_correlate_as_spearman_has_it():
+    assert rank_correlation(torch.tensor([1.0, 2, 3]), torch.tensor([10.0, 20, 15])) == pytest.approx(0.5)
+    assert rank_correlation(torch.tensor([1.0, 1, 3]), torch.tensor([5.0, 5, 9])) == pytest.approx(1)
+
+
+def test_saturation_is_the_share_of_the_last_choices_that_were_made_before():
+    panel = saturation({1: trace_of([[0, 1], [2, 3]]), 5: trace_of([[0, 2], [2, 3]]), 9: trace_of([[0, 2], [2, 3]])})
+    assert panel.table.rows == [(1, 0.75, 0.75, 0.25), (5, 1.0, 1.0, 0.0)]
+    with pytest.raises(NotMeasured, match="two steps"):
+        saturation({1: trace_of([[0]])})
+    with pytest.raises(ValueError, match="trace the same text"):
+        saturation({1: trace_of([[0]]), 2: trace_of([[0], [0]])})
+
+
+def test_a_log_of_training_whose_balance_gets_worse_asks_for_a_controller():
+    log = [{"step": s, "layers": {"a": {"max_vio": 0.1 * s}, "b": {"max_vio": 0.3 * s}}} for s in range(1, 11)]
+    panel = over_training(log)
+    assert panel.advice.level == "act"
+    assert panel.table.rows[0] == (1, 0.2)
+    assert over_training(log[::-1]).advice.level == "fine"
+
+
+def test_a_report_of_a_model_has_the_panels_that_need_weights(model, batches, tmp_path):
+    made = report(model, batches, checkpoints={1: mixtral(), 2: model}, file=tmp_path / "page.html")
+    titles = {panel.title for panel in made.panels}
+    assert {"Similarity of experts", "Super experts", "Causal score", "Saturation and drift"} <= titles
+    assert "Specialisation by domain" in titles
+    with pytest.raises(ValueError, match="only on data"):
+        report(model)
+
+
+def test_a_soft_moe_shows_its_slots_and_its_patches():
+    model = nn.Sequential(MoE(Soft(8, 4, slots=2), FFN(4, 8, 16)))
+    made = report(model, [torch.randn(3, 16, 8)])
+    panels = {panel.title: panel for panel in made.panels}
+    assert math.isclose(sum(panels["Slots of Soft MoE"].picture.charts[0].values[0].tolist()), 4, rel_tol=1e-3)
+    assert any("no layer sends tokens" in reason for reason in made.missing)
+
+
+def test_patches_are_the_tokens_behind_the_class_token():
+    trace = trace_of([[3], [0], [1], [2], [1]], sequence=torch.zeros(5, dtype=torch.long))
+    panel = patches(trace, [torch.rand(3, 8, 8)])
+    assert panel.picture.charts["1"].experts.flatten().tolist() == [0, 1, 2, 1]
+    with pytest.raises(NotMeasured, match="no square"):
+        patches(trace_of([[0]] * 3, sequence=torch.zeros(3, dtype=torch.long)), [torch.rand(3, 8, 8)])
