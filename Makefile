@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 
-.PHONY: demo test nightly check bench gpu claims suites docs homes clean
+.PHONY: demo test nightly check bench gpu claims suites docs compatibility clean
 
 demo: $(VENV)/.test
 	$(BIN)/moeify train --minutes 6 --output runs/demo --resume
@@ -49,8 +49,8 @@ suites: $(VENV)/.suites
 docs: $(VENV)/.dev
 	$(BIN)/mkdocs build --strict
 
-# The table of what each recipe becomes in other programs; a test says when it is old.
-homes: $(VENV)/.test
+# The table of the recipes that other programs can hold, in docs/guide/export.md; a test fails where it is old.
+compatibility: $(VENV)/.test
 	$(BIN)/python -m moeify.export.table docs/guide/export.md
 
 clean:

@@ -38,7 +38,7 @@ def test_a_refusal_is_one_line_and_leaves_nothing(tmp_path):
     run = saved(tmp_path, Recipe(num_experts=4, router=Soft, experts=fresh))
     ended = moeify("export", run, "--output", tmp_path / "out")
     assert ended.code == 2
-    assert "Soft is no token choice" in ended.err
+    assert "Soft, does not choose the top k" in ended.err
     assert not (tmp_path / "out").exists()
     assert "did you mean 'transformers'" in moeify("export", run, "--to", "transformer").err
 

@@ -10,7 +10,7 @@ import pytest
 import moe_families
 from export_models import router, shown, sparse
 from moeify import export
-from moeify.export import Gguf, Misfit
+from moeify.export import GgufFile, Unsupported
 from moeify.export.gguf_families import ARCHITECTURES
 from moeify.export.gguf_tokenizer import read_tokenizer
 from moeify.find.where import every, last
@@ -50,7 +50,7 @@ def test_a_sparse_model_is_an_architecture_of_llama_cpp(base, recipe, config, ti
     keys = {key.replace("{arch}", title) for group in groups for key in group if isinstance(key, str)}
     assert not {key for key in reader.fields if not key.startswith("GGUF.")} - keys
     if find_spec("llama_cpp"):
-        assert done.verdict.difference < 1e-4
+        assert done.verification.difference < 1e-4
 
 
 def test_every_architecture_is_tried(tmp_path):
@@ -61,7 +61,7 @@ def test_every_architecture_is_tried(tmp_path):
 
 def test_glm4moe_always_has_a_shared_expert_since_llama_cpp_adds_its_missing_tensors_without_an_error(tmp_path):
     model = sparse("llama", router(**SIGMOID))
-    done = export.write(model, tmp_path / "out", "gguf", exporter=Gguf(architecture="glm4moe"))
+    done = export.write(model, tmp_path / "out", "gguf", exporter=GgufFile(architecture="glm4moe"))
     assert "a shared expert of 32 units is added" in done.notes
     reader = gguf.GGUFReader(tmp_path / "out" / "model-f32.gguf")
     tensors = {tensor.name: tensor for tensor in reader.tensors}
@@ -73,7 +73,7 @@ def test_glm4moe_always_has_a_shared_expert_since_llama_cpp_adds_its_missing_ten
 @pytest.mark.parametrize("kind", ["f16", "bf16", "q8_0", "q4_0"])
 def test_other_types_are_read_back_and_narrow_experts_are_filled_up(kind, tmp_path):
     model = sparse("llama", router(experts=partial(fresh, hidden=20)))
-    done = export.write(model, tmp_path / "out", "gguf", exporter=Gguf(kind))
+    done = export.write(model, tmp_path / "out", "gguf", exporter=GgufFile(kind))
     filled = "experts are filled up with zeros, from 20 to 32 units" in done.notes
     assert filled == kind.startswith("q")
     tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(tmp_path / "out" / f"model-{kind}.gguf").tensors}
@@ -86,7 +86,7 @@ def test_values_that_a_type_does_not_hold_are_refused(tmp_path):
     model = sparse()
     model.model.layers[1].mlp.experts.down_proj.data[0, 0, 0] = 1e6
     with pytest.raises(ValueError, match=r"blk\.1\.ffn_down_exps\.weight does not fit into f16"):
-        export.write(model, tmp_path / "out", "gguf", exporter=Gguf("f16"))
+        export.write(model, tmp_path / "out", "gguf", exporter=GgufFile("f16"))
     assert not (tmp_path / "out").exists()
 
 
@@ -97,8 +97,8 @@ def test_values_that_a_type_does_not_hold_are_refused(tmp_path):
         ("llama", "mixtral", {"hidden_act": "gelu"}, "activation: its experts have silu, the model's gelu"),
         ("qwen3", "qwen3", {"rope_parameters": LLAMA3}, "it does not scale positions as 'llama3' does"),
         ("mistral", "mixtral", {"sliding_window": 4}, "llama, windows"),
-        ("olmo2", "olmoe", {}, "norms: it has before, the model after"),
-        ("stablelm", "phi", {}, "norm: it has rms, the model layer"),
+        ("olmo2", "olmoe", {}, "norms: always before, in the model after"),
+        ("stablelm", "phi", {}, "norm: always rms, in the model layer"),
     ],
 )
 def test_what_llama_cpp_does_not_compute_is_refused_with_the_reason(base, recipe, config, reason):
@@ -165,13 +165,13 @@ def test_merges_come_by_their_rank_and_tokens_without_a_name_are_unused(tmp_path
 
 def test_a_tokenizer_that_llama_cpp_does_not_know_is_refused(tmp_path):
     fast(tmp_path, words=True)
-    with pytest.raises(Misfit, match="knows no tokenizer that cuts words as"):
+    with pytest.raises(Unsupported, match="knows no tokenizer that cuts words as"):
         read_tokenizer(tmp_path, 300)
     fast(tmp_path)
-    with pytest.raises(Misfit, match="has 264 tokens, the model 200"):
+    with pytest.raises(Unsupported, match="has 264 tokens, the model 200"):
         read_tokenizer(tmp_path, 200)
 
 
 def test_an_unknown_type_is_an_error():
     with pytest.raises(ValueError, match="did you mean 'q8_0'"):
-        Gguf("q8")
+        GgufFile("q8")

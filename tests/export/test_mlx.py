@@ -29,7 +29,7 @@ pytest.importorskip("mlx_lm")
 def test_mlx_gives_the_same_logits(base, recipe, title, tmp_path):
     done = export.write(sparse(base, recipe), tmp_path / "out", "mlx")
     assert done.notes[0].startswith(title)
-    assert done.verdict.difference < 1e-4
+    assert done.verification.difference < 1e-4
 
 
 def test_a_base_of_positions_that_mlx_does_not_find_is_found_by_the_comparison(tmp_path):

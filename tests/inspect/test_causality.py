@@ -109,7 +109,7 @@ def test_a_decoder_of_transformers_is_checked_in_its_mode_and_left_as_it_was(rou
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
 
 
-def test_native_layers_are_checked_on_an_input_that_is_guessed():
+def test_layers_of_transformers_are_checked_on_an_input_that_is_guessed():
     found = check_causality(mixtral())
     assert len(found) == 2
     assert all(found.values())

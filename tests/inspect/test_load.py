@@ -53,7 +53,7 @@ def test_rows_are_those_that_a_hand_counts():
         assert [found.rows[i, d].tolist() for i in range(2)] == list(expected.values())
 
 
-def test_native_models_are_counted_as_well():
+def test_models_of_transformers_are_counted_as_well():
     found = expert_load(mixtral(), blocks(code=2))
     assert found.rows.sum((1, 2)).tolist() == [2 * LENGTH * 2] * 2
 

@@ -47,7 +47,7 @@ def llama():
     return sparsify(causal_lm("llama"), Recipe(num_experts=4), verbose=False)
 
 
-MODELS = {"sparse llama": llama, "native mixtral": mixtral}
+MODELS = {"sparse llama": llama, "hf mixtral": mixtral}
 
 
 def sequences(padding=0, rows=16, length=12, seed=0):

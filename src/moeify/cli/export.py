@@ -38,18 +38,22 @@ def export(
     source, tokenizer = load_model(folder), _tokenizer(folder)
     output = folder.parent / f"{folder.name}-{to}" if output is None else output
     done = export.write(source, output, to, tokenizer=tokenizer, exporter=_exporter(to, as_class, weights))
-    print("\n".join([f"{done.folder}: {done.notes[0]}", *(f"  {note}" for note in done.notes[1:]), str(done.verdict)]))
+    print(
+        "\n".join(
+            [f"{done.folder}: {done.notes[0]}", *(f"  {note}" for note in done.notes[1:]), str(done.verification)]
+        )
+    )
 
 
 def _exporter(to: str, as_class: str | None, weights: str | None) -> Exporter:
     from moeify import export
 
     if to == "gguf":
-        return export.Gguf(weights, as_class)
+        return export.GgufFile(weights, as_class)
     if weights is not None:
         raise ValueError(f"--type is for --to gguf, not {to}")
     if to == "transformers":
-        return export.Native(as_class)
+        return export.HfFolder(as_class)
     if as_class is not None:
         raise ValueError(f"--class is for --to transformers and gguf, not {to}")
     return export.find_exporter(to)

@@ -1,9 +1,10 @@
 """Export sparse models to other programs: classes of transformers, which load without moeify, GGUF files, and MLX."""
 
+from moeify.export.compatibility import Compatibility, compatibility
 from moeify.export.exporter import (
     Export,
     Exporter,
-    Verdict,
+    Verification,
     exporters,
     find_exporter,
     register_exporter,
@@ -11,36 +12,35 @@ from moeify.export.exporter import (
     verify,
     write,
 )
-from moeify.export.form import Form, Misfit
-from moeify.export.gguf_file import Gguf
-from moeify.export.mlx import Mlx
-from moeify.export.native import Native
-from moeify.export.plan import Outlook, plan
+from moeify.export.gguf_file import GgufFile
+from moeify.export.hf_folder import HfFolder
+from moeify.export.mlx import MlxFolder
+from moeify.export.model_spec import ModelSpec, Unsupported
 from moeify.export.probe import Probe
-from moeify.export.routers import Choice, choice_of
+from moeify.export.routers import TokenChoice, token_choice_of
 
-register_exporter("transformers", Native())
-register_exporter("gguf", Gguf())
-register_exporter("mlx", Mlx())
+register_exporter("transformers", HfFolder())
+register_exporter("gguf", GgufFile())
+register_exporter("mlx", MlxFolder())
 
 __all__ = [
-    "Choice",
+    "Compatibility",
     "Export",
     "Exporter",
-    "Form",
-    "Gguf",
-    "Misfit",
-    "Mlx",
-    "Native",
-    "Outlook",
+    "GgufFile",
+    "HfFolder",
+    "MlxFolder",
+    "ModelSpec",
     "Probe",
-    "Verdict",
-    "choice_of",
+    "TokenChoice",
+    "Unsupported",
+    "Verification",
+    "compatibility",
     "exporters",
     "find_exporter",
-    "plan",
     "register_exporter",
     "supports",
+    "token_choice_of",
     "verify",
     "write",
 ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from moeify.export.form import Misfit
+from moeify.export.model_spec import Unsupported
 from moeify.export.rules import Field, Traits
 
 
@@ -35,7 +35,7 @@ class HeadNorm(Field):
     def write(self, value: str | None, traits: Traits) -> dict[str, Any]:
         """The flag."""
         if value not in (None, "head"):
-            raise Misfit("it normalises every head of queries and keys, the model all heads together")
+            raise Unsupported("it normalises every head of queries and keys, the model all heads together")
         return {self.name: value is not None}
 
 
@@ -60,11 +60,11 @@ class Rope:
         """All parameters; a class in which whole heads turn has no share."""
         share = value["partial_rotary_factor"]
         if not self.scaled and value["rope_type"] != "default":
-            raise Misfit(f"it does not scale positions as {value['rope_type']!r} does")
+            raise Unsupported(f"it does not scale positions as {value['rope_type']!r} does")
         if self.partial:
             return {"rope_parameters": dict(value)}
         if share != 1.0:
-            raise Misfit(f"its whole heads turn with the position, {share:g} of the model's")
+            raise Unsupported(f"its whole heads turn with the position, {share:g} of the model's")
         return {"rope_parameters": {key: part for key, part in value.items() if key != "partial_rotary_factor"}}
 
 
@@ -104,7 +104,7 @@ class Latent:
     def write(self, value: dict[str, Any] | None, traits: Traits) -> dict[str, Any]:
         """All of them."""
         if value is None:
-            raise Misfit("its attention is latent, the model's is not")
+            raise Unsupported("its attention is latent, the model's is not")
         return dict(value)
 
 
@@ -132,7 +132,7 @@ class OneWindow:
         """The window, if it is the same everywhere."""
         windows = set(value or [None])
         if len(windows) > 1:
-            raise Misfit("all its layers have the same sliding window, and those of the model differ")
+            raise Unsupported("all its layers have the same sliding window, and those of the model differ")
         (window,) = windows
         return {"sliding_window": window} | ({self.flag: window is not None} if self.flag else {})
 
@@ -158,7 +158,7 @@ class Windows:
         value = value or (None,) * traits["layers"]
         widths = {window for window in value if window is not None}
         if len(widths) > 1:
-            raise Misfit(f"its layers have one width of sliding windows, those of the model {len(widths)}")
+            raise Unsupported(f"its layers have one width of sliding windows, those of the model {len(widths)}")
         types = ["full_attention" if window is None else "sliding_attention" for window in value]
         settings = {"use_sliding_window": bool(widths), "max_window_layers": traits["layers"]}
         window = {"sliding_window": max(widths, default=None), "layer_types": types}

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from moeify.compose.merge_weights import with_full_weights
 from moeify.experts import FFN, Masked
 from moeify.experts.lora import LoRA, LoRAFFN
-from moeify.export.form import Misfit
+from moeify.export.model_spec import Unsupported
 from moeify.find.dense import DenseFFN
 from moeify.kernels.stacked import Activation, Glu
 from moeify.sparsify.shared import GatedShared
@@ -45,9 +45,9 @@ def gated_ffns(experts: nn.Module) -> GatedFFNs:
     """The experts of a layer, merged with their adapters if they have some.
 
     Raises:
-        Misfit: other experts, or ones with biases or without a gate.
+        Unsupported: other experts, or ones with biases or without a gate.
     """
-    raise Misfit(f"{type(experts).__name__} experts are no feed-forward networks of one size")
+    raise Unsupported(f"its experts, {type(experts).__name__}, are not feed-forward networks of one hidden width")
 
 
 @gated_ffns.register
@@ -69,8 +69,9 @@ def _(experts: LoRAFFN) -> GatedFFNs:
 
 @gated_ffns.register
 def _(experts: LoRA) -> GatedFFNs:
-    raise Misfit(
-        "adapters beside a linear layer have no home in other programs; MixLoRA's, inside whole networks, are merged"
+    raise Unsupported(
+        "other programs support no adapters (LoRA) as experts beside single linear layers; those of MixLoRA, whose "
+        "experts are whole feed-forward networks, are merged"
     )
 
 
@@ -78,7 +79,7 @@ def shared_of(shared: nn.Module | None) -> tuple[str, GatedFFNs, Tensor | None] 
     """Kind of a shared expert, its network as one of E = 1, and its gate; None if there is none.
 
     Raises:
-        Misfit: it is no gated network without biases.
+        Unsupported: it is no gated network without biases.
     """
     if shared is None:
         return None
@@ -86,7 +87,7 @@ def shared_of(shared: nn.Module | None) -> tuple[str, GatedFFNs, Tensor | None] 
     if isinstance(shared, GatedShared):
         kind, dense, gate = "gated", shared.dense, shared.gate.weight
     if not isinstance(dense, DenseFFN):
-        raise Misfit(f"its shared module is a {type(dense).__name__}, no feed-forward network")
+        raise Unsupported(f"its shared module is a {type(dense).__name__}, not a feed-forward network")
     up, down = dense.up_weight.unsqueeze(0), dense.down_weight.unsqueeze(0)
     return kind, _checked(up, dense.up_bias, down, dense.down_bias, dense.activation), gate
 
@@ -95,7 +96,7 @@ def _checked(
     up: Tensor, up_bias: Tensor | None, down: Tensor, down_bias: Tensor | None, activation: Activation
 ) -> GatedFFNs:
     if any(bias is not None and torch.any(bias) for bias in (up_bias, down_bias)):
-        raise Misfit("its experts have biases")
+        raise Unsupported("its experts have biases")
     if not isinstance(activation, Glu):
-        raise Misfit(f"its experts have no gate ({activation}), and those of other decoders have one")
+        raise Unsupported(f"its experts are not gated ({activation}), and those of other programs are gated (GLU)")
     return GatedFFNs(up, down, activation)

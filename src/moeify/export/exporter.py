@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import nn
 
+from moeify.export.model_spec import Unsupported
 from moeify.export.probe import Probe
 from moeify.files import read_json, write_json
 from moeify.registry import suggest
@@ -23,7 +24,7 @@ RECORD = "moeify_export.json"
 
 
 @dataclass(frozen=True)
-class Verdict:
+class Verification:
     """The result of reading an export with its target program.
 
     Attributes:
@@ -48,8 +49,20 @@ class Exporter(ABC):
     """Writes models in the format of another program, and verifies them with it."""
 
     @abstractmethod
+    def match(self, model: nn.Module) -> Any:
+        """What `write` writes: the model in the terms of the target.
+
+        Raises:
+            Unsupported: the target cannot express the model.
+        """
+
     def supports(self, model: nn.Module) -> str | None:
         """The reason why the target cannot express a model, None if it can."""
+        try:
+            self.match(model)
+        except Unsupported as error:
+            return str(error)
+        return None
 
     @abstractmethod
     def write(self, model: nn.Module, folder: Path) -> list[str]:
@@ -59,11 +72,11 @@ class Exporter(ABC):
             What the files are, and what was rewritten, in words.
 
         Raises:
-            ValueError: what `supports` says.
+            Unsupported: the target cannot express the model.
         """
 
     @abstractmethod
-    def verify(self, folder: Path, probe: Probe) -> Verdict:
+    def verify(self, folder: Path, probe: Probe) -> Verification:
         """Read a folder by the target, and compare.
 
         Raises:
@@ -107,12 +120,12 @@ class Export:
     Attributes:
         folder: where it is.
         notes: what the files are, and what was rewritten without changing the function.
-        verdict: the result of reading it with its target program.
+        verification: the result of reading it with its target program.
     """
 
     folder: Path
     notes: list[str]
-    verdict: Verdict
+    verification: Verification
 
 
 def write(
@@ -131,7 +144,7 @@ def write(
         model: what `sparsify` or `load` returned, or an MoE model of transformers; it is as it was afterwards.
         folder: must not exist, or be empty.
         to: the name of an exporter, see `exporters()`; `verify` finds it by this name.
-        exporter: one with other settings than that of the name, such as `Gguf("q8_0")`.
+        exporter: one with other settings than that of the name, such as `GgufFile("q8_0")`.
         tokenizer: of transformers, written beside the model; needed by targets that put it into the same file.
 
     Raises:
@@ -151,13 +164,13 @@ def write(
         if tokenizer is not None:
             tokenizer.save_pretrained(new)
         notes = exporter.write(model, new)
-        verdict = exporter.verify(new, probe)
-        record = {"moeify": __version__, "to": to, "notes": notes, "verdict": str(verdict)}
+        verification = exporter.verify(new, probe)
+        record = {"moeify": __version__, "to": to, "notes": notes, "verification": str(verification)}
         write_json(new / RECORD, {**record, "probe": probe.largest().to_dict()}, indent=None)
-    return Export(folder, notes, verdict)
+    return Export(folder, notes, verification)
 
 
-def verify(folder: str | Path) -> Verdict:
+def verify(folder: str | Path) -> Verification:
     """Read an export with its target program once more, and compare with the logits that were recorded.
 
     Raises:

@@ -12,7 +12,7 @@ from typing import Any
 
 from moeify.export.attention_rules import AttentionScale, HeadDim, HeadNorm, Latent, OneWindow, Rope, Windows
 from moeify.export.layer_rules import AllSparse, DenseFirst, DenseListed, EveryFew, Groups, SharedCount, SharedWidth
-from moeify.export.rules import Field, Is, Rule
+from moeify.export.rules import Always, Field, Rule
 
 DECODER: Mapping[str, Rule] = MappingProxyType({
     "vocabulary": Field("vocab_size"),
@@ -31,40 +31,40 @@ DECODER: Mapping[str, Rule] = MappingProxyType({
     "eos": Field("eos_token_id"),
     "init_std": Field("initializer_range"),
     "attention_dropout": Field("attention_dropout"),
-    "norm": Is("rms"),
-    "norms": Is("before"),
-    "query_key_norm": Is(None),
-    "rope_pairs": Is("halves"),
-    "qkv_bias": Is(False),
-    "o_bias": Is(False),
-    "ffn_bias": Is(False),
-    "head_bias": Is(False),
-    "windows": Is(None),
-    "clip_qkv": Is(None),
-    "latent": Is(None),
-    "parallel": Is(False),
-    "attention_scale": Is(None),
-    "embedding_scale": Is(1.0),
-    "residual_scale": Is(1.0),
-    "logits_divisor": Is(1.0),
-    "sparse_layers": Is(()),
+    "norm": Always("rms"),
+    "norms": Always("before"),
+    "query_key_norm": Always(None),
+    "rope_pairs": Always("halves"),
+    "qkv_bias": Always(False),
+    "o_bias": Always(False),
+    "ffn_bias": Always(False),
+    "head_bias": Always(False),
+    "windows": Always(None),
+    "clip_qkv": Always(None),
+    "latent": Always(None),
+    "parallel": Always(False),
+    "attention_scale": Always(None),
+    "embedding_scale": Always(1.0),
+    "residual_scale": Always(1.0),
+    "logits_divisor": Always(1.0),
+    "sparse_layers": Always(()),
     "ffn_hidden": Field("intermediate_size"),
 })  # fmt: skip
 """The traits of a decoder, and how the config of Llama without biases stores them."""
 
 EXPERTS: Mapping[str, Rule] = MappingProxyType({
-    "ffn_hidden": Is(None),
+    "ffn_hidden": Always(None),
     "num_experts": Field("num_local_experts"),
     "k": Field("num_experts_per_tok"),
     "expert_hidden": Field("intermediate_size"),
     "sparse_layers": AllSparse(),
-    "score": Is("softmax"),
-    "normalize": Is(True),
-    "scale": Is(1.0),
-    "selection_bias": Is(False),
-    "groups": Is(None),
-    "epsilon": Is(None),
-    "shared": Is(None),
+    "score": Always("softmax"),
+    "normalize": Always(True),
+    "scale": Always(1.0),
+    "selection_bias": Always(False),
+    "groups": Always(None),
+    "epsilon": Always(None),
+    "shared": Always(None),
 })  # fmt: skip
 """The traits of sparse layers, and how the config of Mixtral stores them."""
 
@@ -122,10 +122,10 @@ _GRANITE = _BIASES | {
     "residual_scale": Field("residual_multiplier"),
     "logits_divisor": Field("logits_scaling"),
 }
-_OLMO2 = _BIASES | {"norms": Is("after"), "query_key_norm": Is("width")}
+_OLMO2 = _BIASES | {"norms": Always("after"), "query_key_norm": Always("width")}
 _ERNIE = {
     "qkv_bias": Field("use_bias"), "o_bias": Field("use_bias"), "ffn_bias": Field("use_bias"),
-    "head_bias": Field("use_bias"), "rope_pairs": Is("neighbours"), "attention_dropout": Is(0.0),
+    "head_bias": Field("use_bias"), "rope_pairs": Always("neighbours"), "attention_dropout": Always(0.0),
 }  # fmt: skip
 _QWEN = {
     "num_experts": Field("num_experts"),
@@ -140,10 +140,10 @@ _DEEPSEEK_EXPERTS = {
     "expert_hidden": Field("moe_intermediate_size"),
     "ffn_hidden": Field("intermediate_size"),
     "sparse_layers": DenseFirst(),
-    "score": Is("sigmoid"),
+    "score": Always("sigmoid"),
     "normalize": Field("norm_topk_prob"),
     "scale": Field("routed_scaling_factor"),
-    "selection_bias": Is(True),
+    "selection_bias": Always(True),
     "groups": Groups("top2"),
     "shared": SharedCount("n_shared_experts"),
 }
@@ -151,13 +151,13 @@ _DEEPSEEK_EXPERTS = {
 DENSE: Mapping[str, Family] = MappingProxyType({family.model_type: family for family in (
     Family("llama", "Llama", {**_BIASES, "ffn_bias": Field("mlp_bias")}, without_effect=("pretraining_tp",)),
     Family("mistral", "Mistral", {"windows": OneWindow()}),
-    Family("qwen2", "Qwen2", {"qkv_bias": Is(True), "windows": Windows()}),
-    Family("qwen3", "Qwen3", {**_BIASES, "query_key_norm": Is("head"), "windows": Windows()}),
+    Family("qwen2", "Qwen2", {"qkv_bias": Always(True), "windows": Windows()}),
+    Family("qwen3", "Qwen3", {**_BIASES, "query_key_norm": Always("head"), "windows": Windows()}),
     Family("olmo2", "OLMo 2", _OLMO2),
     Family("granite", "Granite", {**_GRANITE, "ffn_bias": Field("mlp_bias")}),
     Family("ernie4_5", "Ernie 4.5", _ERNIE),
     Family("stablelm", "StableLM", {
-        "norm": Is("layer"), "norm_eps": Field("layer_norm_eps"), "qkv_bias": Field("use_qkv_bias"),
+        "norm": Always("layer"), "norm_eps": Field("layer_norm_eps"), "qkv_bias": Field("use_qkv_bias"),
         "parallel": Field("use_parallel_residual"), "query_key_norm": HeadNorm("qk_layernorm"),
         "rope": Rope(partial=True),
     }, without_effect=("hidden_dropout",)),
@@ -176,11 +176,11 @@ SPARSE: Mapping[str, Family] = MappingProxyType({family.model_type: family for f
         "shared_gate": "mlp.shared_expert_gate.weight",
     }),
     Family("qwen3_moe", "Qwen3-MoE", {
-        **_QWEN, **_BIASES, "query_key_norm": Is("head"), "windows": OneWindow("use_sliding_window"),
+        **_QWEN, **_BIASES, "query_key_norm": Always("head"), "windows": OneWindow("use_sliding_window"),
     }, MIXTRAL),
     Family("olmoe", "OLMoE", {
-        **_BIASES, "query_key_norm": Is("width"), "clip_qkv": Field("clip_qkv"), "num_experts": Field("num_experts"),
-        "normalize": Field("norm_topk_prob"),
+        **_BIASES, "query_key_norm": Always("width"), "clip_qkv": Field("clip_qkv"),
+        "num_experts": Field("num_experts"), "normalize": Field("norm_topk_prob"),
     }, MIXTRAL),
     Family("flex_olmo", "FlexOlmo", {
         **_OLMO2, "num_experts": Field("num_experts"), "normalize": Field("norm_topk_prob"),
@@ -195,7 +195,7 @@ SPARSE: Mapping[str, Family] = MappingProxyType({family.model_type: family for f
         "shared_down": "shared_mlp.output_linear.weight",
     }),
     Family("dots1", "Dots1", {
-        **_DEEPSEEK_EXPERTS, **_BIASES, "query_key_norm": Is("head"), "windows": Windows(("max_window_layers",)),
+        **_DEEPSEEK_EXPERTS, **_BIASES, "query_key_norm": Always("head"), "windows": Windows(("max_window_layers",)),
     }, SHARED_EXPERTS),
     Family("glm4_moe", "GLM4-MoE", {
         **_DEEPSEEK_EXPERTS, "qkv_bias": Field("attention_bias"), "rope": Rope(partial=True),
@@ -204,18 +204,19 @@ SPARSE: Mapping[str, Family] = MappingProxyType({family.model_type: family for f
     Family("ernie4_5_moe", "Ernie4.5-MoE", {
         **_ERNIE, "num_experts": Field("moe_num_experts"), "k": Field("moe_k"),
         "expert_hidden": Field("moe_intermediate_size"), "ffn_hidden": Field("intermediate_size"),
-        "sparse_layers": EveryFew(), "selection_bias": Is(True),
+        "sparse_layers": EveryFew(), "selection_bias": Always(True),
         "shared": SharedCount("moe_num_shared_experts", always=False),
     }, SHARED_EXPERTS | {"selection_bias": "mlp.gate.moe_statics.e_score_correction_bias"},
        without_effect=("moe_norm_min",)),
     Family("deepseek_v3", "DeepSeek-V3", {**_DEEPSEEK, **_DEEPSEEK_EXPERTS}, SHARED_EXPERTS,
            without_effect=("pretraining_tp",), settings={"num_mtp_layers": 0}),
     Family("minimax_m2", "MiniMax-M2", {
-        "query_key_norm": Is("width"), "score": Is("sigmoid"), "selection_bias": Is(True),
+        "query_key_norm": Always("width"), "score": Always("sigmoid"), "selection_bias": Always(True),
     }, MIXTRAL | {"selection_bias": "mlp.e_score_correction_bias"}),
     Family("phimoe", "PhiMoE", {
-        **_BIASES, "norm": Is("layer"), "windows": OneWindow(), "rope": Rope(scaled=False), "score": Is("sparsemixer"),
-        "normalize": Is(False), "epsilon": Field("router_jitter_noise"), "head_bias": Field("lm_head_bias"),
+        **_BIASES, "norm": Always("layer"), "windows": OneWindow(), "rope": Rope(scaled=False),
+        "score": Always("sparsemixer"), "normalize": Always(False), "epsilon": Field("router_jitter_noise"),
+        "head_bias": Field("lm_head_bias"),
     }, MIXTRAL | {"router": "mlp.router.weight"}, without_effect=("input_jitter_noise",)),
 )})  # fmt: skip
 """Classes with experts, in the order in which they are tried."""

@@ -8,9 +8,9 @@ from types import MappingProxyType
 from typing import Any
 
 from moeify.export.families import Names
-from moeify.export.form import Misfit
 from moeify.export.layer_rules import AllSparse, DenseFirst, Groups, SharedCount, SharedWidth, SomeShared
-from moeify.export.rules import Field, Is, Traits, Writes
+from moeify.export.model_spec import Unsupported
+from moeify.export.rules import Always, Field, Traits, WriteRule
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,9 @@ class Either:
     def write(self, value: Any, traits: Traits) -> dict[str, Any]:
         """Nothing: llama.cpp sees it by the tensors, or it has no effect there."""
         if self.values and value not in self.values:
-            raise Misfit(f"it can have {' or '.join(map(str, self.values))}, the model has {value}", self.values[0])
+            raise Unsupported(
+                f"it can have {' or '.join(map(str, self.values))}, the model has {value}", self.values[0]
+            )
         return {}
 
 
@@ -37,7 +39,7 @@ class Silu:
     def write(self, value: str, traits: Traits) -> dict[str, Any]:
         """Nothing, if it is the model's."""
         if value not in ("silu", "swish"):
-            raise Misfit(f"its experts have silu, the model's {value}")
+            raise Unsupported(f"its experts have silu, the model's {value}")
         return {}
 
 
@@ -54,7 +56,7 @@ class Heads:
     def write(self, value: int, traits: Traits) -> dict[str, Any]:
         """Widths of keys and values."""
         if self.square and value * traits["heads"] != traits["width"]:
-            raise Misfit(f"its heads are {traits['width']} wide together, the model's {value * traits['heads']}")
+            raise Unsupported(f"its heads are {traits['width']} wide together, the model's {value * traits['heads']}")
         return {"attention.key_length": value, "attention.value_length": value}
 
 
@@ -74,9 +76,9 @@ class Positions:
         """The base, and how many units of a head turn."""
         share, kind = value["partial_rotary_factor"], value["rope_type"]
         if share != 1.0 and not self.partial:
-            raise Misfit(f"its whole heads turn with the position, {share:g} of the model's")
+            raise Unsupported(f"its whole heads turn with the position, {share:g} of the model's")
         if kind not in (("default", "llama3", "linear") if self.factors else ("default",)):
-            raise Misfit(f"it does not scale positions as {kind!r} does")
+            raise Unsupported(f"it does not scale positions as {kind!r} does")
         turning = int(traits["head_dim"] * share)
         return {"rope.freq_base": float(value["rope_theta"]), "rope.dimension_count": turning}
 
@@ -88,7 +90,7 @@ class Gating:
     def write(self, value: str, traits: Traits) -> dict[str, Any]:
         """1 for softmax, 2 for sigmoid."""
         if value not in ("softmax", "sigmoid"):
-            raise Misfit(f"it has softmax and sigmoid, the model {value}")
+            raise Unsupported(f"it has softmax and sigmoid, the model {value}")
         return {"expert_gating_func": 1 if value == "softmax" else 2}
 
 
@@ -101,19 +103,21 @@ class OwnScale:
         return {"attention.scale": traits["head_dim"] ** -0.5 if value is None else value}
 
 
-COMMON: Mapping[str, Writes] = MappingProxyType({
+COMMON: Mapping[str, WriteRule] = MappingProxyType({
     "vocabulary": Field("vocab_size"), "width": Field("embedding_length"), "layers": Field("block_count"),
     "heads": Field("attention.head_count"), "kv_heads": Field("attention.head_count_kv"), "head_dim": Heads(),
     "activation": Silu(), "positions": Field("context_length"), "norm_eps": Field("attention.layer_norm_rms_epsilon"),
     "rope": Positions(), "tied": Either(), "pad": Either(), "bos": Either(), "eos": Either(), "init_std": Either(),
-    "attention_dropout": Either(), "norm": Is("rms"), "norms": Is("before"), "query_key_norm": Is(None),
-    "rope_pairs": Is("halves"), "qkv_bias": Either(), "o_bias": Is(False), "ffn_bias": Is(False),
-    "head_bias": Is(False), "windows": Is(None), "clip_qkv": Is(None), "latent": Is(None), "parallel": Is(False),
-    "attention_scale": Is(None), "embedding_scale": Is(1.0), "residual_scale": Is(1.0), "logits_divisor": Is(1.0),
-    "ffn_hidden": Field("feed_forward_length"), "num_experts": Field("expert_count"), "k": Field("expert_used_count"),
-    "expert_hidden": Field("expert_feed_forward_length"), "sparse_layers": AllSparse(), "score": Is("softmax"),
-    "normalize": Is(True), "scale": Is(1.0), "selection_bias": Is(False), "groups": Is(None), "epsilon": Is(None),
-    "shared": Is(None),
+    "attention_dropout": Either(), "norm": Always("rms"), "norms": Always("before"), "query_key_norm": Always(None),
+    "rope_pairs": Always("halves"), "qkv_bias": Either(), "o_bias": Always(False), "ffn_bias": Always(False),
+    "head_bias": Always(False), "windows": Always(None), "clip_qkv": Always(None), "latent": Always(None),
+    "parallel": Always(False),
+    "attention_scale": Always(None), "embedding_scale": Always(1.0), "residual_scale": Always(1.0),
+    "logits_divisor": Always(1.0), "ffn_hidden": Field("feed_forward_length"),
+    "num_experts": Field("expert_count"), "k": Field("expert_used_count"),
+    "expert_hidden": Field("expert_feed_forward_length"), "sparse_layers": AllSparse(), "score": Always("softmax"),
+    "normalize": Always(True), "scale": Always(1.0), "selection_bias": Always(False), "groups": Always(None),
+    "epsilon": Always(None), "shared": Always(None),
 })  # fmt: skip
 """The traits of most architectures."""
 
@@ -140,23 +144,23 @@ class Architecture:
     """
 
     title: str
-    differs: Mapping[str, Writes] = field(default_factory=dict)
+    differs: Mapping[str, WriteRule] = field(default_factory=dict)
     settings: Mapping[str, Any] = field(default_factory=dict)
     names: Names = field(default_factory=lambda: _PARTS)
 
     @property
-    def rules(self) -> dict[str, Writes]:
+    def rules(self) -> dict[str, WriteRule]:
         """How it stores every trait."""
         return {**COMMON, **self.differs}
 
 
 _ONE_WIDTH = {"expert_hidden": Field("feed_forward_length"), "ffn_hidden": Either()}
-_ROTATED = {"rope_pairs": Is("neighbours"), "o_bias": Either()}
+_ROTATED = {"rope_pairs": Always("neighbours"), "o_bias": Either()}
 ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType({row.title: row for row in (
     Architecture("llama", {**_ONE_WIDTH, **_ROTATED, "rope": Positions(factors=True)}),
-    Architecture("qwen3moe", {"query_key_norm": Is("head")}),
+    Architecture("qwen3moe", {"query_key_norm": Always("head")}),
     Architecture("olmoe", {
-        **_ONE_WIDTH, "query_key_norm": Is("width"), "normalize": Is(False), "tied": Is(False),
+        **_ONE_WIDTH, "query_key_norm": Always("width"), "normalize": Always(False), "tied": Always(False),
         "head_dim": Heads(square=True),
     }),
     Architecture("granitemoe", {
@@ -165,18 +169,18 @@ ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType({row.title: row for
         "residual_scale": Field("residual_scale"), "logits_divisor": Field("logit_scale"),
     }),
     Architecture("qwen2moe", {
-        "head_dim": Heads(square=True), "tied": Is(False), "normalize": Is(False),
+        "head_dim": Heads(square=True), "tied": Always(False), "normalize": Always(False),
         "shared": SomeShared(SharedWidth("expert_shared_feed_forward_length", "gated"), "gated"),
     }),
     Architecture("ernie4_5-moe", {
-        "rope_pairs": Is("neighbours"), "sparse_layers": DenseFirst("leading_dense_block_count"),
+        "rope_pairs": Always("neighbours"), "sparse_layers": DenseFirst("leading_dense_block_count"),
         "selection_bias": Either(), "shared": SharedWidth("expert_shared_feed_forward_length", "plain"),
     }, {"interleave_moe_layer_step": 1}),
     Architecture("glm4moe", {
         "rope": Positions(partial=True), "query_key_norm": Either((None, "head")),
         "sparse_layers": DenseFirst("leading_dense_block_count"), "score": Gating(),
-        "normalize": Field("expert_weights_norm"), "scale": Field("expert_weights_scale"), "selection_bias": Is(True),
-        "groups": Groups("top2", ("expert_group_count", "expert_group_used_count")),
+        "normalize": Field("expert_weights_norm"), "scale": Field("expert_weights_scale"),
+        "selection_bias": Always(True), "groups": Groups("top2", ("expert_group_count", "expert_group_used_count")),
         "shared": SomeShared(SharedCount("expert_shared_count"), "plain"),
     }),
 )})  # fmt: skip

@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moeify.export.exporter import RECORD, Exporter, Verdict
-from moeify.export.fit import Fit, best
-from moeify.export.form import Form, Misfit
+from moeify.export.exporter import RECORD, Exporter, Verification
 from moeify.export.gguf_families import ARCHITECTURES, Architecture
 from moeify.export.gguf_tokenizer import read_tokenizer
+from moeify.export.match import Match, best_match
+from moeify.export.model_spec import ModelSpec, Unsupported
 from moeify.export.probe import Probe
-from moeify.export.read import form_of
+from moeify.export.read import spec_of
 from moeify.export.rewrites import rewritten
 from moeify.registry import suggest
 
@@ -33,7 +33,7 @@ _OF_A_DTYPE = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16
 
 
 @dataclass(frozen=True)
-class Gguf(Exporter):
+class GgufFile(Exporter):
     """A folder with one GGUF file, the tokenizer in it if there is one.
 
     Every weight is read back and compared. In `f32` llama.cpp must give the same logits. In other types it rounds
@@ -56,39 +56,31 @@ class Gguf(Exporter):
         if self.weights is not None and self.weights not in TYPES:
             raise ValueError(f"{self.weights!r} is no type of weights; {suggest(self.weights, [*TYPES])}")
 
-    def supports(self, model: nn.Module) -> str | None:
-        """Why no architecture, or not the one that was asked for, computes what the model does."""
-        try:
-            self.fit(model)
-        except Misfit as misfit:
-            return str(misfit)
-        return None
-
-    def fit(self, model: nn.Module) -> Fit[Architecture]:
+    def match(self, model: nn.Module) -> Match[Architecture]:
         """The architecture, and the model in its words.
 
         Raises:
-            Misfit: no architecture, or not the one that was asked for, computes what the model does.
+            Unsupported: no architecture, or not the one that was asked for, computes what the model does.
         """
-        form = form_of(model)
-        if self._type(form) in ("q8_0", "q4_0") and form["expert_hidden"] % _BLOCK:
-            form = rewritten(form, "expert_hidden", -(-form["expert_hidden"] // _BLOCK) * _BLOCK) or form
+        spec = spec_of(model)
+        if self._type(spec) in ("q8_0", "q4_0") and spec["expert_hidden"] % _BLOCK:
+            spec = rewritten(spec, "expert_hidden", -(-spec["expert_hidden"] // _BLOCK) * _BLOCK) or spec
         if self.architecture is None:
-            return best(form, ARCHITECTURES.values(), "llama.cpp")
+            return best_match(spec, ARCHITECTURES.values(), "llama.cpp")
         if self.architecture not in ARCHITECTURES:
             near = suggest(self.architecture, [*ARCHITECTURES])
-            raise Misfit(f"no architecture with experts is called {self.architecture!r}; {near}")
-        return best(form, [ARCHITECTURES[self.architecture]], "llama.cpp")
+            raise Unsupported(f"no architecture with experts is called {self.architecture!r}; {near}")
+        return best_match(spec, [ARCHITECTURES[self.architecture]], "llama.cpp")
 
-    def _type(self, form: Form) -> str:
-        return self.weights or _OF_A_DTYPE[form.tensors["model.embed_tokens.weight"].dtype]
+    def _type(self, spec: ModelSpec) -> str:
+        return self.weights or _OF_A_DTYPE[spec.tensors["model.embed_tokens.weight"].dtype]
 
     def write(self, model: Any, folder: Path) -> list[str]:
         """Write the file, and read every weight back."""
         gguf = _gguf()
-        found = self.fit(model)
-        kind = self._type(found.form)
-        tokenizer = read_tokenizer(folder, found.form["vocabulary"])
+        found = self.match(model)
+        kind = self._type(found.spec)
+        tokenizer = read_tokenizer(folder, found.spec["vocabulary"])
         path = folder / f"model-{kind}.gguf"
         writer = gguf.GGUFWriter(path, found.family.title)
         writer.add_file_type(TYPES[kind])
@@ -107,14 +99,14 @@ class Gguf(Exporter):
         notes = [f"{found.family.title}, {kind}, {'with' if tokenizer else 'no'} tokenizer", *found.rewrites]
         if widened:
             notes.append(f"in f16, since no block of {_BLOCK} fits: {', '.join(widened)}")
-        if kind != "f32" and sum(tensor.numel() for tensor in found.form.tensors.values()) <= _SMALL:
+        if kind != "f32" and sum(tensor.numel() for tensor in found.spec.tensors.values()) <= _SMALL:
             with tempfile.TemporaryDirectory() as exact:
-                twin = Gguf("f32", found.family.title)
-                twin.write(model, Path(exact))
-                notes.append(f"in f32 {twin.verify(Path(exact), Probe.of(model))}")
+                in_fp32 = GgufFile("f32", found.family.title)
+                in_fp32.write(model, Path(exact))
+                notes.append(f"in f32 {in_fp32.verify(Path(exact), Probe.of(model))}")
         return notes
 
-    def verify(self, folder: Path, probe: Probe) -> Verdict:
+    def verify(self, folder: Path, probe: Probe) -> Verification:
         """Compare names with those that llama.cpp knows, and the logits if `llama_cpp` is installed."""
         gguf = _gguf()
         (path,) = folder.glob("*.gguf")
@@ -124,13 +116,13 @@ class Gguf(Exporter):
             import llama_cpp
         except ImportError:
             note = "names were compared; to compare logits too, pip install llama-cpp-python"
-            return Verdict(f"gguf {_version('gguf')}", None, note)
+            return Verification(f"gguf {_version('gguf')}", None, note)
         logits = _run(llama_cpp, path, probe)
         difference, agreement = probe.difference(logits), probe.agreement(logits)
         if difference > (_ROUNDING * max(1.0, probe.size) if kind == "f32" else torch.finfo(torch.float32).max):
             raise ValueError(f"llama.cpp gives other logits than the model, by {difference:.3g}")
         note = f"the same most likely token at {agreement:.1%} of the positions"
-        return Verdict(f"llama-cpp-python {_version('llama_cpp_python')}", difference, note)
+        return Verification(f"llama-cpp-python {_version('llama_cpp_python')}", difference, note)
 
 
 def _add(writer: Any, key: str, value: Any) -> None:
@@ -138,7 +130,7 @@ def _add(writer: Any, key: str, value: Any) -> None:
     kinds[type(value)](key, value)
 
 
-def _write_tensors(writer: Any, found: Fit[Architecture], kind: str) -> list[str]:
+def _write_tensors(writer: Any, found: Match[Architecture], kind: str) -> list[str]:
     """Write all tensors, and return the names of those whose rows do not divide into blocks."""
     import gguf
 
@@ -162,36 +154,36 @@ def _write_tensors(writer: Any, found: Fit[Architecture], kind: str) -> list[str
     return widened
 
 
-def _named(found: Fit[Architecture]) -> Iterator[tuple[str, Tensor]]:
+def _named(found: Match[Architecture]) -> Iterator[tuple[str, Tensor]]:
     """Every tensor by its name in the file; llama.cpp's shared gate is a vector."""
     import gguf
 
     arch = _arch(found.family.title)
-    known = gguf.get_tensor_name_map(arch, found.form["layers"])
+    known = gguf.get_tensor_name_map(arch, found.spec["layers"])
     for name, tensor in found.tensors(layer="blk.{}.").items():
         if name.startswith("blk."):
             yield name, tensor.flatten() if name.endswith("ffn_gate_inp_shexp.weight") else tensor
             continue
         stored = known.get_name(name, try_suffixes=(".weight", ".bias"))
         if stored is None:
-            raise Misfit(f"{found.family.title} has no place for {name}")
+            raise Unsupported(f"{found.family.title} has no place for {name}")
         yield stored, tensor
-    if found.form["rope"]["rope_type"] != "default":
-        yield "rope_freqs.weight", _frequency_factors(found.form)
+    if found.spec["rope"]["rope_type"] != "default":
+        yield "rope_freqs.weight", _frequency_factors(found.spec)
 
 
-def _frequency_factors(form: Form) -> Tensor:
+def _frequency_factors(spec: ModelSpec) -> Tensor:
     """By what the frequencies of positions are divided, (head_dim / 2)."""
     from transformers import LlamaConfig
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-    rope = {key: value for key, value in form["rope"].items() if key != "partial_rotary_factor"}
+    rope = {key: value for key, value in spec["rope"].items() if key != "partial_rotary_factor"}
     config = LlamaConfig(
-        hidden_size=form["width"], num_attention_heads=form["heads"], head_dim=form["head_dim"], rope_parameters=rope,
-        max_position_embeddings=form["positions"],
+        hidden_size=spec["width"], num_attention_heads=spec["heads"], head_dim=spec["head_dim"], rope_parameters=rope,
+        max_position_embeddings=spec["positions"],
     )  # fmt: skip
     scaled, _ = ROPE_INIT_FUNCTIONS[rope["rope_type"]](config, device="cpu")
-    steps = torch.arange(0, form["head_dim"], 2, dtype=torch.float32) / form["head_dim"]
+    steps = torch.arange(0, spec["head_dim"], 2, dtype=torch.float32) / spec["head_dim"]
     return rope["rope_theta"] ** -steps / scaled
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from moeify.export.form import Misfit
+from moeify.export.model_spec import Unsupported
 from moeify.files import read_json
 
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = range(1, 7)
@@ -70,16 +70,16 @@ def read_tokenizer(folder: Path, vocabulary: int) -> GgufTokenizer | None:
         vocabulary: V of the model; tokens that only the model has are marked as unused.
 
     Raises:
-        Misfit: one that llama.cpp does not know.
+        Unsupported: one that llama.cpp does not know.
     """
     if not (folder / "tokenizer.json").is_file():
         if any(folder.glob("tokenizer*")):
-            raise Misfit("its tokenizer has no tokenizer.json; save it as a fast tokenizer of transformers")
+            raise Unsupported("its tokenizer has no tokenizer.json; save it as a fast tokenizer of transformers")
         return None
     values = read_json(folder / "tokenizer.json")
     model = values["model"]
     if model.get("type") != "BPE":
-        raise Misfit(
+        raise Unsupported(
             f"its tokenizer is a {model.get('type')}, and only BPE has the same tokens in llama.cpp; leave out the "
             "tokenizer (tokenizer=None), and give token ids"
         )
@@ -105,7 +105,7 @@ def _tokens(values: dict[str, Any], vocabulary: int) -> tuple[list[str], list[in
         number: token["content"] for number, token in added.items()
     }
     if max(names) >= vocabulary:
-        raise Misfit(f"its tokenizer has {max(names) + 1} tokens, the model {vocabulary}")
+        raise Unsupported(f"its tokenizer has {max(names) + 1} tokens, the model {vocabulary}")
     tokens, types = [], []
     for number in range(vocabulary):
         token = names.get(number)
@@ -128,7 +128,7 @@ def _words(pre_tokenizer: dict[str, Any] | None) -> str:
     pattern = next((part["pattern"].get("Regex") for part in parts if part["type"] == "Split"), None)
     known = {"Split", "ByteLevel"}
     if pattern not in PATTERNS or {part["type"] for part in parts} - known or not parts:
-        raise Misfit(
+        raise Unsupported(
             f"llama.cpp knows no tokenizer that cuts words as {json.dumps(pattern or parts)}; leave out the tokenizer "
             "(tokenizer=None), and give token ids"
         )

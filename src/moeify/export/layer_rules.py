@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from moeify.export.form import Misfit
+from moeify.export.model_spec import Unsupported
 from moeify.export.rules import Traits
 
 
@@ -22,7 +22,7 @@ class AllSparse:
     def write(self, value: tuple[int, ...], traits: Traits) -> dict[str, Any]:
         """Nothing, if they all have."""
         if len(value) != traits["layers"]:
-            raise Misfit(
+            raise Unsupported(
                 f"all its layers are sparse, {len(value)} of the model's {traits['layers']} are; make every layer "
                 "sparse (where=ffn)"
             )
@@ -64,7 +64,7 @@ class DenseFirst:
         """How many are dense."""
         first = traits["layers"] - len(value)
         if value != tuple(range(first, traits["layers"])):
-            raise Misfit("its sparse layers are all behind its dense ones, and in the model they alternate")
+            raise Unsupported("its sparse layers are all behind its dense ones, and in the model they alternate")
         return {self.name: first}
 
 
@@ -85,7 +85,7 @@ class EveryFew:
         for step in range(1, traits["layers"] + 1):
             if value == tuple(i for i in range(value[0], value[-1] + 1) if (i + 1) % step == 0):
                 return dict(zip(self.fields, (value[0], value[-1], step), strict=True))
-        raise Misfit(f"no interval takes the sparse layers {', '.join(map(str, value))}")
+        raise Unsupported(f"no interval takes the sparse layers {', '.join(map(str, value))}")
 
 
 @dataclass(frozen=True)
@@ -108,9 +108,9 @@ class Groups:
         """Both numbers."""
         count, keep, reduce = value or (1, 1, self.reduce)
         if reduce != self.reduce:
-            raise Misfit(f"its groups score as {self.reduce!r}, the model's as {reduce!r}")
+            raise Unsupported(f"its groups score as {self.reduce!r}, the model's as {reduce!r}")
         if traits["num_experts"] // count < 2:
-            raise Misfit("its groups have two experts at least")
+            raise Unsupported("its groups have two experts at least")
         return dict(zip(self.fields, (count, keep), strict=True))
 
 
@@ -141,9 +141,9 @@ class SharedWidth:
     def write(self, value: tuple[str, int] | None, traits: Traits) -> dict[str, Any]:
         """The width."""
         if value is None and self.always:
-            raise Misfit(f"it has a {self.kind} shared expert, the model none", (self.kind, 0))
+            raise Unsupported(f"it has a {self.kind} shared expert, the model none", (self.kind, 0))
         if value is not None and value[0] != self.kind:
-            raise Misfit(f"its shared expert is {self.kind}, the model's is {value[0]}")
+            raise Unsupported(f"its shared expert is {self.kind}, the model's is {value[0]}")
         return {self.name: value[1] if value else 0}
 
 
@@ -167,14 +167,14 @@ class SharedCount:
     def write(self, value: tuple[str, int] | None, traits: Traits) -> dict[str, Any]:
         """The number of experts."""
         if value is None and self.always:
-            raise Misfit("it has a shared expert, the model none", ("plain", 0))
+            raise Unsupported("it has a shared expert, the model none", ("plain", 0))
         kind, width = value or ("plain", 0)
         if kind != "plain":
-            raise Misfit(f"its shared expert has no gate, the model's is {kind}")
+            raise Unsupported(f"its shared expert has no gate, the model's is {kind}")
         count = -(-width // traits["expert_hidden"])
         if count * traits["expert_hidden"] != width:
             whole = count * traits["expert_hidden"]
-            raise Misfit(f"its shared expert is {whole} wide, the model's {width}", ("plain", whole))
+            raise Unsupported(f"its shared expert is {whole} wide, the model's {width}", ("plain", whole))
         return {self.name: count}
 
 
@@ -202,5 +202,5 @@ class SomeShared:
     def write(self, value: tuple[str, int] | None, traits: Traits) -> dict[str, Any]:
         """The width."""
         if value is None or value[1] == 0:
-            raise Misfit("it has a shared expert, the model none", (self.kind, traits["expert_hidden"]))
+            raise Unsupported("it has a shared expert, the model none", (self.kind, traits["expert_hidden"]))
         return self.rule.write(value, traits)

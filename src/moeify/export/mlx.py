@@ -10,21 +10,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moeify.export.exporter import Exporter, Verdict
+from moeify.export.exporter import Exporter, Verification
 from moeify.export.families import SPARSE, Family
-from moeify.export.fit import Fit, best
-from moeify.export.form import Misfit
+from moeify.export.hf_folder import HfFolder, write_hf_folder
 from moeify.export.layer_rules import SharedWidth, SomeShared
-from moeify.export.native import Native, write_fit
+from moeify.export.match import Match, best_match
 from moeify.export.probe import Probe
-from moeify.export.read import form_of
-from moeify.export.rules import Is, Rule
+from moeify.export.read import spec_of
+from moeify.export.rules import Always, Rule
 
 _ROUNDING = 1e-4
 _OTHERWISE: Mapping[str, Mapping[str, Rule]] = {
     "qwen2_moe": {
-        "qkv_bias": Is(True),
-        "normalize": Is(False),
+        "qkv_bias": Always(True),
+        "normalize": Always(False),
         "shared": SomeShared(SharedWidth("shared_expert_intermediate_size", "gated"), "gated"),
     },
     **{name: {} for name in ("mixtral", "qwen3_moe", "olmoe", "dots1", "glm4_moe", "deepseek_v3")},
@@ -33,43 +32,35 @@ _OTHERWISE: Mapping[str, Mapping[str, Rule]] = {
 
 
 @dataclass(frozen=True)
-class Mlx(Exporter):
+class MlxFolder(Exporter):
     """A folder that `mlx_lm.load` reads, and transformers too."""
 
-    def supports(self, model: nn.Module) -> str | None:
-        """Why no class that mlx-lm has computes what the model does."""
-        try:
-            self.fit(model)
-        except Misfit as misfit:
-            return str(misfit)
-        return None
-
-    def fit(self, model: nn.Module) -> Fit[Family]:
+    def match(self, model: nn.Module) -> Match[Family]:
         """The class, and the model in its words.
 
         Raises:
-            Misfit: no class that mlx-lm has computes what the model does.
+            Unsupported: no class that mlx-lm has computes what the model does.
         """
         rows = [replace(SPARSE[name], differs={**SPARSE[name].differs, **rules}) for name, rules in _OTHERWISE.items()]
-        return best(form_of(model), rows, "mlx-lm")
+        return best_match(spec_of(model), rows, "mlx-lm")
 
     def write(self, model: Any, folder: Path) -> list[str]:
-        """Write what `Native` writes."""
-        return write_fit(self.fit(model), model, folder)
+        """Write what `HfFolder` writes."""
+        return write_hf_folder(self.match(model), model, folder)
 
-    def verify(self, folder: Path, probe: Probe) -> Verdict:
+    def verify(self, folder: Path, probe: Probe) -> Verification:
         """Read it by transformers, and by MLX."""
         try:
             import mlx_lm
             from mlx_lm.utils import load_model
         except ImportError:
             raise ImportError("to compare with MLX, pip install mlx-lm, and on Linux 'mlx[cpu]'") from None
-        by_transformers = Native().verify(folder, probe)
+        by_transformers = HfFolder().verify(folder, probe)
         model, _ = load_model(folder)
         difference = probe.difference(_logits(model, probe))
         if difference > _ROUNDING * max(1.0, probe.size):
             raise ValueError(f"MLX gives other logits than the model, by {difference:.3g}")
-        return Verdict(f"mlx-lm {mlx_lm.__version__}", difference, str(by_transformers))
+        return Verification(f"mlx-lm {mlx_lm.__version__}", difference, str(by_transformers))
 
 
 def _logits(model: Any, probe: Probe) -> Tensor:

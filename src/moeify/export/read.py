@@ -1,4 +1,4 @@
-"""Read a model as a `Form`: one that `sparsify` made of a class of the table, or a sparse class of the table itself."""
+"""Read a model as a `ModelSpec`: a class of `families` that `sparsify` made sparse, or an MoE class of `families`."""
 
 from __future__ import annotations
 
@@ -11,25 +11,25 @@ from torch import Tensor, nn
 from moeify.experts.base import Experts
 from moeify.export.experts import GatedFFNs, gated_ffns, shared_of
 from moeify.export.families import DENSE, EXPERTS, SPARSE, Family
-from moeify.export.form import Form, Misfit
-from moeify.export.routers import choice_of
+from moeify.export.model_spec import ModelSpec, Unsupported
+from moeify.export.routers import token_choice_of
 from moeify.layers import moe_layers
 from moeify.moe import MoE
 from moeify.store.config import architecture_of
 from moeify.store.peft import has_adapters
 
 
-def form_of(model: nn.Module) -> Form:
-    """The form of a causal language model of transformers with sparse layers.
+def spec_of(model: nn.Module) -> ModelSpec:
+    """What a causal language model of transformers with sparse layers computes, as a `ModelSpec`.
 
     Raises:
-        Misfit: a class that is not in the table, or sparse layers that the tables cannot express.
+        Unsupported: a class that is not in the table, or sparse layers that the tables cannot express.
     """
     if has_adapters(model):
-        raise Misfit("it has adapters of PEFT; merge them first: model = model.merge_and_unload()")
+        raise Unsupported("it has adapters of PEFT; merge them first: model = model.merge_and_unload()")
     layers = moe_layers(model)
     family = _family(model, DENSE if layers else SPARSE)
-    return _sparsified(model, family, layers) if layers else _native(model, family)
+    return _read_sparsified(model, family, layers) if layers else _read_hf(model, family)
 
 
 def _family(model: Any, table: Any) -> Family:
@@ -39,8 +39,8 @@ def _family(model: Any, table: Any) -> Family:
     model_type = getattr(getattr(architecture, "config_class", None), "model_type", "")
     if model_type not in table or getattr(architecture, "__name__", "") != heads.get(model_type):
         known = ", ".join(f"{family.title}" for family in table.values())
-        kind = "no sparse layers of ours, and is" if table is SPARSE else "a base that is"
-        raise Misfit(f"{type(model).__name__} has {kind} none of the causal language models {known}")
+        kind = "no sparse layers of moeify, and is no MoE" if table is SPARSE else "sparse layers of moeify, but is no"
+        raise Unsupported(f"{type(model).__name__} has {kind} causal language model that can be exported: {known}")
     return table[model_type]
 
 
@@ -54,7 +54,7 @@ def _base(model: Any, family: Family) -> tuple[dict[str, Any], dict[str, Tensor]
     return traits, {name: tensor.detach() for name, tensor in tensors.items()}
 
 
-def _native(model: Any, family: Family) -> Form:
+def _read_hf(model: Any, family: Family) -> ModelSpec:
     traits, tensors = _base(model, family)
     for i in traits["sparse_layers"]:
         for part, names in family.names.items():
@@ -62,50 +62,51 @@ def _native(model: Any, family: Family) -> Form:
             if stored[0] in tensors:
                 found = torch.cat([tensors.pop(name) for name in stored]) if len(stored) > 1 else tensors.pop(stored[0])
                 tensors[f"layers.{i}.{part}"] = found.flatten() if part == "selection_bias" else found
-    return Form(_that_matter(traits), tensors)
+    return ModelSpec(_with_effect(traits), tensors)
 
 
-def _sparsified(model: Any, family: Family, layers: dict[str, MoE]) -> Form:
+def _read_sparsified(model: Any, family: Family, layers: dict[str, MoE]) -> ModelSpec:
     traits, tensors = _base(model, family)
-    traits["sparse_layers"] = tuple(sorted(_place(name) for name in layers))
+    traits["sparse_layers"] = tuple(sorted(_layer_index(name) for name in layers))
     rewrites: dict[str, None] = {}
     of_layers: dict[str, dict[str, Any]] = {}
     for name, layer in layers.items():
         for inner in [key for key in tensors if key.startswith(f"{name}.")]:
             del tensors[inner]
         of_layers[name], parts, merged = _sparse_layer(layer, model.config.hidden_act)
-        tensors |= {f"layers.{_place(name)}.{part}": tensor.detach() for part, tensor in parts.items()}
+        tensors |= {f"layers.{_layer_index(name)}.{part}": tensor.detach() for part, tensor in parts.items()}
         rewrites |= dict.fromkeys(merged)
     traits = dict.fromkeys(EXPERTS) | traits | _common(of_layers)
     unknown = [name for name in tensors if re.fullmatch(r"model\.layers\.\d+\.after\..*", name)]
     if unknown:
-        raise Misfit("further networks follow its sparse layers (after=sandwich), which no other program has")
-    return Form(_that_matter(traits), tensors, tuple(rewrites))
+        raise Unsupported("dense networks follow its sparse layers (after=sandwich), which no other program supports")
+    return ModelSpec(_with_effect(traits), tensors, tuple(rewrites))
 
 
-def _that_matter(traits: dict[str, Any]) -> dict[str, Any]:
+def _with_effect(traits: dict[str, Any]) -> dict[str, Any]:
     """All traits but those of dense networks, if there are none."""
     all_sparse = len(traits["sparse_layers"]) == traits["layers"]
     idle = {"ffn_hidden", *(["ffn_bias"] if traits["shared"] is None else [])} if all_sparse else ()
     return {trait: value for trait, value in traits.items() if trait not in idle}
 
 
-def _place(name: str) -> int:
+def _layer_index(name: str) -> int:
     found = re.fullmatch(r"model\.layers\.(\d+)\.mlp", name)
     if name.endswith(".mlp.moe"):
         raise Misfit("sparse layers read sub-tokens, between two linear maps that no other program has")
     if found is None:
-        raise Misfit(
-            f"a sparse layer stands at {name}, and other programs have them in the place of feed-forward networks only"
-            "; moeify.compose.merge_into_base(model, weights) makes one dense model of adapters beside linear layers"
+        raise Unsupported(
+            f"its sparse layer {name} replaces a single linear layer, and experts of other programs are whole "
+            "feed-forward networks (mlp); moeify.compose.merge_into_base(model, weights) makes one dense model of "
+            "adapters beside linear layers"
         )
     return int(found[1])
 
 
 def _sparse_layer(layer: MoE, hidden_act: str) -> tuple[dict[str, Any], dict[str, Tensor], tuple[str, ...]]:
-    choice, shared = choice_of(layer.router), shared_of(layer.shared)
+    choice, shared = token_choice_of(layer.router), shared_of(layer.shared)
     if not isinstance(layer.experts, Experts):
-        raise Misfit(f"its experts are inside a {type(layer.experts).__name__}; take it off first")
+        raise Unsupported(f"its experts are wrapped in a {type(layer.experts).__name__}; export them without it")
     experts = gated_ffns(layer.experts)
     traits = choice.traits | {"num_experts": len(experts.down), "expert_hidden": experts.hidden}
     parts = {"router": choice.router, "gate_up": experts.gate_up, "down": experts.down}
@@ -126,7 +127,7 @@ def _require_activation(ffns: GatedFFNs, hidden_act: str) -> None:
 
     x = torch.linspace(-6, 6, 97)
     if not torch.equal(ACT2FN[hidden_act](x), ffns.activation.act(x)):
-        raise Misfit(f"its experts do not have the activation of the model, {hidden_act}")
+        raise Unsupported(f"the activation of its experts is not that of the dense model, {hidden_act}")
 
 
 def _common(of_layers: dict[str, dict[str, Any]]) -> dict[str, Any]:
@@ -135,5 +136,8 @@ def _common(of_layers: dict[str, dict[str, Any]]) -> dict[str, Any]:
     for name, other in others:
         for trait, value in other.items():
             if value != traits[trait]:
-                raise Misfit(f"{trait} is {traits[trait]} in {first} and {value} in {name}; other programs have one")
+                raise Unsupported(
+                    f"{trait} is {traits[trait]} in {first} and {value} in {name}; in other programs it is the same in "
+                    "all layers"
+                )
     return traits

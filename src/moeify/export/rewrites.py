@@ -1,4 +1,4 @@
-"""Rewrites that change tensors and traits of a `Form` and not its function, one per trait."""
+"""Rewrites that change tensors and traits of a `ModelSpec` and not its function, one per trait."""
 
 from __future__ import annotations
 
@@ -9,68 +9,68 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from moeify.export.form import Form
+from moeify.export.model_spec import ModelSpec
 
-Rewrite = Callable[[Form, Any], Form | None]
+Rewrite = Callable[[ModelSpec, Any], ModelSpec | None]
 
 
-def rewritten(form: Form, trait: str, wanted: Any) -> Form | None:
+def rewritten(spec: ModelSpec, trait: str, wanted: Any) -> ModelSpec | None:
     """The same function with another value of a trait, None if no rewrite gives it."""
-    return REWRITES[trait](form, wanted) if trait in REWRITES else None
+    return REWRITES[trait](spec, wanted) if trait in REWRITES else None
 
 
-def _scale(form: Form, wanted: float) -> Form:
+def _scale(spec: ModelSpec, wanted: float) -> ModelSpec:
     """w · E(x) = E'(x) where the down projection is multiplied by w."""
-    ratio = form["scale"] / wanted
-    down = {name: tensor * ratio for name, tensor in form.each("down").items()}
-    return form.rewritten(f"the scale of the weights, {ratio:g}, is multiplied into the experts", down, scale=wanted)
+    ratio = spec["scale"] / wanted
+    down = {name: tensor * ratio for name, tensor in spec.each("down").items()}
+    return spec.rewritten(f"the scale of the weights, {ratio:g}, is multiplied into the experts", down, scale=wanted)
 
 
-def _selection_bias(form: Form, wanted: bool) -> Form | None:
-    biases = form.each("selection_bias")
+def _selection_bias(spec: ModelSpec, wanted: bool) -> ModelSpec | None:
+    biases = spec.each("selection_bias")
     if wanted:
-        router = form.each("router")
+        router = spec.each("router")
         zeros = {
             name.replace("router", "selection_bias"): torch.zeros(len(weight), device=weight.device)
             for name, weight in router.items()
         }
-        return form.rewritten("a selection bias of zeros is added", zeros, selection_bias=True)
+        return spec.rewritten("a selection bias of zeros is added", zeros, selection_bias=True)
     if any(torch.any(bias != bias[0]) for bias in biases.values()):
         return None
-    return form.without("the selection bias, the same for all experts, is left out", {*biases}, selection_bias=False)
+    return spec.without("the selection bias, the same for all experts, is left out", {*biases}, selection_bias=False)
 
 
-def _shared(form: Form, wanted: tuple[str, int] | None) -> Form | None:
+def _shared(spec: ModelSpec, wanted: tuple[str, int] | None) -> ModelSpec | None:
     """Units whose weights are zero add nothing."""
     if wanted is None:
         return None
     kind, width = wanted
-    old = form["shared"]
+    old = spec["shared"]
     if old is not None and (old[0] != kind or old[1] > width):
         return None
     tensors: dict[str, Tensor] = {}
-    for i in form["sparse_layers"]:
-        like = form.tensors[f"layers.{i}.down"]
-        down = form.tensors.get(f"layers.{i}.shared_down", like.new_zeros(form["width"], 0))
-        gate_up = form.tensors.get(f"layers.{i}.shared_gate_up", like.new_zeros(0, form["width"]))
+    for i in spec["sparse_layers"]:
+        like = spec.tensors[f"layers.{i}.down"]
+        down = spec.tensors.get(f"layers.{i}.shared_down", like.new_zeros(spec["width"], 0))
+        gate_up = spec.tensors.get(f"layers.{i}.shared_gate_up", like.new_zeros(0, spec["width"]))
         more = width - down.shape[1]
         halves = [F.pad(half, (0, 0, 0, more)) for half in gate_up.chunk(2)] if len(gate_up) else [
-            like.new_zeros(width, form["width"])] * 2  # fmt: skip
+            like.new_zeros(width, spec["width"])] * 2  # fmt: skip
         tensors |= {f"layers.{i}.shared_down": F.pad(down, (0, more)), f"layers.{i}.shared_gate_up": torch.cat(halves)}
         if kind == "gated" and old is None:
-            tensors[f"layers.{i}.shared_gate"] = like.new_ones(1, form["width"])  # llama.cpp divides by its product
+            tensors[f"layers.{i}.shared_gate"] = like.new_ones(1, spec["width"])  # llama.cpp divides by its product
     what = f"a shared expert of {width} units is added" if old is None else (
         f"the shared expert is filled up with zeros, from {old[1]} to {width} units")  # fmt: skip
-    return form.rewritten(what, tensors, shared=wanted)
+    return spec.rewritten(what, tensors, shared=wanted)
 
 
 def _biases(trait: str, projections: tuple[str, ...]) -> Rewrite:
-    def rewrite(form: Form, wanted: bool) -> Form | None:
-        if form["latent"] is not None:
+    def rewrite(spec: ModelSpec, wanted: bool) -> ModelSpec | None:
+        if spec["latent"] is not None:
             return None  # latent attention has its biases in other projections
         weights = {
             name: tensor
-            for name, tensor in form.tensors.items()
+            for name, tensor in spec.tensors.items()
             if name.endswith(tuple(f"{projection}.weight" for projection in projections))
         }
         biases = {
@@ -78,25 +78,25 @@ def _biases(trait: str, projections: tuple[str, ...]) -> Rewrite:
         }
         said = ", ".join(projection.removesuffix("_proj") for projection in projections)
         if wanted:
-            return form.rewritten(f"biases of zeros are added to {said}", biases, **{trait: True})
-        if any(torch.any(form.tensors[name]) for name in biases):
+            return spec.rewritten(f"biases of zeros are added to {said}", biases, **{trait: True})
+        if any(torch.any(spec.tensors[name]) for name in biases):
             return None
-        return form.without(f"the biases of {said}, all zero, are left out", {*biases}, **{trait: False})
+        return spec.without(f"the biases of {said}, all zero, are left out", {*biases}, **{trait: False})
 
     return rewrite
 
 
-def _rope_pairs(form: Form, wanted: str) -> Form | None:
+def _rope_pairs(spec: ModelSpec, wanted: str) -> ModelSpec | None:
     """Positions turn pairs of units; which ones are a pair is an order of the rows of queries and keys."""
-    if form["latent"] is not None or form["query_key_norm"] is not None or form["rope"]["partial_rotary_factor"] != 1.0:
+    if spec["latent"] is not None or spec["query_key_norm"] is not None or spec["rope"]["partial_rotary_factor"] != 1.0:
         return None
     tensors = {
-        name: reordered(tensor, form["head_dim"], wanted)
-        for name, tensor in form.tensors.items()
+        name: reordered(tensor, spec["head_dim"], wanted)
+        for name, tensor in spec.tensors.items()
         if name.endswith(("q_proj.weight", "k_proj.weight", "q_proj.bias", "k_proj.bias"))
     }
     what = "the rows of queries and keys are reordered, since positions turn other pairs of units"
-    return form.rewritten(what, tensors, rope_pairs=wanted)
+    return spec.rewritten(what, tensors, rope_pairs=wanted)
 
 
 def reordered(rows: Tensor, head_dim: int, pairs: str) -> Tensor:
@@ -105,29 +105,29 @@ def reordered(rows: Tensor, head_dim: int, pairs: str) -> Tensor:
     return rows.unflatten(0, (-1, *split)).transpose(1, 2).flatten(0, 2).contiguous()
 
 
-def _tied(form: Form, wanted: bool) -> Form | None:
+def _tied(spec: ModelSpec, wanted: bool) -> ModelSpec | None:
     if wanted:
         return None
-    head = {"lm_head.weight": form.tensors["model.embed_tokens.weight"]}
-    return form.rewritten("the embeddings are written twice, as the output map too", head, tied=False)
+    head = {"lm_head.weight": spec.tensors["model.embed_tokens.weight"]}
+    return spec.rewritten("the embeddings are written twice, as the output map too", head, tied=False)
 
 
-def _expert_hidden(form: Form, wanted: int) -> Form:
+def _expert_hidden(spec: ModelSpec, wanted: int) -> ModelSpec:
     """Units whose weights are zero add nothing."""
-    more = wanted - form["expert_hidden"]
-    down = {name: F.pad(tensor, (0, more)) for name, tensor in form.each("down").items()}
+    more = wanted - spec["expert_hidden"]
+    down = {name: F.pad(tensor, (0, more)) for name, tensor in spec.each("down").items()}
     up = {
         name: torch.cat([F.pad(half, (0, 0, 0, more)) for half in tensor.chunk(2, dim=1)], dim=1)
-        for name, tensor in form.each("gate_up").items()
+        for name, tensor in spec.each("gate_up").items()
     }
-    what = f"experts are filled up with zeros, from {form['expert_hidden']} to {wanted} units"
-    return form.rewritten(what, down | up, expert_hidden=wanted)
+    what = f"experts are filled up with zeros, from {spec['expert_hidden']} to {wanted} units"
+    return spec.rewritten(what, down | up, expert_hidden=wanted)
 
 
-def _windows(form: Form, wanted: None) -> Form | None:
-    if any(window is not None and window < form["positions"] for window in form["windows"]):
+def _windows(spec: ModelSpec, wanted: None) -> ModelSpec | None:
+    if any(window is not None and window < spec["positions"] for window in spec["windows"]):
         return None
-    return form.rewritten("sliding windows, no shorter than the longest text, are left out", windows=wanted)
+    return spec.rewritten("sliding windows, no shorter than the longest text, are left out", windows=wanted)
 
 
 REWRITES: dict[str, Rewrite] = {

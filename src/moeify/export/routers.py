@@ -1,6 +1,6 @@
 """Routers in evaluation as settings of token choice (top-k), the only kind of routing that other programs have.
 
-`choice_of.register(MyRouter)` adds a router of your own.
+`token_choice_of.register(MyRouter)` adds a router of your own.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moeify.export.form import Misfit
+from moeify.export.model_spec import Unsupported
 from moeify.routers import (
     Capacity,
     Compete,
@@ -30,7 +30,7 @@ from moeify.routers import (
 
 
 @dataclass(frozen=True, kw_only=True)
-class Choice:
+class TokenChoice:
     """Token choice in evaluation, see `TopK`.
 
     Attributes:
@@ -55,7 +55,7 @@ class Choice:
 
     @property
     def traits(self) -> dict[str, Any]:
-        """All but the tensors, by the names of the traits of a `Form`."""
+        """All but the tensors, by the names of the traits of a `ModelSpec`."""
         return {
             "k": self.k, "score": self.score, "normalize": self.normalize, "scale": self.scale,
             "selection_bias": self.bias is not None, "groups": self.groups, "epsilon": self.epsilon,
@@ -66,78 +66,83 @@ _SCORES = {softmax: "softmax", sigmoid: "sigmoid", sqrt_softplus: "sqrt_softplus
 
 
 @singledispatch
-def choice_of(router: nn.Module) -> Choice:
+def token_choice_of(router: nn.Module) -> TokenChoice:
     """The token choice that a router computes in evaluation.
 
     Raises:
-        Misfit: it does not compute token choice by one linear projection.
+        Unsupported: it does not compute token choice by one linear projection.
     """
-    raise Misfit(f"{type(router).__name__} is no token choice by one projection, which is all that other programs know")
+    raise Unsupported(
+        f"its router, {type(router).__name__}, does not choose the top k experts of every token by one linear "
+        "projection, the only routing that other programs support"
+    )
 
 
-@choice_of.register
-def _(router: TopK) -> Choice:
+@token_choice_of.register
+def _(router: TopK) -> TokenChoice:
     if router.per != "token":
-        raise Misfit("one decision for a whole sequence (per='sequence') is known to no other program")
+        raise Unsupported("its router decides once per sequence (per='sequence'), which no other program supports")
     if router.bias is not None:
-        raise Misfit("the projection of its router has a bias (bias=True)")
+        raise Unsupported("the projection of its router has a bias (bias=True)")
     if router.score not in _SCORES:
-        raise Misfit(
-            f"a score of your own, {getattr(router.score, '__name__', router.score)}, is known to no other program"
+        raise Unsupported(
+            f"no other program supports the score function {getattr(router.score, '__name__', router.score)}"
         )
     if router.select == "logit" and router.selection_bias is not None:
-        raise Misfit("its selection bias is added to logits (select='logit')")
+        raise Unsupported("its selection bias is added to logits (select='logit')")
     groups = router.expert_groups
     if groups is not None and groups.fill != float("-inf"):
-        raise Misfit(f"experts of other groups score {groups.fill:g}, so that they may still be chosen")
+        raise Unsupported(
+            f"experts outside the chosen groups score {groups.fill:g} (expert_groups.fill) and may still be chosen"
+        )
     limited = groups is not None and groups.keep < groups.count
-    return Choice(
+    return TokenChoice(
         router=router.weight, k=router.k, score=_SCORES[router.score], normalize=router.normalize, scale=router.scale,
         bias=router.selection_bias, groups=(groups.count, groups.keep, groups.reduce) if groups and limited else None,
     )  # fmt: skip
 
 
-@choice_of.register
-def _(router: NoisyTopK) -> Choice:
-    return Choice(router=router.weight, k=router.k, normalize=router.order == "select")
+@token_choice_of.register
+def _(router: NoisyTopK) -> TokenChoice:
+    return TokenChoice(router=router.weight, k=router.k, normalize=router.order == "select")
 
 
-@choice_of.register
-def _(router: Compete) -> Choice:
-    return Choice(router=router.weight, k=router.k)
+@token_choice_of.register
+def _(router: Compete) -> TokenChoice:
+    return TokenChoice(router=router.weight, k=router.k)
 
 
-@choice_of.register
-def _(router: Frozen) -> Choice:
-    return Choice(router=router.weight, k=router.k)
+@token_choice_of.register
+def _(router: Frozen) -> TokenChoice:
+    return TokenChoice(router=router.weight, k=router.k)
 
 
-@choice_of.register
-def _(router: GShard) -> Choice:
+@token_choice_of.register
+def _(router: GShard) -> TokenChoice:
     if router.eval_random:
-        raise Misfit("its second expert is used at random in evaluation too (eval_random=True)")
-    return Choice(router=router.weight, k=2)
+        raise Unsupported("it drops the second expert at random in evaluation too (eval_random=True)")
+    return TokenChoice(router=router.weight, k=2)
 
 
-@choice_of.register
-def _(router: SparseMixer) -> Choice:
-    return Choice(
+@token_choice_of.register
+def _(router: SparseMixer) -> TokenChoice:
+    return TokenChoice(
         router=router.weight, k=router.k, score="sparsemixer", normalize=False, epsilon=router.epsilon
     )  # fmt: skip
 
 
-@choice_of.register
-def _(router: DefaultVector) -> Choice:
+@token_choice_of.register
+def _(router: DefaultVector) -> TokenChoice:
     if torch.any(router.get_buffer("default")):
-        raise Misfit("experts that are not chosen contribute default vectors, which no other program adds")
-    return Choice(router=router.weight, k=router.k, normalize=False)
+        raise Unsupported("its router adds default vectors of experts that are not chosen, and no other program does")
+    return TokenChoice(router=router.weight, k=router.k, normalize=False)
 
 
-@choice_of.register
-def _(router: Capacity) -> Choice:
+@token_choice_of.register
+def _(router: Capacity) -> TokenChoice:
     if math.isinf(router.eval_factor):
-        return choice_of(router.router)
-    raise Misfit(
-        "it drops rows beyond a capacity in evaluation, which no other program does as it does; to export it without, "
+        return token_choice_of(router.router)
+    raise Unsupported(
+        "it drops rows beyond a capacity in evaluation, which no other program supports; to export without a capacity, "
         "call moeify.serve.serve_with(model, capacity=float('inf')) first"
     )

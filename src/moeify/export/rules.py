@@ -1,6 +1,6 @@
-"""Rules: how the configuration of a class stores one trait of a `Form`; the same object reads and writes it.
+"""Rules: how the configuration of a class stores one trait of a `ModelSpec`; the same object reads and writes it.
 
-A rule names its fields, `read`s the trait from a configuration, and `write`s a trait as fields or raises `Misfit`.
+A rule names its fields, `read`s the trait from a configuration, and `write`s a trait as fields or raises `Unsupported`.
 """
 
 from __future__ import annotations
@@ -9,24 +9,24 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from moeify.export.form import Misfit
+from moeify.export.model_spec import Unsupported
 
 Traits = Mapping[str, Any]
 
 
-class Writes(Protocol):
+class WriteRule(Protocol):
     """How a trait is written."""
 
     def write(self, value: Any, traits: Traits) -> dict[str, Any]:
         """The fields that express a value of the trait.
 
         Raises:
-            Misfit: the class cannot express it.
+            Unsupported: the class cannot express it.
         """
         ...
 
 
-class Rule(Writes, Protocol):
+class Rule(WriteRule, Protocol):
     """How the configuration of a class stores a trait: the rule also reads it."""
 
     @property
@@ -40,8 +40,8 @@ class Rule(Writes, Protocol):
 
 
 @dataclass(frozen=True)
-class Is:
-    """The class always does this."""
+class Always:
+    """The class has one value of the trait, always."""
 
     value: Any
     fields: tuple[str, ...] = ()
@@ -53,7 +53,7 @@ class Is:
     def write(self, value: Any, traits: Traits) -> dict[str, Any]:
         """Nothing, where the model does the same."""
         if value != self.value:
-            raise Misfit(f"it has {_said(self.value)}, the model {_said(value)}", self.value)
+            raise Unsupported(f"always {self.value}, in the model {value}", self.value)
         return {}
 
 
@@ -75,7 +75,3 @@ class Field:
     def write(self, value: Any, traits: Traits) -> dict[str, Any]:
         """The value under its name."""
         return {self.name: value}
-
-
-def _said(value: Any) -> str:
-    return {None: "none", True: "one", False: "none"}.get(value, str(value)) if not isinstance(value, dict) else "one"

@@ -6,51 +6,51 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
+from moeify.export.compatibility import Compatibility, compatibility
 from moeify.export.families import DENSE
-from moeify.export.plan import Outlook, plan
 from moeify.files import write_text
 from moeify.sparsify import recipes
 
-BEGIN, END = "<!-- homes: begin -->", "<!-- homes: end -->"
+BEGIN, END = "<!-- compatibility: begin -->", "<!-- compatibility: end -->"
 
 
-def outlooks(name: str, bases: Iterable[str]) -> dict[str, dict[str, Outlook]]:
+def compatibilities(name: str, bases: Iterable[str]) -> dict[str, dict[str, Compatibility]]:
     """What a named recipe becomes on each base; a base that it finds nothing in is left out."""
     found = {}
     for base in bases:
         try:
-            found[base] = plan(recipes[name], base)
+            found[base] = compatibility(recipes[name], base)
         except ValueError:
             continue
     return found
 
 
-def row(name: str, found: dict[str, dict[str, Outlook]]) -> str:
+def row(name: str, found: dict[str, dict[str, Compatibility]]) -> str:
     """The row of a recipe: for each base the class of transformers and the architecture of llama.cpp."""
-    cells = (", ".join(_cell(outlook[to]) for to in ("transformers", "gguf")) for outlook in found.values())
+    cells = (", ".join(_cell(found[to]) for to in ("transformers", "gguf")) for found in found.values())
     return f"| `{name}` | {' | '.join(cells)} |"
 
 
-def _cell(outlook: Outlook) -> str:
-    if outlook.home is None:
-        return f"({outlook.trait.replace('_', ' ')})"
-    return f"{outlook.home}{'+' if outlook.rewrites else ''}{'†' if outlook.without_capacity else ''}"
+def _cell(found: Compatibility) -> str:
+    if found.architecture is None:
+        return f"({found.trait.replace('_', ' ')})"
+    return f"{found.architecture}{'+' if found.rewrites else ''}{'†' if found.without_capacity else ''}"
 
 
 def table(names: Iterable[str], bases: Iterable[str]) -> str:
-    """The table of recipes and bases, and below it those without any home, in Markdown."""
-    bases, rows, homeless = list(bases), [], []
+    """The table of recipes and bases, and below it those that no program can hold, in Markdown."""
+    bases, rows, refused = list(bases), [], []
     for name in names:
-        found = outlooks(name, bases)
-        if any(outlook.home for of_base in found.values() for outlook in of_base.values()):
+        found = compatibilities(name, bases)
+        if any(found.architecture for of_base in found.values() for found in of_base.values()):
             rows.append(row(name, found))
         else:
-            homeless.append(f"| `{name}` | {_first_reason(found)} |")
+            refused.append(f"| `{name}` | {_first_reason(found)} |")
     heads = [f"| recipe | {' | '.join(DENSE[base].title for base in bases)} |", f"|---|{'---|' * len(bases)}"]
-    return "\n".join([*heads, *rows, "", "| recipe without a home | why |", "|---|---|", *homeless])
+    return "\n".join([*heads, *rows, "", "| recipe that neither program can hold | why |", "|---|---|", *refused])
 
 
-def _first_reason(found: dict[str, dict[str, Outlook]]) -> str:
+def _first_reason(found: dict[str, dict[str, Compatibility]]) -> str:
     return next(iter(found.values()))["transformers"].reason.replace("|", "\\|")
 
 

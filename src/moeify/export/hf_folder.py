@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from moeify.export.exporter import Exporter, Verdict
+from moeify.export.exporter import Exporter, Verification
 from moeify.export.families import SPARSE, Family
-from moeify.export.fit import Fit, best, fit
-from moeify.export.form import Misfit
+from moeify.export.match import Match, best_match, match
+from moeify.export.model_spec import Unsupported
 from moeify.export.probe import Probe, logits_of
-from moeify.export.read import form_of
+from moeify.export.read import spec_of
 from moeify.files import read_json, write_json
 from moeify.registry import suggest
 
@@ -26,7 +26,7 @@ _ROUNDING = 1e-4
 
 
 @dataclass(frozen=True)
-class Native(Exporter):
+class HfFolder(Exporter):
     """A folder that `AutoModelForCausalLM.from_pretrained` and other programs for models of transformers read.
 
     Attributes:
@@ -37,39 +37,38 @@ class Native(Exporter):
     model_type: str | None = None
     max_shard_size: str = "5GB"
 
-    def supports(self, model: nn.Module) -> str | None:
-        """Why no class, or not the one that was asked for, computes what the model does."""
-        try:
-            build(self.fit(model), model)
-        except Misfit as misfit:
-            return str(misfit)
-        return None
-
-    def fit(self, model: nn.Module) -> Fit[Family]:
+    def match(self, model: nn.Module) -> Match[Family]:
         """The class, and the model in its words.
 
         Raises:
-            Misfit: no class, or not the one that was asked for, computes what the model does.
+            Unsupported: no class, or not the one that was asked for, computes what the model does.
         """
-        form = form_of(model)
+        spec = spec_of(model)
         if self.model_type is None:
-            return best(form, SPARSE.values(), "transformers")
-        if self.model_type not in SPARSE:
-            raise Misfit(f"no class with experts is called {self.model_type!r}; {suggest(self.model_type, [*SPARSE])}")
-        return fit(form, SPARSE[self.model_type])
+            found = best_match(spec, SPARSE.values(), "transformers")
+        elif self.model_type in SPARSE:
+            found = match(spec, SPARSE[self.model_type])
+        else:
+            raise Unsupported(
+                f"transformers has no MoE class {self.model_type!r}; {suggest(self.model_type, [*SPARSE])}"
+            )
+        build(found, model)
+        return found
 
     def write(self, model: Any, folder: Path) -> list[str]:
         """Write `config.json`, the weights in the layout that the class was released with, and generation settings."""
-        return write_fit(self.fit(model), model, folder, self.max_shard_size)
+        return write_hf_folder(self.match(model), model, folder, self.max_shard_size)
 
-    def verify(self, folder: Path, probe: Probe) -> Verdict:
+    def verify(self, folder: Path, probe: Probe) -> Verification:
         """Read it by transformers, in fp32."""
         import transformers
 
         options = {"dtype": torch.float32, "experts_implementation": "eager", "local_files_only": True}
         with _quiet():
-            model, told = transformers.AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **options)
-        wrong = {kind: sorted(names) for kind, names in told.items() if names}
+            model, report = transformers.AutoModelForCausalLM.from_pretrained(
+                folder, output_loading_info=True, **options
+            )
+        wrong = {kind: sorted(names) for kind, names in report.items() if names}
         if wrong:
             raise ValueError(f"transformers reads {folder} with faults: {wrong}")
         difference = probe.difference(logits_of(model.eval(), probe.ids))
@@ -77,20 +76,20 @@ class Native(Exporter):
             raise ValueError(
                 f"{type(model).__name__} of transformers gives other logits than the model, by {difference:.3g}"
             )
-        return Verdict(f"transformers {transformers.__version__}, {type(model).__name__}", difference)
+        return Verification(f"transformers {transformers.__version__}, {type(model).__name__}", difference)
 
 
-def write_fit(found: Fit[Family], model: Any, folder: Path, max_shard_size: str = "5GB") -> list[str]:
-    """Write a fit as a folder of transformers; return its class and its rewrites, described for the user.
+def write_hf_folder(found: Match[Family], model: Any, folder: Path, max_shard_size: str = "5GB") -> list[str]:
+    """Write a folder of transformers; return the class and the rewrites, described for the user.
 
     Args:
-        found: the fit.
+        found: the class and what to write for it.
         model: what is exported, for its generation settings.
         folder: where to.
         max_shard_size: weights beyond this size are spread over several files.
 
     Raises:
-        Misfit: tensors that the class has no place for, or lacks.
+        Unsupported: tensors that the class has no place for, or lacks.
     """
     built = build(found, model)
     with _quiet():
@@ -99,15 +98,15 @@ def write_fit(found: Fit[Family], model: Any, folder: Path, max_shard_size: str 
     return [f"{found.family.title} ({type(built).__name__})", *found.rewrites]
 
 
-def build(found: Fit[Family], model: Any) -> Any:
-    """The model of transformers that a fit describes; its tensors are those of the form.
+def build(found: Match[Family], model: Any) -> Any:
+    """The model of transformers that a match describes; its tensors are those of the spec.
 
     Args:
-        found: the fit.
+        found: the class and what to write for it.
         model: what was exported, for its generation settings.
 
     Raises:
-        Misfit: tensors that the class has no place for, or lacks.
+        Unsupported: tensors that the class has no place for, or lacks.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -117,11 +116,11 @@ def build(found: Fit[Family], model: Any) -> Any:
     with torch.device("meta"), _quiet():
         built = AutoModelForCausalLM.from_config(config)
     wanted = built.state_dict()
-    if found.form["tied"]:
+    if found.spec["tied"]:
         tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
     lost, missing = tensors.keys() - wanted.keys(), wanted.keys() - tensors.keys()
     if lost or missing:
-        raise Misfit(
+        raise Unsupported(
             f"{found.family.title} has no place for {', '.join(sorted(lost)[:3]) or 'nothing'} and lacks "
             f"{', '.join(sorted(missing)[:3]) or 'nothing'} of {len(missing)} tensors"
         )

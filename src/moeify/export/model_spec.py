@@ -1,4 +1,4 @@
-"""`Form`: a causal language model described independently of its class: what it computes, and its tensors."""
+"""`ModelSpec`: a causal language model described independently of its class: what it computes, and its tensors."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 
-class Misfit(ValueError):
+class Unsupported(ValueError):
     """A model that a target cannot express, with the reason.
 
     Attributes:
@@ -23,7 +23,7 @@ class Misfit(ValueError):
 
 
 @dataclass(frozen=True)
-class Form:
+class ModelSpec:
     """What a decoder computes: the one description that every target reads, whatever class the model has.
 
     Attributes:
@@ -43,7 +43,7 @@ class Form:
         """The value of a trait."""
         return self.traits[trait]
 
-    def rewritten(self, what: str, tensors: Mapping[str, Tensor] | None = None, **traits: Any) -> Form:
+    def rewritten(self, what: str, tensors: Mapping[str, Tensor] | None = None, **traits: Any) -> ModelSpec:
         """The same function with other tensors and traits.
 
         Args:
@@ -56,7 +56,7 @@ class Form:
             rewrites=(*self.rewrites, what),
         )  # fmt: skip
 
-    def without(self, what: str, names: set[str], **traits: Any) -> Form:
+    def without(self, what: str, names: set[str], **traits: Any) -> ModelSpec:
         """The same function without tensors that contribute nothing."""
         kept = {name: tensor for name, tensor in self.tensors.items() if name not in names}
         return replace(self, traits={**self.traits, **traits}, tensors=kept, rewrites=(*self.rewrites, what))

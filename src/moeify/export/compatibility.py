@@ -10,10 +10,10 @@ import torch
 from torch import nn
 
 from moeify.export.families import DENSE
-from moeify.export.fit import Fit
-from moeify.export.form import Misfit
-from moeify.export.gguf_file import Gguf
-from moeify.export.native import Native
+from moeify.export.gguf_file import GgufFile
+from moeify.export.hf_folder import HfFolder
+from moeify.export.match import Match
+from moeify.export.model_spec import Unsupported
 from moeify.registry import suggest
 from moeify.routers import Capacity
 from moeify.sparsify import Recipe, sparsify
@@ -33,18 +33,18 @@ _SIZES_OF: dict[str, dict[str, Any]] = {
 
 
 @dataclass(frozen=True)
-class Outlook:
+class Compatibility:
     """Whether another program can hold the sparse model that a recipe makes.
 
     Attributes:
-        home: the class of transformers or architecture of llama.cpp that can hold it, None if none can.
+        architecture: the class of transformers or architecture of llama.cpp that can hold it, None if none can.
         rewrites: what is rewritten without changing the function; empty where the class fits exactly.
         without_capacity: whether this needs the capacity to be off in evaluation.
         reason: why no class can hold it.
         trait: the first trait in which the nearest class differs.
     """
 
-    home: str | None
+    architecture: str | None
     rewrites: tuple[str, ...] = ()
     without_capacity: bool = False
     reason: str = ""
@@ -52,14 +52,14 @@ class Outlook:
 
     @property
     def kind(self) -> str:
-        """`exact`, `rewrite` or `refused`."""
-        if self.home is None:
-            return "refused"
+        """`exact`, `rewrite` or `unsupported`."""
+        if self.architecture is None:
+            return "unsupported"
         return "rewrite" if self.rewrites else "exact"
 
 
-def plan(recipe: Recipe, base: str) -> dict[str, Outlook]:
-    """The outlook of a recipe on a base family for transformers and llama.cpp, by the names of their exporters.
+def compatibility(recipe: Recipe, base: str) -> dict[str, Compatibility]:
+    """Whether transformers and llama.cpp can hold what a recipe makes of a base family, by exporter.
 
     A tiny model of the family is made sparse. Selection biases and default vectors get random values, as after
     training. For a given model, `supports` also sees its own settings, such as a sliding window.
@@ -72,26 +72,26 @@ def plan(recipe: Recipe, base: str) -> dict[str, Outlook]:
         ValueError: an unknown family, or one that the recipe finds nothing in.
     """
     model = _sparse(recipe, base)
-    found = _outlooks(model)
+    found = _compatibilities(model)
     limits = [part for part in model.modules() if isinstance(part, Capacity)]
     for limit in limits:
         limit.eval_factor = math.inf
-    if not limits or all(outlook.home for outlook in found.values()):
+    if not limits or all(each.architecture for each in found.values()):
         return found
-    again = {to: replace(outlook, without_capacity=True) for to, outlook in _outlooks(model).items()}
-    return {to: outlook if outlook.home else again[to] for to, outlook in found.items()}
+    again = {to: replace(each, without_capacity=True) for to, each in _compatibilities(model).items()}
+    return {to: each if each.architecture else again[to] for to, each in found.items()}
 
 
-def _outlooks(model: nn.Module) -> dict[str, Outlook]:
-    return {"transformers": _outlook(Native(), model), "gguf": _outlook(Gguf(), model)}
+def _compatibilities(model: nn.Module) -> dict[str, Compatibility]:
+    return {"transformers": _compatibility(HfFolder(), model), "gguf": _compatibility(GgufFile(), model)}
 
 
-def _outlook(exporter: Native | Gguf, model: nn.Module) -> Outlook:
+def _compatibility(exporter: HfFolder | GgufFile, model: nn.Module) -> Compatibility:
     try:
-        found: Fit[Any] = exporter.fit(model)
-    except Misfit as misfit:
-        return Outlook(None, reason=str(misfit), trait=misfit.trait)
-    return Outlook(found.family.title, found.rewrites)
+        found: Match[Any] = exporter.match(model)
+    except Unsupported as error:
+        return Compatibility(None, reason=str(error), trait=error.trait)
+    return Compatibility(found.family.title, found.rewrites)
 
 
 def _sparse(recipe: Recipe, base: str) -> nn.Module:

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 import moe_families
 from export_models import BASES, WHOLE_HEADS, router, shown, sparse
 from moeify import Recipe, export, sparsify
-from moeify.export import Native, families
+from moeify.export import HfFolder, families
 from moeify.find.where import every, last
 from moeify.routers import ExpertChoice, ExpertGroups, TopK, sigmoid
 from moeify.serve import serve_with
@@ -54,7 +54,7 @@ def test_a_sparse_model_is_a_class_of_transformers(base, recipe, title, rewrites
     done = export.write(sparse(base, recipe), tmp_path / "out")
     assert done.notes[0].startswith(title)
     assert len(done.notes) == 1 + rewrites
-    assert done.verdict.difference <= at_most
+    assert done.verification.difference <= at_most
 
 
 FLIPS = {
@@ -94,7 +94,7 @@ def test_every_field_of_a_dense_model_is_carried_over(base, tmp_path):
     if base == "stablelm":
         flips["rope_parameters"] = WHOLE_HEADS["rope_parameters"] | {"rope_theta": 50.0}
     done = export.write(sparse(base, SPARSE_BY.get(base, "mixtral"), **flips), tmp_path / "out")
-    assert done.verdict.difference < 1e-4
+    assert done.verification.difference < 1e-4
 
 
 @pytest.mark.parametrize(("base", "flip"), sorted(REFUSED))
@@ -109,9 +109,9 @@ def test_a_class_with_experts_is_read_and_written_back_bit_for_bit(family, tmp_p
     model = shown(moe_families.build(family))
     config_class = type(model.config)
     assert own_fields(config_class) <= families.SPARSE[family].fields
-    done = export.write(model, tmp_path / "out", exporter=Native(family))
+    done = export.write(model, tmp_path / "out", exporter=HfFolder(family))
     assert len(done.notes) == 1
-    assert done.verdict.difference == 0
+    assert done.verification.difference == 0
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "out").state_dict()
     assert all(torch.equal(again[name], tensor) for name, tensor in model.state_dict().items())
 
@@ -152,7 +152,7 @@ def test_half_precision_stays_as_it_is(tmp_path):
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     rotary = model.model.rotary_emb.inv_freq.clone()
     done = export.write(model, tmp_path / "out")
-    assert done.verdict.difference < 1e-5
+    assert done.verification.difference < 1e-5
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert again.dtype == torch.bfloat16
     assert again.model.layers[0].mlp.gate.e_score_correction_bias.dtype == torch.float32
@@ -166,20 +166,24 @@ GROUPS = ExpertGroups(count=2, keep=1, reduce="max")
 @pytest.mark.parametrize(
     ("base", "recipe", "reason"),
     [
-        ("llama", "soft", "Soft is no token choice"),
-        ("llama", Recipe(router=ExpertChoice, experts=fresh), "ExpertChoice is no token choice"),
+        ("llama", "soft", "router, Soft, does not choose the top k"),
+        ("llama", Recipe(router=ExpertChoice, experts=fresh), "router, ExpertChoice, does not choose the top k"),
         ("llama", "switch", r"serve_with\(model, capacity=float\('inf'\)\)"),
-        ("llama", "longcat", "Blocks experts"),
-        ("llama", "phi", "Mixtral, score: it has softmax, the model sparsemixer"),
+        ("llama", "longcat", "experts, Blocks, are not feed-forward networks"),
+        ("llama", "phi", "Mixtral, score: always softmax, in the model sparsemixer"),
         ("llama", "stmoe", "drops rows beyond a capacity"),
-        ("llama", "phatgoose", "a sparse layer stands at model.layers.0.self_attn.q_proj"),
-        ("llama", router(per="sequence"), "one decision for a whole sequence"),
+        ("llama", "phatgoose", "sparse layer model.layers.0.self_attn.q_proj replaces a single linear layer"),
+        ("llama", router(per="sequence"), "decides once per sequence"),
         ("llama", router(bias=True), "projection of its router has a bias"),
         ("llama", router(expert_groups=GROUPS), "Mixtral, groups"),
-        ("llama", router(score=torch.exp), "a score of your own"),
-        ("qwen3", "matched", "Qwen3-MoE, selection bias: it has none, the model one"),
-        ("olmo2", "deepseek", "FlexOlmo, score: it has softmax, the model sigmoid"),
-        ("gemma", "mixtral", "GemmaForCausalLM has a base that is none of"),
+        ("llama", router(score=torch.exp), "the score function exp"),
+        ("qwen3", "matched", "Qwen3-MoE, selection bias: always False, in the model True"),
+        ("olmo2", "deepseek", "FlexOlmo, score: always softmax, in the model sigmoid"),
+        (
+            "gemma",
+            "mixtral",
+            "GemmaForCausalLM has sparse layers of moeify, but is no causal language model that can be exported",
+        ),
     ],
 )
 def test_what_no_class_computes_is_refused_with_the_reason(base, recipe, reason, tmp_path):
@@ -195,12 +199,12 @@ def test_a_capacity_that_is_off_in_evaluation_is_no_hindrance(tmp_path):
     model = serve_with(sparse("llama", "switch"), capacity=float("inf"))
     done = export.write(model, tmp_path / "out")
     assert done.notes[0].startswith("Qwen2-MoE")
-    assert done.verdict.difference == 0
+    assert done.verification.difference == 0
 
 
 def test_a_model_of_no_class_of_the_table_is_refused():
     model = sparsify(encoder(), Recipe(num_experts=4), verbose=False)
-    assert all("is none of the causal language models" in reason for reason in export.supports(model).values())
+    assert all("no causal language model that can be exported" in reason for reason in export.supports(model).values())
 
 
 def test_layers_that_differ_are_refused():
@@ -215,7 +219,7 @@ def test_nothing_is_left_of_an_export_that_fails_or_would_overwrite(tmp_path, mo
     (tmp_path / "full" / "mine").touch()
     with pytest.raises(FileExistsError, match="not empty"):
         export.write(model, tmp_path / "full")
-    monkeypatch.setattr("moeify.export.native.logits_of", lambda model, ids: torch.zeros(*ids.shape, 256))
+    monkeypatch.setattr("moeify.export.hf_folder.logits_of", lambda model, ids: torch.zeros(*ids.shape, 256))
     with pytest.raises(ValueError, match="other logits than the model"):
         export.write(model, tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["full"]
@@ -224,9 +228,9 @@ def test_nothing_is_left_of_an_export_that_fails_or_would_overwrite(tmp_path, mo
 
 def test_a_class_may_be_asked_for(tmp_path):
     model = sparse("llama", Recipe(num_experts=4, router=partial(TopK, score=sigmoid), experts=copies))
-    done = export.write(model, tmp_path / "out", exporter=Native("glm4_moe"))
+    done = export.write(model, tmp_path / "out", exporter=HfFolder("glm4_moe"))
     assert done.notes[1:] == ["a selection bias of zeros is added", "a shared expert of 0 units is added"]
-    with pytest.raises(ValueError, match="score: it has softmax, the model sigmoid"):
-        export.write(model, tmp_path / "other", exporter=Native("mixtral"))
+    with pytest.raises(ValueError, match="score: always softmax, in the model sigmoid"):
+        export.write(model, tmp_path / "other", exporter=HfFolder("mixtral"))
     with pytest.raises(ValueError, match="did you mean 'mixtral'"):
-        export.write(model, tmp_path / "other", exporter=Native("mixtrl"))
+        export.write(model, tmp_path / "other", exporter=HfFolder("mixtrl"))

@@ -1,0 +1,64 @@
+"""The compatibility of a recipe with other programs comes true, and the table of the guide shows it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from export_models import sparse
+from moeify import export
+from moeify.export import compatibility, families
+from moeify.export.table import compatibilities, row, table
+from moeify.sparsify import recipes
+
+PAGE = Path(__file__).parents[2] / "docs" / "guide" / "export.md"
+
+
+def test_a_recipe_is_held_exactly_by_rewrites_or_not_at_all_with_the_reason():
+    of_llama = {name: compatibility(recipes[name], "llama") for name in ("mixtral", "matched", "soft", "switch")}
+    assert [found["transformers"].kind for found in of_llama.values()] == ["exact", "rewrite", "unsupported", "rewrite"]
+    assert of_llama["matched"]["gguf"].architecture == "glm4moe"
+    assert "router, Soft, does not choose the top k" in of_llama["soft"]["gguf"].reason
+    assert of_llama["switch"]["transformers"].without_capacity
+
+
+def test_the_compatibility_of_a_recipe_comes_true(tmp_path):
+    found = compatibility(recipes["deepseek"], "qwen3")["transformers"]
+    done = export.write(sparse("qwen3", "deepseek"), tmp_path / "out")
+    assert done.notes == [f"{found.architecture} (Dots1ForCausalLM)", *found.rewrites]
+
+
+def test_an_unknown_family_is_an_error():
+    with pytest.raises(ValueError, match="did you mean 'llama'"):
+        compatibility(recipes["mixtral"], "llam")
+
+
+def test_the_table_of_the_guide_is_the_compatibility_of_the_recipes():
+    lines = PAGE.read_text(encoding="utf-8").splitlines()
+    heads, cells = (next(line for line in lines if line.startswith(f"| {name} |")) for name in ("recipe", "`deepseek`"))
+    of_base = dict(zip(heads.split(" | "), cells.split(" | "), strict=True))
+    for base in ("llama", "qwen3"):
+        assert (
+            row("deepseek", compatibilities("deepseek", [base]))
+            == f"| `deepseek` | {of_base[families.DENSE[base].title]} |"
+        )
+
+
+def test_recipes_that_no_program_can_hold_have_a_row_with_the_reason():
+    lines = table(["soft"], ["llama"]).splitlines()
+    assert lines[-1] == f"| `soft` | {compatibility(recipes['soft'], 'llama')['transformers'].reason} |"
+    assert lines[-1] in PAGE.read_text(encoding="utf-8").splitlines()
+
+
+def test_the_guide_explains_every_trait():
+    text = PAGE.read_text(encoding="utf-8")
+    explained = {
+        name for line in text.splitlines() if line.startswith("| `") for name in line.split(" | ")[0].split("`")
+    }
+    assert not {*families.DECODER, *families.EXPERTS} - explained
+
+
+def test_every_recipe_is_in_the_table():
+    text = PAGE.read_text(encoding="utf-8")
+    assert not [name for name in recipes if f"| `{name}` |" not in text]
