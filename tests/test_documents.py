@@ -11,7 +11,7 @@ from transformers import DataCollatorWithFlattening, Qwen3MoeConfig, Qwen3MoeFor
 from masked_models import D, decoder, sparse, words
 from moeify import Context, record
 from moeify.context import extra_inputs
-from moeify.documents import Packing, numbered
+from moeify.documents import Packing, document_ids
 
 IDS = torch.tensor([[0, 0, 0, 1, 1, 2], [3, 4, 4, 4, 4, 4]])
 POSITION = torch.tensor([[0, 1, 2, 0, 1, 0], [0, 0, 1, 2, 3, 4]])
@@ -21,7 +21,7 @@ IMAGE = torch.tensor([[0, 1, 1, 1, 1, 3], [0, 1, 1, 2, 2, 3], [0, 1, 2, 1, 2, 3]
 
 
 def found(given, ids=IDS):
-    return numbered(Packing.of(given, tuple(ids.shape)).starts(ids.numel()), None)
+    return document_ids(Packing.of(given, tuple(ids.shape)).starts(ids.numel()), None)
 
 
 @pytest.mark.parametrize(
@@ -75,7 +75,7 @@ def test_a_mask_of_padding_and_a_single_token_tell_of_no_document(given):
 def test_rows_have_a_number_even_without_tokens_and_padding_begins_no_document(rows):
     """-1 is padding, and other numbers are documents, which change as they like."""
     told = torch.tensor(rows)
-    ids = numbered(told.diff(dim=1, prepend=told[:, :1]) != 0, told >= 0)
+    ids = document_ids(told.diff(dim=1, prepend=told[:, :1]) != 0, told >= 0)
     number = 0
     for row, of_row in zip(rows, ids.tolist(), strict=True):
         before = None
@@ -158,7 +158,9 @@ def test_packed_rows_whose_layers_have_other_tokens_are_refused():
     model, x = Pooled(), torch.randn(2, 6, D)
     model.moe.context.watch([model])
     assert model(x, position_ids=torch.arange(6).expand(2, 6)).shape == (2, 3, D)
-    with pytest.raises(ValueError, match=r"by position_ids the rows of \(2, 6\) tokens are packed .* \(2, 3\) tokens"):
+    with pytest.raises(
+        ValueError, match=r"position_ids pack several documents into rows of \(2, 6\).* \(2, 3\) tokens"
+    ):
         model(x, position_ids=POSITION)
 
 

@@ -22,38 +22,40 @@ class Packing:
     """The arguments of a module's call that tell where the documents of packed rows begin.
 
     Attributes:
-        given: these arguments, by name.
+        arguments: these arguments, by name.
         shape: (B, N) of the tokens that they describe; None if the call does not show it.
         of_stack: whether the module is the one that holds the layers, whose tokens must then have this shape.
     """
 
-    given: Mapping[str, Any]
+    arguments: Mapping[str, Any]
     shape: Shape | None
     of_stack: bool = False
 
     @classmethod
     def of(
-        cls, given: Mapping[str, Any], shape: Shape | None, *, above: Packing | None = None, of_stack: bool = False
+        cls, arguments: Mapping[str, Any], shape: Shape | None, *, above: Packing | None = None, of_stack: bool = False
     ) -> Packing | None:
         """The packing that a module's arguments and those of the module above describe; None if they describe none.
 
         Args:
-            given: the arguments of its call, by name.
+            arguments: of its call, by name.
             shape: (B, N) of its tokens; None if its call does not show it.
             above: the packing of the module above, which holds if it describes the same tokens.
             of_stack: whether it is the module that holds the layers.
         """
-        told = own = {name: given[name] for name in _STARTS if _tells(name, given.get(name))}
+        described = own = {name: arguments[name] for name in _STARTS if _describes(name, arguments.get(name))}
         if above is not None and (shape is None or above.shape in (None, shape)):
-            told, shape = {**above.given, **own}, shape or above.shape
-        return cls(told, shape, of_stack and bool(own)) if told and (shape is None or shape[1] > 1) else None
+            described, shape = {**above.arguments, **own}, shape or above.shape
+        return cls(described, shape, of_stack and bool(own)) if described and (shape is None or shape[1] > 1) else None
 
     def starts(self, tokens: int) -> Bool[Tensor, "B N"] | None:
         """Where a document begins, by any of the arguments; None if they are about another number of tokens."""
         shape = self.shape or (1, tokens)
         if math.prod(shape) != tokens:
             return None
-        found = [starts for name, value in self.given.items() if (starts := _STARTS[name](value, shape)) is not None]
+        found = [
+            starts for name, value in self.arguments.items() if (starts := _STARTS[name](value, shape)) is not None
+        ]
         return reduce(torch.logical_or, found) if found else None
 
     def refuse(self, shape: Sequence[int]) -> None:
@@ -65,20 +67,20 @@ class Packing:
         starts = self.starts(math.prod(self.shape)) if self.of_stack and self.shape else None
         if starts is not None and starts[:, 1:].any():
             raise ValueError(
-                f"by {', '.join(self.given)} the rows of {self.shape} tokens are packed of several documents, and this "
-                f"layer has {tuple(shape)} tokens, so nothing says which of these belong to one document; call the "
-                "model with one document per row"
+                f"the arguments {', '.join(self.arguments)} pack several documents into rows of {self.shape} tokens, "
+                f"and this layer has {tuple(shape)} tokens, so nothing says which of these belong to one document; "
+                "call the model with one document per row"
             )
 
     def repeated(self, times: int, tokens: int) -> Packing | None:
         """The same documents where every token is cut into parts, which lie side by side."""
         if (starts := self.starts(tokens)) is None:
             return None
-        ids = numbered(starts, None).repeat_interleave(times, dim=1)
+        ids = document_ids(starts, None).repeat_interleave(times, dim=1)
         return Packing({"seq_idx": ids}, (ids.shape[0], ids.shape[1]))
 
 
-def numbered(starts: Bool[Tensor, "B N"], real: Bool[Tensor, "B N"] | None) -> Int[Tensor, "B N"]:
+def document_ids(starts: Bool[Tensor, "B N"], real: Bool[Tensor, "B N"] | None) -> Int[Tensor, "B N"]:
     """The document of every token, counted through the batch; every row has at least one.
 
     Args:
@@ -92,7 +94,7 @@ def numbered(starts: Bool[Tensor, "B N"], real: Bool[Tensor, "B N"] | None) -> I
     return (documents.cumsum(0) - documents).unsqueeze(1) + (within - 1).clamp_min(0)
 
 
-def _tells(name: str, value: Any) -> bool:
+def _describes(name: str, value: Any) -> bool:
     """Whether an argument is there; a mask with one entry per token tells of padding only."""
     if name != "attention_mask":
         return isinstance(value, Tensor)

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from moeify.files import read_json, sync, write_json
-from moeify.notices import say
+from moeify.notices import notify
 
 _STAGE, _COMMIT = ".moeify-save", ".moeify-commit"
 _OBSOLETE = "obsolete.json"
@@ -60,7 +60,7 @@ def locked(folder: Path, name: str, doing: str, *, wait: float = 0.0) -> Generat
     except (NotImplementedError, OSError) as error:
         if isinstance(error, OSError) and error.errno not in _NO_LOCKS:
             raise
-        say(f"moeify: the file system of {folder} has no locks ({error}); let only one process write there")
+        notify(f"moeify: the file system of {folder} has no locks ({error}); let only one process write there")
     try:
         yield
     finally:

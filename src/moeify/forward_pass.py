@@ -12,7 +12,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor, nn
 
 from moeify import masks
-from moeify.documents import Packing, numbered
+from moeify.documents import Packing, document_ids
 
 TOKENS = ("input_ids", "inputs_embeds", "hidden_states")
 
@@ -159,11 +159,11 @@ class Call:
         if packing is None:
             return None
         positions = self.real(shape)
-        told, of, ids = self._documents.get(shape, (None, None, None))
-        if ids is None or told is not packing or of is not positions:
+        of_packing, of_positions, ids = self._documents.get(shape, (None, None, None))
+        if ids is None or of_packing is not packing or of_positions is not positions:
             if (starts := packing.starts(math.prod(shape))) is None:
                 return packing.refuse(shape)
-            ids = self._numbered(starts, positions)
+            ids = self._document_ids(starts, positions)
             self._documents[shape] = (packing, positions, ids)
         return ids
 
@@ -194,14 +194,14 @@ class Call:
         pieces.mask(real)
         return pieces
 
-    def _numbered(self, starts: Bool[Tensor, "B N"], positions: Int[Tensor, "T"] | None) -> Int[Tensor, "T"]:
+    def _document_ids(self, starts: Bool[Tensor, "B N"], positions: Int[Tensor, "T"] | None) -> Int[Tensor, "T"]:
         """The document of each token, in the layout of the layer."""
         real = None
         if positions is not None:
             real = torch.zeros(starts.numel(), dtype=torch.bool, device=starts.device)
             real = real.index_fill(0, positions.to(starts.device), True)
             real = real.view(starts.shape) if self.batch_first else real.view(starts.shape[::-1]).T
-        ids = numbered(starts, real)
+        ids = document_ids(starts, real)
         return (ids if self.batch_first else ids.T).flatten()
 
 

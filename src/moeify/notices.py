@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 
-def say(text: str) -> None:
+def notify(text: str) -> None:
     """Print a line; a full disk or a closed pipe raises nothing."""
     try:
         print(text, flush=True)

@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import TypeVar
 
-from moeify.notices import say
+from moeify.notices import notify
 
 T = TypeVar("T")
 
@@ -24,15 +24,15 @@ class Progress:
 
     def __init__(self, what: str, total: float) -> None:
         self.what, self.total = what, total
-        self.started = self.told = time.monotonic()
+        self.started = self.printed = time.monotonic()
 
     def at(self, done: float, shown: str | None = None) -> None:
         """Print a line if one is due for the amount that is done, as `shown` or as its share in percent."""
         now = time.monotonic()
-        if done > 0 and now - self.told >= EVERY:
-            self.told = now
+        if done > 0 and now - self.printed >= EVERY:
+            self.printed = now
             shown = f"{100 * min(done / self.total, 1):.0f} %" if shown is None else shown
-            say(f"{self.what}: {shown}, about {left(now - self.started, done, max(self.total, done))} left")
+            notify(f"{self.what}: {shown}, about {left(now - self.started, done, max(self.total, done))} left")
 
 
 def with_progress(items: Sequence[T], what: str) -> Iterator[T]:

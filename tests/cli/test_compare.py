@@ -28,7 +28,7 @@ def test_every_axis_has_a_spread_over_the_seeds(tmp_path, text):
 
 
 def test_options_differ_from_those_of_train_in_two_defaults_alone():
-    ours, theirs = (inspect.signature(verb, eval_str=True).parameters for verb in (Compare, Train))
+    ours, theirs = (inspect.signature(name, eval_str=True).parameters for name in (Compare, Train))
     assert [(p.name, p.annotation) for p in ours.values()] == [(p.name, p.annotation) for p in theirs.values()]
     assert {name for name in ours if ours[name].default != theirs[name].default} == {"seeds", "output"}
 

@@ -23,8 +23,8 @@ from moeify.train import SparseArguments
 
 COMMANDS = typer.main.get_command(app).commands
 OPTIONS = [
-    pytest.param(option, id=f"{verb} {option.opts[0]}")
-    for verb, command in COMMANDS.items()
+    pytest.param(option, id=f"{name} {option.opts[0]}")
+    for name, command in COMMANDS.items()
     for option in command.params
     if option.name != "help"
 ]
@@ -46,15 +46,15 @@ def test_no_default_is_said_twice():
     assert not [option.values[0].name for option in OPTIONS if "default" in option.values[0].help]
 
 
-@pytest.mark.parametrize("verb", COMMANDS)
-def test_every_verb_has_a_help_that_shows_its_options(verb, monkeypatch):
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_has_a_help_that_shows_its_options(name, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
     monkeypatch.setenv("TERMINAL_WIDTH", "200")
-    ended = moeify(verb, "--help")
+    ended = moeify(name, "--help")
     assert (ended.code, ended.err) == (0, "")
     words = " ".join(ended.out.replace("│", " ").split())
-    assert " ".join(inspect.cleandoc(COMMANDS[verb].help).split("\n\n")[0].replace("`", "").split()) in words
-    for option in COMMANDS[verb].params:
+    assert " ".join(inspect.cleandoc(COMMANDS[name].help).split("\n\n")[0].replace("`", "").split()) in words
+    for option in COMMANDS[name].params:
         assert option.opts[0] in words
         if isinstance(option.show_default, str):
             assert f"[default: ({option.show_default})]" in words
@@ -65,7 +65,7 @@ def test_every_verb_has_a_help_that_shows_its_options(verb, monkeypatch):
 def test_without_arguments_the_verbs_are_listed():
     ended = moeify()
     assert ended.code == 0
-    assert all(verb in ended.out for verb in COMMANDS)
+    assert all(name in ended.out for name in COMMANDS)
 
 
 @pytest.mark.parametrize("lower", [Settings, SparseArguments, Shape, Job])

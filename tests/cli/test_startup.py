@@ -1,4 +1,4 @@
-"""A verb that computes nothing starts without torch."""
+"""A command that computes nothing starts without torch."""
 
 import subprocess
 import sys

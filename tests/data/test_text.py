@@ -246,8 +246,8 @@ def test_rows_without_a_text_name_the_fields_seen(tmp_path):
         ("a.jsonl", b'{"text": "a"}\n{"text"', "line 2 is not JSON"),
         ("a.jsonl", b'["a"]', "line 1 is no object"),
         ("a.jsonl", b'{"text": 1}', "row 1: the field 'text' is a int"),
-        ("a.jsonl.gz", b"plain", "cannot be unpacked"),
-        ("a.jsonl.gz", gzip.compress(b"abc", mtime=0)[:-9], "cannot be unpacked"),
+        ("a.jsonl.gz", b"plain", "cannot be decompressed"),
+        ("a.jsonl.gz", gzip.compress(b"abc", mtime=0)[:-9], "cannot be decompressed"),
         ("a.parquet", b"plain", "is not a parquet file"),
         ("a.json", b'{"text": "a"', "is not JSON"),
         ("a.json", b"3", "holds a int and no rows"),
@@ -274,17 +274,17 @@ def test_a_bad_file_is_named_with_the_reason(tmp_path, name, content, message):
     assert name in str(error.value)
 
 
-def test_a_file_that_unpacks_to_far_more_than_text_does_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr("moeify.data.unpack.UNPACKED", 2**20)
+def test_a_file_that_expands_to_far_more_than_text_does_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr("moeify.data.decompress.MAX_BYTES", 2**20)
     bomb = jsonl(tmp_path / "a.txt.gz", [])
     bomb.write_bytes(gzip.compress(b"a" * 2**21))
-    with pytest.raises(ValueError, match=r"a.txt.gz of 2,\d+ bytes unpacks to more than 1,048,576; leave it out"):
+    with pytest.raises(ValueError, match=r"a.txt.gz of 2,\d+ bytes expands to more than 1,048,576 bytes; leave it out"):
         read_texts(bomb)
     arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     for dictionary in (True, False):  # one value for all rows, or one page of them
         table = arrow.Table.from_pylist([{"text": "a" * 2**13}] * 2**9)
         parquet.write_table(table, tmp_path / "a.parquet", use_dictionary=dictionary, compression="gzip")
-        with pytest.raises(ValueError, match=r"a.parquet of .* unpacks to more than 1,048,576; leave it out"):
+        with pytest.raises(ValueError, match=r"a.parquet of .* expands to more than 1,048,576 bytes; leave it out"):
             read_texts(tmp_path / "a.parquet")
 
 
@@ -292,13 +292,13 @@ BAD = ["x", "[1]", '{"text": 1}', '{"text": "a\\ud800"}', '{"other": 1}', "[" * 
 
 
 @pytest.mark.parametrize("bad", BAD)
-def test_one_bad_row_in_a_thousand_is_left_out_counted_and_said(tmp_path, caplog, bad):
+def test_one_bad_row_in_a_thousand_is_skipped_counted_and_reported(tmp_path, caplog, bad):
     lines = ['{"text": "a"}'] * 999
     path = tmp_path / "rows.jsonl"
     path.write_text("\n".join([*lines[:500], bad, *lines[500:]]))
     texts = read_texts(path)
     assert everything(texts) == {"rows": ["a"] * 999}
-    why = r"1 of 1,000 rows were left out; the first: .*rows.jsonl, (line|row) 501"
+    why = r"1 of 1,000 rows were skipped; the first: .*rows.jsonl, (line|row) 501"
     assert re.match(why, texts.skipped["rows.jsonl"])
     assert "not read, or not whole: rows.jsonl (1 of 1,000 rows" in caplog.text
     path.write_text("\n".join([*lines, bad, bad]))
@@ -306,8 +306,8 @@ def test_one_bad_row_in_a_thousand_is_left_out_counted_and_said(tmp_path, caplog
         read_texts(tmp_path)
 
 
-def test_a_bad_row_of_a_table_is_left_out_too(tmp_path, monkeypatch):
-    monkeypatch.setattr("moeify.data.rows.ONE_IN", 2)
+def test_a_bad_row_of_a_table_is_skipped_too(tmp_path, monkeypatch):
+    monkeypatch.setattr("moeify.data.rows.MIN_ROWS_PER_BAD_ROW", 2)
     (tmp_path / "rows.csv").write_text("text,id\na,1\na,b,1\n")
     (tmp_path / "rows.json").write_text('[{"text": "a"}, 3]')
     arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
@@ -316,7 +316,7 @@ def test_a_bad_row_of_a_table_is_left_out_too(tmp_path, monkeypatch):
     texts = read_texts(tmp_path)
     assert everything(texts) == {tmp_path.name: ["a", "a", "a"]}
     assert {name: why[:25] for name, why in texts.skipped.items()} == dict.fromkeys(
-        ("rows.csv", "rows.json", "rows.parquet"), "1 of 2 rows were left out"
+        ("rows.csv", "rows.json", "rows.parquet"), "1 of 2 rows were skipped;"
     )
 
 

@@ -18,7 +18,7 @@ from transformers import TrainerCallback, TrainingArguments
 
 from moeify.capacity import limit
 from moeify.experts import FFN
-from moeify.notices import say
+from moeify.notices import notify
 from moeify.routers import Frozen, Lookup
 from moeify.routing import Evidence, assign
 from moeify.schedule import constant, linear
@@ -243,7 +243,7 @@ def test_a_line_that_no_one_can_print_ends_nothing(monkeypatch):
             raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("sys.stdout", Full())
-    say("the run goes on")
+    notify("the run goes on")
 
 
 def test_an_ignored_signal_stays_ignored(tmp_path):

@@ -1,4 +1,4 @@
-"""Options that several verbs share, with their help, and the functions that turn their values into objects."""
+"""Options that several commands share, with their help, and the functions that turn their values into objects."""
 
 from __future__ import annotations
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from moeify.data.unpack import limit_of, parse_json, read_text, too_large
+from moeify.data.decompress import byte_limit, expands_too_far, parse_json, read_text
 
 FORMATS = (".txt", ".md", ".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
 """Endings of data files, in lower or upper case, with or without a further `.gz`."""
@@ -23,14 +23,14 @@ Document = tuple[str, str]
 Row = tuple[float, Mapping[str, Any] | ValueError]
 """The share of all rows that is read with this one, 0 to 1, and its fields, or why it has none."""
 
-LeftOut = Callable[[str], None]
-Told = Callable[[float], None]
+OnSkipped = Callable[[str], None]
+OnProgress = Callable[[float], None]
 
-ONE_IN, MOST_BAD = 1000, 1000
-"""One row in so many, and so many at most, may be bad: they are left out."""
+MIN_ROWS_PER_BAD_ROW, MAX_BAD_ROWS = 1000, 1000
+"""One row in so many, and so many at most, may be bad: they are skipped."""
 
 
-class NoText(ValueError):
+class NoTextField(ValueError):
     """A data file has rows, but none of its fields is the text to read."""
 
 
@@ -46,7 +46,12 @@ def is_data(path: Path) -> bool:
 
 
 def read_file(
-    path: Path, domain: str, field: str = "text", *, left_out: LeftOut | None = None, told: Told | None = None
+    path: Path,
+    domain: str,
+    field: str = "text",
+    *,
+    on_skipped: OnSkipped | None = None,
+    on_progress: OnProgress | None = None,
 ) -> Iterator[Document]:
     """The documents of one file; of rows without a domain of their own it is `domain`.
 
@@ -54,16 +59,16 @@ def read_file(
         path: rows in JSON, CSV or parquet by its ending, and one document of text otherwise.
         domain: see above.
         field: the field of a row that is its text.
-        left_out: called with the reason if few bad rows among many were left out, see `documents`.
-        told: called with the share of the file that has been read, 0 to 1.
+        on_skipped: called with the reason if few bad rows among many were skipped, see `documents`.
+        on_progress: called with the share of the file that has been read, 0 to 1.
 
     Raises:
         ImportError: parquet without pyarrow.
-        NoText: rows without the field.
+        NoTextField: rows without the field.
         ValueError: a file that cannot be read. The message names the file, and the row if there are rows.
     """
     if (read := _READERS.get(format_of(path))) is not None:
-        yield from documents(read(path, field), path, domain, field, left_out=left_out, told=told)
+        yield from documents(read(path, field), path, domain, field, on_skipped=on_skipped, on_progress=on_progress)
     else:
         yield domain, _unicode(read_text(path), f"{path}")
 
@@ -74,47 +79,47 @@ def documents(
     domain: str,
     field: str = "text",
     *,
-    left_out: LeftOut | None = None,
-    told: Told | None = None,
+    on_skipped: OnSkipped | None = None,
+    on_progress: OnProgress | None = None,
 ) -> Iterator[Document]:
     """The domain and the text of every row; a row without the field may hold messages (a chat), which are joined.
 
-    One bad row in a thousand, and at most 1,000 of them, are left out.
+    One bad row in a thousand, and at most 1,000 of them, are skipped.
 
     Args:
         rows: mappings from field to value, or why a row has none, each with the share of all that is read with it.
         source: what messages call the rows.
         domain: of rows whose field `domain` is missing or empty.
         field: the text.
-        left_out: called with the reason if bad rows were left out.
-        told: called with the share of the rows that has been read, 0 to 1.
+        on_skipped: called with the reason if bad rows were skipped.
+        on_progress: called with the share of the rows that has been read, 0 to 1.
 
     Raises:
-        NoText: a row without text and messages.
+        NoTextField: a row without text and messages.
         ValueError: a text that is no string, or not Unicode; the first bad row, where there are more than the limit.
             The message names the row.
     """
     bad, first, number = 0, None, 0
     for number, (share, row) in enumerate(rows, 1):
-        if told is not None:
-            told(share)
+        if on_progress is not None:
+            on_progress(share)
         try:
             if isinstance(row, ValueError):
                 raise row
             document = _document(row, source, number, domain, field)
         except ValueError as error:
             bad, first = bad + 1, first or error
-            if bad > MOST_BAD:
+            if bad > MAX_BAD_ROWS:
                 break
         else:
             yield document
     if first is not None:
-        if bad > MOST_BAD or bad * ONE_IN > number:
-            others = f"; {bad:,} of {number:,} rows are bad, and at most one in {ONE_IN:,} is left out"
-            kind = NoText if isinstance(first, NoText) else ValueError
+        if bad > MAX_BAD_ROWS or bad * MIN_ROWS_PER_BAD_ROW > number:
+            others = f"; {bad:,} of {number:,} rows are bad, and at most one in {MIN_ROWS_PER_BAD_ROW:,} is skipped"
+            kind = NoTextField if isinstance(first, NoTextField) else ValueError
             raise kind(f"{first}{others if bad > 1 else ''}") from first
-        if left_out is not None:
-            left_out(f"{bad:,} of {number:,} rows were left out; the first: {first}")
+        if on_skipped is not None:
+            on_skipped(f"{bad:,} of {number:,} rows were skipped; the first: {first}")
 
 
 def _document(row: Mapping[str, Any], source: object, number: int, domain: str, field: str) -> Document:
@@ -138,7 +143,7 @@ def text_field(fields: Iterable[str], source: object, field: str) -> str:
     """The field to read: the one that `field` names, or else messages."""
     names = [str(name) for name in fields]
     if (key := next((name for name in (field, *CHATS) if name in names), None)) is None:
-        raise NoText(
+        raise NoTextField(
             f"{source} has no field {field!r}, it has: {', '.join(names)}; rename the one to read, or name it with "
             "read_texts(..., field=...)"
         )
@@ -209,11 +214,13 @@ def _json(path: Path, field: str) -> Iterator[Row]:
         is_row = any(name in value for name in (field, *CHATS))
         value = lists[0] if len(lists) == 1 and not is_row else [value]
     if not isinstance(value, list):
-        raise NoText(f"{path} holds a {type(value).__name__} and no rows; it should be a list of {{{field!r}: ...}}")
+        raise NoTextField(
+            f"{path} holds a {type(value).__name__} and no rows; it should be a list of {{{field!r}: ...}}"
+        )
     for number, row in enumerate(value, 1):
         is_object = isinstance(row, dict)
         no_row = f"{path}, row {number} is no object; a row should be {{{field!r}: ...}}"
-        yield number / len(value), row if is_object else NoText(no_row)
+        yield number / len(value), row if is_object else NoTextField(no_row)
 
 
 def _csv(path: Path, field: str) -> Iterator[Row]:
@@ -243,12 +250,12 @@ def _parquet(path: Path, field: str) -> Iterator[Row]:
         names = table.schema_arrow.names
         wanted = [name for name in names if name in {text_field(names, path, field), "domain"}]
         total, seen, size = table.metadata.num_rows, 0, 0
-        if _unpacked(table.metadata, wanted) > limit_of(path):
-            raise too_large(path)
+        if _uncompressed_size(table.metadata, wanted) > byte_limit(path):
+            raise expands_too_far(path)
         for batch in table.iter_batches(batch_size=64, columns=wanted):  # one value may stand for all rows of a page
             size += batch.nbytes
-            if size > limit_of(path):
-                raise too_large(path)
+            if size > byte_limit(path):
+                raise expands_too_far(path)
             for row in _rows(batch, path, seen):
                 seen += 1
                 yield seen / total, row
@@ -256,8 +263,8 @@ def _parquet(path: Path, field: str) -> Iterator[Row]:
         raise ValueError(f"{path} is not a parquet file ({error})") from error
 
 
-def _unpacked(metadata: Any, wanted: list[str]) -> int:
-    """The bytes that the wanted columns are said to unpack to."""
+def _uncompressed_size(metadata: Any, wanted: list[str]) -> int:
+    """The bytes that the wanted columns hold uncompressed, by the file's metadata."""
     groups = (metadata.row_group(i) for i in range(metadata.num_row_groups))
     columns = (group.column(i) for group in groups for i in range(group.num_columns))
     return sum(each.total_uncompressed_size for each in columns if each.path_in_schema.split(".")[0] in wanted)

@@ -13,7 +13,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-from moeify.data.rows import Document, NoText, documents, format_of, is_data, read_file
+from moeify.data.rows import Document, NoTextField, documents, format_of, is_data, read_file
 from moeify.progress import Progress
 
 Documents = dict[str, list[str]]
@@ -96,8 +96,8 @@ def read_texts(source: str | Path, *, field: str = "text") -> Texts:
     Raises:
         FileNotFoundError: there is no such source.
         ImportError: parquet, the hub or a saved data set, without the library that reads it.
-        ValueError: a source that cannot be read or is empty, more bad rows, or a packed file that unpacks to more than
-            256 MiB and fifty times its size; the message names the file and the row.
+        ValueError: a source that cannot be read or is empty, more bad rows, or a compressed file that expands to more
+            than 256 MiB and fifty times its size; the message names the file and the row.
     """
     path = Path(source)
     if path.is_dir():
@@ -131,8 +131,8 @@ def _by_domain(found: Iterable[Document]) -> Documents:
 def _read_alone(path: Path, field: str) -> Texts:
     skipped: dict[str, str] = {}
     progress = Progress(f"reading {path.name}", 1)
-    leave_out = partial(skipped.__setitem__, path.name)
-    found = read_file(path, path.name.split(".")[0], field, left_out=leave_out, told=progress.at)
+    on_skipped = partial(skipped.__setitem__, path.name)
+    found = read_file(path, path.name.split(".")[0], field, on_skipped=on_skipped, on_progress=progress.at)
     return Texts(_by_domain(found), skipped=skipped)
 
 
@@ -167,10 +167,10 @@ def _read_folder(folder: Path, field: str) -> Texts:
         try:
             yield from read_file(
                 path, domain, field,
-                left_out=partial(skipped.__setitem__, _name(path, folder)),
-                told=lambda share: progress.at(done[path] + share * sizes[path]),
+                on_skipped=partial(skipped.__setitem__, _name(path, folder)),
+                on_progress=lambda share: progress.at(done[path] + share * sizes[path]),
             )  # fmt: skip
-        except NoText as error:
+        except NoTextField as error:
             if format_of(path) != ".json" or _name(path, folder) in skipped:
                 raise
             skipped[_name(path, folder)] = str(error)
@@ -239,8 +239,8 @@ def _read_splits(splits: Mapping[str, Any], source: str, name: str, field: str) 
         if split in PARTS:
             progress, total = Progress(f"reading {name}, {split}", 1), len(rows)
             shared = ((number / total, row) for number, row in enumerate(rows, 1))
-            leave_out = partial(skipped.__setitem__, split)
-            found = documents(shared, source, name, field, left_out=leave_out, told=progress.at)
+            on_skipped = partial(skipped.__setitem__, split)
+            found = documents(shared, source, name, field, on_skipped=on_skipped, on_progress=progress.at)
             parts[PARTS[split]] = _by_domain(found)
     if "train" not in parts:
         raise ValueError(f"{source} has no split 'train', it has: {', '.join(splits)}")

@@ -93,7 +93,7 @@ def _with_effect(traits: dict[str, Any]) -> dict[str, Any]:
 def _layer_index(name: str) -> int:
     found = re.fullmatch(r"model\.layers\.(\d+)\.mlp", name)
     if name.endswith(".mlp.moe"):
-        raise Misfit("sparse layers read sub-tokens, between two linear maps that no other program has")
+        raise Unsupported("its sparse layers route sub-tokens (MH-MoE), which no other program supports")
     if found is None:
         raise Unsupported(
             f"its sparse layer {name} replaces a single linear layer, and experts of other programs are whole "

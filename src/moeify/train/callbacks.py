@@ -14,7 +14,7 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from moeify.experts import FFN
-from moeify.notices import say
+from moeify.notices import notify
 from moeify.ranks import anywhere
 from moeify.routers import Router
 from moeify.schedule import Schedule
@@ -141,7 +141,7 @@ class SaveOnSignal(TrainerCallback):
             name = "another rank's signal" if self.received is None else signal.Signals(self.received).name
             kept = (Path(str(args.output_dir)) / f"checkpoint-{state.global_step}").is_dir()
             saved = f"saved in {args.output_dir}" if kept else "which could not be saved: earlier checkpoints are kept"
-            say(
+            notify(
                 f"moeify: stopped by {name} after step {state.global_step} of {state.max_steps}, {saved}; go on with "
                 "train(resume_from_checkpoint=True) or, on the command line, --resume"
             )
@@ -196,7 +196,7 @@ class ProgressLine(TrainerCallback):
             self.shown = step
             rest = (time.monotonic() - self.began) / (step - self.first) * (total - step)
             ends = f"  {rest:,.0f} s left" if step < total else ""
-            say(f"step {step}/{total}  {line(logs)}{ends}")
+            notify(f"step {step}/{total}  {line(logs)}{ends}")
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -17,7 +17,7 @@ from transformers.trainer_callback import CallbackHandler
 
 from moeify.folders import RUN_LOCK, locked
 from moeify.layers import sparse_layers
-from moeify.notices import say
+from moeify.notices import notify
 from moeify.ranks import all_reduce
 from moeify.record import observe
 from moeify.routing import Routing
@@ -84,7 +84,7 @@ class RoutingCallback(TrainerCallback):
     def _add(self, name: str, routing: Routing) -> None:
         if self._learns is None and torch.is_grad_enabled() and not self._said:
             self._said = True
-            say(f"moeify: {name} is called without the model around it, so padding among its tokens counts")
+            notify(f"moeify: {name} is called without the model around it, so padding among its tokens counts")
         if torch.is_grad_enabled() if self._learns is None else self._learns:
             self._tally.add([(name, routing)])
 
@@ -146,4 +146,4 @@ def _call_first(callback: TrainerCallback) -> None:
             handler.callbacks.insert(0, callback)
             return
         frame = frame.f_back
-    say("moeify: RoutingCallback is called by no trainer of transformers; the figures are in its metrics.jsonl alone")
+    notify("moeify: RoutingCallback is called by no trainer of transformers; its figures are in metrics.jsonl alone")

@@ -13,7 +13,7 @@ from typing import Any
 from transformers import TrainerState
 
 from moeify.files import write_text
-from moeify.notices import say
+from moeify.notices import notify
 from moeify.train.metrics import Tally, summarize
 
 LOG = "metrics.jsonl"
@@ -54,7 +54,7 @@ def append(file: Path, record: dict[str, Any]) -> None:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     except OSError as error:
         step = record.get("step")
-        say(f"moeify: the metrics of step {step} could not be written to {file} ({error}); the run goes on")
+        notify(f"moeify: the metrics of step {step} could not be written to {file} ({error}); the run goes on")
 
 
 def forget_after(file: Path, step: int) -> None:
@@ -72,7 +72,7 @@ def forget_after(file: Path, step: int) -> None:
         else:
             write_text(file, kept.decode())
     except OSError as error:
-        say(f"moeify: the metrics after step {step} could not be taken out of {file} ({error}); the run goes on")
+        notify(f"moeify: the metrics after step {step} could not be taken out of {file} ({error}); the run goes on")
 
 
 def _is_until(line: bytes, step: int) -> bool:

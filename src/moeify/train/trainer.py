@@ -18,7 +18,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from moeify import ranks
 from moeify.balance import Control, SparsityTarget, control
 from moeify.layers import sparse_layers
-from moeify.notices import say
+from moeify.notices import notify
 from moeify.ranks import OnAnotherRank
 from moeify.record import observe
 from moeify.routers import begin_step
@@ -159,7 +159,7 @@ class SparseTrainerMixin(Columns, Saving):
             model, empty.as_real(inputs) if padding else inputs, True, num_items_in_batch
         )
         if padding or not (torch.isfinite(loss).all() or empty.has_labels(inputs)):
-            self._say_once("all padding" if padding else "without a label to predict", training=model.training)
+            self._notify_once("all padding" if padding else "without a label to predict", training=model.training)
             loss = empty.zero(loss)
         extra = self._balance(sizes, counts=not padding) if model.training and self._hooks else None
         if extra is not None:
@@ -167,11 +167,11 @@ class SparseTrainerMixin(Columns, Saving):
             self._extra = extra.detach().to(loss.device)
         return loss, outputs
 
-    def _say_once(self, what: str, *, training: bool) -> None:
+    def _notify_once(self, what: str, *, training: bool) -> None:
         place = f"a micro-batch of step {self.state.global_step + 1}" if training else "an evaluation batch"
         if (what, training) not in self._said:
             self._said.add((what, training))
-            say(f"moeify: {place} is {what}; it, and all that are, count with a loss of 0")
+            notify(f"moeify: {place} is {what}; it, and all that are, count with a loss of 0")
 
     def _balance(self, sizes: dict[str, int], *, counts: bool) -> Tensor | None:
         """What a micro-batch adds to the loss of its step, times the ranks, over which gradients are averaged.
@@ -233,7 +233,7 @@ class SparseTrainerMixin(Columns, Saving):
             self._save_checkpoint(model, trial=None)
             failed = self.failures > 0
         except Exception as reason:
-            say(f"moeify: no checkpoint of step {step} could be saved: {reason}")
+            notify(f"moeify: no checkpoint of step {step} could be saved: {reason}")
             failed = True
         failed = ranks.anywhere(failed, self.args.device)
         saved = "could not be saved" if failed else f"are saved in {self._checkpoint_folder(step)}"
@@ -271,7 +271,7 @@ class SparseTrainerMixin(Columns, Saving):
         if self.is_world_process_zero():
             run_log.forget_after(Path(str(self.args.output_dir)) / run_log.LOG, self.state.global_step)
             own = "; the model's own balance loss is turned off, it would count twice" if self._own_loss_off else ""
-            say(f"moeify: {self.sparse.describe()}{own}")
+            notify(f"moeify: {self.sparse.describe()}{own}")
         self._since = time.perf_counter()
 
     def _unhook(self) -> None:

@@ -22,7 +22,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from moeify.files import fingerprint, read_json, sync, write_text
-from moeify.notices import say
+from moeify.notices import notify
 
 MANIFEST = "MANIFEST.json"
 TEMPORARY, TRASH = ".tmp", ".trash"
@@ -64,11 +64,11 @@ def recover(output: Path) -> None:
         try:
             whole = _NAME.fullmatch(final.name) and not final.exists() and _fault(path) is None
         except Exception as error:  # it may be whole, and readable another time
-            say(f"moeify: left {path} as it is, for it cannot be read ({type(error).__name__}: {error})")
+            notify(f"moeify: left {path} as it is, for it cannot be read ({type(error).__name__}: {error})")
             continue
         if whole:
             os.rename(path, final)
-            say(f"moeify: recovered {final}, which a kill had left without its name")
+            notify(f"moeify: recovered {final}, which a kill had left without its name")
         else:
             shutil.rmtree(path, ignore_errors=True)
 
@@ -193,7 +193,7 @@ def newest(output: Path) -> Path:
         if reason is None:
             return path
         rejected.append(f"{path.name}: {reason}")
-        say(f"moeify: rejected {rejected[-1]}")
+        notify(f"moeify: rejected {rejected[-1]}")
     raise FileNotFoundError(
         f"no checkpoint in {output} can be trusted"
         + (f" ({'; '.join(rejected)})" if rejected else ", it holds none")
@@ -218,4 +218,4 @@ def rotate(written: list[Path], limit: int | None, best: str | None) -> None:
         try:
             discard(path)
         except OSError as error:
-            say(f"moeify: the old {path} could not be deleted: {error}")
+            notify(f"moeify: the old {path} could not be deleted: {error}")

@@ -14,7 +14,7 @@ from transformers.trainer_callback import ExportableState
 from moeify import ranks
 from moeify.files import read_json, read_tensors, write_tensors
 from moeify.folders import RUN_LOCK, locked, replacing_files
-from moeify.notices import say
+from moeify.notices import notify
 from moeify.origin import Origin
 from moeify.store import save
 from moeify.train.checkpoint import state
@@ -70,7 +70,7 @@ class Saving(_Trainer):
                 self.written = [path for path in self.written if path != final] + [final]
             except OSError as error:
                 self.failures += 1
-                say(f"moeify: {final.name} could not be saved ({error}); earlier checkpoints are untouched")
+                notify(f"moeify: {final.name} could not be saved ({error}); earlier checkpoints are untouched")
             rotate(self.written, self.args.save_total_limit, self.state.best_model_checkpoint)
         if ranks.anywhere(self.failures == 3, self.args.device):
             raise OSError("no checkpoint could be saved three times in a row; make room, or choose another output_dir")
@@ -122,7 +122,7 @@ class Saving(_Trainer):
             found = checkpoints(output)
             if aside := set_aside(output, step, *([] if checkpoint else [LOG])):
                 begins = f"goes on from {checkpoint.name}" if checkpoint else "starts afresh"
-                say(
+                notify(
                     f"moeify: {output} holds checkpoints of an earlier run up to {found[0].name}; this run {begins}, "
                     f"and those of later steps are moved to {aside}"
                 )
@@ -166,7 +166,7 @@ class Saving(_Trainer):
             return
         folder = Path(checkpoint)
         if not (folder / "scheduler.json").is_file():
-            say(f"moeify: {folder.name} holds the model only (save_only_model), optimizer and schedule begin anew")
+            notify(f"moeify: {folder.name} holds the model only (save_only_model), optimizer and schedule begin anew")
             return
         state.load_optimizer(bare(self.optimizer), self.model, folder)
         self.lr_scheduler.load_state_dict(read_json(folder / "scheduler.json"))

@@ -9,7 +9,7 @@ import zlib
 from pathlib import Path
 from typing import Any
 
-UNPACKED, RATIO = 2**28, 50
+MAX_BYTES, MAX_RATIO = 2**28, 50
 """A compressed file may expand to 256 MiB, or to 50 times its size if that is more; text seldom shrinks to a tenth."""
 
 
@@ -20,32 +20,32 @@ def read_text(path: Path) -> str:
         ValueError: not UTF-8, not gzip, or more than the limit.
     """
     try:
-        data = _unpack(path) if path.suffix.lower() == ".gz" else path.read_bytes()
+        data = _decompress(path) if path.suffix.lower() == ".gz" else path.read_bytes()
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 (at byte {error.start}); convert it or leave it out") from error
     except (gzip.BadGzipFile, zlib.error, EOFError) as error:
-        raise ValueError(f"{path} cannot be unpacked ({error}); the file is damaged or not gzip") from error
+        raise ValueError(f"{path} cannot be decompressed ({error}); the file is damaged or not gzip") from error
 
 
-def limit_of(path: Path) -> int:
+def byte_limit(path: Path) -> int:
     """The number of bytes that a compressed file may expand to."""
-    return max(UNPACKED, RATIO * path.stat().st_size)
+    return max(MAX_BYTES, MAX_RATIO * path.stat().st_size)
 
 
-def too_large(path: Path) -> ValueError:
+def expands_too_far(path: Path) -> ValueError:
     """The error for a file that expands to more."""
     return ValueError(
-        f"{path} of {path.stat().st_size:,} bytes unpacks to more than {limit_of(path):,}; leave it out or, if it is "
-        "what it should be, unpack it yourself and name the unpacked file"
+        f"{path} of {path.stat().st_size:,} bytes expands to more than {byte_limit(path):,} bytes; leave it out "
+        "or, if it is no mistake, decompress it yourself and name the decompressed file"
     )
 
 
-def _unpack(path: Path) -> bytes:
+def _decompress(path: Path) -> bytes:
     with gzip.open(path) as file:
-        data = file.read(limit_of(path) + 1)
-    if len(data) > limit_of(path):
-        raise too_large(path)
+        data = file.read(byte_limit(path) + 1)
+    if len(data) > byte_limit(path):
+        raise expands_too_far(path)
     return data
 
 
