@@ -18,7 +18,7 @@ from moeify.inspect.trace import LayerTrace, Trace
 from moeify.inspect.written import until_the_end, write
 from moeify.layers import SparseLayer, sparse_layers, watch_inputs
 from moeify.modes import in_evaluation
-from moeify.notices import say
+from moeify.notices import notify
 from moeify.progress import Progress
 from moeify.routing import Routing
 
@@ -133,7 +133,7 @@ class _Recorder:
         return trace
 
     def _leave_out(self) -> None:
-        say(f"trace: scores and logits take more than {self.most / 2**20:,.0f} MiB, and are left out")
+        notify(f"trace: scores and logits take more than {self.most / 2**20:,.0f} MiB, and are left out")
         self.is_full, self.wanted, self.bytes = True, {"scores": False, "logits": False}, 0
 
     def _see(self, name: str, routing: Routing) -> None:
