@@ -13,7 +13,7 @@ from moeify.inspect.formats.packed import first_bytes
 from moeify.inspect.formats.tensors import TENSORS
 from moeify.inspect.formats.vllm import VLLM
 from moeify.inspect.trace import Trace
-from moeify.notices import say
+from moeify.notices import notify
 from moeify.registry import suggest
 
 __all__ = ["Format", "find_format", "format_names", "read_trace", "recognised", "register_format", "write_trace"]
@@ -90,7 +90,7 @@ def write_trace(trace: Trace, path: str | Path, format: str | None = None) -> No
     path = Path(path)
     found = _by_ending(path) if format is None else find_format(format)
     if lost := found.lost(trace):
-        say(f"{path.name}: the format {found.name} has no place for {', '.join(lost)}, which are left out")
+        notify(f"{path.name}: the format {found.name} has no place for {', '.join(lost)}, which are left out")
     found.write(trace, path)
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moeify.data.unpack import read_text
+from moeify.data.decompress import read_text
 from moeify.files import replacing
 from moeify.inspect.formats.base import Format, Rows, by_number, passes, whole
 from moeify.inspect.formats.packed import open_to_write

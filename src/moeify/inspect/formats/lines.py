@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moeify.data.unpack import parse_json, read_text
+from moeify.data.decompress import parse_json, read_text
 from moeify.files import replacing
 from moeify.inspect.formats.base import Format
 from moeify.inspect.formats.header import check, columns_of, described, trace_of

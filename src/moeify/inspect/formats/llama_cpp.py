@@ -16,13 +16,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from moeify.data.unpack import read_text
+from moeify.data.decompress import read_text
 from moeify.files import replacing
 from moeify.inspect.formats.base import Format, Rows, by_number, passes
 from moeify.inspect.formats.packed import open_to_write
 from moeify.inspect.formats.table import parse_rows
 from moeify.inspect.trace import DECODE, PREFILL, LayerTrace, Tokens, Trace
-from moeify.notices import say
+from moeify.notices import notify
 
 _FORK = "phase,token,layer,rank,expert"
 _PHASES = {"prefill": PREFILL, "decode": DECODE}
@@ -128,7 +128,7 @@ def _doubt(layers: dict[str, LayerTrace], path: Path) -> None:
         if len(prompt) < 4 or prompt.numel() > len(prompt.unique()):
             return
     if layers:
-        say(
+        notify(
             f"{path}: the first tokens of the prompt share no expert in any layer. Early versions of llama-moe-trace "
             "wrote one token's ranking there; trust what was decoded, or record it again"
         )

@@ -16,7 +16,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from moeify.data.unpack import parse_json, read_text
+from moeify.data.decompress import parse_json, read_text
 from moeify.files import replacing
 from moeify.inspect.formats.base import Format, checked_experts, layer_number
 from moeify.inspect.join import Part, join

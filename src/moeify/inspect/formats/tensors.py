@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from moeify.data.unpack import parse_json
+from moeify.data.decompress import parse_json
 from moeify.files import open_tensors, write_tensors
 from moeify.inspect.formats.base import Format
 from moeify.inspect.formats.header import check, columns_of, described, trace_of

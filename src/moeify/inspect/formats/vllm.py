@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from moeify.data.unpack import limit_of, parse_json, read_text, too_large
+from moeify.data.decompress import byte_limit, expands_too_far, parse_json, read_text
 from moeify.files import read_tensors, regular, replacing, write_tensors
 from moeify.inspect.formats.base import Format, by_number, checked_experts
 from moeify.inspect.trace import DECODE, PREFILL, LayerTrace, Tokens, Trace
@@ -89,8 +89,8 @@ def _npy(path: Path) -> dict[str, Tensor]:
 def _npz(path: Path) -> dict[str, Tensor]:
     try:
         with zipfile.ZipFile(regular(path)) as packed:
-            if sum(member.file_size for member in packed.infolist()) > limit_of(path):
-                raise too_large(path)
+            if sum(member.file_size for member in packed.infolist()) > byte_limit(path):
+                raise expands_too_far(path)
             members = [name for name in packed.namelist() if name.endswith(".npy")]
             return {name[:-4]: _array(packed.read(name), f"{path}: {name}") for name in members}
     except (zipfile.BadZipFile, OSError, EOFError) as error:
