@@ -20,6 +20,7 @@ from moeify.inspect.load import ExpertLoad, expert_load
 from moeify.inspect.page import write_report
 from moeify.inspect.panels.panel import Panel
 from moeify.inspect.report import Report, report
+from moeify.inspect.streamed import stream
 from moeify.inspect.trace import LayerTrace, Tokens, Trace
 
 __all__ = [
@@ -45,6 +46,7 @@ __all__ = [
     "register_format",
     "report",
     "representation_collapse",
+    "stream",
     "switched",
     "weight_cosine",
     "without_first",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -129,7 +129,7 @@ class Weights:
             ValueError: whatever `refuse_unlike` raises; the model is as it was.
         """
         own = persistent(model)
-        ties = ties_to_stored(own, self) if ties is None else ties
+        ties = ties_to_stored(own, self.shapes) if ties is None else ties
         self.refuse_unlike(model, own, ties)
         names: dict[str, list[str]] = {name: [name] for name in self.shapes}
         for name, kept in ties.items():
@@ -202,7 +202,7 @@ def load_weights(model: nn.Module, folder: str | Path) -> None:
     finish(Path(folder))
     weights = Weights.of(folder)
     own = persistent(model)
-    ties = ties_to_stored(own, weights)
+    ties = ties_to_stored(own, weights.shapes)
     weights.refuse_unlike(model, own, ties)
     weights.check()
     _refuse_untied(model, own, weights)
@@ -212,13 +212,13 @@ def load_weights(model: nn.Module, folder: str | Path) -> None:
             own[name].data.copy_(tensor)
 
 
-def ties_to_stored(own: Mapping[str, Tensor], weights: Weights) -> dict[str, str]:
+def ties_to_stored(own: Mapping[str, Tensor], names: Container[str]) -> dict[str, str]:
     """For every tensor that the files lack, the name under which they have it."""
-    stored = {_identity(tensor): name for name, tensor in own.items() if name in weights.shapes}
+    stored = {_identity(tensor): name for name, tensor in own.items() if name in names}
     return {
         name: stored[_identity(tensor)]
         for name, tensor in own.items()
-        if name not in weights.shapes and _identity(tensor) in stored
+        if name not in names and _identity(tensor) in stored
     }
 
 

@@ -1,0 +1,177 @@
+"""Read single tensors of a checkpoint under the names of its model: transformers stores many under others, in parts."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Generator, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from copy import deepcopy
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moeify.files import open_tensors
+from moeify.store.weights import Weights, persistent, ties_to_stored
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a tensor of a model is made of.
+
+    Attributes:
+        converter: of transformers; None if what is stored is the tensor.
+        stored: names in the files by the pattern of the converter; one name under the empty pattern without one.
+    """
+
+    converter: Any = None
+    stored: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
+
+    def of(self, expert: int) -> Parts:
+        """The part of one expert, where every pattern has a tensor for each."""
+        return Parts(self.converter, {pattern: [names[expert]] for pattern, names in self.stored.items()})
+
+    def are_experts(self, num_experts: int) -> bool:
+        """Whether every pattern has a tensor for each expert, of which the converter makes a stack."""
+        if self.converter is None or len(self.converter.target_patterns) > 1:
+            return False
+        from transformers.core_model_loading import Concatenate, MergeModulelist
+
+        stack, *others = self.converter.operations
+        return (
+            isinstance(stack, MergeModulelist) and stack.dim == 0
+            and all(isinstance(operation, Concatenate) and operation.dim > 0 for operation in others)
+            and all(len(names) == num_experts for names in self.stored.values())
+        )  # fmt: skip
+
+
+class Converted:
+    """The tensors of a checkpoint, one at a time, under the names that a model has for them.
+
+    Args:
+        model: of the checkpoint, on the meta device; its dtypes are those that tensors are read in.
+        folder: of the checkpoint.
+        ties: names that mean the tensor of another name; None for those that the model ties.
+
+    Raises:
+        FileNotFoundError: no weights in the folder.
+        ValueError: damaged files, or files without some tensors of the model.
+    """
+
+    def __init__(self, model: nn.Module, folder: Path, ties: Mapping[str, str] | None = None) -> None:
+        self.model, self.weights = model, Weights.of(folder)
+        self.own = persistent(model)
+        self.parts = dict(_parts(model, self.own, self.weights)) if ties is None else _as_stored(self.weights)
+        given = ties_to_stored(self.own, self.parts) if ties is None else ties
+        self.ties = {name: kept for name, kept in given.items() if name not in self.parts}
+        self.dtypes = _dtypes(model, self.own) if ties is None else {}
+        if missing := [name for name in self.own if self.ties.get(name, name) not in self.parts]:
+            raise ValueError(
+                f"the weights in {folder} are not those of a {type(model).__name__}; missing: "
+                f"{', '.join(missing[:5])}{f' and {len(missing) - 5} more' if len(missing) > 5 else ''}"
+            )
+        self._files: dict[Path, Any] = {}
+        self._closing: ExitStack | None = None
+
+    @contextmanager
+    def open(self) -> Generator[None]:
+        """Inside, files stay open, so that their headers are read once; what was read of them is then in memory."""
+        if self._closing is not None:
+            yield
+            return
+        try:
+            with ExitStack() as self._closing:
+                yield
+        finally:
+            self._files, self._closing = {}, None
+
+    def read(self, name: str) -> Tensor:
+        """A tensor of the model."""
+        name = self.ties.get(name, name)
+        return self._made(name, self.parts[name], slice(None))
+
+    def has_single(self, name: str) -> bool:
+        """Whether the experts of a stack (E, ., .) can be read one by one."""
+        parts = self.parts[name]
+        return parts.converter is None or parts.are_experts(len(self.own[name]))
+
+    def read_expert(self, name: str, expert: int) -> Tensor:
+        """One expert (., .) of a stack."""
+        parts = self.parts[name]
+        if parts.converter is None:
+            return self._made(name, parts, expert)
+        return self._made(name, parts.of(expert), slice(None))[0]
+
+    def _made(self, name: str, parts: Parts, where: Any) -> Tensor:
+        dtype = self.dtypes.get(name)
+        with self.open():
+            stored = {key: [self._stored(n, where, dtype) for n in names] for key, names in parts.stored.items()}
+        if parts.converter is None:
+            return stored[""][0]
+        converter = deepcopy(parts.converter)
+        for pattern, tensors in stored.items():
+            converter.collected_tensors[pattern] = tensors
+        first = _first_target(name, parts.converter)
+        found = converter.convert(first, model=self.model, config=getattr(self.model, "config", None))
+        made = found[name]
+        return made[0] if isinstance(made, list) else made
+
+    def _stored(self, name: str, where: Any, dtype: torch.dtype | None) -> Tensor:
+        file = self.weights.files[name]
+        if file not in self._files and self._closing is not None:
+            self._files[file] = self._closing.enter_context(open_tensors(file))
+        opened = self._files[file]
+        tensor = opened.get_slice(name)[where] if self.weights.shapes[name] else opened.get_tensor(name)
+        return tensor if dtype is None else tensor.to(dtype)
+
+
+def _as_stored(weights: Weights) -> dict[str, Parts]:
+    return {name: Parts(None, {"": [name]}) for name in weights.shapes}
+
+
+def _parts(model: nn.Module, own: dict[str, Tensor], weights: Weights) -> Iterator[tuple[str, Parts]]:
+    """Every tensor that the files hold a part of, and its parts, in the order of their numbers."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
+
+    transforms: Any = get_model_conversion_mapping(model)  # type: ignore[arg-type]
+    renamings = [change for change in transforms if isinstance(change, WeightRenaming)]
+    converters = [change for change in transforms if isinstance(change, WeightConverter)]
+    of_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
+    prefix: Any = model.base_model_prefix
+    found: dict[str, Parts] = {}
+    for stored in sorted(weights.shapes, key=dot_natural_key):
+        name, pattern = rename_source_key(stored, renamings, converters, prefix, own)
+        if name not in own and stored in own:
+            name, pattern = stored, None
+        if name in own:
+            converter = None if pattern is None else of_pattern[pattern]
+            found.setdefault(name, Parts(converter)).stored[pattern or ""].append(stored)
+    for name, parts in found.items():
+        for target in _targets(name, parts.converter):
+            yield target, parts
+
+
+def _targets(first: str, converter: Any) -> list[str]:
+    if converter is None:
+        return [first]
+    patterns = converter.target_patterns
+    return [first.replace(patterns[0], pattern) for pattern in patterns]
+
+
+def _first_target(name: str, converter: Any) -> str:
+    patterns = converter.target_patterns
+    found = next((pattern for pattern in patterns if pattern in name), patterns[0])
+    return name.replace(found, patterns[0])
+
+
+def _dtypes(model: Any, own: Mapping[str, Tensor]) -> dict[str, torch.dtype]:
+    """The dtype that each tensor is read in: the model's, and single precision where its class asks for it."""
+    strict = model._keep_in_fp32_modules_strict or ()
+    half = (model._keep_in_fp32_modules or ()) if model.dtype == torch.float16 else ()
+    return {
+        name: torch.float32 if any(part in name for part in (*strict, *half)) else tensor.dtype
+        for name, tensor in own.items()
+    }
