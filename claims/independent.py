@@ -1,10 +1,10 @@
 """Our routers against implementations that others wrote: decisions, outputs and gradients for the same weights.
 
-google-research/vmoe (JAX), the code of V-MoE and Soft MoE, and lucidrains' soft-moe-pytorch and st-moe-pytorch. Peers
-run in an environment of their own; inputs and answers travel as .npz. Random draws are handed to both sides. What
-is known to differ is measured too, with the reason; any other difference is a failure.
+google-research/vmoe (JAX), the code of V-MoE and Soft MoE, lucidrains' soft-moe-pytorch and st-moe-pytorch, and PLE
+of deepctr-torch. Peers run in an environment of their own; inputs and answers travel as .npz. Random draws are handed
+to both sides. What is known to differ is measured too, with the reason; any other difference is a failure.
 
-    python -m venv peers && peers/bin/pip install jax flax clu soft-moe-pytorch st-moe-pytorch
+    python -m venv peers && peers/bin/pip install jax flax clu soft-moe-pytorch st-moe-pytorch deepctr-torch
     git clone https://github.com/google-research/vmoe
     python claims/independent.py --python peers/bin/python --vmoe vmoe     appends to claims/results/independent.csv
 """
@@ -18,7 +18,7 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
-from peers.ours import Values, against_lucidrains, against_vmoe, inputs
+from peers.ours import Values, against_deepctr, against_lucidrains, against_vmoe, inputs, multi_task_inputs
 from results import append
 
 TOLERANCE = 1e-5
@@ -102,6 +102,12 @@ def main() -> None:
         failed += judge(LIBRARIES, str(theirs["version"]), against_lucidrains(given), theirs)
     else:
         print(f"{LIBRARIES}: not run (peer missing)")
+    if has(options.python, "deepctr_torch"):
+        given = multi_task_inputs()
+        theirs = ask("deepctr", "deepctr.py", options.python, given)
+        failed += judge("deepctr", str(theirs["version"]), against_deepctr(given), theirs)
+    else:
+        print("deepctr: not run (peer missing)")
     if failed:
         sys.exit(f"{failed} comparisons disagree")
 

@@ -1,15 +1,18 @@
-"""Several tasks share experts: one gate per task (MMoE), a bounded union of choices, or experts of their own (PLE).
+"""Several tasks share experts: a gate per task (MMoE), experts of their own (CGC), levels of these (PLE), a few of all.
 
 The data is synthetic: two regressions on the same features, whose weights have correlation 0.5 (MMoE, section 3).
 """
+
+from functools import partial
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from moeify import MoE
+from moeify import MoE, record
 from moeify.experts import FFN, Plain
-from moeify.routers import MultiGate, Router, SparseMultiGate
+from moeify.ple import ple
+from moeify.routers import MultiGate, SparseMultiGate
 
 FEATURES, EXPERTS, TASKS = 100, 8, 2
 
@@ -26,28 +29,30 @@ def two_tasks(rows, correlation, scale=0.3):
 
 
 class MultiTask(nn.Module):
-    """Experts that all tasks share, and a tower of its own for each: y_k = tower_k(Σ_j g_kj f_j(x))."""
+    """Features of every task from experts that tasks share, and a tower of its own for each."""
 
-    def __init__(self, router: Router) -> None:
+    def __init__(self, extract: nn.Module) -> None:
         super().__init__()
-        self.moe = MoE(router, FFN(EXPERTS, FEATURES, 16, activation=Plain(F.relu), bias=True, width_out=16))
+        self.extract = extract
         self.towers = nn.ModuleList(nn.Sequential(nn.Linear(16, 8), nn.ReLU(), nn.Linear(8, 1)) for _ in range(TASKS))
 
     def forward(self, x):
-        answers = self.moe(x).unbind(1)  # one per gate
+        answers = self.extract(x).unbind(1)  # one per task
         return torch.cat([tower(answer) for tower, answer in zip(self.towers, answers, strict=True)], dim=1)
 
 
 torch.manual_seed(1)
 x, y = two_tasks(2000, correlation=0.5)
-routers = {
-    "MMoE": MultiGate(FEATURES, EXPERTS, gates=TASKS),
-    "PLE": MultiGate(FEATURES, EXPERTS, gates=TASKS, private=2),
-    "sparse": SparseMultiGate(FEATURES, EXPERTS, gates=TASKS, k=2, union=3),
+experts = partial(FFN, hidden=16, activation=Plain(F.relu), bias=True, width_out=16)
+extractions = {
+    "MMoE": MoE(MultiGate(FEATURES, EXPERTS, gates=TASKS), experts(EXPERTS, FEATURES)),
+    "CGC": MoE(MultiGate(FEATURES, EXPERTS, gates=TASKS, private=2), experts(EXPERTS, FEATURES)),
+    "PLE": ple(FEATURES, 16, experts, tasks=TASKS, levels=2, private=2, shared=4),
+    "sparse": MoE(SparseMultiGate(FEATURES, EXPERTS, gates=TASKS, k=2, union=3), experts(EXPERTS, FEATURES)),
 }
 print("synthetic data; a model that answers the mean has a loss of 1")
-for name, router in routers.items():
-    model = MultiTask(router)
+for name, extract in extractions.items():
+    model = MultiTask(extract)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
     losses = []
     for _ in range(15):
@@ -59,5 +64,7 @@ for name, router in routers.items():
             losses.append(loss.item())
     first, last = sum(losses[:20]) / 20, sum(losses[-20:]) / 20
     assert last < 0.3
-    asked = model.moe.router(x, model.moe.context).source.bincount().float().mean()
-    print(f"{name:6}  loss {first:.3f} -> {last:.3f}, {asked:.1f} of {EXPERTS} experts per row")
+    with record(model) as decisions:
+        model(x)
+    asked = sum(d.source.bincount().float().mean() for d in decisions.values()) / len(decisions)
+    print(f"{name:6}  loss {first:.3f} -> {last:.3f}, {asked:.1f} of {EXPERTS} experts per row and level")

@@ -21,6 +21,7 @@ from moeify.experts import (
     LoRA,
     LoRAFFN,
     Masked,
+    OfInputs,
     Plain,
     Scaled,
     Zero,
@@ -39,6 +40,7 @@ from moeify.routers import (
     ExpertChoice,
     ExpertGroups,
     ExpertThreshold,
+    Extraction,
     FinalMask,
     Frozen,
     GShard,
@@ -106,7 +108,8 @@ ROUTERS = {
     "all": partial(AllExperts, D, E),
     "learned hash": partial(Lookup, D, E, size=5, k=3, learned=True, scale=1.5),
     "mmoe": partial(MultiGate, D, E, gates=2),
-    "ple": partial(MultiGate, D, E, gates=2, private=1),
+    "cgc": partial(MultiGate, D, E, gates=2, private=1),
+    "ple": partial(Extraction, D, E, tasks=3),
     "bounded union": partial(SparseMultiGate, D, E, gates=2, k=2, union=3),
     "sparsemixer": partial(SparseMixer, D, E, k=3, epsilon=1.0),
     "frozen": partial(Frozen, D, E, k=3),
@@ -150,10 +153,11 @@ EXPERTS = {
         LoRAFFN(nn.Linear(D, 12), nn.Linear(6, D), Glu(nn.functional.silu), LoRA(E, D, 12), LoRA(E, 6, D))
     ),
     "constant": lambda: Blocks([FFN(2, D, 6), Constant(2, D)]),
+    "of inputs": lambda: OfInputs(FFN(E, D // 2, 6, width_out=D), [0, 1, 1, 0], 2),
 }
 UNEVEN = {"prefix", "capacity", "priority", "gshard", "top-p", "threshold", "relu", "expert choice", "soft"}
-UNEVEN |= {"groups of 2"}
-UNEVEN |= {"default vector", "expert threshold", "next", "final mask", "mmoe", "ple", "bounded union", "token rounding"}
+UNEVEN |= {"groups of 2", "default vector", "expert threshold", "next", "final mask", "mmoe", "cgc", "ple"}
+UNEVEN |= {"bounded union", "token rounding"}
 IDS = torch.arange(12).view(3, 4)
 DTYPES = {torch.float32: 1e-5, torch.float64: 1e-5, torch.bfloat16: 6e-2}
 

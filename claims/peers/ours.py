@@ -7,12 +7,13 @@ from functools import partial
 from unittest.mock import patch
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from moeify import MoE, losses
 from moeify.capacity import per_choice_by_4, per_token
-from moeify.experts import FFN, Glu, Plain
+from moeify.experts import FFN, Each, Glu, Plain
+from moeify.ple import ple
 from moeify.routers import Capacity, ExpertChoice, GShard, NoisyTopK, Router, Soft
 from moeify.routers.noisy import of_all
 from moeify.routing import Assignment, Mixture
@@ -33,6 +34,24 @@ def inputs() -> Values:
         "gate_up": torch.randn(E, 2 * H, D) * 0.2, "gate_up_bias": torch.randn(E, 2 * H),
         "capacity": torch.tensor(list(grid), dtype=torch.float64),
     }  # fmt: skip
+
+
+def multi_task_inputs() -> Values:
+    """Features of rows, and weights of three levels of PLE: those of all experts of tasks, then the shared ones."""
+    torch.manual_seed(1)
+    tasks, private, out = 3, 2, 12
+    experts = (tasks + 1) * private
+    given = {
+        "features": torch.randn(N, D), "ple direction": torch.randn(N, tasks, out),
+        "private": torch.tensor([tasks, private]),
+    }  # fmt: skip
+    for level, width in enumerate((D, out, out)):
+        shapes = {
+            "up": (experts, H, width), "up_bias": (experts, H), "down": (experts, out, H), "down_bias": (experts, out),
+            "gates": (tasks, 2 * private, width), "shared_gate": (1, experts, width),
+        }  # fmt: skip
+        given |= {f"ple {level} {name}": torch.randn(shape) * 0.3 for name, shape in shapes.items()}
+    return given
 
 
 def run(moe: MoE, x: Tensor, direction: Tensor, named: dict[str, str]) -> tuple[Assignment | Mixture, Values]:
@@ -109,6 +128,45 @@ def against_vmoe(given: Values) -> Values:
         per_choice_by_4(factor, int(tokens), int(experts), int(k))
         for factor, tokens, experts, k in given["capacity"].tolist()
     ])  # fmt: skip
+    return answers
+
+
+def against_deepctr(given: Values) -> Values:
+    """Our answers under the names of `peers/deepctr.py`, whose experts end in an activation."""
+    answers: Values = {}
+    tasks, private = given["private"].tolist()
+    count, out = len(given["ple 0 up"]), given["ple 0 down"].shape[1]
+
+    def experts(number: int, width: int) -> Each:
+        layers = [(nn.Linear(width, H), nn.ReLU(), nn.Linear(H, out), nn.ReLU()) for _ in range(number)]
+        return Each(nn.Sequential(*each) for each in layers)
+
+    shared = range(tasks * private, count)
+    sees = torch.tensor([[*range(k * private, (k + 1) * private), *shared] for k in range(tasks)])
+    for levels in (1, 2, 3):
+        model = ple(D, out, experts, tasks=tasks, levels=levels, private=private, shared=private)
+        leaves: dict[str, list[Tensor]] = {}
+        for number, level in enumerate(model.levels):
+            each, gates, name = level.experts.experts.experts, level.router.weight, f"ple {number}"
+            leaves |= {f"{name} up": [e[0].weight for e in each], f"{name} up_bias": [e[0].bias for e in each]}
+            leaves |= {f"{name} down": [e[2].weight for e in each], f"{name} down_bias": [e[2].bias for e in each]}
+            with torch.no_grad():
+                gates[:tasks].scatter_(1, sees.unsqueeze(-1).expand(-1, -1, gates.shape[-1]), given[f"{name} gates"])
+                gates[tasks:] = given[f"{name} shared_gate"][: len(gates) - tasks]
+                for part in ("up", "up_bias", "down", "down_bias"):
+                    for parameter, value in zip(leaves[f"{name} {part}"], given[f"{name} {part}"], strict=True):
+                        parameter.copy_(value)
+        x = given["features"].clone().requires_grad_()
+        y = model(x)
+        (y * given["ple direction"]).sum().backward()
+        case = f"ple of {levels} level{'s' * (levels > 1)}"
+        answers |= {f"{case}/y": y, f"{case}/grad x": x.grad}
+        answers |= {f"{case}/grad {name}": torch.stack([p.grad for p in leaf]) for name, leaf in leaves.items()}
+        for number, level in enumerate(model.levels):
+            grad = level.router.weight.grad
+            answers[f"{case}/grad ple {number} gates"] = torch.stack([grad[k][sees[k]] for k in range(tasks)])
+            if len(grad) > tasks:
+                answers[f"{case}/grad ple {number} shared_gate"] = grad[tasks:]
     return answers
 
 

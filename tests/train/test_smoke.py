@@ -53,7 +53,7 @@ def router_of(name: str) -> Router:
     if name == "replay":
         return Again()
     router = ROUTERS[name]()
-    return OneAnswer(router) if name in ("mmoe", "ple", "bounded union") else router
+    return OneAnswer(router) if name in ("mmoe", "cgc", "ple", "bounded union") else router
 
 
 def model_for(router: Router, width: int) -> PreTrainedModel:

@@ -6,11 +6,12 @@ from moeify.experts.constant import Constant
 from moeify.experts.ffn import FFN
 from moeify.experts.lora import LoRA, LoRAFFN
 from moeify.experts.masked import Masked
+from moeify.experts.of_inputs import OfInputs
 from moeify.experts.quantized import Quantized, quantize
 from moeify.experts.scaled import Scaled
 from moeify.kernels.stacked import ClampedGlu, Glu, Plain
 
 __all__ = [
     "FFN", "Blocks", "ClampedGlu", "Constant", "Each", "Experts", "Glu", "Identity", "LoRA", "LoRAFFN", "Masked",
-    "Plain", "Quantized", "Scaled", "Zero", "quantize",
+    "OfInputs", "Plain", "Quantized", "Scaled", "Zero", "quantize",
 ]  # fmt: skip

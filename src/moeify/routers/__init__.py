@@ -9,6 +9,7 @@ from moeify.routers.cosine import Cosine
 from moeify.routers.default_vector import DefaultVector
 from moeify.routers.expert_choice import ExpertChoice
 from moeify.routers.expert_threshold import ExpertThreshold
+from moeify.routers.extraction import Extraction
 from moeify.routers.frozen import Frozen
 from moeify.routers.gshard import GShard
 from moeify.routers.input_weights import InputWeights
@@ -46,6 +47,7 @@ __all__ = [
     "ExpertChoice",
     "ExpertGroups",
     "ExpertThreshold",
+    "Extraction",
     "FinalMask",
     "Frozen",
     "GShard",

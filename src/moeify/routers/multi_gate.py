@@ -1,4 +1,4 @@
-"""Multi-gate routing: one gate per task over the same experts, each of which runs once (MMoE, PLE)."""
+"""Multi-gate routing: one gate per task over the same experts, each of which runs once (MMoE, CGC)."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from moeify.routing import Assignment, Evidence
 
 @register("router", "multi_gate")
 class MultiGate(Router):
-    """G softmax gates over all experts (MMoE, KDD 2018), or each over its own and the shared ones (PLE, RecSys 2020).
+    """G softmax gates over all experts (MMoE, KDD 2018), or each over its own and the shared ones (CGC, RecSys 2020).
 
         g_k = softmax(W_k x) over the experts that gate k sees;  y_k = Σ_j g_kj f_j(x)
 

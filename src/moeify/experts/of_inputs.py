@@ -1,0 +1,49 @@
+"""Experts that each read one of several inputs of a token (PLE)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from moeify.experts.base import Experts
+
+
+class OfInputs(Experts):
+    """Gives every expert its own of the inputs that lie side by side in a row.
+
+    Args:
+        experts: the experts, which read one input.
+        reads: the place of the input that each expert reads, from 0.
+        inputs: how many there are.
+
+    Raises:
+        ValueError: not one place per expert, or a place outside the inputs.
+    """
+
+    def __init__(self, experts: Experts, reads: Sequence[int], inputs: int) -> None:
+        super().__init__()
+        if len(reads) != experts.num_experts or not all(0 <= place < inputs for place in reads):
+            raise ValueError(
+                f"{experts.num_experts} experts read the inputs {list(reads)} of {inputs}; give each the place of one, "
+                "from 0"
+            )
+        self.experts, self.inputs, self.num_experts = experts, inputs, experts.num_experts
+        self.register_buffer("reads", torch.tensor(reads), persistent=False)
+
+    @property
+    def costs(self) -> Float[Tensor, "E"]:
+        """Those of the experts."""
+        return self.experts.costs
+
+    def forward(self, rows: Float[Tensor, "R D"], counts: Int[Tensor, "E"]) -> Float[Tensor, "R O"]:
+        """Run every expert on its input."""
+        place = self.reads.repeat_interleave(counts, output_size=len(rows))
+        row = torch.arange(len(rows), device=rows.device)
+        return self.experts(rows.unflatten(-1, (self.inputs, -1))[row, place], counts)
+
+    def extra_repr(self) -> str:
+        """Which input each expert reads."""
+        return f"reads={self.reads.tolist()}"
