@@ -212,8 +212,14 @@ def test_experts_that_are_modules_run_what_is_counted():
     assert count(layer).flops * 10 == measured(layer, x=torch.randn(10, 8))
 
 
-AT_MOST = ["top-p", "threshold", "relu", "expert threshold", "bounded union", "prefix", "groups of 2"]
-CHEAPER = ["per group", "labelled", "similarity", "noisy"]  # one decision per image or sequence; noise in training only
+AT_MOST = ["top-p", "threshold", "relu", "top-any", "expert threshold", "bounded union", "prefix", "groups of 2"]
+CHEAPER = [
+    "per group",
+    "labelled",
+    "similarity",
+    "noisy",
+    "llama-moe",
+]  # one decision per image or sequence; noise in training only
 
 
 @pytest.mark.parametrize("name", [name for name in ROUTERS if name not in AT_MOST + CHEAPER])

@@ -23,7 +23,8 @@ from tiny_models import causal_lm, inputs, masked_lm
 
 AT_MOST = {
     "expert_threshold": "the number of experts varies", "remoe": "the number of experts varies",
-    "topp": "the number of experts varies", "noisy": "the noise has weights, of training only",
+    "topp": "the number of experts varies", "dynmoe": "the number of experts varies",
+    "noisy": "the noise has weights, of training only",
     "llama_moe": "the noise has weights, of training only",
     "mobile_vmoe": "one decision per image", "mocle": "one decision per sample",
 }  # fmt: skip

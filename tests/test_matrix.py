@@ -61,6 +61,7 @@ from moeify.routers import (
     SparseMultiGate,
     Threshold,
     TokenRounding,
+    TopAny,
     TopK,
     TopP,
     Uniform,
@@ -96,6 +97,7 @@ ROUTERS = {
     "top-p": partial(TopP, D, E),
     "threshold": partial(Threshold, D, E),
     "relu": partial(ReLU, D, E),
+    "top-any": partial(TopAny, D, E, start=3),
     "expert choice": partial(ExpertChoice, D, E),
     "soft": partial(Soft, D, E, slots=2),
     "sinkhorn": partial(Sinkhorn, D, E, k=2),
@@ -157,7 +159,7 @@ EXPERTS = {
 }
 UNEVEN = {"prefix", "capacity", "priority", "gshard", "top-p", "threshold", "relu", "expert choice", "soft"}
 UNEVEN |= {"groups of 2", "default vector", "expert threshold", "next", "final mask", "mmoe", "cgc", "ple"}
-UNEVEN |= {"bounded union", "token rounding"}
+UNEVEN |= {"bounded union", "token rounding", "top-any"}
 IDS = torch.arange(12).view(3, 4)
 DTYPES = {torch.float32: 1e-5, torch.float64: 1e-5, torch.bfloat16: 6e-2}
 

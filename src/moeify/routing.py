@@ -32,6 +32,8 @@ class Evidence:
         expected_load: rows that each expert can expect under the router's noise, with a gradient (noisy routers).
         label: what the model was told of each decision's token or sample: its modality, task type or super-class.
         affinity: how strongly every expert reacted to every token (CompeteSMoE).
+        rows: the router's rows for the experts in use, with a gradient (DynMoE).
+        unserved: the sum of the tokens that found no expert (DynMoE).
     """
 
     logits: Float[Tensor, "L E"] | None = None
@@ -40,6 +42,8 @@ class Evidence:
     expected_load: Float[Tensor, "E"] | None = None
     label: Int[Tensor, "L"] | None = None
     affinity: Float[Tensor, "L E"] | None = None
+    rows: Float[Tensor, "U D"] | None = None
+    unserved: Float[Tensor, "D"] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -32,6 +32,7 @@ from moeify.routers import (
     Soft,
     SparseMultiGate,
     Threshold,
+    TopAny,
     TopK,
     TopP,
     Uniform,
@@ -50,6 +51,7 @@ TOKEN_BY_TOKEN = {
     "top-p": TopP,
     "threshold": Threshold,
     "relu": ReLU,
+    "top-any": TopAny,
     "relu with capacity": lambda *sizes: Capacity(
         ReLU(*sizes), factor=0.5, eval_factor=0.5, priority="score", overflow="renormalize"
     ),

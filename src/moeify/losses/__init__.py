@@ -22,10 +22,11 @@ from moeify.losses.localized import localized
 from moeify.losses.product import log_product
 from moeify.losses.scores import global_entropy, l1, local_entropy, z
 from moeify.losses.supervision import supervision
+from moeify.losses.top_any import diversity_and_simplicity
 
 __all__ = [
-    "Scope", "balance", "budget", "cosine", "cost", "cv_squared", "distillation", "diversity", "erc", "global_entropy",
-    "group_balance", "importance", "l1", "linear_cka", "load_loss", "local_entropy", "localized", "log_product",
-    "orthogonality", "probability", "proxies", "score_importance", "sequence_balance", "share",
-    "similarity", "supervision", "z",
+    "Scope", "balance", "budget", "cosine", "cost", "cv_squared", "distillation", "diversity",
+    "diversity_and_simplicity", "erc", "global_entropy", "group_balance", "importance", "l1", "linear_cka",
+    "load_loss", "local_entropy", "localized", "log_product", "orthogonality", "probability", "proxies",
+    "score_importance", "sequence_balance", "share", "similarity", "supervision", "z",
 ]  # fmt: skip

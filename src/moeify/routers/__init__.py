@@ -30,6 +30,7 @@ from moeify.routers.sinkhorn import Sinkhorn
 from moeify.routers.soft import Soft
 from moeify.routers.sparsemixer import SparseMixer
 from moeify.routers.token_rounding import TokenRounding
+from moeify.routers.top_any import TopAny
 from moeify.routers.topk import ExpertGroups, TopK, sigmoid, softmax, sqrt_softplus
 from moeify.routers.uniform import Uniform
 from moeify.routers.variable import ReLU, Threshold, TopP
@@ -72,6 +73,7 @@ __all__ = [
     "Threshold",
     "TokenRounding",
     "Tokens",
+    "TopAny",
     "TopK",
     "TopP",
     "Uniform",

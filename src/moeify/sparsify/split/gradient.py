@@ -25,7 +25,7 @@ def independent(dense: DenseFFN, parts: int, *, importance: Importance = by_weig
 
 @register("split", "inner")
 def inner(dense: DenseFFN, parts: int, *, importance: Importance = by_weights) -> Int[Tensor, "E h"]:
-    """Neuron-sharing, inner: every expert takes the H / E units that it needs most (arXiv 2406.16554, section 3.1).
+    """Neuron-sharing, inner: every expert takes the H / E units that it needs most (LLaMA-MoE, arXiv 2406.16554).
 
     Units may be in several experts or in none, so that the experts do not add up to the dense network.
 
