@@ -1,0 +1,148 @@
+"""`moeify trace`: record which experts a model sends every token to, or convert such a trace into another format."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from moeify.cli import options as o
+
+if TYPE_CHECKING:
+    from moeify.inspect.trace import Trace
+
+
+Source = Annotated[
+    str, typer.Argument(help="A saved sparse model, the folder of a run, an MoE of transformers; or a trace")
+]
+Data = Annotated[
+    str | None,
+    typer.Option(
+        help="Text for the model to read, as of moeify train", show_default="the text that came with Python and torch"
+    ),
+]
+Probe = Annotated[
+    str | None,
+    typer.Option(
+        help="Other inputs: FILE.safetensors with tensors by the names of the model's arguments, or FILE.py:FUNCTION, "
+        "which returns one input or a list of them",
+        show_default="text",
+    ),
+]
+Generate = Annotated[int, typer.Option(min=0, help="Tokens that the model decodes after every excerpt")]
+Architecture = Annotated[
+    str | None, typer.Option(help="The class of transformers that loads the model", show_default="as its config says")
+]
+FormatName = Annotated[
+    str | None,
+    typer.Option(help="safetensors, jsonl, megatron, llama.cpp, bigmoeonedge or vllm", show_default="the ending's"),
+]
+NumExperts = Annotated[
+    int | None, typer.Option(min=1, help="Experts per layer, for a trace whose format does not tell them")
+]
+K = Annotated[int | None, typer.Option(min=1, help="Experts per token, for a trace of llama.cpp")]
+
+
+def trace(
+    source: Source,
+    output: Annotated[Path, typer.Option(help="The file to write; its ending tells the format")],
+    data: Data = None,
+    probe: Probe = None,
+    tokens: Annotated[int, typer.Option(min=1, help="About how many tokens of text to read")] = 8192,
+    length: Annotated[int, typer.Option(min=2, help="Tokens per excerpt")] = 128,
+    batch: Annotated[int, typer.Option(min=1, help="Excerpts at once")] = 8,
+    generate: Generate = 0,
+    scores: Annotated[bool, typer.Option(help="Keep the scores of all experts, where they fit 1 GiB")] = True,
+    logits: Annotated[bool, typer.Option("--logits", help="Keep the logits of all experts too")] = False,
+    architecture: Architecture = None,
+    device: o.Device = None,
+    format: FormatName = None,
+    experts: NumExperts = None,
+    k: K = None,
+) -> None:
+    """Record which experts a model sends every token to, or convert the trace of another program."""
+    from moeify.inspect.capture import capture
+    from moeify.inspect.formats import read_trace, recognised, write_trace
+
+    path = Path(source)
+    if path.is_file() or (path.is_dir() and not _holds_model(path) and recognised(path) is not None):
+        found = read_trace(path, num_experts=experts, k=k)
+    else:
+        model = _load(source, architecture, device)
+        tokenizer = None if probe else _tokenizer(source)
+        batches = _probes(probe) if probe else _text(model, tokenizer, data, (tokens, length, batch), generate > 0)
+        found = capture(model, batches, generate=generate, scores=scores, logits=logits, tokenizer=tokenizer)
+        found.header["model"] = source
+    write_trace(found, output, format)
+    print(f"moeify: {_described(found)}\nmoeify: in {output}, {output.stat().st_size / 2**20:,.1f} MiB")
+
+
+def _holds_model(folder: Path) -> bool:
+    return (folder / "config.json").is_file() or (folder / "model" / "config.json").is_file()
+
+
+def _folder(source: str) -> Path:
+    return Path(source) / "model" if (Path(source) / "model" / "config.json").is_file() else Path(source)
+
+
+def _load(source: str, architecture: str | None, device: str | None) -> Any:
+    """A model that moeify saved, or any of transformers, in the class that its config names."""
+    import torch
+    import transformers
+
+    from moeify.cli.text import load_dense
+    from moeify.files import read_json
+    from moeify.store import load
+
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    config = _folder(source) / "config.json"
+    if config.is_file() and "moeify" in read_json(config):
+        return load(_folder(source)).to(device)
+    name = str(_folder(source)) if config.is_file() else source
+    if architecture is None:
+        named = (getattr(load_dense(name, "AutoConfig"), "architectures", None) or [""])[0]
+        architecture = named if hasattr(transformers, named) else "AutoModelForCausalLM"
+    return load_dense(name, architecture, dtype="auto").to(device)
+
+
+def _tokenizer(source: str) -> Any:
+    from moeify.cli.text import saved_tokenizer
+
+    try:
+        return saved_tokenizer(_folder(source))
+    except ValueError as error:
+        raise ValueError(f"{error}; give other inputs than text by --probe") from None
+
+
+def _probes(probe: str) -> list[Any]:
+    given = o.choose_probe(probe)
+    return given if isinstance(given, list) else [given]
+
+
+def _text(
+    model: Any, tokenizer: Any, data: str | None, sizes: tuple[int, int, int], decoding: bool
+) -> list[dict[str, Any]]:
+    """Excerpts of texts; a decoder beside an encoder reads what the encoder reads, unless it decodes."""
+    from moeify.data.corpus import build_corpus
+    from moeify.data.excerpts import excerpts
+    from moeify.data.text import read_texts
+
+    tokens, length, batch = sizes
+    texts = build_corpus() if data is None else read_texts(data)
+    found = excerpts(texts, tokenizer, tokens, length=length, batch=batch)
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False) and not decoding:
+        found = [each | {"decoder_input_ids": each["input_ids"]} for each in found]
+    return found
+
+
+def _described(found: Trace) -> str:
+    """A trace in a line: layers, experts, tokens."""
+    from moeify.inspect.trace import DECODE
+
+    experts = sorted({layer.num_experts for layer in found})
+    parts = []
+    for table in found.tables:
+        decoded = 0 if table.phase is None else int((table.phase == DECODE).sum())
+        parts.append(f"{len(table):,} tokens" + (f", {decoded:,} of them decoded" if decoded else ""))
+    return f"{len(found.layers)} layers of {' or '.join(f'{e:,}' for e in experts)} experts, {' and '.join(parts)}"
