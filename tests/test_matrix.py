@@ -21,6 +21,7 @@ from moeify.experts import (
     LoRA,
     LoRAFFN,
     Masked,
+    MultiplicativeBias,
     OfInputs,
     Plain,
     Scaled,
@@ -155,6 +156,7 @@ EXPERTS = {
         LoRAFFN(nn.Linear(D, 12), nn.Linear(6, D), Glu(nn.functional.silu), LoRA(E, D, 12), LoRA(E, 6, D))
     ),
     "constant": lambda: Blocks([FFN(2, D, 6), Constant(2, D)]),
+    "multiplicative bias": lambda: MultiplicativeBias(FFN(E, D, 6, bias=True)),
     "of inputs": lambda: OfInputs(FFN(E, D // 2, 6, width_out=D), [0, 1, 1, 0], 2),
 }
 UNEVEN = {"prefix", "capacity", "priority", "gshard", "top-p", "threshold", "relu", "expert choice", "soft"}

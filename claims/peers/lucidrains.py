@@ -37,6 +37,7 @@ def answer(given: dict[str, Tensor]) -> dict[str, Tensor]:
         "top-2": {"straight_through_dispatch_tensor": False},
         "top-2 straight-through": {},
         "top-2 of groups": {"straight_through_dispatch_tensor": False},
+        "top-2 multiplicative bias": {"straight_through_dispatch_tensor": False},
     }.items():
         sparse = MoE(
             width, num_experts=experts, expert_hidden_mult=hidden * 1.5 / width, capacity_factor_train=0.8, **options
@@ -45,6 +46,8 @@ def answer(given: dict[str, Tensor]) -> dict[str, Tensor]:
         for e, expert in enumerate(sparse.experts.experts):
             _set(expert.net[0].weight, given["gate_up"][e].roll(hidden, 0))
             _set(expert.net[0].bias, given["gate_up_bias"][e].roll(hidden, 0))
+            if case.endswith("multiplicative bias"):
+                _set(expert.net[1].mult_bias, given["multiplicative_bias"][e])
             _set(expert.net[2].weight, given["down"][e])
             _set(expert.net[2].bias, given["down_bias"][e])
         x = (given["x"] if case.endswith("groups") else given["x"][:1]).clone().requires_grad_()
@@ -57,6 +60,9 @@ def answer(given: dict[str, Tensor]) -> dict[str, Tensor]:
         answers |= {f"{case}/grad x": x.grad, f"{case}/grad router": sparse.gate.to_gates.weight.grad}
         gate_up = [expert.net[0].weight.grad.roll(hidden, 0) for expert in sparse.experts.experts]
         answers[f"{case}/grad gate_up"] = torch.stack(gate_up)
+        if case.endswith("multiplicative bias"):
+            bias = torch.stack([expert.net[1].mult_bias.grad for expert in sparse.experts.experts])
+            answers[f"{case}/grad multiplicative_bias"] = bias
     return answers
 
 

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from moeify import MoE, losses
 from moeify.capacity import per_choice_by_4, per_token
-from moeify.experts import FFN, Each, Glu, Plain
+from moeify.experts import FFN, Each, Glu, MultiplicativeBias, Plain
 from moeify.ple import ple
 from moeify.routers import Capacity, ExpertChoice, GShard, NoisyTopK, Router, Soft
 from moeify.routers.noisy import of_all
@@ -32,7 +32,7 @@ def inputs() -> Values:
         "up": torch.randn(E, H, D) * 0.2, "up_bias": torch.randn(E, H), "down": torch.randn(E, D, H) * 0.2,
         "down_bias": torch.randn(E, D),
         "gate_up": torch.randn(E, 2 * H, D) * 0.2, "gate_up_bias": torch.randn(E, 2 * H),
-        "capacity": torch.tensor(list(grid), dtype=torch.float64),
+        "capacity": torch.tensor(list(grid), dtype=torch.float64), "multiplicative_bias": 1 + 0.3 * torch.randn(E, H),
     }  # fmt: skip
 
 
@@ -191,7 +191,7 @@ def against_lucidrains(given: Values) -> Values:
     answers["soft/y | of the tokens as they are"] = soft(given["x"])
 
     names = {"router": "router.router.weight", "gate_up": "experts.gate_up_proj"}
-    for case in ("top-2", "top-2 straight-through", "top-2 of groups"):
+    for case in ("top-2", "top-2 straight-through", "top-2 of groups", "top-2 multiplicative bias"):
         moe = build(
             Capacity(GShard(D, E), factor=0.8, capacity=per_token, priority="choice", per="sequence"),
             FFN(E, D, H, activation=Glu(F.gelu), bias=True),
@@ -199,6 +199,10 @@ def against_lucidrains(given: Values) -> Values:
             experts__gate_up_proj=given["gate_up"], experts__gate_up_proj_bias=given["gate_up_bias"],
             experts__down_proj=given["down"], experts__down_proj_bias=given["down_bias"],
         )  # fmt: skip
+        if case == "top-2 multiplicative bias":
+            moe.replace(experts=MultiplicativeBias(moe.experts))
+            moe.experts.multiplicative_bias.data.copy_(given["multiplicative_bias"])
+            names |= {"gate_up": "experts.experts.gate_up_proj", "multiplicative_bias": "experts.multiplicative_bias"}
         x = given["x"] if case.endswith("groups") else given["x"][:1]
         with patch("torch.rand_like", return_value=given["draws"][: len(x)].flatten()):
             routing, found = run(moe, x, given["direction"], names)

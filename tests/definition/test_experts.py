@@ -7,7 +7,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from moeify.experts import FFN, Blocks, ClampedGlu, Each, Glu, Identity, Plain, Zero
+from moeify.experts import FFN, Blocks, ClampedGlu, Each, Glu, Identity, MultiplicativeBias, Plain, Zero
+from moeify.export.experts import gated_ffns
 from strategies import agree, doubled
 
 E, D, H, O = 4, 5, 3, 2  # noqa: E741
@@ -46,6 +47,31 @@ def test_a_stack_of_ffns_is_each_ffn_by_itself(activation, bias):
         hidden = p[up][e] @ row + (p[f"{up}_bias"][e] if bias else 0)
         slow.append(p["down_proj"][e] @ slow_inner(activation, hidden) + (p["down_proj_bias"][e] if bias else 0))
     agree(experts(rows, COUNTS), [rows, *experts.parameters()], torch.stack(slow), [rows64, *p.values()])
+
+
+@pytest.mark.parametrize("activation", [Plain(F.gelu), Glu(F.silu)])
+def test_a_multiplicative_bias_stands_between_the_halves_of_every_expert(activation):
+    experts = MultiplicativeBias(FFN(E, D, H, activation=activation, width_out=O))
+    for p in experts.parameters():
+        nn.init.normal_(p)
+    rows = torch.randn(6, D, requires_grad=True)
+    p, rows64 = doubled(experts), rows.detach().double().requires_grad_()
+    up = f"experts.{'up_proj' if isinstance(activation, Plain) else 'gate_up_proj'}"
+    slow = []
+    for e, row in zip(OWNER, rows64, strict=True):
+        hidden = slow_inner(activation, p[up][e] @ row)
+        slow.append(p["experts.down_proj"][e] @ (hidden * p["multiplicative_bias"][e]))
+    agree(experts(rows, COUNTS), [rows, *experts.parameters()], torch.stack(slow), [rows64, *p.values()])
+
+
+def test_a_multiplicative_bias_starts_as_nothing_and_is_folded_into_exports():
+    experts, rows = MultiplicativeBias(FFN(E, D, H, width_out=O)), torch.randn(6, D)
+    torch.testing.assert_close(experts(rows, COUNTS), experts.experts(rows, COUNTS))
+    nn.init.normal_(experts.multiplicative_bias)
+    folded = gated_ffns(experts)
+    plain = FFN(E, D, H, width_out=O)
+    plain.load_state_dict({"gate_up_proj": folded.gate_up, "down_proj": folded.down})
+    torch.testing.assert_close(experts(rows, COUNTS), plain(rows, COUNTS))
 
 
 def test_a_clamped_gate_has_no_lower_bound():

@@ -1,5 +1,7 @@
 """Experts made of a dense network: all of it, a part of it, or its kind."""
 
+from functools import partial
+
 import pytest
 import torch
 from hypothesis import given
@@ -9,8 +11,19 @@ from torch.nn import functional as F
 
 from moeify.experts import FFN, Constant, Glu, Identity, Masked, Plain, Zero
 from moeify.find import DenseFFN
-from moeify.sparsify import copies, fresh, masked, splits, with_free
+from moeify.sparsify import (
+    Recipe,
+    copies,
+    fresh,
+    masked,
+    sparsify,
+    splits,
+    with_free,
+    with_multiplicative_bias,
+)
 from moeify.sparsify.split import clustered, importance, random
+from moeify.store import load, save
+from tiny_models import causal_lm, inputs
 
 SPLITS = [random, clustered, importance]
 
@@ -238,3 +251,21 @@ def test_all_experts_but_the_free_ones_work():
     assert [bank.num_experts for bank in with_free(network(), 6, zero=0, copy=3, constant=0).banks] == [3, 3]
     with pytest.raises(ValueError, match="leave none of 4 that works"):
         with_free(network(), 4)
+
+
+def test_a_multiplicative_bias_leaves_copies_as_they_are_and_is_saved(tmp_path):
+    model = causal_lm("llama")
+    probe = inputs(model)
+    before = model(**probe).logits
+    recipe = Recipe(num_experts=4, experts=partial(with_multiplicative_bias, experts=copies))
+    sparsify(model, recipe, verbose=False)
+    torch.testing.assert_close(model(**probe).logits, before)
+    nn.init.normal_(model.model.layers[0].mlp.experts.multiplicative_bias)
+    expected = model(**probe).logits
+    save(model, tmp_path)
+    assert torch.equal(load(tmp_path)(**probe).logits, expected)
+
+
+def test_a_multiplicative_bias_needs_hidden_units():
+    with pytest.raises(ValueError, match="stands between the halves of feed-forward experts, and these are Each"):
+        with_multiplicative_bias(nn.Linear(4, 4), 2, experts=copies)

@@ -6,6 +6,7 @@ from moeify.experts.constant import Constant
 from moeify.experts.ffn import FFN
 from moeify.experts.lora import LoRA, LoRAFFN
 from moeify.experts.masked import Masked
+from moeify.experts.multiplicative_bias import MultiplicativeBias
 from moeify.experts.of_inputs import OfInputs
 from moeify.experts.quantized import Quantized, quantize
 from moeify.experts.scaled import Scaled
@@ -13,5 +14,5 @@ from moeify.kernels.stacked import ClampedGlu, Glu, Plain
 
 __all__ = [
     "FFN", "Blocks", "ClampedGlu", "Constant", "Each", "Experts", "Glu", "Identity", "LoRA", "LoRAFFN", "Masked",
-    "OfInputs", "Plain", "Quantized", "Scaled", "Zero", "quantize",
+    "MultiplicativeBias", "OfInputs", "Plain", "Quantized", "Scaled", "Zero", "quantize",
 ]  # fmt: skip

@@ -85,9 +85,17 @@ class FFN(Experts):
 
     def forward(self, rows: Float[Tensor, "R D"], counts: Int[Tensor, "E"]) -> Float[Tensor, "R O"]:
         """`down(activation(up(rows)))`, each row by its own expert."""
-        (up, up_bias), (down, down_bias) = self.up, self.down
-        hidden = self.dropout(self.activation(grouped_linear(rows, up, counts, up_bias)))
-        return grouped_linear(hidden, down, counts, down_bias)
+        return self.project_down(self.hidden_units(rows, counts), counts)
+
+    def hidden_units(self, rows: Float[Tensor, "R D"], counts: Int[Tensor, "E"]) -> Float[Tensor, "R H"]:
+        """`activation(up(rows))`, some units dropped in training."""
+        up, bias = self.up
+        return self.dropout(self.activation(grouped_linear(rows, up, counts, bias)))
+
+    def project_down(self, hidden: Float[Tensor, "R H"], counts: Int[Tensor, "E"]) -> Float[Tensor, "R O"]:
+        """`down(hidden)`."""
+        down, bias = self.down
+        return grouped_linear(hidden, down, counts, bias)
 
     def extra_repr(self) -> str:
         """Sizes and activation."""

@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from moeify.compose.merge_weights import with_full_weights
-from moeify.experts import FFN, Masked
+from moeify.experts import FFN, Masked, MultiplicativeBias
 from moeify.experts.lora import LoRA, LoRAFFN
 from moeify.export.model_spec import Unsupported
 from moeify.find.dense import DenseFFN
@@ -54,6 +54,12 @@ def gated_ffns(experts: nn.Module) -> GatedFFNs:
 def _(experts: FFN) -> GatedFFNs:
     (up, up_bias), (down, down_bias) = experts.up, experts.down
     return _checked(up, up_bias, down, down_bias, experts.activation)
+
+
+@gated_ffns.register
+def _(experts: MultiplicativeBias) -> GatedFFNs:
+    inside = gated_ffns(experts.experts)
+    return replace(inside, down=inside.down * experts.multiplicative_bias.unsqueeze(1))
 
 
 @gated_ffns.register

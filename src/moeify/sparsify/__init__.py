@@ -3,7 +3,7 @@
 from moeify.sparsify.after import sandwich
 from moeify.sparsify.convert import sparsify
 from moeify.sparsify.lora import lora, lora_ffn
-from moeify.sparsify.make import copies, fresh, masked, merged, splits, with_free
+from moeify.sparsify.make import copies, fresh, masked, merged, splits, with_free, with_multiplicative_bias
 from moeify.sparsify.named import read_recipe, recipes
 from moeify.sparsify.plan import Plan, find
 from moeify.sparsify.recipe import Recipe
@@ -13,5 +13,5 @@ from moeify.sparsify.shared import dense, frozen, gated, nothing
 __all__ = [
     "Plan", "Recipe", "copies", "dense", "find", "fresh", "frozen", "gated", "lora", "lora_ffn", "masked", "merged",
     "nothing", "read_recipe", "recipes", "residual", "residual_splits", "sandwich", "sparsify", "splits",
-    "start_routers", "with_free",
+    "start_routers", "with_free", "with_multiplicative_bias",
 ]  # fmt: skip

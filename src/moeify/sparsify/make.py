@@ -15,6 +15,7 @@ from moeify.experts.blocks import Blocks, Each, Identity, Zero
 from moeify.experts.constant import Constant
 from moeify.experts.ffn import FFN
 from moeify.experts.masked import Masked
+from moeify.experts.multiplicative_bias import MultiplicativeBias
 from moeify.experts.scaled import Scaled
 from moeify.find.dense import DenseFFN
 from moeify.registry import register
@@ -183,6 +184,29 @@ def masked(
         p: probability that an output is dropped.
     """
     return Masked(experts(dense, num_experts), p)
+
+
+@register("experts", "multiplicative_bias")
+def with_multiplicative_bias(
+    dense: nn.Module, num_experts: int, *, experts: Callable[[nn.Module, int], Experts] = fresh
+) -> Experts:
+    """Experts whose hidden units a learned vector multiplies (ST-MoE): `MultiplicativeBias` around those of `experts`.
+
+    Args:
+        dense: a `DenseFFN`.
+        num_experts: E.
+        experts: makes the experts.
+
+    Raises:
+        ValueError: the experts have no hidden units of their own, as low-rank ones.
+    """
+    made = experts(dense, num_experts)
+    if not isinstance(made, FFN):
+        raise ValueError(
+            f"a multiplicative bias stands between the halves of feed-forward experts, and these are "
+            f"{type(made).__name__}; use experts=fresh or copies inside"
+        )
+    return MultiplicativeBias(made)
 
 
 @register("experts", "with_free")

@@ -30,7 +30,7 @@ from moeify.origin import Origin
 from moeify.snapshot import restored_on_error
 from moeify.sparsify.comparison import Comparison
 from moeify.sparsify.lora import lora
-from moeify.sparsify.make import copies, masked, merged, splits
+from moeify.sparsify.make import copies, masked, merged, splits, with_multiplicative_bias
 from moeify.sparsify.put import put
 from moeify.sparsify.recipe import Recipe
 from moeify.sparsify.residual import beside, refuse_misfit, residual_splits
@@ -227,7 +227,8 @@ def _refuse(sites: list[Site], layers: list[MoE], recipe: Recipe) -> None:
 
 def _options(maker: Callable) -> tuple[Callable, dict[str, Any]]:
     made, options = (maker.func, maker.keywords) if isinstance(maker, partial) else (maker, {})
-    return _options(options["experts"]) if made is masked and "experts" in options else (made, options)
+    around = made in (masked, with_multiplicative_bias) and "experts" in options
+    return _options(options["experts"]) if around else (made, options)
 
 
 def _is_copy(recipe: Recipe) -> bool:
