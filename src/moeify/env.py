@@ -74,7 +74,7 @@ CPP = Variable(
 DATA = Variable(
     "MOEIFY_DATA",
     "the folder of the files that claims and benchmarks are measured on",
-    "`shared/data` beside the repository",
+    "none",
     allowed=(),
 )
 FP32_GEMM = Variable(

@@ -117,7 +117,7 @@ def _decode(kind: str, value: Any, depth: int) -> Any:
     if not isinstance(value, dict) or not isinstance(value.get("name"), str):
         raise ValueError(f"{kind} must be a name or a mapping with a 'name', got {str(value)[:200]}")
     if depth > _DEEPEST:
-        raise ValueError(f"{kind} stands in more than {_DEEPEST} other things; the file is damaged")
+        raise ValueError(f"{kind} is nested in more than {_DEEPEST} others; the file is damaged")
     name, written = value["name"], {key: option for key, option in value.items() if key != "name"}
     if name not in _BY_NAME.get(kind, {}):
         name = _FORMER_NAMES.get(kind, {}).get(name, name)

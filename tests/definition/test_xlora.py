@@ -122,7 +122,7 @@ def test_the_first_pass_is_the_model_without_adapters_and_only_the_network_learn
 def test_what_x_lora_cannot_weigh_is_refused():
     with pytest.raises(ValueError, match="no layer with an InputWeights router"):
         XLoRA(TINY["llama"](), 32)
-    with pytest.raises(ValueError, match="depth=0 leaves no network"):
+    with pytest.raises(ValueError, match="depth=0 must be a number of layers"):
         XLoRA(library(), 32, depth=0)
     with pytest.raises(ValueError, match="k=4 of 3 experts"):
         XLoRA(library(), 32, k=4)

@@ -94,8 +94,8 @@ def test_values_that_a_type_does_not_hold_are_refused(tmp_path):
     ("base", "recipe", "config", "reason"),
     [
         ("llama", router(where=every(2)), {"num_hidden_layers": 4}, "llama, sparse layers: all its layers are sparse"),
-        ("llama", "mixtral", {"hidden_act": "gelu"}, "activation: its experts have silu, the model's gelu"),
-        ("qwen3", "qwen3", {"rope_parameters": LLAMA3}, "it does not scale positions as 'llama3' does"),
+        ("llama", "mixtral", {"hidden_act": "gelu"}, "activation: its experts compute silu, the model's gelu"),
+        ("qwen3", "qwen3", {"rope_parameters": LLAMA3}, "it does not support rope scaling 'llama3'"),
         ("mistral", "mixtral", {"sliding_window": 4}, "llama, windows"),
         ("olmo2", "olmoe", {}, "norms: always before, in the model after"),
         ("stablelm", "phi", {}, "norm: always rms, in the model layer"),

@@ -228,7 +228,7 @@ def test_a_model_of_another_kind_is_refused_in_words():
         fast_decode(gpt)
     with pytest.raises(ValueError, match="fp32 or bf16 on a CPU"):
         fast_decode(made(llama).half())
-    with pytest.raises(ValueError, match="3 bits are not known"):
+    with pytest.raises(ValueError, match="3 bits are not supported"):
         fast_decode(made(llama), bits=3)
 
 

@@ -181,7 +181,7 @@ def nested(times: int) -> dict:
         ({"router": {"name": "topk", "expert_groups": "expert_groups"}}, "'expert_groups' needs the option 'count'"),
         ({"router": {"name": "uniform", "weights": 0.5}}, "router 'uniform' needs a list or nothing as weights"),
         ({"where": "every"}, "where 'every' needs the option 'n'"),
-        ({"router": nested(17)}, "router stands in more than 16 other things"),
+        ({"router": nested(17)}, "router is nested in more than 16 others"),
         ([], "a recipe is a mapping of its fields, and not a list"),
         ({"num_experts": "many"}, "num_experts must be a whole number from 1 on, got 'many'"),
         ({"num_experts": 0}, "num_experts must be a whole number from 1 on, got 0"),

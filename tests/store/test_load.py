@@ -270,11 +270,11 @@ def test_a_folder_without_hashes_loads_and_cannot_be_verified(tmp_path):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda d: d["recipe"].update(num_experts=10**9), "promises 1000000000 experts"),
-        (lambda d: d.update(hidden_size=2**40), "promises hidden_size="),
-        (lambda d: d.update(num_hidden_layers=10**9), "promises num_hidden_layers="),
-        (lambda d: d.update(num_hidden_layers=1e9), "promises num_hidden_layers="),
-        (lambda d: d.update(num_labels=10**12), "promises num_labels="),
+        (lambda d: d["recipe"].update(num_experts=10**9), "says num_experts=1000000000"),
+        (lambda d: d.update(hidden_size=2**40), "says hidden_size="),
+        (lambda d: d.update(num_hidden_layers=10**9), "says num_hidden_layers="),
+        (lambda d: d.update(num_hidden_layers=1e9), "says num_hidden_layers="),
+        (lambda d: d.update(num_labels=10**12), "says num_labels="),
         (lambda d: d.update(num_hidden_layers=9_999), "describes more than 10000 parts"),
         (lambda d: d.update(num_hidden_layers=3), "missing: "),
         (lambda d: d.update(vocab_size=10**6), "wrong shape: "),

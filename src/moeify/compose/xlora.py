@@ -59,7 +59,7 @@ class XLoRA(nn.Module):
                 "router=InputWeights, and adapters that are all in the same places"
             )
         if depth < 1:
-            raise ValueError(f"depth={depth} leaves no network; choose depth >= 1")
+            raise ValueError(f"depth={depth} must be a number of layers; choose depth >= 1")
         if k is not None and not 1 <= k <= sizes[0]:
             raise ValueError(f"k={k} of {sizes[0]} experts; choose 1 <= k <= {sizes[0]}")
         self.keys = {router.key for router in routers}
@@ -74,7 +74,9 @@ class XLoRA(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The output of the second pass."""
         if kwargs.get("past_key_values") is not None or kwargs.get("cache") is not None:
-            raise ValueError("X-LoRA passes the model twice, which a cache does not survive; pass use_cache=False")
+            raise ValueError(
+                "X-LoRA runs the model twice per call, which would fill a KV cache twice; pass use_cache=False"
+            )
         weights = self.weights(*args, **kwargs)
         with extra_inputs(self.model, **dict.fromkeys(self.keys, weights)):
             return self.model(*args, **kwargs)

@@ -77,7 +77,7 @@ def quantize_module(model: nn.Module, name: str, bits: int, group_size: int = 64
     """
     if bits not in (8, 4) or group_size not in (32, 64):
         raise ValueError(
-            f"weights of {bits} bits in groups of {group_size} are not known; choose 8 or 4 bits, 32 or 64"
+            f"weights of {bits} bits in groups of {group_size} are not supported; choose 8 or 4 bits, 32 or 64"
         )
     module = model.get_submodule(name)
     if isinstance(module, Experts) or hasattr(module, "_apply_gate"):

@@ -7,25 +7,26 @@ from pathlib import Path
 
 from moeify import env
 
-DEFAULT = (Path(__file__).parent / "../../../../shared/data").resolve()
-"""Where the data lies if MOEIFY_DATA does not say: beside the repository."""
-
 
 def data_file(relative: str) -> Path:
     """Return the path of a file of the data folder, with size and SHA-256 as its MANIFEST.tsv says.
 
     The folder is what MOEIFY_DATA names; a file is checked once per process.
 
-    Raises FileNotFoundError if the file is not there, ValueError if it is another one.
+    Raises:
+        FileNotFoundError: MOEIFY_DATA is not set, or the file is not there.
+        ValueError: it is another file.
     """
-    return _checked(env.DATA.path or DEFAULT, relative)
+    if env.DATA.path is None:
+        raise FileNotFoundError(f"{relative} is a file of the data folder; set MOEIFY_DATA to the path of that folder")
+    return _checked(env.DATA.path, relative)
 
 
 @cache
 def _checked(folder: Path, relative: str) -> Path:
     path, manifest = folder / relative, folder / "MANIFEST.tsv"
     if not (path.is_file() and manifest.is_file()):
-        raise FileNotFoundError(f"needs {relative}; set MOEIFY_DATA (tried {folder})")
+        raise FileNotFoundError(f"the data folder has no {relative} or no {manifest.name}; MOEIFY_DATA is {folder}")
     with manifest.open(newline="", encoding="utf-8") as file:
         rows = {row["path"]: row for row in csv.DictReader(file, delimiter="\t")}
     if relative not in rows:

@@ -67,7 +67,7 @@ class ByteTokenizer:
         """
         if padding not in (True, "longest", "max_length") or return_tensors != "pt":
             raise ValueError(
-                f"padding={padding!r} to tensors {return_tensors!r} is not there; choose padding 'longest' or "
+                f"padding={padding!r} to tensors {return_tensors!r} is not supported; choose padding 'longest' or "
                 "'max_length', and 'pt'"
             )
         lengths = [len(sample["input_ids"]) for sample in features]

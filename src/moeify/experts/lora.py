@@ -50,7 +50,7 @@ class LoRA(Experts):
     ) -> None:
         super().__init__()
         if rank < 1:
-            raise ValueError(f"a rank of {rank} leaves no adapter; choose a whole number from 1 on")
+            raise ValueError(f"rank={rank} must be a whole number; choose rank >= 1")
         self.names = tuple(map(str, range(num_experts))) if names is None else tuple(names)
         if len(self.names) != num_experts:
             raise ValueError(f"{len(self.names)} names for {num_experts} experts; give one name per expert")

@@ -145,7 +145,7 @@ class Quantized(Experts):
         super().__init__()
         if bits not in (8, 4) or group_size not in (32, 64):
             raise ValueError(
-                f"weights of {bits} bits in groups of {group_size} are not known; choose 8 or 4 bits, 32 or 64"
+                f"weights of {bits} bits in groups of {group_size} are not supported; choose 8 or 4 bits, 32 or 64"
             )
         self.num_experts, self.hidden, self.activation = num_experts, hidden, activation
         self.up = Weights(num_experts, activation.projections * hidden, width, bits, group_size, up_bias)

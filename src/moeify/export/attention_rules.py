@@ -35,7 +35,7 @@ class HeadNorm(Field):
     def write(self, value: str | None, traits: Traits) -> dict[str, Any]:
         """The flag."""
         if value not in (None, "head"):
-            raise Unsupported("it normalises every head of queries and keys, the model all heads together")
+            raise Unsupported("it normalises queries and keys per head, the model over all heads together")
         return {self.name: value is not None}
 
 
@@ -60,11 +60,11 @@ class Rope:
         """All parameters; a class in which whole heads turn has no share."""
         share = value["partial_rotary_factor"]
         if not self.scaled and value["rope_type"] != "default":
-            raise Unsupported(f"it does not scale positions as {value['rope_type']!r} does")
+            raise Unsupported(f"it does not support rope scaling {value['rope_type']!r}")
         if self.partial:
             return {"rope_parameters": dict(value)}
         if share != 1.0:
-            raise Unsupported(f"its whole heads turn with the position, {share:g} of the model's")
+            raise Unsupported(f"it applies rotary embeddings to whole heads, the model to {share:g} of each head")
         return {"rope_parameters": {key: part for key, part in value.items() if key != "partial_rotary_factor"}}
 
 
@@ -104,7 +104,7 @@ class Latent:
     def write(self, value: dict[str, Any] | None, traits: Traits) -> dict[str, Any]:
         """All of them."""
         if value is None:
-            raise Unsupported("its attention is latent, the model's is not")
+            raise Unsupported("its attention is latent (MLA), the model's is not")
         return dict(value)
 
 
@@ -158,7 +158,7 @@ class Windows:
         value = value or (None,) * traits["layers"]
         widths = {window for window in value if window is not None}
         if len(widths) > 1:
-            raise Unsupported(f"its layers have one width of sliding windows, those of the model {len(widths)}")
+            raise Unsupported(f"its layers have one size of sliding window, those of the model {len(widths)}")
         types = ["full_attention" if window is None else "sliding_attention" for window in value]
         settings = {"use_sliding_window": bool(widths), "max_window_layers": traits["layers"]}
         window = {"sliding_window": max(widths, default=None), "layer_types": types}

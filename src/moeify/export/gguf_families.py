@@ -39,7 +39,7 @@ class Silu:
     def write(self, value: str, traits: Traits) -> dict[str, Any]:
         """Nothing, if it is the model's."""
         if value not in ("silu", "swish"):
-            raise Unsupported(f"its experts have silu, the model's {value}")
+            raise Unsupported(f"its experts compute silu, the model's {value}")
         return {}
 
 
@@ -56,7 +56,9 @@ class Heads:
     def write(self, value: int, traits: Traits) -> dict[str, Any]:
         """Widths of keys and values."""
         if self.square and value * traits["heads"] != traits["width"]:
-            raise Unsupported(f"its heads are {traits['width']} wide together, the model's {value * traits['heads']}")
+            raise Unsupported(
+                f"its heads add up to a width of {traits['width']}, the model's to {value * traits['heads']}"
+            )
         return {"attention.key_length": value, "attention.value_length": value}
 
 
@@ -76,9 +78,9 @@ class Positions:
         """The base, and how many units of a head turn."""
         share, kind = value["partial_rotary_factor"], value["rope_type"]
         if share != 1.0 and not self.partial:
-            raise Unsupported(f"its whole heads turn with the position, {share:g} of the model's")
+            raise Unsupported(f"it applies rotary embeddings to whole heads, the model to {share:g} of each head")
         if kind not in (("default", "llama3", "linear") if self.factors else ("default",)):
-            raise Unsupported(f"it does not scale positions as {kind!r} does")
+            raise Unsupported(f"it does not support rope scaling {kind!r}")
         turning = int(traits["head_dim"] * share)
         return {"rope.freq_base": float(value["rope_theta"]), "rope.dimension_count": turning}
 
@@ -90,7 +92,7 @@ class Gating:
     def write(self, value: str, traits: Traits) -> dict[str, Any]:
         """1 for softmax, 2 for sigmoid."""
         if value not in ("softmax", "sigmoid"):
-            raise Unsupported(f"it has softmax and sigmoid, the model {value}")
+            raise Unsupported(f"its scores are softmax or sigmoid, the model's {value}")
         return {"expert_gating_func": 1 if value == "softmax" else 2}
 
 

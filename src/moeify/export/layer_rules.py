@@ -85,7 +85,9 @@ class EveryFew:
         for step in range(1, traits["layers"] + 1):
             if value == tuple(i for i in range(value[0], value[-1] + 1) if (i + 1) % step == 0):
                 return dict(zip(self.fields, (value[0], value[-1], step), strict=True))
-        raise Unsupported(f"no interval takes the sparse layers {', '.join(map(str, value))}")
+        raise Unsupported(
+            f"its sparse layers follow at equal intervals, and the model's do not: {', '.join(map(str, value))}"
+        )
 
 
 @dataclass(frozen=True)
@@ -108,9 +110,9 @@ class Groups:
         """Both numbers."""
         count, keep, reduce = value or (1, 1, self.reduce)
         if reduce != self.reduce:
-            raise Unsupported(f"its groups score as {self.reduce!r}, the model's as {reduce!r}")
+            raise Unsupported(f"it scores expert groups by {self.reduce!r}, the model by {reduce!r}")
         if traits["num_experts"] // count < 2:
-            raise Unsupported("its groups have two experts at least")
+            raise Unsupported("it needs at least two experts per group")
         return dict(zip(self.fields, (count, keep), strict=True))
 
 

@@ -112,7 +112,7 @@ def _written(spec: ModelSpec, trait: str, rule: WriteRule, fields: Mapping[str, 
     written = rule.write(spec[trait], spec.traits)
     for name, value in written.items():
         if name in fields and fields[name] != value:
-            raise Unsupported(f"its field {name} says {fields[name]} for another trait too", fields[name])
+            raise Unsupported(f"its field {name} is {fields[name]} already, for another trait", fields[name])
     return written
 
 

@@ -57,8 +57,12 @@ class Router(nn.Module, ABC):
         """Link this router to that of the previous sparse layer in the stack, or return one that replaces it.
 
         `sparsify` calls it of every router but the first of a stack, and puts in place what it returns; linked routers
-        leave their decisions in `context.call.decisions`. A router that decides alone returns itself.
+        leave their decisions in `context.call.decisions`. By default a router decides alone and returns itself; one
+        that wraps another as `self.router` links that one to what the previous layer's wraps.
         """
+        inside, before = getattr(self, "router", None), getattr(previous, "router", None)
+        if isinstance(inside, Router) and isinstance(before, Router):
+            self.router = inside.link_to(before)
         return self
 
     def rows_per_token(self, tokens: int | None = None) -> float | None:

@@ -36,12 +36,6 @@ class Labelled(Router):
         self.router, self.key = router, key
         self.causal, self.weights_sum_to_one = router.causal, router.weights_sum_to_one
 
-    def link_to(self, previous: Router) -> Router:
-        """Link the wrapped router to the one that the previous layer's router wraps."""
-        assert isinstance(previous, Labelled)
-        self.router = self.router.link_to(previous.router)
-        return self
-
     def forward(self, x: Float[Tensor, "... D"], context: Context) -> Routing:
         """Decide, and add the labels to the evidence."""
         routing = self.router(x, context)

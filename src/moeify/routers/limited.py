@@ -58,12 +58,6 @@ class Capacity(Router):
         self.priority: Priority = priority
         self.causal = self.router.causal and priority == "position" and self.overflow != "next"
 
-    def link_to(self, previous: Router) -> Router:
-        """Link the wrapped router to the one that the previous layer's router wraps."""
-        assert isinstance(previous, Capacity)
-        self.router = self.router.link_to(previous.router)
-        return self
-
     def forward(self, x: Float[Tensor, "... D"], context: Context) -> Assignment:
         """Decide as the wrapped router does, then keep at most the capacity of every expert."""
         routing = self.router(x, context)

@@ -42,12 +42,6 @@ class FinalMask(Router):
         self.router, self.p = router, p
         self.causal, self.weights_sum_to_one = router.causal, router.weights_sum_to_one
 
-    def link_to(self, previous: Router) -> Router:
-        """Link the wrapped router to the one that the previous layer's router wraps."""
-        assert isinstance(previous, FinalMask)
-        self.router = self.router.link_to(previous.router)
-        return self
-
     def forward(self, x: Float[Tensor, "... D"], context: Context) -> Assignment:
         """Decide as the wrapped router does, then mask tokens in training."""
         routing = self.router(x, context)
@@ -95,12 +89,6 @@ class Conditional(Router):
         self.causal, self.weights_sum_to_one = router.causal, router.weights_sum_to_one
         self.weight = nn.Parameter(torch.randn(1, width) * init_std)
         self.bias = nn.Parameter(torch.zeros(1))
-
-    def link_to(self, previous: Router) -> Router:
-        """Link the wrapped router to the one that the previous layer's router wraps."""
-        assert isinstance(previous, Conditional)
-        self.router = self.router.link_to(previous.router)
-        return self
 
     def rows_per_token(self, tokens: int | None = None) -> float | None:
         """One more than those of the wrapped router."""

@@ -82,12 +82,6 @@ class TokenRounding(Router):
             )
         self.router, self.tile, self.rounding = router, tile, rounding
 
-    def link_to(self, previous: Router) -> Router:
-        """Link the wrapped router to the one that the previous layer's router wraps."""
-        assert isinstance(previous, TokenRounding)
-        self.router = self.router.link_to(previous.router)
-        return self
-
     def forward(self, x: Float[Tensor, "... D"], context: Context) -> Assignment:
         """Decide as the wrapped router does, then round in training."""
         routing = self.router(x, context)

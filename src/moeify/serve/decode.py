@@ -62,7 +62,7 @@ def fast_decode(model: Model, *, bits: int = 16) -> Model:
         ValueError: other bits; a model of another kind; one that computes something else than its parts say.
     """
     if bits not in (16, 8, 4):
-        raise ValueError(f"weights of {bits} bits are not known; choose 16 (as they are), 8 or 4")
+        raise ValueError(f"weights of {bits} bits are not supported; choose 16 (as they are), 8 or 4")
     plain_decode(model).eval()
     decoder = find_decoder(model)
     if bits < 16:

@@ -77,8 +77,8 @@ def _check_declared_sizes(path: Path, description: dict[str, Any], recipe: Recip
     most = sum(shape[0] if shape else 1 for shape in weights.shapes.values())
     if recipe is not None and recipe.num_experts > most:
         raise ValueError(
-            f"{path} promises {recipe.num_experts} experts, and the files have tensors for {most} at most; one of them "
-            "is damaged"
+            f"{path} says num_experts={recipe.num_experts}, but the weight files have tensors for at most {most} "
+            "experts; one of them is damaged"
         )
     elements = sum(math.prod(shape) for shape in weights.shapes.values())
     limits = (
@@ -89,8 +89,8 @@ def _check_declared_sizes(path: Path, description: dict[str, Any], recipe: Recip
     for key, value in _numbers(description["model"].get("config")):
         if any(re.search(keys, key) and value > most for keys, most in limits):
             raise ValueError(
-                f"{path} promises {key}={value}, and the files have {len(weights.shapes)} tensors of {elements} "
-                "numbers in all; one of them is damaged"
+                f"{path} says {key}={value}, but the weight files have {len(weights.shapes)} tensors with "
+                f"{elements} elements in total; one of them is damaged"
             )
 
 

@@ -80,7 +80,7 @@ def _is_weight(tensor: Tensor) -> bool:
 def _require_same(own: dict[str, Any], loaded: dict[str, Tensor], file: Path) -> None:
     wrong = sorted(own.keys() ^ loaded.keys()) + [
         name
-        for name, tensor in loaded.items()
+        for name, tensor in sorted(loaded.items())  # files of safetensors have no order
         if name in own
         and (own[name] is None or own[name].shape != tensor.shape or not fits(own[name].dtype, tensor.dtype))
     ]
