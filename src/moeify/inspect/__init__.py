@@ -14,6 +14,8 @@ from moeify.inspect.collapse import (
     weight_cosine,
     without_first,
 )
+from moeify.inspect.diagnose import Diagnosis, diagnose
+from moeify.inspect.faults import FAULTS, Finding
 from moeify.inspect.formats import read_trace, register_format, write_trace
 from moeify.inspect.join import concatenate
 from moeify.inspect.load import ExpertLoad, expert_load
@@ -24,8 +26,11 @@ from moeify.inspect.streamed import stream
 from moeify.inspect.trace import LayerTrace, Tokens, Trace
 
 __all__ = [
+    "FAULTS",
     "Causality",
+    "Diagnosis",
     "ExpertLoad",
+    "Finding",
     "LayerTrace",
     "Leak",
     "Panel",
@@ -35,6 +40,7 @@ __all__ = [
     "capture",
     "check_causality",
     "concatenate",
+    "diagnose",
     "effective_rank",
     "expert_load",
     "margin",

@@ -1,0 +1,132 @@
+"""Diagnose a sparse model: every fault that is known is looked for, and what was found, ruled out or left open is said."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal
+
+from torch import nn
+
+from moeify.inspect.faults import FAULTS, Finding, Inapplicable, Observed, Unknown, training_of
+from moeify.inspect.trace import Trace
+from moeify.layers import sparse_layers
+
+Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Diagnosis:
+    """What is wrong with a model, what is not, and what could not be told.
+
+    Attributes:
+        findings: causes before their consequences.
+        healthy: names of the faults that were looked for and not found.
+        unknown: the faults that could not be judged, and why.
+        inapplicable: the faults that this model cannot have, and why.
+        unasked: the faults of training, where it was not shown how the model is trained.
+    """
+
+    findings: tuple[Finding, ...]
+    healthy: tuple[str, ...]
+    unknown: Mapping[str, str]
+    inapplicable: Mapping[str, str]
+    unasked: tuple[str, ...]
+
+    @property
+    def status(self) -> Literal["findings", "unknown", "healthy"]:
+        """`healthy` only if all that was asked could be told, and nothing was found."""
+        if self.findings:
+            return "findings"
+        return "unknown" if self.unknown or not self.healthy else "healthy"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return {"status": self.status, **asdict(self)}
+
+    def __str__(self) -> str:
+        """Every finding with its evidence and its fix, and what was ruled out or left open."""
+        lines = [_HEADLINES[self.status].format(len(self.findings))]
+        for found in self.findings:
+            where = f"{found.layer}: " if found.layer else ""
+            lines += ["", f"{found.fault}  {where}{found.cause}", f"  evidence  {found.evidence}", f"  fix       {found.fix}"]
+        lines.append("")
+        for title, names in (("not found", self.healthy), ("not asked, as no trainer was shown", self.unasked)):
+            if names:
+                lines.append(f"{title}: {', '.join(names)}")
+        for title, reasons in (("unknown", self.unknown), ("cannot be here", self.inapplicable)):
+            by_reason: dict[str, list[str]] = {}
+            for name, reason in reasons.items():
+                by_reason.setdefault(reason, []).append(name)
+            lines += [f"{title}: {', '.join(names)} ({reason})" for reason, names in by_reason.items()]
+        return "\n".join(lines)
+
+
+_HEADLINES = {
+    "findings": "{} findings",
+    "unknown": "nothing was found, but not all could be told: this is not a clean bill",
+    "healthy": "nothing was found",
+}
+
+
+def diagnose(
+    model: nn.Module | Trace,
+    batches: Iterable[Mapping[str, Any]] = (),
+    *,
+    trainer: Any = None,
+    faults: Sequence[str] | None = None,
+    progress: Progress = lambda fault: None,
+) -> Diagnosis:
+    """Look for every known fault of a sparse model, ours or one of transformers; `moeify.inspect.FAULTS` lists them.
+
+    The model runs over the batches in evaluation, one loss is differentiated, and with a trainer some of its steps are
+    rehearsed: forward and backward, without its optimizer. Weights, gradients, modes and random numbers are as before.
+
+    Args:
+        model: a sparse model, or a `Trace` of one, for what the decisions alone tell.
+        batches: what the model is called with, as mappings of arguments; for load some hundred tokens per expert.
+        trainer: how the model is trained: a trainer of transformers, TRL or `SparseTrainer`, or a function of a list of
+            micro-batches that runs their forward and backward passes as the training loop does. Without it, faults of
+            training are not asked.
+        faults: names of those to look for, all if not given.
+        progress: is called with the name of every fault before it is looked for.
+
+    Raises:
+        ValueError: the model has no sparse layer, or an unknown fault.
+        TypeError: a trainer that is none.
+    """
+    if isinstance(model, nn.Module) and not sparse_layers(model):
+        raise ValueError(f"{type(model).__name__} has no sparse layer to diagnose; pass a mixture-of-experts model")
+    if unknown := [name for name in faults or () if name not in FAULTS]:
+        raise ValueError(f"no fault is called {unknown[0]!r}; known are: {', '.join(FAULTS)}")
+    seen = Observed(
+        model if isinstance(model, nn.Module) else None,
+        list(batches),
+        training=None if trainer is None else training_of(trainer),
+        trace=model if isinstance(model, Trace) else None,
+    )
+    return _look(seen, FAULTS if faults is None else list(faults), progress)
+
+
+def _look(seen: Observed, names: Iterable[str], progress: Progress) -> Diagnosis:
+    findings: list[Finding] = []
+    healthy, unasked = [], []
+    unknown: dict[str, str] = {}
+    inapplicable: dict[str, str] = {}
+    for name in names:
+        progress(name)
+        try:
+            found = [replace(finding, fault=name) for finding in FAULTS[name](seen)]
+        except Inapplicable as reason:
+            inapplicable[name] = str(reason)
+        except Unknown as reason:
+            if reason.training:
+                unasked.append(name)
+            else:
+                unknown[name] = str(reason)
+        else:
+            findings += found
+            healthy += [] if found else [name]
+    return Diagnosis(
+        findings=tuple(findings), healthy=tuple(healthy), unknown=unknown, inapplicable=inapplicable, unasked=tuple(unasked)
+    )  # fmt: skip

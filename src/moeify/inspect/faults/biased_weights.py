@@ -1,0 +1,46 @@
+"""A selection bias that gets into the weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn import functional as F
+
+from moeify.inspect.faults.finding import Finding, Inapplicable
+from moeify.inspect.faults.observed import Observed
+
+
+def biased_weights(seen: Observed) -> Iterator[Finding]:
+    """The weights are in proportion to scores *with* the selection bias, which is to choose experts and nothing else.
+
+    Loss-free balancing (arXiv 2408.15664, eq. 3; DeepSeek-V3, arXiv 2412.19437, eqs. 15-16) weighs by the scores alone.
+    The share of a token's weights is compared with both; biased ones must be nearer by a factor of 10.
+    """
+    biases = {
+        name: getattr(*found[0]).float()
+        for name, layer in seen.layers.items()
+        if (found := list(layer.selection_biases())) and getattr(*found[0]).any()
+    }
+    if not biases:
+        raise Inapplicable("no router has a selection bias that is not 0")
+    for name, decision in seen.decisions.items():
+        if name not in biases or decision.choices is None or decision.scores is None or decision.choices.k < 2:
+            continue
+        index, scores = decision.choices.indices, decision.scores.float()
+        weights = _share(decision.choices.weights.float())
+        plain = float((weights - _share(scores.gather(-1, index))).abs().mean())
+        biased = float((weights - _share((scores + biases[name]).gather(-1, index))).abs().mean())
+        if plain > 1e-3 and biased < plain / 10:
+            yield Finding(
+                layer=name,
+                cause="the selection bias is part of the experts' weights",
+                evidence=f"shares of weights differ from those of the scores by {plain:.4f} on average, and from those of "
+                f"scores + bias by {biased:.1e}",
+                fix="choose by scores + bias, and gather the weights from the scores",
+            )
+
+
+def _share(values: Float[Tensor, "T K"]) -> Float[Tensor, "T K"]:
+    return F.normalize(values, p=1.0, dim=-1)

@@ -1,0 +1,83 @@
+"""Routing that has collapsed onto a few experts, whether the balance loss shows it or not."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from moeify.inspect.faults.finding import Finding, Unknown
+from moeify.inspect.faults.observed import Observed
+from moeify.statistics import load
+
+
+@dataclass(frozen=True)
+class _Collapsed:
+    """A layer of which half the experts or fewer are in use.
+
+    Attributes:
+        name: of the layer.
+        experts: E.
+        effective: 1 / Σ_j f_j², the number of experts that would have this imbalance at even load.
+        balance: E · Σ_j f_j · P_j; None where no scores are known.
+    """
+
+    name: str
+    experts: int
+    effective: float
+    balance: float | None
+
+    @property
+    def is_hidden(self) -> bool:
+        """Whether the balance loss sees less than a tenth of the imbalance, E · Σ_j f_j² - 1."""
+        return self.balance is not None and self.balance - 1 <= 0.1 * (self.experts / self.effective - 1)
+
+
+def blind_collapse(seen: Observed) -> Iterator[Finding]:
+    """Half the experts or fewer carry the load while the balance loss reads 1.0, as if it were even.
+
+    E · Σ f_j · P_j (Switch, eq. 4) is 1 whatever the load f, if the scores P are uniform. The load is judged by 1 / Σ f_j²,
+    the number of experts at even load with the same imbalance; the loss is blind if it shows less than a tenth of
+    E · Σ f_j² - 1, which it would show if P were f.
+    """
+    for found in _collapsed(seen):
+        if found.balance is None:
+            raise Unknown("the routers keep no scores, so their balance loss is not known")
+        if found.is_hidden:
+            yield Finding(
+                layer=found.name,
+                cause="the routing has collapsed, and the balance loss cannot see it: the scores are uniform",
+                evidence=f"balance loss {found.balance:.2f} (1 is even), and {found.effective:.1f} of {found.experts} "
+                "experts in use",
+                fix="watch MaxVio and dead experts in the place of the loss; balance by a selection bias "
+                "(SparseArguments(controller=Sign())), which counts rows; initialise the router with a larger std",
+            )
+
+
+def collapse(seen: Observed) -> Iterator[Finding]:
+    """Half the experts or fewer carry the load, and the balance loss, where it is known, shows it.
+
+    In use are 1 / Σ f_j² experts, f_j being the share of the rows of expert j.
+    """
+    for found in _collapsed(seen):
+        if not found.is_hidden:
+            balance = "" if found.balance is None else f"; balance loss {found.balance:.2f} (1 is even)"
+            yield Finding(
+                layer=found.name,
+                cause="the routing has collapsed onto a few experts",
+                evidence=f"{found.effective:.1f} of {found.experts} experts in use{balance}",
+                fix="raise the weight of the balance loss (SparseArguments(balance=1e-2)) or use a controller; lower the "
+                "learning rate of the router",
+            )
+
+
+def _collapsed(seen: Observed) -> Iterator[_Collapsed]:
+    for name, rows in seen.loads.items():
+        layer, f = seen.trace.layers[name], load(rows)
+        effective = 1 / float(f.square().sum())
+        if effective <= len(f) / 2 and layer.k < len(f):
+            balance = None
+            if layer.scores is not None:
+                p = layer.scores.float()
+                p = (p / p.sum(-1, keepdim=True).clamp_min(1e-20)).mean(0)
+                balance = float(len(f) * (f * p).sum())
+            yield _Collapsed(name, len(f), effective, balance)
