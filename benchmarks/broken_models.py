@@ -1,7 +1,8 @@
 """Ways to break a sparse model on purpose, one for every fault that `moeify.inspect.diagnose` knows.
 
-`INJECTORS[fault](case)` breaks the model, its batches or its training in place; it raises `NotBroken` where the model has
-no part that could break so. Everything is done from outside: weights, hooks and wrappers, as bugs in the wild would have it.
+`INJECTORS[fault](case)` breaks the model, its batches or its training in place; it raises `NotBroken` where the model
+has no part that could break so. Everything is done from outside: weights, hooks and wrappers, as bugs in the wild
+would have it.
 """
 
 from __future__ import annotations
@@ -136,9 +137,14 @@ def constant_direction(case: Case) -> Tensor:
 
 
 @torch.no_grad()
-def silence_bias(layer: SparseLayer) -> None:
-    """Make the selection bias so small that it chooses nothing, though it has moved."""
-    for owner, name in layer.selection_biases():
+def lift(case: Case, experts: slice, by: float) -> None:
+    """Add a number to the logits of some experts; the selection bias is made so small that it chooses nothing."""
+    router = case.layer.router
+    if getattr(router, "bias", None) is not None:
+        router.bias[experts] += by
+    else:
+        router.weight[experts] += by * constant_direction(case)
+    for owner, name in case.layer.selection_biases():
         getattr(owner, name).mul_(1e-6)
 
 
@@ -187,7 +193,9 @@ def detached_router(case: Case) -> None:
 
     def cut(experts: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         x, *rest = args
-        return (x, *(t.detach() for t in rest)), {n: v if n == "hidden_states" else v.detach() for n, v in kwargs.items()}
+        return (x, *(t.detach() for t in rest)), {
+            n: v if n == "hidden_states" else v.detach() for n, v in kwargs.items()
+        }
 
     layer.experts.register_forward_pre_hook(cut, with_kwargs=True)
 
@@ -315,24 +323,22 @@ def undecided_router(case: Case) -> None:
 @injector
 @torch.no_grad()
 def blind_collapse(case: Case) -> None:
-    direction, layer = constant_direction(case), case.layer
+    layer = case.layer
     for p in layer.router.parameters():
         p.mul_(SMALL)
-    layer.router.weight[: layer.num_experts // 2] += 10 * SMALL * direction
-    silence_bias(layer)
+    lift(case, slice(layer.num_experts // 2), 10 * SMALL)
 
 
 @injector
 @torch.no_grad()
 def collapse(case: Case) -> None:
-    direction, layer = constant_direction(case), case.layer
-    layer.router.weight[layer.num_experts // 2 :] = -12 * direction
-    silence_bias(layer)
+    half = slice(case.layer.num_experts // 2, None)
+    case.layer.router.weight[half] = 0
+    lift(case, half, -12)
 
 
 @injector
 @torch.no_grad()
 def dead_experts(case: Case) -> None:
-    direction, layer = constant_direction(case), case.layer
-    layer.router.weight[-1:] = -12 * direction
-    silence_bias(layer)
+    case.layer.router.weight[-1:] = 0
+    lift(case, slice(-1, None), -12)

@@ -1,15 +1,20 @@
-"""`moeify doctor` describes the machine that it runs on."""
+"""`moeify doctor` describes the machine that it runs on, and with `--model` says what is wrong with a model."""
 
 from __future__ import annotations
 
 import importlib.util
+import json
 import platform
 
+import pytest
 import torch
 
 import moeify as package
 from command_line import moeify
 from moeify.backends import backend_names
+from moeify.cli.text import save_tokenizer
+from moeify.data.tokenizer import ByteTokenizer
+from tiny_models import mixtral
 
 
 def rows(out):
@@ -44,3 +49,43 @@ def test_a_backend_that_does_not_serve_says_why_and_what_to_install(monkeypatch)
     words = " ".join(" ".join(row[2] for row in rows(out) if len(row) == 3).split())
     assert "it is switched off by MOEIFY_CPP=0" in words
     assert "it runs on NVIDIA GPUs" in words
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """The folder of a Mixtral of transformers, and of one whose experts are copies."""
+    folder, model = tmp_path_factory.mktemp("models"), mixtral(vocab_size=258)
+    for name in ("whole", "copies"):
+        model.save_pretrained(folder / name)
+        save_tokenizer(ByteTokenizer(), folder / name)
+        with torch.no_grad():
+            for weights in model.model.layers[1].mlp.experts.parameters():
+                weights.copy_(weights[:1].clone().expand_as(weights))
+    return folder
+
+
+def diagnosed(folder, text, *options):
+    return moeify("doctor", "--model", folder, "--data", text, "--length", 32, *options)
+
+
+def test_the_status_says_whether_anything_was_found(saved, text):
+    healthy = diagnosed(saved / "whole", text)
+    assert (healthy.code, healthy.out.splitlines()[0]) == (0, "nothing was found"), healthy.out
+    broken = diagnosed(saved / "copies", text)
+    assert broken.code == 1
+    assert "identical_experts  model.layers.1.mlp: the experts never diverged" in broken.out
+    few = diagnosed(saved / "whole", text, "--tokens", 64)
+    assert few.code == 3
+    assert "too little data" in few.out
+
+
+def test_a_diagnosis_can_be_json(saved, text):
+    found = json.loads(diagnosed(saved / "copies", text, "--json").out)
+    assert found["status"] == "findings"
+    assert [finding["fault"] for finding in found["findings"]] == ["identical_experts"]
+
+
+def test_data_without_a_model_is_refused(text):
+    ended = moeify("doctor", "--data", text)
+    assert ended.code == 2
+    assert "name the model by --model" in ended.err

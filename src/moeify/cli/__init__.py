@@ -51,6 +51,8 @@ def _run(arguments: list[str]) -> None:
     ended: Any = app(arguments, standalone_mode=False)
     if ended == 130:
         raise KeyboardInterrupt  # which typer made a number of
+    if isinstance(ended, int):
+        sys.exit(ended)
     if isinstance(ended, train.Train):
         ended.run()
 

@@ -1,10 +1,78 @@
-"""`moeify doctor`: what is installed, which kernels will run, and why."""
+"""`moeify doctor`: what is installed and which kernels will run; with `--model`, what is wrong with a sparse model."""
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
-def doctor() -> None:
-    """Say what is installed, which kernels will run on this machine, and why."""
-    from moeify.cli.machine import describe_machine
+import typer
 
-    describe_machine()
+if TYPE_CHECKING:
+    from moeify.inspect import Diagnosis
+
+STATUS = {"healthy": 0, "findings": 1, "unknown": 3}
+"""The exit status of a diagnosis; 2 is bad input."""
+
+
+def doctor(
+    model: Annotated[
+        Path | None,
+        typer.Option(
+            help="A saved sparse model, the folder of a run, or an MoE of transformers: say what is wrong with it",
+            show_default="describe this machine",
+        ),
+    ] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(
+            help="Text to run it on: a file, a folder or a hub data set",
+            show_default="the text that came with Python and torch",
+        ),
+    ] = None,
+    tokens: Annotated[int, typer.Option(min=1, help="How many tokens to run it on, at most")] = 16384,
+    length: Annotated[int, typer.Option(min=2, help="Tokens per block")] = 256,
+    batch: Annotated[int, typer.Option(min=1, help="Blocks per batch")] = 8,
+    as_json: Annotated[bool, typer.Option("--json", help="Write the diagnosis as JSON")] = False,
+) -> None:
+    """Say what is installed and which kernels will run on this machine; with `--model`, what is wrong with a model.
+
+    With a model, the exit status is 0 if nothing was found, 1 if something was, and 3 if it could not be told.
+    """
+    if model is None:
+        if data is not None or as_json:
+            raise ValueError("--data and --json are for a diagnosis; name the model by --model")
+        from moeify.cli.machine import describe_machine
+
+        describe_machine()
+        return
+    diagnosis = _diagnose(model, data, tokens, length, batch)
+    print(json.dumps(diagnosis.to_dict(), indent=2) if as_json else diagnosis)
+    if status := STATUS[diagnosis.status]:
+        raise typer.Exit(status)
+
+
+def _diagnose(model: Path, data: str | None, tokens: int, length: int, batch: int) -> Diagnosis:
+    from moeify.cli.text import load_model, saved_tokenizer
+    from moeify.inspect import diagnose
+
+    folder = model / "model" if (model / "model" / "config.json").is_file() else model
+    sparse = load_model(folder)
+    return diagnose(sparse, _batches(data, saved_tokenizer(folder), tokens, length, batch))
+
+
+def _batches(data: str | None, tokenizer: Any, tokens: int, length: int, batch: int) -> list[dict[str, Any]]:
+    """Blocks of text, spread evenly over its domains: held-out ones, and where these are too few others too."""
+    import torch
+
+    from moeify.data.blocks import blocks
+    from moeify.data.corpus import build_corpus
+    from moeify.data.text import read_texts
+
+    training, heldout = blocks(build_corpus() if data is None else read_texts(data), tokenizer, length)
+    found: list[torch.Tensor] = []
+    for part in (heldout, training):
+        count = min(len(part), max(1, tokens // length) - len(found))
+        found += [part[int(place)]["input_ids"] for place in torch.linspace(0, len(part) - 1, count).round()]
+    order = torch.randperm(len(found), generator=torch.Generator().manual_seed(0))
+    return [{"input_ids": ids} for ids in torch.stack(found)[order].split(batch)]

@@ -1,4 +1,4 @@
-"""Diagnose a sparse model: every fault that is known is looked for, and what was found, ruled out or left open is said."""
+"""Diagnose a sparse model: look for every known fault, and say what was found, ruled out or left open."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from torch import nn
 
-from moeify.inspect.faults import FAULTS, Finding, Inapplicable, Observed, Unknown, training_of
+from moeify.inspect.faults import FAULTS, Finding, Inapplicable, Observed, Unasked, Unknown, training_of
 from moeify.inspect.trace import Trace
 from moeify.layers import sparse_layers
 
@@ -24,14 +24,14 @@ class Diagnosis:
         healthy: names of the faults that were looked for and not found.
         unknown: the faults that could not be judged, and why.
         inapplicable: the faults that this model cannot have, and why.
-        unasked: the faults of training, where it was not shown how the model is trained.
+        unasked: the faults of what was not shown, such as the training, and what that is.
     """
 
     findings: tuple[Finding, ...]
     healthy: tuple[str, ...]
     unknown: Mapping[str, str]
     inapplicable: Mapping[str, str]
-    unasked: tuple[str, ...]
+    unasked: Mapping[str, str]
 
     @property
     def status(self) -> Literal["findings", "unknown", "healthy"]:
@@ -46,24 +46,28 @@ class Diagnosis:
 
     def __str__(self) -> str:
         """Every finding with its evidence and its fix, and what was ruled out or left open."""
-        lines = [_HEADLINES[self.status].format(len(self.findings))]
+        many = len(self.findings)
+        lines = [f"{many} finding{'s' * (many > 1)}" if many else _HEADLINES[self.status]]
         for found in self.findings:
             where = f"{found.layer}: " if found.layer else ""
-            lines += ["", f"{found.fault}  {where}{found.cause}", f"  evidence  {found.evidence}", f"  fix       {found.fix}"]
+            lines += [
+                "",
+                f"{found.fault}  {where}{found.cause}",
+                f"  evidence  {found.evidence}",
+                f"  fix       {found.fix}",
+            ]
         lines.append("")
-        for title, names in (("not found", self.healthy), ("not asked, as no trainer was shown", self.unasked)):
-            if names:
-                lines.append(f"{title}: {', '.join(names)}")
-        for title, reasons in (("unknown", self.unknown), ("cannot be here", self.inapplicable)):
-            by_reason: dict[str, list[str]] = {}
-            for name, reason in reasons.items():
-                by_reason.setdefault(reason, []).append(name)
-            lines += [f"{title}: {', '.join(names)} ({reason})" for reason, names in by_reason.items()]
+        if self.healthy:
+            lines.append(f"not found: {', '.join(self.healthy)}")
+        open_ends = {"unknown": self.unknown, "not asked": self.unasked, "cannot be here": self.inapplicable}
+        for title, reasons in open_ends.items():
+            for reason in dict.fromkeys(reasons.values()):
+                names = [name for name, why in reasons.items() if why == reason]
+                lines.append(f"{title}: {', '.join(names)} ({reason})")
         return "\n".join(lines)
 
 
 _HEADLINES = {
-    "findings": "{} findings",
     "unknown": "nothing was found, but not all could be told: this is not a clean bill",
     "healthy": "nothing was found",
 }
@@ -84,7 +88,8 @@ def diagnose(
 
     Args:
         model: a sparse model, or a `Trace` of one, for what the decisions alone tell.
-        batches: what the model is called with, as mappings of arguments; for load some hundred tokens per expert.
+        batches: what the model is called with, as mappings of arguments; for load some hundred tokens per expert. The
+            entry `domain` of `capture` may be there, and is not given to the model.
         trainer: how the model is trained: a trainer of transformers, TRL or `SparseTrainer`, or a function of a list of
             micro-batches that runs their forward and backward passes as the training loop does. Without it, faults of
             training are not asked.
@@ -110,8 +115,9 @@ def diagnose(
 
 def _look(seen: Observed, names: Iterable[str], progress: Progress) -> Diagnosis:
     findings: list[Finding] = []
-    healthy, unasked = [], []
+    healthy: list[str] = []
     unknown: dict[str, str] = {}
+    unasked: dict[str, str] = {}
     inapplicable: dict[str, str] = {}
     for name in names:
         progress(name)
@@ -119,14 +125,13 @@ def _look(seen: Observed, names: Iterable[str], progress: Progress) -> Diagnosis
             found = [replace(finding, fault=name) for finding in FAULTS[name](seen)]
         except Inapplicable as reason:
             inapplicable[name] = str(reason)
+        except Unasked as reason:
+            unasked[name] = str(reason)
         except Unknown as reason:
-            if reason.training:
-                unasked.append(name)
-            else:
-                unknown[name] = str(reason)
+            unknown[name] = str(reason)
         else:
             findings += found
             healthy += [] if found else [name]
     return Diagnosis(
-        findings=tuple(findings), healthy=tuple(healthy), unknown=unknown, inapplicable=inapplicable, unasked=tuple(unasked)
+        findings=tuple(findings), healthy=tuple(healthy), unknown=unknown, inapplicable=inapplicable, unasked=unasked
     )  # fmt: skip

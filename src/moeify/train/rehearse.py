@@ -15,7 +15,16 @@ from moeify.train.trainer import SparseTrainerMixin
 
 Step = Callable[[Sequence[Mapping[str, Any]]], None]
 
-_KEPT = ("_hooks", "_batches", "_losses", "_tally", "_tokens", "_since", "current_gradient_accumulation_steps")
+_KEPT = (
+    "_hooks",
+    "_step_loss",
+    "_batches",
+    "_losses",
+    "_tally",
+    "_tokens",
+    "_since",
+    "current_gradient_accumulation_steps",
+)
 
 
 @contextmanager
@@ -32,8 +41,7 @@ def rehearsing(trainer: Any) -> Iterator[Step]:
     sparse = isinstance(trainer, SparseTrainerMixin)
     model = trainer.model
     if sparse:
-        loads = trainer._step_loss
-        trainer._step_loss, trainer._tally = copy(loads), Tally()
+        trainer._step_loss, trainer._tally = copy(trainer._step_loss), Tally()
         trainer._hooks = observe(model, trainer._watch.observe) if sparse_layers(model) else []
 
     def step(batches: Sequence[Mapping[str, Any]]) -> None:
@@ -51,6 +59,5 @@ def rehearsing(trainer: Any) -> Iterator[Step]:
         if sparse:
             for handle in trainer._hooks:
                 handle.remove()
-            trainer._step_loss = loads
         for name, value in kept.items():
             setattr(trainer, name, value)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 import torch
@@ -41,9 +42,9 @@ def auxiliary_gradients(
 ) -> dict[str, list[Decided]]:
     """The gradient of the logits of every layer, for every micro-batch of a step, by the losses of the routing alone.
 
-    The weights of the rows are detached, so that the loss of the task does not reach the logits: what is left comes from
-    balance losses and z-losses, whoever adds them. The step is run twice, as the loads of one may be the next one's f.
-    Gradients of parameters are as before, and modes too.
+    The weights of the rows are detached, so that the loss of the task does not reach the logits: what is left comes
+    from balance losses and z-losses, whoever adds them. The step is run twice, as the loads of one may be the next
+    one's f. Gradients of parameters are as before, and modes too.
 
     Raises:
         Unknown: a layer that cannot be reached into.
@@ -106,11 +107,13 @@ class Definition:
     Attributes:
         pooled: f and P are taken over all layers together, and not in each.
         padded: padding counts as tokens.
+        by_score: f counts the experts of the K largest scores, and not those chosen by bias and groups.
         score: what turns logits into P: `softmax`, or `sigmoid` divided by its sum.
     """
 
     pooled: bool
     padded: bool
+    by_score: bool
     score: str
 
     def gradients(self, layers: Sequence[Decided]) -> list[Float[Tensor, "T E"]]:
@@ -119,16 +122,15 @@ class Definition:
         with torch.enable_grad():
             parts = [self._parts(one, leaf) for one, leaf in zip(layers, leaves, strict=True)]
             f, p = zip(*parts, strict=True)
-            if self.pooled:
-                loss = (_mean(f) * _mean(p)).sum()
-            else:
-                loss = sum((a * b).sum() * len(a) for a, b in parts)
+            each = torch.stack([(a * b).sum() for a, b in parts])
+            loss = (_mean(f) * _mean(p)).sum() if self.pooled else each.mean()
         return list(torch.autograd.grad(loss, leaves))
 
     def _parts(self, one: Decided, logits: Tensor) -> tuple[Tensor, Tensor]:
         scores = logits.softmax(-1) if self.score == "softmax" else F.normalize(logits.sigmoid(), p=1.0, dim=-1)
         counted = torch.ones_like(one.real) if self.padded else one.real
-        rows = one.chosen[counted].flatten().bincount(minlength=logits.shape[-1])
+        chosen = scores.topk(one.chosen.shape[1], dim=-1).indices if self.by_score else one.chosen
+        rows = chosen[counted].flatten().bincount(minlength=logits.shape[-1])
         return rows / rows.sum(), scores[counted].mean(0)
 
 
@@ -143,22 +145,23 @@ def explain(layers: Sequence[Decided]) -> tuple[Definition, dict[Definition, flo
         layers: what every layer decided in one and the same micro-batch.
 
     Raises:
-        Unknown: layers of different sizes, or no definition has a cosine of 0.99, or two that differ explain it equally.
+        Unknown: layers of different sizes, or no definition has a cosine of 0.99, or two that differ explain it
+            equally.
     """
     if len({one.logits.shape[-1] for one in layers}) > 1:
         raise Unknown("the layers have different numbers of experts")
     has_padding = any(not one.real.all() for one in layers)
     measured = torch.cat([one.gradient.flatten() for one in layers])
     cosines = {}
-    for pooled in {False, len(layers) > 1}:
-        for padded in {False, has_padding}:
-            for score in ("softmax", "sigmoid"):
-                definition = Definition(pooled, padded, score)
-                direction = torch.cat([g.flatten() for g in definition.gradients(layers)])
-                cosines[definition] = float(F.cosine_similarity(measured, direction, dim=0))
+    for settings in product({False, len(layers) > 1}, {False, has_padding}, (False, True), ("softmax", "sigmoid")):
+        definition = Definition(*settings)
+        direction = torch.cat([g.flatten() for g in definition.gradients(layers)])
+        cosines[definition] = float(F.cosine_similarity(measured, direction, dim=0))
     best = max(cosines, key=lambda definition: cosines[definition])
     if cosines[best] < 0.99:
-        raise Unknown(f"no known definition explains the balance loss: its gradient has a cosine of {cosines[best]:.2f}")
+        raise Unknown(
+            f"no known definition explains the balance loss: its gradient has a cosine of {cosines[best]:.2f}"
+        )
     for other, cosine in cosines.items():
         if (other.pooled, other.padded) != (best.pooled, best.padded) and cosine > cosines[best] - 1e-4:
             raise Unknown("two definitions explain the balance loss equally well on these tokens")

@@ -12,8 +12,8 @@ from moeify.inspect.faults.observed import Observed
 def balance_accumulated(seen: Observed) -> Iterator[Finding]:
     """A step of n equal micro-batches gets n times the balance gradient of a step of one of them: it must be the same.
 
-    A factor between is a fault too; 1.05 leaves room for rounding and padding. transformers' Trainer divides the loss of the
-    task by the tokens of the step, and adds the balance loss of every micro-batch undivided.
+    A factor between is a fault too; 1.05 leaves room for rounding and padding. transformers' Trainer divides the loss
+    of the task by the tokens of the step, and adds the balance loss of every micro-batch undivided.
     """
     n = seen.training.accumulation
     if n < 2:
@@ -25,7 +25,8 @@ def balance_accumulated(seen: Observed) -> Iterator[Finding]:
     if many / one > 1.05:
         yield Finding(
             cause="the balance loss is multiplied by the accumulation steps",
-            evidence=f"the same micro-batch {n} times in a step: the balance gradient is {many / one:.2f} times as large",
-            fix="use moeify.train.SparseTrainer, whose gradient does not depend on the cut; or divide the weight of the "
-            "balance loss by gradient_accumulation_steps",
+            evidence=f"the same micro-batch {n} times in a step: the balance gradient is {many / one:.2f} times as "
+            "large",
+            fix="use moeify.train.SparseTrainer, whose gradient does not depend on the cut; or divide the weight of "
+            "the balance loss by gradient_accumulation_steps",
         )

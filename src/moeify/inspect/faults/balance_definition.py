@@ -10,11 +10,11 @@ from moeify.inspect.faults.observed import Observed
 
 
 def balance_pooled(seen: Observed) -> Iterator[Finding]:
-    """The balance loss takes all layers together: one collapsed onto some experts makes up for one collapsed onto others.
+    """The balance loss takes all layers together, so that collapsed layers make up for each other.
 
-    The measured gradient at the logits is compared with that of E · Σ f_j · P_j per layer and over all layers; the right
-    definition has a cosine of 1. Four layers that are each collapsed read as perfect, 1.0 in the place of 4.0, in
-    transformers' `load_balancing_loss_func`. Switch (eq. 4) has a loss per layer.
+    The measured gradient at the logits is compared with that of E · Σ f_j · P_j per layer and over all layers; the
+    right definition has a cosine of 1. Four layers that are each collapsed read as perfect, 1.0 in the place of 4.0,
+    in transformers' `load_balancing_loss_func`. Switch (eq. 4) has a loss per layer.
     """
     if len(seen.layers) < 2:
         raise Inapplicable("there is one sparse layer")
@@ -23,8 +23,8 @@ def balance_pooled(seen: Observed) -> Iterator[Finding]:
         apart = max(cosine for definition, cosine in cosines.items() if not definition.pooled)
         yield Finding(
             cause="the balance loss pools the layers",
-            evidence=f"its gradient has a cosine of {cosines[best]:.4f} with the loss over all {len(seen.layers)} layers "
-            f"together, and of {apart:.4f} with the mean of the losses of each",
+            evidence=f"its gradient has a cosine of {cosines[best]:.4f} with the loss over all {len(seen.layers)} "
+            f"layers together, and of {apart:.4f} with the mean of the losses of each",
             fix="turn it off and train with moeify.train.SparseTrainer, whose balance loss is per layer",
         )
 
@@ -32,8 +32,8 @@ def balance_pooled(seen: Observed) -> Iterator[Finding]:
 def balance_padded(seen: Observed) -> Iterator[Finding]:
     """Padding counts as tokens: batches hide it from the model, or the balance loss counts it.
 
-    Padding without an attention mask is seen in the batches, at the end or the beginning of a sequence. A loss that counts
-    masked tokens is told by its gradient, which has a cosine of 1 with that of one definition or the other.
+    Padding without an attention mask is seen in the batches, at the end or the beginning of a sequence. A loss that
+    counts masked tokens is told by its gradient, which has a cosine of 1 with that of one definition or the other.
     """
     if (shares := _unmasked(seen)) > 0:
         yield Finding(
@@ -47,10 +47,10 @@ def balance_padded(seen: Observed) -> Iterator[Finding]:
         apart = max(cosine for definition, cosine in cosines.items() if not definition.padded)
         yield Finding(
             cause="the balance loss counts padding",
-            evidence=f"its gradient has a cosine of {cosines[best]:.4f} with the loss over all tokens, and of {apart:.4f} "
-            "with that over the real ones",
-            fix="pass the attention mask to the balance loss, or train with moeify.train.SparseTrainer, which leaves padding "
-            "out of routing, losses and statistics",
+            evidence=f"its gradient has a cosine of {cosines[best]:.4f} with the loss over all tokens, and of "
+            f"{apart:.4f} with that over the real ones",
+            fix="pass the attention mask to the balance loss, or train with moeify.train.SparseTrainer, which leaves "
+            "padding out of routing, losses and statistics",
         )
 
 

@@ -12,23 +12,25 @@ from moeify.inspect.faults.observed import Observed
 def balance_off(seen: Observed) -> Iterator[Finding]:
     """In a step of training no loss of the routing reaches any router, and no controller moves a selection bias.
 
-    What a router's logits get is measured with the weights of the rows detached, so that the loss of the task is out of it;
-    exactly zero is the threshold. transformers computes its balance loss only with output_router_logits=True, which is off
-    by default, and many of its families have none.
+    What a router's logits get is measured with the weights of the rows detached, so that the loss of the task is out
+    of it; exactly zero is the threshold. transformers computes its balance loss only with output_router_logits=True,
+    which is off by default, and many of its families have none.
     """
     if seen.training.moves_biases:
         return
     if any(size(decided) for decided in seen.single_step.values()):
         return
     if seen.training.moves_biases is None and _has_bias(seen):
-        raise Unknown("no balance loss reaches the routers; whether something moves their selection biases is not known")
+        raise Unknown(
+            "no balance loss reaches the routers; whether something moves their selection biases is not known"
+        )
     asked = getattr(getattr(seen.model, "config", None), "router_aux_loss_coef", 0) or 0
     yield Finding(
         cause="a balance loss is configured and never reaches the routers" if asked else "nothing balances the experts",
         evidence=f"the gradient of balance and z-losses at the logits of all {len(seen.layers)} layers is exactly 0"
         + (f"; router_aux_loss_coef={asked:g}" if asked else ""),
-        fix="train with moeify.train.SparseTrainer, which balances any MoE; or output_router_logits=True, if the model has a "
-        "balance loss of its own",
+        fix="train with moeify.train.SparseTrainer, which balances any MoE; or output_router_logits=True, if the "
+        "model has a balance loss of its own",
     )
 
 

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from moeify.inspect.faults.finding import Finding, Inapplicable, Unknown
+from moeify.inspect.faults.finding import Finding, Inapplicable, Unasked, Unknown
 from moeify.inspect.faults.observed import Observed
 
 
 def bias_unmoved(seen: Observed) -> Iterator[Finding]:
     """Every selection bias of a layer is the same number: loss-free balancing was never run, or was not saved.
 
-    A controller moves every bias in every step unless its load is exactly even (arXiv 2408.15664, algorithm 1). transformers
-    has the bias of DeepSeek-V3 and GLM, and never moves it. A common shift chooses nothing.
+    A controller moves every bias in every step unless its load is exactly even (arXiv 2408.15664, algorithm 1).
+    transformers has the bias of DeepSeek-V3 and GLM, and never moves it. A common shift chooses nothing.
     """
     biases = {name: list(layer.selection_biases()) for name, layer in seen.layers.items()}
     if not any(biases.values()):
@@ -35,5 +35,5 @@ def bias_unmoved(seen: Observed) -> Iterator[Finding]:
 def _will_move(seen: Observed) -> bool:
     try:
         return bool(seen.training.moves_biases)
-    except Unknown:
+    except Unasked:
         return False

@@ -10,6 +10,10 @@ from torch.nn import functional as F
 
 from moeify.inspect.faults.finding import Finding, Inapplicable
 from moeify.inspect.faults.observed import Observed
+from moeify.routers.topk import sigmoid, softmax, sqrt_softplus
+from moeify.routing import Choices
+
+SCORES = (softmax, sigmoid, sqrt_softplus)
 
 
 def biased_weights(seen: Observed) -> Iterator[Finding]:
@@ -26,20 +30,27 @@ def biased_weights(seen: Observed) -> Iterator[Finding]:
     if not biases:
         raise Inapplicable("no router has a selection bias that is not 0")
     for name, decision in seen.decisions.items():
-        if name not in biases or decision.choices is None or decision.scores is None or decision.choices.k < 2:
+        if name not in biases or decision.choices is None or decision.logits is None or decision.choices.k < 2:
             continue
-        index, scores = decision.choices.indices, decision.scores.float()
-        weights = _share(decision.choices.weights.float())
-        plain = float((weights - _share(scores.gather(-1, index))).abs().mean())
-        biased = float((weights - _share((scores + biases[name]).gather(-1, index))).abs().mean())
+        plain, biased = (
+            _misfit(decision.logits, decision.choices, 0),
+            _misfit(decision.logits, decision.choices, biases[name]),
+        )
         if plain > 1e-3 and biased < plain / 10:
             yield Finding(
                 layer=name,
                 cause="the selection bias is part of the experts' weights",
-                evidence=f"shares of weights differ from those of the scores by {plain:.4f} on average, and from those of "
-                f"scores + bias by {biased:.1e}",
+                evidence=f"shares of weights differ from those of the scores by {plain:.4f} on average, and from "
+                f"those of scores + bias by {biased:.1e}",
                 fix="choose by scores + bias, and gather the weights from the scores",
             )
+
+
+def _misfit(logits: Float[Tensor, "T E"], choices: Choices, bias: Float[Tensor, "E"] | int) -> float:
+    """How far the shares of the weights are from those of the scores, by the score function that comes closest."""
+    weights = _share(choices.weights.float())
+    shares = [_share((score(logits.float()) + bias).gather(-1, choices.indices)) for score in SCORES]
+    return min(float((weights - share).abs().mean()) for share in shares)
 
 
 def _share(values: Float[Tensor, "T K"]) -> Float[Tensor, "T K"]:

@@ -35,9 +35,9 @@ class _Collapsed:
 def blind_collapse(seen: Observed) -> Iterator[Finding]:
     """Half the experts or fewer carry the load while the balance loss reads 1.0, as if it were even.
 
-    E · Σ f_j · P_j (Switch, eq. 4) is 1 whatever the load f, if the scores P are uniform. The load is judged by 1 / Σ f_j²,
-    the number of experts at even load with the same imbalance; the loss is blind if it shows less than a tenth of
-    E · Σ f_j² - 1, which it would show if P were f.
+    E · Σ f_j · P_j (Switch, eq. 4) is 1 whatever the load f, if the scores P are uniform. The load is judged by 1 / Σ
+    f_j², the number of experts at even load with the same imbalance; the loss is blind if it shows less than a tenth
+    of E · Σ f_j² - 1, which it would show if P were f.
     """
     for found in _collapsed(seen):
         if found.balance is None:
@@ -65,8 +65,8 @@ def collapse(seen: Observed) -> Iterator[Finding]:
                 layer=found.name,
                 cause="the routing has collapsed onto a few experts",
                 evidence=f"{found.effective:.1f} of {found.experts} experts in use{balance}",
-                fix="raise the weight of the balance loss (SparseArguments(balance=1e-2)) or use a controller; lower the "
-                "learning rate of the router",
+                fix="raise the weight of the balance loss (SparseArguments(balance=1e-2)) or use a controller; lower "
+                "the learning rate of the router",
             )
 
 

@@ -23,7 +23,8 @@ def dead_experts(seen: Observed) -> Iterator[Finding]:
                 layer=name,
                 cause="experts are dead",
                 evidence=f"{len(dead)} of {len(rows)} experts get less than {DEAD:.0%} of an even share of "
-                f"{int(rows.sum())} rows: {', '.join(map(str, dead[:8]))}; the largest gets {float(share.max()):.1f} shares",
-                fix="balance (SparseArguments(balance=1e-2), or a controller that moves a selection bias); what stays dead "
-                "can be re-initialised from a busy expert, or pruned",
+                f"{int(rows.sum())} rows: {', '.join(map(str, dead[:8]))}; the largest gets {float(share.max()):.1f} "
+                "shares",
+                fix="balance (SparseArguments(balance=1e-2), or a controller that moves a selection bias); what stays "
+                "dead can be re-initialised from a busy expert, or pruned",
             )

@@ -26,5 +26,6 @@ def exploding_logits(seen: Observed) -> Iterator[Finding]:
                 cause="the router's logits have exploded",
                 evidence=f"{share:.0%} of the tokens have a logit above {LARGE:g}; the median of the largest is "
                 f"{float(largest.median()):.3g}, the maximum {float(largest.max()):.3g}",
-                fix="train with a z-loss (SparseArguments(z=1e-3)), a lower learning rate or weight decay for the router",
+                fix="train with a z-loss (SparseArguments(z=1e-3)), a lower learning rate or weight decay for the "
+                "router",
             )

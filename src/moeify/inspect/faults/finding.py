@@ -25,15 +25,11 @@ class Finding:
 
 
 class Unknown(Exception):
-    """What was observed does not decide whether the fault is there; the message says what is missing.
+    """What was observed does not decide whether the fault is there; the message says what is missing."""
 
-    Attributes:
-        training: whether it takes a look at the training, and none was passed.
-    """
 
-    def __init__(self, reason: str, *, training: bool = False) -> None:
-        super().__init__(reason)
-        self.training = training
+class Unasked(Exception):
+    """The fault lies in what was not shown, the training or the model behind a trace; the message says which."""
 
 
 class Inapplicable(Exception):

@@ -35,6 +35,6 @@ def _finding(name: str, evidence: str) -> Finding:
         layer=name,
         cause="experts get no gradient while their router learns",
         evidence=evidence,
-        fix="moeify.train.unfreeze(model, 'experts'), or look for a detach() or no_grad() around them; if only the router "
-        "is to learn, nothing is wrong",
+        fix="moeify.train.unfreeze(model, 'experts'), or look for a detach() or no_grad() around them; if only the "
+        "router is to learn, nothing is wrong",
     )

@@ -15,7 +15,7 @@ def frozen_router(seen: Observed) -> Iterator[Finding]:
     if not routers:
         raise Inapplicable("no router has parameters")
     for name, layer in routers.items():
-        if learning(layer.experts) and not learning(layer.router):
+        if layer.router and learning(layer.experts) and not learning(layer.router):
             parameters = sum(p.numel() for p in layer.router.parameters())
             yield Finding(
                 layer=name,

@@ -107,7 +107,7 @@ def _norm(of: Mapping[int, Tensor], parameters: list[nn.Parameter]) -> float:
     return float(torch.stack(squares).sum().sqrt()) if squares else 0.0
 
 
-def _norms(of: Mapping[int, Tensor], parameters: list[nn.Parameter], num_experts: int) -> Float[Tensor, "E"]:
+def _norms(of: Mapping[int, Tensor], parameters: list[Tensor], num_experts: int) -> Float[Tensor, "E"]:
     squares = torch.zeros(num_experts)
     for p in parameters:
         if id(p) in of:

@@ -15,8 +15,8 @@ from moeify.inspect.faults.observed import Observed
 def half_precision_router(seen: Observed) -> Iterator[Finding]:
     """The logits are numbers of 16 bits: rounding decides between experts that are close, in training and in serving.
 
-    All logits are equal to themselves in bf16 or fp16, which happens by chance to one of 2^16 or 2^13 fp32 numbers. Switch
-    (arXiv 2101.03961, section 2.4) computes the router alone in fp32, as do Megatron-Core and vLLM since.
+    All logits are equal to themselves in bf16 or fp16, which happens by chance to one of 2^16 or 2^13 fp32 numbers.
+    Switch (arXiv 2101.03961, section 2.4) computes the router alone in fp32, as do Megatron-Core and vLLM since.
     """
     _ = seen.model  # a trace rounds its logits
     for name, (logits, k) in seen.logits.items():

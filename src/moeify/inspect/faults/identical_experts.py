@@ -17,8 +17,8 @@ APART = 2**-8
 def identical_experts(seen: Observed) -> Iterator[Finding]:
     """Two experts have the same weights, as upcycling by copies leaves them: they have not diverged.
 
-    Their distance is below 2^-8 of their size, the largest error of rounding to bf16, so that a saved model may not hold the
-    difference. Sparse upcycling (arXiv 2212.05055) starts there; only different tokens pull copies apart.
+    Their distance is below 2^-8 of their size, the largest error of rounding to bf16, so that a saved model may not
+    hold the difference. Sparse upcycling (arXiv 2212.05055) starts there; only different tokens pull copies apart.
     """
     known = False
     for name, layer in seen.layers.items():
@@ -39,8 +39,8 @@ def identical_experts(seen: Observed) -> Iterator[Finding]:
                 cause="experts are copies of each other" if copies < len(alike) else "the experts never diverged",
                 evidence=f"{copies} of {len(alike)} experts have a twin nearer than {APART:.1e} of their size; the "
                 f"median distance of two is {float(others.median()):.1e}",
-                fix="perturb the copies (moeify.sparsify with noise, or Drop-Upcycling), see that the router learns, train "
-                "longer; or merge them: they cost memory and add nothing",
+                fix="make the copies differ (copies with noise=0.1 or drop=0.5), see that the router learns, and train "
+                "longer; or merge them, as they cost memory and add nothing",
             )
     if not known:
         raise Unknown("the experts' weights are not stacked, so they were not compared")

@@ -19,9 +19,9 @@ from moeify.routing import Routing
 def last_micro_batch(seen: Observed) -> Iterator[Finding]:
     """What a layer keeps as the load of its experts is that of the last micro-batch, and not of the whole step.
 
-    Every tensor of E numbers that a layer keeps outside its experts, as buffer or attribute, is read before and after some
-    micro-batches in training mode. It is a load if it grew by the rows of all of them, or if it is those of the last one.
-    A controller or a log that reads the latter sees 1/n of a step of n.
+    Every tensor of E numbers that a layer keeps outside its experts, as buffer or attribute, is read before and after
+    some micro-batches in training mode. It is a load if it grew by the rows of all of them, or if it is those of the
+    last one. A controller or a log that reads the latter sees 1/n of a step of n.
     """
     if len(seen.batches) < 2:
         raise Inapplicable("there is one batch")
@@ -29,18 +29,18 @@ def last_micro_batch(seen: Observed) -> Iterator[Finding]:
     rows = _run(seen)
     known = False
     for name, layer in seen.layers.items():
-        last = rows[name][-1]
+        last, whole = rows[name][-1], torch.stack(rows[name]).sum(0)
         for key, now in _kept(layer).items():
             grown = now - before[name].get(key, torch.zeros_like(now))
-            if torch.equal(now, last) and not torch.equal(grown, sum(rows[name])):
+            if torch.equal(now, last) and not torch.equal(grown, whole):
                 yield Finding(
                     layer=name,
                     cause="the load of the experts is that of the last micro-batch only",
                     evidence=f"{key} holds {int(now.sum())} rows after {len(rows[name])} micro-batches with "
-                    f"{int(sum(rows[name]).sum())} rows",
+                    f"{int(whole.sum())} rows",
                     fix="add up over the micro-batches of a step, and over ranks, and reset after the optimizer's step",
                 )
-            known = known or torch.equal(now, last) or torch.equal(grown, sum(rows[name]))
+            known = known or torch.equal(now, last) or torch.equal(grown, whole)
     if not known:
         raise Inapplicable("no layer keeps the load of its experts")
 
@@ -75,7 +75,7 @@ def _kept(layer: SparseLayer) -> dict[str, Float[Tensor, "E"]]:
     for path, module in layer.module.named_modules():
         if module not in inside:
             for key, value in {**vars(module), **module._buffers}.items():
-                if isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
-                    if value.numel() == layer.num_experts:
-                        found[f"{path}.{key}".lstrip(".")] = value.detach().float().flatten().cpu().clone()
+                is_state = isinstance(value, Tensor) and not isinstance(value, nn.Parameter)
+                if is_state and value.numel() == layer.num_experts:
+                    found[f"{path}.{key}".lstrip(".")] = value.detach().float().flatten().cpu().clone()
     return found

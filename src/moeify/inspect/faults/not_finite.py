@@ -15,5 +15,6 @@ def not_finite(seen: Observed) -> Iterator[Finding]:
             layer=name,
             cause="weights are NaN or infinite",
             evidence=f"{count} of {seen.model.get_parameter(name).numel()} values are not finite",
-            fix="go back to the last checkpoint that is finite; lower the learning rate, clip gradients, use bf16 for fp16",
+            fix="go back to the last checkpoint that is finite; lower the learning rate, clip gradients, use bf16 "
+            "for fp16",
         )

@@ -1,4 +1,4 @@
-"""What is known of a model: its decisions, gradients, outputs and training, each measured when it is first asked for."""
+"""What is known of a model: decisions, gradients, outputs and training, each measured when it is first asked for."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from moeify.inspect.capture import capture
 from moeify.inspect.faults.auxiliary import Decided, auxiliary_gradients
-from moeify.inspect.faults.finding import Unknown
+from moeify.inspect.faults.finding import Unasked, Unknown
 from moeify.inspect.faults.gradients import Gradients, task_gradients
 from moeify.inspect.faults.outputs import Outputs, expert_outputs
 from moeify.inspect.faults.training import Training
@@ -27,8 +27,8 @@ Batch = Mapping[str, Any]
 ROWS = 300
 """Rows per expert at even load, from which on the load of an expert can be judged.
 
-An expert that gets nothing of n rows gets, with 95 % confidence, less than 3 / n of them (the rule of three); to tell 1 %
-of an even share, the limit of a dead expert, from nothing takes 3 / 0.01 rows.
+An expert that gets nothing of n rows gets, with 95 % confidence, less than 3 / n of them (the rule of three); to tell
+1 % of an even share, the limit of a dead expert, from nothing takes 3 / 0.01 rows.
 """
 
 
@@ -50,6 +50,7 @@ class Observed:
 
     Raises:
         Unknown: from every attribute that cannot be measured, with the reason.
+        Unasked: from every attribute of what was not shown.
     """
 
     def __init__(
@@ -69,14 +70,14 @@ class Observed:
     def model(self) -> nn.Module:
         """The model."""
         if self._model is None:
-            raise Unknown("there is a trace only, and this takes the model")
+            raise Unasked("a trace was shown, and no model")
         return self._model
 
     @property
     def training(self) -> Training:
         """How it is trained."""
         if self._training is None:
-            raise Unknown("how the model is trained was not shown; pass trainer=", training=True)
+            raise Unasked("no trainer was shown")
         return self._training
 
     @property
@@ -151,7 +152,9 @@ class Observed:
     def logits(self) -> dict[str, Logits]:
         """The logits of the routers that compute some: on the first batch, or those of the trace, which are rounded."""
         if self._model is None:
-            found = {layer.name: Logits(layer.logits.float(), layer.k) for layer in self.trace if layer.logits is not None}
+            found = {
+                layer.name: Logits(layer.logits.float(), layer.k) for layer in self.trace if layer.logits is not None
+            }
         else:
             pairs = ((name, one.logits, one.choices) for name, one in self.decisions.items())
             found = {name: Logits(z.float().cpu(), c.k) for name, z, c in pairs if z is not None and c is not None}
@@ -213,4 +216,5 @@ def labelled(batch: Batch) -> Batch:
 
 def _on_device_of(model: nn.Module | None, batch: Batch) -> Batch:
     device = next((p.device for p in model.parameters()), None) if model is not None else None
-    return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
+    arguments = {name: value for name, value in batch.items() if name != "domain"}
+    return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in arguments.items()}

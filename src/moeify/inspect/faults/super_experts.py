@@ -14,11 +14,11 @@ MASSIVE = 1000
 
 
 def super_experts(seen: Observed) -> Iterator[Finding]:
-    """A few experts return activations thousands of times larger than usual: pruned or quantised, they take the model along.
+    """A few experts return activations thousands of times larger than usual, and the model depends on them.
 
-    Su et al. (arXiv 2507.23279) call an expert of the first three quarters of the layers a super-expert if its largest output
-    is above the 99.5th percentile of all experts and a tenth of the largest. Some expert always is, so its output must also
-    be massive: 1,000 times the median magnitude of its layer (Sun et al., arXiv 2402.17762).
+    Su et al. (arXiv 2507.23279) call an expert of the first three quarters of the layers a super-expert if its
+    largest output is above the 99.5th percentile of all experts and a tenth of the largest. Some expert always is, so
+    its output must also be massive: 1,000 times the median magnitude of its layer (Sun et al., arXiv 2402.17762).
     """
     outputs = seen.outputs
     peaks = torch.cat([found.peak for found in outputs.values()])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from moeify.inspect.faults.finding import Finding, Inapplicable, Unknown
+from moeify.inspect.faults.finding import Finding, Inapplicable, Unasked, Unknown
 from moeify.inspect.faults.observed import Observed
 
 
@@ -29,13 +29,14 @@ def top1_renormalised(seen: Observed) -> Iterator[Finding]:
                 layer=layer.name,
                 cause="k = 1 with renormalised weights: the router gets no gradient from the task",
                 evidence=f"all {len(used)} weights are {float(used.mean()):.3f}{_gradient(seen, layer.name)}",
-                fix="keep the probability as the weight (norm_topk_prob=False, TopK(k=1, normalize=False)), or use k = 2",
+                fix="keep the probability as the weight (norm_topk_prob=False, TopK(k=1, normalize=False)), or use k "
+                "= 2",
             )
 
 
 def _gradient(seen: Observed, name: str) -> str:
     try:
         found = seen.gradients.get(name)
-    except Unknown:
+    except (Unknown, Unasked):
         return ""
     return "" if found is None or found.router is None else f"; gradient of the router {found.router:.1e}"
