@@ -138,14 +138,17 @@ def constant_direction(case: Case) -> Tensor:
 
 @torch.no_grad()
 def lift(case: Case, experts: slice, by: float) -> None:
-    """Add a number to the logits of some experts; the selection bias is made so small that it chooses nothing."""
+    """Add a number to the logits of some experts; a selection bias does not make up for it."""
     router = case.layer.router
     if getattr(router, "bias", None) is not None:
         router.bias[experts] += by
     else:
         router.weight[experts] += by * constant_direction(case)
     for owner, name in case.layer.selection_biases():
-        getattr(owner, name).mul_(1e-6)
+        if by > 0:
+            getattr(owner, name).mul_(1e-6)
+        else:
+            getattr(owner, name)[experts] -= 1
 
 
 @injector
