@@ -3,6 +3,8 @@
 import json
 
 from command_line import moeify
+from inspect_routes import random_trace
+from moeify.inspect.formats import write_trace
 
 
 def test_a_run_is_shown_with_its_log_and_its_advice(trained, text, tmp_path):
@@ -26,7 +28,15 @@ def test_numbers_and_advice_come_as_json(trained, text, tmp_path):
     assert panels["Load"]["rows"][0]["tokens"] == "all"
 
 
+def test_a_trace_is_shown_as_a_model_is_less_what_needs_weights(tmp_path):
+    write_trace(random_trace(), tmp_path / "trace.safetensors")
+    ended = moeify("inspect", tmp_path / "trace.safetensors")
+    assert ended.code == 0, ended.err
+    assert "Causal score" not in ended.out
+    assert "<h2>Top tokens</h2>" in (tmp_path / "inspect.html").read_text("utf-8")
+
+
 def test_what_is_no_model_is_refused(tmp_path):
     ended = moeify("inspect", tmp_path / "nothing")
     assert ended.code == 2
-    assert "no model" in ended.err
+    assert "no model, run or trace" in ended.err

@@ -57,8 +57,8 @@ def test_dead_experts_are_named_once_there_are_enough_tokens():
 
 
 def test_importance_sums_the_weights_of_an_expert():
-    weights = torch.tensor([[0.9, 0.1]] * 3)
-    panel = importance(trace_of([[0, 1]] * 3, num_experts=2, weights=weights))
+    weights = torch.tensor([[0.9, 0.1]] * 30)
+    panel = importance(trace_of([[0, 1]] * 30, num_experts=2, weights=weights))
     assert panel.picture.values.tolist()[0] == pytest.approx([1.8, 0.2])
     assert "1 in layers.0.mlp" in panel.advice.finding
     assert panel.advice.level == "look"

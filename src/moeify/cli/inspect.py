@@ -1,4 +1,4 @@
-"""`moeify inspect`: show the routing of a model or a training run as one HTML file."""
+"""`moeify inspect`: show the routing of a model, a trace or a training run as one HTML file."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _LENGTH, _BATCH = 128, 8
 
 
 def inspect(
-    source: Annotated[Path, typer.Argument(help="The folder of a model, or of a run of moeify train")],
+    source: Annotated[Path, typer.Argument(help="The folder of a model or of a run of moeify train, or a trace")],
     data: Annotated[
         str | None,
         typer.Option(help="Text for the model to read", show_default="the text that came with Python and torch"),
@@ -28,12 +28,22 @@ def inspect(
 ) -> None:
     """Show which experts a model uses for what, and what to do about it, in one HTML file that loads nothing."""
     folder = source / "model" if (source / "model" / "config.json").is_file() else source
-    if not (folder / "config.json").is_file():
-        raise FileNotFoundError(f"there is no model or run {source}")
-    made = _of_model(folder, source, data, blocks, generate, measure)
+    if (folder / "config.json").is_file():
+        made = _of_model(folder, source, data, blocks, generate, measure)
+    else:
+        made = _of_trace(source)
     output = (source if source.is_dir() else source.parent) / "inspect.html" if output is None else output
     made.write(output)
     print(json.dumps(made.to_dict(), indent=1)) if as_json else _say(made, output)
+
+
+def _of_trace(file: Path) -> Report:
+    from moeify.inspect.formats import read_trace
+    from moeify.inspect.report import report
+
+    if not file.exists():
+        raise FileNotFoundError(f"there is no model, run or trace {file}")
+    return report(read_trace(file), title=file.name)
 
 
 def _of_model(folder: Path, run: Path, data: str | None, per_domain: int, generate: int, measure: bool) -> Report:

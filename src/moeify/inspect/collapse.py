@@ -90,7 +90,7 @@ def weight_cosine(experts: nn.Module) -> Float[Tensor, "E E"]:
         common = experts.common_modules() if isinstance(experts, Experts) else ()
         shared = {id(parameter) for module in common for parameter in module.parameters()}
         parameters = [parameter for parameter in experts.parameters() if id(parameter) not in shared]
-        if len({len(p) for p in parameters}) != 1:
+        if len({len(p) for p in parameters}) != 1 or min(p.dim() for p in parameters) < 2:
             raise ValueError(f"{type(experts).__name__} does not stack the weights of its experts as (E, ...)")
         stacked = torch.cat([p.flatten(1) for p in parameters], dim=1)
     unit = F.normalize(stacked.detach().float(), dim=-1)

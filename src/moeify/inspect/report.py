@@ -60,13 +60,18 @@ class Report:
         title: what was looked at.
         facts: about it, by name.
         groups: the panels by tab.
-        missing: what is not shown, and why.
+        reasons: the panels that are not shown, by the reason.
     """
 
     title: str
     facts: dict[str, Any]
     groups: dict[str, list[Panel]] = field(default_factory=dict)
-    missing: list[str] = field(default_factory=list)
+    reasons: dict[str, list[str]] = field(default_factory=dict)
+
+    @property
+    def missing(self) -> list[str]:
+        """What is not shown, and why."""
+        return [f"{', '.join(names)}: {reason}" for reason, names in self.reasons.items()]
 
     @property
     def panels(self) -> list[Panel]:
@@ -74,11 +79,11 @@ class Report:
         return [panel for group in self.groups.values() for panel in group]
 
     def add(self, group: str, name: str, make: Maker) -> None:
-        """Put a panel into a tab, or the reason why there is none into what is missing."""
+        """Put a panel into a tab, or keep the reason why there is none."""
         try:
             made = make()
         except NotMeasured as reason:
-            self.missing.append(f"{name}: {reason}")
+            self.reasons.setdefault(str(reason), []).append(name)
             return
         self.groups.setdefault(group, []).extend([made] if isinstance(made, Panel) else made)
 
@@ -182,7 +187,7 @@ def facts_of(trace: Trace) -> dict[str, Any]:
         "sparse layers": len(trace.layers),
         "experts": _range(experts),
         "per token": "all, by weight" if k == [0] else _range(k),
-        "tokens": f"{sum(map(len, trace.tables)):,}",
+        "tokens": f"{max(map(len, trace.tables)):,}",
         **{name: value for name, value in trace.header.items() if name in ("format", "source")},
     }
 

@@ -10,9 +10,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from moeify import losses
+from moeify.experts import Each
 from moeify.hf.blocks import unwrapped
 from moeify.inspect.collapse import weight_cosine
-from moeify.inspect.measurements.seen import Seen, experts_of
+from moeify.inspect.measurements.seen import Seen, experts_of, one_by_one
 
 
 @dataclass(frozen=True)
@@ -41,11 +42,19 @@ def likeness(seen: Mapping[str, Seen], tokens: int = 128) -> dict[str, Likeness]
     return {name: _of(found, tokens) for name, found in seen.items()}
 
 
-def _of(found: Seen, tokens: int) -> Likeness:
+def _weights(found: Seen) -> Float[Tensor, "E E"] | None:
     try:
-        weights = weight_cosine(unwrapped(found.layer.experts)).cpu()
+        if (modules := one_by_one(found.layer)) is not None:
+            return weight_cosine(Each(modules)).cpu()
+        return weight_cosine(unwrapped(found.layer.experts)).cpu()
     except ValueError:
-        weights = None
+        return None
+
+
+def _of(found: Seen, tokens: int) -> Likeness:
+    weights = _weights(found)
+    if not found.passes:
+        return Likeness(weights, None, None)
     x = found.tokens
     x = x[:: max(1, len(x) // tokens)][:tokens]
     try:

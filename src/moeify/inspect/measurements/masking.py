@@ -12,9 +12,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from moeify.experts import Each
 from moeify.hf.blocks import unwrapped
-from moeify.inspect.measurements.seen import run
+from moeify.inspect.measurements.seen import one_by_one, run
 from moeify.inspect.trace import Trace
 from moeify.layers import SparseLayer, sparse_layers
 from moeify.modes import in_evaluation
@@ -96,11 +95,13 @@ def without_expert(layer: SparseLayer, expert: int) -> Generator[None]:
 
 
 def _parameters(layer: SparseLayer, expert: int) -> list[Tensor]:
-    experts: Any = unwrapped(layer.experts)
-    modules = experts.experts if isinstance(experts, Each) else experts
-    if isinstance(modules, nn.ModuleList | nn.ModuleDict) and len(modules) == layer.num_experts:
-        return [p.data for p in list(modules.children())[expert].parameters()]
-    parts = [p.data[expert] for p in experts.parameters() if p.dim() >= 2 and len(p) == layer.num_experts]
+    if (modules := one_by_one(layer)) is not None:
+        return [p.data for p in modules[expert].parameters()]
+    experts, count = unwrapped(layer.experts), layer.num_experts
+    stacked = [p.data for p in experts.parameters() if p.dim() >= 2]
+    parts = [p[expert] for p in stacked if len(p) == count]
+    if not parts:  # DBRX: the matrices of all experts one below the other
+        parts = [p.view(count, -1, *p.shape[1:])[expert] for p in stacked if len(p) % count == 0]
     if not parts:
         raise ValueError(f"the experts of {layer.name} ({type(experts).__name__}) do not hold their weights one by one")
     return parts

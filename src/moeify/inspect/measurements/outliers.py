@@ -15,11 +15,13 @@ from moeify.inspect.measurements.seen import Seen, experts_of
 def largest_outputs(seen: Mapping[str, Seen]) -> dict[str, Float[Tensor, "E"]]:
     """max |output| of every expert over its rows, before the router's weight; NaN for an expert without rows.
 
-    (Super Experts, arXiv 2507.23279, section 3: outliers in the output of down_proj.) Layers of transformers whose
-    experts cannot be called one by one are left out.
+    (Super Experts, arXiv 2507.23279, section 3: outliers in the output of down_proj.) Layers whose experts
+    cannot be called one by one, or that saw nothing, are left out.
     """
     found = {}
     for name, layer in seen.items():
+        if not layer.passes:
+            continue
         try:
             experts = experts_of(layer.layer)
         except ValueError:

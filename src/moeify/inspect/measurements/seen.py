@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from moeify.experts import Experts
+from moeify.experts import Each, Experts
 from moeify.experts.wrapped import as_experts
 from moeify.hf.blocks import unwrapped
 from moeify.hf.interface import HfExperts
@@ -88,11 +88,21 @@ def what_experts_see(model: nn.Module, batches: Iterable[Any], tokens: int = 409
     finally:
         for handle in handles:
             handle.remove()
-    return {name: found for name, found in seen.items() if found.passes}
+    return seen
 
 
 def _is_input(value: Any) -> bool:
     return isinstance(value, Tensor) and value.is_floating_point() and value.dim() >= 2
+
+
+def one_by_one(layer: SparseLayer) -> list[nn.Module] | None:
+    """The experts of a layer that has a module for each, None of one that stacks their weights."""
+    experts: Any = unwrapped(layer.experts)
+    modules = experts.experts if isinstance(experts, Each) else experts
+    if not isinstance(modules, nn.ModuleList | nn.ModuleDict):
+        return None
+    found = [module for module in modules.children() if next(module.parameters(), None) is not None]
+    return found if len(found) == layer.num_experts else None
 
 
 def experts_of(layer: SparseLayer) -> Experts:
@@ -102,6 +112,8 @@ def experts_of(layer: SparseLayer) -> Experts:
         ValueError: experts of transformers that cannot be called so.
     """
     if isinstance(layer, HfLayer):
+        if (modules := one_by_one(layer)) is not None:
+            return Each(modules)
         inside = unwrapped(layer.experts)
         if all(hasattr(inside, name) for name in ("_apply_gate", "is_transposed", "has_bias", "has_gate")):
             return HfExperts(inside)

@@ -7,8 +7,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from moeify.inspect.panels.charts import Heatmap
-from moeify.inspect.panels.counting import choosing, labels, padded, shares, short
+from moeify.inspect.panels.counting import ENOUGH, choosing, labels, padded, rows_per_expert, shares, short
 from moeify.inspect.panels.panel import Advice, NotMeasured, Panel, Table
+from moeify.inspect.panels.unclear import too_little
 from moeify.inspect.trace import LayerTrace, Trace
 
 
@@ -40,7 +41,7 @@ def importance(trace: Trace) -> Panel:
             values=padded(sums), rows=list(names.values()), unit="times the mean importance", scale="ratio"
         ),
         table=Table(("layer", "CV²", "most important expert", "its importance"), rows),
-        advice=_advice(quiet, max(layers, key=lambda layer: _cv2(_importance(layer)))),
+        advice=_advice(quiet, layers),
     )
 
 
@@ -60,8 +61,11 @@ def _cv2(values: Float[Tensor, "E"]) -> float:
     return float(values.var(correction=0) / values.mean().square().clamp_min(1e-12))
 
 
-def _advice(quiet: list[str], worst: LayerTrace) -> Advice:
+def _advice(quiet: list[str], layers: list[LayerTrace]) -> Advice:
+    worst = max(layers, key=lambda layer: _cv2(_importance(layer)))
     said = f"CV² of the importance is largest in {worst.name}, {_cv2(_importance(worst)):.2f}."
+    if (rows := rows_per_expert(layers)) < ENOUGH:
+        return too_little(said, rows)
     if quiet:
         return Advice(
             level="look",
