@@ -1,4 +1,4 @@
-"""Every MoE family of the installed transformers is seen, recorded and counted."""
+"""Every MoE family of the installed transformers is seen, recorded, traced and counted."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from moeify.experts import FFN, Each, Plain
 from moeify.find.where import ffn
 from moeify.flops import count
 from moeify.hf.blocks import unwrapped
+from moeify.inspect.capture import capture
 from moeify.kernels.stacked import Glu
 from moeify.layers import SparseLayer, sparse_layers
 from moeify.losses import balance
@@ -28,18 +29,22 @@ OTHER_WAYS = ["switch_transformers", "nllb-moe", "jetmoe", "llama4_text", "doge"
 
 
 @pytest.mark.parametrize("family", families.FAMILIES)
-def test_every_family_is_seen_recorded_and_counted(family: str):
+def test_every_family_is_seen_recorded_traced_and_counted(family: str):
     model = families.build(family)
     layers = sparse_layers(model)
     inputs = families.inputs(model)
-    with torch.no_grad(), record(model) as decisions:
-        model(**inputs)
+    with record(model) as decisions:
+        trace = capture(model, [inputs])
     assert decisions
     assert decisions.keys() <= layers.keys()
+    assert trace.layers.keys() == decisions.keys()
     for name, routing in decisions.items():
-        rows = layers[name].rows_per_token()
-        assert int(routing.assigned.sum()) == rows * inputs["input_ids"].numel()
-        assert len(routing.counts) == layers[name].num_experts
+        rows, tokens, layer = layers[name].rows_per_token(), inputs["input_ids"].numel(), trace.layers[name]
+        assert int(routing.assigned.sum()) == rows * tokens
+        assert len(routing.counts) == layers[name].num_experts == layer.num_experts
+        latest = layer.take(torch.arange(len(layer.tokens))[-tokens:])  # some families call a layer several times
+        assert torch.equal(latest.counts, routing.counts)
+        assert layer.tokens.ids.view(-1, tokens).eq(inputs["input_ids"].flatten()).all()
     counted = count(model)
     assert counted.parameters == sum(p.numel() for p in model.parameters())
     saved = sum(

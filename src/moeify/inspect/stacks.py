@@ -106,8 +106,12 @@ def modalities_of(stack: Stack, model: Stack, ids: Int[Tensor, "all"] | None) ->
 
 
 def samples_of(stack: Stack, model: Stack, tokens: int) -> int:
-    """How many images, sounds or other samples so many tokens are of, by the inputs; 1 if they do not tell."""
+    """How many images, sounds or other samples so many tokens are of, by the inputs; 1 if they do not tell.
+
+    An input of one number per token makes each a sample, as users and items are; patches of (T, D) tell nothing.
+    """
     for values in (*stack.given.values(), *model.given.values()):
-        if values.dim() > 1 and len(values) != tokens and tokens % len(values) == 0:
-            return len(values)
+        rows = len(values) if values.dim() else 0
+        if rows and tokens % rows == 0 and (values.dim() == 1 if rows == tokens else values.dim() > 1):
+            return rows
     return 1
