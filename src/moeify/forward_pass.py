@@ -30,7 +30,8 @@ class Call:
         batch_first: whether tokens are laid out as (B, N, D), and not sequence first as (N, B, D).
         unpadded: the number of tokens of an input without padding, by the modules above the layers.
         of_stack: whether the mask was given to the module that holds the layers, and not only to one above it.
-        layer_mask: the mask that the layer around a sparse one is given, with its name; False if no layer takes one.
+        layer_mask: the mask that the layer around a sparse one is given, with its name; None if it is given none,
+            False if no layer takes one, or not as a tensor.
         outer: the pass in progress when the model was called again, None for the outermost.
         begun_by: the module that was called: the model, or one inside it that is called by itself.
         repeated: whether a backward pass has repeated it outside of `Context.resumed`.
@@ -73,9 +74,10 @@ class Call:
     def real(self, shape: int | Sequence[int]) -> Int[Tensor, "T"] | None:
         """The positions of the real ones among flattened tokens, None for all of them.
 
-        The mask of the modules above the layers counts where it is one of their tokens. Where the layers have tokens of
-        their own (a model downsampled them, put patches beside words, or filled up a window), the mask that the layer
-        around a sparse one is given counts; a stack whose layers are given none has no padding.
+        The mask of the modules above the layers counts where it has as many tokens, unless the layer around a sparse
+        one is given another: a mask of its keys alone, or none at all, as layers of patches beside as many words.
+        Where the layers have tokens of their own (a model downsampled them, put patches beside words, or filled up a
+        window), only the mask that the layer is given counts; a stack whose layers are given none has no padding.
 
         Args:
             shape: of the tokens, (B, N) or (N, B), or their number.
@@ -86,8 +88,11 @@ class Call:
         shape = (shape,) if isinstance(shape, int) else tuple(shape)
         tokens = math.prod(shape)
         if self.token_mask is not None and self.token_mask.numel() == tokens:
-            hides_nothing = self.layer_mask is None and not self.of_stack  # as many tokens, but of another stack
-            return None if hides_nothing else self._laid_out(self.token_mask, shape)
+            if self.layer_mask is None:  # as many tokens, but of another stack
+                return None
+            if isinstance(self.layer_mask, tuple) and masks.is_of_keys(self.layer_mask[1], tokens):
+                return self._of_layer(*self.layer_mask, shape)
+            return self._laid_out(self.token_mask, shape)
         if self.token_mask is None and self.unpadded == tokens:
             return None
         if isinstance(self.layer_mask, tuple):

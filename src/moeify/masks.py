@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Bool
@@ -53,15 +53,24 @@ def places(module: nn.Module) -> list[tuple[str, int | None]]:
     return [(name, by_position.index(name) if name in by_position else None) for name in names]
 
 
-def given_mask(found: list[tuple[str, int | None]], args: tuple, kwargs: dict[str, Any]) -> tuple[str, Tensor] | None:
-    """The mask that a call passes in one of these places, and its name; None if it passes none."""
+def given_mask(
+    found: list[tuple[str, int | None]], args: tuple, kwargs: dict[str, Any]
+) -> tuple[str, Tensor] | Literal[False] | None:
+    """The mask that a call passes in one of these places, and its name; None if it passes none, False if no tensor."""
+    unread = False
     for name, position in found:
         value = kwargs.get(name, args[position] if position is not None and position < len(args) else None)
         if name == "attention_inputs" and isinstance(value, tuple):
             value = value[_FUNNEL_MASK]
         if isinstance(value, Tensor):
             return name, value
-    return None
+        unread = unread or value is not None
+    return False if unread else None
+
+
+def is_of_keys(mask: Tensor, tokens: int) -> bool:
+    """Whether a mask has one entry for each of a layer's tokens, the same for all queries: (B, N) or (B, 1, 1, N)."""
+    return mask.dim() > 1 and mask.shape[1:-1].numel() == 1 and mask.numel() == tokens
 
 
 def of_layer(name: str, mask: Tensor, shape: Sequence[int]) -> Bool[Tensor, "B N"] | None:

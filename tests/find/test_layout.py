@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from torch import nn
-from transformers import BigBirdConfig, BigBirdModel
+from transformers import BigBirdConfig, BigBirdModel, BridgeTowerConfig, BridgeTowerModel
 
 from layout_models import siglip, xlnet
 from moeify import Recipe, record, sparsify
@@ -242,3 +242,49 @@ def test_a_stack_of_as_many_tokens_has_not_the_padding_of_another():
     with record(model) as decisions:
         model(**given)
     assert [int(routing.counts.sum()) for routing in decisions.values()] == [2 * 6, 2 * 8]
+
+
+class CrossModal(nn.Module):
+    """Layers of words and of patches side by side in the module that is given the mask of the words (BridgeTower)."""
+
+    def __init__(self, own: bool):
+        super().__init__()
+        self.own = own
+        self.words, self.patches = nn.ModuleList([MaskedLayer(Gated())]), nn.ModuleList([MaskedLayer(Gated())])
+
+    def forward(self, inputs_embeds, attention_mask, patches):
+        words = self.words[0](inputs_embeds, attention_mask[:, None, None])
+        patches = self.patches[0](patches, attention_mask.flip(0)[:, None, None] if self.own else None)
+        return words, patches.mean(1)
+
+
+@pytest.mark.parametrize(("own", "tokens"), [(False, 8), (True, 5)])
+def test_a_stack_beside_another_one_has_the_padding_that_its_layers_are_given(own, tokens):
+    mask = torch.tensor([[1, 1, 1, 1], [1, 0, 0, 0]])
+    given = {"inputs_embeds": torch.randn(2, 4, 8), "attention_mask": mask, "patches": torch.randn(2, 4, 8)}
+    model = sparsify(CrossModal(own), COPIES, verify=False, verbose=False)
+    with record(model) as decisions:
+        model(**given)
+    words, patches = decisions.values()
+    assert [int(words.counts.sum()), int(patches.counts.sum())] == [2 * 5, 2 * tokens]
+    if own:
+        assert not torch.equal(words.source, patches.source)
+
+
+def test_a_layer_beside_as_many_words_is_not_given_their_padding():
+    vision = {"hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 8, "patch_size": 4}
+    text = {"hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
+    config = BridgeTowerConfig(
+        hidden_size=64, num_hidden_layers=1, num_attention_heads=2, intermediate_size=24, pad_token_id=1,
+        vision_config=vision, text_config=text | {"vocab_size": 32, "max_position_embeddings": 16},
+    )  # fmt: skip
+    model = widened(BridgeTowerModel(config)).eval()
+    mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 0, 0, 0]])  # as many words as patches with the one before them
+    given = {"input_ids": torch.randint(5, 32, (2, 5)), "attention_mask": mask, "pixel_values": torch.randn(2, 3, 8, 8)}
+    before = model(**given)
+    sparsify(model, COPIES, verbose=False)
+    after = model(**given)
+    torch.testing.assert_close(after.image_features, before.image_features, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        after.text_features[mask.bool()], before.text_features[mask.bool()], rtol=1e-4, atol=1e-5
+    )
