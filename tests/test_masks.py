@@ -5,8 +5,8 @@ from functools import partial
 import pytest
 import torch
 from torch import nn
-from transformers import Idefics2Config, Idefics2Model
 
+from layout_models import idefics2
 from moeify import Context, Recipe, masks, record, sparsify
 from moeify.find.where import named
 from moeify.routers import TopK
@@ -90,17 +90,7 @@ def test_a_layer_that_lays_sequences_out_first_reads_the_mask_so():
 
 @pytest.mark.parametrize("per", ["token", "sequence"])
 def test_the_padding_of_images_is_not_routed(per):
-    vision = {
-        "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 32,
-        "patch_size": 8, "initializer_range": 0.3,
-    }  # fmt: skip
-    perceiver = {"resampler_n_latents": 2, "resampler_depth": 1, "resampler_n_heads": 2, "resampler_head_dim": 8}
-    text = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "pad_token_id": 0}
-    config = Idefics2Config(
-        vision_config=vision, perceiver_config=perceiver | {"num_key_value_heads": 1, "hidden_size": 16},
-        text_config=text | {"num_attention_heads": 2, "num_key_value_heads": 1}, image_token_id=30,
-    )  # fmt: skip
-    model = Idefics2Model(config).eval()
+    model = idefics2()
     recipe = Recipe(where=named("vision_model"), router=partial(TopK, per=per))
     sparsify(model, recipe, allow_noncausal=True, verbose=False)
     sharpen(model)

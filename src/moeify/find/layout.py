@@ -1,4 +1,4 @@
-"""Observe the sites of a model in a forward pass: their calls, the layout of tokens, whether padding is read."""
+"""Observe the sites of a model in a forward pass: their calls, and the layout of tokens."""
 
 from __future__ import annotations
 
@@ -12,8 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moeify.context import Context
-from moeify.find.contexts import contexts_of, watch
+from moeify.find.padding import padding_routed
 from moeify.find.probe import Probe, find_probe
 from moeify.find.shapes import Site
 from moeify.modes import fixed_randomness
@@ -106,72 +105,3 @@ def seen_in_a_run(model: nn.Module, sites: Sequence[Site]) -> list[Site]:
         with observed(model, sites) as calls:
             probe.run(model)
         return padding_routed(model, laid_out(model, sites, probe, calls), probe)
-
-
-def padding_routed(model: nn.Module, sites: Sequence[Site], probe: Probe) -> list[Site]:
-    """The sites, with `routes_padding` if the model reads at real tokens what they make of padding.
-
-    Some models pool a position that may be padding (SigLIP), or mix it into others by convolutions or landmarks
-    (ConvBERT, Nyströmformer). There a sparse layer must compute padding too, or outputs at real tokens change.
-    """
-    reads = _reads_padding(model, sites, probe)
-    return [replace(site, routes_padding=reads) for site in sites]
-
-
-def _reads_padding(model: nn.Module, sites: Sequence[Site], probe: Probe) -> bool:
-    config = getattr(model, "config", None)
-    padding = getattr(getattr(config, "text_config", config), "pad_token_id", None)
-    given = probe.padded(padding if isinstance(padding, int) else 0)
-    if given is None or "attention_mask" not in inspect.signature(model.forward).parameters:
-        return False
-    try:
-        before = given.outputs(model)
-    except MemoryError:  # says nothing about the model
-        raise
-    except Exception:  # whatever a model raises that takes no mask of this form
-        return False
-    return _changed_by_silence(model, sites, given, before)
-
-
-def _changed_by_silence(model: nn.Module, sites: Sequence[Site], probe: Probe, before: list[Tensor]) -> bool:
-    """Whether an output at real tokens changes if sites are silent where sparse layers would see padding."""
-    contexts = contexts_of(sites)
-    undo = [site.install(_Silent(site.dense, contexts[site.stack])) for site in sites]
-    undo += watch(model, sites, contexts)
-    try:
-        after = probe.outputs(model)
-    except ValueError:  # the mask is not one of these tokens
-        return True
-    finally:
-        for restore in reversed(undo):
-            restore()
-    return any(_changes(a, b) for a, b in zip(before, after, strict=True) if a.shape == b.shape)
-
-
-def _changes(before: Tensor, after: Tensor) -> bool:
-    """Whether an output at real tokens, or one without tokens, changes by more than rounding."""
-    if before.dim() > 2:
-        return False
-    rounding = torch.finfo(before.dtype).eps ** 0.5
-    return (before - after).abs().max().item() > rounding * before.abs().max().item()
-
-
-class _Silent(nn.Module):
-    """A module whose outputs at padding are zero, as those of a sparse layer are."""
-
-    def __init__(self, dense: nn.Module, context: Context) -> None:
-        super().__init__()
-        self.dense, self.context = dense, context
-
-    @property
-    def weight(self) -> Tensor:
-        """The weight of a linear layer, whose dtype some models read (T5's do)."""
-        return self.dense.get_parameter("weight")
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.dense(x)
-        positions = self.context.real(x.shape[:-1])
-        if positions is None or y.shape[:-1] != x.shape[:-1]:
-            return y
-        real = torch.zeros(x.shape[:-1].numel(), dtype=torch.bool, device=y.device).index_fill(0, positions, True)
-        return torch.where(real.view(*x.shape[:-1], 1), y, 0)

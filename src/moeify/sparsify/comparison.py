@@ -8,7 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from moeify.find.dense import compute_dtype
+from moeify.find.padding import at_real_tokens, padding_seen
 from moeify.find.probe import Probe
+from moeify.layers import moe_layers
 
 
 @dataclass(frozen=True)
@@ -34,10 +36,13 @@ class Comparison:
         return all(change <= most for change, most in zip(self._changes(model), allowed, strict=True))
 
     def _changes(self, model: nn.Module) -> list[float]:
-        after = self.probe.outputs(model)
+        """The largest change of each output at tokens that no sparse layer takes for padding."""
+        with padding_seen(moe_layers(model).values()) as real:
+            after = self.probe.outputs(model)
         if [one.shape for one in after] != [one.shape for one in self.before]:
             return [torch.inf] * len(self.before)
-        return [_largest((a - b)[(a != b) & ~(a.isnan() & b.isnan())]) for a, b in zip(self.before, after, strict=True)]
+        pairs = zip(at_real_tokens(self.before, real), at_real_tokens(after, real), strict=True)
+        return [_largest((a - b)[(a != b) & ~(a.isnan() & b.isnan())]) for a, b in pairs]
 
 
 def _largest(values: Tensor) -> float:

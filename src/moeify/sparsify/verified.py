@@ -9,7 +9,8 @@ from torch import nn
 
 from moeify.find.alone import same_alone
 from moeify.find.dense import DenseFFN
-from moeify.find.layout import called_alike, laid_out, observed, padding_routed
+from moeify.find.layout import called_alike, laid_out, observed
+from moeify.find.padding import padding_routed
 from moeify.find.probe import Probe, as_probe, find_probe
 from moeify.find.shapes import Site
 from moeify.modes import fixed_randomness

@@ -1,0 +1,61 @@
+"""Padding in a probe: outputs there are nobody's, and stacks whose padding is read are told from others."""
+
+import torch
+from torch import nn
+
+from layout_models import idefics2
+from moeify import Recipe, record, sparsify
+from plain_models import Block, Gated, sparse_layers
+from tiny_models import widened
+
+COPIES = Recipe(num_experts=4)
+
+
+def test_a_probe_with_padded_images_is_no_reason_to_refuse():
+    model = widened(idefics2())
+    images, real = torch.randn(2, 1, 3, 32, 32), torch.ones(2, 1, 32, 32, dtype=torch.long)
+    real[0, 0, 16:] = real[0, 0, :, 24:] = 0  # the first image has 2 x 3 patches of 4 x 4
+    ids = torch.tensor([[1, 30, 30, 4, 5, 6], [1, 30, 30, 4, 7, 0]])
+    given = {"input_ids": ids, "attention_mask": (ids != 0).long(), "pixel_values": images}
+    given["pixel_attention_mask"] = real
+    before = model(**given)
+    sparsify(model, COPIES, probe=given, verbose=False)
+    with record(model) as decisions:
+        after = model(**given)
+    patches, latents, words = (int(routing.counts.sum()) for routing in decisions.values())
+    assert (patches, latents, words) == (2 * (2 * 3 + 4 * 4), 2 * 4, 2 * 11)
+    text = given["attention_mask"].bool()
+    torch.testing.assert_close(after.last_hidden_state[text], before.last_hidden_state[text], rtol=1e-4, atol=1e-5)
+    latents = [torch.cat([*each.image_outputs.pooler_output]) for each in (after, before)]
+    torch.testing.assert_close(*latents, rtol=1e-4, atol=1e-5)
+
+
+class Last(nn.Module):
+    """A tower whose outputs at every token are summed up, or the last of which is taken, be it padding or not."""
+
+    def __init__(self, last: bool):
+        super().__init__()
+        self.last, self.layers = last, nn.ModuleList([Block(Gated())])
+
+    def forward(self, inputs_embeds, attention_mask):
+        y = self.layers[0](inputs_embeds)
+        return y[:, -1] if self.last else (y * attention_mask.unsqueeze(-1)).sum(1)
+
+
+class Towers(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.summed, self.pooled = Last(False), Last(True)
+
+    def forward(self, inputs_embeds, attention_mask):
+        return self.summed(inputs_embeds, attention_mask), self.pooled(inputs_embeds, attention_mask)
+
+
+def test_padding_is_routed_in_the_stack_where_it_is_read_only():
+    given = {"inputs_embeds": torch.randn(2, 4, 8), "attention_mask": torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]])}
+    model = Towers()
+    before = model(**given)
+    sparsify(model, COPIES, probe=given, verbose=False)
+    torch.testing.assert_close(model(**given), before, rtol=1e-4, atol=1e-5)
+    routed = {name: layer.context.routes_padding for name, layer in sparse_layers(model).items()}
+    assert routed == {"summed.layers.0.ffn": False, "pooled.layers.0.ffn": True}
