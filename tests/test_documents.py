@@ -34,6 +34,8 @@ def found(given, ids=IDS):
         {"cu_seq_lens_q": torch.tensor([0, 3, 5, 6, 7, 12], dtype=torch.int32)},
         {"cu_seqlens": torch.tensor([0, 3, 5, 6, 7, 12])},
         {"grid_thw": torch.tensor([[1, 1, 3], [1, 2, 1], [1, 1, 1], [1, 1, 1], [5, 1, 1]])},
+        {"attention_mask": IDS + 1},
+        {"attention_mask": torch.cat([torch.full((2, 3), 9), IDS + 1], 1)},
         {"attention_mask": SAME.unsqueeze(1)},
         {"attention_mask": (SAME & CAUSAL).unsqueeze(1).expand(2, 4, 6, 6)},
         {"attention_mask": torch.zeros(2, 6, 6).masked_fill(~(SAME & CAUSAL & ~CAUSAL.tril(-2)), -torch.inf)},
@@ -63,6 +65,8 @@ def test_a_hidden_token_in_the_middle_of_a_document_does_not_end_it():
     "given",
     [
         {"attention_mask": torch.ones(2, 6), "position_ids": None},
+        {"attention_mask": torch.ones(2, 6, dtype=torch.long).tril()},
+        {"attention_mask": torch.full((2, 6), 2.0)},
         {"position_ids": torch.zeros(2, 1, dtype=torch.long)},
         {"max_length_q": 3},
     ],
@@ -124,6 +128,16 @@ def test_what_the_flattening_collator_packs_has_the_logits_it_has_alone(llama, o
     packed = llama(**batch, use_cache=False).logits[0]
     for text, logits in zip(texts, packed.split(LENGTHS), strict=True):
         torch.testing.assert_close(logits, llama(text.unsqueeze(0)).logits[0], rtol=1e-4, atol=1e-4)
+
+
+def test_a_mask_that_numbers_documents_is_read_as_documents_and_padding():
+    llama, moe = decoder(per="sequence")
+    mask = torch.tensor([[1, 1, 2, 2, 0], [0, 1, 2, 2, 3]])
+    with record(llama) as decisions:
+        llama(words(2, 5), attention_mask=mask, use_cache=False)
+    decision = next(iter(decisions.values()))
+    assert decision.sequence_id.tolist() == [0, 1, 2, 3, 4]  # decided once per document
+    assert int(decision.counts.sum()) == 8 * moe.router.k
 
 
 def test_blocks_of_transformers_are_recorded_with_their_documents():

@@ -95,10 +95,10 @@ def document_ids(starts: Bool[Tensor, "B N"], real: Bool[Tensor, "B N"] | None) 
 
 
 def _describes(name: str, value: Any) -> bool:
-    """Whether an argument is there; a mask with one entry per token tells of padding only."""
+    """Whether an argument is there; a mask with one entry per token tells of padding, or numbers documents."""
     if name != "attention_mask":
         return isinstance(value, Tensor)
-    return value is not None and (not isinstance(value, Tensor) or value.dim() > 2)
+    return value is not None and (not isinstance(value, Tensor) or value.dim() > 2 or masks.numbers_documents(value))
 
 
 def _changes(ids: Int[Tensor, "B N"], shape: Shape) -> Bool[Tensor, "B N"] | None:
@@ -127,6 +127,13 @@ def _restarts(position: Int[Tensor, "*A B N"], shape: Shape) -> Bool[Tensor, "B 
         return None
     axes = position.reshape(-1, *position.shape[-2:])
     return (axes.diff(dim=2, prepend=axes[:, :, :1]) <= 0).all(0).expand(shape)
+
+
+def _of_mask(mask: Any, shape: Shape) -> Bool[Tensor, "B N"] | None:
+    """Where a document begins by a mask that numbers them, 0 for padding, or by one of queries and keys."""
+    if not isinstance(mask, Tensor) or mask.dim() != 2:
+        return _blocks(mask, shape)
+    return _changes(mask[:, -shape[1] :], shape)  # those of keys that a cache holds come before
 
 
 def _blocks(mask: Any, shape: Shape) -> Bool[Tensor, "B N"] | None:
@@ -158,5 +165,5 @@ _STARTS: dict[str, Callable[[Any, Shape], Bool[Tensor, "B N"] | None]] = {
     "cu_seqlens": _offsets,
     "grid_thw": _images,
     "position_ids": _restarts,
-    "attention_mask": _blocks,
+    "attention_mask": _of_mask,
 }

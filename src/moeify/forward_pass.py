@@ -155,7 +155,7 @@ class Call:
         """The document of each of the flattened tokens, counted through the batch; None if nothing tells of documents.
 
         A row is packed of several where `position_ids` do not rise, `seq_idx` changes, `cu_seq_lens_q`, `cu_seqlens` or
-        `grid_thw` say so, or a mask of queries and keys is block-diagonal.
+        `grid_thw` say so, a mask numbers its documents (1, 1, 2, 2, 0), or one of queries and keys is block-diagonal.
 
         Raises:
             ValueError: the rows that the stack was given are packed, and the layer has other tokens than theirs.

@@ -33,6 +33,12 @@ def real_tokens(mask: Bool[Tensor, "B N"] | Tensor) -> Bool[Tensor, "B N"]:
     return torch.where(added, mask >= 0, mask > 0)
 
 
+def numbers_documents(mask: Tensor) -> bool:
+    """Whether a mask (B, N) numbers the documents of packed rows, such as 1, 1, 2, 2, 0, and not only real tokens."""
+    whole = mask.dim() == 2 and not mask.is_floating_point() and mask.dtype is not torch.bool and not mask.is_meta
+    return whole and mask.numel() > 0 and mask.amax().item() > 1
+
+
 def seen(mask: Tensor) -> Bool[Tensor, "..."]:
     """Which keys a mask of queries and keys lets each query see; it may be one that is added to scores."""
     if not mask.is_floating_point():

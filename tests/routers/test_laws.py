@@ -113,15 +113,19 @@ def test_padding_changes_no_bit_of_any_token_or_gradient(name, mask, seed):
 
 
 @pytest.mark.parametrize("name", BY_GROUP)
+@pytest.mark.parametrize("tells", ["position_ids", "attention_mask"])
 @given(rows=st.lists(st.lists(st.integers(1, 5), min_size=1, max_size=4), min_size=1, max_size=2), seed=seeds)
-def test_documents_in_packed_rows_are_routed_as_each_is_alone(name, rows, seed):
+def test_documents_in_packed_rows_are_routed_as_each_is_alone(name, tells, rows, seed):
     torch.manual_seed(seed)
     moe, longest = layer(name), max(sum(lengths) for lengths in rows)
-    x, position = torch.randn(len(rows), longest, D), torch.zeros(len(rows), longest, dtype=torch.long)
+    x = torch.randn(len(rows), longest, D)
+    told = {name: torch.zeros(len(rows), longest, dtype=torch.long) for name in ("position_ids", "attention_mask")}
     mask = torch.arange(longest) < torch.tensor([sum(lengths) for lengths in rows]).unsqueeze(1)
     for row, lengths in enumerate(rows):
-        position[row, : sum(lengths)] = torch.cat([torch.arange(length) for length in lengths])
-    moe.context.call.packing = Packing({"position_ids": position}, (len(rows), longest))
+        told["position_ids"][row, : sum(lengths)] = torch.cat([torch.arange(length) for length in lengths])
+        numbers = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))
+        told["attention_mask"][row, : sum(lengths)] = 1 + numbers  # 0 is padding
+    moe.context.call.packing = Packing.of({tells: told[tells]}, (len(rows), longest))
     moe.context.mask(mask)
     together = moe(x)
     for row, lengths in enumerate(rows):
