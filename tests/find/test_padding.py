@@ -1,4 +1,4 @@
-"""Padding in a probe: outputs there are nobody's, and stacks whose padding is read are told from others."""
+"""Padding in a probe: outputs there are nobody's, unless the model reads at real tokens what becomes of it."""
 
 import torch
 from torch import nn
@@ -31,31 +31,25 @@ def test_a_probe_with_padded_images_is_no_reason_to_refuse():
 
 
 class Last(nn.Module):
-    """A tower whose outputs at every token are summed up, or the last of which is taken, be it padding or not."""
+    """A tower of which the last token of every image is taken, be it padding or not."""
 
-    def __init__(self, last: bool):
-        super().__init__()
-        self.last, self.layers = last, nn.ModuleList([Block(Gated())])
-
-    def forward(self, inputs_embeds, attention_mask):
-        y = self.layers[0](inputs_embeds)
-        return y[:, -1] if self.last else (y * attention_mask.unsqueeze(-1)).sum(1)
-
-
-class Towers(nn.Module):
     def __init__(self):
         super().__init__()
-        self.summed, self.pooled = Last(False), Last(True)
+        self.layers = nn.ModuleList([MaskedBlock(Gated())])
 
-    def forward(self, inputs_embeds, attention_mask):
-        return self.summed(inputs_embeds, attention_mask), self.pooled(inputs_embeds, attention_mask)
+    def forward(self, patches, pixel_attention_mask):
+        return self.layers[0](patches, pixel_attention_mask[:, None, None])[:, -1]
 
 
-def test_padding_is_routed_in_the_stack_where_it_is_read_only():
-    given = {"inputs_embeds": torch.randn(2, 4, 8), "attention_mask": torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]])}
-    model = Towers()
+class MaskedBlock(Block):
+    def forward(self, x, attention_mask):
+        return super().forward(x)
+
+
+def test_the_padding_of_a_probe_without_text_shows_that_it_is_read():
+    given = {"patches": torch.randn(2, 4, 8), "pixel_attention_mask": torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]])}
+    model = Last()
     before = model(**given)
     sparsify(model, COPIES, probe=given, verbose=False)
     torch.testing.assert_close(model(**given), before, rtol=1e-4, atol=1e-5)
-    routed = {name: layer.context.routes_padding for name, layer in sparse_layers(model).items()}
-    assert routed == {"summed.layers.0.ffn": False, "pooled.layers.0.ffn": True}
+    assert sparse_layers(model)["layers.0.ffn"].context.routes_padding

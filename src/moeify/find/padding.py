@@ -57,22 +57,21 @@ def _as_mask(positions: Tensor, shape: Sequence[int], device: torch.device) -> B
 
 
 def padding_routed(model: nn.Module, sites: Sequence[Site], probe: Probe) -> list[Site]:
-    """The sites, with `routes_padding` in stacks where the model reads at real tokens what they make of padding.
+    """The sites, with `routes_padding` if the model reads at real tokens what they make of padding.
 
     Some models pool a position that may be padding (SigLIP), or mix it into others by convolutions or landmarks
-    (ConvBERT, Nyströmformer). There a sparse layer must compute padding too, or outputs at real tokens change.
+    (ConvBERT, Nyströmformer). There a sparse layer must compute padding too, or outputs at real tokens change. It holds
+    for all stacks of a model, since one batch may show it of one stack, and another batch of another (CANINE).
 
     Args:
         model: the dense model.
         sites: where sparse layers are to stand.
         probe: its own padding is tried, of images say, and its texts with padding put into them.
     """
-    reading: set[str] = set()
     has_mask = any("mask" in name for name in probe.kwargs or {})
-    for given in (probe if has_mask else None, _padded(model, probe)):
-        if given is not None:
-            reading |= _stacks_that_read(model, sites, given)
-    return [replace(site, routes_padding=site.stack in reading) for site in sites]
+    probes = [each for each in (probe if has_mask else None, _padded(model, probe)) if each is not None]
+    reads = any(_reads_padding(model, sites, each) for each in probes)
+    return [replace(site, routes_padding=reads) for site in sites]
 
 
 def _padded(model: nn.Module, probe: Probe) -> Probe | None:
@@ -82,24 +81,14 @@ def _padded(model: nn.Module, probe: Probe) -> Probe | None:
     return probe.padded(padding if isinstance(padding, int) else 0) if takes_mask else None
 
 
-def _stacks_that_read(model: nn.Module, sites: Sequence[Site], probe: Probe) -> set[str]:
-    """The stacks whose outputs at padding change what a model computes at real tokens."""
+def _reads_padding(model: nn.Module, sites: Sequence[Site], probe: Probe) -> bool:
     try:
         before = probe.outputs(model)
     except MemoryError:  # says nothing about the model
         raise
     except Exception:  # whatever a model raises that takes no mask of this form
-        return set()
-    stacks = {site.stack for site in sites}
-    if not _changed_by_silence(model, sites, probe, before):
-        return set()
-    alone = {
-        stack
-        for stack in stacks
-        if len(stacks) > 1
-        and _changed_by_silence(model, [site for site in sites if site.stack == stack], probe, before)
-    }
-    return alone or stacks
+        return False
+    return _changed_by_silence(model, sites, probe, before)
 
 
 def _changed_by_silence(model: nn.Module, sites: Sequence[Site], probe: Probe, before: list[Tensor]) -> bool:
