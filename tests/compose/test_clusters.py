@@ -77,6 +77,18 @@ def test_what_is_no_file_of_clusters_is_refused(tmp_path):
         Clusters.load(tmp_path)
 
 
+def test_a_flipped_bit_of_the_centres_is_found(tmp_path):
+    groups, file = found(), tmp_path / "clusters.safetensors"
+    groups.save(tmp_path)
+    content = bytearray(file.read_bytes())
+    content[-2] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(ValueError, match="damaged: its centres are not what was saved"):
+        Clusters.load(tmp_path)
+    save_file({"centres": groups.centres}, file)  # of an earlier version, without a hash
+    assert torch.equal(Clusters.load(tmp_path).centres, groups.centres)
+
+
 def test_embeddings_of_another_encoder_are_refused():
     with pytest.raises(ValueError, match=r"embeddings have shape \(3, 5\), the centres width 2"):
         Clusters(torch.zeros(4, 2)).predict(torch.zeros(3, 5))

@@ -167,3 +167,18 @@ def test_experts_without_low_rank_maps_have_no_prototypes():
         Arrow(D, E)(torch.randn(T, D), layer().context)
     with pytest.raises(ValueError, match="temperature=0 divides"):
         Arrow(D, E, temperature=0)
+
+
+def test_an_adapter_around_the_experts_is_refused_before_anything_changes():
+    class Adapted(nn.Module):
+        """As PEFT wraps a module."""
+
+        def __init__(self, base_layer):
+            super().__init__()
+            self.base_layer = base_layer
+
+    moe = layer()
+    experts = moe.experts
+    with pytest.raises(ValueError, match="Adapted changes what experts compute without changing these; train lora_A"):
+        moe.experts = Adapted(experts)
+    assert moe.experts is experts

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from torch.nn import functional as F
 
 from moeify.data.tokenizer import Tokenizer
 from moeify.experts.lora import LoRA
-from moeify.files import read_tensors, write_tensors
+from moeify.files import open_tensors, read_tensors, write_tensors
 from moeify.layers import moe_layers
 from moeify.modes import in_evaluation
 
@@ -57,8 +58,11 @@ class Clusters:
         return self.predict(embed(instructions)).tolist()
 
     def save(self, folder: str | Path) -> None:
-        """Write the centres into the folder of a model, made if it is not there, as `clusters.safetensors`."""
-        write_tensors(Path(folder) / _FILE, {"centres": self.centres})
+        """Write the centres into the folder of a model, made if it is not there, as `clusters.safetensors`.
+
+        Their SHA-256 is in the file's header, and not in `SHA256.json`, so that saving the model anew keeps them.
+        """
+        write_tensors(Path(folder) / _FILE, {"centres": self.centres}, {"sha256": _digest(self.centres)})
 
     @classmethod
     def load(cls, folder: str | Path) -> Clusters:
@@ -66,15 +70,24 @@ class Clusters:
 
         Raises:
             FileNotFoundError: no clusters are in the folder.
-            ValueError: the file is damaged, or holds something else.
+            ValueError: the file is damaged, or holds something else; files of earlier versions have no hash and pass.
         """
         path = Path(folder) / _FILE
         if not path.is_file():
             raise FileNotFoundError(f"{folder} has no {_FILE}; write one with Clusters.save")
-        tensors = read_tensors(path)
+        tensors, header = read_tensors(path), open_tensors(path).metadata() or {}
         if tensors.keys() != {"centres"} or tensors["centres"].dim() != 2:
             raise ValueError(f"{path} holds {', '.join(tensors) or 'nothing'}, and no centres (C, D)")
+        if header.get("sha256", digest := _digest(tensors["centres"])) != digest:
+            raise ValueError(
+                f"{path} is damaged: its centres are not what was saved (SHA-256 differs from that in its header); copy "
+                "it again from where it came from, or find the clusters anew"
+            )
         return cls(tensors["centres"])
+
+
+def _digest(centres: Float[Tensor, "C D"]) -> str:
+    return hashlib.sha256(centres.detach().cpu().contiguous().numpy().tobytes()).hexdigest()
 
 
 def cluster(instructions: Sequence[str], embed: Embed, count: int = 64, *, seed: int = 0) -> Clusters:

@@ -9,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from moeify.context import Context
+from moeify.experts.wrapped import Wrapped
 from moeify.kernels.cpu.packing import cached
 from moeify.registry import register
 from moeify.routers.base import Router, k_best, project, real_tokens
@@ -33,8 +34,8 @@ class Arrow(Router):
         temperature: τ.
 
     Raises:
-        ValueError: k outside 1..E; a temperature that is not positive; experts that are no LoRA; in `forward`, no
-            experts at all.
+        ValueError: k outside 1..E; a temperature that is not positive; experts that are no LoRA, or that an adapter is
+            put around; in `forward`, no experts at all.
     """
 
     settable_k = True
@@ -49,6 +50,12 @@ class Arrow(Router):
 
     def attach(self, experts: Any) -> None:
         """Keep a reference to the experts, whose weights are the router."""
+        if isinstance(experts, Wrapped):
+            raise ValueError(
+                f"Arrow reads the direction of an expert from its weights, and {type(experts.module).__name__} changes "
+                "what experts compute without changing these; train lora_A and lora_B themselves, or put the adapter "
+                "on modules that Arrow does not route"
+            )
         if not hasattr(experts, "lora_A"):
             raise ValueError(
                 f"Arrow reads the direction of an expert from low-rank matrices A and B, and {type(experts).__name__} "
