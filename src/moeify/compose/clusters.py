@@ -80,8 +80,8 @@ class Clusters:
             raise ValueError(f"{path} holds {', '.join(tensors) or 'nothing'}, and no centres (C, D)")
         if header.get("sha256", digest := _digest(tensors["centres"])) != digest:
             raise ValueError(
-                f"{path} is damaged: its centres are not what was saved (SHA-256 differs from that in its header); copy "
-                "it again from where it came from, or find the clusters anew"
+                f"{path} is damaged: its centres are not what was saved (SHA-256 differs from the header's); copy it "
+                "again from where it came from, or find the clusters anew"
             )
         return cls(tensors["centres"])
 
