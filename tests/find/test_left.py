@@ -9,13 +9,15 @@ from rich.console import Console
 from torch import nn
 
 from moeify import Recipe, merge_models, sparsify
-from moeify.find import chosen, every, ffn, named
+from moeify.find import chosen, every, ffn, last, named
+from moeify.find.shapes import recognise
+from moeify.find.where import candidates
 from moeify.inspect import weight_cosine
 from moeify.sparsify import copies, fresh, frozen, lora_ffn, splits
 from moeify.sparsify.convert import convert
 from moeify.store import load, save
 from plain_models import Block, Gated, Strange, blocks, sparse_layers
-from tiny_models import SPARSE, widened
+from tiny_models import SPARSE, causal_lm, widened
 
 COPIES = Recipe(num_experts=4)
 X = torch.randn(2, 5, 8)
@@ -194,3 +196,14 @@ def test_a_frozen_network_beside_experts_keeps_an_activation_of_its_own():
 def test_merged_models_share_the_mean_of_what_their_activations_learn():
     model = merge_models([nn.Sequential(Block(Learning(slope))) for slope in (0.2, 0.4)], verbose=False)
     assert dict(model.named_parameters())["0.ffn.experts.act.weight"].item() == pytest.approx(0.3)
+
+
+def test_a_model_is_searched_once_for_what_becomes_sparse_and_what_stays_dense(monkeypatch):
+    searched = []
+    monkeypatch.setattr("moeify.find.once.recognise", lambda model: searched.append(model) or recognise(model))
+    model = causal_lm("llama")
+    report = convert(model, Recipe(num_experts=2, where=last(1)))
+    assert searched == [model]
+    assert len(report.left) == 1
+    candidates(causal_lm("llama"))
+    assert len(searched) == 2

@@ -2,9 +2,12 @@
 
     python tests/suites/run.py                                  clones both at the installed versions
     python tests/suites/run.py --peft FOLDER --only peft        a repository on this disk
+    python tests/suites/run.py --peft FOLDER --only peft --offline tests/test_target_parameters.py
 
-Every suite runs twice, without moeify and with the plugin `behind.py`; exits with 1 if a test passes only without it.
-Tests that need the hub fail both times where there is no network, and are counted.
+Every suite runs twice, without moeify and with the plugin `behind.py`, which says how many calls of experts it
+computed; exits with 1 if a test passes only without it. Paths of tests take the place of those listed here, and other
+options are pytest's. `--offline` lets tiny random models stand in for some of the hub's (`offline.py`), and refuses
+what else is asked of the hub at once: such tests fail both times, and are counted.
 """
 
 from __future__ import annotations
@@ -34,14 +37,14 @@ def repository(library: str, folder: Path) -> Path:
     return folder
 
 
-def outcomes(where: Path, files: list[str], options: list[str], *, behind: bool) -> dict[str, str]:
+def outcomes(where: Path, files: list[str], options: list[str], plugins: list[str]) -> dict[str, str]:
     """How every test of some files ended: passed, skipped, failure or error."""
-    plugin = ["-p", "behind"] if behind else []
+    chosen = [word for plugin in plugins for word in ("-p", plugin)]
     path = os.pathsep.join([str(where), str(BEHIND), *sys.path[1:]])
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
-        command = [sys.executable, "-m", "pytest", "-q", "-o", "addopts=", *plugin, *files, *options]
-        command += ["--junitxml", str(report)]
+        command = [sys.executable, "-m", "pytest", "-q", "-o", "addopts=", "-o", "filterwarnings=", *chosen]
+        command += [*files, *options, "--junitxml", str(report)]
         subprocess.run(command, cwd=where, env=os.environ | {"PYTHONPATH": path})
         if not report.exists():
             sys.exit(f"pytest ended without a report in {where}")
@@ -49,14 +52,16 @@ def outcomes(where: Path, files: list[str], options: list[str], *, behind: bool)
         return {f"{t.get('classname')}::{t.get('name')}": next((e.tag for e in t), "passed") for t in tests}
 
 
-def compare(library: str, where: Path, options: list[str]) -> int:
+def compare(library: str, where: Path, options: list[str], *, offline: bool) -> int:
     """Run a suite both ways, and print what passes only without moeify.
 
     Returns:
         How many tests these are.
     """
-    files = [file for file in SUITES[library] if (where / file).exists()]
-    without, beside = (outcomes(where, files, options, behind=behind) for behind in (False, True))
+    given = [word for word in options if not word.startswith("-") and (where / word.split("::")[0]).exists()]
+    files = given or [file for file in SUITES[library] if (where / file).exists()]
+    others, plugins = [word for word in options if word not in given], ["offline"] * offline
+    without, beside = (outcomes(where, files, others, plugins + more) for more in ([], ["behind"]))
     broken = [name for name, end in without.items() if end == "passed" and beside.get(name) != "passed"]
     print(f"{library}: without moeify {dict(Counter(without.values()))}, with it {dict(Counter(beside.values()))}")
     for name in broken:
@@ -69,12 +74,13 @@ def main() -> None:
     parser.add_argument("--only", choices=SUITES, nargs="+", default=list(SUITES))
     for library in SUITES:
         parser.add_argument(f"--{library}", type=Path, help="a clone of its repository; by default one is made")
+    parser.add_argument("--offline", action="store_true", help="ask the hub for nothing")
     given, options = parser.parse_known_args()
     broken = 0
     with tempfile.TemporaryDirectory() as folder:
         for library in given.only:
             where = getattr(given, library) or repository(library, Path(folder) / library)
-            broken += compare(library, where.resolve(), options)
+            broken += compare(library, where.resolve(), options, offline=given.offline)
     sys.exit(bool(broken))
 
 

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from torch import nn
 
 from moeify.find.dense import DenseFFN, is_linear
-from moeify.find.shapes import Site, recognise
+from moeify.find.once import recognised
+from moeify.find.shapes import Site
 from moeify.find.where import is_expert, why_left
 from moeify.layers import sparse_layers
 from moeify.modes import fixed_randomness
@@ -26,7 +27,7 @@ def left_dense(model: nn.Module, sites: Sequence[Site]) -> dict[str, str]:
         return not any(id(part) in served for part in module.modules())
 
     with fixed_randomness(model):
-        found, rejected = recognise(model)
+        found, rejected = recognised(model)
     sparse = list(sparse_layers(model))
     why = {
         site.name: why_left(model, site, [*sites, *found]) or "where=... does not choose it"

@@ -10,7 +10,8 @@ from functools import partial
 from torch import nn
 
 from moeify.find.dense import accepts, is_linear, is_quantized, widths
-from moeify.find.shapes import Site, fast_paths, recognise, whole
+from moeify.find.once import recognised
+from moeify.find.shapes import Site, fast_paths, whole
 from moeify.find.unreadable import why_unreadable
 from moeify.layers import moe_layers, sparse_layers
 from moeify.patterns import search
@@ -48,7 +49,7 @@ def candidates(model: nn.Module) -> tuple[list[Site], list[str]]:
     """
     if moe_layers(model):
         raise ValueError(f"this {type(model).__name__} is sparse already; start from the dense model")
-    found, rejected = recognise(model)
+    found, rejected = recognised(model)
     sparse = list(sparse_layers(model))
     sites = [site for site in found if not is_expert(site, sparse)]
     sites = [site for site in sites if why_left(model, site, sites) is None] or sites

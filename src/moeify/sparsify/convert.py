@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 
 from moeify.find.left import left_dense
+from moeify.find.once import searching_once
 from moeify.flops import count
 from moeify.snapshot import restored_on_error
 from moeify.sparsify.plan import find
@@ -65,8 +66,9 @@ def convert(
 
 def _convert(model: nn.Module, recipe: Recipe, probe: Any, verify: bool, allow_noncausal: bool) -> Report:
     dense_count = count(model)
-    plan = find(model, recipe)
-    left = left_dense(model, plan.sites)
+    with searching_once():
+        plan = find(model, recipe)
+        left = left_dense(model, plan.sites)
     compare = plan.verify(probe) if verify else None
     plan.apply(allow_noncausal=allow_noncausal)
     difference = None if compare is None else compare.difference(model)
