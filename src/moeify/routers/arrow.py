@@ -9,7 +9,6 @@ from jaxtyping import Float
 from torch import Tensor
 
 from moeify.context import Context
-from moeify.experts.wrapped import Wrapped
 from moeify.kernels.cpu.packing import cached
 from moeify.registry import register
 from moeify.routers.base import Router, k_best, project, real_tokens
@@ -50,9 +49,9 @@ class Arrow(Router):
 
     def attach(self, experts: Any) -> None:
         """Keep a reference to the experts, whose weights are the router."""
-        if isinstance(experts, Wrapped):
+        if (around := getattr(experts, "module", None)) is not None:  # `experts.Wrapped`
             raise ValueError(
-                f"Arrow reads the direction of an expert from its weights, and {type(experts.module).__name__} changes "
+                f"Arrow reads the direction of an expert from its weights, and {type(around).__name__} changes "
                 "what experts compute without changing these; train lora_A and lora_B themselves, or put the adapter "
                 "on modules that Arrow does not route"
             )
