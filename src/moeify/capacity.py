@@ -17,7 +17,7 @@ from moeify.routing import Assignment
 
 @register("capacity", "tokens")
 def per_token(factor: float, tokens: int, num_experts: int, k: int) -> int:
-    """floor(factor · T / E), at least 4: second choices are not counted (Switch and ST-MoE in mesh).
+    """floor(factor · T / E), at least 4: second choices are not counted (Switch and ST-MoE in Mesh TensorFlow).
 
     flaxformer, which trained later models of these authors, rounds to the nearest number.
     """

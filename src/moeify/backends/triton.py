@@ -31,7 +31,7 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def run(x: Float[Tensor, "... D"], routing: Routing, experts: Experts) -> Float[Tensor, "... O"]:
-    """A kernel for each projection, gather and activation inside, and one for the weighted sum."""
+    """One kernel per projection, with gather and activation fused into it, and one for the weighted sum."""
     from moeify.kernels.triton import sparse_adapters, sparse_ffn
 
     routing = sparse(routing)

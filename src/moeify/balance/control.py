@@ -140,7 +140,7 @@ def control(model: nn.Module, optimizer: torch.optim.Optimizer, rule: Rule) -> C
     grouped = [name for name, bias in biases.items() if bias.grouped]
     if rule.needs_all and grouped:
         raise ValueError(
-            f"{type(rule).__name__} reckons with tokens that may use every expert, and the router of {grouped[0]} "
+            f"{type(rule).__name__} assumes that tokens may use every expert, and the router of {grouped[0]} "
             "limits them to some groups, so its biases would not balance; use Sign() or Proportional(), or no groups"
         )
     for bias in biases.values():

@@ -31,7 +31,7 @@ _EXTRAS = {
 
 
 def describe_machine() -> None:
-    """Print the tables."""
+    """Print a table of versions and devices, and one of the kernels that will run."""
     console = Console()
     facts = Table("what", "found", title="machine", title_justify="left")
     facts.add_row("moeify", __version__)

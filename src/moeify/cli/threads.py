@@ -12,10 +12,10 @@ from collections.abc import Iterator, MutableMapping
 from pathlib import Path
 
 COUNTS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
-"""What says how many threads; the first one is set where none is."""
+"""Environment variables of the number of threads; the first one is set where none is."""
 
 WAITS = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
-"""What says how idle threads wait; the first one is set where none is."""
+"""Environment variables of how idle threads wait; the first one is set where none is."""
 
 Environment = MutableMapping[str, str]
 

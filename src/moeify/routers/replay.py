@@ -1,4 +1,4 @@
-"""Routing replay: decisions as they were recorded, for reinforcement learning, comparisons and debugging (R3)."""
+"""Routing replay (R3): decisions as they were recorded in a rollout, for reinforcement learning and comparisons."""
 
 from __future__ import annotations
 

@@ -36,7 +36,7 @@ from moeify.train.metrics import Tally
 
 
 class SparseTrainerMixin(Columns, Saving):
-    """Everything that a trainer of transformers needs to learn about experts; put it in front of any of them.
+    """Adds balancing losses, controllers and checkpoints to a trainer of transformers; inherit it before that class.
 
         class SparseSFTTrainer(SparseTrainerMixin, trl.SFTTrainer): ...
 
