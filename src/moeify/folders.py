@@ -70,6 +70,21 @@ def locked(folder: Path, name: str, doing: str, *, wait: float = 0.0) -> Generat
         lock.release()
 
 
+def is_locked(lock: Path) -> bool:
+    """Whether a process holds the lock of a file, see `locked`."""
+    import filelock
+
+    if not lock.exists():
+        return False
+    try:
+        with filelock.FileLock(lock, timeout=0):
+            return False
+    except filelock.Timeout:
+        return True
+    except (NotImplementedError, OSError):  # a file system without locks, or a folder that others own
+        return False
+
+
 _NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP}
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import typer
 
 from moeify import env
-from moeify.cli import compare, doctor, export, generate, inspect, sparsify, threads, trace, train, verify
+from moeify.cli import compare, doctor, export, generate, inspect, sparsify, threads, trace, train, verify, watch
 
 app = typer.Typer(
     name="moeify",
@@ -27,6 +27,7 @@ app.command("export")(export.export)
 app.command("inspect")(inspect.inspect)
 app.command("recipes")(sparsify.list_recipes)
 app.command("doctor")(doctor.doctor)
+app.command("watch")(watch.watch)
 app.command("trace")(trace.trace)
 
 (UsageError,) = typer.BadParameter.__bases__  # of click, or of the copy of it that newer versions of typer bring
