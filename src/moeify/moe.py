@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from moeify import backends, env
 from moeify.context import Context
 from moeify.experts.base import Experts
+from moeify.experts.sequences import Sequences
 from moeify.experts.wrapped import as_experts
 from moeify.routers.base import Router
 from moeify.routing import Routing
@@ -84,10 +85,20 @@ class MoE(nn.Module):
         super().__setstate__(state)
         _attach(self.router, self.experts)  # copies of routers hold no experts
 
-    def forward(self, x: Float[Tensor, "... D"]) -> Float[Tensor, "..."]:
-        """Route the tokens, run their experts, and add the shared module's output."""
+    def forward(self, x: Float[Tensor, "... D"], *others: Any, **named: Any) -> Any:
+        """Route the tokens, run their experts, and add the shared module's output.
+
+        Args:
+            x: the tokens.
+            others: what whole modules as experts (`Sequences`) are called with beside them.
+            named: the same, by name.
+        """
         routing = self.router(x, self.context)
         self._require_finite(routing)
+        if isinstance(self.experts, Sequences):
+            return self.experts.mixed(x, routing, others, named)
+        if others or named:
+            raise TypeError(f"{self.name or 'a sparse layer'} takes its tokens only, and was given more")
         y = backends.run(self.backend, x, routing, self.experts)
         return y if self.shared is None else y + self.shared(x)
 

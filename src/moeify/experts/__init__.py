@@ -10,9 +10,11 @@ from moeify.experts.multiplicative_bias import MultiplicativeBias
 from moeify.experts.of_inputs import OfInputs
 from moeify.experts.quantized import Quantized, quantize
 from moeify.experts.scaled import Scaled
+from moeify.experts.sequences import Sequences
 from moeify.kernels.stacked import ClampedGlu, Glu, Plain
 
 __all__ = [
     "FFN", "Blocks", "ClampedGlu", "Constant", "Each", "Experts", "Glu", "Identity", "LoRA", "LoRAFFN", "Masked",
-    "MultiplicativeBias", "OfInputs", "Plain", "Quantized", "Scaled", "Zero", "quantize",
+    "MultiplicativeBias", "OfInputs", "Plain", "Quantized", "Scaled", "Sequences", "Zero",
+    "quantize",
 ]  # fmt: skip

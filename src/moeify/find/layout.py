@@ -59,17 +59,23 @@ def _keep_call(calls: dict[str, SiteCall], name: str, module: nn.Module, args: t
         calls[name] = SiteCall(x.shape[:-1], None if first in by_position else first, others)
 
 
-def called_alike(sites: Sequence[Site], calls: Mapping[str, SiteCall]) -> list[Site]:
+def called_alike(sites: Sequence[Site], calls: Mapping[str, SiteCall], *, whole: bool = False) -> list[Site]:
     """The sites, with the keyword by which each is given its tokens.
+
+    Args:
+        sites: where.
+        calls: how what stands there is called.
+        whole: whether experts will be whole modules, which may be given more than tokens.
 
     Raises:
         ValueError: a site is given more than its tokens.
     """
     for site in sites:
-        if site.name in calls and calls[site.name].others:
+        if site.name in calls and calls[site.name].others and not whole:
             raise ValueError(
                 f"{site.name} ({type(getattr(*site.place)).__name__}) cannot be an expert: it is called with more than "
-                f"its tokens ({', '.join(calls[site.name].others)}); leave it out of where=..."
+                f"its tokens ({', '.join(calls[site.name].others)}); leave it out of where=..., or route whole "
+                "sequences to copies of it with experts=whole_modules"
             )
     return [replace(site, keyword=calls[site.name].keyword) if site.name in calls else site for site in sites]
 

@@ -9,9 +9,10 @@ from moeify.sparsify.plan import Plan, find
 from moeify.sparsify.recipe import Recipe
 from moeify.sparsify.residual import residual, residual_splits, start_routers
 from moeify.sparsify.shared import dense, frozen, gated, nothing
+from moeify.sparsify.whole import whole_modules
 
 __all__ = [
     "Plan", "Recipe", "copies", "dense", "find", "fresh", "frozen", "gated", "lora", "lora_ffn", "masked", "merged",
     "nothing", "read_recipe", "recipes", "residual", "residual_splits", "sandwich", "sparsify", "splits",
-    "start_routers", "with_free", "with_multiplicative_bias",
+    "start_routers", "whole_modules", "with_free", "with_multiplicative_bias",
 ]  # fmt: skip

@@ -36,6 +36,7 @@ from moeify.sparsify.recipe import Recipe
 from moeify.sparsify.residual import beside, refuse_misfit, residual_splits
 from moeify.sparsify.shared import frozen, nothing
 from moeify.sparsify.verified import verified
+from moeify.sparsify.whole import of_sequences, whole_modules
 
 
 @dataclass(frozen=True)
@@ -107,7 +108,7 @@ class Plan:
         return restored_on_error(self.model, lambda: self._verify(probe))
 
     def _verify(self, probe: Any) -> Comparison:
-        compare, self.sites[:] = verified(self.model, self.sites, probe)
+        compare, self.sites[:] = verified(self.model, self.sites, probe, whole=_is_whole(self.recipe))
         return compare
 
     def apply(self, *, allow_noncausal: bool = False) -> Callable[[], None]:
@@ -162,6 +163,7 @@ def find(model: nn.Module, recipe: Recipe, described: list[dict[str, Any]] | Non
     def found() -> Plan:
         with fixed_randomness(model):
             sites = recipe.where(model)
+            sites = [of_sequences(site) for site in sites] if _is_whole(recipe) else sites
         for site in sites:
             _refuse_quantized(site, recipe)
         return Plan(model, recipe, sites)
@@ -218,6 +220,10 @@ def _refuse(sites: list[Site], layers: list[MoE], recipe: Recipe) -> None:
             "function at the first step; let the router normalise its weights (TopK(normalize=True)), give a "
             "compensating scale (partial(copies, scale=...)), or train new experts (experts=fresh)"
         )
+    if _is_whole(recipe) and layers[0].shared is not None:
+        raise ValueError(
+            "a shared module beside whole modules as experts would not be given what they are; shared=nothing"
+        )
     if _is_copy(recipe) and layers[0].shared is not None:
         raise ValueError(
             "copied experts beside a shared copy of the same network count it twice; use experts=fresh (with zero=True "
@@ -233,4 +239,8 @@ def _options(maker: Callable) -> tuple[Callable, dict[str, Any]]:
 
 def _is_copy(recipe: Recipe) -> bool:
     maker, options = _options(recipe.experts)
-    return maker in (copies, merged) and options.get("scale", 1.0) == 1.0
+    return maker in (copies, merged, whole_modules) and options.get("scale", 1.0) == 1.0
+
+
+def _is_whole(recipe: Recipe) -> bool:
+    return _options(recipe.experts)[0] is whole_modules

@@ -17,13 +17,16 @@ from moeify.modes import fixed_randomness
 from moeify.sparsify.comparison import Comparison
 
 
-def verified(model: nn.Module, sites: Sequence[Site], given: Any = None) -> tuple[Comparison, list[Site]]:
+def verified(
+    model: nn.Module, sites: Sequence[Site], given: Any = None, *, whole: bool = False
+) -> tuple[Comparison, list[Site]]:
     """The dense model's outputs on a probe, and the sites with what the probe shows of their calls and tokens.
 
     Args:
         model: the dense model.
         sites: where sparse layers are to stand.
         given: a probe (a tensor, a tuple of arguments or a mapping); by default one is guessed.
+        whole: whether experts will be whole modules, which compute padding as the module that they are copies of.
 
     Raises:
         ValueError: as of `Plan.verify`.
@@ -34,7 +37,7 @@ def verified(model: nn.Module, sites: Sequence[Site], given: Any = None) -> tupl
             raise ValueError(_no_probe(model))
         with observed(model, sites) as calls:
             compare = _run(model, probe)
-    sites = called_alike(sites, calls)
+    sites = called_alike(sites, calls, whole=whole)
     readings = [site for site in sites if isinstance(site.dense, DenseFFN)]
     if not _same_with(model, readings, compare):
         culprit = next((site for site in readings if not _same_with(model, [site], compare)), readings[0])
@@ -42,7 +45,8 @@ def verified(model: nn.Module, sites: Sequence[Site], given: Any = None) -> tupl
     for site in readings:
         if site.name not in calls:
             _verify_alone(model, site)
-    return compare, padding_routed(model, laid_out(model, sites, probe, calls), probe)
+    sites = laid_out(model, sites, probe, calls)
+    return compare, sites if whole else padding_routed(model, sites, probe)
 
 
 def _run(model: nn.Module, probe: Probe) -> Comparison:
