@@ -115,7 +115,8 @@ def start_routers(model: nn.Module, measured: Measured) -> None:
     for name, layer in moe_layers(model).items():
         centres = measured.centres.get(layer.name)
         router: Any = layer.router
-        if centres is None or not isinstance(router, TopK | NoisyTopK) or router.weight.shape != centres.shape:
+        plain = isinstance(router, TopK) or (isinstance(router, NoisyTopK) and router.hidden_weight is None)
+        if centres is None or not plain or router.weight.shape != centres.shape:
             known = ", ".join(measured.centres) or "no layer"
             raise ValueError(
                 f"{name} has a {type(router).__name__}, and centres were measured for {known}; "

@@ -54,7 +54,7 @@ def _router_settings(router: Router) -> dict[str, Any] | None:
         return _topk_settings(router)
     if isinstance(router, Compete):
         return _SOFTMAX | {"k": router.k, "normalize": True}
-    if isinstance(router, NoisyTopK) and router.noise_weight is None:
+    if isinstance(router, NoisyTopK) and router.noise_weight is None and router.hidden_weight is None:
         return _SOFTMAX | {"k": router.k, "normalize": router.order == "select"}
     return None
 
