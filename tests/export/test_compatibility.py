@@ -62,3 +62,7 @@ def test_the_guide_explains_every_trait():
 def test_every_recipe_is_in_the_table():
     text = PAGE.read_text(encoding="utf-8")
     assert not [name for name in recipes if f"| `{name}` |" not in text]
+
+
+def test_a_router_with_a_hidden_layer_is_refused_with_the_reason():
+    assert "has a hidden layer" in compatibility(recipes["llama_moe"], "llama")["transformers"].reason

@@ -104,6 +104,10 @@ def _(router: TopK) -> TokenChoice:
 
 @token_choice_of.register
 def _(router: NoisyTopK) -> TokenChoice:
+    if router.hidden_weight is not None:
+        raise Unsupported(
+            "its router has a hidden layer, and other programs support routing by one linear projection only"
+        )
     return TokenChoice(router=router.weight, k=router.k, normalize=router.order == "select")
 
 
