@@ -120,5 +120,5 @@ def test_a_refused_recipe_takes_it_away_again(monkeypatch):
 
 
 def test_a_network_of_two_widths_cannot_add_to_what_it_reads():
-    with pytest.raises(ValueError, match="answers in the width it reads"):
+    with pytest.raises(ValueError, match="outputs are as wide as its inputs is needed"):
         sandwich(network(False, width_out=D + 1), D)

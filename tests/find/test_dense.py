@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 from moeify.experts import Glu, Plain
-from moeify.find.dense import DenseFFN, dropouts, is_linear, matrix, misfit, read
+from moeify.find.dense import DenseFFN, dropouts, is_linear, matrix, output_error, read
 from plain_models import Gated, Strange
 
 
@@ -81,9 +81,9 @@ def test_what_computes_something_else_is_not_read(module):
 def test_a_difference_beyond_rounding_is_seen():
     module = Gated()
     reading = read(module, linears(module))
-    assert misfit(module, reading, 8) < 64
+    assert output_error(module, reading, 8) < 64
     reading.down = nn.Linear(12, 8, bias=False)
-    assert misfit(module, reading, 8) > 64
+    assert output_error(module, reading, 8) > 64
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

@@ -1,4 +1,4 @@
-"""Find the feed-forward networks of a dense model, and verify each reading against the module that it replaces."""
+"""Find the feed-forward networks of a dense model, rebuild each as a `DenseFFN`, and verify it against the module."""
 
 from moeify.find.dense import DenseFFN
 from moeify.find.shapes import Site

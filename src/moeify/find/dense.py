@@ -150,7 +150,7 @@ def _is_elementwise(function: Callable) -> bool:
         return False
 
 
-def readings(module: nn.Module, linears: list[nn.Module]) -> Iterator[DenseFFN]:
+def candidates(module: nn.Module, linears: list[nn.Module]) -> Iterator[DenseFFN]:
     """Every way to read two or three linear layers as an FFN."""
     acts = activations(module)
     for *ups, down in itertools.permutations(linears):
@@ -161,13 +161,13 @@ def readings(module: nn.Module, linears: list[nn.Module]) -> Iterator[DenseFFN]:
 
 
 def read(module: nn.Module, linears: list[nn.Module]) -> DenseFFN | None:
-    """The reading of a module that computes what the module computes, None if there is none.
+    """The `DenseFFN` that computes what a module computes, None if there is none.
 
     Without values to compare, on the meta device, it is the first of those with the most hidden units.
     """
     if linears[0].get_parameter("weight").is_meta:
-        return max(readings(module, linears), key=lambda ffn: ffn.hidden, default=None)
-    return closest(readings(module, linears), lambda ffn: misfit(module, ffn, ffn.width))
+        return max(candidates(module, linears), key=lambda ffn: ffn.hidden, default=None)
+    return closest(candidates(module, linears), lambda ffn: output_error(module, ffn, ffn.width))
 
 
 def closest(candidates: Iterable[Candidate], error: Callable[[Candidate], float]) -> Candidate | None:
@@ -185,15 +185,15 @@ _ROUNDING = 64.0
 
 
 @torch.no_grad()
-def misfit(module: nn.Module, reading: nn.Module, width: int) -> float:
+def output_error(module: nn.Module, candidate: nn.Module, width: int) -> float:
     """How far apart two modules' outputs are in evaluation, in units of the last place; infinity if not comparable."""
     weight = next(module.parameters())
     if weight.dtype.itemsize < 2:  # quantised
         return float("inf")
     x = torch.randn(2, 3, width, dtype=weight.dtype, device=weight.device)
-    with in_evaluation(module), in_evaluation(reading):
+    with in_evaluation(module), in_evaluation(candidate):
         try:
-            expected, actual = module(x), reading(x)
+            expected, actual = module(x), candidate(x)
         except (TypeError, ValueError, RuntimeError, AttributeError):  # it wants other arguments: it is no plain FFN
             return torch.inf
     if not isinstance(expected, Tensor) or expected.shape != actual.shape:

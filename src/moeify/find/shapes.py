@@ -26,7 +26,7 @@ from moeify.find.dense import (
     is_linear,
     is_quantized,
     matrix,
-    misfit,
+    output_error,
     parameters_of,
     read,
     widths,
@@ -221,7 +221,7 @@ def _pair(name: str, module: nn.Module, first_name: str, second: nn.Module) -> S
     if up.get_parameter("weight").is_meta:
         act = acts[0]
     else:
-        act = closest(acts, lambda act: misfit(first, _Composed(up, act), matrix(up).shape[1]))
+        act = closest(acts, lambda act: output_error(first, _Composed(up, act), matrix(up).shape[1]))
     if act is None:
         return None
     dense = DenseFFN([up], down, Plain(act), max(drops, default=0.0))

@@ -36,8 +36,8 @@ def sandwich(dense: nn.Module, width: int, *, variance: float | None = None, zer
     """
     if not isinstance(dense, DenseFFN) or dense.width != dense.width_out:
         raise ValueError(
-            "a further network adds to what it reads, so it needs a feed-forward network that answers in the width it "
-            "reads; use after=nothing"
+            "the dense network behind the layer is added to its own input, so a feed-forward network whose outputs are "
+            "as wide as its inputs is needed; use after=nothing"
         )
     ffn = copy.deepcopy(dense)
     for linear in (*ffn.ups, ffn.down):

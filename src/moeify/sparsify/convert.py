@@ -26,7 +26,7 @@ def sparsify(
 ) -> nn.Module:
     """Put sparse layers where a model has feed-forward networks; returns the same model.
 
-    What is found is checked first: with the readings of its feed-forward networks in their places, the model must
+    What is found is checked first: with a `DenseFFN` in the place of every feed-forward network, the model must
     compute what it computed. A call that raises, or is interrupted, leaves the model as it was. Under a non-causal
     router, a model whose layers do not say whether they are a decoder's raises as soon as one is called with a causal
     mask.

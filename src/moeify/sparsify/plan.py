@@ -91,7 +91,7 @@ class Plan:
         return same and _is_copy(self.recipe) and self.layers[0].router.weights_sum_to_one
 
     def verify(self, probe: Any = None) -> Comparison:
-        """Replace every feed-forward network by its reading for a moment: the model must not change.
+        """Replace every feed-forward network by its `DenseFFN` for a moment: the model must not change.
 
         The run also shows how sites are called, how they lay out tokens, and in which stacks padding must be routed.
 
@@ -139,7 +139,7 @@ class Plan:
         return restore
 
     def describe(self) -> list[dict[str, Any]] | None:
-        """The sites as plain values, for `find`; None if a site is no reading of the model's own modules."""
+        """The sites as plain values, for `find`; None if a site is not made of the model's own modules."""
         try:
             return [describe(self.model, site) for site in self.sites]
         except KeyError:

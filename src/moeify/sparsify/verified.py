@@ -37,12 +37,19 @@ def verified(
             raise ValueError(_no_probe(model))
         with observed(model, sites) as calls:
             compare = _run(model, probe)
+<<<<<<< HEAD
     sites = called_alike(sites, calls, whole=whole)
     readings = [site for site in sites if isinstance(site.dense, DenseFFN)]
     if not _same_with(model, readings, compare):
         culprit = next((site for site in readings if not _same_with(model, [site], compare)), readings[0])
+=======
+    sites = called_alike(sites, calls)
+    rebuilt = [site for site in sites if isinstance(site.dense, DenseFFN)]
+    if not _same_with(model, rebuilt, compare):
+        culprit = next((site for site in rebuilt if not _same_with(model, [site], compare)), rebuilt[0])
+>>>>>>> 3a13931 (Docs, find: outputs for answers, DenseFFN for reading, output_error for misfit, passed for told)
         raise ValueError(_misread(culprit))
-    for site in readings:
+    for site in rebuilt:
         if site.name not in calls:
             _verify_alone(model, site)
     sites = laid_out(model, sites, probe, calls)
@@ -77,8 +84,8 @@ def _verify_alone(model: nn.Module, site: Site) -> None:
     same = same_alone(model, site)
     if same is None:
         raise ValueError(
-            f"the probe does not reach {site.name}, so that nothing shows whether its reading is right; pass one that "
-            "does as probe=..., leave it out with where=named(...), or go without with verify=False"
+            f"the probe does not reach {site.name}, so that nothing shows whether its `DenseFFN` is right; pass one "
+            "that does as probe=..., leave it out with where=named(...), or go without with verify=False"
         )
     if not same:
         raise ValueError(_misread(site))
