@@ -37,17 +37,10 @@ def verified(
             raise ValueError(_no_probe(model))
         with observed(model, sites) as calls:
             compare = _run(model, probe)
-<<<<<<< HEAD
     sites = called_alike(sites, calls, whole=whole)
-    readings = [site for site in sites if isinstance(site.dense, DenseFFN)]
-    if not _same_with(model, readings, compare):
-        culprit = next((site for site in readings if not _same_with(model, [site], compare)), readings[0])
-=======
-    sites = called_alike(sites, calls)
     rebuilt = [site for site in sites if isinstance(site.dense, DenseFFN)]
     if not _same_with(model, rebuilt, compare):
         culprit = next((site for site in rebuilt if not _same_with(model, [site], compare)), rebuilt[0])
->>>>>>> 3a13931 (Docs, find: outputs for answers, DenseFFN for reading, output_error for misfit, passed for told)
         raise ValueError(_misread(culprit))
     for site in rebuilt:
         if site.name not in calls:
