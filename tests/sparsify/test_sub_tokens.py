@@ -14,7 +14,7 @@ from moeify.inspect import check_causality
 from moeify.layers import sparse_layers
 from moeify.multihead import MultiHead
 from moeify.routers import TopK
-from moeify.sparsify import Recipe, copies, fresh, recipes, splits
+from moeify.sparsify import Recipe, copies, find, fresh, recipes, splits
 from moeify.store import load, save
 from tiny_models import DENSE, causal_lm, inputs
 
@@ -89,3 +89,12 @@ def test_a_recipe_of_sub_tokens_is_read_as_it_was_written():
     written = ON_PARTS.to_dict()
     assert written["where"] == {"name": "sub_tokens", "heads": 4, "where": "ffn"}
     assert Recipe.from_dict(written).to_dict() == written
+
+
+@pytest.mark.parametrize("heads", [0, 3, "four"])
+def test_a_damaged_number_of_heads_is_named(heads):
+    model = causal_lm("llama")
+    described = find(model, ON_PARTS).describe()
+    described[0]["heads"] = heads
+    with pytest.raises(ValueError, match="which cannot be cut into"):
+        find(model, ON_PARTS, described)

@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 from moeify.find.dense import DenseFFN
 from moeify.find.shapes import Site, disable, pass_through
+from moeify.find.sub_tokens import cut
 from moeify.kernels.stacked import Elementwise, Glu, Plain, gelu_tanh
 
 _NAMED: dict[str, Elementwise] = {
@@ -87,8 +88,9 @@ def _rebuilt(model: nn.Module, values: dict[str, Any]) -> Site:
         _own(module, attribute)
         disabled.append(disable(module, attribute) if value is None else (module, attribute, value))
     place = (model.get_submodule(parent), child)
-    facts = {fact: values[fact] for fact in ("sequence_first", "routes_padding", "keyword", "heads") if fact in values}
-    return Site(name, dense, place, values.get("after", 0.0), tuple(disabled), values["width"], **facts)
+    facts = {fact: values[fact] for fact in ("sequence_first", "routes_padding", "keyword") if fact in values}
+    site = Site(name, dense, place, values.get("after", 0.0), tuple(disabled), values["width"], **facts)
+    return cut(site, values["heads"]) if "heads" in values else site
 
 
 def _plain(value: Any) -> Any:

@@ -24,10 +24,15 @@ def sub_tokens(heads: int, *, where: Where = ffn) -> Where:
 
 @register("where", "sub_tokens")
 def _sub_tokens(model: nn.Module, heads: int, *, where: Where = ffn) -> list[Site]:
-    return [_cut(site, heads) for site in where(model)]
+    return [cut(site, heads) for site in where(model)]
 
 
-def _cut(site: Site, heads: int) -> Site:
+def cut(site: Site, heads: int) -> Site:
+    """The site, whose sparse layer reads every token in `heads` sub-tokens.
+
+    Raises:
+        ValueError: no feed-forward network of one width; a number of heads that does not divide it.
+    """
     if not isinstance(site.dense, DenseFFN) or not site.keeps_width:
         raise ValueError(
             f"{site.name} is no feed-forward network with outputs as wide as its inputs, so that sub-tokens could not "
