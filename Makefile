@@ -29,7 +29,7 @@ check: $(VENV)/.dev
 # LLAMA=<folder of llama-bench and llama-quantize> measures llama.cpp too; benchmarks/README.md says how to build them.
 bench: $(VENV)/.bench
 	$(BIN)/python benchmarks/run.py --device cpu
-	for table in startup scaling train_step peak roofline; do $(BIN)/python benchmarks/$$table.py || exit 1; done
+	for table in startup scaling train_step peak roofline callback; do $(BIN)/python benchmarks/$$table.py || exit 1; done
 	$(BIN)/python benchmarks/load.py --threads 2
 	$(BIN)/python benchmarks/decode.py $(if $(LLAMA),--llama $(LLAMA))
 

@@ -36,6 +36,15 @@ def test_a_trace_is_shown_as_a_model_is_less_what_needs_weights(tmp_path):
     assert "<h2>Top tokens</h2>" in (tmp_path / "inspect.html").read_text("utf-8")
 
 
+def test_a_streamed_model_is_shown_as_its_trace(trained, text, tmp_path):
+    folder, _ = trained
+    arguments = ("--data", text, "--output", tmp_path / "page.html", "--blocks", 1, "--json", "--stream")
+    found = json.loads(moeify("inspect", folder, *arguments).out)
+    panels = {panel["title"]: panel for panel in found["panels"]}
+    assert "Causal score" not in panels
+    assert panels["Load"]["rows"][0]["tokens"] == "all"
+
+
 def test_what_is_no_model_is_refused(tmp_path):
     ended = moeify("inspect", tmp_path / "nothing")
     assert ended.code == 2

@@ -39,6 +39,16 @@ def test_a_moe_of_transformers_is_traced_in_its_own_class(text, tmp_path):
     assert len(encoder) == len(decoder) > 0
 
 
+def test_a_streamed_model_gives_the_trace_of_the_one_in_memory(trained, text, tmp_path):
+    traces = []
+    for options in (["--batch", 4], ["--stream"]):
+        file = tmp_path / "t.trace.safetensors"
+        ended = moeify("trace", trained[0], "--data", text, "--output", file, "--tokens", 64, "--length", 16, *options)
+        assert ended.code == 0, ended.err
+        traces.append(read_trace(file))
+    assert traces[0] == traces[1]
+
+
 def test_a_model_of_images_is_traced_by_a_probe(tmp_path):
     save(sparsify(tiny_models.vit(), Recipe(num_experts=4), verbose=False), tmp_path / "vit")
     write_tensors(tmp_path / "images.safetensors", {"pixel_values": torch.randn(2, 3, 32, 32)})

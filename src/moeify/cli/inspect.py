@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from moeify.cli import options as o
+
 if TYPE_CHECKING:
     from moeify.inspect.report import Report
 
@@ -24,11 +26,14 @@ def inspect(
     blocks: Annotated[int, typer.Option(min=1, help="Blocks of 128 tokens that are read of each domain")] = 16,
     generate: Annotated[int, typer.Option(min=0, help="Tokens to write after each block, to see decoding apart")] = 0,
     measure: Annotated[bool, typer.Option(help="Also compare experts, and mask some to see the loss rise")] = True,
+    stream: o.Stream = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print numbers and advice as JSON")] = False,
 ) -> None:
     """Show which experts a model uses for what, and what to do about it, in one HTML file that loads nothing."""
     folder = source / "model" if (source / "model" / "config.json").is_file() else source
-    if (folder / "config.json").is_file():
+    if (folder / "config.json").is_file() and stream:
+        made = _of_streamed(folder, source, data, blocks, generate)
+    elif (folder / "config.json").is_file():
         made = _of_model(folder, source, data, blocks, generate, measure)
     else:
         made = _of_trace(source)
@@ -60,6 +65,24 @@ def _of_model(folder: Path, run: Path, data: str | None, per_domain: int, genera
         measure=measure, checkpoints={step_of(path): load_model(path) for path in checkpoints(training)},
         log=[json.loads(line) for line in lines],
     )  # fmt: skip
+
+
+def _of_streamed(folder: Path, run: Path, data: str | None, per_domain: int, generate: int) -> Report:
+    """The page of the trace of a model whose weights stay on disk; they are read once, for all blocks together."""
+    import torch
+
+    from moeify.cli.text import saved_tokenizer
+    from moeify.inspect.capture import capture
+    from moeify.inspect.report import report
+    from moeify.inspect.streamed import stream
+
+    tokenizer = saved_tokenizer(folder)
+    batches = _batches(tokenizer, data, per_domain)
+    ids = torch.cat([batch["input_ids"] for batch in batches])
+    domains = [batch["domain"] for batch in batches for _ in batch["input_ids"]]
+    together = [{"input_ids": ids, "domain": domains}]
+    trace = capture(stream(folder), together, tokenizer=tokenizer, generate=generate)
+    return report(trace, title=run.resolve().name)
 
 
 def _batches(tokenizer: Any, data: str | None, per_domain: int) -> list[dict[str, Any]]:

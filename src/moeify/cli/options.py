@@ -82,6 +82,10 @@ Width = Annotated[int, typer.Option(min=8, help="Width of the small Llama")]
 Layers = Annotated[int, typer.Option(min=1, help="Layers of the small Llama")]
 Heads = Annotated[int, typer.Option(min=1, help="Attention heads of the small Llama")]
 Hidden = Annotated[int, typer.Option(min=1, help="FFN width of the small Llama")]
+Stream = Annotated[
+    bool,
+    typer.Option("--stream", help="Leave the weights on disk, for a model larger than memory; reads all data at once"),
+]
 Device = Annotated[str | None, typer.Option(help="cpu or cuda", show_default="the best there is")]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on with a stopped run in the output folder")]
 Progress = Annotated[bool, typer.Option(help="Show the progress of training")]

@@ -57,6 +57,7 @@ def trace(
     logits: Annotated[bool, typer.Option("--logits", help="Keep the logits of all experts too")] = False,
     architecture: Architecture = None,
     device: o.Device = None,
+    stream: o.Stream = False,
     format: FormatName = None,
     experts: NumExperts = None,
     k: K = None,
@@ -69,8 +70,9 @@ def trace(
     if path.is_file() or (path.is_dir() and not _holds_model(path) and recognised(path) is not None):
         found = read_trace(path, num_experts=experts, k=k)
     else:
-        model = _load(source, architecture, device)
+        model = _streamed(source, architecture) if stream else _load(source, architecture, device)
         tokenizer = None if probe else _tokenizer(source)
+        batch = max(batch, tokens // length) if stream else batch
         batches = _probes(probe) if probe else _text(model, tokenizer, data, (tokens, length, batch), generate > 0)
         found = capture(model, batches, generate=generate, scores=scores, logits=logits, tokenizer=tokenizer)
         found.header["model"] = source
@@ -104,6 +106,12 @@ def _load(source: str, architecture: str | None, device: str | None) -> Any:
         named = (getattr(load_dense(name, "AutoConfig"), "architectures", None) or [""])[0]
         architecture = named if hasattr(transformers, named) else "AutoModelForCausalLM"
     return load_dense(name, architecture, dtype="auto").to(device)
+
+
+def _streamed(source: str, architecture: str | None) -> Any:
+    from moeify.inspect.streamed import stream
+
+    return stream(_folder(source) if _folder(source).is_dir() else source, architecture=architecture)
 
 
 def _tokenizer(source: str) -> Any:

@@ -157,7 +157,7 @@ class _Unit:
         for name in self.names:
             self.streamed.put(name, self.streamed.source.own[name])
         self.reading.close()
-        if self.streamed.progress is not None:
+        if self.streamed.progress is not None and self.share < 1:
             self.streamed.progress.at(self.share)
 
 
