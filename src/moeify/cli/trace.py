@@ -36,12 +36,20 @@ Architecture = Annotated[
 ]
 FormatName = Annotated[
     str | None,
-    typer.Option(help="safetensors, jsonl, megatron, llama.cpp, bigmoeonedge or vllm", show_default="the ending's"),
+    typer.Option(
+        help="The format: safetensors, jsonl, megatron, llama.cpp, bigmoeonedge or vllm", show_default="the ending's"
+    ),
 ]
 NumExperts = Annotated[
-    int | None, typer.Option(min=1, help="Experts per layer, for a trace whose format does not tell them")
+    int | None,
+    typer.Option(
+        min=1, help="Experts per layer, for a trace whose format does not tell them", show_default="what occurs in it"
+    ),
 ]
-K = Annotated[int | None, typer.Option(min=1, help="Experts per token, for a trace of llama.cpp")]
+K = Annotated[
+    int | None,
+    typer.Option(min=1, help="Experts per token, for a trace of llama.cpp", show_default="by the order of rows"),
+]
 
 
 def trace(
