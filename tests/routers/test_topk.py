@@ -13,7 +13,7 @@ from strategies import route, seeds, sharpen
 # Ties
 
 
-@given(st.integers(1, 9), st.integers(1, 70), st.data())
+@given(st.sampled_from([1, 2, 9, 40]), st.integers(1, 70), st.data())  # sorted, or chosen one by one
 def test_the_k_best_come_best_first_and_of_equals_the_first_first(tokens, experts, data):
     k = data.draw(st.integers(1, experts))
     torch.manual_seed(data.draw(seeds))

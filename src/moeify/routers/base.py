@@ -210,6 +210,9 @@ def project(
 
 def k_best(scores: Float[Tensor, "... E"], k: int) -> tuple[Float[Tensor, "... K"], Int[Tensor, "... K"]]:
     """The k largest of each row and where they lie, best first, and of equals the first one first (as in JAX)."""
+    if k == 1:
+        first = scores.max(-1, keepdim=True)
+        return first.values, first.indices
     indices = best_indices(scores, k)
     return scores.gather(-1, indices), indices
 
@@ -220,13 +223,13 @@ def best_indices(scores: Float[Tensor, "... E"], k: int) -> Int[Tensor, "... K"]
     `torch.topk` leaves the order of equals open, so that a router that starts at zero would choose by the backend.
     """
     rest = scores.detach()
-    if rest.is_cuda or rest.numel() <= _FEW:
-        return rest.sort(dim=-1, descending=True, stable=True).indices[..., :k]
+    if k > 1 and (rest.is_cuda or rest.numel() <= _FEW * k or 2 * k >= rest.shape[-1]):
+        return rest.sort(dim=-1, descending=True, stable=True).indices.narrow(-1, 0, k)
     found = [rest.max(-1, keepdim=True).indices]  # of equals the first, by its definition
     while len(found) < k:
         rest = rest.scatter(-1, found[-1], float("-inf"))
         found.append(rest.max(-1, keepdim=True).indices)
-    return torch.cat(found, dim=-1)
+    return found[0] if k == 1 else torch.cat(found, dim=-1)
 
 
-_FEW = 512  # scores that a CPU sorts in the time of the two calls for a second choice
+_FEW = 512  # scores per choice that a CPU sorts in the time of choosing one by one
