@@ -105,6 +105,22 @@ def test_a_run_killed_at_random_steps_goes_on_bit_for_bit(tmp_path):
     assert not list((tmp_path / "killed").glob("*.tmp"))
 
 
+def test_an_error_inside_a_step_saves_nothing_and_the_run_goes_on_from_the_checkpoint_before(tmp_path):
+    whole = run(tmp_path / "whole", llama())
+    crashing = trainer(tmp_path / "run", llama(), save_steps=4)
+
+    def fail(module, args):
+        if crashing.state.global_step == 6 and module.training:
+            raise torch.OutOfMemoryError("no memory left")
+
+    crashing.model.register_forward_pre_hook(fail)
+    with pytest.raises(torch.OutOfMemoryError, match="no memory left"):
+        crashing.train()
+    assert [path.name for path in (tmp_path / "run").glob("checkpoint-*")] == ["checkpoint-4"]
+    again = run(tmp_path / "run", llama(), resume=True, save_steps=4)
+    assert same_weights(again.model, whole.model)
+
+
 def test_a_checkpoint_of_either_kind_of_model_also_loads_by_itself(tmp_path):
     ids = torch.randint(3, VOCABULARY, (1, 8))
     for build, read in [(llama, load), (mixtral, MixtralForCausalLM.from_pretrained)]:
