@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -201,3 +202,21 @@ def test_progress_names_every_fault():
     seen = []
     diagnose(model(), (), progress=seen.append)
     assert seen == list(FAULTS)
+
+
+def test_rows_whose_weight_is_zero_say_nothing_of_their_experts():
+    whole = model()
+    with torch.no_grad():
+        for layer in sparse_layers(whole).values():
+            layer.router.weight.mul_(1e4)  # the weights of second experts are rounded to 0
+    assert names(diagnose(whole, batches()))[0] == "exploding_logits"
+
+
+def test_the_page_lists_every_fault_in_the_order_of_the_findings():
+    page = (PROGRAMS.parent / "docs" / "guide" / "diagnosing.md").read_text(encoding="utf-8")
+    assert re.findall(r"^\| `(\w+)` \|", page, re.MULTILINE) == list(FAULTS)
+
+
+def test_every_fault_says_what_it_is_and_where_its_threshold_comes_from():
+    for fault in FAULTS.values():
+        assert len(fault.__doc__.splitlines()[0]) > 40, fault.__name__

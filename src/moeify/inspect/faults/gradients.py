@@ -15,6 +15,7 @@ from moeify.inspect.faults.finding import Unknown
 from moeify.layers import SparseLayer
 from moeify.modes import fixed_randomness, in_evaluation
 from moeify.record import record
+from moeify.routing import Assignment, Routing
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,7 @@ class Gradients:
     Attributes:
         router: norm of the gradient of all parameters of the router that learn; None if none of them does.
         experts: norm of the gradient of each expert; None if their weights are not stacked, or do not learn.
-        rows: rows that each expert computed.
+        rows: rows that each expert computed, with a weight that is not 0.
     """
 
     router: float | None
@@ -59,7 +60,7 @@ def task_gradients(
         name: Gradients(
             router=_norm(of, routers[name]) if routers[name] else None,
             experts=_norms(of, experts[name], layers[name].num_experts) if experts[name] else None,
-            rows=decisions[name].counts,
+            rows=_weighted_rows(decisions[name]),
         )
         for name in layers
         if name in decisions
@@ -100,6 +101,13 @@ def without_own_balance(model: nn.Module) -> Iterator[None]:
     finally:
         for config in on:
             config.output_router_logits = True
+
+
+def _weighted_rows(routing: Routing) -> Int[Tensor, "E"]:
+    if not isinstance(routing, Assignment):
+        return routing.counts
+    used = routing.weight if routing.weight.dim() == 1 else routing.weight.flatten(1).abs().sum(1)
+    return routing.expert[used != 0].bincount(minlength=len(routing.counts)).cpu()
 
 
 def _norm(of: Mapping[int, Tensor], parameters: list[nn.Parameter]) -> float:
