@@ -270,6 +270,7 @@ DAMAGED = {
     "route 7": ("t.route.csv", _HEADING + _COLUMNS + "0,3,0,0,0,1,1,0,0\n", "line 5: the phase is neither 0 nor 1"),
     "route 8": ("t.route.csv", _HEADING + _COLUMNS + "0,0,0,0,0,4,1,0,0\n", "has expert 4, which a layer of 4 experts"),
     "route 9": ("t.route.csv", _HEADING + _COLUMNS + "0,0,0,0,0,1,1,0,0\n" * 2, "line 6: says again what line 5 says"),
+    "route 11": ("t.route.csv", _HEADING + _COLUMNS + "0,0,0,0,1,1,1,0,0\n", "line 5: expert number 2 of a token"),
     "route 10": (
         "t.route.csv", _HEADING + _COLUMNS + "0,0,0,0,0,1,1,0,0\n0,1,0,0,1,2,1,0,0\n",
         "a token is of the prompt here and decoded elsewhere",
@@ -281,6 +282,7 @@ DAMAGED = {
     "megatron 5": ("t.jsonl", record(-1, 0, [[1]]), "step is -1, and not a number from 0 on"),
     "llama 1": ("t.csv", "0,1\n0,x\n", "line 2: '0,x' has a value that is no number"),
     "llama 2": ("t.csv", "0,1\n0\n", "line 2: 1 values for 2 columns"),
+    "llama 6": ("t.csv", "0,1\n0,9999999\n", "has expert 9999999; the file is damaged, or say how many"),
     "llama 4": ("t.csv", "0,1\n-1,0\n", "line 2: '-1,0' has a number that cannot be"),
     "llama 5": ("t.csv", "phase,token,layer,rank,expert\nwarmup,0,1,0,3\n", "line 2: .* has a value that is no number"),
     "llama 3": ("t.csv", "0,1\n0,1\n1,2\n1,3\n", "line 1: with 2 experts per token a token has one of them twice"),

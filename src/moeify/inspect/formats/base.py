@@ -86,12 +86,18 @@ def whole(text: str, where: str, what: str) -> int:
     return int(text)
 
 
+MOST_EXPERTS = 2**20
+"""Experts of a layer beyond which a number in a file is taken for damage, unless the caller says how many there are."""
+
+
 def checked_experts(largest: int, num_experts: int | None, where: str) -> int:
     """E: what the caller knows, or one more than the largest number of an expert that occurs.
 
     Raises:
-        ValueError: the caller knows less.
+        ValueError: the caller knows less, or no layer has so many.
     """
+    if num_experts is None and largest >= MOST_EXPERTS:
+        raise ValueError(f"{where} has expert {largest}; the file is damaged, or say how many experts a layer has")
     if num_experts is not None and largest >= num_experts:
         raise ValueError(f"{where} has expert {largest}, which a layer of {num_experts} experts has not")
     return largest + 1 if num_experts is None else num_experts
@@ -121,9 +127,9 @@ class Rows:
         """The layers, called `layers.0` and so on; one that saw only some of the tokens has its own table.
 
         Raises:
-            ValueError: two rows for the same slot of a token, or an expert that there is not.
+            ValueError: two rows for the same slot of a token or none, or an expert that there is not.
         """
-        self._refuse_doubles(where)
+        self._check_slots(where)
         experts = checked_experts(int(self.expert.max()), num_experts, where)
         shared: dict[bytes, Tokens] = {}
         found = {}
@@ -147,8 +153,15 @@ class Rows:
             )
         return found
 
-    def _refuse_doubles(self, where: str) -> None:
-        key = (self.layer * (int(self.token.max()) + 1) + self.token) * (int(self.slot.max()) + 1) + self.slot
+    def _check_slots(self, where: str) -> None:
+        """Refuse a token whose slots in a layer are not 0, 1, ..., each once."""
+        layer = self.layer.unique(return_inverse=True)[1]
+        owner = layer * (int(self.token.max()) + 1) + self.token
+        _, inverse, rows = owner.unique(return_inverse=True, return_counts=True)
+        if (far := self.slot >= rows[inverse]).any():
+            line, slot = int(self.line[far][0]), int(self.slot[far][0])
+            raise ValueError(f"{where}, line {line}: expert number {slot + 1} of a token that has fewer")
+        key = inverse * int(rows.max()) + self.slot
         _, inverse, counts = key.unique(return_inverse=True, return_counts=True)
         if (counts > 1).any():
             twice = self.line[counts[inverse] > 1]

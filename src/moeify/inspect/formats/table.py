@@ -41,7 +41,7 @@ def parse_rows(
 def _right(table: np.ndarray, is_whole: np.ndarray) -> np.ndarray:
     """Which rows have numbers that can be."""
     whole = table[:, is_whole]
-    return np.isfinite(table).all(1) & ((np.floor(whole) == whole) & (whole >= 0) & (whole < 2**53)).all(1)
+    return np.isfinite(table).all(1) & ((np.floor(whole) == whole) & (whole >= 0) & (whole < 2**31)).all(1)
 
 
 def _check(line: str, where: str, is_whole: np.ndarray) -> None:

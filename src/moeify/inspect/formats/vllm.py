@@ -13,6 +13,7 @@ import binascii
 import io
 import json
 import zipfile
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -93,7 +94,7 @@ def _npz(path: Path) -> dict[str, Tensor]:
                 raise expands_too_far(path)
             members = [name for name in packed.namelist() if name.endswith(".npy")]
             return {name[:-4]: _array(packed.read(name), f"{path}: {name}") for name in members}
-    except (zipfile.BadZipFile, OSError, EOFError) as error:
+    except (zipfile.BadZipFile, zlib.error, OSError, EOFError, RuntimeError) as error:
         raise ValueError(f"{path} is damaged or not an .npz file: {error}") from None
 
 
