@@ -8,7 +8,7 @@ import torch
 
 from inspect_routes import HOSTILE, random_trace
 from moeify.inspect import report
-from moeify.inspect.panels.charts import UNKNOWN, Heatmap, packed, visible
+from moeify.inspect.panels.charts import UNKNOWN, ColouredText, Heatmap, packed, visible
 
 
 def page(trace, tmp_path):
@@ -50,6 +50,12 @@ def test_packed_values_come_back_within_a_step():
     values = torch.tensor([0.0, 1.5, float("nan"), 3.0])
     numbers = torch.frombuffer(bytearray(base64.b64decode(packed(values, 0, 3))), dtype=torch.uint16).tolist()
     assert numbers == [0, 32767, UNKNOWN, UNKNOWN - 1]
+
+
+def test_weights_above_one_are_kept():
+    weights = torch.tensor([[[1.5, 0.5]]])
+    chart = ColouredText(tokens=["a"], layers=["0"], experts=torch.tensor([[[0, 1]]]), weights=weights, num_experts=[2])
+    assert chart.to_dict()["range"] == [0.5, 1.5]
 
 
 def test_values_outside_a_heatmap_are_not_numbers_of_json():

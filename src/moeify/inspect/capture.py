@@ -86,9 +86,16 @@ def _with_texts(trace: Trace, tokenizer: Any) -> Trace:
     tables = {}
     for table in trace.tables:
         numbers = [] if table.ids is None else table.ids.unique().tolist()
-        tables[id(table)] = replace(table, vocabulary={i: str(tokenizer.decode([i])) for i in numbers if i >= 0})
+        tables[id(table)] = replace(table, vocabulary={i: _text(tokenizer, i) for i in numbers if i >= 0})
     layers = {layer.name: replace(layer, tokens=tables[id(layer.tokens)]) for layer in trace}
     return replace(trace, layers=layers)
+
+
+def _text(tokenizer: Any, number: int) -> str:
+    """The text of an id, with the space in front that SentencePiece marks by ▁ and leaves out of a single token."""
+    text = str(tokenizer.decode([number]))
+    token = str(tokenizer.convert_ids_to_tokens(number)) if hasattr(tokenizer, "convert_ids_to_tokens") else ""
+    return f" {text}" if token.startswith("▁") and not text.startswith(" ") else text
 
 
 class _Recorder:

@@ -155,6 +155,10 @@ def report(
 
 def _add_measurements(made: Report, model: nn.Module, batches: Sequence[Any], trace: Trace) -> None:
     """The panels that need the weights."""
+    if any(parameter.is_meta for parameter in model.parameters()):
+        reason = "the weights of this model stay on disk, and are read for one pass at a time"
+        made.reasons[reason] = ["similarity of experts", "super experts", "causal score"]
+        return
     seen = what_experts_see(model, batches)
     made.add("Experts", "similarity of experts", lambda: similarity(likeness(seen)))
     made.add("Experts", "super experts", lambda: super_experts(largest_outputs(seen)))

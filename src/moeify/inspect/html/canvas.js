@@ -288,13 +288,13 @@ function series(host, chart, label) {
 function ticks(c, names, xs, named, sx, box, nice) {
   c.fillStyle = css("--soft");
   c.textAlign = "center";
+  const inside = (x, text) => Math.min(x, box.right + 8 - c.measureText(text).width / 2);
   if (!named) {
     const step = nice(xs[xs.length - 1] - xs[0] || 1);
-    for (let x = Math.ceil(xs[0] / step) * step; x <= xs[xs.length - 1]; x += step) c.fillText(words(x), sx(x), box.bottom + 14);
+    for (let x = Math.ceil(xs[0] / step) * step; x <= xs[xs.length - 1]; x += step) c.fillText(words(x), inside(sx(x), words(x)), box.bottom + 14);
     return;
   }
   const room = Math.max(...names.map((name) => c.measureText(name).width));
-  const inside = (x, text) => Math.min(x, box.right + 8 - c.measureText(text).width / 2);
   const every = Math.max(1, Math.ceil((Math.min(room, 90) + 10) / Math.max(1, sx(1) - sx(0))));
   for (let i = 0; i < names.length; i += every) {
     const text = shortened(c, names[i], 90);

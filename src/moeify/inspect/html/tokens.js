@@ -2,7 +2,7 @@
 
 /** Neighbouring experts have colours far apart: the hue turns by the golden angle. */
 const expertColour = (expert, alpha = 1) =>
-  `hsl(${(expert * 137.508) % 360} ${expert % 2 ? 62 : 82}% ${css("--token")} / ${alpha})`;
+  `hsl(${(expert * 137.508) % 360} ${expert % 2 ? 60 : 85}% ${parseFloat(css("--token")) - (expert % 3) * 7}% / ${alpha})`;
 
 function chooser(label, names, onChange) {
   const select = element("select");
@@ -24,7 +24,7 @@ function chosen(chart, experts, weights, layer, token, count) {
 function colouredText(host, chart, label) {
   const count = chart.tokens.length;
   const experts = unpack(chart.experts);
-  const weights = chart.weights && unpackValues(chart.weights, 0, 1);
+  const weights = chart.weights && unpackValues(chart.weights, ...chart.range);
   let [layer, here] = [0, null];
   const text = element("div", { className: "text", tabIndex: 0 });
   text.setAttribute("role", "application");
@@ -86,7 +86,7 @@ function colouredImage(host, chart, label) {
   const [height, width] = chart.size;
   const count = rows * columns;
   const experts = unpack(chart.experts);
-  const weights = chart.weights && unpackValues(chart.weights, 0, 1);
+  const weights = chart.weights && unpackValues(chart.weights, ...chart.range);
   const bytes = Uint8Array.from(atob(chart.pixels), (c) => c.charCodeAt(0));
   const picture = element("canvas", { width, height });
   const pixels = new ImageData(width, height);

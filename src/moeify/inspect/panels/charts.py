@@ -156,7 +156,7 @@ class ColouredText(Chart):
         tokens: as they are shown.
         layers: names.
         experts: of every layer and token, best first, -1 where there is none.
-        weights: theirs, between 0 and 1, or None.
+        weights: theirs, or None.
         num_experts: E of every layer.
     """
 
@@ -167,11 +167,11 @@ class ColouredText(Chart):
     num_experts: Sequence[int]
 
     def to_dict(self) -> dict[str, Any]:
-        """Experts as 16-bit numbers, weights in 65,535 steps from 0 to 1."""
+        """Experts as 16-bit numbers, weights in 65,535 steps over their range."""
         return {
             "kind": "text", "tokens": list(self.tokens), "layers": list(self.layers), "k": self.experts.shape[-1],
             "experts": indices(self.experts), "num_experts": list(self.num_experts),
-            "weights": None if self.weights is None else packed(self.weights, 0.0, 1.0),
+            **_weights(self.weights),
         }  # fmt: skip
 
 
@@ -184,7 +184,7 @@ class ColouredImage(Chart):
         grid: rows and columns of patches.
         layers: names.
         experts: of every layer and patch, row by row, best first, -1 where there is none.
-        weights: theirs, between 0 and 1, or None.
+        weights: theirs, or None.
         num_experts: E of every layer.
     """
 
@@ -196,12 +196,12 @@ class ColouredImage(Chart):
     num_experts: Sequence[int]
 
     def to_dict(self) -> dict[str, Any]:
-        """Pixels as bytes, experts as 16-bit numbers, weights in 65,535 steps from 0 to 1."""
+        """Pixels as bytes, experts as 16-bit numbers, weights in 65,535 steps over their range."""
         return {
             "kind": "image", "size": list(self.pixels.shape[:2]), "pixels": _base64(self.pixels.contiguous()),
             "grid": list(self.grid), "layers": list(self.layers), "k": self.experts.shape[-1],
             "experts": indices(self.experts), "num_experts": list(self.num_experts),
-            "weights": None if self.weights is None else packed(self.weights, 0.0, 1.0),
+            **_weights(self.weights),
         }  # fmt: skip
 
 
@@ -236,6 +236,14 @@ class Stack(Chart):
     def to_dict(self) -> dict[str, Any]:
         """All of them."""
         return {"kind": "stack", "charts": [chart.to_dict() for chart in self.charts]}
+
+
+def _weights(weights: Float[Tensor, "..."] | None) -> dict[str, Any]:
+    if weights is None or bool(weights.isnan().all()):
+        return {"weights": None}
+    known = weights[weights.isfinite()]
+    low, high = float(known.min()), float(known.max())
+    return {"weights": packed(weights, low, high), "range": [low, high]}
 
 
 def visible(text: str) -> str:
