@@ -83,6 +83,7 @@ def measured(name: str, rounds: int) -> dict[str, str]:
         steps[name].append(train(model, name == "with"))
         return 0.0
 
+    train(model, watched=True)  # warms up
     in_turn({name: lambda turn, name=name: way(name) for name in WAYS}, rounds)
     wall, cpu = ({name: [step[i] for step in steps[name]] for name in WAYS} for i in range(2))
     row = {"model": name, "tokens": str(SEQUENCES * LENGTH)}

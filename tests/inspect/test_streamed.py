@@ -91,6 +91,15 @@ def test_what_cannot_be_streamed_is_refused(tmp_path):
     mixtral().save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="has no model class 'MixtralForNothing'"):
         stream(tmp_path, architecture="MixtralForNothing")
+    change(tmp_path, intermediate_size=40)
+    with (
+        torch.no_grad(),
+        pytest.raises(ValueError, match=r"an expert of .*gate_up_proj is \(\d+, 32\) .* needs \(80, 32\)"),
+    ):
+        stream(tmp_path)(torch.tensor([[5]]))
+    change(tmp_path, vocab_size=99)
+    with pytest.raises(ValueError, match=r"embed_tokens.weight is \(256, 32\) in .* the model needs \(99, 32\)"):
+        stream(tmp_path)
     change(tmp_path, model_type="llama")
     with pytest.raises(ValueError, match=r"not those of a LlamaForCausalLM; missing: model.layers.0.mlp.gate_proj"):
         stream(tmp_path, architecture="LlamaForCausalLM")

@@ -92,7 +92,7 @@ class _Streamed:
         units = [(unit, self._names(unit)) for unit in _units(model)]
         lazy = self._stack_experts()
         inside = {name for _, names in units for name in names}
-        self.fill(name for name in source.own if name not in inside and name not in source.ties)
+        self.fill(name for name in source.own if name not in inside and not source.is_again(name))
         for number, (unit, names) in enumerate(units, 1):
             _Unit(self, unit, [name for name in names if name not in lazy], number / len(units))
         model.register_forward_pre_hook(self._begin)

@@ -87,10 +87,18 @@ class Converted:
         finally:
             self._files, self._closing = {}, None
 
+    def is_again(self, name: str) -> bool:
+        """Whether a name means a tensor that the model has under another name, which the files have."""
+        return name in self.ties and self.own[name] is self.own[self.ties[name]]
+
     def read(self, name: str) -> Tensor:
-        """A tensor of the model."""
+        """A tensor of the model.
+
+        Raises:
+            ValueError: it has another shape than the model needs.
+        """
         name = self.ties.get(name, name)
-        return self._made(name, self.parts[name], slice(None))
+        return self._fitting(name, self._made(name, self.parts[name], slice(None)), self.own[name].shape)
 
     def has_single(self, name: str) -> bool:
         """Whether the experts of a stack (E, ., .) can be read one by one."""
@@ -98,11 +106,22 @@ class Converted:
         return parts.converter is None or parts.are_experts(len(self.own[name]))
 
     def read_expert(self, name: str, expert: int) -> Tensor:
-        """One expert (., .) of a stack."""
-        parts = self.parts[name]
-        if parts.converter is None:
-            return self._made(name, parts, expert)
-        return self._made(name, parts.of(expert), slice(None))[0]
+        """One expert (., .) of a stack.
+
+        Raises:
+            ValueError: it has another shape than the model needs.
+        """
+        parts, as_stored = self.parts[name], self.parts[name].converter is None
+        tensor = self._made(name, parts, expert) if as_stored else self._made(name, parts.of(expert), slice(None))[0]
+        return self._fitting(f"an expert of {name}", tensor, self.own[name].shape[1:])
+
+    def _fitting(self, what: str, tensor: Tensor, needed: tuple[int, ...]) -> Tensor:
+        if tensor.shape != needed:
+            raise ValueError(
+                f"{what} is {tuple(tensor.shape)} in {self.weights.folder}, the model needs {tuple(needed)}; config.json "
+                "is that of other weights"
+            )
+        return tensor
 
     def _made(self, name: str, parts: Parts, where: Any) -> Tensor:
         dtype = self.dtypes.get(name)
