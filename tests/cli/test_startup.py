@@ -16,7 +16,9 @@ def modules_after(*arguments):
     return set(subprocess.run([sys.executable, "-c", program], capture_output=True, text=True).stderr.split())
 
 
-@pytest.mark.parametrize("arguments", ["--help", "train --help", "compare --help", "doctor --help", "recipes"])
+@pytest.mark.parametrize(
+    "arguments", ["--help", "train --help", "compare --help", "doctor --help", "trace --help", "recipes"]
+)
 def test_help_and_lists_import_nothing_heavy(arguments):
     loaded = modules_after(*arguments.split())
     assert "moeify.cli" in loaded

@@ -94,6 +94,12 @@ def test_what_is_neither_model_nor_trace_is_refused(source: str, message: str, t
     assert not (tmp_path / "x.trace.jsonl").exists()
 
 
+def test_a_file_of_no_format_is_refused_before_a_model_runs(tmp_path):
+    ended = moeify("trace", tmp_path / "nothing", "--output", tmp_path / "x.txt")
+    assert ended.code == 2
+    assert "x.txt has no ending of a format of traces" in ended.err
+
+
 def test_a_model_without_a_tokenizer_needs_a_probe(tmp_path):
     tiny_models.mixtral().save_pretrained(tmp_path / "m")
     ended = moeify("trace", tmp_path / "m", "--output", tmp_path / "x.trace.jsonl")

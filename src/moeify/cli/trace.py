@@ -72,8 +72,9 @@ def trace(
 ) -> None:
     """Record which experts a model sends every token to, or convert the trace of another program."""
     from moeify.inspect.capture import capture
-    from moeify.inspect.formats import read_trace, recognised, write_trace
+    from moeify.inspect.formats import format_to_write, read_trace, recognised, write_trace
 
+    format_to_write(output, format)  # a model would run long before it turns out that there is none
     path = Path(source)
     if path.is_file() or (path.is_dir() and not _holds_model(path) and recognised(path) is not None):
         found = read_trace(path, num_experts=experts, k=k)

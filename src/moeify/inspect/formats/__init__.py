@@ -16,7 +16,16 @@ from moeify.inspect.trace import Trace
 from moeify.notices import notify
 from moeify.registry import suggest
 
-__all__ = ["Format", "find_format", "format_names", "read_trace", "recognised", "register_format", "write_trace"]
+__all__ = [
+    "Format",
+    "find_format",
+    "format_names",
+    "format_to_write",
+    "read_trace",
+    "recognised",
+    "register_format",
+    "write_trace",
+]
 
 _FORMATS = {f.name: f for f in (TENSORS, LINES, MEGATRON, LLAMA_CPP, BIGMOEONEDGE, VLLM)}
 
@@ -88,13 +97,20 @@ def write_trace(trace: Trace, path: str | Path, format: str | None = None) -> No
         ValueError: an unknown format or ending, or a trace that the format cannot hold.
     """
     path = Path(path)
-    found = _by_ending(path) if format is None else find_format(format)
+    found = format_to_write(path, format)
     if lost := found.lost(trace):
         notify(f"{path.name}: the format {found.name} has no place for {', '.join(lost)}, which are left out")
     found.write(trace, path)
 
 
-def _by_ending(path: Path) -> Format:
+def format_to_write(path: Path, format: str | None = None) -> Format:
+    """The format that a file is written in: that of its ending, unless one is named.
+
+    Raises:
+        ValueError: an unknown format or ending.
+    """
+    if format is not None:
+        return find_format(format)
     fits = [(len(end), f) for f in _FORMATS.values() for end in f.endings if path.name.lower().endswith(end)]
     if not fits:
         endings = ", ".join(f"{f.endings[0]} ({f.name})" for f in _FORMATS.values())
