@@ -118,8 +118,8 @@ class Converted:
     def _fitting(self, what: str, tensor: Tensor, needed: tuple[int, ...]) -> Tensor:
         if tensor.shape != needed:
             raise ValueError(
-                f"{what} is {tuple(tensor.shape)} in {self.weights.folder}, the model needs {tuple(needed)}; config.json "
-                "is that of other weights"
+                f"{what} is {tuple(tensor.shape)} in {self.weights.folder}, the model needs {tuple(needed)}; its "
+                "config.json belongs to other weights"
             )
         return tensor
 
