@@ -2,9 +2,14 @@
 
 import json
 
+import torch
+from safetensors.torch import save_file
+
 from command_line import moeify
 from inspect_routes import random_trace
+from moeify import Recipe, save, sparsify
 from moeify.inspect.formats import write_trace
+from tiny_models import vit
 
 
 def test_a_run_is_shown_with_its_log_and_its_advice(trained, text, tmp_path):
@@ -26,6 +31,15 @@ def test_numbers_and_advice_come_as_json(trained, text, tmp_path):
     assert "Causal score" not in panels
     assert panels["Load"]["advice"]["action"]
     assert panels["Load"]["rows"][0]["tokens"] == "all"
+
+
+def test_images_come_as_a_probe(tmp_path):
+    model = sparsify(vit(), Recipe(num_experts=4))
+    save(model, tmp_path / "vit")
+    save_file({"pixel_values": torch.rand(2, 3, 32, 32)}, tmp_path / "images.safetensors")
+    ended = moeify("inspect", tmp_path / "vit", "--probe", tmp_path / "images.safetensors")
+    assert ended.code == 0, ended.err
+    assert "<h2>Image patches</h2>" in (tmp_path / "vit" / "inspect.html").read_text("utf-8")
 
 
 def test_a_trace_is_shown_as_a_model_is_less_what_needs_weights(tmp_path):

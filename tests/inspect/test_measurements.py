@@ -7,13 +7,14 @@ import torch
 from torch import nn
 
 from inspect_routes import trace_of
+from moe_families import build, inputs
 from moeify import MoE
 from moeify.experts import FFN
 from moeify.inspect import report
 from moeify.inspect.measurements.likeness import likeness
 from moeify.inspect.measurements.masking import chosen_experts, masked_losses, without_expert
 from moeify.inspect.measurements.outliers import largest_outputs
-from moeify.inspect.measurements.seen import experts_of, what_experts_see
+from moeify.inspect.measurements.seen import experts_of, parameters_of, what_experts_see
 from moeify.inspect.panels.causal import rank_correlation
 from moeify.inspect.panels.over_training import over_training
 from moeify.inspect.panels.panel import NotMeasured
@@ -68,6 +69,19 @@ def test_copies_of_one_expert_are_alike_and_others_are_not():
     assert before.advice.level == "fine"
     assert after.advice.level == "act"
     assert after.table.rows[0][1:] == (1.0, 1.0, 1.0)
+
+
+@pytest.mark.parametrize("family", ["dbrx", "nllb-moe", "llama4_text"])
+def test_weights_of_families_that_hold_them_otherwise_are_told_apart(family):
+    model = build(family)
+    name, layer = next(iter(sparse_layers(model).items()))
+    matrix = likeness(what_experts_see(model, [inputs(model)]))[name].weights
+    assert matrix.shape == (8, 8)
+    assert matrix.diagonal() == pytest.approx(1, abs=1e-4)
+    assert matrix[~torch.eye(8, dtype=torch.bool)].abs().max() < 0.9
+    with without_expert(layer, 3):
+        assert not any(part.any() for part in parameters_of(layer, 3))
+        assert any(part.any() for part in parameters_of(layer, 2))
 
 
 def test_an_expert_with_outliers_is_a_super_expert():

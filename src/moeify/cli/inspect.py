@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from moeify.cli import options as o
+from moeify.cli.trace import Probe
 
 if TYPE_CHECKING:
     from moeify.inspect.report import Report
@@ -22,6 +23,7 @@ def inspect(
         str | None,
         typer.Option(help="Text for the model to read", show_default="the text that came with Python and torch"),
     ] = None,
+    probe: Probe = None,
     output: Annotated[Path | None, typer.Option(help="The HTML file", show_default="inspect.html beside it")] = None,
     blocks: Annotated[int, typer.Option(min=1, help="Blocks of 128 tokens that are read of each domain")] = 16,
     generate: Annotated[int, typer.Option(min=0, help="Tokens to write after each block, to see decoding apart")] = 0,
@@ -34,7 +36,7 @@ def inspect(
     if (folder / "config.json").is_file() and stream:
         made = _of_streamed(folder, source, data, blocks, generate)
     elif (folder / "config.json").is_file():
-        made = _of_model(folder, source, data, blocks, generate, measure)
+        made = _of_model(folder, source, (data, probe), blocks, generate, measure)
     else:
         made = _of_trace(source)
     output = (source if source.is_dir() else source.parent) / "inspect.html" if output is None else output
@@ -51,18 +53,24 @@ def _of_trace(file: Path) -> Report:
     return report(read_trace(file), title=file.name)
 
 
-def _of_model(folder: Path, run: Path, data: str | None, per_domain: int, generate: int, measure: bool) -> Report:
+def _of_model(
+    folder: Path, run: Path, inputs: tuple[str | None, str | None], per_domain: int, generate: int, measure: bool
+) -> Report:
     from moeify.cli.text import load_model, saved_tokenizer
+    from moeify.cli.trace import load_source, read_probes
     from moeify.inspect.report import report
     from moeify.train.checkpoint.folder import checkpoints, step_of
 
-    model, tokenizer = load_model(folder), saved_tokenizer(folder)
+    data, probe = inputs
+    model = load_source(str(run))
+    tokenizer = None if probe else saved_tokenizer(folder)
+    batches = read_probes(probe) if probe else _batches(tokenizer, data, per_domain)
     training = next((path for path in sorted(run.glob("sparse-*")) if path.is_dir()), run)
     log = training / "metrics.jsonl"
     lines = log.read_text(encoding="utf-8").splitlines() if log.is_file() else []
     return report(
-        model, _batches(tokenizer, data, per_domain), title=run.resolve().name, tokenizer=tokenizer, generate=generate,
-        measure=measure, checkpoints={step_of(path): load_model(path) for path in checkpoints(training)},
+        model, batches, title=run.resolve().name, tokenizer=tokenizer, generate=generate, measure=measure,
+        checkpoints={step_of(path): load_model(path) for path in checkpoints(training)},
         log=[json.loads(line) for line in lines],
     )  # fmt: skip
 

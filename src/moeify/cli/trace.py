@@ -79,10 +79,10 @@ def trace(
     if path.is_file() or (path.is_dir() and not _holds_model(path) and recognised(path) is not None):
         found = read_trace(path, num_experts=experts, k=k)
     else:
-        model = _streamed(source, architecture) if stream else _load(source, architecture, device)
+        model = _streamed(source, architecture) if stream else load_source(source, architecture, device)
         tokenizer = None if probe else _tokenizer(source)
         batch = max(batch, tokens // length) if stream else batch
-        batches = _probes(probe) if probe else _text(model, tokenizer, data, (tokens, length, batch), generate > 0)
+        batches = read_probes(probe) if probe else _text(model, tokenizer, data, (tokens, length, batch), generate > 0)
         found = capture(model, batches, generate=generate, scores=scores, logits=logits, tokenizer=tokenizer)
         found.header["model"] = source
     write_trace(found, output, format)
@@ -97,7 +97,7 @@ def _folder(source: str) -> Path:
     return Path(source) / "model" if (Path(source) / "model" / "config.json").is_file() else Path(source)
 
 
-def _load(source: str, architecture: str | None, device: str | None) -> Any:
+def load_source(source: str, architecture: str | None = None, device: str | None = None) -> Any:
     """A model that moeify saved, or any of transformers, in the class that its config names."""
     import torch
     import transformers
@@ -132,7 +132,8 @@ def _tokenizer(source: str) -> Any:
         raise ValueError(f"{error}; give other inputs than text by --probe") from None
 
 
-def _probes(probe: str) -> list[Any]:
+def read_probes(probe: str) -> list[Any]:
+    """The inputs of a probe, one batch each."""
     given = o.choose_probe(probe)
     return given if isinstance(given, list) else [given]
 

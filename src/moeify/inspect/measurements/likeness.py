@@ -8,12 +8,11 @@ from dataclasses import dataclass
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.nn import functional as F
 
 from moeify import losses
-from moeify.experts import Each
-from moeify.hf.blocks import unwrapped
-from moeify.inspect.collapse import weight_cosine
-from moeify.inspect.measurements.seen import Seen, experts_of, one_by_one
+from moeify.inspect.measurements.seen import Seen, experts_of, parameters_of
+from moeify.layers import SparseLayer
 
 
 @dataclass(frozen=True)
@@ -42,17 +41,19 @@ def likeness(seen: Mapping[str, Seen], tokens: int = 128) -> dict[str, Likeness]
     return {name: _of(found, tokens) for name, found in seen.items()}
 
 
-def _weights(found: Seen) -> Float[Tensor, "E E"] | None:
+def _weights(layer: SparseLayer) -> Float[Tensor, "E E"] | None:
+    """None where experts have no weights of their own, or weights of different sizes."""
     try:
-        if (modules := one_by_one(found.layer)) is not None:
-            return weight_cosine(Each(modules)).cpu()
-        return weight_cosine(unwrapped(found.layer.experts)).cpu()
-    except ValueError:
+        parts = [parameters_of(layer, expert) for expert in range(layer.num_experts)]
+        vectors = torch.stack([torch.cat([p.flatten() for p in expert]) for expert in parts])
+    except (ValueError, RuntimeError):
         return None
+    unit = F.normalize(vectors.float(), dim=-1)
+    return (unit @ unit.T).cpu()
 
 
 def _of(found: Seen, tokens: int) -> Likeness:
-    weights = _weights(found)
+    weights = _weights(found.layer)
     if not found.passes:
         return Likeness(weights, None, None)
     x = found.tokens

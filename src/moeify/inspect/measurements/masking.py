@@ -12,8 +12,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from moeify.hf.blocks import unwrapped
-from moeify.inspect.measurements.seen import one_by_one, run
+from moeify.inspect.measurements.seen import parameters_of, run
 from moeify.inspect.trace import Trace
 from moeify.layers import SparseLayer, sparse_layers
 from moeify.modes import in_evaluation
@@ -83,7 +82,7 @@ def without_expert(layer: SparseLayer, expert: int) -> Generator[None]:
     Raises:
         ValueError: the parameters of the experts cannot be told apart.
     """
-    parts = _parameters(layer, expert)
+    parts = parameters_of(layer, expert)
     before = [part.clone() for part in parts]
     try:
         for part in parts:
@@ -92,19 +91,6 @@ def without_expert(layer: SparseLayer, expert: int) -> Generator[None]:
     finally:
         for part, old in zip(parts, before, strict=True):
             part.copy_(old)
-
-
-def _parameters(layer: SparseLayer, expert: int) -> list[Tensor]:
-    if (modules := one_by_one(layer)) is not None:
-        return [p.data for p in modules[expert].parameters()]
-    experts, count = unwrapped(layer.experts), layer.num_experts
-    stacked = [p.data for p in experts.parameters() if p.dim() >= 2]
-    parts = [p[expert] for p in stacked if len(p) == count]
-    if not parts:  # DBRX: the matrices of all experts one below the other
-        parts = [p.view(count, -1, *p.shape[1:])[expert] for p in stacked if len(p) % count == 0]
-    if not parts:
-        raise ValueError(f"the experts of {layer.name} ({type(experts).__name__}) do not hold their weights one by one")
-    return parts
 
 
 def _losses(model: nn.Module, batches: Sequence[Any]) -> Float[Tensor, "S"]:

@@ -105,6 +105,24 @@ def one_by_one(layer: SparseLayer) -> list[nn.Module] | None:
     return found if len(found) == layer.num_experts else None
 
 
+def parameters_of(layer: SparseLayer, expert: int) -> list[Tensor]:
+    """The weights of one expert, as parts of those of all, without their biases where these are stacked as vectors.
+
+    Raises:
+        ValueError: the weights of the experts cannot be told apart.
+    """
+    if (modules := one_by_one(layer)) is not None:
+        return [p.data for p in modules[expert].parameters()]
+    experts, count = unwrapped(layer.experts), layer.num_experts
+    stacked = [p.data for p in experts.parameters() if p.dim() >= 2]
+    parts = [p[expert] for p in stacked if len(p) == count]
+    if not parts:  # DBRX: the matrices of all experts one below the other
+        parts = [p.view(count, -1, *p.shape[1:])[expert] for p in stacked if len(p) % count == 0]
+    if not parts:
+        raise ValueError(f"the experts of {layer.name} ({type(experts).__name__}) do not hold their weights one by one")
+    return parts
+
+
 def experts_of(layer: SparseLayer) -> Experts:
     """The experts of a layer, ours or those of transformers, called with rows sorted by expert.
 
