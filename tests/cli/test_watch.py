@@ -87,6 +87,7 @@ def test_the_view_has_a_row_for_every_layer_that_there_is_room_for(tmp_path):
     log.look()
     whole, small = seen(log), seen(log, height=13)
     assert whole.count("layers.") == 20
+    assert whole.splitlines()[3].split() == ["layer", "load", "of", "its", "experts", "MaxVio", "dead", "entropy"]
     assert "step 2/4  loss 1.0000  50 tokens/s  MaxVio 0.50" in whole
     assert "▆▃ █" in whole
     assert [row.split()[0] for row in small.splitlines() if "layers." in row] == [f"layers.{i}" for i in range(15, 20)]

@@ -160,13 +160,17 @@ def view(log: Log, console: Console) -> RenderableType:
     """The latest entry: its figures, and a row for every layer, or for the least even ones where there is no room."""
     from rich.console import Group
     from rich.progress_bar import ProgressBar
+    from rich.table import Table
     from rich.text import Text
 
     if not log.entries:
         return Text(f"{log.run}: waiting for the first log entry")
     last = log.entries[-1]
     title = Text(f"{(log.file or log.run).parent}", style="bold")
-    bar = ProgressBar(total=last.get("max_steps", last["step"]), completed=last["step"], width=min(60, console.width))
+    bar = Table.grid()
+    bar.add_row(
+        ProgressBar(total=last.get("max_steps", last["step"]), completed=last["step"], width=min(60, console.width))
+    )
     parts: list[RenderableType] = [title, Text(line(last, log.seconds_left)), bar]
     if last.get("layers"):
         parts.append(_table(last["layers"], max(3, console.height - ROWS_ABOVE)))
