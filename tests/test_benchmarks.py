@@ -1,5 +1,6 @@
 """The benchmarks: the one of a GPU goes through all its steps on a CPU, and rows of the others hold what they say."""
 
+import csv
 import importlib
 import os
 import subprocess
@@ -12,6 +13,7 @@ import transformers
 
 from moeify.backends import order
 from moeify.flops import count
+from moeify.inspect import FAULTS
 from moeify.kernels.cpu.packing import may_pack
 
 SCRIPT = Path(__file__).parents[1] / "benchmarks" / "gpu.py"
@@ -276,3 +278,16 @@ def test_a_sparse_model_is_compared_with_the_dense_one_and_with_what_the_hardwar
     assert slower[0]["over_dense"] == "12.000", "the dense model is not held back by what is slow of ours"
     benchmarks("pictures").draw_roofline(rows, tmp_path / "roofline.png")
     assert (tmp_path / "roofline.png").stat().st_size
+
+
+def test_rows_of_the_diagnosis_are_of_six_families_and_reach_what_is_promised():
+    """95 % of the broken models named, and nothing found in six healthy ones with three seeds each."""
+    with (SCRIPT.parent / "results" / "diagnosis.csv").open(newline="") as lines:
+        rows = list(csv.DictReader(lines))
+    healthy = [row for row in rows if row["fault"] == "healthy"]
+    assert len({(row["family"], row["seed"]) for row in healthy}) == 18
+    assert all(row["right"] == "True" and not row["also"] for row in healthy)
+    broken = [row for row in rows if row["fault"] in FAULTS]
+    assert {row["fault"] for row in broken} == FAULTS.keys()
+    assert len({row["family"] for row in broken}) == 6
+    assert sum(row["right"] == "True" for row in broken) >= 0.95 * len(broken)

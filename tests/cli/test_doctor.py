@@ -73,7 +73,7 @@ def test_the_status_says_whether_anything_was_found(saved, text):
     assert (healthy.code, healthy.out.splitlines()[0]) == (0, "nothing was found"), healthy.out
     broken = diagnosed(saved / "copies", text)
     assert broken.code == 1
-    assert "identical_experts  model.layers.1.mlp: the experts never diverged" in broken.out
+    assert "identical_experts  the experts never diverged\n  where     model.layers.1.mlp\n" in broken.out
     few = diagnosed(saved / "whole", text, "--tokens", 64)
     assert few.code == 3
     assert "too little data" in few.out

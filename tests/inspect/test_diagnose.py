@@ -204,12 +204,10 @@ def test_progress_names_every_fault():
     assert seen == list(FAULTS)
 
 
-def test_rows_whose_weight_is_zero_say_nothing_of_their_experts():
-    whole = model()
-    with torch.no_grad():
-        for layer in sparse_layers(whole).values():
-            layer.router.weight.mul_(1e4)  # the weights of second experts are rounded to 0
-    assert names(diagnose(whole, batches()))[0] == "exploding_logits"
+def test_rows_whose_weight_is_zero_do_not_make_their_expert_a_frozen_one(case):
+    case.layer.router.register_forward_hook(lambda router, args, out: (out[0], out[1] * (out[2] != 3), out[2]))
+    found = diagnose(case.model, case.batches, faults=["frozen_experts", "capacity_drops"])
+    assert names(found) == ["capacity_drops"]
 
 
 def test_the_page_lists_every_fault_in_the_order_of_the_findings():
@@ -220,3 +218,12 @@ def test_the_page_lists_every_fault_in_the_order_of_the_findings():
 def test_every_fault_says_what_it_is_and_where_its_threshold_comes_from():
     for fault in FAULTS.values():
         assert len(fault.__doc__.splitlines()[0]) > 40, fault.__name__
+
+
+def test_a_fault_of_many_layers_is_said_once():
+    torch.manual_seed(0)
+    whole = tiny_models.deepseek_v3(num_hidden_layers=6)
+    said = str(diagnose(whole, (), faults=["bias_unmoved"]))
+    assert said.startswith("5 findings\n")
+    assert said.count("bias_unmoved") == 1
+    assert "model.layers.1.mlp, model.layers.2.mlp, model.layers.3.mlp and 2 more" in said

@@ -45,17 +45,16 @@ class Diagnosis:
         return {"status": self.status, **asdict(self)}
 
     def __str__(self) -> str:
-        """Every finding with its evidence and its fix, and what was ruled out or left open."""
+        """Every finding with evidence and fix, those of several layers together, and what was not found or open."""
         many = len(self.findings)
         lines = [f"{many} finding{'s' * (many > 1)}" if many else _HEADLINES[self.status]]
-        for found in self.findings:
-            where = f"{found.layer}: " if found.layer else ""
-            lines += [
-                "",
-                f"{found.fault}  {where}{found.cause}",
-                f"  evidence  {found.evidence}",
-                f"  fix       {found.fix}",
-            ]
+        for alike in _alike(self.findings):
+            first, layers = alike[0], [found.layer for found in alike]
+            where = ", ".join(layers[:_NAMED]) + (f" and {len(layers) - _NAMED} more" if len(layers) > _NAMED else "")
+            lines += ["", f"{first.fault}  {first.cause}"]
+            lines += [f"  {'where':9} {where}"] if where else []
+            lines += [f"  {'evidence':9} {first.evidence}" + (", in the first of them" if len(layers) > 1 else "")]
+            lines += [f"  {'fix':9} {first.fix}"]
         lines.append("")
         if self.healthy:
             lines.append(f"not found: {', '.join(self.healthy)}")
@@ -67,6 +66,15 @@ class Diagnosis:
         return "\n".join(lines)
 
 
+def _alike(findings: Iterable[Finding]) -> list[list[Finding]]:
+    """The findings of one fault and cause together, in the order of the first of each."""
+    groups: dict[tuple[str, str], list[Finding]] = {}
+    for found in findings:
+        groups.setdefault((found.fault, found.cause), []).append(found)
+    return list(groups.values())
+
+
+_NAMED = 3  # layers of a finding
 _HEADLINES = {
     "unknown": "nothing was found, but not all could be told: this is not a clean bill",
     "healthy": "nothing was found",

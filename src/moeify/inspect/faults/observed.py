@@ -183,6 +183,7 @@ class Observed:
     @cached_property
     def single_step(self) -> dict[str, list[Decided]]:
         """`auxiliary` of one micro-batch, with padding if it can have some."""
+        _ = self.training  # without which batches are of no use here
         return self.auxiliary([self.padded])
 
     @cached_property
