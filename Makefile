@@ -18,6 +18,7 @@ nightly: $(VENV)/.test
 	$(BIN)/python tests/nightly/kills.py --kills $(KILLS)
 	$(BIN)/python tests/nightly/saves.py --kills $(KILLS)
 	$(BIN)/python tests/nightly/kernels.py --cases $(CASES)
+	$(BIN)/python -m pytest tests/nightly/families.py
 
 check: $(VENV)/.dev
 	$(BIN)/ruff check .

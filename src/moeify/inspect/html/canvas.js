@@ -122,8 +122,9 @@ function heatmap(host, chart, label) {
   const name = (list, i) => (list ? list[i] : String(i));
   const longest = Math.max(...Array.from({ length: rows }, (_, i) => String(name(chart.rows, i)).length));
   const left = Math.min(150, 14 + 7 * longest);
+  const named = chart.rows.some((text) => Number.isNaN(+text));
   const narrow = Math.max(4, Math.min(12, 300 / columns));
-  const size = (room) => [Math.max(room, left + narrow * columns), 34 + rows * Math.max(5, Math.min(22, 420 / rows))];
+  const size = (room) => [Math.max(room, left + narrow * columns), 34 + rows * Math.max(named ? 14 : 5, Math.min(22, 420 / rows))];
   plot(host, label, size, (c, w, h, cursor) => {
     const [stops, none, empty] = [stopsOf(chart.scale), css("--none"), css("--dead")];
     const [cw, ch] = [Math.min(96, (w - left) / columns), (h - 34) / rows];
