@@ -1,4 +1,4 @@
-"""The report of every MoE family of transformers: a page, and a reason for all that is missing. Run by `make nightly`."""
+"""The report of every MoE family: a page, and a reason for all that is missing. Run by `make nightly`."""
 
 import pytest
 
