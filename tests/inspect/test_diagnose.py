@@ -11,6 +11,7 @@ import torch
 import transformers
 from torch import nn
 
+import moe_families
 import tiny_models
 from moeify import MoE
 from moeify.balance import Sign
@@ -227,3 +228,9 @@ def test_a_fault_of_many_layers_is_said_once():
     assert said.startswith("5 findings\n")
     assert said.count("bias_unmoved") == 1
     assert "model.layers.1.mlp, model.layers.2.mlp, model.layers.3.mlp and 2 more" in said
+
+
+def test_experts_that_are_not_called_by_rows_are_unknown():
+    whole = moe_families.build("dbrx")
+    found = diagnose(whole, [moe_families.inputs(whole)], faults=["super_experts"])
+    assert "another shape than its choices" in found.unknown["super_experts"]

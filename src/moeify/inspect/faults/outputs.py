@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from moeify.hf.decisions import choices, is_observed, unobserved
+from moeify.inspect.faults.finding import Unknown
 from moeify.inspect.faults.taps import require_taps
 from moeify.layers import HfLayer, SparseLayer
 from moeify.modes import fixed_randomness, in_evaluation
@@ -82,6 +83,8 @@ def _watch(layer: SparseLayer, outputs: Outputs) -> list[RemovableHandle]:
                 return expert
             if value is weights:
                 return torch.ones_like(expert, dtype=weights.dtype)
+            if isinstance(value, Tensor) and len(value) != len(index):
+                raise Unknown(f"{type(experts).__name__} takes its tokens in another shape than its choices")
             return value[token] if isinstance(value, Tensor) else value
 
         with unobserved():
