@@ -17,6 +17,8 @@ from typing import Any
 
 from torch import Tensor
 
+HASHES = "SHA256.json"
+"""Holds the fingerprint of every file that was saved with it in a folder."""
 LARGEST_JSON = 2**28
 """Bytes of the largest JSON file that is read; no config, index or manifest comes near."""
 DEEPEST_JSON = 100
@@ -208,3 +210,49 @@ def fingerprint(path: Path) -> dict[str, Any]:
     with _reading(path) as path, path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
         return {"bytes": os.fstat(file.fileno()).st_size, "sha256": digest}
+
+
+def unchanged(file: Path, saved: Mapping[str, Any] | None) -> Path:
+    """A file that is about to be read, and is what was saved.
+
+    Args:
+        file: its path.
+        saved: `hashes_of` its folder; with None it passes.
+
+    Raises:
+        FileNotFoundError: it is missing.
+        ValueError: it was damaged or changed, or is not listed.
+        OSError: it cannot be read.
+    """
+    if saved is None:
+        return file
+    if not os.path.lexists(file):
+        raise FileNotFoundError(f"there is no {file.name} in {file.parent}, though it was saved")
+    if saved.get(file.name) != fingerprint(file):
+        raise ValueError(
+            f"{file} is damaged: it is not what was saved (SHA-256 differs from {HASHES}); copy it again from "
+            f"where it came from, or, if you changed it yourself, delete {HASHES}"
+        )
+    return file
+
+
+def hashes_of(folder: Path) -> dict[str, Any] | None:
+    """What `SHA256.json` lists of its folder by name; None if there is none.
+
+    Raises:
+        ValueError: it is damaged, or of a later version.
+        OSError: it cannot be read.
+    """
+    path = folder / HASHES
+    if not os.path.lexists(path):
+        return None
+    content = read_json(path)
+    if content.get("format") != 1:
+        raise ValueError(
+            f"{path} has the format {content.get('format')!r}, and this version of moeify knows format 1; update "
+            "moeify, or delete the file to load unchecked"
+        )
+    files = content.get("files")
+    if not isinstance(files, dict) or any(Path(name).name != name for name in files):
+        raise ValueError(f"{path} is damaged: it lists no files of its folder; delete it to load unchecked")
+    return files

@@ -156,24 +156,21 @@ def _finish(folder: Path) -> None:
         return
     if commit.is_symlink() or new.is_symlink():
         raise ValueError(f"{commit} is no folder that a save left, but a link to elsewhere; delete it")
-    coming = {name: _place(folder, name) for name in sorted(_files(new))}
+    coming = sorted(_files(new))
     obsolete = read_json(commit / _OBSOLETE)["obsolete"] if (commit / _OBSOLETE).is_file() else []
-    for place in [*(_place(folder, name) for name in obsolete), *coming.values()]:
-        place.unlink(missing_ok=True)
-    for name, place in coming.items():
-        place.parent.mkdir(parents=True, exist_ok=True)
-        os.replace(new / name, place)
-    for parent in {folder, *(place.parent for place in coming.values())}:
+    for name in (*obsolete, *coming):
+        place = folder / name
+        if not place.parent.resolve().is_relative_to(folder.resolve()) or ".." in place.parts[len(folder.parts) :]:
+            raise ValueError(f"{commit} is damaged: it names {name!r}, which is outside the folder; delete it")
+    for name in (*obsolete, *coming):
+        (folder / name).unlink(missing_ok=True)
+    for name in coming:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        os.replace(new / name, folder / name)
+    for parent in {folder, *((folder / name).parent for name in coming)}:
         sync(parent)
     (commit / _OBSOLETE).unlink(missing_ok=True)
     shutil.rmtree(commit)
-
-
-def _place(folder: Path, name: str) -> Path:
-    place = folder / name
-    if not place.parent.resolve().is_relative_to(folder.resolve()) or ".." in place.parts[len(folder.parts) :]:
-        raise ValueError(f"{folder / _COMMIT} is damaged: it names {name!r}, which is outside the folder; delete it")
-    return place
 
 
 def _refuse_folder(path: Path) -> None:

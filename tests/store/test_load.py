@@ -5,6 +5,7 @@ import json
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 from torch.nn.modules.module import register_module_forward_pre_hook
@@ -12,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from moeify import Recipe, load, register, save
 from moeify.compose import from_adapters, merge_into_base
-from moeify.files import write_json
+from moeify.files import open_tensors, write_json
 from moeify.find import modules
 from moeify.registry import names
 from moeify.routers import TopK
@@ -77,6 +78,27 @@ def test_loading_allocates_what_the_files_hold_and_no_dense_copy(family, tmp_pat
         load(tmp_path)
     assert allocated.largest <= max(4096, *(tensor.nbytes for tensor in stored))
     assert allocated.total <= 1.5 * sum(tensor.nbytes for tensor in stored)
+
+
+def test_each_file_of_weights_is_opened_once_and_closed_whether_it_loads_or_not(tmp_path, monkeypatch):
+    opened = {}
+
+    def counted(file):
+        assert file not in opened
+        opened[file] = open_tensors(file)
+        return opened[file]
+
+    monkeypatch.setattr("moeify.store.reading.open_tensors", counted)
+    save(sparse(), tmp_path, max_shard_size="20KB")
+    load(tmp_path)
+    assert len(opened) == len(list(tmp_path.glob("*.safetensors"))) > 1
+    files = list(opened.values())
+    opened.clear()
+    with pytest.raises(ValueError, match="are not those of this"):
+        load_weights(sparse("gpt2"), tmp_path)
+    for file in (*files, *opened.values()):
+        with pytest.raises(SafetensorError, match="closed"):
+            file.keys()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -232,6 +232,9 @@ def test_an_index_reaches_no_file_outside(name, tmp_path):
     (folder / "sub").mkdir()
     (folder / "model.safetensors").rename(folder / name if not name.startswith("/") else folder / "moved")
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {ROUTER: name}}))
+    with pytest.raises(ValueError, match="it is not what was saved"):  # an index that the hashes do not list
+        load(folder)
+    (folder / "SHA256.json").unlink()
     with pytest.raises(ValueError, match="is outside the checkpoint folder"):
         load(folder)
 
@@ -240,7 +243,8 @@ def test_an_index_reaches_no_file_outside(name, tmp_path):
 def test_an_index_that_is_none_is_refused(index, tmp_path):
     save(sparse(), tmp_path)
     (tmp_path / "model.safetensors.index.json").write_text(index)
-    with pytest.raises(ValueError, match=r"index\.json"):
+    (tmp_path / "SHA256.json").unlink()
+    with pytest.raises(ValueError, match=r"index\.json (must hold a mapping|has no 'weight_map')"):
         load(tmp_path)
 
 

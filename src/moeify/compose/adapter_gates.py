@@ -10,13 +10,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from moeify.files import read_tensors, write_tensors
+from moeify.files import hashes_of, read_tensors, unchanged, write_tensors
 from moeify.folders import finish
 from moeify.layers import moe_layers
 from moeify.moe import MoE
 from moeify.routers.phatgoose import Phatgoose
 from moeify.store.dtypes import REAL
-from moeify.store.hashes import check, listed, saving
+from moeify.store.hashes import saving
 
 FILE = "gates.safetensors"
 
@@ -46,8 +46,9 @@ def load_gates(folder: str | Path) -> dict[str, Float[Tensor, "D"]]:
     finish(path.parent)
     if not os.path.lexists(path):
         raise FileNotFoundError(f"{path} does not exist; make it with train_gates and save_gates")
-    if FILE in listed(path.parent):
-        check(path.parent, [path])
+    saved = hashes_of(path.parent) or {}
+    if FILE in saved:
+        unchanged(path, saved)
     gates = read_tensors(path)
     for name, gate in gates.items():
         if gate.dim() != 1 or gate.dtype not in REAL:

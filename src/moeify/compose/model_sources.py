@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from moeify.files import open_tensors
 from moeify.find.probe import find_probe
 from moeify.sparsify.comparison import Comparison
-from moeify.store.weights import weight_files
+from moeify.store.reading import weight_files
 
 Names = tuple[str, ...]
 """Every name of one tensor of a model; tied ones have several."""

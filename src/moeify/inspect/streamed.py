@@ -24,7 +24,8 @@ from moeify.meta import move_parameters, parameters_on_meta
 from moeify.progress import Progress
 from moeify.store.build import build
 from moeify.store.converted import Converted
-from moeify.store.saved import read_saved
+from moeify.store.reading import open_weights
+from moeify.store.saved import open_saved
 
 
 def stream(folder: str | Path, *, dtype: torch.dtype | None = None, architecture: str | None = None) -> nn.Module:
@@ -45,12 +46,13 @@ def stream(folder: str | Path, *, dtype: torch.dtype | None = None, architecture
     """
     folder = _local(folder)
     if "moeify" in read_json(folder / "config.json"):
-        saved = read_saved(folder)
-        model = build(saved)
-        source = Converted(model, folder, saved.description.get("ties", {}))
+        with open_saved(folder) as saved:
+            model = build(saved)
+        source = Converted(model, saved.weights, saved.description.get("ties", {}))
     else:
         model = _on_meta(folder, dtype, architecture)
-        source = Converted(model, folder)
+        with open_weights(folder) as weights:
+            source = Converted(model, weights)
     model.requires_grad_(False)
     _Streamed(model.eval(), source)
     return model

@@ -10,10 +10,9 @@ from typing import Any
 
 from torch import nn
 
-from moeify.files import fingerprint
+from moeify.files import fingerprint, hashes_of
 from moeify.flops import count
 from moeify.layers import moe_layers
-from moeify.store.hashes import listed
 from moeify.version import __version__
 
 NAME = "README.md"
@@ -31,7 +30,7 @@ def is_own(folder: Path) -> bool:
     """Whether a folder has no model card, or one that is as `save` wrote it, which may be replaced."""
     path = folder / NAME
     try:
-        return not path.exists() or listed(folder).get(NAME) == fingerprint(path)
+        return not path.exists() or (hashes_of(folder) or {}).get(NAME) == fingerprint(path)
     except (ValueError, OSError):  # the hashes are damaged, or it is no file
         return False
 

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from moeify.files import open_tensors
-from moeify.store.weights import Weights, persistent, ties_to_stored
+from moeify.store.reading import Weights
+from moeify.store.weights import persistent, ties_to_stored
 
 
 @dataclass(frozen=True)
@@ -52,24 +53,23 @@ class Converted:
 
     Args:
         model: of the checkpoint, on the meta device; its dtypes are those that tensors are read in.
-        folder: of the checkpoint.
+        weights: of the checkpoint.
         ties: names that mean the tensor of another name; None for those that the model ties.
 
     Raises:
-        FileNotFoundError: no weights in the folder.
-        ValueError: damaged files, or files without some tensors of the model.
+        ValueError: files without some tensors of the model.
     """
 
-    def __init__(self, model: nn.Module, folder: Path, ties: Mapping[str, str] | None = None) -> None:
-        self.model, self.weights = model, Weights.of(folder)
+    def __init__(self, model: nn.Module, weights: Weights, ties: Mapping[str, str] | None = None) -> None:
+        self.model, self.weights = model, weights
         self.own = persistent(model)
-        self.parts = dict(_parts(model, self.own, self.weights)) if ties is None else _as_stored(self.weights)
+        self.parts = dict(_parts(model, self.own, weights)) if ties is None else _as_stored(weights)
         given = ties_to_stored(self.own, self.parts) if ties is None else ties
         self.ties = {name: kept for name, kept in given.items() if name not in self.parts}
         self.dtypes = _dtypes(model, self.own) if ties is None else {}
         if missing := [name for name in self.own if self.ties.get(name, name) not in self.parts]:
             raise ValueError(
-                f"the weights in {folder} are not those of a {type(model).__name__}; missing: "
+                f"the weights in {weights.folder} are not those of a {type(model).__name__}; missing: "
                 f"{', '.join(missing[:5])}{f' and {len(missing) - 5} more' if len(missing) > 5 else ''}"
             )
         self._files: dict[Path, Any] = {}

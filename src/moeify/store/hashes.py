@@ -8,10 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from moeify.files import fingerprint, read_json, write_json
+from moeify.files import HASHES, fingerprint, hashes_of, unchanged, write_json
 from moeify.folders import Stage, finish, replacing_files
-
-HASHES = "SHA256.json"
 
 
 @contextmanager
@@ -31,7 +29,7 @@ def saving(folder: str | Path, *, keep: bool = False) -> Generator[Stage]:
     """
     folder = Path(folder)
     with replacing_files(folder) as stage:
-        others = listed(folder) if keep else {}
+        others = (hashes_of(folder) or {}) if keep else {}
         stage.obsolete |= set() if keep else listed_or_none(folder)
         yield stage
         for place in {path.parent for path in stage.new.rglob("*") if path.is_file()}:
@@ -74,45 +72,15 @@ def check(folder: Path, files: Iterable[Path] | None = None) -> None:
         ValueError: a file was damaged or changed, or is not listed.
         OSError: a file cannot be read.
     """
-    if not os.path.lexists(folder / HASHES):
-        return
-    known = listed(folder)
-    for file in (folder / name for name in known) if files is None else files:
-        if not os.path.lexists(file):
-            raise FileNotFoundError(f"there is no {file.name} in {folder}, though it was saved")
-        if known.get(file.name) != fingerprint(file):
-            raise ValueError(
-                f"{file} is damaged: it is not what was saved (SHA-256 differs from {HASHES}); copy it again from "
-                f"where it came from, or, if you changed it yourself, delete {HASHES}"
-            )
-
-
-def listed(folder: Path) -> dict[str, Any]:
-    """What `SHA256.json` lists of its folder by name; nothing if there is none.
-
-    Raises:
-        ValueError: it is damaged, or of a later version.
-        OSError: it cannot be read.
-    """
-    path = folder / HASHES
-    if not os.path.lexists(path):
-        return {}
-    content = read_json(path)
-    if content.get("format") != 1:
-        raise ValueError(
-            f"{path} has the format {content.get('format')!r}, and this version of moeify knows format 1; update "
-            "moeify, or delete the file to load unchecked"
-        )
-    files = content.get("files")
-    if not isinstance(files, dict) or any(Path(name).name != name for name in files):
-        raise ValueError(f"{path} is damaged: it lists no files of its folder; delete it to load unchecked")
-    return files
+    saved = hashes_of(folder)
+    for file in (folder / name for name in saved or {}) if files is None else files:
+        unchanged(file, saved)
 
 
 def listed_or_none(folder: Path) -> set[str]:
     """What hashes list, and the hashes; nothing if they are damaged, for then it is not known whose files these are."""
     try:
-        names = listed(folder)
+        names = hashes_of(folder)
     except (ValueError, OSError):
         return set()
     return {*names, HASHES} if names else set()

@@ -14,7 +14,8 @@ from torch import nn
 from moeify.snapshot import restored_on_error
 from moeify.sparsify.recipe import Recipe
 from moeify.store.build import build
-from moeify.store.saved import Saved, read_saved
+from moeify.store.saved import Saved, open_saved
+from moeify.store.weights import put_into
 
 
 def load(folder: str | Path, model: nn.Module | None = None, recipe: Recipe | None = None) -> nn.Module:
@@ -31,14 +32,14 @@ def load(folder: str | Path, model: nn.Module | None = None, recipe: Recipe | No
         ValueError: a damaged checkpoint, or one of another model; the message names the file or the tensors.
         OSError: a file cannot be read, or an interrupted save cannot be finished.
     """
-    saved = read_saved(Path(folder), recipe)
-    if model is None:
-        return _loaded(saved)
-    return restored_on_error(model, partial(_loaded, saved, model), values=False)
+    with open_saved(Path(folder), recipe) as saved:
+        if model is None:
+            return _loaded(saved)
+        return restored_on_error(model, partial(_loaded, saved, model), values=False)
 
 
 def _loaded(saved: Saved, model: nn.Module | None = None) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         model = build(saved, model)
-    saved.weights.put_into(model, saved.description.get("ties"))
+    put_into(saved.weights, model, saved.description.get("ties"))
     return model.eval()

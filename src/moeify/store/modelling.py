@@ -16,13 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from moeify.files import HASHES
 from moeify.moe import MoE
 from moeify.origin import Origin
 from moeify.sparsify.plan import Plan, find
 from moeify.sparsify.recipe import Recipe
 from moeify.store.build import apply_on_meta
 from moeify.store.config import MODEL_TYPE, architecture_of, identify
-from moeify.store.hashes import HASHES
 from moeify.store.modelling_file import auto_classes, auto_map, write_modelling_file
 from moeify.store.standalone import Sparse, announce, name_in
 

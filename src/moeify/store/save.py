@@ -18,7 +18,8 @@ from moeify.store.config import architecture_of, describe, fold
 from moeify.store.hashes import saving
 from moeify.store.modelling_file import write_modelling_file
 from moeify.store.peft import has_adapters
-from moeify.store.weights import INDEX, WEIGHTS, persistent, ties_of, weight_files, write_weights
+from moeify.store.reading import CONFIG, INDEX, WEIGHTS, weight_files
+from moeify.store.weights import persistent, ties_of, write_weights
 from moeify.version import __version__
 
 
@@ -70,7 +71,7 @@ def save(
     has_own_card = is_own(folder)
     with saving(folder) as stage:
         write_weights(tensors, stage.new, max_shard_size)
-        write_json(stage.new / "config.json", description)
+        write_json(stage.new / CONFIG, description)
         if "auto_map" in description:
             _write_for_transformers(model, stage.new, description)
             if has_own_card:

@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import math
-import os
 import re
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import NoneType
 from typing import Any
 
-from moeify.files import read_json
-from moeify.folders import finish
 from moeify.sparsify.recipe import Recipe
 from moeify.store.config import unfold
-from moeify.store.hashes import check
-from moeify.store.weights import Weights
+from moeify.store.reading import CONFIG, Weights, open_checkpoint
 
 
 @dataclass(frozen=True)
@@ -27,7 +24,7 @@ class Saved:
         path: of the config, for messages.
         description: the config.
         recipe: of the sparse model, None if it is dense.
-        weights: the headers of the weights.
+        weights: of which the headers are read.
     """
 
     path: Path
@@ -36,8 +33,9 @@ class Saved:
     weights: Weights
 
 
-def read_saved(folder: Path, recipe: Recipe | None = None) -> Saved:
-    """Read the config and the headers of a folder, and compare all of its files with their hashes.
+@contextmanager
+def open_saved(folder: Path, recipe: Recipe | None = None) -> Generator[Saved]:
+    """A saved model whose config fits the headers of its weights; the tensors can be read inside.
 
     Args:
         folder: what `save` wrote.
@@ -48,13 +46,11 @@ def read_saved(folder: Path, recipe: Recipe | None = None) -> Saved:
         ValueError: a damaged checkpoint; the message names the file.
         OSError: a file cannot be read, or an interrupted save cannot be finished.
     """
-    finish(folder)
-    path = folder / "config.json"
-    if not os.path.lexists(path):
-        raise FileNotFoundError(f"there is no config.json in {folder}: it is not a checkpoint of moeify")
-    check(folder, [path])
-    written = read_json(path)
-    description = unfold(written)
+    with open_checkpoint(folder) as (config, weights):
+        yield _compared(folder / CONFIG, unfold(config), recipe, weights)
+
+
+def _compared(path: Path, description: dict[str, Any], recipe: Recipe | None, weights: Weights) -> Saved:
     for key, kind, needed in (
         ("moeify", str, True), ("recipe", (dict, NoneType) if "quantization" in description else dict, True),
         ("model", dict, True), ("quantization", list, False), ("ties", dict, False),
@@ -64,15 +60,13 @@ def read_saved(folder: Path, recipe: Recipe | None = None) -> Saved:
             raise ValueError(f"{path} has no {key!r}: it was not written by moeify.save")
     if not all(isinstance(kept, str) for kept in description.get("ties", {}).values()):
         raise ValueError(f"{path} is damaged: its 'ties' do not name tensors")
-    weights = Weights.of(folder)
     if recipe is None and description["recipe"] is not None:
         recipe = Recipe.from_dict(description["recipe"])
-    _check_declared_sizes(path, description, recipe, weights)
-    weights.check()
+    _refuse_sizes(path, description, recipe, weights)
     return Saved(path, description, recipe, weights)
 
 
-def _check_declared_sizes(path: Path, description: dict[str, Any], recipe: Recipe | None, weights: Weights) -> None:
+def _refuse_sizes(path: Path, description: dict[str, Any], recipe: Recipe | None, weights: Weights) -> None:
     """Compare the sizes that a config names with the headers of the files, before anything is built."""
     most = sum(shape[0] if shape else 1 for shape in weights.shapes.values())
     if recipe is not None and recipe.num_experts > most:

@@ -1,0 +1,125 @@
+"""Read a saved folder: a file is compared with its hash in `SHA256.json` first, and one of weights is opened once.
+
+Folders without hashes, of earlier versions and of other programs, are read unchecked.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Generator, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moeify.files import hashes_of, open_tensors, read_json, unchanged
+from moeify.folders import finish
+from moeify.store.dtypes import dtype_of
+
+CONFIG = "config.json"
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+
+
+@dataclass(frozen=True)
+class Weights:
+    """The weights of a folder, of which the headers are in memory; tensors can be read while the files are open.
+
+    Attributes:
+        folder: where they are.
+        shapes: of every tensor.
+        dtypes: of every tensor; None for those that are not known.
+        files: the file of every tensor.
+        opened: every file, as `moeify.files.open_tensors` gives it.
+    """
+
+    folder: Path
+    shapes: dict[str, tuple[int, ...]]
+    dtypes: dict[str, torch.dtype | None]
+    files: dict[str, Path]
+    opened: dict[Path, Any]
+
+    def read(self) -> Iterator[tuple[str, Tensor]]:
+        """Every tensor, one at a time, in memory of its own; a file is closed after its last one."""
+        for file in self.opened.values():
+            with file:
+                for name in file.keys():  # noqa: SIM118 (it is no dictionary)
+                    yield name, file.get_tensor(name).clone()
+
+    def tensor(self, name: str) -> Tensor:
+        """One tensor, in memory of its own."""
+        return self.opened[self.files[name]].get_tensor(name).clone()
+
+
+@contextmanager
+def open_checkpoint(folder: Path) -> Generator[tuple[dict[str, Any], Weights]]:
+    """The config of a saved model, and its weights, which can be read inside.
+
+    Raises:
+        FileNotFoundError: no config or no weights in the folder.
+        ValueError: files that are damaged, changed since they were saved, or outside the folder.
+        OSError: a file cannot be read, or an interrupted save cannot be finished.
+    """
+    finish(folder)
+    if not os.path.lexists(folder / CONFIG):
+        raise FileNotFoundError(f"there is no {CONFIG} in {folder}: it is not a checkpoint of moeify")
+    saved = hashes_of(folder)
+    config = read_json(unchanged(folder / CONFIG, saved))
+    with _opened(folder, saved) as weights:
+        yield config, weights
+
+
+@contextmanager
+def open_weights(folder: Path) -> Generator[Weights]:
+    """The weights of a folder, which can be read inside; `open_checkpoint` without a config.
+
+    Raises:
+        FileNotFoundError: no weights in the folder.
+        ValueError: files that are damaged, changed since they were saved, or outside the folder.
+        OSError: a file cannot be read, or an interrupted save cannot be finished.
+    """
+    finish(folder)
+    with _opened(folder, hashes_of(folder)) as weights:
+        yield weights
+
+
+@contextmanager
+def _opened(folder: Path, saved: Mapping[str, Any] | None) -> Generator[Weights]:
+    weights = Weights(folder, {}, {}, {}, {})
+    with ExitStack() as closing:
+        for file in weight_files(folder, saved):
+            tensors = closing.enter_context(open_tensors(unchanged(file, saved)))
+            weights.opened[file] = tensors
+            for name in tensors.keys():  # noqa: SIM118
+                header = tensors.get_slice(name)
+                weights.shapes[name], weights.dtypes[name] = tuple(header.get_shape()), dtype_of(header.get_dtype())
+                weights.files[name] = file
+        yield weights
+
+
+def weight_files(folder: Path, saved: Mapping[str, Any] | None = None) -> list[Path]:
+    """The files that hold the weights of a checkpoint: those that its index names, or the only one.
+
+    Args:
+        folder: of the checkpoint.
+        saved: `hashes_of` the folder, to compare the index with; None to read it unchecked.
+
+    Raises:
+        FileNotFoundError: one of them is missing.
+        ValueError: the index is damaged or names a file outside the folder.
+    """
+    index, names = folder / INDEX, [WEIGHTS]
+    if os.path.lexists(index):
+        of_tensors = read_json(unchanged(index, saved)).get("weight_map")
+        if not isinstance(of_tensors, dict) or not of_tensors or {str} != set(map(type, of_tensors.values())):
+            raise ValueError(f"{index} has no 'weight_map' from tensors to files")
+        names = sorted(set(of_tensors.values()))
+    for name in names:
+        if Path(name).name != name:
+            raise ValueError(f"{index} names the file {name!r}, which is outside the checkpoint folder")
+        if not os.path.lexists(folder / name):
+            raise FileNotFoundError(f"the checkpoint {folder} has no file {name}")
+    return [folder / name for name in names]
