@@ -26,7 +26,8 @@ class QuantizedLinear(nn.Module):
     def __init__(self, linear: nn.Linear, bits: int, group_size: int = 64) -> None:
         super().__init__()
         has_bias = linear.bias is not None
-        self.map = Weights(1, linear.out_features, linear.in_features, bits, group_size, has_bias)
+        with linear.weight.device:
+            self.map = Weights(1, linear.out_features, linear.in_features, bits, group_size, has_bias)
         self.map.fill(linear.weight.unsqueeze(0), linear.bias.unsqueeze(0) if has_bias else None)
         self.in_features, self.out_features = linear.in_features, linear.out_features
 

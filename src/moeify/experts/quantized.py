@@ -178,17 +178,18 @@ def quantize(experts: Experts, bits: int = 8, group_size: int = 64) -> Quantized
             "units in training; quantise FFN experts, after model.eval()"
         )
     num_experts, width_out, hidden = s.down.shape
-    quantized = Quantized(
-        num_experts,
-        s.up.shape[-1],
-        hidden,
-        s.activation,
-        width_out=width_out,
-        bits=bits,
-        group_size=group_size,
-        up_bias=s.up_bias is not None,
-        down_bias=s.down_bias is not None,
-    ).to(s.up.device)
+    with s.up.device:
+        quantized = Quantized(
+            num_experts,
+            s.up.shape[-1],
+            hidden,
+            s.activation,
+            width_out=width_out,
+            bits=bits,
+            group_size=group_size,
+            up_bias=s.up_bias is not None,
+            down_bias=s.down_bias is not None,
+        )
     quantized.up.fill(s.up, s.up_bias)
     quantized.down.fill(s.down, s.down_bias)
     return quantized.train(experts.training)

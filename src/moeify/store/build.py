@@ -16,7 +16,7 @@ from torch.nn.modules.module import (
 )
 
 from moeify.compress.quantize import quantize_as
-from moeify.meta import made_on_meta, move_parameters, parameters_on_meta
+from moeify.meta import made_on_meta, move_parameters
 from moeify.sparsify.plan import Plan, find
 from moeify.store.dtypes import cast_buffers
 from moeify.store.local import local_config
@@ -34,26 +34,25 @@ def build(saved: Saved, model: nn.Module | None = None) -> nn.Module:
         ValueError: a model that is not of transformers and was not given, or a config that no model follows.
     """
     description, recipe = saved.description, saved.recipe
-    sites, plan = description.get("sites"), None
+    sites = description.get("sites")
     with _parts_at_most(max(USUAL_LAYERS, 100 * len(saved.weights.shapes)), saved.path):
         if model is None:
             make = partial(_dense, saved.path, description["model"])
             searched = recipe is not None and sites is None  # saved by an earlier version; a search reads values
             model = None if searched else made_on_meta(make)
             model = make() if model is None else model
-        if recipe is not None:
-            plan = find(model, recipe, sites)
-        move_parameters(model, "meta")
-        if plan is not None:
-            apply_on_meta(plan)
-        with parameters_on_meta():
-            quantize_as(model, description.get("quantization", []))
+        if recipe is None:
+            move_parameters(model, "meta")
+        else:
+            apply_on_meta(find(model, recipe, sites))
+        quantize_as(model, description.get("quantization", []))
     cast_buffers(model, description.get("buffers", {}), saved.path)
     return model
 
 
 def apply_on_meta(plan: Plan) -> None:
-    """Put the sparse layers of a plan into a model without memory for parameters, as far as the layers allow it."""
+    """Put the sparse layers of a plan into its model, both without memory for parameters if the layers allow it."""
+    move_parameters(plan.model, "meta")
     if made_on_meta(lambda: nn.ModuleList([*plan.layers, *plan.following.values()])) is None:
         move_parameters(plan.model, "cpu")  # for a part of the user's own that computes with values
         plan = replace(plan)  # which makes its layers anew
