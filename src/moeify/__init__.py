@@ -1,6 +1,6 @@
 """Make any transformer sparse: tokens -> router -> dispatch -> experts -> combine.
 
-The public names are imported when they are first asked for, so that the command line can show its help without torch.
+The public names are imported when they are first used, so that the command line can show its help without torch.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""PLE: stacked extraction levels, in which tasks have experts of their own and share others."""
+"""PLE (progressive layered extraction): stacked levels in which tasks have experts of their own and share others."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from moeify.routers.extraction import Extraction
 
 
 class PLE(nn.Module):
-    """x of the first level is every input of it; y_1 .. y_n, y_s of a level are x_1 .. x_n, x_s of the next.
+    """every input of the first level is x; y_1 .. y_n, y_s of a level are x_1 .. x_n, x_s of the next.
 
     Args:
         levels: sparse layers whose routers are `Extraction`s for the same tasks, the last without a shared gate.
@@ -65,7 +65,7 @@ def ple(
         ValueError: no level, or as of `Extraction`.
     """
     if levels < 1:
-        raise ValueError(f"{levels} levels extract nothing; choose at least one")
+        raise ValueError(f"{levels} levels have no experts; choose at least one")
     context = Context() if context is None else context
     count, inputs = tasks * private + shared, tasks + 1
     reads = [task for task in range(tasks) for _ in range(private)] + [tasks] * shared

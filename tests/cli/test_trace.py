@@ -72,7 +72,7 @@ def test_a_trace_is_converted(tmp_path):
         "trace", tmp_path / "t.csv", "--output", tmp_path / "t.jsonl", "--experts", 8, "--format", "megatron"
     )
     assert ended.code == 0, ended.err
-    assert "the format megatron has no place for phase, position, sequence, which are left out" in ended.out
+    assert "the format megatron cannot store phase, position, sequence, which are not written" in ended.out
     assert "2 layers of 8 experts, 2 tokens, 1 of them decoded" in ended.out
     assert read_trace(tmp_path / "t.jsonl").layers["decoder.layers.1"].experts.tolist() == [[0, 3], [1, 0]]
 
@@ -80,7 +80,7 @@ def test_a_trace_is_converted(tmp_path):
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        ("t.txt", "t.txt is no trace in a format that is known"),
+        ("t.txt", "t.txt is not a trace in a known format"),
         ("nothing", "no model"),
         ("empty", "no model"),
     ],

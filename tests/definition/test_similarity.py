@@ -1,4 +1,4 @@
-"""Routing by likeness against its definition, and centroids against means that are taken by hand."""
+"""Routing by similarity against its definition, and centroids against means that are taken by hand."""
 
 from functools import partial
 

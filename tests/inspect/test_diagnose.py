@@ -101,8 +101,8 @@ def test_too_few_tokens_are_unknown_and_no_data_too():
 def test_faults_of_training_are_not_asked_without_a_trainer():
     diagnosis = diagnose(model(), batches())
     assert diagnosis.status == "healthy"
-    assert set(diagnosis.unasked) == set(OF_TRAINING)
-    assert not set(diagnosis.unasked) & set(diagnosis.healthy)
+    assert set(diagnosis.unchecked) == set(OF_TRAINING)
+    assert not set(diagnosis.unchecked) & set(diagnosis.healthy)
 
 
 def test_a_diagnosis_leaves_weights_gradients_modes_and_random_numbers_as_they_were(case):
@@ -156,8 +156,8 @@ def test_a_trace_alone_tells_of_loads_and_the_rest_is_not_asked(broken, case):
     broken.INJECTORS["dead_experts"](case)
     found = diagnose(capture(case.model, case.batches))
     assert "dead_experts" in names(found)
-    assert {"identical_experts", "not_finite", "balance_off"} <= found.unasked.keys()
-    assert found.unasked["not_finite"] == "a trace was shown, and no model"
+    assert {"identical_experts", "not_finite", "balance_off"} <= found.unchecked.keys()
+    assert found.unchecked["not_finite"] == "only a trace was given, no model"
 
 
 def test_a_dense_mixture_is_never_called_collapsed():

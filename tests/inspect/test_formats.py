@@ -129,13 +129,13 @@ def test_formats_of_others_keep_what_they_have_a_place_for(name: str, file: str,
     assert (tmp_path / file).read_bytes() == first
 
 
-def test_what_a_format_has_no_place_for_is_said(tmp_path, capsys):
+def test_columns_that_a_format_cannot_store_are_named(tmp_path, capsys):
     table = Tokens(1, ids=torch.tensor([5]))
     layer = LayerTrace(
         name="layers.0", num_experts=2, tokens=table, experts=torch.tensor([[1]]), weights=torch.ones(1, 1)
     )
     write_trace(Trace(layers={"layers.0": layer}), tmp_path / "a.jsonl")
-    assert capsys.readouterr().out == "a.jsonl: the format megatron has no place for ids, weights, which are left out\n"
+    assert capsys.readouterr().out == "a.jsonl: the format megatron cannot store ids, weights, which are not written\n"
     write_trace(Trace(layers={"layers.0": layer}), tmp_path / "a.trace.jsonl")
     assert capsys.readouterr().out == ""
 
@@ -261,12 +261,12 @@ def test_a_response_of_vllms_server_tells_prompt_and_answer(coded, tmp_path):
 _HEADING = "# route_trace v1\n# model=m n_expert=4\n# layer=0 expert_bytes=8 dense_bytes=9\n"
 _COLUMNS = "turn,phase,step,layer,slot,expert,weight,residency,expert_bytes\n"
 DAMAGED = {
-    "route 1": ("t.route.csv", "# route_trace v2\n", "is no trace in a format that is known"),
+    "route 1": ("t.route.csv", "# route_trace v2\n", "is not a trace in a known format"),
     "route 2": ("t.route.csv", _HEADING, "ends before the heading"),
     "route 3": ("t.route.csv", _HEADING + "turn,step\n", "line 4: the heading is not turn,phase"),
     "route 4": ("t.route.csv", _HEADING + _COLUMNS, "has no row"),
     "route 5": ("t.route.csv", _HEADING + _COLUMNS + "0,0,0,0,0,1\n", "line 5: 6 values for 9 columns"),
-    "route 6": ("t.route.csv", _HEADING + _COLUMNS + "0,0,0,0,0,x,1,0,0\n", "line 5: .* has a value that is no number"),
+    "route 6": ("t.route.csv", _HEADING + _COLUMNS + "0,0,0,0,0,x,1,0,0\n", "line 5: .* has a value that is not a number"),
     "route 7": ("t.route.csv", _HEADING + _COLUMNS + "0,3,0,0,0,1,1,0,0\n", "line 5: the phase is neither 0 nor 1"),
     "route 8": ("t.route.csv", _HEADING + _COLUMNS + "0,0,0,0,0,4,1,0,0\n", "has expert 4, which a layer of 4 experts"),
     "route 9": ("t.route.csv", _HEADING + _COLUMNS + "0,0,0,0,0,1,1,0,0\n" * 2, "line 6: says again what line 5 says"),
@@ -280,17 +280,17 @@ DAMAGED = {
     "megatron 3": ("t.jsonl", record(0, 0, [[1], [2, 3]]), "line 1: top_indices are no table of numbers"),
     "megatron 4": ("t.jsonl", record(0, 0, [[1]], topk=2), "it has 1 tokens and topk 2, and top_indices"),
     "megatron 5": ("t.jsonl", record(-1, 0, [[1]]), "step is -1, and not a number from 0 on"),
-    "llama 1": ("t.csv", "0,1\n0,x\n", "line 2: '0,x' has a value that is no number"),
+    "llama 1": ("t.csv", "0,1\n0,x\n", "line 2: '0,x' has a value that is not a number"),
     "llama 2": ("t.csv", "0,1\n0\n", "line 2: 1 values for 2 columns"),
     "llama 6": ("t.csv", "0,1\n0,9999999\n", "has expert 9999999; the file is damaged, or say how many"),
-    "llama 4": ("t.csv", "0,1\n-1,0\n", "line 2: '-1,0' has a number that cannot be"),
-    "llama 5": ("t.csv", "phase,token,layer,rank,expert\nwarmup,0,1,0,3\n", "line 2: .* has a value that is no number"),
+    "llama 4": ("t.csv", "0,1\n-1,0\n", "line 2: '-1,0' has a number out of range"),
+    "llama 5": ("t.csv", "phase,token,layer,rank,expert\nwarmup,0,1,0,3\n", "line 2: .* has a value that is not a number"),
     "llama 3": ("t.csv", "0,1\n0,1\n1,2\n1,3\n", "line 1: with 2 experts per token a token has one of them twice"),
-    "jsonl 1": ("t.trace.jsonl", '{"moeify_trace": 2}\n', "is a trace of version 2, and this moeify knows 1"),
+    "jsonl 1": ("t.trace.jsonl", '{"moeify_trace": 2}\n', "is a trace of version 2, and this moeify reads 1"),
     "jsonl 2": ("t.trace.jsonl", '{"moeify_trace": 1}\n', "the header is damaged: it has no header and no tables"),
     "vllm 1": ("t.json", '{"choices": [{"routed_experts": "?"}]}', r"routed_experts of 0\.0 is no base64"),
     "vllm 2": ("t.json", '{"choices": []}', "holds no routed experts"),
-    "nothing": ("t.txt", "hello", r"is no trace in a format that is known \(safetensors, jsonl, megatron"),
+    "nothing": ("t.txt", "hello", r"is not a trace in a known format \(safetensors, jsonl, megatron"),
 }  # fmt: skip
 
 
@@ -350,7 +350,7 @@ def test_arrays_that_are_no_routed_experts_are_refused(tmp_path):
     with pytest.raises(ValueError, match="these are of two models"):
         read_trace(tmp_path / "t.safetensors")
     (tmp_path / "t.csv.gz").write_bytes(gzip.compress(b"0,1\n")[:12])
-    with pytest.raises(ValueError, match="cannot be unpacked"):
+    with pytest.raises(ValueError, match="cannot be decompressed"):
         read_trace(tmp_path / "t.csv.gz")
 
 

@@ -11,10 +11,10 @@ from moe_families import build, inputs
 from moeify import MoE
 from moeify.experts import FFN
 from moeify.inspect import report
-from moeify.inspect.measurements.likeness import likeness
+from moeify.inspect.measurements.layer_inputs import experts_of, layer_inputs, parameters_of
 from moeify.inspect.measurements.masking import chosen_experts, masked_losses, without_expert
 from moeify.inspect.measurements.outliers import largest_outputs
-from moeify.inspect.measurements.seen import experts_of, parameters_of, what_experts_see
+from moeify.inspect.measurements.pairwise import pairwise_similarity
 from moeify.inspect.panels.causal import rank_correlation
 from moeify.inspect.panels.over_training import over_training
 from moeify.inspect.panels.panel import NotMeasured
@@ -48,11 +48,11 @@ def batches():
     return [{"input_ids": torch.randint(40, (3, 12), generator=generator), "domain": name} for name in ("a", "b")]
 
 
-def test_what_experts_see_gives_back_the_output_of_the_layer(model, batches):
+def test_layer_inputs_gives_back_the_output_of_the_layer(model, batches):
     outputs = []
     block = model.model.layers[1].mlp
     handle = block.register_forward_hook(lambda module, args, output: outputs.append(output))
-    seen = what_experts_see(model, batches[:1])[next(reversed(sparse_layers(model)))]
+    seen = layer_inputs(model, batches[:1])[next(reversed(sparse_layers(model)))]
     handle.remove()
     (x, routing) = seen.passes[0]
     again = routing.combine(experts_of(seen.layer)(routing.dispatch(x), routing.counts))
@@ -62,10 +62,10 @@ def test_what_experts_see_gives_back_the_output_of_the_layer(model, batches):
 def test_copies_of_one_expert_are_alike_and_others_are_not():
     router = TopK(8, 4)
     moe = nn.Sequential(MoE(router, FFN(4, 8, 16)))
-    before = similarity(likeness(what_experts_see(moe, [torch.randn(2, 9, 8)])))
+    before = similarity(pairwise_similarity(layer_inputs(moe, [torch.randn(2, 9, 8)])))
     for p in moe[0].experts.parameters():
         p.data[:] = p.data[:1].clone()
-    after = similarity(likeness(what_experts_see(moe, [torch.randn(2, 9, 8)])))
+    after = similarity(pairwise_similarity(layer_inputs(moe, [torch.randn(2, 9, 8)])))
     assert before.advice.level == "fine"
     assert after.advice.level == "act"
     assert after.table.rows[0][1:] == (1.0, 1.0, 1.0)
@@ -75,7 +75,7 @@ def test_copies_of_one_expert_are_alike_and_others_are_not():
 def test_weights_of_families_that_hold_them_otherwise_are_told_apart(family):
     model = build(family)
     name, layer = next(iter(sparse_layers(model).items()))
-    matrix = likeness(what_experts_see(model, [inputs(model)]))[name].weights
+    matrix = pairwise_similarity(layer_inputs(model, [inputs(model)]))[name].weights
     assert matrix.shape == (8, 8)
     assert matrix.diagonal() == pytest.approx(1, abs=1e-4)
     assert matrix[~torch.eye(8, dtype=torch.bool)].abs().max() < 0.9
@@ -87,9 +87,9 @@ def test_weights_of_families_that_hold_them_otherwise_are_told_apart(family):
 def test_an_expert_with_outliers_is_a_super_expert():
     moe = nn.Sequential(*(MoE(TopK(8, 8), FFN(8, 8, 16)) for _ in range(3)))
     x = [torch.randn(4, 32, 8)]
-    assert super_experts(largest_outputs(what_experts_see(moe, x))).advice.level == "fine"
+    assert super_experts(largest_outputs(layer_inputs(moe, x))).advice.level == "fine"
     list(moe[1].experts.parameters())[-1].data[5] *= 1000
-    panel = super_experts(largest_outputs(what_experts_see(moe, x)))
+    panel = super_experts(largest_outputs(layer_inputs(moe, x)))
     assert panel.advice.level == "act"
     assert "5 in 1" in panel.advice.finding
 

@@ -68,7 +68,7 @@ def test_it_gives_the_last_logits_writes_and_learns_nothing(tmp_path):
         assert torch.allclose(streamed(ids).logits, loaded(ids).logits[:, -1:], atol=1e-5)
         written = [each.generate(ids, max_new_tokens=4, do_sample=False) for each in (streamed, loaded)]
     assert torch.equal(*written)
-    with pytest.raises(RuntimeError, match="a streamed model cannot learn"):
+    with pytest.raises(RuntimeError, match="a streamed model cannot be trained"):
         streamed(ids)
 
 

@@ -153,7 +153,7 @@ def test_a_trace_names_its_layers_and_has_one():
         Trace(layers={"b": layer})
     with pytest.raises(ValueError, match="nothing was recorded"):
         Trace(layers={})
-    with pytest.raises(ValueError, match="does not know the step of its tokens, only ids, sequence"):
+    with pytest.raises(ValueError, match="does not have the step of its tokens, only ids, sequence"):
         layer.tokens.need("step")
     assert make() == make()
     assert make() != make(seed=1)

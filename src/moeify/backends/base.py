@@ -1,6 +1,6 @@
 """`Backend`, a faster way to compute a whole layer, and predicates by which backends refuse calls they cannot serve.
 
-A predicate `needs_...` returns None where its need is met, and else the reason in words. Backends chain them by `or`.
+A predicate `needs_...` returns None if its requirement is met, else the reason as text. Backends chain them by `or`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The backends `liger` and `sonicmoe`: fused layers of other libraries, which `auto` never takes."""
+"""The backends `liger` and `sonicmoe`: fused layers of other libraries, which `auto` never selects."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`moeify watch`: follow a training in the terminal, loss and time left, and the load of every layer's experts."""
+"""`moeify watch`: follow a training run in the terminal: loss, time left, and expert load of every layer."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Several models into one: dense models become experts, and LoRA adapters become experts behind routers.
+"""Compose one model from several: dense models become experts, and LoRA adapters become experts behind routers.
 
 from_adapters(base, {name: folder}, router)    adapters of PEFT -> experts beside the base's linear layers
 combine_adapters(model, weights)               E adapters -> one adapter

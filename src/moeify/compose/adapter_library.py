@@ -1,4 +1,4 @@
-"""Adapter libraries: LoRA adapters of PEFT, trained apart, become the experts beside the layers that they adapt."""
+"""Adapter libraries: LoRA adapters of PEFT, trained independently, become experts beside the layers that they adapt."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Smaller models: weights of 8 and 4 bits in the places of a model's linear layers and experts."""
+"""Compress models: replace the weights of linear layers and experts by integers of 8 or 4 bits."""
 
 from moeify.compress.quantize import quantize_experts
 

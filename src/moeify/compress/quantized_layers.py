@@ -1,4 +1,4 @@
-"""Modules with weights of 8 or 4 bits that stand in the places of a model's linear layers and experts."""
+"""Modules with weights of 8 or 4 bits that replace a model's linear layers and experts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Batches of excerpts of texts, as many of every domain, to run a trained model over."""
+"""Batches of text excerpts, equally many from every domain, on which a trained model is run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Read what the user names (a file, a folder, a data set on the hub) as training and held-out documents."""
+"""Read a file, a folder or a data set of the hub as training and held-out documents."""
 
 from __future__ import annotations
 

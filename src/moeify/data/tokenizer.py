@@ -1,4 +1,4 @@
-"""Tokenizers: what is needed of one, and the default, whose tokens are bytes."""
+"""The tokenizer protocol that training data needs, and the default tokenizer, whose tokens are bytes."""
 
 from __future__ import annotations
 

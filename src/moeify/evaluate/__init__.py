@@ -1,1 +1,1 @@
-"""Measuring models, and comparing a sparse one with its dense baseline."""
+"""Measure models, and compare a sparse one with its dense baseline."""

@@ -11,7 +11,7 @@ from moeify.export.rules import Field, Traits
 
 @dataclass(frozen=True)
 class HeadDim:
-    """The width of a head, which is D / heads in configurations without the field."""
+    """The width of a head: a field, or D / heads in configurations without it."""
 
     fields: tuple[str, ...] = ("head_dim",)
 
@@ -41,11 +41,12 @@ class HeadNorm(Field):
 
 @dataclass(frozen=True)
 class Rope:
-    """Rotary positions: base, scaling, and the share of a head that turns.
+    """Rotary positions (RoPE): base, scaling, and the share of a head that is rotated.
 
     Attributes:
-        partial: whether a share of every head may stand still.
-        scaled: whether it knows the ways of transformers to reach beyond the lengths of training, such as YaRN.
+        partial: whether a part of every head may stay unrotated.
+        scaled: whether it supports the RoPE scaling
+            types of transformers, such as YaRN.
     """
 
     partial: bool = False
@@ -57,7 +58,7 @@ class Rope:
         return {"partial_rotary_factor": 1.0, **config.rope_parameters}
 
     def write(self, value: dict[str, Any], traits: Traits) -> dict[str, Any]:
-        """All parameters; a class in which whole heads turn has no share."""
+        """All parameters; a class that rotates whole heads has no share."""
         share = value["partial_rotary_factor"]
         if not self.scaled and value["rope_type"] != "default":
             raise Unsupported(f"it does not support rope scaling {value['rope_type']!r}")
@@ -70,7 +71,7 @@ class Rope:
 
 @dataclass(frozen=True)
 class AttentionScale:
-    """What multiplies the products of queries and keys, where it is a field; None is head_dim ** -0.5."""
+    """The scale of attention logits where it is a field; None is head_dim ** -0.5."""
 
     name: str
 
@@ -139,7 +140,7 @@ class OneWindow:
 
 @dataclass(frozen=True)
 class Windows:
-    """A sliding window in the layers whose type says so."""
+    """A sliding window in the layers of type `sliding_attention`."""
 
     extra: tuple[str, ...] = ("use_sliding_window", "max_window_layers")
 

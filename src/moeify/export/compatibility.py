@@ -1,4 +1,4 @@
-"""Before training: which classes of other programs can hold what a recipe makes of a family of dense models."""
+"""Check before training which model classes of other programs can represent the sparse models that a recipe makes."""
 
 from __future__ import annotations
 

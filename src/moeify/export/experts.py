@@ -82,7 +82,7 @@ def _(experts: LoRA) -> GatedFFNs:
 
 
 def shared_of(shared: nn.Module | None) -> tuple[str, GatedFFNs, Tensor | None] | None:
-    """Kind of a shared expert, its network as one of E = 1, and its gate; None if there is none.
+    """The kind of the shared expert, its network stacked with E = 1, and its gate; None if there is no shared expert.
 
     Raises:
         Unsupported: it is no gated network without biases.

@@ -50,7 +50,7 @@ class Exporter(ABC):
 
     @abstractmethod
     def match(self, model: nn.Module) -> Any:
-        """What `write` writes: the model in the terms of the target.
+        """The model expressed in the terms of the target, for `write`.
 
         Raises:
             Unsupported: the target cannot express the model.
@@ -119,7 +119,7 @@ class Export:
 
     Attributes:
         folder: where it is.
-        notes: what the files are, and what was rewritten without changing the function.
+        notes: descriptions of the files and of the rewrites.
         verification: the result of reading it with its target program.
     """
 
@@ -141,10 +141,10 @@ def write(
     The folder appears once the comparison has succeeded; nothing is left of an export that is refused or fails.
 
     Args:
-        model: what `sparsify` or `load` returned, or an MoE model of transformers; it is as it was afterwards.
+        model: what `sparsify` or `load` returned, or an MoE model of transformers; it is not changed.
         folder: must not exist, or be empty.
         to: the name of an exporter, see `exporters()`; `verify` finds it by this name.
-        exporter: one with other settings than that of the name, such as `GgufFile("q8_0")`.
+        exporter: an exporter with other settings, such as `GgufFile("q8_0")`.
         tokenizer: of transformers, written beside the model; needed by targets that put it into the same file.
 
     Raises:

@@ -24,7 +24,7 @@ class Either:
     values: tuple[Any, ...] = ()
 
     def write(self, value: Any, traits: Traits) -> dict[str, Any]:
-        """Nothing: llama.cpp sees it by the tensors, or it has no effect there."""
+        """Nothing: llama.cpp infers it from the tensors, or it has no effect there."""
         if self.values and value not in self.values:
             raise Unsupported(
                 f"it can have {' or '.join(map(str, self.values))}, the model has {value}", self.values[0]
@@ -34,7 +34,7 @@ class Either:
 
 @dataclass(frozen=True)
 class Silu:
-    """The only activation of gated experts in llama.cpp."""
+    """The activation SiLU, the only one of gated experts in llama.cpp."""
 
     def write(self, value: str, traits: Traits) -> dict[str, Any]:
         """Nothing, if it is the model's."""
@@ -67,7 +67,7 @@ class Positions:
     """Rotary positions without scaling, or with factors of their own for every frequency.
 
     Attributes:
-        partial: whether a share of every head may stand still.
+        partial: whether a part of every head may stay unrotated.
         factors: whether the file may have a factor for every frequency.
     """
 
@@ -75,7 +75,7 @@ class Positions:
     factors: bool = False
 
     def write(self, value: dict[str, Any], traits: Traits) -> dict[str, Any]:
-        """The base, and how many units of a head turn."""
+        """The base, and how many units of a head are rotated."""
         share, kind = value["partial_rotary_factor"], value["rope_type"]
         if share != 1.0 and not self.partial:
             raise Unsupported(f"it applies rotary embeddings to whole heads, the model to {share:g} of each head")
@@ -87,7 +87,7 @@ class Positions:
 
 @dataclass(frozen=True)
 class Gating:
-    """What turns logits into scores, by number."""
+    """The score function, stored as a number."""
 
     def write(self, value: str, traits: Traits) -> dict[str, Any]:
         """1 for softmax, 2 for sigmoid."""
@@ -98,7 +98,7 @@ class Gating:
 
 @dataclass(frozen=True)
 class OwnScale:
-    """What multiplies the products of queries and keys, written even where it is the usual number."""
+    """The scale of attention logits, written even where it is the usual number."""
 
     def write(self, value: float | None, traits: Traits) -> dict[str, Any]:
         """The number itself."""
@@ -186,4 +186,4 @@ ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType({row.title: row for
         "shared": SomeShared(SharedCount("expert_shared_count"), "plain"),
     }),
 )})  # fmt: skip
-"""In the order in which they are tried."""
+"""Architectures by name, in the order in which they are tried."""

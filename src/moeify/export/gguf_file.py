@@ -25,7 +25,7 @@ TYPES = {"f32": 0, "f16": 1, "q4_0": 2, "q8_0": 7, "bf16": 32}
 """The types of weights, and the number of each as the type of a file."""
 _BLOCK = 32
 _STEP = {"f32": 0.0, "f16": 2**-10, "bf16": 2**-8, "q8_0": 1 / 127, "q4_0": 1 / 7}
-"""How far a weight may be from what was read back, relative to the largest of its row."""
+"""The largest error of a weight that is read back, relative to the largest weight of its row."""
 _ROUNDING = 1e-4
 _SMALL = 2**29
 """Models of so many parameters are also compared in fp32 where they are written in another type."""
@@ -54,10 +54,10 @@ class GgufFile(Exporter):
 
     def __post_init__(self) -> None:
         if self.weights is not None and self.weights not in TYPES:
-            raise ValueError(f"{self.weights!r} is no type of weights; {suggest(self.weights, [*TYPES])}")
+            raise ValueError(f"{self.weights!r} is not a type of weights; {suggest(self.weights, [*TYPES])}")
 
     def match(self, model: nn.Module) -> Match[Architecture]:
-        """The architecture, and the model in its words.
+        """The architecture, and the model expressed in its terms.
 
         Raises:
             Unsupported: no architecture, or not the one that was asked for, computes what the model does.
@@ -107,7 +107,7 @@ class GgufFile(Exporter):
         return notes
 
     def verify(self, folder: Path, probe: Probe) -> Verification:
-        """Compare names with those that llama.cpp knows, and the logits if `llama_cpp` is installed."""
+        """Compare tensor names with those that llama.cpp reads, and the logits if `llama_cpp` is installed."""
         gguf = _gguf()
         (path,) = folder.glob("*.gguf")
         kind = path.stem.removeprefix("model-")
@@ -146,7 +146,7 @@ def _write_tensors(writer: Any, found: Match[Architecture], kind: str) -> list[s
         back = torch.from_numpy(gguf.quants.dequantize(data, type_)).reshape(tensor.shape)
         wrong = (back - tensor.float()).abs() - _STEP[chosen] * tensor.float().abs().amax(-1, keepdim=True)
         if not (wrong <= 0).all():
-            raise ValueError(f"{name} does not fit into {chosen}: it is read back with other values")
+            raise ValueError(f"{name} does not fit into {chosen}: it changes when it is read back")
         writer.add_tensor(name, data, raw_dtype=type_)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -173,7 +173,7 @@ def _named(found: Match[Architecture]) -> Iterator[tuple[str, Tensor]]:
 
 
 def _frequency_factors(spec: ModelSpec) -> Tensor:
-    """By what the frequencies of positions are divided, (head_dim / 2)."""
+    """The divisors of the rotary frequencies, (head_dim / 2)."""
     from transformers import LlamaConfig
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
@@ -188,10 +188,10 @@ def _frequency_factors(spec: ModelSpec) -> Tensor:
 
 
 def _check_names(reader: Any) -> None:
-    """Whether llama.cpp has a tensor of every name in such a file.
+    """Check that llama.cpp knows every tensor name.
 
     Raises:
-        ValueError: it has not.
+        ValueError: it does not.
     """
     import gguf
 

@@ -70,7 +70,7 @@ def read_tokenizer(folder: Path, vocabulary: int) -> GgufTokenizer | None:
         vocabulary: V of the model; tokens that only the model has are marked as unused.
 
     Raises:
-        Unsupported: one that llama.cpp does not know.
+        Unsupported: llama.cpp does not support the tokenizer.
     """
     if not (folder / "tokenizer.json").is_file():
         if any(folder.glob("tokenizer*")):
@@ -123,13 +123,14 @@ def _tokens(values: dict[str, Any], vocabulary: int) -> tuple[list[str], list[in
 
 
 def _words(pre_tokenizer: dict[str, Any] | None) -> str:
-    """What llama.cpp calls the way in which texts are cut into words."""
+    """llama.cpp's name of the pre-tokenizer."""
     parts = _parts(pre_tokenizer, "pretokenizers")
     pattern = next((part["pattern"].get("Regex") for part in parts if part["type"] == "Split"), None)
     known = {"Split", "ByteLevel"}
     if pattern not in PATTERNS or {part["type"] for part in parts} - known or not parts:
         raise Unsupported(
-            f"llama.cpp knows no tokenizer that cuts words as {json.dumps(pattern or parts)}; leave out the tokenizer "
+            f"llama.cpp has no pre-tokenizer that splits words by {json.dumps(pattern or parts)}; leave out the "
+            "tokenizer "
             "(tokenizer=None), and give token ids"
         )
     return PATTERNS[pattern]

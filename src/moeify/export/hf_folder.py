@@ -22,7 +22,7 @@ from moeify.files import read_json, write_json
 from moeify.registry import suggest
 
 _ROUNDING = 1e-4
-"""Differences of logits, relative to the largest, that may come of a different order of additions."""
+"""Differences of logits, relative to the largest, that a different order of additions may cause."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class HfFolder(Exporter):
     max_shard_size: str = "5GB"
 
     def match(self, model: nn.Module) -> Match[Family]:
-        """The class, and the model in its words.
+        """The class, and the model expressed in its terms.
 
         Raises:
             Unsupported: no class, or not the one that was asked for, computes what the model does.
@@ -56,7 +56,7 @@ class HfFolder(Exporter):
         return found
 
     def write(self, model: Any, folder: Path) -> list[str]:
-        """Write `config.json`, the weights in the layout that the class was released with, and generation settings."""
+        """Write `config.json`, the weights in the layout of released checkpoints, and generation settings."""
         return write_hf_folder(self.match(model), model, folder, self.max_shard_size)
 
     def verify(self, folder: Path, probe: Probe) -> Verification:
@@ -89,7 +89,7 @@ def write_hf_folder(found: Match[Family], model: Any, folder: Path, max_shard_si
         max_shard_size: weights beyond this size are spread over several files.
 
     Raises:
-        Unsupported: tensors that the class has no place for, or lacks.
+        Unsupported: the class lacks a tensor of the model, or needs one that the model lacks.
     """
     built = build(found, model)
     with _quiet():
@@ -106,7 +106,7 @@ def build(found: Match[Family], model: Any) -> Any:
         model: what was exported, for its generation settings.
 
     Raises:
-        Unsupported: tensors that the class has no place for, or lacks.
+        Unsupported: the class lacks a tensor of the model, or needs one that the model lacks.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -133,9 +133,9 @@ def build(found: Match[Family], model: Any) -> Any:
 
 
 def _add_former_fields(path: Path) -> None:
-    """Say positions and the number of experts by their names of transformers 4 too, which other programs read.
+    """Add positions and the number of experts under their names of transformers 4, which other programs read.
 
-    A program that finds no `rope_theta` takes its own default, and writes fluent text with other logits.
+    A program that finds no `rope_theta` uses its own default, and generates fluent text from other logits.
     """
     values = read_json(path)
     rope = values["rope_parameters"]
@@ -153,7 +153,7 @@ def _add_former_fields(path: Path) -> None:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """No progress bars for a copy, and no warnings of networks of width 0."""
+    """Context manager without progress bars for a copy and warnings about networks of width 0."""
     from transformers.utils import logging
 
     shown = logging.is_progress_bar_enabled()

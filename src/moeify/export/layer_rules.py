@@ -36,7 +36,7 @@ class DenseListed:
     fields: tuple[str, ...] = ("mlp_only_layers", "decoder_sparse_step")
 
     def read(self, config: Any) -> tuple[int, ...]:
-        """The others, as far as the step takes them."""
+        """The other layers, at the class's interval between sparse layers."""
         dense, step = set(config.mlp_only_layers), config.decoder_sparse_step
         return tuple(i for i in range(config.num_hidden_layers) if i not in dense and (i + 1) % step == 0)
 
@@ -64,13 +64,13 @@ class DenseFirst:
         """How many are dense."""
         first = traits["layers"] - len(value)
         if value != tuple(range(first, traits["layers"])):
-            raise Unsupported("its sparse layers are all behind its dense ones, and in the model they alternate")
+            raise Unsupported("its sparse layers all follow its dense ones, and in the model they alternate")
         return {self.name: first}
 
 
 @dataclass(frozen=True)
 class EveryFew:
-    """Every so many layers between a first and a last one are sparse (Ernie 4.5)."""
+    """One layer in every `interval` is sparse, between a first and a last one (Ernie 4.5)."""
 
     fields: tuple[str, ...] = ("moe_layer_start_index", "moe_layer_end_index", "moe_layer_interval")
 
@@ -81,7 +81,7 @@ class EveryFew:
         return tuple(i for i in layers if (i + 1) % step == 0)
 
     def write(self, value: tuple[int, ...], traits: Traits) -> dict[str, Any]:
-        """The interval that takes exactly these."""
+        """The first layer, the last layer and the interval that select exactly these."""
         for step in range(1, traits["layers"] + 1):
             if value == tuple(i for i in range(value[0], value[-1] + 1) if (i + 1) % step == 0):
                 return dict(zip(self.fields, (value[0], value[-1], step), strict=True))
@@ -102,7 +102,7 @@ class Groups:
     fields: tuple[str, ...] = ("n_group", "topk_group")
 
     def read(self, config: Any) -> tuple[int, int, str] | None:
-        """Number of groups, how many are kept, and how they score; None where all are kept."""
+        """The number of groups, how many are kept, and how a group is scored; None where all are kept."""
         count, keep = (getattr(config, name) for name in self.fields)
         return None if not count or count == keep else (count, keep, self.reduce)
 
@@ -151,7 +151,7 @@ class SharedWidth:
 
 @dataclass(frozen=True)
 class SharedCount:
-    """A field holds how many experts wide the shared one is; it has no gate."""
+    """A field holds the width of the shared expert in units of one expert's; it has no gate."""
 
     name: str
     always: bool = True
@@ -182,7 +182,7 @@ class SharedCount:
 
 @dataclass(frozen=True)
 class SomeShared:
-    """A shared expert that must have units, as in llama.cpp, which adds it also where its tensors are missing.
+    """A shared expert of width 1 or more, as in llama.cpp, which computes it even where its tensors are missing.
 
     Attributes:
         rule: how wide it is.

@@ -15,7 +15,7 @@ from moeify.export.rules import WriteRule
 
 
 class Target(Protocol):
-    """What a model may be expressed as: a class of transformers, or an architecture of llama.cpp."""
+    """A target that a model can be expressed as: a class of transformers, or an architecture of llama.cpp."""
 
     @property
     def title(self) -> str:
@@ -64,7 +64,7 @@ class Match(Generic[T]):
         """The tensors by the names of the class.
 
         Args:
-            layer: what the names in a sparse layer begin with.
+            layer: the prefix of the names in a sparse layer.
         """
         tensors = {name: t for name, t in self.spec.tensors.items() if not name.startswith("layers.")}
         for i in self.spec["sparse_layers"]:
@@ -95,7 +95,7 @@ def match_trait(
     """The fields of one trait, and the model with the trait rewritten if it had to be.
 
     Raises:
-        Unsupported: there is no way.
+        Unsupported: neither as it is nor by a rewrite.
     """
     if trait not in spec.traits:
         return spec, {}

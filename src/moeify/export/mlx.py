@@ -28,7 +28,7 @@ _OTHERWISE: Mapping[str, Mapping[str, Rule]] = {
     },
     **{name: {} for name in ("mixtral", "qwen3_moe", "olmoe", "dots1", "glm4_moe", "deepseek_v3")},
 }
-"""The classes that mlx-lm has, and the traits in which it differs from transformers."""
+"""The classes that mlx-lm has, and the traits that it computes differently from transformers."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class MlxFolder(Exporter):
     """A folder that `mlx_lm.load` reads, and transformers too."""
 
     def match(self, model: nn.Module) -> Match[Family]:
-        """The class, and the model in its words.
+        """The class, and the model expressed in its terms.
 
         Raises:
             Unsupported: no class that mlx-lm has computes what the model does.

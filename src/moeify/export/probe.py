@@ -33,7 +33,7 @@ class Probe:
 
     @classmethod
     def of(cls, model: Any) -> Probe:
-        """What a model gives in fp32 for random tokens; each layer is computed by its definition."""
+        """The logits of a model in fp32 for random tokens; each layer is computed by its definition."""
         config = model.config
         length = min(_LENGTH, config.max_position_embeddings)
         generator = torch.Generator().manual_seed(0)
@@ -81,7 +81,7 @@ def logits_of(model: Any, ids: Int[Tensor, "B N"]) -> Float[Tensor, "B N V"]:
 
 @contextmanager
 def _in_float32(model: nn.Module) -> Iterator[None]:
-    """Compute in fp32, then put the very tensors back that were there.
+    """Compute in fp32, then restore the original tensors.
 
     The frequencies of rotary positions, which `to(torch.bfloat16)` rounds and files do not hold, are computed anew.
     """
@@ -101,7 +101,7 @@ def _in_float32(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _by_definition(model: Any) -> Iterator[None]:
-    """Let no faster kernel round otherwise."""
+    """Context manager in which every layer is computed by `compose`, so that no kernel rounds differently."""
     layers = moe_layers(model).values()
     kept = [(layer, layer.backend) for layer in layers]
     eager = getattr(model.config, "_experts_implementation", None)

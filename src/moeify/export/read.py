@@ -20,7 +20,7 @@ from moeify.store.peft import has_adapters
 
 
 def spec_of(model: nn.Module) -> ModelSpec:
-    """What a causal language model of transformers with sparse layers computes, as a `ModelSpec`.
+    """Describe a causal language model of transformers with sparse layers as a `ModelSpec`.
 
     Raises:
         Unsupported: a class that is not in the table, or sparse layers that the tables cannot express.
@@ -45,7 +45,7 @@ def _family(model: Any, table: Any) -> Family:
 
 
 def _base(model: Any, family: Family) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Traits by the configuration, and all tensors; tied embeddings are those that are one tensor."""
+    """Traits from the configuration, and all tensors; embeddings are tied if they are one tensor."""
     traits = {trait: rule.read(model.config) for trait, rule in family.rules.items()}
     tensors = {name: value for name, value in model.state_dict(keep_vars=True).items() if isinstance(value, Tensor)}
     traits["tied"] = tensors["lm_head.weight"] is tensors["model.embed_tokens.weight"]

@@ -1,4 +1,4 @@
-"""Rewrites that change tensors and traits of a `ModelSpec` and not its function, one per trait."""
+"""Rewrites of a `ModelSpec`, one per trait: other tensors and traits that compute the same function."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def _shared(spec: ModelSpec, wanted: tuple[str, int] | None) -> ModelSpec | None
         if kind == "gated" and old is None:
             tensors[f"layers.{i}.shared_gate"] = like.new_ones(1, spec["width"])  # llama.cpp divides by its product
     what = f"a shared expert of {width} units is added" if old is None else (
-        f"the shared expert is filled up with zeros, from {old[1]} to {width} units")  # fmt: skip
+        f"the shared expert is padded with zeros, from {old[1]} to {width} units")  # fmt: skip
     return spec.rewritten(what, tensors, shared=wanted)
 
 
@@ -87,7 +87,7 @@ def _biases(trait: str, projections: tuple[str, ...]) -> Rewrite:
 
 
 def _rope_pairs(spec: ModelSpec, wanted: str) -> ModelSpec | None:
-    """Positions turn pairs of units; which ones are a pair is an order of the rows of queries and keys."""
+    """RoPE rotates pairs of units; reordering rows of the query and key projections changes which units form a pair."""
     if spec["latent"] is not None or spec["query_key_norm"] is not None or spec["rope"]["partial_rotary_factor"] != 1.0:
         return None
     tensors = {
@@ -95,7 +95,7 @@ def _rope_pairs(spec: ModelSpec, wanted: str) -> ModelSpec | None:
         for name, tensor in spec.tensors.items()
         if name.endswith(("q_proj.weight", "k_proj.weight", "q_proj.bias", "k_proj.bias"))
     }
-    what = "the rows of queries and keys are reordered, since positions turn other pairs of units"
+    what = "rows of the query and key projections are reordered, since RoPE rotates other pairs of units"
     return spec.rewritten(what, tensors, rope_pairs=wanted)
 
 
@@ -109,7 +109,7 @@ def _tied(spec: ModelSpec, wanted: bool) -> ModelSpec | None:
     if wanted:
         return None
     head = {"lm_head.weight": spec.tensors["model.embed_tokens.weight"]}
-    return spec.rewritten("the embeddings are written twice, as the output map too", head, tied=False)
+    return spec.rewritten("the embeddings are written twice, also as the output projection", head, tied=False)
 
 
 def _expert_hidden(spec: ModelSpec, wanted: int) -> ModelSpec:
@@ -120,7 +120,7 @@ def _expert_hidden(spec: ModelSpec, wanted: int) -> ModelSpec:
         name: torch.cat([F.pad(half, (0, 0, 0, more)) for half in tensor.chunk(2, dim=1)], dim=1)
         for name, tensor in spec.each("gate_up").items()
     }
-    what = f"experts are filled up with zeros, from {spec['expert_hidden']} to {wanted} units"
+    what = f"experts are padded with zeros, from {spec['expert_hidden']} to {wanted} units"
     return spec.rewritten(what, down | up, expert_hidden=wanted)
 
 
@@ -142,4 +142,4 @@ REWRITES: dict[str, Rewrite] = {
     "tied": _tied,
     "expert_hidden": _expert_hidden,
 }
-"""By trait."""
+"""Rewrites by trait."""

@@ -1,4 +1,4 @@
-"""Routers in evaluation as settings of token choice (top-k), the only kind of routing that other programs have.
+"""Express routers in evaluation as settings of token choice (top-k), the only routing that other programs support.
 
 `token_choice_of.register(MyRouter)` adds a router of your own.
 """
@@ -40,7 +40,7 @@ class TokenChoice:
         normalize: whether a token's weights are divided by their sum.
         scale: multiplies the weights.
         bias: the selection bias, (E,), if there is one.
-        groups: how many groups, how many of them a token may use, and how they score; None for all.
+        groups: how many groups, how many of them a token may use, and how they are scored; None for no groups.
         epsilon: of SparseMixer.
     """
 

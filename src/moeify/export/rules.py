@@ -15,7 +15,7 @@ Traits = Mapping[str, Any]
 
 
 class WriteRule(Protocol):
-    """How a trait is written."""
+    """A rule that writes a trait."""
 
     def write(self, value: Any, traits: Traits) -> dict[str, Any]:
         """The fields that express a value of the trait.
@@ -41,7 +41,7 @@ class Rule(WriteRule, Protocol):
 
 @dataclass(frozen=True)
 class Always:
-    """The class has one value of the trait, always."""
+    """The class supports a single value of the trait."""
 
     value: Any
     fields: tuple[str, ...] = ()
@@ -51,7 +51,7 @@ class Always:
         return self.value
 
     def write(self, value: Any, traits: Traits) -> dict[str, Any]:
-        """Nothing, where the model does the same."""
+        """Nothing, if the model has the same value."""
         if value != self.value:
             raise Unsupported(f"always {self.value}, in the model {value}", self.value)
         return {}

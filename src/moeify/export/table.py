@@ -15,7 +15,7 @@ BEGIN, END = "<!-- compatibility: begin -->", "<!-- compatibility: end -->"
 
 
 def compatibilities(name: str, bases: Iterable[str]) -> dict[str, dict[str, Compatibility]]:
-    """What a named recipe becomes on each base; a base that it finds nothing in is left out."""
+    """The compatibility of a named recipe on each base; without bases in which it finds no network."""
     found = {}
     for base in bases:
         try:
@@ -55,7 +55,7 @@ def _first_reason(found: dict[str, dict[str, Compatibility]]) -> str:
 
 
 def main(page: Path) -> None:
-    """Write the table between its marks in a page."""
+    """Write the table between its markers in a page."""
     text = page.read_text(encoding="utf-8")
     before, _, rest = text.partition(BEGIN)
     write_text(page, f"{before}{BEGIN}\n{table(recipes, DENSE)}\n{END}{rest.partition(END)[2]}")

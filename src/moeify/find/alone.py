@@ -1,4 +1,4 @@
-"""Verify how a site was read where no forward pass of the model reaches it, by running a module around it alone."""
+"""Verify a site (a feed-forward network to replace) that no forward pass reaches, by running a parent module alone."""
 
 from __future__ import annotations
 

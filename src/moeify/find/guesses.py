@@ -1,4 +1,4 @@
-"""Guess what a model is called with: random inputs of the kinds that models take, the likeliest first."""
+"""Guess the inputs of a model: random tensors of the kinds that models accept, the likeliest first."""
 
 from __future__ import annotations
 

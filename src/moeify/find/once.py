@@ -1,4 +1,4 @@
-"""Search a model for its feed-forward networks once, however many questions are asked about them."""
+"""Search a model for its feed-forward networks once, and share the result between all functions that need it."""
 
 from __future__ import annotations
 

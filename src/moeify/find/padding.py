@@ -1,4 +1,4 @@
-"""See in a forward pass what sparse layers take for padding, and whether a model reads what they make of it."""
+"""Observe in a forward pass which tokens sparse layers treat as padding, and whether real tokens depend on padding."""
 
 from __future__ import annotations
 

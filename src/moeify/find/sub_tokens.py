@@ -1,4 +1,4 @@
-"""Sites whose sparse layers read every token in parts (MH-MoE): where they are, and what stands there."""
+"""Sites whose sparse layers route sub-tokens, parts of every token (MH-MoE), and the networks of their experts."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def cut(site: Site, heads: int) -> Site:
 
 
 def read_there(site: Site) -> tuple[nn.Module, int]:
-    """What experts are made of, and the width that they read: of sub-tokens, the network of their width.
+    """The network that experts are made of, and the width of their input: D, or D / h for sub-tokens.
 
     It has all hidden units of the dense one, and of their weights those from and to the first D / h of a token.
     """

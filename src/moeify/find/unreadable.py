@@ -1,4 +1,4 @@
-"""Say why linear layers cannot be read as dense weights: PEFT adapters are on them, or their weights are quantised."""
+"""Explain why linear layers cannot be read as dense weights: they have PEFT adapters, or quantised weights."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The experts interface of transformers: moeify computes its experts, and its functions compute our layers.
+"""The experts interface of transformers: compute its experts by moeify, and layers of moeify by its functions.
 
 Its functions map `(experts, tokens, index, weights)` to tokens, whatever the model. Ours can be put in their place, and
 theirs can run our layers.

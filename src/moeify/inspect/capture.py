@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from moeify.inspect.decided import decided
+from moeify.inspect.generation import generated, until_the_end
 from moeify.inspect.join import Part, concatenate, join
 from moeify.inspect.token_tables import TokenTables
 from moeify.inspect.trace import LayerTrace, Trace
-from moeify.inspect.written import until_the_end, write
 from moeify.layers import SparseLayer, sparse_layers, watch_inputs
 from moeify.modes import in_evaluation
 from moeify.notices import notify
@@ -23,7 +23,7 @@ from moeify.progress import Progress
 from moeify.routing import Routing
 
 SCORES = 2**30
-"""Bytes of scores and logits that a trace keeps at most, unless told otherwise."""
+"""Default limit of the bytes of scores and logits in a trace."""
 
 
 @torch.no_grad()
@@ -38,19 +38,19 @@ def capture(
     most_bytes: int = SCORES,
     tokenizer: Any = None,
 ) -> Trace:
-    """Run a model in evaluation over batches, and collect the decisions of its sparse layers; padding is left out.
+    """Run a model in evaluation over batches, and collect the decisions of its sparse layers without padding.
 
     Args:
-        model: with sparse layers, made by moeify or those of transformers.
+        model: a model with sparse layers of moeify or of transformers.
         batches: each a mapping of the model's inputs by name, a tensor, or a tuple of arguments. The entry `domain`, a
             name or one for every row, is kept and not given to the model.
-        tokens: stop after the batch in which a layer has seen so many.
-        generate: let the model write after every batch, always the likeliest token, until it has read so many of its
-            own; these are `DECODE`, one step each, and end with their sequence.
+        tokens: stop after the batch in which a layer has received this many tokens.
+        generate: after every batch, generate greedily until the model has read this many generated tokens; their phase
+            is `DECODE`, one step each, up to the end of their sequence.
         scores: keep the scores of all experts, in half precision.
         logits: keep their logits, in half precision.
-        most_bytes: where scores and logits take more after a batch, they are left out, and a line says so.
-        tokenizer: gives the text of the ids that occur.
+        most_bytes: if scores and logits take more after a batch, the trace has none, and a line is printed.
+        tokenizer: converts the ids that occur to text.
 
     Raises:
         ValueError: the model has no sparse layer; no batch; domains that do not fit their batch.
@@ -99,7 +99,7 @@ def _text(tokenizer: Any, number: int) -> str:
 
 
 class _Recorder:
-    """Watches a model, and makes a trace of every batch that it runs."""
+    """Runs a model and makes a trace of every batch."""
 
     def __init__(self, model: nn.Module, layers: dict[str, SparseLayer], wanted: Mapping[str, bool], most: int) -> None:
         self.model, self.layers, self.wanted, self.most = model, layers, dict(wanted), most
@@ -129,7 +129,7 @@ class _Recorder:
         args = [_moved(value, self.device) for value in args]
         inputs = {name: _moved(value, self.device) for name, value in inputs.items()}
         if generate:
-            written = write(self.model, args, inputs, generate)
+            written = generated(self.model, args, inputs, generate)
             trace = until_the_end(Trace(layers=join(self.parts)), self.model, written, self.tables.step)
         else:
             self.model(*args, **inputs)
@@ -140,7 +140,7 @@ class _Recorder:
         return trace
 
     def _leave_out(self) -> None:
-        notify(f"trace: scores and logits take more than {self.most / 2**20:,.0f} MiB, and are left out")
+        notify(f"trace: scores and logits take more than {self.most / 2**20:,.0f} MiB, so the trace has none")
         self.is_full, self.wanted, self.bytes = True, {"scores": False, "logits": False}, 0
 
     def _see(self, name: str, routing: Routing) -> None:
@@ -154,7 +154,7 @@ class _Recorder:
 
 
 def _half(values: Tensor) -> Tensor:
-    """In half precision, whose largest number stands for larger ones."""
+    """In half precision, clamped to its largest number."""
     most = torch.finfo(torch.half).max
     return values.clamp(-most, most).half()
 

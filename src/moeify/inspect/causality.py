@@ -19,7 +19,7 @@ from moeify.record import record
 
 @dataclass(frozen=True)
 class Leak:
-    """A token of which something changed because another token was replaced.
+    """A token whose decision or output changed because another token was replaced.
 
     Attributes:
         what: whether its experts and their weights changed, or only the layer's output for it.
@@ -34,13 +34,13 @@ class Leak:
 
 @dataclass(frozen=True)
 class Causality:
-    """What was found of one layer; true if no token depends on a later one of its sequence.
+    """The result for one layer; true if no token depends on a later one of its sequence.
 
     Attributes:
         future: a token that changed with a later one of its own sequence: training leaks, generation differs.
-        others: a token that changed with one of another sequence: what a sequence gets depends on its batch.
-        length: a token that changed when its sequence was cut off behind it, though no other token was replaced: the
-            slots of a capacity, say, are as many as all tokens make them.
+        others: a token that changed with one of another sequence: outputs depend on the rest of the batch.
+        length: a token that changed when its sequence was truncated after it, though no other token was replaced; for
+            example, because a capacity grows with the number of tokens.
     """
 
     future: Leak | None = None
@@ -55,12 +55,12 @@ class Causality:
 def check_causality(model: nn.Module, tokens: Any = None, *, tries: int = 4) -> dict[str, Causality]:
     """Replace every token of every sparse layer's input, one at a time, and see which other tokens change.
 
-    Then cut off what follows each token, and see whether it changes.
+    Then truncate the sequence after each token, and see whether it changes.
 
-    Each layer is looked at alone, on the input that it gets in the model, so that a leak has the name of its layer and
-    attention has no part in it. Leaks are found by trying: a capacity that is never reached leaks nothing. The model
-    is taken in the mode that it is in, for routers differ between training and evaluation, and with the same random
-    numbers in every run. Layers of ours and of transformers; of the latter, and of dense mixtures, only outputs.
+    Each layer is run alone, on its input in the model, so that a leak is attributed to its layer and attention plays no
+    part. Leaks are found by trying: a capacity that is never reached leaks nothing. The model keeps its mode, because
+    routers differ between training and evaluation, and every run has the same random numbers. For layers of
+    transformers, and for dense mixtures, only outputs are compared.
 
     Args:
         model: a sparse model.

@@ -38,7 +38,7 @@ def overlap(one: Assignment, other: Assignment) -> float:
     """Mean over tokens of the share of `other`'s experts that `one` uses too: 1 is the same choice.
 
     With the decisions of an earlier and of the last checkpoint on the same tokens it is router saturation (OLMoE,
-    arXiv 2409.02060). Of rows that are there: what a capacity dropped is no choice.
+    arXiv 2409.02060). Rows that a capacity dropped do not count.
 
     Raises:
         ValueError: decisions on different numbers of tokens or experts.
@@ -49,7 +49,7 @@ def overlap(one: Assignment, other: Assignment) -> float:
 
 
 def switched(one: Assignment, other: Assignment) -> float:
-    """The share of the tokens that both route whose first expert differs between two decisions.
+    """Share of tokens, of those that both decisions route, whose first expert differs.
 
     Raises:
         ValueError: decisions without the rank of their rows, or on different numbers of tokens.
@@ -62,7 +62,7 @@ def switched(one: Assignment, other: Assignment) -> float:
 
 
 def output_similarity(experts: Experts, x: Float[Tensor, "T D"]) -> dict[str, float]:
-    """How alike the experts' outputs for the same tokens are: mean `cosine` and mean `cka` over pairs of experts.
+    """Similarity of the experts' outputs for the same tokens: mean `cosine` and mean `cka` over pairs of experts.
 
     `moeify.losses.cosine` and `moeify.losses.linear_cka` have the pairs. A few hundred tokens are enough.
     """
@@ -133,7 +133,7 @@ def representation_collapse(x: Float[Tensor, "T D"], routing: Assignment) -> flo
 
 @contextmanager
 def without_first(layers: Mapping[str, MoE]) -> Iterator[None]:
-    """While it lasts, every token goes without its first expert, and its other weights take over the sum.
+    """Context manager that removes every token's first expert and rescales its other weights to the same sum.
 
     (DeepSeekMoE, arXiv 2401.06066, masks the expert before the choice, so that the next one moves up; here
     the token has one expert less, whatever the router is.) With k = 1 a token keeps none.
@@ -147,7 +147,7 @@ def without_first(layers: Mapping[str, MoE]) -> Iterator[None]:
 
 
 def redundancy(model: nn.Module, loss: Callable[[], float]) -> dict[str, float]:
-    """How much the loss rises when the tokens of one layer go without their first expert: little is redundant.
+    """Rise of the loss when the tokens of one layer lose their first expert, by layer; a small rise means redundancy.
 
     Args:
         model: a sparse model; put it in evaluation first.

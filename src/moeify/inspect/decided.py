@@ -14,7 +14,7 @@ from moeify.routing import Assignment, Mixture, Routing
 
 @dataclass(frozen=True, kw_only=True)
 class Decided:
-    """A decision by token, padding left out; the attributes are those of `LayerTrace`."""
+    """A decision with one row per real token; the attributes are those of `LayerTrace`."""
 
     experts: Int[Tensor, "T K"]
     weights: Float[Tensor, "T K"] | None = None
@@ -27,12 +27,12 @@ class Decided:
 def decided(
     routing: Routing, positions: Int[Tensor, "T"], sequence: Int[Tensor, "T"], *, scores: bool, logits: bool
 ) -> Decided:
-    """The decision by token.
+    """The decision with one row per real token.
 
     Args:
-        routing: it.
+        routing: the decision of a layer.
         positions: of the real tokens, among all of them.
-        sequence: of each, by which one decision per sequence finds its tokens.
+        sequence: the index of each token's sequence, to repeat a decision made once per sequence.
         scores: whether scores are wanted.
         logits: whether logits are.
     """
@@ -55,7 +55,7 @@ def _has_choices(routing: Assignment, tokens: int) -> bool:
 
 
 def _by_token(values: Tensor | None, routing: Assignment, sequence: Tensor) -> Tensor | None:
-    """Scores of every token: of its own decision, or of that of its sequence; None if they cannot be told apart."""
+    """Scores of every token: of its own decision, or of that of its sequence; None if neither fits."""
     if values is None or len(values) == len(sequence):
         return None if values is None else values.float()
     decided = routing.sequence_id

@@ -1,4 +1,4 @@
-"""Diagnose a sparse model: look for every known fault, and say what was found, ruled out or left open."""
+"""Diagnose a sparse model: check every known fault, and report which were found, ruled out or could not be decided."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from torch import nn
 
-from moeify.inspect.faults import FAULTS, Finding, Inapplicable, Observed, Unasked, Unknown, training_of
+from moeify.inspect.faults import FAULTS, Finding, Inapplicable, NotGiven, Observed, Unknown, training_of
 from moeify.inspect.trace import Trace
 from moeify.layers import sparse_layers
 
@@ -17,25 +17,25 @@ Progress = Callable[[str], None]
 
 @dataclass(frozen=True, kw_only=True)
 class Diagnosis:
-    """What is wrong with a model, what is not, and what could not be told.
+    """The faults of a model that were found, those that were ruled out, and those that could not be checked.
 
     Attributes:
         findings: causes before their consequences.
         healthy: names of the faults that were looked for and not found.
         unknown: the faults that could not be judged, and why.
         inapplicable: the faults that this model cannot have, and why.
-        unasked: the faults of what was not shown, such as the training, and what that is.
+        unchecked: the faults whose check needs an input that was not given, such as a trainer, and which input.
     """
 
     findings: tuple[Finding, ...]
     healthy: tuple[str, ...]
     unknown: Mapping[str, str]
     inapplicable: Mapping[str, str]
-    unasked: Mapping[str, str]
+    unchecked: Mapping[str, str]
 
     @property
     def status(self) -> Literal["findings", "unknown", "healthy"]:
-        """`healthy` only if all that was asked could be told, and nothing was found."""
+        """`healthy` only if every check that ran could decide, and none found a fault."""
         if self.findings:
             return "findings"
         return "unknown" if self.unknown or not self.healthy else "healthy"
@@ -45,7 +45,7 @@ class Diagnosis:
         return {"status": self.status, **asdict(self)}
 
     def __str__(self) -> str:
-        """Every finding with evidence and fix, those of several layers together, and what was not found or open."""
+        """Every finding with evidence and fix, equal ones of several layers merged, and the faults not found or undecided."""
         many = len(self.findings)
         lines = [f"{many} finding{'s' * (many > 1)}" if many else _HEADLINES[self.status]]
         for alike in _alike(self.findings):
@@ -58,7 +58,7 @@ class Diagnosis:
         lines.append("")
         if self.healthy:
             lines.append(f"not found: {', '.join(self.healthy)}")
-        open_ends = {"unknown": self.unknown, "not asked": self.unasked, "cannot be here": self.inapplicable}
+        open_ends = {"unknown": self.unknown, "not checked": self.unchecked, "not applicable": self.inapplicable}
         for title, reasons in open_ends.items():
             for reason in dict.fromkeys(reasons.values()):
                 names = [name for name, why in reasons.items() if why == reason]
@@ -76,7 +76,7 @@ def _alike(findings: Iterable[Finding]) -> list[list[Finding]]:
 
 _NAMED = 3  # layers of a finding
 _HEADLINES = {
-    "unknown": "nothing was found, but not all could be told: this is not a clean bill",
+    "unknown": "no fault was found, but some checks could not decide, so the model may still have one",
     "healthy": "nothing was found",
 }
 
@@ -95,18 +95,18 @@ def diagnose(
     rehearsed: forward and backward, without its optimizer. Weights, gradients, modes and random numbers are as before.
 
     Args:
-        model: a sparse model, or a `Trace` of one, for what the decisions alone tell.
+        model: a sparse model, or a `Trace` of one, for the checks that need only decisions.
         batches: what the model is called with, as mappings of arguments; for load some hundred tokens per expert. The
             entry `domain` of `capture` may be there, and is not given to the model.
         trainer: how the model is trained: a trainer of transformers, TRL or `SparseTrainer`, or a function of a list of
             micro-batches that runs their forward and backward passes as the training loop does. Without it, faults of
-            training are not asked.
+            training are not checked.
         faults: names of those to look for, all if not given.
         progress: is called with the name of every fault before it is looked for.
 
     Raises:
         ValueError: the model has no sparse layer, or an unknown fault.
-        TypeError: a trainer that is none.
+        TypeError: a trainer of another type.
     """
     if isinstance(model, nn.Module) and not sparse_layers(model):
         raise ValueError(f"{type(model).__name__} has no sparse layer to diagnose; pass a mixture-of-experts model")
@@ -125,7 +125,7 @@ def _look(seen: Observed, names: Iterable[str], progress: Progress) -> Diagnosis
     findings: list[Finding] = []
     healthy: list[str] = []
     unknown: dict[str, str] = {}
-    unasked: dict[str, str] = {}
+    unchecked: dict[str, str] = {}
     inapplicable: dict[str, str] = {}
     for name in names:
         progress(name)
@@ -133,13 +133,17 @@ def _look(seen: Observed, names: Iterable[str], progress: Progress) -> Diagnosis
             found = [replace(finding, fault=name) for finding in FAULTS[name](seen)]
         except Inapplicable as reason:
             inapplicable[name] = str(reason)
-        except Unasked as reason:
-            unasked[name] = str(reason)
+        except NotGiven as reason:
+            unchecked[name] = str(reason)
         except Unknown as reason:
             unknown[name] = str(reason)
         else:
             findings += found
             healthy += [] if found else [name]
     return Diagnosis(
-        findings=tuple(findings), healthy=tuple(healthy), unknown=unknown, inapplicable=inapplicable, unasked=unasked
-    )  # fmt: skip
+        findings=tuple(findings),
+        healthy=tuple(healthy),
+        unknown=unknown,
+        inapplicable=inapplicable,
+        unchecked=unchecked,
+    )

@@ -1,4 +1,4 @@
-"""Write panels as one HTML file that opens from disk and loads nothing."""
+"""Write panels as one HTML file that works offline."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def write_page(
 
     Args:
         file: where to.
-        title: what was looked at.
+        title: the name of the model or trace.
         facts: about it, by name.
         groups: panels by the tab that they stand in.
         missing: what is not shown, and why.

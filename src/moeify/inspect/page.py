@@ -1,4 +1,4 @@
-"""A report of a comparison as one HTML file, with its pictures inside."""
+"""The report of a comparison as one HTML file with embedded pictures."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def write_report(
 
 
 def printable(text: str) -> str:
-    """The text with what UTF-8 cannot say, such as the bytes of a file name in another encoding, written as escapes."""
+    """The text; what UTF-8 cannot encode, such as bytes of a file name in another encoding, becomes escapes."""
     return text.encode("utf-8", "backslashreplace").decode()
 
 

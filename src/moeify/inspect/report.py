@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from moeify.inspect.capture import capture
 from moeify.inspect.html_page import write_page
-from moeify.inspect.measurements.likeness import likeness
+from moeify.inspect.measurements.layer_inputs import layer_inputs
 from moeify.inspect.measurements.masking import chosen_experts, masked_losses
 from moeify.inspect.measurements.outliers import largest_outputs
-from moeify.inspect.measurements.seen import what_experts_see
+from moeify.inspect.measurements.pairwise import pairwise_similarity
 from moeify.inspect.panels.causal import causal
 from moeify.inspect.panels.coactivation import coactivation
 from moeify.inspect.panels.coloured_text import coloured_text
@@ -54,10 +54,10 @@ OF_TRACES: dict[str, tuple[Callable[[Trace], Panel | Sequence[Panel]], ...]] = {
 
 @dataclass
 class Report:
-    """Panels by tab, and what could not be shown.
+    """Panels by tab, and the panels that could not be made.
 
     Attributes:
-        title: what was looked at.
+        title: the name of the model or trace.
         facts: about it, by name.
         groups: the panels by tab.
         reasons: the panels that are not shown, by the reason.
@@ -115,7 +115,7 @@ def report(
     checkpoints: Mapping[int, nn.Module | Trace] | None = None,
     log: Sequence[Mapping[str, Any]] | None = None,
 ) -> Report:
-    """Everything that can be seen in a model's routing, and what to do about it.
+    """A report on the routing of a model or a trace: all panels that the data allow, each with advice.
 
     Args:
         source: a model with sparse layers, ours or of transformers, or a trace.
@@ -123,7 +123,7 @@ def report(
         file: where to write it as a page, if it is to be written.
         title: what the page is called; by default the name of the model.
         tokenizer: gives the text of the tokens.
-        generate: how many tokens the model writes after every batch, to see decoding apart.
+        generate: how many tokens the model generates after every batch, to show decoding separately.
         measure: also compare experts and mask some of them, which runs the model about 50 times more.
         checkpoints: earlier states of the model by step, or their traces of the same data.
         log: the lines of `metrics.jsonl` of a training.
@@ -159,8 +159,8 @@ def _add_measurements(made: Report, model: nn.Module, batches: Sequence[Any], tr
         reason = "the weights of this model stay on disk, and are read for one pass at a time"
         made.reasons[reason] = ["similarity of experts", "super experts", "causal score"]
         return
-    seen = what_experts_see(model, batches)
-    made.add("Experts", "similarity of experts", lambda: similarity(likeness(seen)))
+    seen = layer_inputs(model, batches)
+    made.add("Experts", "similarity of experts", lambda: similarity(pairwise_similarity(seen)))
     made.add("Experts", "super experts", lambda: super_experts(largest_outputs(seen)))
 
     def masked() -> Panel:

@@ -1,4 +1,4 @@
-"""What kind of tokens a layer of a model sees, and their ids, by the stack that the layer is in."""
+"""Ids and modality of the tokens of each layer, by the stack (encoder, decoder or tower) that the layer is in."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ _MARKED = {
     "image_token_id": "image", "image_token_index": "image", "video_token_id": "video", "video_token_index": "video",
     "audio_token_id": "audio", "audio_token_index": "audio",
 }  # fmt: skip
-"""Settings of transformers that name the id that stands for a part of an image, a video or a sound."""
+"""Settings of transformers that name the placeholder id of a part of an image, a video or a sound."""
 
 
 @dataclass(eq=False)
 class Stack:
-    """A model, or its encoder, decoder or tower: what sees tokens of one kind.
+    """A model, or its encoder, decoder or tower, whose layers all read the same tokens.
 
     Attributes:
         module: it.
-        modality: what it sees, None if its tokens or its inputs tell.
+        modality: of its tokens; None if it is decided by their ids or by the inputs.
         decodes: whether it is the decoder of a model that has an encoder.
         given: the tensors that it was called with last, by name.
     """
@@ -57,7 +57,7 @@ class Stack:
 
 
 def stacks_of(model: nn.Module) -> list[Stack]:
-    """The model, and the stacks in it as far as transformers tells of them."""
+    """The model, and the stacks in it that transformers names."""
     found = {id(model): Stack(model)}
     named: Any = model
     if not hasattr(model, "config") or not hasattr(model, "get_encoder"):
@@ -79,7 +79,7 @@ def innermost(stacks: Sequence[Stack], layer: nn.Module) -> Stack:
 
 
 def ids_of(stack: Stack, model: Stack, shape: Sequence[int]) -> Int[Tensor, "all"] | None:
-    """The ids of a layer's tokens of leading shape `shape`, padding included; None if it sees no words."""
+    """The ids of a layer's tokens of leading shape `shape`, padding included; None if its inputs are not ids."""
     if stack.modality is not None:
         return None
     above = model.given.get("decoder_input_ids" if stack.decodes else "input_ids")
@@ -106,9 +106,9 @@ def modalities_of(stack: Stack, model: Stack, ids: Int[Tensor, "all"] | None) ->
 
 
 def samples_of(stack: Stack, model: Stack, tokens: int) -> int:
-    """How many images, sounds or other samples so many tokens are of, by the inputs; 1 if they do not tell.
+    """The number of images, sounds or other samples of the tokens, by the inputs; 1 if these do not show it.
 
-    An input of one number per token makes each a sample, as users and items are; patches of (T, D) tell nothing.
+    An input of one number per token makes each a sample, as users and items are; patches of (T, D) do not show it.
     """
     for values in (*stack.given.values(), *model.given.values()):
         rows = len(values) if values.dim() else 0

@@ -3,7 +3,7 @@
     model = stream("path/of/a/checkpoint")
     trace = capture(model, batches)
 
-A forward pass holds what lies outside of the layers, the weights of one layer without its experts, and one expert.
+A forward pass holds in memory the modules outside of the layers, one layer without its experts, and one expert.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ from moeify.store.saved import open_saved
 
 
 def stream(folder: str | Path, *, dtype: torch.dtype | None = None, architecture: str | None = None) -> nn.Module:
-    """A model of a checkpoint whose layers are read from the files in every forward pass, and let go after it.
+    """A model whose layers are read from the files of a checkpoint in every forward pass, and freed after it.
 
-    It decides and computes what the model in memory would, with `experts_implementation="eager"`; a causal model gives
-    the logits of the last position alone. Every forward pass reads the weights once, so give it large batches. Experts
-    that no token was sent to are not read. It cannot learn.
+    Its decisions and outputs are those of the model in memory with `experts_implementation="eager"`; a causal model
+    gives the logits of the last position alone. Every forward pass reads the weights once, so give it large batches.
+    Experts that no token was sent to are not read. It cannot be trained.
 
     Args:
         folder: what `save_pretrained` or `moeify.save` wrote, or a name on the hub.
@@ -85,7 +85,7 @@ def _on_meta(folder: Path, dtype: torch.dtype | None, architecture: str | None) 
 
 
 class _Streamed:
-    """Reads the parts of a model before they run."""
+    """Reads the weights of each part of a model before it runs."""
 
     def __init__(self, model: nn.Module, source: Converted) -> None:
         self.model, self.source = model, source
@@ -123,7 +123,7 @@ class _Streamed:
     def _begin(self, model: nn.Module, args: Any) -> None:
         if torch.is_grad_enabled():
             raise RuntimeError(
-                "a streamed model cannot learn, its weights are gone after a forward pass; call it under no_grad"
+                "a streamed model cannot be trained: its weights are freed after a forward pass; call it under no_grad"
             )
         self.progress = Progress("weights read", 1.0)
 
@@ -193,7 +193,7 @@ class Stack:
 
 
 def _units(model: nn.Module) -> Iterable[nn.Module]:
-    """What is read together: the layers of every outermost list, and the map to the vocabulary."""
+    """The modules that are read as one unit: the layers of every outermost list, and the output embedding."""
     for module in model.children():
         if isinstance(module, nn.ModuleList):
             yield from module

@@ -1,4 +1,4 @@
-"""The tables of tokens that the layers of a model see, one for each of its forward passes."""
+"""Tables of the tokens that sparse layers read (ids, sequences, positions), one for each forward pass."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from moeify.routing import Mixture, Routing
 
 
 @dataclass(frozen=True)
-class Seen:
-    """What a layer saw in a forward pass, padding left out.
+class LayerTokens:
+    """The tokens that a layer read in a forward pass, without padding.
 
     Attributes:
         tokens: their table.
@@ -50,10 +50,10 @@ class TokenTables:
         return [*handles, self.stacks[0].module.register_forward_hook(self._end_pass)]
 
     def begin(self, domain: str | Sequence[str] | None) -> None:
-        """Begin a batch whose rows are of a domain, or of one each."""
+        """Begin a batch, all of one domain or with one domain per row."""
         self.domain = domain
         self.step = 0
-        self.tables: dict[Any, Seen] = {}
+        self.tables: dict[Any, LayerTokens] = {}
         self.past: dict[Stack, Int[Tensor, "B"]] = {}
         self.ahead: dict[Stack, Int[Tensor, "B"]] = {}
 
@@ -62,8 +62,8 @@ class TokenTables:
         self.past |= self.ahead
         self.tables = {}
 
-    def of(self, name: str, routing: Routing) -> Seen:
-        """What a layer saw when it decided this."""
+    def of(self, name: str, routing: Routing) -> LayerTokens:
+        """The tokens that a layer read when it made a decision."""
         context, stack = self.layers[name].context, self.stack_of[name]
         shape = tuple(routing.shape)
         if isinstance(routing, Mixture) and routing.source is None:
@@ -74,7 +74,9 @@ class TokenTables:
             self.tables[key] = self._make(context, stack, shape, real)
         return self.tables[key]
 
-    def _make(self, context: Context, stack: Stack, shape: tuple[int, ...], real: Int[Tensor, "T"] | None) -> Seen:
+    def _make(
+        self, context: Context, stack: Stack, shape: tuple[int, ...], real: Int[Tensor, "T"] | None
+    ) -> LayerTokens:
         model, tokens = self.stacks[0], torch.Size(shape).numel()
         positions = torch.arange(tokens) if real is None else real.cpu()
         counted = context.sequence_ids(shape).cpu()[positions]
@@ -97,7 +99,7 @@ class TokenTables:
             columns |= {"modality": kinds[positions], "modalities": MODALITIES}
         constants = {"phase": DECODE if self.step else PREFILL, "step": self.step, "batch": 0}
         columns |= {name: torch.full_like(positions, value) for name, value in constants.items()}
-        return Seen(Tokens(len(positions), **columns), positions, counted)
+        return LayerTokens(Tokens(len(positions), **columns), positions, counted)
 
     def _places(self, stack: Stack, sequence: Int[Tensor, "T"]) -> Int[Tensor, "T"]:
         """The position of every token in its sequence, after those of earlier passes."""

@@ -92,7 +92,7 @@ class Tokens:
         """
         if (values := getattr(self, name)) is None:
             raise ValueError(
-                f"the trace does not know the {name} of its tokens, only {', '.join(self.columns) or 'their number'}; "
+                f"the trace does not have the {name} of its tokens, only {', '.join(self.columns) or 'their number'}; "
                 "record it by moeify trace"
             )
         return values
@@ -114,10 +114,10 @@ class LayerTrace:
         experts: the experts of every token, best first where the router says so; -1 where a token has fewer than K. A
             row that a capacity moved has the expert that it was moved to. Soft MoE chooses none: K is 0.
         weights: their weights, if they are known.
-        dropped: which of them a capacity left out; None if none was, or if it is not known.
+        dropped: which of them a capacity dropped; None if none was, or if it is not known.
         scores: of all experts, after the score function; of Soft MoE the weight of each expert's slots.
         logits: of all experts.
-        extra: what a format knows of every row besides, by name, such as the bytes that were read for it.
+        extra: further values of every row that a file format has, by name, such as the bytes that were read for it.
     """
 
     name: str
@@ -208,7 +208,7 @@ class Trace:
 
     Attributes:
         layers: by name, in the order of the model.
-        header: where it comes from, in plain values: `model`, `format` and what a format knows besides.
+        header: where it comes from, in plain values: `model`, `format` and further facts that the file format has.
     """
 
     layers: dict[str, LayerTrace]
@@ -275,7 +275,7 @@ def _rows(experts: Int[Tensor, "T K"], there: Bool[Tensor, "T K"], num_experts: 
 
 
 def _fitted(values: Tensor, kind: torch.dtype, name: str) -> Tensor:
-    """Whole numbers from -1 on, in the type that they are kept in."""
+    """Integers of at least -1, in the type of their column."""
     if values.is_floating_point() or values.dtype == torch.bool:
         raise ValueError(f"{name} must be whole numbers, not {values.dtype}")
     if values.numel() and (int(values.min()) < -1 or int(values.max()) > torch.iinfo(kind).max):

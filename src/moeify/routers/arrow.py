@@ -23,8 +23,8 @@ class Arrow(Router):
         v_j = the right singular vector of B_j A_j to its largest singular value
         z_j = |u · v_j| / τ;  i = topk(z, k);  w = softmax(z[i])
 
-    The token u is not normalised, so τ works against the size of activations. Prototypes follow the experts: they are
-    computed anew when A or B have changed, and are in no checkpoint.
+    The token u is not normalised, so τ has to be chosen for the size of activations. Prototypes follow the experts:
+    they are computed anew when A or B have changed, and are in no checkpoint.
 
     Args:
         width: D.
@@ -33,8 +33,8 @@ class Arrow(Router):
         temperature: τ.
 
     Raises:
-        ValueError: k outside 1..E; a temperature that is not positive; experts that are no LoRA, or that an adapter is
-            put around; in `forward`, no experts at all.
+        ValueError: k outside 1..E; a temperature that is not positive; experts that are not LoRA, or that an adapter
+            wraps; in `forward`, no experts at all.
     """
 
     settable_k = True
@@ -65,7 +65,7 @@ class Arrow(Router):
 
     @property
     def prototypes(self) -> Float[Tensor, "E D"]:
-        """v of every expert, in fp32; its sign means nothing."""
+        """v of every expert, in fp32; its sign is arbitrary."""
         if not self._experts:
             raise ValueError("this router was never given the experts that it reads; put it into a MoE, or attach them")
         a, b = self._experts[0].lora_A.detach(), self._experts[0].lora_B.detach()

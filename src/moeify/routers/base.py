@@ -171,7 +171,7 @@ class Tokens:
         """The value of the model's input `name`, (B, N) or (B,), for each token or for its sequence.
 
         Raises:
-            ValueError: the model was not given it, or it fits neither tokens nor sequences.
+            ValueError: the model was called without it, or it fits neither tokens nor sequences.
         """
         given = context.look_up(name)
         if given is None:

@@ -55,7 +55,7 @@ class Compete(Router):
         super().__init__()
         check_k(k, num_experts, normalize=True)
         if not 0 <= rate <= 1:
-            raise ValueError(f"rate={rate} is no share of the training steps; choose 0 <= rate <= 1")
+            raise ValueError(f"rate={rate} is not a share of the training steps; choose 0 <= rate <= 1")
         self.num_experts, self.k, self.rate, self.most = num_experts, k, rate, most
         self.weights_sum_to_one = True
         self.competes = False

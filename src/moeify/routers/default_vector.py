@@ -53,7 +53,7 @@ class DefaultVector(Router):
         super().__init__()
         check_k(k, num_experts, normalize=False)
         if not 0 <= beta < 1:
-            raise ValueError(f"beta={beta} is no share of the mean to keep; choose 0 <= beta < 1")
+            raise ValueError(f"beta={beta} is not the share of the mean to keep; choose 0 <= beta < 1")
         self.num_experts, self.k, self.beta = num_experts, k, beta
         self.weight = nn.Parameter(torch.randn(num_experts, width) * init_std)
         self.register_buffer("default", torch.zeros(num_experts, width if width_out is None else width_out))

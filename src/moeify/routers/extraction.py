@@ -1,4 +1,4 @@
-"""Extraction: the gates of one level of PLE, each of which reads an input of its own."""
+"""Extraction: the gates of one level of PLE (progressive layered extraction), each with an input of its own."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ class Extraction(Router):
         g_k = softmax(W_k x_k) over the experts of task k and the shared ones;  g_s = softmax(W_s x_s) over all
         y_k = Σ_j g_kj f_j;  y_s = Σ_j g_sj f_j
 
-    A token is what the level reads, side by side: x_1 .. x_n of the tasks, then x_s of the shared experts. The layer's
-    output is (..., G, O): y_1 .. y_n, and y_s if there is a shared gate. Experts read an input of their own too, by
-    `moeify.experts.OfInputs`; `moeify.ple.ple` stacks such levels.
+    A token is the concatenation of the level's inputs: x_1 .. x_n of the tasks, then x_s of the shared experts. The
+    layer's output is (..., G, O): y_1 .. y_n, and y_s if there is a shared gate. Experts read an input of their own
+    too, by `moeify.experts.OfInputs`; `moeify.ple.ple` stacks such levels.
 
     Args:
         width: (n + 1) · D.
         num_experts: E.
         tasks: n.
         private: experts that belong to each task alone, the first of them to the first task; all others are shared.
-        shared_gate: give y_s, which the next level reads; the last level has none.
+        shared_gate: output y_s too, which the next level reads; the last level has no shared gate.
 
     Raises:
         ValueError: a width that is no multiple of n + 1; private experts that do not fit, see `MultiGate`.

@@ -27,8 +27,8 @@ class Capacity(Router):
         priority: which rows are kept, see `moeify.capacity.limit`.
         overflow: what happens to a token that lost a row, see `moeify.capacity.limit`; with `next` the slots that
             are free for an earlier token depend on later ones.
-        per: whether an expert's slots are for the whole batch, for each sequence or image (`sequence`), for so many of
-            them one after the other (a number: V-MoE's groups have 8 images), or for what of a sequence comes before
+        per: whether an expert's slots are for the whole batch, for each sequence or image (`sequence`), for groups of
+            consecutive ones (a number: V-MoE's groups have 8 images), or for the tokens of a sequence up to each one
             (`prefix`). Only the last depends on no later token at all: the slots of a batch, a group or a sequence grow
             with its tokens, so that more of an earlier one is kept where more follow.
     """
@@ -87,7 +87,7 @@ class Capacity(Router):
         return [self.capacity(factor, n, len(routing.counts), routing.choices.k) for n in range(1, longest + 1)]
 
     def extra_repr(self) -> str:
-        """The factors, the formula, who comes first and what happens to the others."""
+        """The factors, the formula, the priority and the overflow."""
         return (
             f"factor={self.factor}, eval_factor={self.eval_factor}, capacity={self.capacity.__name__}, "
             f"priority={self.priority!r}, overflow={self.overflow!r}, per={self.per!r}"

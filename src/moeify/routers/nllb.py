@@ -22,7 +22,7 @@ from moeify.routing import Assignment, Choices
 
 
 class FinalMask(Router):
-    """Drops everything that a token gets from its experts with probability p, and scales it by 1 / (1 - p) otherwise.
+    """Drops the combined expert output of a token with probability p, and scales it by 1 / (1 - p) otherwise.
 
     Final output masking (NLLB, arXiv 2207.04672): to mask Σ_j g_j E_j(x) is to mask the g_j, so a masked token has
     no rows, and they cost nothing. In training only. What the wrapped router chose stays in `assigned`,
@@ -118,7 +118,7 @@ class Conditional(Router):
             choices=choices,
             evidence=replace(
                 routing.evidence,
-                logits=_beside(routing.logits, torch.finfo(g.dtype).min),  # nobody chooses the dense one
+                logits=_beside(routing.logits, torch.finfo(g.dtype).min),  # the router does not choose the dense one
                 scores=_beside(routing.scores, 0.0),
             ),
         )
@@ -142,7 +142,7 @@ def _beside(columns: Tensor | None, value: float) -> Tensor | None:
 
 def _check(p: float) -> None:
     if not 0 <= p < 1:
-        raise ValueError(f"p={p} is no probability to drop with; choose 0 <= p < 1")
+        raise ValueError(f"p={p} is not a probability; choose 0 <= p < 1")
 
 
 @register("router", "final_mask")

@@ -90,10 +90,10 @@ class NoisyTopK(Router):
             noise = 1 / num_experts
         if noise != "learned" and not (isinstance(noise, float | int) and noise > 0):
             raise ValueError(
-                f"noise={noise!r} is no standard deviation; choose noise > 0, 'learned' or '1/E', or TopK for none"
+                f"noise={noise!r} is not a standard deviation; choose noise > 0, 'learned' or '1/E', or TopK for none"
             )
         if floor < 0:
-            raise ValueError(f"floor={floor} is no least standard deviation; choose floor >= 0")
+            raise ValueError(f"floor={floor} cannot be added to a standard deviation; choose floor >= 0")
         self.num_experts, self.k, self.noise, self.order, self.floor = num_experts, k, noise, order, floor
         self.expected_load = expected_load
         self.weights_sum_to_one = order == "select"

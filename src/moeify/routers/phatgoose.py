@@ -1,4 +1,4 @@
-"""PHATGOOSE: independently trained adapters, each with a gate that was trained after it and without the others."""
+"""PHATGOOSE: routing among independently trained adapters, each with a gate that was trained after it, alone."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ from moeify.routing import Assignment, Evidence
 
 @register("router", "residual")
 class Residual(Router):
-    """z = W x + W_res z', with z' the logits of the layer before; then softmax, top k, normalised (MoE++, 2410.07348).
+    """z = W x + W_res z', z' the logits of the previous layer; then softmax, top k, normalised (MoE++, 2410.07348).
 
     `sparsify` links the layers of a stack; the first has no W_res. The gradient flows on into the earlier routers.
 
@@ -26,7 +26,7 @@ class Residual(Router):
         width: D.
         num_experts: E.
         k: experts per token.
-        zero_experts: how many experts, the last ones, have a zero output; their weights become 0.
+        zero_experts: how many experts have a zero output, the last ones; their weights become 0.
         hidden: rows of V; 0 for a projection without it. The authors take 8 E.
         init_std: standard deviation of the initialisation of W, V and W_res.
 

@@ -35,7 +35,7 @@ class SharedRouting(Router):
         return routing
 
     def link_to(self, previous: Router) -> Router:
-        """A `ReusedRouting` of the first layer's router, in the place of this one."""
+        """A `ReusedRouting` of the first layer's router, which replaces this router."""
         return ReusedRouting(previous.shared if isinstance(previous, ReusedRouting) else previous)
 
 

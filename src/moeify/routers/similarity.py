@@ -69,7 +69,7 @@ class Similarity(Router):
             ids, which = tokens.sequence_id.unique(return_inverse=True)
             units = units.new_zeros(len(ids), x.shape[-1]).index_add(
                 0, which, units
-            )  # the length of a sum says nothing
+            )  # the length of a sum does not affect a cosine
         logits = project(F.normalize(units, dim=-1), F.normalize(self.centroids, dim=-1)) / self.temperature
         best, indices = k_best(logits, self.k)
         evidence = Evidence(logits=logits, scores=logits.softmax(-1), sequence_id=ids)

@@ -35,7 +35,7 @@ class Soft(Router):
     def __init__(self, width: int, num_experts: int, *, slots: int = 1) -> None:
         super().__init__()
         if slots < 1:
-            raise ValueError(f"an expert with {slots} slots reads nothing; choose slots=1 or more")
+            raise ValueError(f"an expert with {slots} slots reads no tokens; choose slots=1 or more")
         self.num_experts, self.slots = num_experts, slots
         self.queries = nn.Parameter(torch.randn(num_experts * slots, width) / math.sqrt(width))
         self.scale = nn.Parameter(torch.ones(1))  # not a scalar, which FSDP cannot shard

@@ -1,4 +1,4 @@
-"""Top-any gating (DynMoE): every expert has a threshold of its own, and a token uses all experts whose it passes."""
+"""Top-any gating (DynMoE): every expert has its own threshold; a token uses the experts whose threshold it passes."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from moeify.routing import Assignment, Evidence
 
 @register("router", "top_any")
 class TopAny(Router):
-    """As many experts as a token needs (DynMoE, arXiv 2405.14297), of a pool that may grow and shrink.
+    """As many experts as a token needs (DynMoE, arXiv 2405.14297), of a number of experts that may grow and shrink.
 
         s_e = sigmoid(cos(x, w_e) / τ)
         expert e is used where s_e > sigmoid(G_e / τ);  each of the k(x) used ones has the weight 1 / k(x)
 
-    Gradients pass the step as if it were s_e - sigmoid(G_e / τ) where that is positive, as in the authors' code. A
-    token that passes no threshold has no expert in training, and the one of the highest score in evaluation.
-    `moeify.train.AdaptExperts` adds and removes experts of the pool.
+    The gradient of the step function is that of s_e - sigmoid(G_e / τ) where that is positive, as in the authors' code.
+    A token that passes no threshold has no expert in training, and the one of the highest score in evaluation.
+    `moeify.train.AdaptExperts` adds and removes experts.
 
     Args:
         width: D.
-        num_experts: E, the size of the pool.
-        start: how many experts of the pool are in use at first, all if not given.
+        num_experts: E, the largest number of experts.
+        start: how many experts are in use at first, all if not given.
         temperature: τ at initialisation; it is learned, and at least 0.01.
 
     Raises:
@@ -42,7 +42,7 @@ class TopAny(Router):
         super().__init__()
         start = num_experts if start is None else start
         if not 1 <= start <= num_experts:
-            raise ValueError(f"start={start} experts of a pool of {num_experts}; choose 1 <= start <= {num_experts}")
+            raise ValueError(f"start={start} experts in use out of {num_experts}; choose 1 <= start <= {num_experts}")
         if temperature < _COLDEST:
             raise ValueError(f"temperature={temperature} is below the least, {_COLDEST}")
         self.num_experts = num_experts

@@ -54,8 +54,8 @@ class ExpertGroups:
     Attributes:
         count: number of groups; the experts of a group lie side by side.
         keep: groups that a token may use.
-        reduce: a group scores as its best expert (`max`, V2) or the sum of its two best (`top2`, V3).
-        fill: what the other groups' experts score: -inf, so that they cannot be chosen.
+        reduce: the score of a group: that of its best expert (`max`, V2) or the sum of its two best (`top2`, V3).
+        fill: the score of experts in the other groups: -inf, so that they cannot be chosen.
     """
 
     count: int
@@ -175,7 +175,7 @@ class TopK(Router):
     def _jittered(self, tokens: Float[Tensor, "T D"]) -> Float[Tensor, "T D"]:
         if not self.training or self.jitter == 0.0:
             return tokens
-        noise = torch.empty_like(tokens, dtype=torch.float32)  # bf16 knows four numbers between 0.99 and 1.01
+        noise = torch.empty_like(tokens, dtype=torch.float32)  # bf16 has four numbers between 0.99 and 1.01
         return tokens * noise.uniform_(1 - self.jitter, 1 + self.jitter)
 
     def extra_repr(self) -> str:
@@ -189,7 +189,7 @@ def _mean(tokens: Float[Tensor, "T D"], sequence: Int[Tensor, "T"], sequences: i
 
 
 def check_k(k: int, num_experts: int, normalize: bool) -> None:
-    """Refuse a number of experts per token that is not there, or that gives the router no gradient.
+    """Refuse a number of experts per token outside 1..E, or one that gives the router no gradient.
 
     Raises:
         ValueError: k outside 1..E; k = 1 with normalised weights.
@@ -210,7 +210,9 @@ def check_per(per: str) -> None:
         ValueError: neither `token` nor `sequence`.
     """
     if per not in ("token", "sequence"):
-        raise ValueError(f"per={per!r} is no unit of decision; choose 'token' or 'sequence' (a sequence or an image)")
+        raise ValueError(
+            f"per={per!r} is not a unit of decision; choose 'token' or 'sequence' (a sequence or an image)"
+        )
 
 
 def _check_groups(groups: ExpertGroups | None, num_experts: int, k: int) -> None:

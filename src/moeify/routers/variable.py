@@ -23,7 +23,7 @@ class TopP(Router):
         width: D.
         num_experts: E.
         p: probability to reach.
-        max_k: at most so many experts, E if not given.
+        max_k: the most experts of a token, E if not given.
         init_std: standard deviation of the projection's initialisation.
 
     Raises:
@@ -35,7 +35,7 @@ class TopP(Router):
     ) -> None:
         super().__init__()
         if not 0 < p <= 1:
-            raise ValueError(f"p={p} is no probability to reach; choose 0 < p <= 1")
+            raise ValueError(f"p={p} is not a probability; choose 0 < p <= 1")
         max_k = num_experts if max_k is None else max_k
         if not 1 <= max_k <= num_experts:
             raise ValueError(f"max_k={max_k} experts out of {num_experts}; choose 1 <= max_k <= {num_experts}")
@@ -80,7 +80,7 @@ class Threshold(Router):
     def __init__(self, width: int, num_experts: int, *, threshold: float = 0.5, init_std: float = 0.02) -> None:
         super().__init__()
         if not 0 <= threshold < 1:
-            raise ValueError(f"threshold={threshold} splits no sigmoid scores; choose 0 <= threshold < 1")
+            raise ValueError(f"threshold={threshold} does not separate sigmoid scores; choose 0 <= threshold < 1")
         self.num_experts, self.threshold = num_experts, threshold
         self.weight = nn.Parameter(torch.randn(num_experts, width) * init_std)
 

@@ -1,4 +1,4 @@
-"""`RoutingCallback`: the load of the experts in the logs of any trainer of transformers, without a class of its own."""
+"""`RoutingCallback`: expert load in the logs of any trainer of transformers, which need not be a `SparseTrainer`."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class RoutingCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Find the sparse layers, watch them, and be called before what `report_to` names."""
+        """Find the sparse layers, add hooks to them, and move before the callbacks of `report_to`."""
         model: nn.Module = kwargs["model"]
         self._end()
         if args.n_gpu > 1:
@@ -116,7 +116,7 @@ class RoutingCallback(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Watch no longer."""
+        """Remove the hooks."""
         self._end()
 
     def _end(self) -> None:
@@ -136,7 +136,7 @@ def _tokens(inputs: dict[str, Any]) -> Int[Tensor, ""] | int:
 def _call_first(callback: TrainerCallback) -> None:
     """Put a callback before those of `report_to`, which transformers calls before all that a trainer was given.
 
-    Nothing that a callback is given leads to the list that it is in; its caller has it.
+    No argument of a callback refers to the list of callbacks, so it is found through the calling frame.
     """
     frame = sys._getframe(1)
     while frame is not None:
@@ -146,4 +146,4 @@ def _call_first(callback: TrainerCallback) -> None:
             handler.callbacks.insert(0, callback)
             return
         frame = frame.f_back
-    notify("moeify: RoutingCallback is called by no trainer of transformers; its figures are in metrics.jsonl alone")
+    notify("moeify: RoutingCallback is not called by a trainer of transformers; its figures are in metrics.jsonl alone")

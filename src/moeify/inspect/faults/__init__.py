@@ -1,8 +1,8 @@
-"""Faults of sparse models, one function each: from what was observed to findings with cause, evidence and fix.
+"""Faults of sparse models, one function each: from observations of a model to findings with cause, evidence and fix.
 
-A function yields its findings, none if the model is healthy. It raises `Unknown` where what was observed does not
-decide, `Unasked` where it takes what was not shown, and `Inapplicable` where the model has nothing that could have the
-fault. Causes come before their consequences.
+A function yields its findings, none if the model is healthy. It raises `Unknown` if the observations do not decide,
+`NotGiven` if it needs an input that the caller did not give, such as a trainer, and `Inapplicable` if the model has no
+part that could have the fault. Causes come before their consequences.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from moeify.inspect.faults.collapse import blind_collapse, collapse
 from moeify.inspect.faults.dead_experts import dead_experts
 from moeify.inspect.faults.detached_router import detached_router
 from moeify.inspect.faults.exploding_logits import exploding_logits
-from moeify.inspect.faults.finding import Finding, Inapplicable, Unasked, Unknown
+from moeify.inspect.faults.finding import Finding, Inapplicable, NotGiven, Unknown
 from moeify.inspect.faults.frozen_experts import frozen_experts
 from moeify.inspect.faults.frozen_router import frozen_router
 from moeify.inspect.faults.half_precision_router import half_precision_router
@@ -46,4 +46,4 @@ FAULTS: dict[str, Fault] = {
 }  # fmt: skip
 """All faults by name; causes before consequences."""
 
-__all__ = ["FAULTS", "Fault", "Finding", "Inapplicable", "Observed", "Training", "Unasked", "Unknown", "training_of"]
+__all__ = ["FAULTS", "Fault", "Finding", "Inapplicable", "NotGiven", "Observed", "Training", "Unknown", "training_of"]

@@ -1,4 +1,4 @@
-"""What the losses of the routing do to a router's logits in a step of training, and which definition explains it."""
+"""Gradients of auxiliary losses at the router logits in a training step, and the loss definition that fits them."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ Batch = Mapping[str, Any]
 
 @dataclass
 class Decided:
-    """What a router decided in one micro-batch of a step.
+    """The decision of a router in one micro-batch of a step, and its gradient.
 
     Attributes:
         logits: its logits; of blocks of transformers those of padding too.
         chosen: the experts.
-        real: which tokens are no padding.
-        gradient: what the losses of the routing sent to the logits; zeros if there was none.
+        real: which tokens are not padding.
+        gradient: of the auxiliary losses with respect to the logits; zeros if there was none.
     """
 
     logits: Float[Tensor, "T E"]
@@ -40,14 +40,14 @@ class Decided:
 def auxiliary_gradients(
     model: nn.Module, layers: Mapping[str, SparseLayer], step: Step, batches: Sequence[Batch]
 ) -> dict[str, list[Decided]]:
-    """The gradient of the logits of every layer, for every micro-batch of a step, by the losses of the routing alone.
+    """Gradients of the auxiliary losses alone at the logits of every layer, for every micro-batch of a step.
 
     The weights of the rows are detached, so that the loss of the task does not reach the logits: what is left comes
     from balance losses and z-losses, whoever adds them. The step is run twice, as the loads of one may be the next
     one's f. Gradients of parameters are as before, and modes too.
 
     Raises:
-        Unknown: a layer that cannot be reached into.
+        Unknown: hooks cannot access the logits of a layer.
     """
     for layer in layers.values():
         require_taps(layer)
@@ -139,7 +139,7 @@ def _mean(parts: Sequence[Tensor]) -> Tensor:
 
 
 def explain(layers: Sequence[Decided]) -> tuple[Definition, dict[Definition, float]]:
-    """The definition whose gradient has the direction of what was measured, and the cosine of each.
+    """The definition whose gradient has the measured direction, and the cosine of each.
 
     Args:
         layers: what every layer decided in one and the same micro-batch.

@@ -1,4 +1,4 @@
-"""A balance loss that grows with gradient accumulation."""
+"""Fault: a balance loss that grows with gradient accumulation."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from moeify.inspect.faults.observed import Observed
 
 
 def balance_accumulated(seen: Observed) -> Iterator[Finding]:
-    """A step of n equal micro-batches gets n times the balance gradient of a step of one of them: it must be the same.
+    """A step of n equal micro-batches has n times the balance gradient of a step of one of them; both must be equal.
 
-    A factor between is a fault too; 1.05 leaves room for rounding and padding. transformers' Trainer divides the loss
+    Any factor above 1.05 is a fault; the 0.05 allows for rounding and padding. transformers' Trainer divides the loss
     of the task by the tokens of the step, and adds the balance loss of every micro-batch undivided.
     """
     n = seen.training.accumulation

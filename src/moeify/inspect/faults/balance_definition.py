@@ -1,4 +1,4 @@
-"""A balance loss with a wrong definition: over all layers together, or over padding."""
+"""Faults: a balance loss computed over all layers together, or over padding."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from moeify.inspect.faults.observed import Observed
 
 
 def balance_pooled(seen: Observed) -> Iterator[Finding]:
-    """The balance loss takes all layers together, so that collapsed layers make up for each other.
+    """The balance loss is computed over all layers together, so that collapsed layers compensate each other.
 
     The measured gradient at the logits is compared with that of E · Σ f_j · P_j per layer and over all layers; the
     right definition has a cosine of 1. Four layers that are each collapsed read as perfect, 1.0 in the place of 4.0,

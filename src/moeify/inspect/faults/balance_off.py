@@ -1,4 +1,4 @@
-"""A balance loss that is off, or never reaches the routers."""
+"""Fault: no balancing; the balance loss is turned off, or its gradient never reaches the routers."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from moeify.inspect.faults.observed import Observed
 
 
 def balance_off(seen: Observed) -> Iterator[Finding]:
-    """In a step of training no loss of the routing reaches any router, and no controller moves a selection bias.
+    """In a training step no auxiliary loss reaches any router, and no controller moves a selection bias.
 
-    What a router's logits get is measured with the weights of the rows detached, so that the loss of the task is out
-    of it; exactly zero is the threshold. transformers computes its balance loss only with output_router_logits=True,
-    which is off by default, and many of its families have none.
+    The gradient at the logits is measured with the weights of the experts detached, which excludes the task loss; the
+    threshold is exactly zero. transformers computes its balance loss only with output_router_logits=True, which is off
+    by default, and many of its families have none.
     """
     if seen.training.moves_biases:
         return

@@ -1,10 +1,10 @@
-"""A selection bias that nothing moves."""
+"""Fault: a selection bias that no controller moves."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
-from moeify.inspect.faults.finding import Finding, Inapplicable, Unasked, Unknown
+from moeify.inspect.faults.finding import Finding, Inapplicable, NotGiven, Unknown
 from moeify.inspect.faults.observed import Observed
 
 
@@ -12,7 +12,8 @@ def bias_unmoved(seen: Observed) -> Iterator[Finding]:
     """Every selection bias of a layer is the same number: loss-free balancing was never run, or was not saved.
 
     A controller moves every bias in every step unless its load is exactly even (arXiv 2408.15664, algorithm 1).
-    transformers has the bias of DeepSeek-V3 and GLM, and never moves it. A common shift chooses nothing.
+    transformers has the bias of DeepSeek-V3 and GLM, and never moves it. A bias that is equal for all experts changes
+    no choice.
     """
     biases = {name: list(layer.selection_biases()) for name, layer in seen.layers.items()}
     if not any(biases.values()):
@@ -35,5 +36,5 @@ def bias_unmoved(seen: Observed) -> Iterator[Finding]:
 def _will_move(seen: Observed) -> bool:
     try:
         return bool(seen.training.moves_biases)
-    except Unasked:
+    except NotGiven:
         return False

@@ -1,4 +1,4 @@
-"""A selection bias that gets into the weights."""
+"""Fault: a selection bias that enters the weights of the chosen experts."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SCORES = (softmax, sigmoid, sqrt_softplus)
 
 
 def biased_weights(seen: Observed) -> Iterator[Finding]:
-    """The weights are in proportion to scores *with* the selection bias, which is to choose experts and nothing else.
+    """The weights are proportional to scores *plus* the selection bias, which is for the choice of experts only.
 
     Loss-free balancing (arXiv 2408.15664, eq. 3; DeepSeek-V3, arXiv 2412.19437, eqs. 15-16) weighs by the scores alone.
     The share of a token's weights is compared with both; biased ones must be nearer by a factor of 10.

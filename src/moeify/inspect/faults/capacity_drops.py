@@ -1,4 +1,4 @@
-"""Rows that a capacity leaves out."""
+"""Fault: a capacity drops too many rows."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Routing that has collapsed onto a few experts, whether the balance loss shows it or not."""
+"""Faults: routing that has collapsed onto a few experts, with or without showing in the balance loss."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from moeify.statistics import load
 
 @dataclass(frozen=True)
 class _Collapsed:
-    """A layer of which half the experts or fewer are in use.
+    """A layer that uses half of its experts or fewer.
 
     Attributes:
         name: of the layer.
@@ -28,7 +28,7 @@ class _Collapsed:
 
     @property
     def is_hidden(self) -> bool:
-        """Whether the balance loss sees less than a tenth of the imbalance, E · Σ_j f_j² - 1."""
+        """Whether the balance loss shows less than a tenth of the imbalance, E · Σ_j f_j² - 1."""
         return self.balance is not None and self.balance - 1 <= 0.1 * (self.experts / self.effective - 1)
 
 
@@ -45,7 +45,7 @@ def blind_collapse(seen: Observed) -> Iterator[Finding]:
         if found.is_hidden:
             yield Finding(
                 layer=found.name,
-                cause="the routing has collapsed, and the balance loss cannot see it: the scores are uniform",
+                cause="the routing has collapsed, and the balance loss does not show it: the scores are uniform",
                 evidence=f"balance loss {found.balance:.2f} (1 is even), and {found.effective:.1f} of {found.experts} "
                 "experts in use",
                 fix="watch MaxVio and dead experts in the place of the loss; balance by a selection bias "

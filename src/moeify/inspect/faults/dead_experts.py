@@ -1,4 +1,4 @@
-"""Experts that get next to nothing to compute."""
+"""Fault: experts that receive almost no tokens."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from moeify.statistics import DEAD, load
 
 
 def dead_experts(seen: Observed) -> Iterator[Finding]:
-    """An expert gets less than 1 % of an even share of the rows: it costs memory, and learns from next to nothing.
+    """An expert gets less than 1 % of an even share of the rows: it costs memory and learns almost nothing.
 
-    Counted over all K choices of a token, before any capacity; asked only from 300 rows per expert on, where an expert
-    with no row has less than 1 % with 95 % confidence (the rule of three).
+    Counted over all K choices of a token, before any capacity; checked only with 300 rows per expert or more, where an
+    expert with no row has less than 1 % with 95 % confidence (the rule of three).
     """
     for name, rows in seen.loads.items():
         share = load(rows) * len(rows)

@@ -1,4 +1,4 @@
-"""A router that could learn and gets no gradient."""
+"""Fault: a trainable router that gets no gradient."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from moeify.inspect.faults.observed import Observed
 
 
 def detached_router(seen: Observed) -> Iterator[Finding]:
-    """The router may learn and the task sends it a gradient of exactly 0: its weights left the autograd graph.
+    """The router is trainable, and its gradient of the task loss is exactly 0: it is detached from the autograd graph.
 
     k = 1 with constant weights, whose gradient is 0 or rounding, is `top1_renormalised`.
     """

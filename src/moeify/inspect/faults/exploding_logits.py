@@ -1,4 +1,4 @@
-"""Router logits that have grown too large."""
+"""Fault: router logits that have grown too large."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ LARGE = 32.0
 
 
 def exploding_logits(seen: Observed) -> Iterator[Finding]:
-    """One token in a hundred or more has a logit above 32: weights are all or nothing, and gradients vanish.
+    """One token in a hundred or more has a logit above 32: the softmax saturates, and gradients vanish.
 
     From 32 on bf16 rounds a logit by up to 1/8, a weight by 13 %; a softmax over a gap of 17 is 1 in fp32 and passes no
     gradient on. The z-loss (ST-MoE, arXiv 2202.08906, section 3.3) is for this.

@@ -1,4 +1,4 @@
-"""What a check of a model can say: a finding with its cause, its evidence and its fix, or why it cannot tell."""
+"""Results of a check: a finding with its cause, its evidence and its fix, or the reason why it could not decide."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ class Finding:
 
 
 class Unknown(Exception):
-    """What was observed does not decide whether the fault is there; the message says what is missing."""
+    """The observations do not decide whether the model has the fault; the message says what is missing."""
 
 
-class Unasked(Exception):
-    """The fault lies in what was not shown, the training or the model behind a trace; the message says which."""
+class NotGiven(Exception):
+    """The check needs an input that was not given, such as a trainer or a model; the message says which."""
 
 
 class Inapplicable(Exception):
-    """The model has nothing that could have the fault; the message says what it lacks."""
+    """The model has no part that could have the fault; the message says which part it lacks."""

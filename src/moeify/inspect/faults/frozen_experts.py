@@ -1,4 +1,4 @@
-"""Experts that compute rows and learn nothing from them."""
+"""Fault: experts that compute rows and do not learn."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def frozen_experts(seen: Observed) -> Iterator[Finding]:
             some = ", ".join(map(str, without.nonzero().flatten().tolist()[:8]))
             yield _finding(name, f"{int(without.sum())} experts computed rows and have a gradient of 0: {some}")
     if not known:
-        raise Unknown("the experts' weights are not stacked, so their gradients were not told apart")
+        raise Unknown("the experts' weights are not stacked, so the gradient of each expert is not known")
 
 
 def _finding(name: str, evidence: str) -> Finding:

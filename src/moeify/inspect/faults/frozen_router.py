@@ -1,4 +1,4 @@
-"""A router that does not learn while its experts do."""
+"""Fault: a router that does not learn while its experts do."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from moeify.inspect.faults.observed import Observed
 
 
 def frozen_router(seen: Observed) -> Iterator[Finding]:
-    """No parameter of the router learns while the experts do: they train for choices that never follow them."""
+    """No parameter of the router learns while the experts do: the routing never adapts to what the experts learn."""
     routers = {name: layer for name, layer in seen.layers.items() if layer.router and list(layer.router.parameters())}
     if not routers:
         raise Inapplicable("no router has parameters")

@@ -1,4 +1,4 @@
-"""The gradients that one loss of the task sends to routers and experts."""
+"""Gradients of the task loss with respect to the routers and the experts."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from moeify.routing import Assignment, Routing
 
 @dataclass(frozen=True)
 class Gradients:
-    """What the loss of one batch sends to a layer.
+    """Gradients of the loss of one batch in one layer.
 
     Attributes:
         router: norm of the gradient of all parameters of the router that learn; None if none of them does.
@@ -68,7 +68,7 @@ def task_gradients(
 
 
 def task_loss(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
-    """The loss that a model returns; of a language model its own inputs are what it is to predict.
+    """The loss that a model returns; a language model predicts its own inputs.
 
     Raises:
         Unknown: it returns none.
@@ -91,7 +91,7 @@ def learning(module: nn.Module | None) -> list[nn.Parameter]:
 
 @contextmanager
 def without_own_balance(model: nn.Module) -> Iterator[None]:
-    """While it lasts, a model of transformers adds no balance loss of its own."""
+    """Context manager in which a model of transformers adds no balance loss of its own."""
     configs: dict[int, Any] = {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}
     on = [config for config in configs.values() if getattr(config, "output_router_logits", False)]
     for config in on:

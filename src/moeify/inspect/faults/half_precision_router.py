@@ -1,4 +1,4 @@
-"""A router that computes in bf16 or fp16."""
+"""Fault: a router that computes in bf16 or fp16."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from moeify.inspect.faults.observed import Observed
 
 
 def half_precision_router(seen: Observed) -> Iterator[Finding]:
-    """The logits are numbers of 16 bits: rounding decides between experts that are close, in training and in serving.
+    """All logits are 16-bit numbers: rounding decides between experts with close scores, in training and in serving.
 
     All logits are equal to themselves in bf16 or fp16, which happens by chance to one of 2^16 or 2^13 fp32 numbers.
     Switch (arXiv 2101.03961, section 2.4) computes the router alone in fp32, as do Megatron-Core and vLLM since.

@@ -1,4 +1,4 @@
-"""Experts that are copies of each other."""
+"""Fault: experts that are copies of each other."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def identical_experts(seen: Observed) -> Iterator[Finding]:
             yield Finding(
                 layer=name,
                 cause="experts are copies of each other" if copies < len(alike) else "the experts never diverged",
-                evidence=f"{copies} of {len(alike)} experts have a twin nearer than {APART:.1e} of their size; the "
+                evidence=f"{copies} of {len(alike)} experts have a copy nearer than {APART:.1e} of their size; the "
                 f"median distance of two is {float(others.median()):.1e}",
                 fix="make the copies differ (copies with noise=0.1 or drop=0.5), see that the router learns, and train "
                 "longer; or merge them, as they cost memory and add nothing",

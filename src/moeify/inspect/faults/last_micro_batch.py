@@ -1,4 +1,4 @@
-"""Statistics that forget all but the last micro-batch."""
+"""Fault: load statistics that count only the last micro-batch of a step."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from moeify.routing import Routing
 
 
 def last_micro_batch(seen: Observed) -> Iterator[Finding]:
-    """What a layer keeps as the load of its experts is that of the last micro-batch, and not of the whole step.
+    """The expert load that a layer stores is that of the last micro-batch, not of the whole step.
 
     Every tensor of E numbers that a layer keeps outside its experts, as buffer or attribute, is read before and after
     some micro-batches in training mode. It is a load if it grew by the rows of all of them, or if it is those of the

@@ -1,4 +1,4 @@
-"""Routing that is random when it should not be."""
+"""Fault: routing that is random in evaluation."""
 
 from __future__ import annotations
 

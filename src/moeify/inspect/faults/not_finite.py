@@ -1,4 +1,4 @@
-"""Weights that are not numbers."""
+"""Fault: weights that are NaN or infinite."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from moeify.inspect.faults.observed import Observed
 
 
 def not_finite(seen: Observed) -> Iterator[Finding]:
-    """A parameter holds NaN or infinity: one such value spreads to every later layer, and no figure means anything."""
+    """A parameter holds NaN or infinity: one such value spreads to every later layer and spoils all measurements."""
     for name, count in seen.not_finite:
         yield Finding(
             layer=name,

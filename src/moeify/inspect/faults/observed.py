@@ -1,4 +1,4 @@
-"""What is known of a model: decisions, gradients, outputs and training, each measured when it is first asked for."""
+"""`Observed`: decisions, gradients, outputs and training of a model, each measured when a check first reads it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from moeify.inspect.capture import capture
 from moeify.inspect.faults.auxiliary import Decided, auxiliary_gradients
-from moeify.inspect.faults.finding import Unasked, Unknown
+from moeify.inspect.faults.finding import NotGiven, Unknown
 from moeify.inspect.faults.gradients import Gradients, task_gradients
 from moeify.inspect.faults.outputs import Outputs, expert_outputs
 from moeify.inspect.faults.training import Training
@@ -40,17 +40,17 @@ class Logits(NamedTuple):
 
 
 class Observed:
-    """What a diagnosis can ask about a model.
+    """Measurements of a model, which the checks of a diagnosis read.
 
     Args:
         model: a sparse model, ours or one of transformers; None if there is only a trace.
         batches: what it is called with.
-        training: how it is trained, if that is to be looked at.
+        training: how it is trained, if that is to be checked.
         trace: its decisions, if they were recorded already.
 
     Raises:
         Unknown: from every attribute that cannot be measured, with the reason.
-        Unasked: from every attribute of what was not shown.
+        NotGiven: from every attribute that needs an input that was not given.
     """
 
     def __init__(
@@ -70,14 +70,14 @@ class Observed:
     def model(self) -> nn.Module:
         """The model."""
         if self._model is None:
-            raise Unasked("a trace was shown, and no model")
+            raise NotGiven("only a trace was given, no model")
         return self._model
 
     @property
     def training(self) -> Training:
         """How it is trained."""
         if self._training is None:
-            raise Unasked("no trainer was shown")
+            raise NotGiven("no trainer was given")
         return self._training
 
     @property
@@ -99,9 +99,9 @@ class Observed:
         return [(name, count) for name, count in sums if count]
 
     def require_finite(self) -> None:
-        """Refuse to run a model that computes no numbers."""
+        """Refuse to run a model whose weights are not finite."""
         if self._model is not None and self.not_finite:
-            raise Unknown("weights of the model are not finite, so it computes no numbers")
+            raise Unknown("weights of the model are not finite, so its outputs are not either")
 
     @cached_property
     def trace(self) -> Trace:
@@ -113,7 +113,7 @@ class Observed:
 
     @cached_property
     def loads(self) -> dict[str, Int[Tensor, "E"]]:
-        """The rows assigned to the experts of every layer that chooses some, of tokens enough to judge by."""
+        """The rows assigned to every expert, for layers that choose experts; there must be enough to judge the load."""
         found = {layer.name: layer.assigned for layer in self.trace if layer.k}
         for name, rows in found.items():
             even = int(rows.sum()) / len(rows)
@@ -164,7 +164,7 @@ class Observed:
 
     @cached_property
     def gradients(self) -> dict[str, Gradients]:
-        """What the loss of the first batch sends to every layer."""
+        """The gradients of the loss of the first batch in every layer."""
         self.require_finite()
         return task_gradients(self.model, self.layers, self.batches[0])
 
@@ -175,7 +175,7 @@ class Observed:
         return expert_outputs(self.model, self.layers, self.batches[:4])
 
     def auxiliary(self, batches: Sequence[Batch]) -> dict[str, list[Decided]]:
-        """What the losses of the routing send to the logits of every layer in a step over some micro-batches."""
+        """The gradients of the auxiliary losses at the logits of every layer, in a step over some micro-batches."""
         self.require_finite()
         with self.training.rehearse() as step:
             return auxiliary_gradients(self.model, self.layers, step, batches)

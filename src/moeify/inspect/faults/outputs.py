@@ -1,4 +1,4 @@
-"""The largest outputs of every expert, before they are weighted: where super-experts show."""
+"""The largest outputs of every expert before they are weighted, by which super-experts are recognised."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Outputs:
         return sum(self.medians) / len(self.medians)
 
     def add(self, rows: Float[Tensor, "R O"], expert: Int[Tensor, "R"]) -> None:
-        """See the outputs of some rows."""
+        """Update both statistics with the outputs of some rows."""
         if len(rows):
             sizes = rows.detach().float().abs()
             self.medians.append(float(sizes.median()))
@@ -48,10 +48,10 @@ class Outputs:
 def expert_outputs(
     model: nn.Module, layers: Mapping[str, SparseLayer], batches: list[Mapping[str, Any]]
 ) -> dict[str, Outputs]:
-    """Run some batches and see what every expert returns for its own rows.
+    """Run some batches and measure what every expert returns for its own rows.
 
     Raises:
-        Unknown: a layer that cannot be reached into.
+        Unknown: hooks cannot access the experts of a layer.
     """
     for layer in layers.values():
         require_taps(layer)

@@ -1,4 +1,4 @@
-"""Experts whose rare, huge outputs carry the model."""
+"""Fault: experts with massive activations, on which the whole model depends."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where hooks reach into a sparse layer, ours or transformers': its logits, its choices, the weights of its rows."""
+"""Hooks on the logits, the choices and the weights of a sparse layer, of moeify or of transformers."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ See = Callable[[Float[Tensor, "T E"], Int[Tensor, "T K"]], None]
 
 
 def require_taps(layer: SparseLayer) -> None:
-    """Refuse a layer that cannot be reached into.
+    """Refuse a layer whose logits and weights hooks cannot access.
 
     Raises:
         Unknown: a block of transformers without a router of its own, or that calls its experts in another way.
     """
     if isinstance(layer, HfLayer) and (type(layer.block) is not InterfaceBlock or layer.router is None):
-        raise Unknown(f"{type(layer.module).__name__} calls its experts in a way that cannot be reached into")
+        raise Unknown(f"{type(layer.module).__name__} calls its experts in a way that hooks cannot access")
 
 
 def watch(layer: SparseLayer, see: See) -> list[RemovableHandle]:
@@ -55,9 +55,9 @@ def watch(layer: SparseLayer, see: See) -> list[RemovableHandle]:
 
 
 def detach_weights(layer: SparseLayer) -> RemovableHandle:
-    """Cut the way by which the loss of the task reaches the router: the weights of its rows.
+    """Detach the weights of the rows, through which the task loss reaches the router.
 
-    What gradient its logits still get comes from losses of the routing itself.
+    The gradient that the logits still get comes from auxiliary losses.
     """
     if not isinstance(layer, HfLayer):
         return _router(layer).register_forward_hook(_detached_decision)

@@ -1,10 +1,10 @@
-"""One expert per token with a weight that is always 1."""
+"""Fault: one expert per token, with a weight that is always 1."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
-from moeify.inspect.faults.finding import Finding, Inapplicable, Unasked, Unknown
+from moeify.inspect.faults.finding import Finding, Inapplicable, NotGiven, Unknown
 from moeify.inspect.faults.observed import Observed
 
 
@@ -37,6 +37,6 @@ def top1_renormalised(seen: Observed) -> Iterator[Finding]:
 def _gradient(seen: Observed, name: str) -> str:
     try:
         found = seen.gradients.get(name)
-    except (Unknown, Unasked):
+    except (Unknown, NotGiven):
         return ""
     return "" if found is None or found.router is None else f"; gradient of the router {found.router:.1e}"

@@ -1,4 +1,4 @@
-"""How a model is trained, as far as the diagnosis has to know: what one step of it computes."""
+"""How a model is trained, for the diagnosis: a function that runs one training step without the optimizer."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Step = Callable[[Sequence[Mapping[str, Any]]], None]
 
 @dataclass(frozen=True, kw_only=True)
 class Training:
-    """A way of training.
+    """How a model is trained.
 
     Attributes:
         rehearse: a context that gives a function running forward and backward of the micro-batches of one optimizer

@@ -1,4 +1,4 @@
-"""A router that cannot tell its experts apart."""
+"""Fault: a router whose scores are so close that rounding decides."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def undecided_router(seen: Observed) -> Iterator[Finding]:
         if close >= 0.5:
             yield Finding(
                 layer=name,
-                cause="the router cannot tell its experts apart",
+                cause="the router's scores are so close that rounding decides",
                 evidence=f"for {close:.0%} of {len(logits)} tokens rounding decides which logit is the k-th; the "
                 f"median difference of logits there is {float((chosen - left).median()):.2g}",
                 fix="initialise the router at random (std 0.02) and see that it learns: its learning rate, its "

@@ -6,10 +6,10 @@ from pathlib import Path
 
 from moeify.inspect.formats.base import Format
 from moeify.inspect.formats.bigmoeonedge import BIGMOEONEDGE
+from moeify.inspect.formats.gzipped import first_bytes
 from moeify.inspect.formats.lines import LINES
 from moeify.inspect.formats.llama_cpp import LLAMA_CPP
 from moeify.inspect.formats.megatron import MEGATRON
-from moeify.inspect.formats.packed import first_bytes
 from moeify.inspect.formats.tensors import TENSORS
 from moeify.inspect.formats.vllm import VLLM
 from moeify.inspect.trace import Trace
@@ -57,7 +57,7 @@ def find_format(name: str) -> Format:
 
 
 def recognised(path: str | Path) -> Format | None:
-    """The format of a file, or of a folder of Megatron-LM, by its content; None if it is none of a trace.
+    """The format of a file, or of a folder of Megatron-LM, by its content; None if it is not a trace.
 
     Raises:
         FileNotFoundError: nothing is there.
@@ -75,9 +75,9 @@ def read_trace(
 
     Args:
         path: the file, or a folder of Megatron-LM.
-        format: the name of its format, if it is to be no other.
-        num_experts: E, for formats that do not tell it; otherwise the largest number of an expert does.
-        k: experts per token, for llama.cpp's, whose order of rows tells it otherwise.
+        format: the name of the format, to allow no other.
+        num_experts: E, for formats that do not store it; by default one more than the largest expert index.
+        k: experts per token, for llama.cpp's; by default it follows from the order of rows.
 
     Raises:
         FileNotFoundError: nothing is there.
@@ -86,12 +86,12 @@ def read_trace(
     path = Path(path)
     found = recognised(path) if format is None else find_format(format)
     if found is None:
-        raise ValueError(f"{path} is no trace in a format that is known ({', '.join(format_names())})")
+        raise ValueError(f"{path} is not a trace in a known format ({', '.join(format_names())})")
     return found.read(path, num_experts=num_experts, k=k)
 
 
 def write_trace(trace: Trace, path: str | Path, format: str | None = None) -> None:
-    """Write a trace in a format, by default that of the file's ending; what it has no place for is said.
+    """Write a trace in a format, by default that of the file's ending; print which columns it cannot store.
 
     Raises:
         ValueError: an unknown format or ending, or a trace that the format cannot hold.
@@ -99,7 +99,7 @@ def write_trace(trace: Trace, path: str | Path, format: str | None = None) -> No
     path = Path(path)
     found = format_to_write(path, format)
     if lost := found.lost(trace):
-        notify(f"{path.name}: the format {found.name} has no place for {', '.join(lost)}, which are left out")
+        notify(f"{path.name}: the format {found.name} cannot store {', '.join(lost)}, which are not written")
     found.write(trace, path)
 
 

@@ -1,4 +1,4 @@
-"""What a file format of traces is, and what the formats of other programs share: numbered layers and rows."""
+"""`Format`, a file format of traces, and helpers for formats of other programs, which number layers and list rows."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Format:
         endings: of its files; the first is the usual one.
         keeps: the columns of tokens and layers that its files hold; None for all.
         recognises: whether a file is of this format, by its path and its first bytes.
-        read: the trace of a file; takes `num_experts` and `k` where files do not tell them.
+        read: the trace of a file; takes `num_experts` and `k` for files that do not store them.
         write: write a trace into a file.
     """
 
@@ -38,7 +38,7 @@ class Format:
     write: Callable[[Trace, Path], None]
 
     def lost(self, trace: Trace) -> list[str]:
-        """What of a trace its files have no place for."""
+        """The columns of a trace that this format cannot store."""
         if self.keeps is None:
             return []
         columns = {name for table in trace.tables for name in table.columns}
@@ -53,7 +53,7 @@ def layer_number(name: str) -> int:
         ValueError: it has none.
     """
     if (found := re.search(r"(?<![A-Za-z0-9])\d+(?![A-Za-z0-9])", name)) is None:
-        raise ValueError(f"layer {name} has no number, by which this format calls layers; write moeify's own format")
+        raise ValueError(f"layer {name} has no number, which this format needs; write moeify's own format")
     return int(found[0])
 
 
@@ -76,7 +76,7 @@ def by_number(trace: Trace) -> dict[int, LayerTrace]:
 
 
 def whole(text: str, where: str, what: str) -> int:
-    """A whole number from 0 on that stands in a file.
+    """Parse an integer of at least 0 from a file.
 
     Raises:
         ValueError: something else; `where` and `what` name it.
@@ -87,14 +87,14 @@ def whole(text: str, where: str, what: str) -> int:
 
 
 MOST_EXPERTS = 2**20
-"""Experts of a layer beyond which a number in a file is taken for damage, unless the caller says how many there are."""
+"""The most experts of a layer that a file may imply; a larger number counts as damage unless `num_experts` is given."""
 
 
 def checked_experts(largest: int, num_experts: int | None, where: str) -> int:
-    """E: what the caller knows, or one more than the largest number of an expert that occurs.
+    """E: the number that the caller gave, or one more than the largest expert index that occurs.
 
     Raises:
-        ValueError: the caller knows less, or no layer has so many.
+        ValueError: an index is not below the given number, or is implausibly large.
     """
     if num_experts is None and largest >= MOST_EXPERTS:
         raise ValueError(f"{where} has expert {largest}; the file is damaged, or say how many experts a layer has")
@@ -112,8 +112,8 @@ class Rows:
         layer: its layer's number.
         slot: which of the token's experts it is, from 0.
         expert: this expert.
-        line: where it stands in the file.
-        values: what else the file says of it, by name.
+        line: its line in the file.
+        values: its other columns in the file, by name.
     """
 
     token: Int[Tensor, "R"]
@@ -127,7 +127,7 @@ class Rows:
         """The layers, called `layers.0` and so on; one that saw only some of the tokens has its own table.
 
         Raises:
-            ValueError: two rows for the same slot of a token or none, or an expert that there is not.
+            ValueError: two rows for the same slot of a token or none, or an expert index out of range.
         """
         self._check_slots(where)
         experts = checked_experts(int(self.expert.max()), num_experts, where)

@@ -1,7 +1,7 @@
-"""The route trace of BigMoeOnEdge: CSV, one row per turn, step, layer and slot, with what was read from disk for it.
+"""The route trace of BigMoeOnEdge: CSV, one row per turn, step, layer and slot, with the bytes read from disk for it.
 
-https://github.com/Helldez/BigMoeOnEdge, pull request 21. A step is a token; the prompt and what is decoded share one
-count. Lines before the heading name the model and the bytes of every layer's experts.
+https://github.com/Helldez/BigMoeOnEdge, pull request 21. A step is a token, numbered from the prompt through decoding.
+Lines before the heading name the model and the bytes of every layer's experts.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor
 from moeify.data.decompress import read_text
 from moeify.files import replacing
 from moeify.inspect.formats.base import Format, Rows, by_number, passes, whole
-from moeify.inspect.formats.packed import open_to_write
+from moeify.inspect.formats.gzipped import open_to_write
 from moeify.inspect.formats.table import parse_rows
 from moeify.inspect.trace import DECODE, PREFILL, LayerTrace, Tokens, Trace
 
@@ -28,7 +28,7 @@ _OF_LAYER = ("expert_bytes", "dense_bytes")
 
 
 def read(path: Path, *, num_experts: int | None = None, k: int | None = None) -> Trace:
-    """The trace of a file; the header keeps what its first lines say.
+    """The trace of a file; its first lines become the header.
 
     Raises:
         ValueError: damaged; the message names file and line.
@@ -69,7 +69,7 @@ def _steps(turn: Tensor, phase: Tensor) -> Tensor:
 
 
 def _header(lines: list[str], where: str) -> tuple[dict[str, Any], int]:
-    """What the lines before the rows say, and the number of those lines."""
+    """The facts in the lines before the rows, and the number of those lines."""
     if not lines or lines[0].strip() != FIRST:
         raise ValueError(f"{where}, line 1: not {FIRST!r}; only version 1 is known")
     run: dict[str, str] = {}
@@ -131,12 +131,12 @@ def _rows(layers: dict[int, LayerTrace]) -> Iterator[str]:
 
 
 def _places(tokens: Tokens) -> list[str]:
-    """Turn, phase and step of every token, as they stand in a row."""
+    """Turn, phase and step of every token, as rows state them."""
     none = torch.zeros(len(tokens), dtype=torch.int32)
     turn, phase = (none if column is None else column for column in (tokens.sequence, tokens.phase))
     position = torch.arange(len(tokens)) if tokens.position is None else tokens.position
     if len(torch.stack([turn, position], dim=1).unique(dim=0)) < len(tokens):
-        raise ValueError("two tokens stand at one place of a sequence, and this format tells tokens apart by it")
+        raise ValueError("two tokens of a sequence have one position, by which this format distinguishes tokens")
     columns = [column.tolist() for column in (turn, phase, position)]
     return [",".join(map(str, place)) for place in zip(*columns, strict=True)]
 

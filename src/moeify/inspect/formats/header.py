@@ -18,7 +18,7 @@ def columns_of(layer: LayerTrace) -> dict[str, Tensor]:
 
 
 def described(trace: Trace) -> dict[str, Any]:
-    """What a trace is besides its columns, in plain values."""
+    """The facts of a trace other than its columns, in plain values."""
     tables = trace.tables
     number = {id(table): place for place, table in enumerate(tables)}
     return {
@@ -42,16 +42,16 @@ def described(trace: Trace) -> dict[str, Any]:
 
 
 def check(header: Any, where: str) -> None:
-    """Refuse what is no header of this version.
+    """Refuse anything but a header of this version.
 
     Raises:
-        ValueError: it is none.
+        ValueError: it is not one.
     """
     if not isinstance(header, dict) or "moeify_trace" not in header:
         raise ValueError(f"{where}: it has no header of a trace of moeify")
     if header["moeify_trace"] != VERSION:
         raise ValueError(
-            f"{where} is a trace of version {header['moeify_trace']!r}, and this moeify knows {VERSION}; update "
+            f"{where} is a trace of version {header['moeify_trace']!r}, and this moeify reads {VERSION}; update "
             "moeify, or record it again"
         )
     kinds = {"header": dict, "tables": list, "layers": list}
@@ -68,8 +68,8 @@ def trace_of(
     """The trace that a header describes.
 
     Args:
-        header: it, after `check`.
-        of_table: the columns of a table, by its number and what the header says of it.
+        header: the header, after `check`.
+        of_table: the columns of a table, by its number and its entry in the header.
         of_layer: the columns of a layer.
         where: the name of the file.
 

@@ -18,12 +18,12 @@ from torch import Tensor
 from moeify.data.decompress import parse_json, read_text
 from moeify.files import replacing
 from moeify.inspect.formats.base import Format
+from moeify.inspect.formats.gzipped import open_to_write
 from moeify.inspect.formats.header import check, columns_of, described, trace_of
-from moeify.inspect.formats.packed import open_to_write
 from moeify.inspect.trace import COLUMNS, Trace
 
 Line = tuple[int, dict[str, Any]]
-"""A line's number and what it says."""
+"""The number and the content of a line."""
 
 
 def read(path: Path, *, num_experts: int | None = None, k: int | None = None) -> Trace:
@@ -69,7 +69,7 @@ _DAMAGE = (KeyError, IndexError, TypeError, ValueError, RuntimeError, OverflowEr
 
 
 def _column(lines: list[Line], where: tuple[str | int, ...], kind: torch.dtype) -> Tensor:
-    """What stands in one place of every line; what does not fit the first line is named by its own."""
+    """One entry of every line as a column; an entry that differs in shape from the first is refused by its line."""
     try:
         return torch.tensor([_at(line, where) for _, line in lines], dtype=kind)
     except _DAMAGE:
@@ -96,7 +96,7 @@ def _kind(name: str) -> torch.dtype:
 
 
 def write(trace: Trace, path: Path) -> None:
-    """Write a trace, packed if the file's name ends with `.gz`."""
+    """Write a trace, compressed if the file's name ends with `.gz`."""
     with replacing(path) as new, open_to_write(new, path) as file:
         file.write(json.dumps(described(trace)) + "\n")
         file.writelines(json.dumps(line) + "\n" for line in _lines(trace))

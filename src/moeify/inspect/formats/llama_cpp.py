@@ -1,7 +1,7 @@
 """The MoE trace of llama.cpp: CSV, one row per layer and expert in the order of computation.
 
-`llama-moe-trace` (ggml-org/llama.cpp pull request 28544) writes `layer,expert` without a heading, and does not say how
-many experts a token has, nor which rows are of one token; both follow from the order. A fork
+`llama-moe-trace` (ggml-org/llama.cpp pull request 28544) writes `layer,expert` without a heading, and states neither
+how many experts a token has nor which rows belong to one token; both follow from the order. A fork
 (Cartaz/llama.cpp-vulkan-moe) writes `phase,token,layer,rank,expert`. Both are read, the first is written.
 """
 
@@ -19,7 +19,7 @@ from torch import Tensor
 from moeify.data.decompress import read_text
 from moeify.files import replacing
 from moeify.inspect.formats.base import Format, Rows, by_number, passes
-from moeify.inspect.formats.packed import open_to_write
+from moeify.inspect.formats.gzipped import open_to_write
 from moeify.inspect.formats.table import parse_rows
 from moeify.inspect.trace import DECODE, PREFILL, LayerTrace, Tokens, Trace
 from moeify.notices import notify
@@ -31,12 +31,12 @@ Run = tuple[int, int, int]
 
 
 def read(path: Path, *, num_experts: int | None = None, k: int | None = None) -> Trace:
-    """The trace of a file; without `num_experts` there are as many as the largest number of an expert says.
+    """The trace of a file; without `num_experts` E is one more than the largest expert index.
 
     Args:
-        path: it.
+        path: the file.
         num_experts: E.
-        k: experts per token; by default what divides all runs of rows of one layer.
+        k: experts per token; by default the greatest common divisor of the lengths of runs of one layer.
 
     Raises:
         ValueError: damaged, with file and line; rows that do not come out as K experts for every token.
@@ -110,7 +110,7 @@ def _table(sequence: Tensor, phase: Tensor) -> Tokens:
 
 
 def _refuse_repeated(rows: Rows, k: int, path: Path) -> None:
-    """An expert that a token has twice shows that k is wrong."""
+    """Refuse a token with the same expert twice, which shows that k is wrong."""
     ordered = rows.expert.view(-1, k).sort(dim=1).values
     twice = (ordered[:, 1:] == ordered[:, :-1]).any(1)
     if twice.any():
@@ -122,7 +122,7 @@ def _refuse_repeated(rows: Rows, k: int, path: Path) -> None:
 
 
 def _doubt(layers: dict[str, LayerTrace], path: Path) -> None:
-    """Say so if prompts look as an early version of the tool wrote them: tokens that share no expert at all."""
+    """Warn if the prompts look like those of an early version of the tool: consecutive tokens share no expert."""
     for layer in layers.values():
         prompt = layer.experts[layer.tokens.need("phase") == PREFILL][: layer.num_experts // layer.k]
         if len(prompt) < 4 or prompt.numel() > len(prompt.unique()):

@@ -1,8 +1,8 @@
 """The router trace of Megatron-LM: JSONL per rank, one record per step and layer, logits in a file beside it.
 
 `--moe-routing-trace-path` writes a folder of `router_trace_rank{rank}.jsonl`, and `logits_rank{rank}.bin` in bfloat16
-(megatron/core/transformer/moe/router_trace.py; NVIDIA/Megatron-LM pull request 5220). Experts are those before the
-dispatch, in no order of their weights.
+(megatron/core/transformer/moe/router_trace.py; NVIDIA/Megatron-LM pull request 5220). Experts are recorded before the
+dispatch, not ordered by weight.
 """
 
 from __future__ import annotations
@@ -145,7 +145,7 @@ def _to_records(trace: Trace, binary: BinaryIO | None) -> Iterator[dict[str, Any
     groups = {id(table): dict(_groups(table)) for table in trace.tables}
     identities = {layer.name: _identity(layer.name) for layer in trace}
     if len(set(identities.values())) < len(identities):
-        raise ValueError("two layers have the same number, by which Megatron's format tells them apart")
+        raise ValueError("two layers have the same number, by which Megatron's format identifies them")
     for key in sorted({key for found in groups.values() for key in found}):
         for layer in trace:
             if (rows := groups[id(layer.tokens)].get(key)) is None:

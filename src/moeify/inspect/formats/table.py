@@ -39,7 +39,7 @@ def parse_rows(
 
 
 def _right(table: np.ndarray, is_whole: np.ndarray) -> np.ndarray:
-    """Which rows have numbers that can be."""
+    """Which rows have valid numbers."""
     whole = table[:, is_whole]
     return np.isfinite(table).all(1) & ((np.floor(whole) == whole) & (whole >= 0) & (whole < 2**31)).all(1)
 
@@ -51,6 +51,6 @@ def _check(line: str, where: str, is_whole: np.ndarray) -> None:
     try:
         row = np.array([[float(cell) for cell in cells]])
     except ValueError:
-        raise ValueError(f"{where}: {line[:80]!r} has a value that is no number") from None
+        raise ValueError(f"{where}: {line[:80]!r} has a value that is not a number") from None
     if not _right(row, is_whole).all():
-        raise ValueError(f"{where}: {line[:80]!r} has a number that cannot be")
+        raise ValueError(f"{where}: {line[:80]!r} has a number out of range")

@@ -1,9 +1,9 @@
 """The `routed_experts` of vLLM: arrays (tokens, layers, k), one for every request.
 
 `--enable-return-routed-experts` (vllm-project/vllm pull requests 28284 and 51906) puts them into `CompletionOutput` as
-NumPy arrays, and into responses of the server as .npy files in base64. Read are arrays that users saved (.npy, .npz,
-.safetensors) and responses (.json). Array and model count layers alike, so that dense ones are there, as zeros; of the
-last token that was written nothing is known, for it was never read.
+NumPy arrays, and into responses of the server as .npy files in base64. This module reads arrays that users saved (.npy,
+.npz, .safetensors) and responses (.json). An array has every layer of the model, with zeros for dense ones. It has no
+experts for the last generated token, which the model never read.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from moeify.inspect.trace import DECODE, PREFILL, LayerTrace, Tokens, Trace
 
 
 def read(path: Path, *, num_experts: int | None = None, k: int | None = None) -> Trace:
-    """The trace of a file; without `num_experts` there are as many as the largest number of an expert says.
+    """The trace of a file; without `num_experts` E is one more than the largest expert index.
 
     Raises:
         ValueError: damaged, or an array that is not (tokens, layers, k) of whole numbers.
@@ -64,7 +64,7 @@ _PROMPT = "prompt_tokens:"
 
 
 def _table(sizes: Mapping[str, int], found: Mapping[str, Tensor]) -> Tokens:
-    """The tokens of all requests; the phase is known where a response tells the length of its prompt."""
+    """The tokens of all requests; the phase is known where a response has the length of its prompt."""
     sequence = torch.repeat_interleave(torch.tensor(list(sizes.values())))
     position = torch.cat([torch.arange(size) for size in sizes.values()])
     columns: dict[str, Any] = {"sequence": sequence, "position": position}
@@ -143,7 +143,7 @@ def _decoded(given: Any, where: str) -> Tensor:
 def write(trace: Trace, path: Path) -> None:
     """Write a trace, one array per sequence: .npz or .safetensors, or .npy for a single one.
 
-    Where a layer saw only some of the tokens, the others have zeros, as what is not known.
+    Where a layer has only some of the tokens, the others have zeros, which mean unknown.
 
     Raises:
         ValueError: layers of different K or tokens, or without a number of their own; several sequences as .npy.

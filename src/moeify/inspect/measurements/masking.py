@@ -1,4 +1,4 @@
-"""How the loss rises when one expert puts out nothing: its causal importance, beside its load."""
+"""Rise of the loss when the outputs of one expert are masked: its causal importance, beside its load."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from moeify.inspect.measurements.seen import parameters_of, run
+from moeify.inspect.measurements.layer_inputs import parameters_of, run
 from moeify.inspect.trace import Trace
 from moeify.layers import SparseLayer, sparse_layers
 from moeify.modes import in_evaluation
@@ -21,7 +21,7 @@ from moeify.progress import with_progress
 
 @dataclass(frozen=True)
 class Masked:
-    """What masking one expert does.
+    """The effect of masking one expert.
 
     Attributes:
         layer: its layer's name.
@@ -63,7 +63,7 @@ def masked_losses(
         experts: layer, number and load of those that are masked, one by one.
 
     Raises:
-        ValueError: a model that returns no logits, or experts whose parameters cannot be told apart.
+        ValueError: a model that returns no logits, or experts whose parameters are not separate.
     """
     layers, kept = sparse_layers(model), list(batches)
     with in_evaluation(model):
@@ -77,10 +77,10 @@ def masked_losses(
 
 @contextmanager
 def without_expert(layer: SparseLayer, expert: int) -> Generator[None]:
-    """While it lasts, the parameters of one expert are 0, and so is what it puts out; the router chooses as before.
+    """Context manager in which the parameters of one expert, and so its outputs, are 0; the router chooses as before.
 
     Raises:
-        ValueError: the parameters of the experts cannot be told apart.
+        ValueError: the experts do not have separate parameters.
     """
     parts = parameters_of(layer, expert)
     before = [part.clone() for part in parts]

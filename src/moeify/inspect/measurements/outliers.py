@@ -1,4 +1,4 @@
-"""The largest value that each expert puts out for the tokens that are sent to it."""
+"""The largest output value of each expert for the tokens routed to it."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from moeify.inspect.measurements.seen import Seen, experts_of
+from moeify.inspect.measurements.layer_inputs import LayerInputs, experts_of
 
 
 @torch.no_grad()
-def largest_outputs(seen: Mapping[str, Seen]) -> dict[str, Float[Tensor, "E"]]:
+def largest_outputs(seen: Mapping[str, LayerInputs]) -> dict[str, Float[Tensor, "E"]]:
     """max |output| of every expert over its rows, before the router's weight; NaN for an expert without rows.
 
     (Super Experts, arXiv 2507.23279, section 3: outliers in the output of down_proj.) Layers whose experts
-    cannot be called one by one, or that saw nothing, are left out.
+    cannot be called one by one, or that received no tokens, are omitted.
     """
     found = {}
     for name, layer in seen.items():

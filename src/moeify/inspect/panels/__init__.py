@@ -1,1 +1,1 @@
-"""Panels of the report, one question each: a function of a trace or of a measurement gives a `Panel`."""
+"""Panels of the report, one per question: each is a function from a trace or a measurement to a `Panel`."""

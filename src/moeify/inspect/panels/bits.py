@@ -1,4 +1,4 @@
-"""Mutual information of experts and groups of tokens, with what chance alone gives and an interval."""
+"""Mutual information of experts and groups of tokens, with its value under chance and a confidence interval."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Bits:
 
     @property
     def excess(self) -> float:
-        """What chance does not explain."""
+        """Mutual information above chance."""
         return self.found - self.chance
 
 

@@ -43,7 +43,7 @@ def causal(whole: Float[Tensor, "S"], masked: Sequence[Masked], experts: int) ->
     loads = torch.tensor([found.load for found in masked])
     return Panel(
         title="Causal score",
-        question="How much does the loss rise when an expert puts out nothing, and does its load foretell it?",
+        question="How much does the loss rise when an expert is masked, and does its load predict the rise?",
         picture=Points(
             names=names, x=loads.tolist(), y=means.tolist(), interval=(low.tolist(), high.tolist()),
             x_label="load, times the fair share", y_label="rise of the loss, nats per token",
@@ -82,22 +82,24 @@ def _advice(masked: Sequence[Masked], means: Tensor, low: Tensor, loads: Tensor,
     rank = rank_correlation(loads, means)
     best = int(means.argmax())
     harmless = int((low <= 0).sum())
-    said = (
+    finding = (
         f"Without expert {masked[best].expert} in {masked[best].layer} the loss rises by {float(means[best]):.4f} of "
     )
-    said += f"{whole:.4f}; {harmless} of {len(masked)} masked experts make no clear difference; the load ranks experts "
-    said += f"as their effect does to {rank:.2f} (Spearman)."
+    finding += (
+        f"{whole:.4f}; {harmless} of {len(masked)} masked experts make no clear difference; the load ranks experts "
+    )
+    finding += f"as their effect does to {rank:.2f} (Spearman)."
     if harmless > len(masked) / 2:
         return Advice(
-            level="look", finding=said,
+            level="look", finding=finding,
             action="Prune: start with the experts whose interval holds 0, one layer at a time, and measure after each; "
-            "alone harmless is not together harmless.",
+            "experts that are harmless one by one need not be harmless together.",
             gain=f"up to {harmless / len(masked):.0%} of the experts that were masked, at no measurable loss one by "
             "one",
             source="measured here",
         )  # fmt: skip
     return Advice(
-        level="fine", finding=said,
+        level="fine", finding=finding,
         action="Prune by effect, not by load: " + ("the two disagree here." if not rank > 0.7 else "here they agree."),
         gain="none in size: most experts that were masked are needed", source="measured here",
     )  # fmt: skip

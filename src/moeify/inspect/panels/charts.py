@@ -14,11 +14,11 @@ from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
 UNKNOWN = 2**16 - 1
-"""What stands for a value that is not known among the 16-bit numbers of a page."""
+"""The 16-bit number that encodes an unknown value in a page."""
 
 
 class Chart(ABC):
-    """What can be drawn."""
+    """A chart."""
 
     @abstractmethod
     def to_dict(self) -> dict[str, Any]:

@@ -76,19 +76,19 @@ def _strongest(layer: str, pairs: Tensor, lift: Tensor, most: int = 8) -> list[t
 def _advice(shown: list[LayerTrace], found: dict[str, tuple[Tensor, Tensor]]) -> Advice:
     excess = {name: _bits(pairs) for name, (pairs, _) in found.items()}
     best = max(excess, key=excess.__getitem__)
-    said = (
-        f"One expert of a pair tells {excess[best]:.2f} bits of the other in {best}, "
+    finding = (
+        f"One expert of a pair carries {excess[best]:.2f} bits about the other in {best}, "
         f"{sum(excess.values()) / len(excess):.2f} in the mean."
     )
     if (rows := rows_per_expert(shown)) < ENOUGH:
-        return too_little(said, rows)
+        return too_little(finding, rows)
     if excess[best] < 0.1:
         return Advice(
-            level="fine", finding=said, action="Nothing: experts are combined freely.", gain="none",
+            level="fine", finding=finding, action="Nothing: experts are combined freely.", gain="none",
             source="fewer than 0.1 bits",
         )  # fmt: skip
     return Advice(
-        level="look", finding=said,
+        level="look", finding=finding,
         action="Put experts that are chosen together side by side in the file when they are streamed from disk, and on "
         "one device under expert parallelism.",
         gain="1.55 to 1.63 times the speed of streaming experts from disk",

@@ -22,7 +22,7 @@ def coloured_text(trace: Trace) -> Panel:
     """
     layers = [layer for layer in choosing(trace) if layer.tokens.ids is not None and layer.tokens.vocabulary]
     if not layers:
-        raise NotMeasured("the trace does not know the text of its tokens; record it with a tokenizer")
+        raise NotMeasured("the trace does not have the text of its tokens; record it with a tokenizer")
     table = layers[0].tokens
     layers = [layer for layer in layers if layer.tokens is table]
     k = max(layer.k for layer in layers)
@@ -42,7 +42,7 @@ def coloured_text(trace: Trace) -> Panel:
             action="Look for experts that follow spelling or punctuation rather than meaning, and compare with the "
             "panel "
             "Specialisation by token.",
-            gain="none by itself; it shows what the numbers are about", source="the trace",
+            gain="none by itself; it shows examples of what the numbers measure", source="the trace",
         ),
     )  # fmt: skip
 

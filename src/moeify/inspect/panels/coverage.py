@@ -1,4 +1,4 @@
-"""Panel: how few experts serve most of the tokens."""
+"""Panel: how few experts compute most of the rows."""
 
 from __future__ import annotations
 
@@ -59,17 +59,17 @@ def _experts(curve: Float[Tensor, "E"], part: float) -> int:
 
 def _advice(layers: list[LayerTrace], need: dict[str, list[int]]) -> Advice:
     share = sum(need[layer.name][1] / layer.num_experts for layer in layers) / len(layers)
-    said = f"80 % of the rows need {share:.0%} of the experts, in the mean over layers; an even load needs 80 %."
+    finding = f"80 % of the rows need {share:.0%} of the experts, in the mean over layers; an even load needs 80 %."
     if (rows := rows_per_expert(layers)) < ENOUGH:
-        return too_little(said, rows)
+        return too_little(finding, rows)
     if share > 0.65:
         return Advice(
-            level="fine", finding=said, action="Do not prune by how often experts are chosen, and cache by recency, "
+            level="fine", finding=finding, action="Do not prune by how often experts are chosen, and cache by recency, "
             "not by count.",
             gain="none: an even load has no cold experts", source="counted here",
         )  # fmt: skip
     return Advice(
-        level="look", finding=said,
+        level="look", finding=finding,
         action=f"Keep the most used {share:.0%} of every layer in fast memory and stream the rest; fine-tune only "
         "these "
         "(ESFT). Prune only by a score that knows the outputs (REAP), on your own text.",

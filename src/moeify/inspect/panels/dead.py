@@ -1,4 +1,4 @@
-"""Panel: experts that get next to no tokens."""
+"""Panel: dead experts, which get almost no tokens."""
 
 from __future__ import annotations
 
@@ -39,19 +39,19 @@ def _dead(layer: LayerTrace) -> list[int]:
 def _advice(layers: list[LayerTrace], found: dict[str, list[int]]) -> Advice:
     count, total = sum(map(len, found.values())), sum(layer.num_experts for layer in layers)
     where = short([name for name, experts in found.items() if experts])
-    said = f"{count} of {total} experts are dead, in {where}." if count else f"None of {total} experts is dead."
+    finding = f"{count} of {total} experts are dead, in {where}." if count else f"None of {total} experts is dead."
     rows = rows_per_expert(layers)
     if count and rows < ENOUGH:
-        return too_little(said, rows)
+        return too_little(finding, rows)
     if not count:
         return Advice(
-            level="fine", finding=said, action="Nothing.", gain="none", source="every expert was seen with tokens"
+            level="fine", finding=finding, action="Nothing.", gain="none", source="every expert was seen with tokens"
         )
     return Advice(
-        level="act", finding=said,
+        level="act", finding=finding,
         action="In training: raise the balance loss or add a controller, and check that padding is masked. In a "
         "finished "
-        "model: prune the dead experts after you have seen them dead on the text that you serve.",
+        "model: prune the dead experts after you have measured on the text that you serve.",
         gain=f"{count / total:.0%} of the expert parameters, at no cost on text like this",
         source="counted here: a pruned expert computed nothing on these tokens",
     )  # fmt: skip

@@ -63,13 +63,13 @@ def _cv2(values: Float[Tensor, "E"]) -> float:
 
 def _advice(quiet: list[str], layers: list[LayerTrace]) -> Advice:
     worst = max(layers, key=lambda layer: _cv2(_importance(layer)))
-    said = f"CV² of the importance is largest in {worst.name}, {_cv2(_importance(worst)):.2f}."
+    finding = f"CV² of the importance is largest in {worst.name}, {_cv2(_importance(worst)):.2f}."
     if (rows := rows_per_expert(layers)) < ENOUGH:
-        return too_little(said, rows)
+        return too_little(finding, rows)
     if quiet:
         return Advice(
             level="look",
-            finding=f"{said} Experts with less than half the weight that their tokens would give: {short(quiet)}.",
+            finding=f"{finding} Experts with less than half the weight that their tokens would give: {short(quiet)}.",
             action="Take these first when you prune or lower the precision: they are often chosen and count for "
             "little. "
             "Score them by weight times output norm (REAP), not by how often they are chosen.",
@@ -77,6 +77,6 @@ def _advice(quiet: list[str], layers: list[LayerTrace]) -> Advice:
             source="Cerebras REAP, arXiv 2510.13999, renormalised weights",
         )  # fmt: skip
     return Advice(
-        level="fine", finding=f"{said} Every expert has the weight that its number of tokens would give.",
-        action="Nothing; the load tells the same.", gain="none", source="the importance follows the load here",
+        level="fine", finding=f"{finding} Every expert has the weight that its number of tokens would give.",
+        action="Nothing; the load shows the same.", gain="none", source="the importance follows the load here",
     )  # fmt: skip

@@ -51,15 +51,17 @@ def _margin(layer: LayerTrace) -> Float[Tensor, "T"]:
 
 def _advice(ties: dict[str, float]) -> Advice:
     worst = max(ties, key=ties.__getitem__)
-    said = f"In {worst}, {ties[worst]:.1%} of the choices are closer than bfloat16 can tell, in the mean over layers "
-    said += f"{sum(ties.values()) / len(ties):.1%}."
+    finding = (
+        f"In {worst}, {ties[worst]:.1%} of the choices are closer than bfloat16 resolves, in the mean over layers "
+    )
+    finding += f"{sum(ties.values()) / len(ties):.1%}."
     if ties[worst] < 0.05:
         return Advice(
-            level="fine", finding=said, action="Nothing; rounding changes few choices.", gain="none",
+            level="fine", finding=finding, action="Nothing; rounding changes few choices.", gain="none",
             source="8 bits of bfloat16: 1/256",
         )  # fmt: skip
     return Advice(
-        level="look", finding=said,
+        level="look", finding=finding,
         action="Compute the router in fp32, in training and in serving, and replay recorded decisions in RL "
         "(moeify.replay).",
         gain="12.6 points of SWE-bench Verified in the one case that published a number",

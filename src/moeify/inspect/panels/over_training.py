@@ -1,4 +1,4 @@
-"""Panel: the time axis of a training: violation, dead experts and entropy of every layer, by step."""
+"""Panel: load violation (MaxVio), dead experts and router entropy of every layer over the steps of a training run."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def over_training(log: Sequence[Mapping[str, Any]]) -> Panel:
     notes = (f"{len(lines)} lines of the log in bins of {size}, each the mean.",) if size > 1 else ()
     return Panel(
         title="Time axis: training",
-        question="How did balance and certainty of every layer change over the steps of training?",
+        question="How did load balance and router confidence of every layer change over the steps of training?",
         picture=Choice(label="figure", charts=charts),
         table=Table(("step", *(_UNITS[kind] for kind in means)), rows),
         advice=_advice(means, steps), notes=notes,
@@ -80,12 +80,12 @@ def _advice(means: dict[str, Float[Tensor, "S"]], steps: list[int]) -> Advice:
         float(violation[: max(1, len(violation) // 10)].mean()),
         float(violation[-max(1, len(violation) // 10) :].mean()),
     )
-    said = f"Over {steps[-1]} steps MaxVio went from {first:.2f} to {last:.2f}, in the mean over layers."
+    finding = f"Over {steps[-1]} steps MaxVio went from {first:.2f} to {last:.2f}, in the mean over layers."
     if "dead_experts" in means and float(means["dead_experts"][-1]) > 0:
-        said += f" At the end {float(means['dead_experts'][-1]):.1f} experts per layer are dead."
+        finding += f" At the end {float(means['dead_experts'][-1]):.1f} experts per layer are dead."
     if last > max(1.0, 1.5 * first):
         return Advice(
-            level="act", finding=said,
+            level="act", finding=finding,
             action="Balance gets worse as it trains: add a controller (moeify.balance.Proportional), or raise the "
             "balance "
             "loss, from the last checkpoint on.",
@@ -93,5 +93,9 @@ def _advice(means: dict[str, Float[Tensor, "S"]], steps: list[int]) -> Advice:
             source="claims/results/demo_balance.csv",
         )  # fmt: skip
     return Advice(
-        level="fine", finding=said, action="Nothing; the balance holds.", gain="none", source="metrics.jsonl of the run"
+        level="fine",
+        finding=finding,
+        action="Nothing; the balance holds.",
+        gain="none",
+        source="metrics.jsonl of the run",
     )

@@ -9,11 +9,11 @@ from typing import Any, Literal
 from moeify.inspect.panels.charts import Chart
 
 Level = Literal["act", "look", "fine", "unknown"]
-"""How urgent an advice is: something is wrong, something can be gained, nothing to do, or the data do not tell."""
+"""How urgent an advice is: a problem, a possible gain, nothing to do, or too little data."""
 
 
 class NotMeasured(ValueError):
-    """A panel has nothing to show: what is missing, and how to get it."""
+    """A panel has nothing to show; the message says what is missing and how to get it."""
 
 
 @dataclass(frozen=True)

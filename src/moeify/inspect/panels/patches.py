@@ -33,7 +33,7 @@ def patches(trace: Trace, images: Sequence[Float[Tensor, "3 height width"]]) -> 
         raise NotMeasured("no images were given")
     sequence = layers[0].tokens.sequence
     if sequence is None:
-        raise NotMeasured("the trace does not know which image a token is of")
+        raise NotMeasured("the trace does not have the image of each token")
     layers = [layer for layer in layers if layer.tokens is layers[0].tokens]
     charts, rows = {}, []
     for number, image in enumerate(images[:_IMAGES]):

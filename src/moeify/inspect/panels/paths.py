@@ -1,4 +1,4 @@
-"""Panel: the ways that tokens take from a layer's experts to the next layer's."""
+"""Panel: the paths of tokens through experts: which expert of the next layer follows which."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _MATRICES = 10
 
 
 def paths(trace: Trace) -> Panel:
-    """How well the first expert of a token in one layer tells the first in the next.
+    """How well the first expert of a token in one layer predicts its first expert in the next.
 
     Raises:
         NotMeasured: no two layers see the same tokens.
@@ -42,7 +42,7 @@ def paths(trace: Trace) -> Panel:
     notes = (f"Matrices of {len(shown)} of {len(pairs)} pairs of layers.",) if len(shown) < len(pairs) else ()
     return Panel(
         title="Paths across layers",
-        question="Does the expert in one layer tell the expert in the next?",
+        question="Does the expert in one layer predict the expert in the next?",
         picture=Stack([lines, Choice(label="layers", charts=charts)]),
         table=Table(("path of first experts", "tokens", "share"), _frequent(layers)),
         advice=_advice(pairs, bits, chance, ways), notes=notes,
@@ -96,20 +96,22 @@ def _advice(
     moves = _moves(*pairs[best])
     known = float(moves.amax(1).sum() / moves.sum().clamp_min(1))
     blind = float(moves.sum(0).amax() / moves.sum().clamp_min(1))
-    said = f"From layer {ways[best]} the expert tells {excess[best]:.2f} bits of the next above chance: guessing it is "
-    said += f"right for {known:.0%} of the tokens, without it for {blind:.0%}."
+    finding = (
+        f"From layer {ways[best]} the expert carries {excess[best]:.2f} bits about the next above chance: guessing "
+    )
+    finding += f"it is right for {known:.0%} of the tokens, without it for {blind:.0%}."
     rows = min(len(a.tokens) / max(a.num_experts, b.num_experts) for a, b in pairs)
     if rows < ENOUGH:
-        return too_little(said, rows)
+        return too_little(finding, rows)
     if known < 2 * blind or known < 0.3:
         return Advice(
-            level="fine", finding=said, action="Do not prefetch experts by the expert of the layer "
+            level="fine", finding=finding, action="Do not prefetch experts by the expert of the layer "
             "before.", gain="none",
             source="guesses are counted here",
         )  # fmt: skip
     return Advice(
-        level="look", finding=said,
+        level="look", finding=finding,
         action="Prefetch the next layer's expert by this layer's when experts are streamed or offloaded.",
-        gain=f"{known:.0%} of the first experts are asked for before they are needed, instead of {blind:.0%}",
+        gain=f"{known:.0%} of the first experts are fetched before they are needed, instead of {blind:.0%}",
         source="guesses are counted here, on the tokens that they were made from",
     )  # fmt: skip

@@ -1,4 +1,4 @@
-"""Panel: the time axis: how many experts of a step were in use in the step before, by step and layer."""
+"""Panel: the share of a decoding step's experts that the step before used too, by step and layer."""
 
 from __future__ import annotations
 
@@ -78,17 +78,17 @@ def _binned(values: Float[Tensor, "steps"], size: int, steps: int) -> Float[Tens
 def _advice(means: dict[str, float], by_chance: dict[str, float], layers: list[LayerTrace]) -> Advice:
     mean, chance = sum(means.values()) / len(means), sum(by_chance.values()) / len(by_chance)
     k = sum(layer.k for layer in layers) / len(layers)
-    said = f"{mean:.0%} of the experts of a step were in use in the step before; by chance it would be {chance:.0%}."
+    finding = f"{mean:.0%} of the experts of a step were in use in the step before; by chance it would be {chance:.0%}."
     if mean < 1.5 * chance:
         return Advice(
-            level="fine", finding=said, action="Do not keep experts by recency: pin the most used ones "
+            level="fine", finding=finding, action="Do not keep experts by recency: pin the most used ones "
             "instead.", gain="none",
             source="counted here",
         )  # fmt: skip
     return Advice(
-        level="look", finding=said,
-        action=f"Offload with a cache of about {2 * k:.0f} experts per layer that forgets what was used longest ago "
-        "(LRU).",
+        level="look", finding=finding,
+        action=f"Offload with a cache of about {2 * k:.0f} experts per layer that evicts the least recently "
+        "used (LRU).",
         gain=f"at least {mean:.0%} of the experts need no reading, with {k:.0f} of them kept per layer",
         source="counted here: a cache of one step's experts",
     )  # fmt: skip

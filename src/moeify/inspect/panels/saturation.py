@@ -1,4 +1,4 @@
-"""Panel: saturation and drift: how early in training the last checkpoint's choices were made."""
+"""Panel: router saturation and drift: how early in training the router made the last checkpoint's choices."""
 
 from __future__ import annotations
 
@@ -82,11 +82,11 @@ def shared(one: LayerTrace, last: LayerTrace) -> float:
 
 def _advice(steps: list[int], table: Float[Tensor, "L C"], drift: Float[Tensor, "L C"], chance: float) -> Advice:
     first, moved = float(table[:, 0].mean()), float(drift[:, -1].mean())
-    said = f"At step {steps[0]} the router made {first:.0%} of the choices of step {steps[-1]} (chance: {chance:.0%}); "
-    said += f"between the last two checkpoints {moved:.0%} of the experts changed."
+    finding = f"At step {steps[0]} the router made {first:.0%} of the choices of step {steps[-1]}, "
+    finding += f"{chance:.0%} by chance; between the last two checkpoints {moved:.0%} of the experts changed."
     if moved > 0.3:
         return Advice(
-            level="look", finding=said,
+            level="look", finding=finding,
             action="Train on, or lower the learning rate of the router, before you prune, place or name experts: their "
             "roles still change.",
             gain="OLMoE had made about 60 % of its last choices after 1 % of its training, 80 % after 40 "
@@ -94,7 +94,7 @@ def _advice(steps: list[int], table: Float[Tensor, "L C"], drift: Float[Tensor, 
             "figure 18",
         )  # fmt: skip
     return Advice(
-        level="fine", finding=said,
+        level="fine", finding=finding,
         action="The router has settled: freeze it (moeify.train.freeze), and decide about pruning and placement now.",
         gain="no router gradient to compute; StableMoE froze its router after 20 % of the steps", source="arXiv "
         "2204.08396",

@@ -1,4 +1,4 @@
-"""Panel: how alike the experts of a layer are, in their weights and in what they compute."""
+"""Panel: how similar the experts of a layer are, in weights and in outputs."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from moeify.inspect.measurements.likeness import Likeness
+from moeify.inspect.measurements.pairwise import PairwiseSimilarity
 from moeify.inspect.panels.charts import Bars, Choice, Heatmap, Stack
 from moeify.inspect.panels.counting import short_names, spread
 from moeify.inspect.panels.panel import Advice, NotMeasured, Panel, Table
@@ -18,7 +18,7 @@ _LAYERS = 8
 _SAYS = {"cosine of outputs": "outputs", "linear CKA of outputs": "cka", "cosine of weights": "weights"}
 
 
-def similarity(found: Mapping[str, Likeness]) -> Panel:
+def similarity(found: Mapping[str, PairwiseSimilarity]) -> Panel:
     """Mean similarity over the pairs of experts of every layer, and each pair in some layers.
 
     Args:
@@ -64,28 +64,27 @@ def _round(value: float) -> float | str:
     return "unknown" if math.isnan(value) else round(value, 3)
 
 
-def _advice(found: Mapping[str, Likeness]) -> Advice:
-    likeness = {name: _mean(like.outputs if like.outputs is not None else like.weights) for name, like in found.items()}
-    highest = max(likeness, key=likeness.__getitem__)
-    said = f"The mean similarity of two experts is {likeness[highest]:.2f} in {highest}, "
-    said += f"{sum(likeness.values()) / len(likeness):.2f} in the mean over layers."
-    if likeness[highest] > 0.999:
+def _advice(found: Mapping[str, PairwiseSimilarity]) -> Advice:
+    means = {name: _mean(like.outputs if like.outputs is not None else like.weights) for name, like in found.items()}
+    highest = max(means, key=means.__getitem__)
+    finding = f"The mean similarity of two experts is {means[highest]:.2f} in {highest}, "
+    finding += f"{sum(means.values()) / len(means):.2f} in the mean over layers."
+    if means[highest] > 0.999:
         return Advice(
-            level="act", finding=said,
+            level="act", finding=finding,
             action="The experts are copies: upcycle with noise or by drop-upcycling (experts='drop_copies'), or train "
             "longer. Until then one dense network computes the same.",
             gain="at most the expert parameters of all but one copy; the same function in 1/E of the memory",
             source="identical outputs here",
         )  # fmt: skip
-    if likeness[highest] > 0.8:
+    if means[highest] > 0.8:
         return Advice(
-            level="look", finding=said,
-            action="Merge alike experts rather than prune them (REAM groups by outputs), or add a loss that tells "
-            "experts "
-            "apart (moeify.losses.coupling).",
+            level="look", finding=finding,
+            action="Merge similar experts rather than prune them (REAM groups by outputs), or add a loss that makes "
+            "experts differ (moeify.losses.coupling).",
             gain="REAM beats pruning by REAP in many of its authors' cells; no number holds for every model",
             source="arXiv 2604.04356",
         )  # fmt: skip
     return Advice(
-        level="fine", finding=said, action="Do not merge experts; they differ.", gain="none", source="measured here"
+        level="fine", finding=finding, action="Do not merge experts; they differ.", gain="none", source="measured here"
     )

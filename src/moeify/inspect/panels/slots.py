@@ -1,4 +1,4 @@
-"""Panel: Soft MoE's slots: how much of every token's output each expert gives."""
+"""Panel: Soft MoE's slots: how much each expert contributes to every token's output."""
 
 from __future__ import annotations
 
@@ -61,13 +61,13 @@ def slots(trace: Trace) -> Panel:
 
 def _advice(spreads: dict[str, float], shares: list[torch.Tensor]) -> Advice:
     mean, peak = sum(spreads.values()) / len(spreads), max(float(share.max()) for share in shares)
-    said = (
+    finding = (
         f"A token's weights have {mean:.0%} of the largest entropy; the largest expert has {peak:.1f} times the "
         "mean weight."
     )
     if mean > 0.99:
         return Advice(
-            level="look", finding=said,
+            level="look", finding=finding,
             action="Train longer, raise the learned scale of the router, or use more slots per expert with fewer "
             "experts: "
             "so far every expert sees the same average.",
@@ -75,6 +75,7 @@ def _advice(spreads: dict[str, float], shares: list[torch.Tensor]) -> Advice:
             source="equation 2 with equal weights",
         )  # fmt: skip
     return Advice(
-        level="fine", finding=said, action="Nothing; a dense mixture cannot be unbalanced, and needs no balance loss.",
+        level="fine", finding=finding,
+        action="Nothing; a dense mixture cannot be unbalanced, and needs no balance loss.",
         gain="none", source="arXiv 2308.00951, section 2.2",
     )  # fmt: skip

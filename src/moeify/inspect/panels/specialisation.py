@@ -22,7 +22,7 @@ _SAYS = {
 
 
 def specialisation(trace: Trace) -> list[Panel]:
-    """One panel for each attribute of the tokens that the trace knows.
+    """One panel for each attribute of the tokens that the trace has.
 
     Raises:
         NotMeasured: it knows none, or no layer sends tokens to experts.
@@ -30,7 +30,7 @@ def specialisation(trace: Trace) -> list[Panel]:
     layers = choosing(trace)
     names = list(dict.fromkeys(name for layer in layers for name in attributes(layer.tokens)))
     if not names:
-        raise NotMeasured("the trace knows neither domain, modality, position nor text of its tokens")
+        raise NotMeasured("the trace has neither domain, modality, position nor text of its tokens")
     return [_panel(layers, name) for name in names]
 
 
@@ -53,7 +53,7 @@ def _panel(layers: list[LayerTrace], name: str) -> Panel:
     ]
     return Panel(
         title=f"Specialisation by {name}",
-        question=f"Does the expert tell the {what}? Information in bits per row, beside what shuffled groups give.",
+        question=f"Does the expert predict the {what}? Information in bits per row, beside that of shuffled groups.",
         picture=Stack([_bars(bits, short), _lifts(shown, short)]),
         table=Table(("layer", "bits", "bits of chance", "difference", "2.5 %", "97.5 %"), rows),
         advice=_advice(name, bits, shown), notes=tuple(notes),
@@ -93,18 +93,18 @@ def _advice(name: str, bits: dict[str, Bits], shown: list[tuple[LayerTrace, Grou
     found = bits[best]
     clear = sum(b.low > 0 for b in bits.values())
     interval = f"(95 %: {found.low:.3f} to {found.high:.3f})"
-    said = (
-        f"In {best} an expert tells {found.excess:.3f} bits of the {name} above chance {interval}; "
+    finding = (
+        f"In {best} an expert carries {found.excess:.3f} bits about the {name} above chance {interval}; "
         f"{clear} of {len(bits)} layers are above chance."
     )
     if found.units < 8:
         return Advice(
-            level="unknown", finding=said, action="Record eight sequences or more.", gain="an interval that holds",
+            level="unknown", finding=finding, action="Record eight sequences or more.", gain="an interval that holds",
             source="a bootstrap of fewer units is too narrow",
         )  # fmt: skip
     if not clear:
         return Advice(
-            level="fine", finding=said, action=f"Do not read the heatmap: its colours are noise. Choose experts by "
+            level="fine", finding=finding, action=f"Do not read the heatmap: its colours are noise. Choose experts by "
             f"load, not by {name}.",
             gain="none", source="the interval holds 0",
         )  # fmt: skip
@@ -112,7 +112,7 @@ def _advice(name: str, bits: dict[str, Bits], shown: list[tuple[LayerTrace, Grou
         groups = max(shown, key=lambda pair: bits[pair[0].name].excess)
         share = _cover(*groups)
         return Advice(
-            level="look", finding=said,
+            level="look", finding=finding,
             action=f"To fine-tune on one {name}, train only the experts that serve it (ESFT): here {share:.0%} of "
             "them take "
             f"half of its rows in {best}. Do not prune the others: they are rarely unused.",
@@ -120,7 +120,7 @@ def _advice(name: str, bits: dict[str, Bits], shown: list[tuple[LayerTrace, Grou
             source="ESFT, arXiv 2407.01906; the share is measured here",
         )  # fmt: skip
     return Advice(
-        level="fine", finding=said,
+        level="fine", finding=finding,
         action=f"Read specialisation by domain with care: a part of it may be {name}. A cache of experts can use it "
         "as a hint.",
         gain="none by itself; in three models experts follow the type of token more than its topic, 1.6 to 2.3 times "

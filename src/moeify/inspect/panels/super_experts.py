@@ -1,4 +1,4 @@
-"""Panel: super experts: the few whose outputs have outliers that the whole model rests on."""
+"""Panel: super experts: the few whose outputs have outliers on which the whole model depends."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def super_experts(largest: Mapping[str, Float[Tensor, "E"]]) -> Panel:
     rows = rows or [("none", "none", round(float(known.max()), 2), f"×{float(known.max()) / median:.1f}")]
     return Panel(
         title="Super experts",
-        question="Does the model rest on outliers that a few experts put out?",
+        question="Does the model depend on outliers in the outputs of a few experts?",
         picture=Heatmap(
             values=padded([layer / median for layer in largest.values()]), rows=list(names.values()),
             unit="times the median of all experts' largest outputs", scale="ratio",
@@ -63,10 +63,10 @@ def _advice(found: list[tuple[str, int, float]], peak: float, experts: int) -> A
     places = short([f"{expert} in {name}" for name, expert, _ in found])
     return Advice(
         level="act",
-        finding=f"{len(found)} of {experts} experts put out up to {peak:.0f} times the median: {places}.",
+        finding=f"{len(found)} of {experts} experts have outputs up to {peak:.0f} times the median: {places}.",
         action="Never prune, merge or coarsely quantise these experts; leave them out of every list that a score of "
         "load "
         "gives.",
-        gain="pruning 3 of 6,144 experts made Qwen3-30B-A3B repeat itself; keeping them costs next to nothing",
+        gain="pruning 3 of 6,144 experts made Qwen3-30B-A3B repeat itself; keeping them costs almost nothing",
         source="arXiv 2507.23279",
     )  # fmt: skip

@@ -23,7 +23,7 @@ def top_tokens(trace: Trace) -> Panel:
     """
     layers = [layer for layer in choosing(trace) if layer.tokens.ids is not None]
     if not layers:
-        raise NotMeasured("the trace does not know the ids of its tokens; record it by moeify trace with the text")
+        raise NotMeasured("the trace does not have the ids of its tokens; record it by moeify trace with the text")
     shown = [layers[i] for i in spread(len(layers), _LAYERS)]
     short = labels(layers)
     rows, charts, purity = [], {}, {}
@@ -96,13 +96,13 @@ def _purity(counts: Int[Tensor, "V E"]) -> float:
 
 def _advice(purity: dict[str, float]) -> Advice:
     most, least = max(purity, key=purity.__getitem__), min(purity, key=purity.__getitem__)
-    said = (
+    finding = (
         f"A token's own favourite expert takes {purity[most]:.0%} of its rows in {most}, {purity[least]:.0%} in "
         f"{least}."
     )
     if purity[most] > 0.6:
         return Advice(
-            level="look", finding=said,
+            level="look", finding=finding,
             action="Replace the router of this layer by a lookup (moeify.routers.Lookup) in the next training, or "
             "prefetch "
             "its experts by token id before the layer runs.",
@@ -110,7 +110,7 @@ def _advice(purity: dict[str, float]) -> Advice:
             source="arXiv 2106.04426; DeepSeek-V4 uses lookups in its first layers",
         )  # fmt: skip
     return Advice(
-        level="fine", finding=said, action="Name experts by these tokens only where a lift is above 3 and the share "
+        level="fine", finding=finding, action="Name experts by these tokens only where a lift is above 3 and the share "
         "is not small.",
         gain="names for experts, no speed", source="the table below",
     )  # fmt: skip

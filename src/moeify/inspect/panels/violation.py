@@ -1,4 +1,4 @@
-"""Panel: how uneven the load is in the whole batch, in a micro-batch, in prefill and in decoding."""
+"""Panel: load violation (MaxVio) over the whole trace, within micro-batches, in prefill and in decoding."""
 
 from __future__ import annotations
 
@@ -56,21 +56,21 @@ def _advice(layers: list[LayerTrace], found: dict[str, dict[str, float]]) -> Adv
     whole = found["global batch"]
     worst = max(whole, key=lambda name: whole[name])
     mean = sum(whole.values()) / len(whole)
-    said = f"MaxVio is {mean:.2f} in the mean over layers, {whole[worst]:.2f} in {worst}."
+    finding = f"MaxVio is {mean:.2f} in the mean over layers, {whole[worst]:.2f} in {worst}."
     if (rows := rows_per_expert(layers)) < ENOUGH:
-        return too_little(said, rows)
+        return too_little(finding, rows)
     if micro := found.get("micro batch, mean"):
-        said += f" Within a micro-batch it is {sum(micro.values()) / len(micro):.2f}."
+        finding += f" Within a micro-batch it is {sum(micro.values()) / len(micro):.2f}."
     if whole[worst] < 0.5:
         return Advice(
-            level="fine", finding=said,
+            level="fine", finding=finding,
             action="Leave the balance as it is; a violation within micro-batches that is much larger is what "
             "specialised "
             "experts look like.",
             gain="none", source="the global batch is what capacity and placement see",
         )  # fmt: skip
     return Advice(
-        level="look" if whole[worst] < 2 else "act", finding=said,
+        level="look" if whole[worst] < 2 else "act", finding=finding,
         action="Move selection biases after each step (moeify.balance.Proportional or Sign), or take the balance loss "
         "over "
         "the global batch (SparseArguments(scope='global')).",

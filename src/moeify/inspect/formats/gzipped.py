@@ -1,4 +1,4 @@
-"""Text files that may be packed with gzip: their first bytes, and how they are written."""
+"""Text files that may be compressed with gzip: read their first bytes, and open them for writing."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from moeify.files import regular
 
 
 def first_bytes(path: Path, size: int = 4096) -> bytes:
-    """The first bytes of a file, unpacked if it is gzip.
+    """The first bytes of a file, decompressed if it is gzip.
 
     Raises:
         FileNotFoundError: no such file.
@@ -28,12 +28,12 @@ def first_bytes(path: Path, size: int = 4096) -> bytes:
         with gzip.open(path) as file:
             return file.read(size)
     except (OSError, EOFError, zlib.error) as error:
-        raise ValueError(f"{path} cannot be unpacked ({error}); the file is damaged") from None
+        raise ValueError(f"{path} cannot be decompressed ({error}); the file is damaged") from None
 
 
 @contextmanager
 def open_to_write(new: Path, path: Path) -> Generator[TextIO]:
-    """Open a text file to write, packed if the name of `path`, which it will have, ends with `.gz`."""
+    """Open a text file for writing, compressed if the name of `path`, which it will have, ends with `.gz`."""
     if path.suffix.lower() != ".gz":
         with new.open("w", encoding="utf-8", newline="") as file:
             yield file

@@ -1,4 +1,4 @@
-"""Let a model write after a batch, and cut off what it goes on to compute for sequences that have ended."""
+"""Generate tokens greedily after a batch, and remove the tokens after the end of each sequence from its trace."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from torch import Tensor, nn
 from moeify.inspect.trace import Tokens, Trace
 
 
-def write(model: nn.Module, args: Sequence[Any], inputs: dict[str, Any], tokens: int) -> Int[Tensor, "B N"]:
-    """The sequences with what the model writes, always the likeliest, until it has read so many of its own tokens.
+def generated(model: nn.Module, args: Sequence[Any], inputs: dict[str, Any], tokens: int) -> Int[Tensor, "B N"]:
+    """The sequences with the tokens that the model generates greedily, until it has read `tokens` of them.
 
     Raises:
-        ValueError: a model that writes nothing.
+        ValueError: a model that cannot generate.
     """
     if not hasattr(model, "generate"):
-        raise ValueError(f"a {type(model).__name__} does not write; trace it without generating")
+        raise ValueError(f"a {type(model).__name__} cannot generate; trace it without `generate`")
     if "input_ids" in inputs:
         inputs = {"attention_mask": torch.ones_like(inputs["input_ids"])} | inputs
     writer: Any = model
@@ -33,13 +33,13 @@ def write(model: nn.Module, args: Sequence[Any], inputs: dict[str, Any], tokens:
 
 
 def until_the_end(trace: Trace, model: nn.Module, written: Int[Tensor, "B N"], steps: int) -> Trace:
-    """The trace without the tokens that follow the end of their sequence, which others of the batch outlive.
+    """The trace without the tokens after the end of their sequence, computed while others of the batch went on.
 
     Args:
-        trace: of one batch; in step s the model reads what it wrote in step s - 1.
-        model: it.
-        written: what it wrote, prompts included.
-        steps: its forward passes, one for every token that it wrote.
+        trace: of one batch; in step s the model reads the token of step s - 1.
+        model: the model.
+        written: the generated sequences, prompts included.
+        steps: its forward passes, one for every generated token.
     """
     new = written[:, written.shape[1] - steps :].cpu()
     is_end = torch.isin(new, torch.tensor(_ends(model), dtype=new.dtype))

@@ -1,4 +1,4 @@
-"""How alike the experts of each layer are: cosine of their weights, cosine and CKA of their outputs."""
+"""Similarity of the experts of each layer: cosine of their weights, cosine and CKA of their outputs."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from moeify import losses
-from moeify.inspect.measurements.seen import Seen, experts_of, parameters_of
+from moeify.inspect.measurements.layer_inputs import LayerInputs, experts_of, parameters_of
 from moeify.layers import SparseLayer
 
 
 @dataclass(frozen=True)
-class Likeness:
+class PairwiseSimilarity:
     """Similarity of every two experts of a layer; None where it cannot be measured.
 
     Attributes:
@@ -31,11 +31,11 @@ class Likeness:
 
 
 @torch.no_grad()
-def likeness(seen: Mapping[str, Seen], tokens: int = 128) -> dict[str, Likeness]:
+def pairwise_similarity(seen: Mapping[str, LayerInputs], tokens: int = 128) -> dict[str, PairwiseSimilarity]:
     """The similarity of the experts of every layer.
 
     Args:
-        seen: what the layers see.
+        seen: inputs and decisions of the layers.
         tokens: on how many tokens the outputs are compared; every expert computes all of them.
     """
     return {name: _of(found, tokens) for name, found in seen.items()}
@@ -52,14 +52,14 @@ def _weights(layer: SparseLayer) -> Float[Tensor, "E E"] | None:
     return (unit @ unit.T).cpu()
 
 
-def _of(found: Seen, tokens: int) -> Likeness:
+def _of(found: LayerInputs, tokens: int) -> PairwiseSimilarity:
     weights = _weights(found.layer)
     if not found.passes:
-        return Likeness(weights, None, None)
+        return PairwiseSimilarity(weights, None, None)
     x = found.tokens
     x = x[:: max(1, len(x) // tokens)][:tokens]
     try:
         outputs = experts_of(found.layer).all_outputs(x).float()
     except ValueError:
-        return Likeness(weights, None, None)
-    return Likeness(weights, losses.cosine(outputs).cpu(), losses.linear_cka(outputs).cpu())
+        return PairwiseSimilarity(weights, None, None)
+    return PairwiseSimilarity(weights, losses.cosine(outputs).cpu(), losses.linear_cka(outputs).cpu())

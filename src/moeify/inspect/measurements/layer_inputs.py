@@ -1,4 +1,4 @@
-"""What the experts of a model see: the layer's inputs and its decisions on them."""
+"""Record the inputs of each sparse layer and its decisions on them."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from moeify.routing import Assignment, Routing
 
 
 @dataclass(frozen=True)
-class Seen:
-    """One layer, and what it did in some forward passes.
+class LayerInputs:
+    """The inputs and decisions of one layer in some forward passes.
 
     Attributes:
         layer: the layer.
@@ -50,10 +50,10 @@ def run(model: nn.Module, batch: Any) -> Any:
 
 
 @torch.no_grad()
-def what_experts_see(model: nn.Module, batches: Iterable[Any], tokens: int = 4096) -> dict[str, Seen]:
-    """Inputs and decisions of every layer that sends tokens to experts, until it has seen so many tokens."""
+def layer_inputs(model: nn.Module, batches: Iterable[Any], tokens: int = 4096) -> dict[str, LayerInputs]:
+    """Inputs and decisions of every layer that sends tokens to experts, up to a number of tokens."""
     layers = sparse_layers(model)
-    seen = {name: Seen(layer, []) for name, layer in layers.items()}
+    seen = {name: LayerInputs(layer, []) for name, layer in layers.items()}
     latest: dict[str, Tensor] = {}
     count = dict.fromkeys(layers, 0)
 
