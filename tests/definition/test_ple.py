@@ -107,7 +107,7 @@ def test_the_last_level_has_no_shared_gate_and_each_before_it_has_one():
 
 
 def test_levels_that_cannot_be_are_refused():
-    with pytest.raises(ValueError, match="0 levels extract nothing"):
+    with pytest.raises(ValueError, match="0 levels have no experts"):
         built(0)
     with pytest.raises(ValueError, match="a width of 10 does not hold 4 inputs"):
         Extraction(10, E, tasks=3)

@@ -136,7 +136,7 @@ def test_a_model_trains_with_experts_that_adapt_and_keeps_them(tmp_path):
 
 
 def test_settings_that_cannot_work_are_refused():
-    with pytest.raises(ValueError, match="start=5 experts of a pool of 4"):
+    with pytest.raises(ValueError, match="start=5 experts in use out of 4"):
         TopAny(6, 4, start=5)
     with pytest.raises(ValueError, match="below the least"):
         TopAny(6, 4, temperature=0.001)

@@ -69,7 +69,7 @@ def test_noise_that_has_died_out_gives_a_finite_gradient():
     [
         ({"k": 5}, "k=5 experts per token out of 4"),
         ({"k": 1}, "k=1 with normalised weights"),
-        ({"noise": 0.0}, "noise=0.0 is no standard deviation"),
+        ({"noise": 0.0}, "noise=0.0 is not a standard deviation"),
         ({"noise": -1.0}, "choose noise > 0, 'learned' or '1/E'"),
     ],
 )

@@ -55,5 +55,5 @@ def test_every_token_reaches_every_expert_with_a_gradient():
 
 
 def test_an_expert_without_slots_is_refused():
-    with pytest.raises(ValueError, match="0 slots reads nothing"):
+    with pytest.raises(ValueError, match="0 slots reads no tokens"):
         Soft(8, 4, slots=0)

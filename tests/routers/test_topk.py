@@ -175,5 +175,5 @@ def test_a_router_says_its_settings():
 
 @pytest.mark.parametrize("router", [TopK, Similarity])
 def test_an_unknown_unit_of_decision_is_refused(router):
-    with pytest.raises(ValueError, match="per='group' is no unit of decision"):
+    with pytest.raises(ValueError, match="per='group' is not a unit of decision"):
         router(8, 4, per="group")

@@ -93,11 +93,11 @@ def test_the_l1_loss_makes_gates_small_and_sooner_those_of_busy_experts():
 @pytest.mark.parametrize(
     ("make", "words"),
     [
-        (lambda: TopP(8, 4, p=0.0), "p=0.0 is no probability to reach"),
+        (lambda: TopP(8, 4, p=0.0), "p=0.0 is not a probability"),
         (lambda: TopP(8, 4, p=1.1), "choose 0 < p <= 1"),
         (lambda: TopP(8, 4, max_k=0), "max_k=0 experts out of 4"),
         (lambda: TopP(8, 4, max_k=5), "choose 1 <= max_k <= 4"),
-        (lambda: Threshold(8, 4, threshold=1.0), "threshold=1.0 splits no sigmoid scores"),
+        (lambda: Threshold(8, 4, threshold=1.0), "threshold=1.0 does not separate sigmoid scores"),
         (lambda: Threshold(8, 4, threshold=-0.1), "choose 0 <= threshold < 1"),
     ],
 )

@@ -26,7 +26,7 @@ class Masked(Experts):
     def __init__(self, experts: Experts, p: float = 0.2) -> None:
         super().__init__()
         if not 0 <= p < 1:
-            raise ValueError(f"p={p} is no probability to drop an output with; choose 0 <= p < 1")
+            raise ValueError(f"p={p} is not a probability; choose 0 <= p < 1")
         self.experts, self.p = experts, p
         self.num_experts = experts.num_experts
 
