@@ -280,7 +280,7 @@ DAMAGED = {
     "megatron 3": ("t.jsonl", record(0, 0, [[1], [2, 3]]), "line 1: top_indices are no table of numbers"),
     "megatron 4": ("t.jsonl", record(0, 0, [[1]], topk=2), "it has 1 tokens and topk 2, and top_indices"),
     "megatron 5": ("t.jsonl", record(-1, 0, [[1]]), "step is -1, and not a number from 0 on"),
-    "llama 1": ("t.csv", "0,1\n0,x\n", "line 2: '0,x' is not a number"),
+    "llama 1": ("t.csv", "0,1\n0,x\n", "line 2: '0,x' has a value that is not a number"),
     "llama 2": ("t.csv", "0,1\n0\n", "line 2: 1 values for 2 columns"),
     "llama 6": ("t.csv", "0,1\n0,9999999\n", "has expert 9999999; the file is damaged, or say how many"),
     "llama 4": ("t.csv", "0,1\n-1,0\n", "line 2: '-1,0' has a number out of range"),
