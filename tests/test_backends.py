@@ -195,10 +195,10 @@ def _hooked(register):
 CHANGES = {
     "weights where the tokens are, on cpu, and some are on meta": _meta,
     "forward that was replaced": _forward_replaced,
-    "hooks .* wait for a call": _hooked("register_forward_hook"),
-    "hooks .* wait for .* call": _hooked("register_forward_pre_hook"),
-    "hooks on them, .* call": _hooked("register_full_backward_hook"),
-    "hooks on them, or .* call": _hooked("register_full_backward_pre_hook"),
+    "their hooks, .* would not run": _hooked("register_forward_hook"),
+    "so their hooks, .* not run": _hooked("register_forward_pre_hook"),
+    "hooks, or a forward .* not run": _hooked("register_full_backward_hook"),
+    "hooks, or a forward that .* not run": _hooked("register_full_backward_pre_hook"),
 }
 
 

@@ -56,7 +56,7 @@ def limit(
     overflow: Overflow = "zero",
     per: Per = "batch",
 ) -> Assignment:
-    """Keep at most `slots` rows per expert; a dropped token is a row that is not there.
+    """Keep at most `slots` rows per expert; dropped rows are removed from the decision.
 
     Args:
         routing: a decision with one weight per row.
@@ -73,8 +73,8 @@ def limit(
             weights in proportion to the scores.
         per: whether slots are for all rows of an expert, those of each sequence or image (`sequence`; mesh), those of
             so many sequences or images one after the other (a number; V-MoE's groups have 8 images), or those up to a
-            token in its sequence (`prefix`): then what is kept of a token depends on no later one, while the slots of
-            a batch, group or sequence are as many as all its tokens make them.
+            token in its sequence (`prefix`): then what is kept of a token depends on no later one, while the slots of a
+            batch, group or sequence grow with the number of its tokens.
 
     Raises:
         ValueError: fewer than one slot, or sequence in a group; several weights per row; `next` without a score of

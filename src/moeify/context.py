@@ -27,11 +27,11 @@ class Context:
     """Gives the layers of one stack the forward pass that they are in: each thread has its own.
 
     A forward pass that activation checkpointing repeats in backward gets the pass that it repeats by `resumed`,
-    which `moeify.train.keep_decisions` calls; without it the latest is taken, if there is no doubt which it is.
+    which `moeify.train.keep_decisions` calls; without it the latest pass is used, if it is the only candidate.
 
     Args:
         batch_first: whether the stack lays tokens out as (B, N, D); by default that of torch's attention modules in it.
-        routes_padding: take every token for real, for a model whose outputs depend on what layers make of padding.
+        routes_padding: treat every token as real, for a model that reads the layers' outputs at padding.
     """
 
     def __init__(self, batch_first: bool | None = None, *, routes_padding: bool = False) -> None:
@@ -91,7 +91,7 @@ class Context:
         return call.inputs.get(name)
 
     def clear(self) -> None:
-        """Forget the mask that was set for layers called alone."""
+        """Remove the mask that was set for layers called alone."""
         self._thread.alone = Call()
 
     @contextmanager
@@ -117,7 +117,7 @@ class Context:
         return self.call.sequence_ids(shape)
 
     def documents(self, shape: Sequence[int]) -> Int[Tensor, "T"] | None:
-        """The document of each of the flattened tokens, None if nothing tells of documents, see `Call.documents`."""
+        """The document of each of the flattened tokens, None if no input describes documents, see `Call.documents`."""
         return self.call.documents(shape)
 
     def watch(self, ancestors: Sequence[nn.Module], layers: Sequence[nn.Module] = ()) -> list[RemovableHandle]:
@@ -248,7 +248,7 @@ def extra_inputs(model: nn.Module, **inputs: Tensor | Sequence[int]) -> Iterator
             model.generate(prompts)
 
     Args:
-        model: it, or a model around it, is called inside.
+        model: the model that is called inside, alone or in a wrapper.
         inputs: one number per token, (B, N), or per sequence, (B,); with beams, per beam.
 
     Raises:

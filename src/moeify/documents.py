@@ -59,7 +59,7 @@ class Packing:
         return reduce(torch.logical_or, found) if found else None
 
     def refuse(self, shape: Sequence[int]) -> None:
-        """Accept a layer with tokens of another shape than the rows, unless they are the packed rows of its own stack.
+        """Refuse a layer whose tokens have another shape than the packed rows of its own stack.
 
         Raises:
             ValueError: they are.

@@ -22,7 +22,7 @@ HASHES = "SHA256.json"
 LARGEST_JSON = 2**28
 """Bytes of the largest JSON file that is read; no config, index or manifest comes near."""
 DEEPEST_JSON = 100
-"""How deep JSON may be nested that is read; whoever follows it deeper meets the end of Python's stack."""
+"""How deep JSON may be nested that is read; deeper nesting would exceed Python's recursion limit."""
 
 
 def read_json(path: str | Path) -> dict[str, Any]:
@@ -100,7 +100,7 @@ def _reading_tensors(path: str | Path) -> Generator[Path]:
 
 @contextmanager
 def _reading(path: str | Path) -> Generator[Path]:
-    """A file that is about to be read; what goes wrong is said with its name."""
+    """Context manager around reading a file; errors name the file."""
     path = regular(path)
     try:
         yield path

@@ -155,7 +155,7 @@ def _finish(folder: Path) -> None:
     if not commit.is_dir():
         return
     if commit.is_symlink() or new.is_symlink():
-        raise ValueError(f"{commit} is no folder that a save left, but a link to elsewhere; delete it")
+        raise ValueError(f"{commit} is not a folder that a save left, but a link to elsewhere; delete it")
     coming = sorted(_files(new))
     obsolete = read_json(commit / _OBSOLETE)["obsolete"] if (commit / _OBSOLETE).is_file() else []
     for name in (*obsolete, *coming):

@@ -19,7 +19,7 @@ TOKENS = ("input_ids", "inputs_embeds", "hidden_states")
 
 @dataclass(eq=False)
 class Call:
-    """One forward pass of a stack: what the modules above it were called with, and what its routers decided.
+    """One forward pass of a stack: what the modules above it were called with, and the decisions of its routers.
 
     Attributes:
         token_mask: True where a token is real, None where every token is.
@@ -75,9 +75,9 @@ class Call:
         """The positions of the real ones among flattened tokens, None for all of them.
 
         The mask of the modules above the layers counts where it has as many tokens, unless the layer around a sparse
-        one is given another: a mask of its keys alone, or none at all, as layers of patches beside as many words.
-        Where the layers have tokens of their own (a model downsampled them, put patches beside words, or filled up a
-        window), only the mask that the layer is given counts; a stack whose layers are given none has no padding.
+        one is given another: a mask of its keys alone, or none at all, as in layers of patches beside equally many
+        words. Where the layers have tokens of their own (a model downsampled them, put patches beside words, or filled
+        up a window), only the mask that the layer is given counts; a stack whose layers are given none has no padding.
 
         Args:
             shape: of the tokens, (B, N) or (N, B), or their number.
@@ -152,7 +152,7 @@ class Call:
         return shape[-1] if self.batch_first else math.prod(shape) // shape[-1]
 
     def documents(self, shape: Sequence[int]) -> Int[Tensor, "T"] | None:
-        """The document of each of the flattened tokens, counted through the batch; None if nothing tells of documents.
+        """The document of each of the flattened tokens, counted over the batch; None if no input describes documents.
 
         A row is packed of several where `position_ids` do not rise, `seq_idx` changes, `cu_seq_lens_q`, `cu_seqlens` or
         `grid_thw` say so, a mask numbers its documents (1, 1, 2, 2, 0), or one of queries and keys is block-diagonal.

@@ -32,8 +32,8 @@ class SparseLayer(ABC):
     Attributes:
         name: of the module that holds router and experts.
         module: this module.
-        router: what decides; None if a block of transformers decides without a module of its own.
-        experts: what holds the parameters of all experts.
+        router: the module that decides; None if a block of transformers has no such module.
+        experts: the module with the parameters of all experts.
         shared: the module that every token passes beside the experts, such as a shared expert; None if there is none.
         num_experts: E.
         context: what the model was called with.
@@ -138,7 +138,7 @@ class MoELayer(SparseLayer):
                 yield router, "selection_bias"
 
     def observe(self, observer: Observer, *, repeated: bool = False) -> list[RemovableHandle]:
-        """See what the router returns."""
+        """Observe the router's output."""
 
         def hook(module: nn.Module, args: tuple, routing: Routing) -> None:
             if repeated or not recomputing():
@@ -214,7 +214,7 @@ class HfLayer(SparseLayer):
                         yield owner, key
 
     def observe(self, observer: Observer, *, repeated: bool = False) -> list[RemovableHandle]:
-        """See what the block chooses."""
+        """Observe the block's choices."""
 
         def translate(chosen: Chosen) -> None:
             with _apart():
@@ -228,5 +228,5 @@ class HfLayer(SparseLayer):
 
 
 def _apart() -> AbstractContextManager[None]:
-    """Compute beside a layer that activation checkpointing repeats: observers have no part in the repetition."""
+    """Compute beside a layer that activation checkpointing repeats: observers are not called again."""
     return torch.autograd.graph.saved_tensors_hooks(lambda kept: kept, lambda kept: kept)

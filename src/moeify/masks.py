@@ -22,8 +22,8 @@ def real_tokens(mask: Bool[Tensor, "B N"] | Tensor) -> Bool[Tensor, "B N"]:
     """The tokens that a mask with one entry per token marks as real.
 
     Integers and bools, and floats from 0 to 1, are 1 for a real token. Floats that are added to scores are 0 for a real
-    token and negative for padding; nothing but zeros is such a mask, for no batch is all padding. So is nothing but
-    False, with which Mask2Former says that nothing is hidden.
+    token and negative for padding; all zeros is such a mask, for no batch is all padding. All False is one too:
+    Mask2Former passes it where no token is hidden.
     """
     if mask.dtype is torch.bool:
         return mask | ~mask.any()

@@ -57,8 +57,8 @@ class MoE(nn.Module):
     def replace(self, *, router: Router | None = None, experts: Experts | None = None) -> Self:
         """Put another router or other experts into the layer, in place; every router inside then holds its experts.
 
-        A part that is not passed stays. Returns the layer. Assigning to `router` or `experts`, as PEFT does, also lets
-        routers hold the experts, for one that was forgotten would go on with the old ones; but it compares no numbers.
+        A part that is not passed stays. Returns the layer. Assigning to `router` or `experts`, as PEFT does, also
+        attaches the new experts to the routers, but does not compare the numbers of experts.
 
         Raises:
             ValueError: the router is for another number of experts, or cannot work with these; the layer is as it was.
@@ -98,7 +98,7 @@ class MoE(nn.Module):
         if isinstance(self.experts, Sequences):
             return self.experts.mixed(x, routing, others, named)
         if others or named:
-            raise TypeError(f"{self.name or 'a sparse layer'} takes its tokens only, and was given more")
+            raise TypeError(f"{self.name or 'a sparse layer'} takes only its tokens, and was given more arguments")
         y = backends.run(self.backend, x, routing, self.experts)
         return y if self.shared is None else y + self.shared(x)
 

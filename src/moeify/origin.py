@@ -18,7 +18,8 @@ class Origin:
 
     Attributes:
         recipe: the `Recipe` that `sparsify` followed, None if no recipe makes the model as it is.
-        sites: what each place of a sparse layer was read as, as plain values (`moeify.find.describe`), None if unknown.
+        sites: the dense network that was found at each sparse layer, as plain values (`moeify.find.describe`), None if
+            unknown.
         adapters: how adapters were put beside its linear layers (an `AdapterLibrary`), None if none were.
     """
 
@@ -32,5 +33,5 @@ class Origin:
         return getattr(model, _ATTRIBUTE, cls())  # wrappers such as those of PEFT pass it on
 
     def write_to(self, model: nn.Module) -> None:
-        """Let this be the origin of a model."""
+        """Set this as the origin of a model."""
         vars(model)[_ATTRIBUTE] = self

@@ -1,4 +1,4 @@
-"""Regular expressions from files, with a time limit, since a match can take practically for ever."""
+"""Regular expressions from files, with a time limit, since a match can take exponential time."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import functools
 from typing import Any
 
 LONGEST = 1.0
-"""Seconds that one match may take; those that files are written with take microseconds."""
+"""Seconds that one match may take; ordinary patterns take microseconds."""
 
 
 def search(pattern: str, name: str) -> bool:

@@ -1,4 +1,4 @@
-"""A line with the time that is left, for whatever takes longer than ten seconds."""
+"""Print the remaining time of work that takes longer than ten seconds."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """The registry: names of functions and classes, for JSON files and the command line only.
 
-Code passes the thing itself; a name exists where a thing cannot be passed.
+Code passes the function or class itself; names exist for files and the command line, which cannot.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from typing import Any
 
 _BY_NAME: dict[str, dict[str, Callable]] = {}
 _LEADING = {"router": 2, "experts": 2, "shared": 2, "after": 2, "where": 1}
-"""How many leading arguments things of a kind are called with, which a file therefore cannot set."""
+"""The number of leading arguments that parts of each kind are called with, which a file therefore cannot set."""
 _FORMER_NAMES = {
     "router": {"once": "shared_routing", "given": "input_weights"},
     "expert_groups": {"groups": "expert_groups"},
 }
 _FORMER_VALUES = {"router": {("per", "group"): "sequence"}}
 _FORMER_OPTIONS = {"router": {"groups": "expert_groups", "silent": "zero_experts"}}
-"""What files of earlier versions call things, their options and the values of these, by kind."""
+"""Former names of parts, options and values in files of earlier versions, by kind."""
 
 
 def register(kind: str, name: str) -> Callable[[Any], Any]:
@@ -59,7 +59,7 @@ def lookup(kind: str, name: str) -> Callable:
 
 
 def suggest(name: str, known: list[str]) -> str:
-    """What somebody who wrote `name` may have meant, for an error message."""
+    """Known names that resemble `name`, for an error message."""
     near = difflib.get_close_matches(name, known)
     return f"did you mean {' or '.join(map(repr, near))}?" if near else f"known are: {', '.join(known) or 'none'}"
 
@@ -102,13 +102,13 @@ def decode(kind: str, value: Any) -> Any:
 
     Raises:
         ValueError: an unknown name; options that the named thing does not take, of another type than it takes, or
-            missing; mappings inside mappings beyond any use.
+            missing; mappings nested too deeply.
     """
     return _decode(kind, value, 0)
 
 
 _DEEPEST = 16
-"""How deep things may stand in each other; no router is around more than a few others."""
+"""The deepest nesting of parts; no router wraps more than a few others."""
 
 
 def _decode(kind: str, value: Any, depth: int) -> Any:
@@ -191,11 +191,11 @@ _TYPES: dict[str, tuple[tuple[type, ...], str]] = {
     "Sequence[float]": ((list,), "a list"),
     "Sequence[str]": ((list,), "a list"),
 }
-"""What JSON has for the types of options, and what they are called."""
+"""The JSON types of each type of option, and their names in messages."""
 
 
 def _other_type(key: str, value: Any, annotation: Any) -> str | None:
-    """What a file must have for an option, if a value is something else; types that JSON has not are not looked at."""
+    """The name of the type that an option must have, if its value has another; unchecked without a JSON form."""
     if key in _BY_NAME:
         return None if callable(value) or value is None or dataclasses.is_dataclass(value) else "a name or a mapping"
     stated = annotation if isinstance(annotation, str) else inspect.formatannotation(annotation)

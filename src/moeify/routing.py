@@ -30,10 +30,10 @@ class Evidence:
         scores: the logits after the score function, without selection bias.
         sequence_id: the sequence or image that each decision belongs to.
         expected_load: rows that each expert can expect under the router's noise, with a gradient (noisy routers).
-        label: what the model was told of each decision's token or sample: its modality, task type or super-class.
-        affinity: how strongly every expert reacted to every token (CompeteSMoE).
+        label: of each decision's token or sample, an input of the model: its modality, task type or super-class.
+        affinity: the affinity of every expert for every token (CompeteSMoE).
         rows: the router's rows for the experts in use, with a gradient (DynMoE).
-        unserved: the sum of the tokens that found no expert (DynMoE).
+        unserved: the sum of the tokens without an expert (DynMoE).
     """
 
     logits: Float[Tensor, "L E"] | None = None

@@ -1,4 +1,4 @@
-"""`Snapshot`: a model's structure and settings, to be restored whatever happens in between."""
+"""`Snapshot`: a model's structure and settings, to restore them after a failed or temporary change."""
 
 from __future__ import annotations
 

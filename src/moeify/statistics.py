@@ -54,7 +54,7 @@ def load_variation(rows: Num[Tensor, "... E"]) -> Float[Tensor, "..."]:
 
 
 def drop_rate(assigned: Num[Tensor, "... E"], counts: Num[Tensor, "... E"]) -> Float[Tensor, "..."]:
-    """The share of the assigned rows that a capacity limit left out (Switch, section 2.2)."""
+    """The share of the assigned rows that a capacity limit dropped (Switch, section 2.2)."""
     return 1 - counts.sum(-1) / assigned.sum(-1).clamp_min(1)
 
 

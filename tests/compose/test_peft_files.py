@@ -62,7 +62,7 @@ def test_adapters_that_are_no_plain_lora_are_refused_in_words(config, message, t
         (
             "base_model.model.model.embed_tokens.lora_embedding_A",
             (2, 256),
-            "adapts an embedding, which is no linear layer",
+            "adapts an embedding, which is not a linear layer",
         ),
         ("base_model.model.model.layers.0.self_attn.q_proj.lora_magnitude_vector", (32,), "DoRA"),
         ("base_model.model.model.norm.weight", (32,), "not one of a LoRA beside a linear layer"),
@@ -267,7 +267,7 @@ def test_settings_that_no_scale_follows_from_are_refused(config, message, tmp_pa
 def test_tensors_that_are_no_weights_are_refused(dtype, tmp_path):
     file = make_adapter(tmp_path / "a", ["q_proj"]) / "adapter_model.safetensors"
     save_file({name: tensor.to(dtype) for name, tensor in load_file(file).items()}, file)
-    with pytest.raises(ValueError, match=r"adapter_model.safetensors has .*q_proj.* in torch.*, which are no weights"):
+    with pytest.raises(ValueError, match=r"adapter_model.safetensors has .*q_proj.* in torch.*, which are not weights"):
         read_adapter(tmp_path / "a")
 
 
@@ -276,5 +276,5 @@ def test_what_no_adapter_of_peft_can_be_is_not_written_as_one(tmp_path):
         save_adapters(adapted_llama(shared=dense), tmp_path)
     with pytest.raises(ValueError, match="has LoRAFFN experts; merge_into_experts"):
         save_adapters(adapted_llama(where=ffn, experts=lora_ffn, shared=lambda dense, width: None), tmp_path)
-    with pytest.raises(ValueError, match="is no linear layer with adapters beside it"):
+    with pytest.raises(ValueError, match="is not a linear layer with adapters beside it"):
         save_adapters(adapted_llama(where=ffn), tmp_path)

@@ -244,7 +244,7 @@ def test_rows_without_a_text_name_the_fields_seen(tmp_path):
         ("a.jsonl", b"", "is empty"),
         ("a.txt", b"abc\xff", r"is not UTF-8 \(at byte 3\)"),
         ("a.jsonl", b'{"text": "a"}\n{"text"', "line 2 is not JSON"),
-        ("a.jsonl", b'["a"]', "line 1 is no object"),
+        ("a.jsonl", b'["a"]', "line 1 is not an object"),
         ("a.jsonl", b'{"text": 1}', "row 1: the field 'text' is a int"),
         ("a.jsonl.gz", b"plain", "cannot be decompressed"),
         ("a.jsonl.gz", gzip.compress(b"abc", mtime=0)[:-9], "cannot be decompressed"),

@@ -92,7 +92,7 @@ class Loose(nn.Module):
 
 def test_what_a_probe_does_not_reach_is_verified_alone():
     sparsify(Towers(Loose(1.0)), COPIES, verbose=False)
-    with pytest.raises(ValueError, match=r"second\.0\.up was taken for a feed-forward network"):
+    with pytest.raises(ValueError, match=r"second\.0\.up was read as a feed-forward network"):
         sparsify(Towers(Loose(0.5)), COPIES, verbose=False)
 
 
@@ -119,7 +119,7 @@ def test_a_model_whose_input_is_not_guessed_is_refused_unless_it_is_probed_or_ve
     x = torch.randn(2, 5, 8)
     with pytest.raises(ValueError, match=r"no input could be guessed for this Riddle.*probe=.*verify=False"):
         sparsify(Riddle(Loose(1.0)), COPIES, verbose=False)
-    with pytest.raises(ValueError, match=r"0\.up was taken for a feed-forward network"):
+    with pytest.raises(ValueError, match=r"0\.up was read as a feed-forward network"):
         sparsify(Riddle(Loose(0.5)), COPIES, probe=({"question": x},), verbose=False)
     sparsify(Riddle(Loose(1.0)), COPIES, probe=({"question": x},), verbose=False)
     wrong = Riddle(Loose(0.5))

@@ -246,7 +246,7 @@ def test_what_only_the_whole_model_shows_to_be_something_else_is_refused():
 
     model = nn.Sequential(*blocks(1), Normed())
     names = list(model.state_dict())
-    with pytest.raises(ValueError, match=r"1\.up was taken for a feed-forward network"):
+    with pytest.raises(ValueError, match=r"1\.up was read as a feed-forward network"):
         sparsify(model, COPIES, verbose=False)
     assert list(model.state_dict()) == names
 

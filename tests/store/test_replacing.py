@@ -120,5 +120,5 @@ def test_while_another_process_saves_into_a_folder_no_second_one_does(tmp_path):
 def test_hashes_of_an_unknown_format_are_refused(tmp_path):
     save(plain(0), tmp_path)
     write_json(tmp_path / "SHA256.json", {"format": 2, "files": {}})
-    with pytest.raises(ValueError, match="has the format 2, and this version of moeify knows format 1"):
+    with pytest.raises(ValueError, match="has the format 2, and this version of moeify reads format 1"):
         computes(tmp_path)

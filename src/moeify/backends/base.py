@@ -48,7 +48,7 @@ def needs_one_weight(routing: Routing) -> str | None:
 
 
 def sparse(routing: Routing) -> Assignment:
-    """The decision of a call that `needs_one_weight` has let pass."""
+    """The decision of a call that meets `needs_one_weight`, as an `Assignment`."""
     assert isinstance(routing, Assignment)
     return routing
 
@@ -85,8 +85,7 @@ def needs_stacked(experts: Experts) -> str | None:
 def needs_weights(x: Tensor, experts: Experts, tensors: Iterable[Tensor | None]) -> str | None:
     """Weights that a backend may read itself, without calling the modules that hold them.
 
-    Whatever waits for a call of these modules would not happen: hooks, and what offloading does by them or by a
-    `forward` of its own, which is to bring the weights.
+    Hooks on these modules would not run, nor a replaced `forward`, by which offloading loads the weights.
 
     Args:
         x: the tokens.
@@ -95,8 +94,8 @@ def needs_weights(x: Tensor, experts: Experts, tensors: Iterable[Tensor | None])
     """
     if any(waits_for_call(module) for module in experts.called_modules()):
         return (
-            "it reads the experts' weights without calling the experts, and hooks on them, or a forward that was "
-            "replaced, wait for a call"
+            "it reads the experts' weights without calling the experts, so their hooks, or a forward that was "
+            "replaced, would not run"
         )
     for tensor in (x, *tensors):
         if tensor is None:
@@ -129,13 +128,13 @@ def has_other_forward(module: nn.Module) -> bool:
 def needs_no_transform() -> str | None:
     """No transform of `torch.func`."""
     if not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None:
-        return "it knows no transforms of torch.func"
+        return "it does not support transforms of torch.func"
     return None
 
 
 def needs_no_autocast(x: Tensor) -> str | None:
     """No autocast on the tokens' device."""
-    return "it does not follow autocast" if torch.is_autocast_enabled(x.device.type) else None
+    return "it does not support autocast" if torch.is_autocast_enabled(x.device.type) else None
 
 
 def needs_dtype(x: Tensor, dtypes: Sequence[torch.dtype], weights: Iterable[Tensor | None] = ()) -> str | None:

@@ -137,7 +137,7 @@ def _cannot_read(x: Tensor, experts: Experts, p: Projections | None) -> str | No
     if reason := needs_weights(x, experts, p.tensors):
         return reason
     if isinstance(p.activation, Plain | Glu) and name_of(p.activation.act) is None:
-        return f"it does not know the activation {p.activation.act}"
+        return f"it does not support the activation {p.activation.act}"
     floats = [p.up_bias, p.down_bias] if p.up_scales is not None else [p.up_bias, p.down_bias, p.up, p.down]
     dtypes = needs_no_autocast(x) or needs_dtype(x, DTYPES, floats)
     if reason := needs_no_transform() or dtypes or needs_no_gradient(p.tensors):

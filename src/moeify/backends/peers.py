@@ -44,7 +44,7 @@ def cannot_liger(x: Float[Tensor, "... D"], routing: Routing, experts: Experts) 
         return reason
     assert experts.stacked is not None
     if experts.stacked.up_bias is not None or experts.stacked.down_bias is not None:
-        return "it knows no biases"
+        return "it does not support biases"
     return _missing("liger_kernel", "liger-kernel")
 
 

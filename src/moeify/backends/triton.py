@@ -64,7 +64,7 @@ def cannot(x: Float[Tensor, "... D"], routing: Routing, experts: Experts) -> str
     """Why `run` cannot serve a call, None if it can."""
     if isinstance(experts, LoRA):
         if experts.training and experts.dropout.p > 0:
-            return "it knows no dropout before low-rank projections"
+            return "it does not support dropout before low-rank projections"
     elif reason := needs_stacked(experts):
         return reason
     return _unserved(x, routing, experts)
@@ -78,8 +78,8 @@ def chosen(x: Float[Tensor, "... D"], routing: Routing, experts: Experts) -> boo
     They save copies, which cost 1 / D + 1 / H of the products' time, up to a factor; but CUTLASS
     multiplies somewhat faster than Triton. They are taken where D · H / (D + H) is at most 1000, which leaves
     Mixtral's wide experts to torch, and takes fine-grained ones; low-rank projections are narrower still. In dtypes
-    that torch's grouped product does not know, they compete with one product per expert and a wait for the counts, so
-    they are always taken.
+    that torch's grouped product does not support, they compete with one product per expert and a wait for the counts,
+    so they are always taken.
     """
     if not allowed() or not x.is_cuda:
         return False
@@ -137,7 +137,7 @@ def _unserved(x: Tensor, routing: Routing, experts: Experts) -> str | None:
         return reason
     activation = _activation(experts)
     if activation is not None and not isinstance(activation, ClampedGlu) and name_of(activation.act) is None:
-        return f"it knows the activations {', '.join(KNOWN)}, and {activation.act} is none of them"
+        return f"it supports the activations {', '.join(KNOWN)}, not {activation.act}"
     dtype = _dtype(x, experts)
     if dtype not in DTYPES:
         return f"it computes in {', '.join(str(d).removeprefix('torch.') for d in DTYPES)}, and the weights are {dtype}"

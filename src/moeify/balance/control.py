@@ -77,7 +77,7 @@ class Control:
     handles: list[Any] = field(default_factory=list)
 
     def observe(self, name: str, routing: Routing) -> None:
-        """Add what one forward pass in training shows of one layer."""
+        """Add the observation of one layer in one training forward pass."""
         if not self.active or name not in self.biases or not self._is_in_training(name):
             return
         assert isinstance(routing, Assignment)
@@ -104,7 +104,7 @@ class Control:
 
     @torch.no_grad()
     def step(self, *_: Any) -> None:
-        """Move every bias by what all ranks saw, and forget it."""
+        """Move every bias by the loads of all ranks, and reset them."""
         for name in sorted(self.seen):
             seen = self.seen[name]
             for value in seen.values():
@@ -129,7 +129,7 @@ def control(model: nn.Module, optimizer: torch.optim.Optimizer, rule: Rule) -> C
     checkpointing repeats them. On several processes all must train the same layers.
 
     Raises:
-        ValueError: no router of the model has a selection bias; a rule that cannot do with group-limited routing.
+        ValueError: no router of the model has a selection bias; a rule that does not support group-limited routing.
     """
     biases = dict(_biases(model))
     if not biases:

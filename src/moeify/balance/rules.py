@@ -27,7 +27,7 @@ class Rule(ABC):
     def observe(
         self, routing: Assignment, unbiased: Float[Tensor, "L E"] | None, bias: Float[Tensor, "E"]
     ) -> dict[str, Tensor]:
-        """What to add up over the micro-batches and ranks of a step.
+        """The quantities to sum over the micro-batches and ranks of a step.
 
         Args:
             routing: the decision.
@@ -107,7 +107,7 @@ class Quantile(Rule):
         return {"bias": -beta, "batches": torch.ones((), device=s.device)}
 
     def move(self, bias: Float[Tensor, "E"], seen: dict[str, Tensor], memory: dict[str, Tensor]) -> Float[Tensor, "E"]:
-        """The average of the biases of the micro-batches, centred: a common shift of the bias chooses nothing."""
+        """The average of the biases of the micro-batches, centred: a common shift of the bias changes no choice."""
         wanted = seen["bias"] / seen["batches"]
         return self.ema * bias + (1 - self.ema) * (wanted - wanted.mean())
 

@@ -57,7 +57,7 @@ class SparsityTarget:
         self._seen = self._seen.to(seen.device) + seen
 
     def step(self) -> None:
-        """Move the weight by what all ranks saw, and forget it; nothing seen moves nothing."""
+        """Move the weight by the counts of all ranks, and reset them; without counts it stays."""
         rows, tokens = ranks.all_reduce(self._seen).tolist()
         self._seen = torch.zeros_like(self._seen)
         if rows > self.k * tokens:

@@ -83,7 +83,7 @@ def adapted_linears(model: nn.Module) -> dict[str, AdaptedLinear]:
         experts, dense = layer.experts, layer.shared
         if not isinstance(experts, LoRA) or dense is None or not is_linear(dense):
             raise ValueError(
-                f"{name} is no linear layer with adapters beside it, but has {type(experts).__name__} experts; "
+                f"{name} is not a linear layer with adapters beside it, but has {type(experts).__name__} experts; "
                 + ("merge_into_experts(model) merges them into full weights; " if isinstance(experts, LoRAFFN) else "")
                 + "moeify.save(model, folder) writes the whole model"
             )
@@ -98,7 +98,7 @@ def adapters_of(model: nn.Module) -> dict[str, Adapter]:
     """The adapters of a model by name, with the vectors that its routers have for them as gates.
 
     Raises:
-        ValueError: the model has none, or a sparse layer that is no linear layer with adapters beside it.
+        ValueError: the model has none, or a sparse layer that is not a linear layer with adapters beside it.
     """
     found = {name: Adapter({}, {}) for name in (Origin.of(model).adapters or AdapterLibrary()).names}
     for module, here in adapted_linears(model).items():

@@ -77,7 +77,7 @@ def _why_not_experts(name: str, layer: MoE, beside_linears: int) -> str:
             "merge_into_base(model, weights) makes one dense model of fixed weights, save_adapters(model, folder) "
             "writes adapters that PEFT reads"
         )
-    return f"{name} has {type(layer.experts).__name__} experts, which are no LoRA experts of a whole network (lora_ffn)"
+    return f"{name} has {type(layer.experts).__name__} experts, not LoRA experts of a whole network (lora_ffn)"
 
 
 @torch.no_grad()
@@ -91,7 +91,7 @@ def merge_into_base(model: nn.Module, weights: Mapping[str, float]) -> nn.Module
         weights: w of the adapters by name; adapters left out have 0.
 
     Raises:
-        ValueError: an adapter that is not there; a sparse layer that is no linear layer with adapters beside it. The
+        ValueError: an adapter that is not there; a sparse layer that is not a linear layer with adapters beside it. The
             model is as it was.
     """
     linears = adapted_linears(model)

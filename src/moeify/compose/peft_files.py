@@ -88,7 +88,7 @@ def read_adapter(folder: str | Path) -> Adapter:
         if found is None or tensor.dim() != 2:
             raise ValueError(f"{folder} has a tensor {name} of shape {tuple(tensor.shape)}: {_meaning(name)}")
         if tensor.dtype not in REAL:
-            raise ValueError(f"{folder / _WEIGHTS} has {name} in {tensor.dtype}, which are no weights of a LoRA")
+            raise ValueError(f"{folder / _WEIGHTS} has {name} in {tensor.dtype}, which are not weights of a LoRA")
         sides.setdefault(found["module"], {})[found["side"]] = tensor
     modules = {}
     for module, pair in sides.items():
@@ -208,7 +208,7 @@ def _refuse_settings(folder: Path, config: dict[str, Any]) -> None:
 
 def _meaning(name: str) -> str:
     if "lora_embedding" in name:
-        return f"it adapts an embedding, which is no linear layer; {_PLAIN}"
+        return f"it adapts an embedding, which is not a linear layer; {_PLAIN}"
     if "magnitude" in name:
         return f"DoRA rescales the weight, which no sum of products does; {_PLAIN}"
     return f"it is not one of a LoRA beside a linear layer; {_PLAIN}"
@@ -222,7 +222,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
     numbers = [(key, config[key]) for key in ("r", "lora_alpha")]
     for key in ("rank_pattern", "alpha_pattern"):
         if not isinstance(config.get(key) or {}, dict):
-            raise ValueError(f"{path} has {key}={config[key]!r}, which is no mapping from patterns to numbers")
+            raise ValueError(f"{path} has {key}={config[key]!r}, which is not a mapping from patterns to numbers")
         numbers += (config.get(key) or {}).items()
     for key, value in numbers:
         if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):

@@ -37,7 +37,7 @@ def expands_too_far(path: Path) -> ValueError:
     """The error for a file that expands to more."""
     return ValueError(
         f"{path} of {path.stat().st_size:,} bytes expands to more than {byte_limit(path):,} bytes; leave it out "
-        "or, if it is no mistake, decompress it yourself and name the decompressed file"
+        "or, if this is intended, decompress it yourself and name the decompressed file"
     )
 
 

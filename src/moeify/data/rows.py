@@ -196,7 +196,7 @@ def _json_line(line: str, path: Path, number: int, field: str) -> Mapping[str, A
     except ValueError as error:
         return error
     if not isinstance(row, dict):
-        return ValueError(f"{path}, line {number} is no object; a line should be {{{field!r}: ...}}")
+        return ValueError(f"{path}, line {number} is not an object; a line should be {{{field!r}: ...}}")
     return row
 
 
@@ -219,7 +219,7 @@ def _json(path: Path, field: str) -> Iterator[Row]:
         )
     for number, row in enumerate(value, 1):
         is_object = isinstance(row, dict)
-        no_row = f"{path}, row {number} is no object; a row should be {{{field!r}: ...}}"
+        no_row = f"{path}, row {number} is not an object; a row should be {{{field!r}: ...}}"
         yield number / len(value), row if is_object else NoTextField(no_row)
 
 

@@ -226,7 +226,7 @@ def _datasets(source: object) -> Any:
         import datasets
     except ImportError as error:
         raise ImportError(
-            f"{source} is no file or folder of texts; a data set of the hub, or one that save_to_disk wrote, needs "
+            f"{source} is not a file or folder of texts; a data set of the hub, or one that save_to_disk wrote, needs "
             "datasets: pip install 'moeify[data]'"
         ) from error
     return datasets

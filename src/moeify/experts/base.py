@@ -23,16 +23,16 @@ class Experts(nn.Module, ABC):
 
     @property
     def costs(self) -> Float[Tensor, "E"]:
-        """What a row costs at each expert, relative to the dearest; read by `moeify.losses.cost`."""
+        """What a row costs at each expert, relative to the most expensive; read by `moeify.losses.cost`."""
         return torch.ones(self.num_experts)
 
     @property
     def stacked(self) -> Stacked | None:
-        """The weights of all experts, for kernels that run whole experts; None of experts that are no plain FFNs."""
+        """The weights of all experts, for kernels that run whole experts; None for experts that are not plain FFNs."""
         return None
 
     def called_modules(self) -> Iterable[nn.Module]:
-        """The modules that a call of the experts calls; a kernel that reads their weights passes their hooks by."""
+        """The modules that a call of the experts calls; a kernel that reads their weights does not run their hooks."""
         return self.modules()
 
     def common_modules(self) -> Iterable[nn.Module]:

@@ -13,7 +13,7 @@ from moeify.experts.base import Experts
 
 
 class Each(Experts):
-    """Any modules as experts, each called on its own rows.
+    """Arbitrary modules as experts, each called on its own rows.
 
     Args:
         modules: one module per expert, from (R, D) to (R, O).

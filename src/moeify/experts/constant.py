@@ -15,7 +15,7 @@ from moeify.kernels import grouped_linear
 class Constant(Experts):
     """Experts with the output α₁·x + α₂·v, with (α₁, α₂) = softmax(W_c x) (MoE++, arXiv 2410.07348).
 
-    They cost next to nothing, as `Identity` and `Zero` do; put them beside `FFN`s in `Blocks`.
+    They cost almost nothing, as `Identity` and `Zero` do; put them beside `FFN`s in `Blocks`.
 
     Args:
         num_experts: E.

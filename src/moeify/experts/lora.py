@@ -17,7 +17,7 @@ class LoRA(Experts):
     """E low-rank adapters `s_j · B_j A_j x` (LoRA, arXiv 2106.09685), computed as `B (A x)` for all experts together.
 
     Beside `shared=frozen` of the linear layer they adapt they are the experts of PHATGOOSE, Arrow, MoCLE and LoRAMoE.
-    Adapters of different ranks share one stack: the smaller ones are filled up with zeros, which changes nothing.
+    Adapters of different ranks share one stack: the smaller ones are padded with zeros, which changes nothing.
 
     Args:
         num_experts: E.
@@ -26,7 +26,7 @@ class LoRA(Experts):
         rank: r, of the largest.
         scale: s; `alpha / rank` where a paper gives alpha.
         dropout: probability of dropping an input in training.
-        names: what the experts are called, in their order; their numbers if not given.
+        names: of the experts, in order; their numbers if not given.
 
     Attributes:
         lora_A: (E, r, D).

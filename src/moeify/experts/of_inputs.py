@@ -1,4 +1,4 @@
-"""Experts that each read one of several inputs of a token (PLE)."""
+"""Experts that each read one of several inputs of a token (PLE, progressive layered extraction)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from moeify.experts.base import Experts
 
 
 class OfInputs(Experts):
-    """Gives every expert its own of the inputs that lie side by side in a row.
+    """Gives every expert one of the inputs that are concatenated in a row.
 
     Args:
         experts: the experts, which read one input.

@@ -20,10 +20,10 @@ _HUGE = 2**21  # bytes of a page
 class Weights(nn.Module):
     """E integer matrices and their scales; a scale times its numbers is the weight.
 
-    With 8 bits a row of a matrix shares a scale. With 4 bits a group of neighbours in a row does; rows are filled up
-    with zeros to blocks of 128, and of a block the little-endian 16-bit word i holds the numbers i, i + 32, i + 64 and
-    i + 96, lowest bits first, as number + 8. Buffers: `weight`, int8 (E, O, D) or uint8 (E, O, bytes); `scales`, (E, O)
-    or (E, O, groups), which stay in fp32 when the module is cast; `bias` (E, O) or None.
+    With 8 bits a row of a matrix shares a scale. With 4 bits a group of neighbours in a row does; rows are padded with
+    zeros to blocks of 128, and of a block the little-endian 16-bit word i holds the numbers i, i + 32, i + 64 and i +
+    96, lowest bits first, as number + 8. Buffers: `weight`, int8 (E, O, D) or uint8 (E, O, bytes); `scales`, (E, O) or
+    (E, O, groups), which stay in fp32 when the module is cast; `bias` (E, O) or None.
 
     Args:
         num_experts: E.
@@ -58,7 +58,7 @@ class Weights(nn.Module):
 
     @torch.no_grad()
     def fill(self, weight: Float[Tensor, "E O D"], bias: Float[Tensor, "E O"] | None) -> None:
-        """Round weights to the nearest numbers, expert by expert; the scale is the least that leaves none out."""
+        """Round weights to the nearest numbers, expert by expert; the scale is the smallest without overflow."""
         for e, matrix in enumerate(weight):
             if self.bits == 8:
                 scales = _not_zero(matrix.float().abs().amax(-1) / 127)
@@ -169,12 +169,12 @@ def quantize(experts: Experts, bits: int = 8, group_size: int = 64) -> Quantized
         group_size: weights that share a scale, 32 or 64; of 4 bits only.
 
     Raises:
-        ValueError: the experts are no stacked feed-forward networks.
+        ValueError: the experts are not stacked feed-forward networks.
     """
     s: Stacked | None = experts.stacked
     if s is None:
         raise ValueError(
-            f"{type(experts).__name__} cannot be quantised: it is no stack of feed-forward networks, or drops hidden "
+            f"{type(experts).__name__} cannot be quantised: it is not a stack of FFNs, or drops hidden "
             "units in training; quantise FFN experts, after model.eval()"
         )
     num_experts, width_out, hidden = s.down.shape

@@ -1,4 +1,4 @@
-"""Whole modules as experts: attention, or layers, which need all tokens of a sequence and more than its tokens."""
+"""Whole modules as experts, such as attention or layers, which need all tokens of a sequence and further arguments."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from moeify.routing import Routing
 
 
 class Sequences(Experts):
-    """Modules that are each called on the sequences routed to them, with their part of whatever else the call is given.
+    """Modules that are each called on the sequences routed to them, with their part of all further arguments.
 
     A decision per token is refused: attention of one expert to tokens of another is not defined.
 
@@ -28,7 +28,7 @@ class Sequences(Experts):
         self.num_experts = len(self.experts)
 
     def forward(self, rows: Float[Tensor, "R D"], counts: Int[Tensor, "E"]) -> Float[Tensor, "R O"]:
-        """Rows are no sequences.
+        """Refuse rows, which are not sequences.
 
         Raises:
             ValueError: always; `mixed` is what runs them.

@@ -31,5 +31,5 @@ class Wrapped(Experts):
 
 
 def as_experts(module: nn.Module) -> Experts:
-    """The module itself if it is experts, else the experts inside it, with what it does to them."""
+    """The module itself if it is experts, else the experts inside it, still wrapped."""
     return module if isinstance(module, Experts) else Wrapped(module)

@@ -39,7 +39,9 @@ def _family(model: Any, table: Any) -> Family:
     model_type = getattr(getattr(architecture, "config_class", None), "model_type", "")
     if model_type not in table or getattr(architecture, "__name__", "") != heads.get(model_type):
         known = ", ".join(f"{family.title}" for family in table.values())
-        kind = "no sparse layers of moeify, and is no MoE" if table is SPARSE else "sparse layers of moeify, but is no"
+        kind = (
+            "no sparse layers of moeify, and is not an MoE" if table is SPARSE else "sparse layers of moeify, but is no"
+        )
         raise Unsupported(f"{type(model).__name__} has {kind} causal language model that can be exported: {known}")
     return table[model_type]
 

@@ -14,7 +14,7 @@ from moeify.modes import fixed_randomness, in_evaluation
 
 
 def same_alone(model: nn.Module, site: Site) -> bool | None:
-    """Whether the module around a site computes the same with the dense network that was read of the site.
+    """Whether the module around a site computes the same with the `DenseFFN` that was read from the site.
 
     The module is the innermost one around the site that runs on hidden states alone.
 

@@ -18,8 +18,7 @@ from moeify.routers.base import Router
 def refuse_decoders(model: nn.Module, sites: Sequence[Site], router: Router) -> list[Callable[[], None]]:
     """Refuse a router that looks at later tokens in a decoder, now or in the call that shows it to be one.
 
-    Returns:
-        What stops the watch over calls.
+    Returns: A function that removes the hooks on calls.
 
     Raises:
         ValueError: a site is in a decoder.

@@ -20,7 +20,7 @@ def contexts_of(sites: Sequence[Site]) -> dict[str, Context]:
 
 
 def watch(model: nn.Module, sites: Sequence[Site], contexts: Mapping[str, Context]) -> list[Callable[[], None]]:
-    """Let contexts read the arguments of the modules above their stacks; returns functions that stop it."""
+    """Let contexts read the arguments of the modules above their stacks; returns functions that remove the hooks."""
     undo: list[Callable[[], None]] = []
     for stack, context in contexts.items():
         around = [layer for site in sites if site.stack == stack if (layer := _around(model, site)) is not None]

@@ -146,7 +146,7 @@ def _is_elementwise(function: Callable) -> bool:
         return function(torch.zeros(2, 3)).shape == (2, 3)
     except MemoryError:  # says nothing about the model
         raise
-    except Exception:  # whatever an unknown callable raises, it is no activation
+    except Exception:  # whatever an unknown callable raises, it is not an activation
         return False
 
 

@@ -5,7 +5,7 @@
      "gated": true, "activation": {"name": "silu"}, "dropout": 0.0}
 
 Instead of projections, a site may be read as a chain of modules (`parts`), or as the module that stands there. `after`,
-`disabled`, `sequence_first`, `routes_padding`, `keyword` and `heads` are left out where they have their defaults.
+`disabled`, `sequence_first`, `routes_padding`, `keyword` and `heads` are omitted where they have their defaults.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _NAMED: dict[str, Elementwise] = {
 
 
 def describe(model: nn.Module, site: Site) -> dict[str, Any]:
-    """A site of a model that is still dense, as plain values."""
+    """Describe a site of a model that is still dense, as plain values."""
     names = {id(module): name for name, module in model.named_modules()}
     values: dict[str, Any] = {"name": site.name, "width": site.width}
     dense = site.dense
@@ -66,7 +66,7 @@ def rebuild(model: nn.Module, values: dict[str, Any]) -> Site:
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         name = values.get("name") if isinstance(values, dict) else None
         raise ValueError(
-            f"this {type(model).__name__} has nothing that could be the site {name!r} of the saved model ({error}); "
+            f"this {type(model).__name__} has no modules for the site {name!r} of the saved model ({error}); "
             "the description is damaged, or the model is another"
         ) from None
 
@@ -119,10 +119,10 @@ def _activation_of(model: nn.Module, values: dict[str, str]) -> Elementwise:
         return _NAMED[values["name"]]
     act = _own(model.get_submodule(values["module"]), values["attribute"])
     if not callable(act):
-        raise ValueError(f"{values['module']}.{values['attribute']} is no activation")
+        raise ValueError(f"{values['module']}.{values['attribute']} is not an activation")
     return act
 
 
 def _own(module: nn.Module, attribute: str) -> Any:
-    """What a module itself holds: a file may name no method."""
+    """An attribute in the module's own state, so that a file cannot name a method."""
     return module._modules[attribute] if attribute in module._modules else vars(module)[attribute]

@@ -20,12 +20,12 @@ from moeify.modes import fixed_randomness
 
 @dataclass(frozen=True)
 class SiteCall:
-    """How what stands in a site is called.
+    """The arguments with which the module in a site is called.
 
     Attributes:
         shape: leading shape of its tokens.
-        keyword: the name that it is given the tokens by, None if by position.
-        others: the names of whatever else it is given.
+        keyword: the name of the argument with the tokens, None if it is positional.
+        others: the names of its further arguments.
     """
 
     shape: torch.Size
@@ -35,7 +35,7 @@ class SiteCall:
 
 @contextmanager
 def observed(model: nn.Module, sites: Sequence[Site]) -> Iterator[dict[str, SiteCall]]:
-    """The calls of what stands in sites while the model runs, by the names of the sites; of each the latest."""
+    """The latest call of the module in each site while the model runs, by the site's name."""
     calls: dict[str, SiteCall] = {}
     handles = [
         getattr(*site.place).register_forward_pre_hook(partial(_keep_call, calls, site.name), with_kwargs=True)
@@ -64,11 +64,11 @@ def called_alike(sites: Sequence[Site], calls: Mapping[str, SiteCall], *, whole:
 
     Args:
         sites: where.
-        calls: how what stands there is called.
+        calls: the call of the module in each site.
         whole: whether experts will be whole modules, which may be given more than tokens.
 
     Raises:
-        ValueError: a site is given more than its tokens.
+        ValueError: a site is called with more than its tokens.
     """
     for site in sites:
         if site.name in calls and calls[site.name].others and not whole:
@@ -101,7 +101,7 @@ def _with_layout(model: nn.Module, site: Site, shape: torch.Size | None, batch: 
 
 
 def seen_in_a_run(model: nn.Module, sites: Sequence[Site]) -> list[Site]:
-    """The sites, with what a guessed input shows of their tokens; as they are where none can be guessed."""
+    """The sites, with the layout of tokens that a guessed input shows; unchanged if no input can be guessed."""
     if not sites:
         return []
     with fixed_randomness(model):

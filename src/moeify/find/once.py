@@ -17,7 +17,7 @@ _kept: ContextVar[dict[nn.Module, Found] | None] = ContextVar("kept", default=No
 
 @contextmanager
 def searching_once() -> Iterator[None]:
-    """Keep what `recognised` finds while this lasts; models must not be changed inside."""
+    """Context manager that caches the results of `recognised`; models must not be changed inside."""
     token = _kept.set({})
     try:
         yield

@@ -57,7 +57,7 @@ def _as_mask(positions: Tensor, shape: Sequence[int], device: torch.device) -> B
 
 
 def padding_routed(model: nn.Module, sites: Sequence[Site], probe: Probe) -> list[Site]:
-    """The sites, with `routes_padding` if the model reads at real tokens what they make of padding.
+    """The sites, with `routes_padding` if outputs at real tokens depend on the sites' outputs at padding.
 
     Some models pool a position that may be padding (SigLIP), or mix it into others by convolutions or landmarks
     (ConvBERT, Nyströmformer). There a sparse layer must compute padding too, or outputs at real tokens change. It holds
@@ -92,7 +92,7 @@ def _reads_padding(model: nn.Module, sites: Sequence[Site], probe: Probe) -> boo
 
 
 def _changed_by_silence(model: nn.Module, sites: Sequence[Site], probe: Probe, before: list[Tensor]) -> bool:
-    """Whether an output at real tokens changes if sites are silent where sparse layers would see padding."""
+    """Whether an output at real tokens changes if sites output zero where sparse layers would see padding."""
     contexts = contexts_of(sites)
     silent = [_Silent(site.dense, contexts[site.stack]) for site in sites]
     undo = [site.install(layer) for site, layer in zip(sites, silent, strict=True)]

@@ -30,8 +30,8 @@ class Probe:
     def run(self, model: nn.Module) -> Tensor:
         """The model's main output in evaluation, in fp32; models that draw random numbers draw the same every time.
 
-        Routers that look up what the probe does not tell, a task, look up 0. Whatever else the call changes of the
-        model is as it was afterwards.
+        Routers that look up an input that the probe does not have, such as a task, look up 0. Other changes that the
+        call makes to the model are undone.
         """
         return _main(self._output(model)).float()
 
@@ -86,7 +86,7 @@ class Probe:
 
 @contextmanager
 def restored(model: nn.Module) -> Iterator[None]:
-    """Every attribute, submodule and buffer of a model as it was: some switch for good what a first call shows them."""
+    """Every attribute, submodule and buffer of a model as it was: some change permanently at their first call."""
     before = Snapshot(model)
     try:
         yield

@@ -40,13 +40,13 @@ class Site:
 
     Attributes:
         name: the name of the module that the sparse layer replaces.
-        dense: what stands there now: a `DenseFFN`, or any module from (..., D) to (..., O).
+        dense: the module to be replaced: a `DenseFFN`, or any module from (..., D) to (..., O).
         place: the module and attribute that the sparse layer is put into.
         after: dropout that follows in the replaced module.
         disabled: attributes of the model that must do nothing once the layer is there, with their harmless values.
         known_width: D, where it is known without trying.
         sequence_first: whether tokens are laid out as (N, B, D); None where no probe has shown it.
-        routes_padding: whether padding is routed too, since the model reads what becomes of it.
+        routes_padding: whether padding is routed too, since the model reads its outputs.
         keyword: the name by which the model passes the tokens, None if by position.
         heads: h, the sub-tokens in which a sparse layer reads every token (MH-MoE).
     """
@@ -110,11 +110,11 @@ class Site:
 
     @property
     def training(self) -> bool:
-        """The mode of what stands there now."""
+        """The training mode of the module in the place."""
         return getattr(*self.place).training
 
     def install(self, module: nn.Module) -> Callable[[], None]:
-        """Put a module into the place, and return what takes it out again."""
+        """Put a module into the place, and return a function that restores the old one."""
         if self.after:
             module = nn.Sequential(module, nn.Dropout(self.after)).train(self.training)
         undo = [_swap(*self.place, module)] + [_swap(*change) for change in self.disabled]
@@ -137,7 +137,7 @@ def _swap(owner: nn.Module, name: str, new: Any) -> Callable[[], None]:
 
 
 def pass_through(x: Tensor) -> Tensor:
-    """What a disabled activation function does."""
+    """The identity, in the place of a disabled activation function."""
     return x
 
 

@@ -35,7 +35,7 @@ def cut(site: Site, heads: int) -> Site:
     """
     if not isinstance(site.dense, DenseFFN) or not site.keeps_width:
         raise ValueError(
-            f"{site.name} is no feed-forward network with outputs as wide as its inputs, so that sub-tokens could not "
+            f"{site.name} is not a feed-forward network with outputs as wide as its inputs, so sub-tokens could not "
             "be merged again; leave it out of where=sub_tokens(...)"
         )
     if type(heads) is not int or heads < 1 or site.width % heads:
@@ -62,7 +62,7 @@ def read_there(site: Site) -> tuple[nn.Module, int]:
 
 
 def stands_there(site: Site, layer: nn.Module) -> nn.Module:
-    """What is put into the site: a sparse layer, or a `MultiHead` around one that reads sub-tokens."""
+    """The module that is put into the site: a sparse layer, or a `MultiHead` around one that reads sub-tokens."""
     if site.heads == 1:
         return layer
     assert isinstance(layer, MoE)

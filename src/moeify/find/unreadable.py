@@ -32,7 +32,7 @@ def why_unreadable(model: nn.Module, sites: list[Site]) -> str | None:
 
 
 def quantized_base(name: str, module: nn.Module) -> str:
-    """What to say of a quantised layer where weights are needed."""
+    """The message for a quantised layer where weights are needed."""
     return (
         f"the base is quantised: {name} is a {type(module).__name__} with a weight of {module.weight.dtype}, "
         "from which no expert can be made; load the base in 16 or 32 bits, or put adapters beside it, which need only "

@@ -150,7 +150,7 @@ def chosen(predicate: Callable[[str, nn.Module], bool]) -> Where:
 
 
 def modules(regex: str) -> Where:
-    """Any modules with linear layers whose name matches, taken as they are: their experts are whole copies."""
+    """Any modules with linear layers whose name matches; their experts are whole copies."""
     return partial(_modules, regex=regex)
 
 

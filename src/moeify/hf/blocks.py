@@ -32,9 +32,9 @@ class Block(ABC):
     Attributes:
         name: of the module that holds router and experts.
         module: this module.
-        router: the module that computes the logits, if there is one; with what PEFT put around it.
-        experts: all that one token uses a part of; with what PEFT put around it.
-        shared: what every token passes beside the experts.
+        router: the module that computes the logits, if there is one, PEFT wrappers included.
+        experts: the module that holds all experts, PEFT wrappers included.
+        shared: the module that every token passes beside the experts.
         num_experts: E, zero experts included.
     """
 

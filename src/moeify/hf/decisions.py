@@ -1,4 +1,4 @@
-"""Turns what an MoE block of transformers chose into a routing decision, with its scores and without padding."""
+"""Convert the choices of an MoE block of transformers into a routing decision, with scores and without padding."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _unobserved: ContextVar[bool] = ContextVar("unobserved", default=False)
 
 @dataclass(frozen=True, kw_only=True)
 class Chosen:
-    """What a block chose for its tokens, padding included.
+    """The choices of a block for its tokens, padding included.
 
     Attributes:
         index: the experts of every token.
@@ -40,7 +40,7 @@ class Chosen:
 
 @contextmanager
 def unobserved() -> Iterator[None]:
-    """Call experts of transformers without anything being recorded, for no router has decided it."""
+    """Context manager in which calls of transformers' experts are not recorded, since no router decided them."""
     before = _unobserved.set(True)
     try:
         yield

@@ -20,7 +20,7 @@ Build = Callable[[str, nn.Module], Block]
 
 
 def family(module: nn.Module) -> Build | None:
-    """What makes a block of a module, by the name of its class or of one that it inherits from; None of others."""
+    """The `Block` class for a module, by the name of its class or a base class; None for other modules."""
     return next((_FAMILIES[c.__name__] for c in type(module).__mro__ if c.__name__ in _FAMILIES), None)
 
 
@@ -54,7 +54,7 @@ class SwitchBlock(InterfaceBlock):
 
 @dataclass(frozen=True, kw_only=True)
 class NllbBlock(InterfaceBlock):
-    """NLLB-MoE: as transformers computes it, which is not as it was trained.
+    """NLLB-MoE as transformers computes it, which differs from how it was trained.
 
     Its experts are called with the one-hot mask (N, E) of the first choices, and read it as expert numbers: for every
     token expert 1 runs once and expert 0 runs E - 1 times, with the router's E weights. These rows are the decision.

@@ -58,7 +58,7 @@ def moeify_experts(
 ) -> Float[Tensor, "T D"]:
     """The outputs of transformers' `experts`; an index of E or more means no expert, as under expert parallelism.
 
-    The rows of no expert are not there, so their number is read: one synchronisation with an accelerator.
+    Rows without an expert are removed, so their number is read: one synchronisation with an accelerator.
     """
     ours = HfExperts(experts)
     no_expert = ours.num_experts
@@ -125,7 +125,7 @@ _ACTIVATIONS: WeakKeyDictionary[nn.Module, Activation | None] = WeakKeyDictionar
 
 
 def _activation(experts: Any) -> Activation | None:
-    """The activation of transformers' experts, recognised by what it computes; None for one that is none of ours."""
+    """The activation of transformers' experts, recognised by what it computes; None if moeify does not have it."""
     if experts not in _ACTIVATIONS:
         act = getattr(experts, "act_fn", F.silu)
         theirs, ours = (experts._apply_gate, [ClampedGlu(), Glu(act)]) if experts.has_gate else (act, [Plain(act)])
@@ -185,7 +185,7 @@ def _theirs_cannot(x: Float[Tensor, "... D"], routing: Routing, experts: Experts
     if experts.width_out != experts.width:
         return f"it needs outputs as wide as tokens, and these experts map {experts.width} to {experts.width_out}"
     if experts.training and experts.dropout.p > 0:
-        return "it knows no expert dropout"
+        return "it does not support expert dropout"
     return (
         needs_weights(x, experts, experts.parameters())
         or needs_no_autocast(x)

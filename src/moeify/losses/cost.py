@@ -29,7 +29,7 @@ def cost(routing: Assignment, costs: Float[Tensor, "E"]) -> Float[Tensor, ""]:
 
 
 def budget(routing: Assignment, share: float) -> Float[Tensor, ""]:
-    """|mean G - share|: the sparse experts are used as much as wanted beside the dense one (NLLB, arXiv 2207.04672).
+    """|mean G - share|: hold the mean weight G of the sparse experts at a share (NLLB, arXiv 2207.04672).
 
     G is what the gate of a `Conditional` router gives them. The authors' code takes the mean over all layers before the
     absolute value; this is of one layer.

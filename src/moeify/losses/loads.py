@@ -59,9 +59,8 @@ def sequence_balance(routing: Assignment) -> Float[Tensor, ""]:
     """The balance of every sequence, averaged over tokens, by the experts of the largest scores (DeepSeek-V3).
 
     f counts how often an expert is among a token's K largest scores, whatever selection bias or expert groups then
-    chose (arXiv 2412.19437, eqs. 17-20): the loss stands for what the scores ask for, and pulls even where the bias
-    has levelled the loads. `balance(routing, "sequence")` counts what was chosen. 1.0 is perfect. The gradient flows
-    through P only.
+    chose (arXiv 2412.19437, eqs. 17-20): the loss acts on the scores, even where the bias has balanced the loads.
+    `balance(routing, "sequence")` counts what was chosen. 1.0 is perfect. The gradient flows through P only.
 
     Raises:
         ValueError: no scores, or a router that does not decide token by token.

@@ -24,13 +24,13 @@ def localized(routing: Routing, delta: float = 0.1, types: Int[Tensor, "E"] | No
         types: the type of every expert; by default those of the first half are of type 0, the others of type 1.
 
     Raises:
-        ValueError: the decision keeps no scores, or does not know its samples and their types.
+        ValueError: the decision keeps no scores, or does not record its samples and their types.
     """
     p = probability(routing)
     label = routing.evidence.label
     if label is None or routing.sequence_id is None:
         raise ValueError(
-            "this decision does not know of what type its samples are; route by AllExperts, and call the model inside "
+            "this decision does not record the types of its samples; route by AllExperts, and call the model inside "
             "extra_inputs(model, task_type=...)"
         )
     experts = p.shape[-1]

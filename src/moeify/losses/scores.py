@@ -24,7 +24,7 @@ def z(routing: Routing) -> Float[Tensor, ""]:
 
 
 def l1(routing: Assignment, k: float) -> Float[Tensor, ""]:
-    """E · Σ_j c_j / (L·k) · mean_l s_lj: scores made small, the more so the more an expert is used (ReMoE, eq. 10).
+    """E · Σ_j c_j / (L·k) · mean_l s_lj: an L1 penalty on scores, larger for busier experts (ReMoE, eq. 10).
 
     Args:
         routing: a decision with scores.
@@ -34,7 +34,7 @@ def l1(routing: Assignment, k: float) -> Float[Tensor, ""]:
         ValueError: the decision keeps no scores.
     """
     if routing.scores is None:
-        raise ValueError("this router keeps no scores, so they cannot be made small")
+        raise ValueError("this router keeps no scores, so they cannot be penalised")
     decisions, num_experts = routing.scores.shape
     return num_experts * (routing.assigned / (decisions * k) * routing.scores.mean(0)).sum()
 

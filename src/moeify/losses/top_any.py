@@ -1,4 +1,4 @@
-"""Keep the experts' rows of a top-any router apart and short, so that few thresholds are passed (DynMoE)."""
+"""Keep the weight rows of a top-any router orthogonal and small, so that tokens pass few thresholds (DynMoE)."""
 
 from __future__ import annotations
 

@@ -82,7 +82,7 @@ class Arrow(Router):
 
     @property
     def mixing_flops(self) -> int:
-        """A token is multiplied by every prototype; these are no parameters, so no other count has them."""
+        """A token is multiplied by every prototype; these are not parameters, so no other count has them."""
         return 2 * self.num_experts * self.width
 
     def extra_repr(self) -> str:

@@ -83,7 +83,7 @@ def find_decoder(model: nn.Module) -> Decoder:
     decoder = Decoder(body.embed_tokens, layers, body.norm, head, body.rotary_emb, weight.dtype)
     for norm in [decoder.norm, *(norm for layer in layers for norm in layer.norms)]:
         if not hasattr(norm, "variance_epsilon") or norm.weight.dim() != 1 or len(list(norm.parameters())) != 1:
-            raise _no(model, f"{type(norm).__name__} is no root-mean-square norm of transformers")
+            raise _no(model, f"{type(norm).__name__} is not a root-mean-square norm of transformers")
     return decoder
 
 

@@ -1,4 +1,4 @@
-"""Modules that run behind a block in which a sparse layer stands: functions from the dense module to one, or None."""
+"""Modules that run after a block that contains a sparse layer: functions from the dense module to one, or None."""
 
 from __future__ import annotations
 

@@ -36,7 +36,7 @@ class Comparison:
         return all(change <= most for change, most in zip(self._changes(model), allowed, strict=True))
 
     def _changes(self, model: nn.Module) -> list[float]:
-        """The largest change of each output at tokens that no sparse layer takes for padding."""
+        """The largest change of each output at tokens that no sparse layer treats as padding."""
         with padding_seen(moe_layers(model).values()) as real:
             after = self.probe.outputs(model)
         if [one.shape for one in after] != [one.shape for one in self.before]:

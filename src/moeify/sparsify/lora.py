@@ -15,7 +15,7 @@ def lora(dense: nn.Module, num_experts: int, *, rank: int = 8, scale: float = 1.
     """Low-rank experts for a linear layer, or any other module; they start at 0, so keep the module in `shared`.
 
     Args:
-        dense: what they are to stand beside: a linear layer (`where=linears(...)`), or a feed-forward network.
+        dense: the module that they adapt: a linear layer (`where=linears(...)`), or a feed-forward network.
         num_experts: E.
         rank: r.
         scale: multiplies the outputs; `alpha / rank` where a paper gives alpha.

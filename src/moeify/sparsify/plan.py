@@ -67,7 +67,7 @@ class Plan:
 
     @cached_property
     def following(self) -> dict[str, nn.Module]:
-        """What follows the numbered layers in which sparse ones stand, by their names, made at first access.
+        """The modules that run after the numbered layers that contain sparse ones, by name, made at first access.
 
         Raises:
             ValueError: something would follow a site that stands in no numbered layer, or whatever `after` refuses.
@@ -112,7 +112,7 @@ class Plan:
         return compare
 
     def apply(self, *, allow_noncausal: bool = False) -> Callable[[], None]:
-        """Put the sparse layers in place, and let the model know its origin.
+        """Put the sparse layers in place, and record the origin of the model.
 
         Args:
             allow_noncausal: let decoders have routers that look at later tokens.
@@ -222,7 +222,7 @@ def _refuse(sites: list[Site], layers: list[MoE], recipe: Recipe) -> None:
         )
     if _is_whole(recipe) and layers[0].shared is not None:
         raise ValueError(
-            "a shared module beside whole modules as experts would not be given what they are; shared=nothing"
+            "a shared module would not get the further arguments of whole modules as experts; use shared=nothing"
         )
     if _is_copy(recipe) and layers[0].shared is not None:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""A dense network as a shared expert of the hidden units that all experts need, and routed ones of the others."""
+"""Split a dense network into a shared expert, with the hidden units that most experts need, and routed experts."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def residual(
 
 
 def beside(shared: Callable, num_experts: int) -> Callable:
-    """What makes the shared module of a recipe: `residual` is told how many experts there are."""
+    """The function that makes the shared module of a recipe; `residual` gets the number of experts too."""
     return partial(shared, num_experts=num_experts) if _settings(shared)[0] is residual else shared
 
 
@@ -103,7 +103,7 @@ def refuse_misfit(experts: Callable, shared: Callable) -> None:
 
 @torch.no_grad()
 def start_routers(model: nn.Module, measured: Measured) -> None:
-    """Let every router begin with the centres of the clusters of tokens as its rows (LLaMA-MoE v2).
+    """Initialise the rows of every router with the centres of the clusters of tokens (LLaMA-MoE v2).
 
     Args:
         model: the sparse model.

@@ -86,7 +86,7 @@ def _verify_alone(model: nn.Module, site: Site) -> None:
 
 def _misread(site: Site) -> str:
     return (
-        f"{site.name} was taken for a feed-forward network, but the model computes something else there than "
+        f"{site.name} was read as a feed-forward network, but the model computes something else there than "
         "down(act(up(x))); leave it out with where=named(...), or make whole copies of a module with "
         "where=modules(...)"
     )

@@ -2,7 +2,7 @@
 
 A forward pass that is repeated in backward may route a token elsewhere: kernels are not deterministic, and a tie or a
 last bit decides between two experts. The gradient then belongs to another function than the loss. So the choices are
-kept, as integers, and everything else is recomputed. So is what the model was called with, its mask for one, since
+kept, as integers, and everything else is recomputed. The inputs of the model, such as its mask, are kept too, since
 several forward passes may come before one backward pass (DPO, distillation):
 
     model.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": keep_decisions})
@@ -46,7 +46,7 @@ class _Keep(TorchDispatchMode):
 
 
 class _Replay(TorchDispatchMode):
-    """The repeated forward pass: make every choice again as it was made, with the values of now."""
+    """The repeated forward pass: repeat every choice, and read its values from the recomputed tensor."""
 
     def __init__(self, choices: Choices) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Adapt the number of experts while training: add one for tokens that found none, remove the unused (DynMoE)."""
+"""Adapt the number of experts while training: add one for tokens that have none, remove unused ones (DynMoE)."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class AdaptExperts(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Find the routers, and begin to listen."""
+        """Find the routers, and start to observe decisions."""
         model: nn.Module = kwargs["model"]
         layers = sparse_layers(model) or {}
         self.routers = {name: r for name, layer in layers.items() if isinstance(r := layer.router, TopAny)}
@@ -80,14 +80,14 @@ class AdaptExperts(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Stop listening."""
+        """Stop observing."""
         for handle in self.handles:
             handle.remove()
 
 
 @torch.no_grad()
 def adapt(router: TopAny, used: Tensor, unserved: Tensor) -> None:
-    """Remove the experts that no token used, then add one for the tokens that used none, if the pool has one left.
+    """Remove the experts that no token used, then add one for the tokens that used none, if one is left.
 
     Args:
         router: whose experts in use change.

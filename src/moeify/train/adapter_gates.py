@@ -23,7 +23,7 @@ def train_gates(
     """Learn by AdamW a gate v for every module of a model with one adapter: y = W u + σ(v · u) · s B A u.
 
     v starts at 0, where σ is 1/2: training begins at half the adapter's strength, whatever its own training used. The
-    model is handed back as it came.
+    model is not changed.
 
     Args:
         model: with sparse layers of a single expert, and a loss among its outputs.
@@ -70,7 +70,7 @@ def _single(model: nn.Module) -> dict[str, MoE]:
 
 @contextmanager
 def _gated(model: nn.Module, layers: dict[str, MoE]) -> Iterator[dict[str, nn.Parameter]]:
-    """The model with gates in the place of routers, and nothing but them learning."""
+    """Context manager in which gates replace the routers, and only they learn."""
     routers = {name: layer.router for name, layer in layers.items()}
     learnt = [p for p in model.parameters() if p.requires_grad]
     gates = {}

@@ -1,4 +1,4 @@
-"""Run every expert on every token, for calibration, and count the tokens that data sends to each expert."""
+"""Run every expert on every token, for calibration, and count the tokens that data routes to each expert."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def calibrate_all_experts(model: nn.Module) -> Iterator[None]:
     """Inside, every expert reads every real token, while every layer outputs what its router decides.
 
     For observers that sit on experts, as those of quantisation do: an expert that calibration data is never sent to
-    would be left with ranges of nothing. After each pass the experts are called once more, with the tokens that they
+    would have no activation ranges. After each pass the experts are called once more, with the tokens that they
     were not sent, and these outputs are discarded. Layers of ours and of transformers alike; `record` shows what
     routers decide, inside as outside. Soft mixtures give every expert every token anyway.
 

@@ -1,4 +1,4 @@
-"""Callbacks of the trainer: expert dropout, a schedule of k, a checkpoint at a signal, and a line of progress."""
+"""Callbacks of the trainer: expert dropout, a schedule of k, a checkpoint on a signal, and a progress line."""
 
 from __future__ import annotations
 
@@ -89,9 +89,9 @@ class KSchedule(TrainerCallback):
 
 
 class SaveOnSignal(TrainerCallback):
-    """On Ctrl-C, SIGTERM, SIGHUP or SIGUSR1: finish the step, save a checkpoint, end the training normally, say so.
+    """On Ctrl-C, SIGTERM, SIGHUP or SIGUSR1: finish the step, save a checkpoint, end training and print how to resume.
 
-    Those that the system has: Windows knows neither SIGHUP nor SIGUSR1. A signal that is ignored, as `nohup` lets
+    Those that the system has: Windows has neither SIGHUP nor SIGUSR1. A signal that is ignored, as `nohup` lets
     SIGHUP be, stays ignored. All ranks stop after the same step, whichever got the signal. A second signal ends the
     process at once.
     """
@@ -105,14 +105,14 @@ class SaveOnSignal(TrainerCallback):
 
     @property
     def signals(self) -> list[int]:
-        """The signals that are listened to."""
+        """The signals that are handled."""
         known = [getattr(signal, name) for name in self.names if hasattr(signal, name)]
         return [number for number in known if signal.getsignal(number) is not signal.SIG_IGN]
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Listen, if this is the main thread: Python allows no other to."""
+        """Install the handlers in the main thread, the only one in which Python allows it."""
         self.received, self.stopped = None, False
         if threading.current_thread() is threading.main_thread():
             self.before = {number: signal.signal(number, self._receive) for number in self.signals}
@@ -135,7 +135,7 @@ class SaveOnSignal(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Say how to go on."""
+        """Print how to resume."""
         self.restore()
         if self.stopped and state.is_world_process_zero:
             name = "another rank's signal" if self.received is None else signal.Signals(self.received).name
@@ -201,18 +201,18 @@ class ProgressLine(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Leave the last line standing."""
+        """Leave the last line on screen."""
         self.close()
 
     def close(self) -> None:
-        """Give the terminal back."""
+        """Release the terminal."""
         if self.bar is not None:
             self.bar.stop()
             self.bar = None
 
 
 def line(logs: dict[str, float]) -> str:
-    """The numbers of a log entry that say whether all is well."""
+    """The main figures of a log entry: loss, balance, dead experts and speed."""
     shown = {
         "loss": "loss {:.4f}",
         "balance": "balance {:.3f}",

@@ -22,11 +22,11 @@ class Columns(_Trainer):
         self._signature_columns = known + sorted(columns(self.model) - set(known))
 
     def training_step(self, model: nn.Module, inputs: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
-        """Forward and backward, which may repeat the forward, with what the routers look up."""
+        """Forward and backward, which may repeat the forward, with the columns that routers look up."""
         with split_router_inputs(self.model, inputs) as rest:
             return super().training_step(model, rest, *args, **kwargs)
 
     def prediction_step(self, model: nn.Module, inputs: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
-        """Forward, or generation, with what the routers look up."""
+        """Forward, or generation, with the columns that routers look up."""
         with split_router_inputs(self.model, inputs) as rest:
             return super().prediction_step(model, rest, *args, **kwargs)

@@ -1,4 +1,4 @@
-"""Micro-batches that nothing can be learnt from: all padding, or without a label to predict."""
+"""Micro-batches without a loss: all padding, or without a label to predict."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def _hides_all(mask: Any) -> bool:
 
 
 def as_real(batch: Mapping[str, Any]) -> dict[str, Any]:
-    """A batch of padding with its padding taken for tokens, so that a model can run on it."""
+    """A batch of padding whose mask marks all tokens as real, so that a model can run on it."""
     return {
         name: torch.ones_like(value) if name in MASKS and _hides_all(value) else value for name, value in batch.items()
     }

@@ -1,4 +1,4 @@
-"""Stop before a NaN reaches the weights, and say where it came from."""
+"""Detect NaN and infinity before they reach the weights, and name the module that they come from."""
 
 from __future__ import annotations
 

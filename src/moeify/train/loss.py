@@ -52,7 +52,7 @@ class Watch:
         self.forget()
 
     def forget(self) -> None:
-        """Drop what other forward passes than the next one have left."""
+        """Drop the decisions of earlier forward passes."""
         self.seen: list[tuple[str, Routing]] = []
         self.without_gradient = 0
 

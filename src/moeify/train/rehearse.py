@@ -1,4 +1,4 @@
-"""Run the forward and backward passes of a trainer's step, without its optimizer and without a trace in the trainer."""
+"""Run the forward and backward passes of a trainer's step, without its optimizer, and leave the trainer unchanged."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ LOG = "metrics.jsonl"
 
 
 def report(tally: Tally, logs: dict[str, float], state: TrainerState, folder: str | Path) -> dict[str, float]:
-    """Write what was tallied since the last entry, with what the trainer logs, and return the figures of all layers.
+    """Write the metrics since the last entry, with the trainer's log, and return the figures of all layers.
 
     Args:
         tally: is drained.

@@ -8,11 +8,11 @@ from torch import Tensor
 
 
 def confusion(predicted: Int[Tensor, "N"], labels: Int[Tensor, "N"], classes: int | None = None) -> Int[Tensor, "C C"]:
-    """How often each class, in rows, was taken for each other one, in columns.
+    """The confusion matrix: how often each class (row) was predicted as each class (column).
 
     Args:
-        predicted: the classes that a model gave.
-        labels: the classes that they are.
+        predicted: the predicted classes.
+        labels: the true classes.
         classes: C; by default one more than the largest.
 
     Raises:
@@ -25,7 +25,7 @@ def confusion(predicted: Int[Tensor, "N"], labels: Int[Tensor, "N"], classes: in
 
 
 def super_classes(confused: Num[Tensor, "C C"], groups: int, *, seed: int = 0) -> Int[Tensor, "C"]:
-    """The group of each class, so that a model rarely takes a class for one of another group.
+    """The group of each class, so that a model rarely confuses classes of different groups.
 
     Spectral clustering (scikit-learn) of the graph whose edges are how often two classes are taken for each other
     (Mobile V-MoE, arXiv 2309.04354, section 3). Count on images that are not the test set.
@@ -37,7 +37,7 @@ def super_classes(confused: Num[Tensor, "C C"], groups: int, *, seed: int = 0) -
 
     Raises:
         ValueError: fewer than 2 groups, or more groups than classes; a matrix that is not square.
-        ImportError: scikit-learn is not there.
+        ImportError: scikit-learn is not installed.
     """
     if confused.dim() != 2 or confused.shape[0] != confused.shape[1]:
         raise ValueError(f"a confusion matrix is square, and this has shape {tuple(confused.shape)}")

@@ -168,9 +168,9 @@ def test_damage_to_any_file_is_seen_and_the_checkpoint_before_is_taken(good, cap
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        (lambda m: m.update(format=2), "has the format 2, and this version of moeify knows format 1"),
+        (lambda m: m.update(format=2), "has the format 2, and this version of moeify reads format 1"),
         (lambda m: m.pop("format"), "has the format None"),
-        (lambda m: m.update(files=[]), "knows format 1"),
+        (lambda m: m.update(files=[]), "reads format 1"),
         (lambda m: m["files"].pop("optimizer.safetensors"), "its manifest lacks optimizer.safetensors"),
         (lambda m: m["files"].pop("trainer_state.json"), "its manifest lacks trainer_state.json"),
         (lambda m: m["files"].pop("model.safetensors"), "its manifest lacks the weights"),

@@ -79,7 +79,7 @@ def _records(file: Path) -> Iterator[dict[str, Any]]:
 def _name(record: Any, where: str) -> str:
     needed = ("step", "layer", "top_indices")
     if not isinstance(record, dict) or any(key not in record for key in needed):
-        raise ValueError(f"{where} is no record of a router: it needs {', '.join(needed)}")
+        raise ValueError(f"{where} is not a record of a router: it needs {', '.join(needed)}")
     for key in ("step", "layer"):
         if not isinstance(record[key], int) or record[key] < 0:
             raise ValueError(f"{where}: {key} is {record[key]!r}, and not a number from 0 on")
@@ -92,9 +92,9 @@ def _experts(record: Mapping[str, Any], where: str) -> Tensor:
     try:
         experts = torch.tensor(record["top_indices"])
     except (ValueError, TypeError, RuntimeError, OverflowError):
-        raise ValueError(f"{where}: top_indices are no table of numbers, with as many for every token") from None
+        raise ValueError(f"{where}: top_indices are not a table of numbers, with as many for every token") from None
     if experts.dim() != 2 or experts.is_floating_point() or experts.dtype == torch.bool or (experts < 0).any():
-        raise ValueError(f"{where}: top_indices are no table of numbers from 0 on, one row per token")
+        raise ValueError(f"{where}: top_indices are not a table of numbers from 0 on, one row per token")
     told = (record.get("num_tokens", experts.shape[0]), record.get("topk", experts.shape[1]))
     if tuple(experts.shape) != told:
         raise ValueError(f"{where}: it has {told[0]} tokens and topk {told[1]}, and top_indices {tuple(experts.shape)}")

@@ -133,7 +133,7 @@ def _decoded(given: Any, where: str) -> Tensor:
         try:
             return _array(base64.b64decode(given, validate=True), where)
         except binascii.Error as error:
-            raise ValueError(f"{where} is no base64: {error}") from None
+            raise ValueError(f"{where} is not base64: {error}") from None
     try:
         return torch.tensor(given)
     except (ValueError, TypeError, RuntimeError, OverflowError):

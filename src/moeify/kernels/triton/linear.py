@@ -1,4 +1,4 @@
-"""`grouped_linear` in Triton, for experts that are no feed-forward networks, such as low-rank adapters."""
+"""`grouped_linear` in Triton, for experts that are not feed-forward networks, such as low-rank adapters."""
 
 from __future__ import annotations
 

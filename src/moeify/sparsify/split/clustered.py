@@ -1,4 +1,4 @@
-"""The clustered split: hidden units that read alike go together, by balanced k-means on their weights."""
+"""The clustered split: hidden units with similar input weights share an expert, by balanced k-means."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def balanced_clusters(rows: Float[Tensor, "H D"], parts: int) -> Int[Tensor, "E 
 
 
 def greedy(affinity: Float[Tensor, "H E"], capacity: int) -> Int[Tensor, "H"]:
-    """The part of every point: the pair of highest affinity of a free point and a part that is not full comes next."""
+    """The part of every point: the free point and the part with room of the highest affinity are matched first."""
     points, parts = affinity.shape
     room = [capacity] * parts
     part_of = [-1] * points

@@ -1,7 +1,7 @@
-"""The co-activation split: hidden units that are active together go together, by a balanced partition of their graph.
+"""The co-activation split: hidden units that are active together share an expert, by a balanced graph partition.
 
 MoEfication (arXiv 2110.01786) weighs the edge between two hidden units by how often they are active together, and lets
-METIS cut the graph into equal parts. LLaMA-MoE's code weighs it by Σ |h_i h_j| where no unit is ever silent.
+METIS cut the graph into equal parts. LLaMA-MoE's code weighs it by Σ |h_i h_j| where activations are never exactly 0.
 """
 
 from __future__ import annotations

@@ -28,7 +28,7 @@ Loss = Callable[[nn.Module, Batch], Tensor]
 @register("importance", "measured")
 @dataclass(frozen=True)
 class Measured:
-    """What was measured of the feed-forward networks of one dense model; files hold its name only.
+    """Measurements of the feed-forward networks of one dense model; files hold its name only.
 
     Attributes:
         of: the values, (C, H) or (H, H), by the down projection of each network.
@@ -96,7 +96,7 @@ def measure_token_importance(
         clusters: E.
         where: which networks.
         loss: from model and batch to the loss, `model(**batch).loss` if not given.
-        tokens: at most so many tokens of each layer are clustered.
+        tokens: the most tokens of each layer that are clustered.
         jitter: a cluster has at most 1 + jitter times its share of them.
 
     Raises:
@@ -158,7 +158,7 @@ def networks(model: nn.Module, where: Where) -> dict[str, DenseFFN]:
     """The feed-forward networks of a model, by the names of their sites."""
     found = {site.name: site.dense for site in where(model)}
     if others := [name for name, dense in found.items() if not isinstance(dense, DenseFFN)]:
-        raise ValueError(f"{others[0]} is no feed-forward network, so that it has no hidden units; narrow where=")
+        raise ValueError(f"{others[0]} is not a feed-forward network and has no hidden units; narrow where=")
     return {name: dense for name, dense in found.items() if isinstance(dense, DenseFFN)}
 
 

@@ -1,4 +1,4 @@
-"""The random split: what LLaMA-MoE released."""
+"""The random split, with which LLaMA-MoE's released models were made."""
 
 from __future__ import annotations
 
@@ -11,5 +11,5 @@ from moeify.registry import register
 
 @register("split", "random")
 def random(dense: DenseFFN, parts: int) -> Int[torch.Tensor, "E h"]:
-    """Hidden units at random: what LLaMA-MoE found best after continued training."""
+    """Hidden units at random, which LLaMA-MoE found best after continued training."""
     return torch.randperm(dense.hidden).view(parts, -1)

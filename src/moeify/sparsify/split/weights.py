@@ -11,7 +11,7 @@ from moeify.find.dense import DenseFFN
 from moeify.registry import register
 
 Importance = Callable[[DenseFFN, int], Float[Tensor, "E H"]]
-"""How much every expert needs every hidden unit: `by_weights`, or what was `Measured`."""
+"""How much every expert needs every hidden unit: `by_weights`, or a `Measured`."""
 
 
 @register("importance", "by_weights")

@@ -1,1 +1,1 @@
-"""Checkpoints of a training run: written whole or not at all, checked before they are read, free of pickle."""
+"""Checkpoints of a training run: written atomically, checked before they are read, and without pickle."""

@@ -54,10 +54,9 @@ def writing(final: Path) -> Generator[Path]:
 
 
 def recover(output: Path) -> None:
-    """Tidy up after a kill: a whole checkpoint that has no final name gets it, all other leftovers are deleted.
+    """Clean up after a kill: a complete checkpoint without its final name gets it, all other leftovers are deleted.
 
-    Call it only where nobody else writes checkpoints.
-    """
+    Call it only where no other process writes checkpoints."""
     leftovers = [path for suffix in (TEMPORARY, TRASH) for path in sorted(output.glob(f"checkpoint-*{suffix}"))]
     for path in leftovers:  # new ones before those that they replace
         final = path.with_suffix("")
@@ -105,7 +104,7 @@ def _seal(folder: Path) -> None:
 
 
 def discard(folder: Path) -> None:
-    """Delete a checkpoint so that no half of it keeps its name."""
+    """Delete a checkpoint so that no partial one keeps its name."""
     trash = folder.with_name(folder.name + TRASH)
     shutil.rmtree(trash, ignore_errors=True)
     os.rename(folder, trash)
@@ -127,7 +126,7 @@ def _fault(folder: Path) -> str | None:
         return f"it has no {MANIFEST}, so it was never finished, or was written by another trainer"
     listed = manifest.get("files")
     if manifest.get("format") != 1 or not isinstance(listed, dict):
-        return f"its {MANIFEST} has the format {manifest.get('format')!r}, and this version of moeify knows format 1"
+        return f"its {MANIFEST} has the format {manifest.get('format')!r}, and this version of moeify reads format 1"
     if (lacking := _lacking(set(listed))) is not None:
         return f"its manifest lacks {lacking}"
     root = folder.resolve()
@@ -182,7 +181,7 @@ def step_of(checkpoint: Path) -> int:
 
 
 def newest(output: Path) -> Path:
-    """The newest checkpoint of a run that can be trusted; says which newer ones cannot, and why.
+    """The newest checkpoint of a run that can be trusted; prints which newer ones cannot, and why.
 
     Raises:
         FileNotFoundError: there is none.

@@ -149,13 +149,13 @@ class Saving(_Trainer):
         return folder / f"checkpoint-{int(choice)}"
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        """Bring back every tensor of the model, experts included, or none."""
+        """Restore every tensor of the model, experts included, or none."""
         self._refuse_sharded()
         state.refuse_frozen(self.model, Path(resume_from_checkpoint))
         state.load_model(self.model, Path(resume_from_checkpoint))
 
     def _load_best_model(self) -> None:
-        """Bring back the best model of the run, experts included."""
+        """Restore the best model of the run, experts included."""
         best = Path(self.state.best_model_checkpoint)
         if (reason := fault(best)) is not None:
             raise ValueError(f"the best model cannot be loaded from {best}: {reason}")
@@ -178,7 +178,7 @@ class Saving(_Trainer):
             self.accelerator.scaler.load_state_dict(read_json(file))
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
-        """Nothing to bring back: random numbers are a function of (seed, step, rank)."""
+        """Nothing to restore: random numbers are a function of (seed, step, rank)."""
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         """Save a finished model for `moeify.store.load` if `sparsify` made it, and else as transformers does.

@@ -118,7 +118,7 @@ def load_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, folder: P
 
 
 def save_balance(control: Control | None, targets: Sequence[SparsityTarget], folder: Path) -> None:
-    """Write what controllers remember between steps beside the biases, which the model holds."""
+    """Write the state of controllers between steps, without the biases, which the model holds."""
     memory = {} if control is None else control.memory
     tensors = {f"{layer}|{key}": value.cpu() for layer, kept in memory.items() for key, value in kept.items()}
     weights = torch.tensor([target.value for target in targets], dtype=torch.float64)
@@ -158,7 +158,7 @@ def write_json(file: Path, value: Any) -> None:
     """Write JSON; single-element tensors become numbers.
 
     Raises:
-        TypeError: something has no place in JSON.
+        TypeError: a value that JSON cannot hold.
     """
 
     def number(part: Any) -> Any:
