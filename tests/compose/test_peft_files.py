@@ -250,7 +250,7 @@ def test_a_kill_while_a_library_is_replaced_leaves_the_old_one_or_the_new_one(tm
     [
         ({"rank_pattern": {r"(\w|\w\w|\w{3}|\.)+(\w|\w\w|\.)+[!?]": 2}}, "takes longer than .* without repetitions"),
         ({"alpha_pattern": {"(": 2}}, r"'\^.*' is not a regular expression"),
-        ({"alpha_pattern": ["q_proj"]}, "alpha_pattern=.*no mapping from patterns to numbers"),
+        ({"alpha_pattern": ["q_proj"]}, "alpha_pattern=.*not a mapping from patterns to numbers"),
         ({"alpha_pattern": {"q_proj": "2"}}, "q_proj='2', which must be a number"),
         ({"lora_alpha": None}, "lora_alpha=None, which must be a number"),
         ({"r": float("nan")}, "r=nan, which must be a number"),
