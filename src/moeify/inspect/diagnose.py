@@ -45,7 +45,7 @@ class Diagnosis:
         return {"status": self.status, **asdict(self)}
 
     def __str__(self) -> str:
-        """Every finding with evidence and fix, equal ones of several layers merged, and the faults not found or undecided."""
+        """Every finding with evidence and fix, equal ones of several layers merged, and the other faults by result."""
         many = len(self.findings)
         lines = [f"{many} finding{'s' * (many > 1)}" if many else _HEADLINES[self.status]]
         for alike in _alike(self.findings):
