@@ -166,7 +166,7 @@ def test_a_stopped_comparison_goes_on_and_a_finished_one_is_not_repeated(tmp_pat
     assert compare(tmp_path / "cut", resume=True, log=told.append, on_model=kept.__setitem__) == again
     assert told == []
     write_json(tmp_path / "cut" / "dense-0" / "run.json", {"points": [{"stop": 1}]})
-    with pytest.raises(ValueError, match=r"run\.json is damaged .*delete it, and what it says is computed again"):
+    with pytest.raises(ValueError, match=r"run\.json is damaged .*delete it, and the run is repeated"):
         compare(tmp_path / "cut", resume=True)
     models = {}
     compare(tmp_path / "models", on_model=models.__setitem__)

@@ -38,7 +38,7 @@ def main() -> None:
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it warns of every attempt to reach the hub
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="replace")  # a locale without UTF-8 has no place for all that models write
+            stream.reconfigure(errors="replace")  # a locale without UTF-8 cannot encode everything that models write
     try:
         _run(sys.argv[1:] or ["--help"])
     except (UsageError, ValueError, OSError, ImportError, FloatingPointError) as error:

@@ -37,7 +37,7 @@ def doctor(
 ) -> None:
     """Say what is installed and which kernels will run on this machine; with `--model`, what is wrong with a model.
 
-    With a model, the exit status is 0 if nothing was found, 1 if something was, and 3 if it could not be told.
+    With a model, the exit status is 0 if nothing was found, 1 if something was, and 3 if some checks could not decide.
     """
     if model is None:
         if data is not None or as_json:

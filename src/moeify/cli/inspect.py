@@ -115,7 +115,7 @@ def _batches(tokenizer: Any, data: str | None, per_domain: int) -> list[dict[str
 
 
 def _say(made: Report, output: Path) -> None:
-    """The verdict in the terminal: what is to be done first."""
+    """Print the advice in the terminal, the most urgent first."""
     print(f"{made.title}: " + ", ".join(f"{name} {value}" for name, value in made.facts.items()))
     for level, word in (("act", "ACT"), ("look", "improve")):
         for panel in made.panels:

@@ -156,7 +156,7 @@ class Job:
             write_json(begun, ours)
 
     def _decisive(self) -> dict[str, Any]:
-        """What decides the numbers that come out, by name; a job that goes on must have the same."""
+        """The settings that determine the results, by name; a resumed job must have the same."""
         settings = {
             name: value for name, value in vars(self.settings).items() if name not in ("sparse", "device", "pairs")
         }
@@ -165,7 +165,7 @@ class Job:
         return job | asdict(self.shape) | settings | balance
 
     def builder(self, tokenizer: Tokenizer) -> Callable[[], nn.Module]:
-        """What makes the dense model: the one that was named, or the small Llama."""
+        """The function that makes the dense model: the named one, or the small Llama."""
         if self.model is not None:
             name = self.model
             return lambda: load_dense(name, dtype=torch.float32)
@@ -236,7 +236,7 @@ class Job:
 
 
 def draw_picture(file: Path, draw: Callable[[Any, Path], None], facts: Any) -> Path | None:
-    """Draw a picture into a file and return it; one that cannot be drawn ends no run, and is None."""
+    """Draw a picture into a file and return it; None if it cannot be drawn, which does not end the run."""
     try:
         draw(facts, file)
     except Exception as error:  # after a long training, whatever a font or a name of a domain brings

@@ -51,7 +51,7 @@ def describe_machine() -> None:
         facts.add_row(f"extra {extra}", escape(found))
     console.print(facts)
     kernels = Table("device", "dtype", "grouped_linear", "training", "inference", title="kernels", title_justify="left")
-    refusals = Table("device", "backend", "why it does not serve", title="backends", title_justify="left")
+    refusals = Table("device", "backend", "why it cannot be used", title="backends", title_justify="left")
     for device in ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]:
         for dtype in (torch.float32, torch.bfloat16):
             layer = _Layer(device, dtype)

@@ -77,7 +77,7 @@ def sample(
     """The prompt and what the model writes after it.
 
     Raises:
-        ValueError: a model that does not write, a prompt without tokens, or a temperature below 0.
+        ValueError: a model that cannot generate, a prompt without tokens, or a temperature below 0.
     """
     if not hasattr(model, "generate"):
         raise ValueError(f"a {type(model).__name__} does not write text; moeify generate needs a causal language model")

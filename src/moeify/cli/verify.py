@@ -11,7 +11,7 @@ import typer
 def verify(
     model: Annotated[Path, typer.Argument(help="A saved sparse model, or the folder of a run")],
 ) -> None:
-    """Tell whether a saved model is still what was saved."""
+    """Check that the files of a saved model are unchanged since they were saved."""
     from moeify import store
 
     folder = model / "model" if (model / "model" / "config.json").is_file() else model

@@ -314,7 +314,7 @@ def _set_gates(here: AdaptedLinear, adapters: Mapping[str, Adapter]) -> None:
 
 @torch.no_grad()
 def _grow(old: nn.Module, new: nn.Module, began: nn.Module) -> None:
-    """Let a larger module begin with what a smaller one has learned: what it holds otherwise than when it `began`."""
+    """Copy what a smaller module has learned, its values that differ from when it `began`, into a larger one."""
     start, after = began.state_dict(), new.state_dict()
     for key, learned in old.state_dict().items():
         if key not in start or not torch.equal(learned, start[key]):

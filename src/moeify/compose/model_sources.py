@@ -27,7 +27,7 @@ class Source(ABC):
     Attributes:
         name: what messages call it.
         shapes: the shape of each of its tensors, by the names of the model that is made.
-        settings: what it says of itself beside its tensors: parts and configuration.
+        settings: its modules and configuration.
         architecture: the name of its class, "" if it is not known.
     """
 
@@ -109,7 +109,7 @@ class Checkpoint(Source):
 
 
 def source_of(name: str, model: nn.Module | str | Path, like: nn.Module) -> Source:
-    """The source that a user means by a module or a path."""
+    """The source for a module or a path."""
     return Loaded(name, model) if isinstance(model, nn.Module) else Checkpoint(name, model, like)
 
 
@@ -228,7 +228,7 @@ def _equal(source: Source, names: list[str]) -> bool:
 
 
 def settings(model: nn.Module) -> dict[str, Any]:
-    """What decides a model's function beside its tensors, as far as it can be seen: its parts, its configuration."""
+    """The settings that determine a model's function beside its tensors: its modules and its configuration."""
     config = getattr(model, "config", None)
     parts = {
         f"the module {name or '(model)'}": f"{type(part).__name__}({part.extra_repr()})"

@@ -71,7 +71,7 @@ def read_adapter(folder: str | Path) -> Adapter:
 
     Raises:
         FileNotFoundError: a file is missing, or the weights are there as a pickle only.
-        ValueError: damaged files; an adapter that is no plain LoRA of linear layers. The message says what to do.
+        ValueError: damaged files; an adapter that is not plain LoRA of linear layers. The message says what to do.
         OSError: a file cannot be read.
     """
     folder = Path(folder)
@@ -120,7 +120,7 @@ def write_adapter(adapter: Adapter, folder: str | Path, *, targets: list[str], t
 
 
 def write_files(adapter: Adapter, folder: Path, *, targets: list[str], transposed: bool, base: str) -> None:
-    """What `write_adapter` writes but the hashes, into a folder that nobody reads yet."""
+    """What `write_adapter` writes but the hashes, into a folder that is not read yet."""
     ranks = {module: low.rank for module, low in adapter.modules.items()}
     alphas = {module: _integer_if_whole(low.scale * low.rank) for module, low in adapter.modules.items()}
     rank, alpha = (Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas))

@@ -75,7 +75,8 @@ def route_by_examples(model: nn.Module, examples: Mapping[str, Sequence[Any]]) -
         examples: for the name of every expert some inputs of the model: tensors, tuples of arguments or mappings.
 
     Raises:
-        ValueError: a name without examples; a router without a row per expert; domains that a router cannot tell apart.
+        ValueError: a name without examples; a router without a row per expert; domains with the same mean input of a
+            router.
     """
     names = expert_names(model)
     for name in names:

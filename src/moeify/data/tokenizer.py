@@ -12,7 +12,7 @@ from torch import Tensor
 
 @runtime_checkable
 class Tokenizer(Protocol):
-    """What is needed of a tokenizer; those of Hugging Face have it."""
+    """The methods of a tokenizer that moeify uses; those of Hugging Face have them."""
 
     def encode(self, text: str, /) -> list[int]:
         """Return the token ids of a text."""

@@ -134,7 +134,7 @@ def measure_pace(sparse: nn.Module, dense: nn.Module, train: Blocks, validation:
 def fit(settings: Settings, pace: Pace) -> Settings:
     """The settings, with fewer steps if a pair of runs would take longer than `settings.minutes`; at least 20.
 
-    The steps that were measured count; a seventh of the time is left for what is no step and no validation.
+    The steps that were measured count; a seventh of the time is kept for everything but steps and validation.
     """
     if settings.minutes is None:
         return settings

@@ -158,7 +158,7 @@ def train_run(
 def make_trainer(
     model: nn.Module, train: Blocks, folder: Path, settings: Settings, callbacks: list[TrainerCallback]
 ) -> SparseTrainer:
-    """The trainer of one run; a dense model gets no forces of balance."""
+    """The trainer of one run; a dense model has no balancing losses."""
     is_sparse = Origin.of(model).recipe is not None
     options: dict[str, Any] = {
         "output_dir": str(folder),
@@ -191,7 +191,7 @@ def make_trainer(
 
 
 class _Curve(TrainerCallback, ExportableState):
-    """Measures the validation loss at even distances, stops the clock while it does, and lives in the checkpoints."""
+    """Measures the validation loss at even distances, stops the clock while it does, and is saved in checkpoints."""
 
     def __init__(self, size: Count, tokens_per_step: int, settings: Settings, loss: Measure) -> None:
         self.size, self.tokens_per_step, self.settings, self.loss = size, tokens_per_step, settings, loss

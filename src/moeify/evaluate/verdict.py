@@ -14,7 +14,7 @@ def axis_names(versus: Versus) -> Names:
 
 
 def verdict(versus: Versus) -> str:
-    """What the numbers say, whichever way they fall, one clause for every axis."""
+    """The result in words, one clause for every axis."""
     names = axis_names(versus)
     return "; ".join(_clause(d, names[d.axis]) for d in versus.differences) + "."
 

@@ -40,7 +40,7 @@ class Difference:
         spread: standard deviation of the differences over seeds, None for a single seed.
         seeds: number of seeds.
         between: the difference if a sparse step cost as little or as much, against a dense one, as the middle half of
-            the measured pairs says; equal to `difference` twice where cost is no matter of measurement.
+            the measured pairs says; equal to `difference` twice on axes without a measured cost.
     """
 
     axis: Axis
@@ -53,7 +53,7 @@ class Difference:
 
     @property
     def is_clear(self) -> bool:
-        """Whether noise, of the seeds and of the cost of a step, leaves the sign of the difference standing."""
+        """Whether the sign of the difference is clear of noise, of the seeds and of the cost of a step."""
         beyond_seeds = self.spread is None or abs(self.difference) > self.spread
         return beyond_seeds and min(self.between) * max(self.between) > 0
 
@@ -254,7 +254,7 @@ def _result(file: Path, read: Callable[[dict[str, Any]], Any]) -> Any:
     try:
         return read(read_json(file))
     except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{file} is damaged ({error!r}); delete it, and what it says is computed again") from None
+        raise ValueError(f"{file} is damaged ({error!r}); delete it, and the run is repeated") from None
 
 
 def _pace(

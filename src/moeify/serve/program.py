@@ -1,4 +1,4 @@
-"""A decoder's step for one token per sequence, as a list of what to do: steps of the kernel, and modules between."""
+"""A decoder's step for one token per sequence, as a list of kernel steps and of modules to call between them."""
 
 from __future__ import annotations
 

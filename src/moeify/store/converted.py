@@ -1,4 +1,4 @@
-"""Read single tensors of a checkpoint under the names of its model: transformers stores many under others, in parts."""
+"""Read single tensors of a checkpoint under the names of its model: many are stored under other names or in parts."""
 
 from __future__ import annotations
 

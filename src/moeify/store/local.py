@@ -1,4 +1,4 @@
-"""Restrict a saved config to its folder: refuse or leave out settings that load from the hub or from elsewhere.
+"""Restrict a saved config to its folder: refuse or remove settings that load from the hub or from elsewhere.
 
 All weights come from the folder. transformers resolves a few settings over the network while it builds a model: the
 name of a backbone, and implementations of attention or experts that are kernels of the hub.

@@ -1,7 +1,7 @@
 """`modeling_moeify.py`, the file by which transformers opens a saved model with `trust_remote_code=True`.
 
 Where every layer is a top-k mixture of feed-forward networks, it holds such a layer in plain PyTorch and needs nothing
-of moeify; else it says that it does.
+of moeify; else opening it raises an error that asks for moeify.
 """
 
 from __future__ import annotations

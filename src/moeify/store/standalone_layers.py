@@ -1,4 +1,4 @@
-"""What the modelling file must know of each sparse layer, where its plain PyTorch computes the same."""
+"""The settings of each sparse layer for the modelling file, if its plain PyTorch computes the same."""
 
 from __future__ import annotations
 

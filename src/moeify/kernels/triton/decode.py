@@ -1,6 +1,6 @@
 """Decode a few tokens, where all that takes time is reading the weights of their experts, once and in place.
 
-Every (token, expert) pair is a vector times two matrices. One kernel makes A = activation(W1 x + b1), a program for
+Every (token, expert) pair is a vector times two matrices. One kernel computes A = activation(W1 x + b1), a program for
 every few hidden units of every pair; the second adds up Σ w (W2 A + b2), a program for every few outputs of each token.
 There are more programs than a GPU runs at once, so sums need no splitting. Neither rows nor weights are sorted, copied
 or padded, and weights may be integers of 8 or 4 bits (`moeify.experts.quantized`).

@@ -1,7 +1,7 @@
 """The steps of a decoder for the C++ kernel, from the embedding to the logits, for one new token per sequence.
 
 Between steps, numbers are fp32 in buffers (T, width) with one row per sequence. A step reads and writes the memory of
-the tensors it is given, and does not keep them: whoever holds the steps holds the tensors.
+the tensors it is given, and does not keep them alive: the holder of the steps must.
 """
 
 from __future__ import annotations
