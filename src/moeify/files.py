@@ -249,7 +249,7 @@ def hashes_of(folder: Path) -> dict[str, Any] | None:
     content = read_json(path)
     if content.get("format") != 1:
         raise ValueError(
-            f"{path} has the format {content.get('format')!r}, and this version of moeify knows format 1; update "
+            f"{path} has the format {content.get('format')!r}, and this version of moeify reads format 1; update "
             "moeify, or delete the file to load unchecked"
         )
     files = content.get("files")
