@@ -68,9 +68,9 @@ def limit(
             largest weight of their own (`batch`; V-MoE's batch priority), or the largest weights (`score`).
         overflow: `zero` leaves the other weights of a token as they are, `renormalize` scales them to the old sum.
             `next` offers every row that was dropped to the next best expert of its token, in rounds, until one has
-            free or all have been tried (No-Token-Left-Behind; Switch, appendix B); in every round, those are served
-            first who come first by `priority`. Its weight w changes as the score does, to w · s_new / s_old: right for
-            weights in proportion to the scores.
+            free or all have been tried (No-Token-Left-Behind; Switch, appendix B); in every round rows are placed in
+            the order of `priority`. Its weight w changes as the score does, to w · s_new / s_old: right for weights in
+            proportion to the scores.
         per: whether slots are for all rows of an expert, those of each sequence or image (`sequence`; mesh), those of
             so many sequences or images one after the other (a number; V-MoE's groups have 8 images), or those up to a
             token in its sequence (`prefix`): then what is kept of a token depends on no later one, while the slots of a
@@ -118,7 +118,7 @@ def dropped(routing: Assignment) -> tuple[float, float]:
 
 
 def _by_priority(routing: Assignment, priority: Priority) -> Int[Tensor, "R"]:
-    """The rows in the order in which they are served."""
+    """The rows in the order in which they get slots."""
     if priority == "position":
         return routing.source.argsort(stable=True)
     best = -routing.weight.detach()
@@ -159,7 +159,7 @@ def _position_of_rows(routing: Assignment) -> Int[Tensor, "R"]:
 
 
 def _place(expert: Int[Tensor, "R"], turns: Int[Tensor, "R"]) -> Int[Tensor, "R"]:
-    """Each row's place in the queue of its expert (or sequence), 0 for the first that is served."""
+    """Each row's place in the queue of its expert (or sequence), 0 for the first that gets a slot."""
     served = turns[expert[turns].argsort(stable=True)]
     queue = torch.arange(len(served), device=served.device)
     first = torch.searchsorted(expert[served], expert[served])

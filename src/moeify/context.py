@@ -24,7 +24,7 @@ from moeify.forward_pass import TOKENS, Call
 
 
 class Context:
-    """Gives the layers of one stack the forward pass that they are in: each thread has its own.
+    """Gives the layers of one stack access to the current forward pass; each thread has its own.
 
     A forward pass that activation checkpointing repeats in backward gets the pass that it repeats by `resumed`,
     which `moeify.train.keep_decisions` calls; without it the latest pass is used, if it is the only candidate.
@@ -80,7 +80,7 @@ class Context:
         return latest
 
     def look_up(self, name: str) -> Tensor | None:
-        """An input of the model by the name of its argument, None if the model was not given it.
+        """An input of the model by the name of its argument, None if the model was called without it.
 
         Raises:
             RuntimeError: as of `call`.
@@ -195,7 +195,7 @@ class Context:
         self.call.layer_mask = masks.given_mask(places, args, kwargs)
 
     def _leave_layer(self, module: nn.Module, args: tuple, output: Any) -> None:
-        """Forget the mask of a layer that was called by itself."""
+        """Remove the mask of a layer that was called by itself."""
         if not self._runs() and not recomputing():
             self.call.layer_mask = False
 
@@ -252,7 +252,7 @@ def extra_inputs(model: nn.Module, **inputs: Tensor | Sequence[int]) -> Iterator
         inputs: one number per token, (B, N), or per sequence, (B,); with beams, per beam.
 
     Raises:
-        ValueError: the model has no sparse layer of ours that could look at them.
+        ValueError: the model has no sparse layer of moeify that could look them up.
     """
     contexts = {id(c): c for module in model.modules() if isinstance(c := getattr(module, "context", None), Context)}
     if not contexts:

@@ -31,7 +31,7 @@ class Rule(ABC):
 
         Args:
             routing: the decision.
-            unbiased: what the experts were chosen by, before the bias was added: scores, or logits.
+            unbiased: the values that the experts are chosen by, without the bias: scores, or logits.
             bias: the bias that the decision was made with.
         """
 
@@ -53,7 +53,7 @@ class Sign(Rule):
     """b_j ← b_j + rate · sign(mean load - load_j): loss-free balancing (arXiv 2408.15664, algorithm 1; DeepSeek-V3).
 
     Attributes:
-        rate: DeepSeek-V3 uses 1e-3 over hundreds of thousands of steps; short runs want 1e-2.
+        rate: DeepSeek-V3 uses 1e-3 over hundreds of thousands of steps; use about 1e-2 for short runs.
     """
 
     rate: float = 1e-3

@@ -31,7 +31,7 @@ def inspect(
     stream: o.Stream = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print numbers and advice as JSON")] = False,
 ) -> None:
-    """Show which experts a model uses for what, and what to do about it, in one HTML file that loads nothing."""
+    """Show which experts a model uses for what, and what to do about it, in one HTML file that works offline."""
     folder = source / "model" if (source / "model" / "config.json").is_file() else source
     if (folder / "config.json").is_file() and stream:
         made = _of_streamed(folder, source, data, blocks, generate)

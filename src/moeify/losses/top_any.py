@@ -13,7 +13,7 @@ from moeify.routing import Routing
 def diversity_and_simplicity(routing: Routing) -> Float[Tensor, ""]:
     """|| W̄ W̄ᵀ - I ||_F + 1 / E · Σ_e ||w_e||, of the rows w_e of experts in use (DynMoE, arXiv 2405.14297).
 
-    W̄ has the rows of length 1. The authors' code divides the second sum by the size of the pool.
+    W̄ has the rows of length 1. The authors' code divides the second sum by the largest number of experts, E.
 
     Raises:
         ValueError: the decision is not one of `moeify.routers.TopAny`.

@@ -148,7 +148,7 @@ class Sparse(Network):
 
 @dataclass(frozen=True)
 class Called(Network):
-    """A module that the kernel does not know, called as it is."""
+    """A module that the kernel does not support, called as it is."""
 
     module: nn.Module
     dtype: torch.dtype
@@ -191,7 +191,7 @@ def attention_of(layer: Layer, dtype: torch.dtype) -> Attention:
 
 
 def network_of(mlp: nn.Module, dtype: torch.dtype) -> Network:
-    """A layer's network: gated or sparse where the kernel knows it, else called."""
+    """A layer's network: gated or sparse where the kernel supports it, else called."""
     if (found := _ours(mlp) or _theirs(mlp)) is not None:
         experts, weight, bias, choice = found
         if (known := step_experts(experts, weight.shape[1], dtype)) is not None:

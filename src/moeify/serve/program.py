@@ -18,7 +18,7 @@ from moeify.serve.operands import Buffers, Steps, attention_of, matrix_of, netwo
 class Program:
     """What a decoder does for one token of each of T sequences, ready to run.
 
-    A layer's network that the kernel does not know is called as the module that it is. The program holds what its steps
+    A layer's network that the kernel does not support is called as a module. The program holds what its steps
     read, and the buffers between them.
 
     Args:

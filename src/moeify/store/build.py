@@ -82,7 +82,7 @@ def _dense(path: Path, description: dict[str, Any]) -> nn.Module:
 
 @contextmanager
 def _parts_at_most(most: int, path: Path) -> Generator[None]:
-    """Inside, no more modules and parameters are made: a number that is damaged must not keep us busy for ever."""
+    """Inside, no more modules and parameters are made: a damaged number must not make loading endless."""
     made = 0
 
     def count(*of_whom: Any) -> None:

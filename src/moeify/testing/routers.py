@@ -58,7 +58,7 @@ class _Batch:
 
     Attributes:
         x: the tokens.
-        ids: what the model says of each token, under every name that the router looks up.
+        ids: an input of the model for each token, under every name that the router looks up.
         mask: True where a token is real, None if all are.
         batch_first: whether x is (B, N, D) and not (N, B, D).
         documents: the document of each token of packed rows.
@@ -240,7 +240,7 @@ def sequences_do_not_see_each_other(subject: _Subject) -> None:
 
 
 def causal_is_declared_truthfully(subject: _Subject) -> None:
-    """`causal` says whether later tokens leave the decisions of earlier ones alone."""
+    """`causal` is True if and only if later tokens change no decision of earlier ones."""
     law = "causal_is_declared_truthfully"
     layer = subject.layer()
     if layer.router.causal and (error := _influence_of_later_tokens(subject, layer)) > 1e-5:

@@ -134,7 +134,7 @@ def require_learning_routers(model: nn.Module) -> None:
     table = trainable(model)
     if "router" in table.parts and table["router"].trained == 0:
         raise ValueError(
-            "a balance or z-loss was asked for, but all routers are frozen: it could only bend the layers before them. "
+            "a balance or z-loss was asked for, but all routers are frozen: it can only move the layers before them. "
             "Pass SparseArguments(balance=0, z=0), or unfreeze(model, 'router'); if those layers are what should move, "
             "give the loss among the others, SparseArguments(losses=[(weight, moeify.losses.balance)])"
         )

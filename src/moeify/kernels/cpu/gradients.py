@@ -105,7 +105,7 @@ def gradient_of(weight: Float[Tensor, "E O D"], counts: Sequence[int]) -> Float[
 def new_stack(shape: Sequence[int], counts: Sequence[int], like: Tensor) -> Float[Tensor, "E O D"]:
     """Matrices that are zero for experts without rows and yet to be written for the others.
 
-    Zeros of large stacks are mapped lazily: what nobody writes or reads takes neither time nor memory.
+    Zeros of large stacks are mapped lazily: what is neither written nor read takes no time and no memory.
 
     Args:
         shape: of the stack.
@@ -133,7 +133,7 @@ class _FreedMemory:
         self.free: list[mmap.mmap] = []
 
     def take(self, size: int) -> tuple[memoryview, bool]:
-        """Memory of a size, which comes back when nobody uses it any more, and whether it is still all zeros."""
+        """Memory of a size, which is returned when it is no longer used, and whether it is still all zeros."""
         self.free = [memory for memory in self.free if len(memory) == size]
         is_zero = not self.free
         memory = _zeros(size, huge_pages=True) if is_zero else self.free.pop()

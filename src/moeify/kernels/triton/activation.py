@@ -12,7 +12,7 @@ from moeify.kernels.stacked import KNOWN, Activation, ClampedGlu, name_of
 
 @dataclass(frozen=True)
 class KernelActivation:
-    """An activation as kernels know it.
+    """An activation in the form that kernels take.
 
     Attributes:
         act: the name of the activation, or "clamped".
@@ -28,10 +28,10 @@ class KernelActivation:
 
 
 def kernel_activation(activation: Activation) -> KernelActivation:
-    """The activation of experts as kernels know it.
+    """The activation of experts in the form that kernels take.
 
     Raises:
-        ValueError: an activation that no kernel knows.
+        ValueError: an activation that no kernel supports.
     """
     if isinstance(activation, ClampedGlu):
         return KernelActivation("clamped", True, activation.alpha, activation.limit)

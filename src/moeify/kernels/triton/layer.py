@@ -98,7 +98,7 @@ def _backward(
     source: Tensor, counts: Tensor, order: Tensor, begin: Tensor,
     act: str, gated: bool, alpha: float, limit: float, wanted: list[bool],
 ) -> list[Tensor]:  # fmt: skip
-    """The gradients of x, up, its bias, down, its bias and the weights; those that nobody wants are empty."""
+    """The gradients of x, up, its bias, down, its bias and the weights; those that are not needed are empty."""
     dy, activation, rows = dy.contiguous(), KernelActivation(act, gated, alpha, limit), len(source)
     for_x, for_up, for_up_bias, for_down, for_down_bias, for_weight = wanted
     widths = *up.shape[1:], *down.shape[1:]

@@ -59,7 +59,7 @@ def _(x: Tensor, weight: Tensor, bias: Tensor | None, counts: Tensor, source: Te
 def _backward(
     dy: Tensor, x: Tensor, weight: Tensor, counts: Tensor, source: Tensor | None, wanted: list[bool]
 ) -> list[Tensor]:
-    """The gradients of x, weight and bias; those that nobody wants are empty."""
+    """The gradients of x, weight and bias; those that are not needed are empty."""
     dy, rows = dy.contiguous(), len(dy)
     for_x, for_weight, for_bias = wanted
     dx = d_weight = d_bias = None
