@@ -81,7 +81,7 @@ def test_what_keeps_the_function_of_whole_tokens_is_refused():
 def test_what_cannot_be_cut_is_refused():
     with pytest.raises(ValueError, match="width 32, which cannot be cut into 5 heads"):
         made(causal_lm("llama"), replace(ON_PARTS, where=sub_tokens(5)))
-    with pytest.raises(ValueError, match="no feed-forward network with outputs as wide"):
+    with pytest.raises(ValueError, match="not a feed-forward network with outputs as wide"):
         made(causal_lm("llama"), replace(ON_PARTS, where=sub_tokens(4, where=linears("q_proj"))))
 
 

@@ -212,7 +212,7 @@ def test_a_damaged_description_of_a_site_is_refused(change, tmp_path):
     change(description["sites"][0])
     write_json(tmp_path / "config.json", description)
     (tmp_path / "SHA256.json").unlink()
-    with pytest.raises(ValueError, match="nothing that could be the site"):
+    with pytest.raises(ValueError, match="no modules for the site"):
         load(tmp_path)
 
 
@@ -309,7 +309,7 @@ def test_a_folder_without_hashes_loads_and_cannot_be_verified(tmp_path):
         (lambda d: d.update(buffers={"nowhere": "float16"}), "says that the buffer nowhere is 'float16'"),
         (lambda d: d.update(buffers={"model.rotary_emb.inv_freq": "save"}), "inv_freq is 'save'"),
         (lambda d: d.update(quantization=[{"module": []}]), "there is no module to quantise"),
-        (lambda d: d.update(sites=[3]), "nothing that could be the site"),
+        (lambda d: d.update(sites=[3]), "no modules for the site"),
         (lambda d: d["recipe"].update(router={"name": ["topk"]}), "router must be a name or a mapping"),
         (lambda d: d["recipe"].update(router={"name": "topk", "k": 2.0}), "needs a whole number as k, and not 2.0"),
     ],
