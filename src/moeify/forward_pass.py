@@ -63,6 +63,9 @@ class Call:
             return
         real = token_mask.bool()
         positions = real.flatten().nonzero().squeeze(1)
+        if torch.compiler.is_exporting():  # a program for every mask
+            self.token_mask, self.positions = real, positions
+            return
         if positions.numel() == 0:
             raise ValueError(
                 f"the attention mask of shape {tuple(real.shape)} marks every token as padding; "
@@ -108,21 +111,28 @@ class Call:
         """The positions of the real tokens, of a mask (B, N), in a layer that turns out to be laid out as (N, B)."""
         if len(shape) != 2 or shape == mask.shape or shape != mask.shape[::-1]:
             return self.positions
+        if torch.compiler.is_exporting():
+            return mask.T.flatten().nonzero().squeeze(1)
         if shape not in self._read:
             self._read[shape] = (mask, mask.T.flatten().nonzero().squeeze(1))
         return self._read[shape][1]
 
     def _of_layer(self, name: str, mask: Tensor, shape: tuple[int, ...]) -> Int[Tensor, "T"] | None:
         """The positions of the real tokens by the mask of the layer, read once per mask."""
+        if torch.compiler.is_exporting():  # sizes are symbols, which no dict takes for keys
+            return self._positions_in_layer(name, mask, shape)
         if shape not in self._read or self._read[shape][0] is not mask:
-            real = masks.of_layer(name, mask, shape)
-            square = len(shape) == 2 and shape[0] == shape[1]
-            if real is not None and len(shape) == 2 and (real.shape != shape or (square and not self.batch_first)):
-                real = real.T
-            positions = None if real is None else real.flatten().nonzero().squeeze(1)
+            positions = self._positions_in_layer(name, mask, shape)
             every = positions is None or not 0 < positions.numel() < math.prod(shape)
             self._read[shape] = (mask, None if every else positions)
         return self._read[shape][1]
+
+    def _positions_in_layer(self, name: str, mask: Tensor, shape: tuple[int, ...]) -> Int[Tensor, "T"] | None:
+        real = masks.of_layer(name, mask, shape)
+        if real is not None and len(shape) == 2:
+            square = not self.batch_first and shape[0] == shape[1]
+            real = real.T if square or real.shape != shape else real
+        return None if real is None else real.flatten().nonzero().squeeze(1)
 
     def sequence_ids(self, shape: Sequence[int]) -> Int[Tensor, "T"]:
         """The sequence, document or image of each of the flattened tokens of a layer input with leading shape `shape`.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -94,8 +95,13 @@ def of_layer(name: str, mask: Tensor, shape: Sequence[int]) -> Bool[Tensor, "B N
     if mask.dim() > 2 and mask.shape[0] == 1 and len(shape) == 2:
         mask = mask.expand(shape[0], *mask.shape[1:])
     batch, length = mask.shape[0], mask.shape[-1]
-    streams, rest = divmod(torch.Size(shape).numel(), batch * length)
-    if rest or not streams or (len(shape) > 1 and sorted(shape) != sorted((batch, streams * length))):
+    tokens = math.prod(shape)
+    streams, rest = tokens // (batch * length), tokens % (batch * length)
+    if (
+        rest
+        or not streams
+        or (len(shape) > 1 and tuple(shape) not in ((batch, streams * length), (streams * length, batch)))
+    ):
         return None
     hiding = "padding_mask" in name
     real = seen_keys(mask) if mask.dim() > 2 else ~mask.bool() if hiding else real_tokens(mask)

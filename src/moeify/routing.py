@@ -20,6 +20,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from moeify.exportable import expert_of_rows
+
 
 @dataclass(frozen=True, kw_only=True)
 class Evidence:
@@ -189,7 +191,7 @@ class Assignment(Routing):
     @property
     def expert(self) -> Int[Tensor, "R"]:
         """The expert of every row."""
-        return torch.repeat_interleave(self.counts, output_size=self.num_rows)
+        return expert_of_rows(self.counts, self.num_rows)
 
     def reads(self) -> Bool[Tensor, "all E"]:
         """Those of the rows."""

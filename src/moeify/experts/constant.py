@@ -9,6 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from moeify.experts.base import Experts
+from moeify.exportable import repeat_for_rows
 from moeify.kernels import grouped_linear
 
 
@@ -37,5 +38,5 @@ class Constant(Experts):
         """Mix every row with the vector of its expert."""
         logits = grouped_linear(rows, self.weight, counts)
         own, other = logits.float().softmax(-1).unsqueeze(-1).unbind(1)  # each (R, 1)
-        vector = torch.repeat_interleave(self.vector, counts, dim=0, output_size=rows.shape[0])
+        vector = repeat_for_rows(self.vector, counts, rows.shape[0])
         return (own * rows + other * vector).to(rows.dtype)

@@ -9,6 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from moeify.experts.base import Experts, hold_activation
+from moeify.exportable import repeat_for_rows
 from moeify.kernels import grouped_linear
 from moeify.kernels.stacked import Activation
 
@@ -64,7 +65,7 @@ class LoRA(Experts):
     def forward(self, rows: Float[Tensor, "R D"], counts: Int[Tensor, "E"]) -> Float[Tensor, "R O"]:
         """`s_j · B_j A_j x`, each row by its own expert."""
         low = grouped_linear(self.dropout(rows), self.lora_A, counts)
-        scale = torch.repeat_interleave(self.scale, counts, output_size=rows.shape[0])
+        scale = repeat_for_rows(self.scale, counts, rows.shape[0])
         return grouped_linear(low * scale.to(low.dtype).unsqueeze(-1), self.lora_B, counts)
 
     @torch.no_grad()

@@ -13,6 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, library
 from torch.nn import functional as F
 
+from moeify.exportable import multiply_by_expert, repeat_for_rows
 from moeify.kernels.cpu.gradients import new_stack
 from moeify.kernels.cpu.segments import blocks, group_obstacle, multiply_rows, multiply_rows_tn
 
@@ -35,10 +36,11 @@ def grouped_linear(
     """
     device = rows.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
-    out = torch.ops.moeify.grouped_matmul(rows.to(dtype), weight.to(dtype), counts)
+    product = multiply_by_expert if torch.compiler.is_exporting() else torch.ops.moeify.grouped_matmul
+    out = product(rows.to(dtype), weight.to(dtype), counts)
     if bias is None:
         return out
-    return out + torch.repeat_interleave(bias.to(dtype), counts, dim=0, output_size=rows.shape[0])
+    return out + repeat_for_rows(bias.to(dtype), counts, rows.shape[0])
 
 
 @library.custom_op(

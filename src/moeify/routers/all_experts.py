@@ -38,7 +38,7 @@ class AllExperts(Router):
         tokens = real_tokens(x, context)
         logits = project(tokens.x, self.weight)
         scores = logits.softmax(-1)
-        indices = torch.arange(self.num_experts, device=x.device).expand(len(scores), -1)
+        indices = torch.arange(self.num_experts, device=x.device).expand(scores.shape[0], -1)
         label = tokens.keys(context, self.key) if context.look_up(self.key) is not None else None
         evidence = Evidence(logits=logits, scores=scores, label=label)
         return tokens.assign(indices, scores, self.num_experts, evidence)

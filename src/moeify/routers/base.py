@@ -223,7 +223,8 @@ def best_indices(scores: Float[Tensor, "... E"], k: int) -> Int[Tensor, "... K"]
     `torch.topk` leaves the order of equals open, so that a router that starts at zero would choose by the backend.
     """
     rest = scores.detach()
-    if k > 1 and (rest.is_cuda or rest.numel() <= _FEW * k or 2 * k >= rest.shape[-1]):
+    exporting = torch.compiler.is_exporting()  # where no size is known
+    if k > 1 and (exporting or rest.is_cuda or rest.numel() <= _FEW * k or 2 * k >= rest.shape[-1]):
         return rest.sort(dim=-1, descending=True, stable=True).indices.narrow(-1, 0, k)
     found = [rest.max(-1, keepdim=True).indices]  # of equals the first, by its definition
     while len(found) < k:

@@ -57,7 +57,7 @@ class Extraction(Router):
         logits = torch.stack([project(inputs[:, g], gate) for g, gate in enumerate(self.weight)], dim=1)
         logits = logits.masked_fill(~self.sees, torch.finfo(logits.dtype).min)
         scores = logits.softmax(-1)
-        indices = torch.arange(self.num_experts, device=x.device).expand(len(scores), -1)
+        indices = torch.arange(self.num_experts, device=x.device).expand(scores.shape[0], -1)
         return tokens.assign(indices, scores.mT, self.num_experts, decisions(tokens, logits, scores))
 
     def extra_repr(self) -> str:

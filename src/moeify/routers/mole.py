@@ -71,7 +71,7 @@ class MoLE(Router):
         seen = F.layer_norm(outputs.float().flatten(1), self.weight.shape[1:])
         logits = project(seen, self.weight) / self.log_temperature.float().exp()
         scores = logits.softmax(-1)
-        indices = torch.arange(self.num_experts, device=x.device).expand(len(scores), -1)
+        indices = torch.arange(self.num_experts, device=x.device).expand(scores.shape[0], -1)
         routing = tokens.assign(indices, scores, self.num_experts, Evidence(logits=logits, scores=scores))
         return replace(routing, expert_outputs=outputs.transpose(0, 1).flatten(0, 1))  # rows are sorted by expert
 

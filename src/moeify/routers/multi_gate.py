@@ -46,7 +46,7 @@ class MultiGate(Router):
         tokens = real_tokens(x, context)
         logits = gate_logits(tokens, self.weight, self.sees)
         scores = logits.softmax(-1)
-        indices = torch.arange(self.num_experts, device=x.device).expand(len(scores), -1)
+        indices = torch.arange(self.num_experts, device=x.device).expand(scores.shape[0], -1)
         return tokens.assign(indices, scores.mT, self.num_experts, decisions(tokens, logits, scores))
 
     def extra_repr(self) -> str:
