@@ -1,4 +1,4 @@
-"""Export sparse models to other programs: classes of transformers, which load without moeify, GGUF files, and MLX."""
+"""Export sparse models to other programs: classes of transformers, which load without moeify, GGUF files, MLX, ONNX and OpenVINO."""
 
 from moeify.export.compatibility import Compatibility, compatibility
 from moeify.export.exporter import (
@@ -16,12 +16,16 @@ from moeify.export.gguf_file import GgufFile
 from moeify.export.hf_folder import HfFolder
 from moeify.export.mlx import MlxFolder
 from moeify.export.model_spec import ModelSpec, Unsupported
+from moeify.export.onnx import OnnxFolder
+from moeify.export.openvino import OpenVinoFolder
 from moeify.export.probe import Probe
 from moeify.export.routers import TokenChoice, token_choice_of
 
 register_exporter("transformers", HfFolder())
 register_exporter("gguf", GgufFile())
 register_exporter("mlx", MlxFolder())
+register_exporter("onnx", OnnxFolder())
+register_exporter("openvino", OpenVinoFolder())
 
 __all__ = [
     "Compatibility",
@@ -31,6 +35,8 @@ __all__ = [
     "HfFolder",
     "MlxFolder",
     "ModelSpec",
+    "OnnxFolder",
+    "OpenVinoFolder",
     "Probe",
     "TokenChoice",
     "Unsupported",

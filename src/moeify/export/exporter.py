@@ -64,6 +64,14 @@ class Exporter(ABC):
             return str(error)
         return None
 
+    def probe_of(self, model: nn.Module) -> Any:
+        """Inputs of a model, and what it computes for them, for `verify`."""
+        return Probe.of(model)
+
+    def probe_from_dict(self, values: dict[str, Any]) -> Any:
+        """A probe that `to_dict` wrote."""
+        return Probe.from_dict(values)
+
     @abstractmethod
     def write(self, model: nn.Module, folder: Path) -> list[str]:
         """Write a model into an empty folder.
@@ -76,7 +84,7 @@ class Exporter(ABC):
         """
 
     @abstractmethod
-    def verify(self, folder: Path, probe: Probe) -> Verification:
+    def verify(self, folder: Path, probe: Any) -> Verification:
         """Read a folder by the target, and compare.
 
         Raises:
@@ -157,16 +165,17 @@ def write(
     folder = Path(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise FileExistsError(f"{folder} exists and is not empty; choose another folder, or delete it")
-    if (reason := exporter.supports(model)) is not None:
-        raise ValueError(f"this {type(model).__name__} cannot be exported to {to}: {reason}")
-    probe = Probe.of(model)
     with _aside(folder) as new:
         if tokenizer is not None:
             tokenizer.save_pretrained(new)
-        notes = exporter.write(model, new)
+        try:
+            probe = exporter.probe_of(model)
+            notes = exporter.write(model, new)
+        except Unsupported as error:
+            raise ValueError(f"this {type(model).__name__} cannot be exported to {to}: {error}") from error
         verification = exporter.verify(new, probe)
         record = {"moeify": __version__, "to": to, "notes": notes, "verification": str(verification)}
-        write_json(new / RECORD, {**record, "probe": probe.largest().to_dict()}, indent=None)
+        write_json(new / RECORD, {**record, "probe": probe.to_dict()}, indent=None)
     return Export(folder, notes, verification)
 
 
@@ -178,7 +187,8 @@ def verify(folder: str | Path) -> Verification:
         ValueError: the program computes something else, or cannot read it.
     """
     record = read_json(Path(folder) / RECORD)
-    return find_exporter(record["to"]).verify(Path(folder), Probe.from_dict(record["probe"]))
+    exporter = find_exporter(record["to"])
+    return exporter.verify(Path(folder), exporter.probe_from_dict(record["probe"]))
 
 
 @contextmanager

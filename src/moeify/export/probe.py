@@ -38,7 +38,7 @@ class Probe:
         length = min(_LENGTH, config.max_position_embeddings)
         generator = torch.Generator().manual_seed(0)
         ids = torch.randint(config.vocab_size, (_SEQUENCES, length), generator=generator)
-        with in_evaluation(model), _in_float32(model), _by_definition(model):
+        with in_evaluation(model), in_float32(model), by_definition(model):
             logits = logits_of(model, ids)
         return cls(ids, torch.arange(logits.shape[-1]).expand(logits.shape), logits)
 
@@ -63,8 +63,9 @@ class Probe:
         return self.values.abs().max().item()
 
     def to_dict(self) -> dict[str, Any]:
-        """As plain values, for JSON; numbers keep their bits."""
-        return {"ids": self.ids.tolist(), "indices": self.indices.tolist(), "logits": self.values.tolist()}
+        """The largest logits of every position as plain values, for JSON; numbers keep their bits."""
+        top = self.largest()
+        return {"ids": top.ids.tolist(), "indices": top.indices.tolist(), "logits": top.values.tolist()}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Probe:
@@ -80,7 +81,7 @@ def logits_of(model: Any, ids: Int[Tensor, "B N"]) -> Float[Tensor, "B N V"]:
 
 
 @contextmanager
-def _in_float32(model: nn.Module) -> Iterator[None]:
+def in_float32(model: nn.Module) -> Iterator[None]:
     """Compute in fp32, then restore the original tensors.
 
     The frequencies of rotary positions, which `to(torch.bfloat16)` rounds and files do not hold, are computed anew.
@@ -100,11 +101,11 @@ def _in_float32(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _by_definition(model: Any) -> Iterator[None]:
+def by_definition(model: Any) -> Iterator[None]:
     """Context manager in which every layer is computed by `compose`, so that no kernel rounds differently."""
     layers = moe_layers(model).values()
     kept = [(layer, layer.backend) for layer in layers]
-    eager = getattr(model.config, "_experts_implementation", None)
+    eager = getattr(getattr(model, "config", None), "_experts_implementation", None)
     try:
         for layer in layers:
             layer.backend = "compose"

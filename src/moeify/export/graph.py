@@ -1,0 +1,110 @@
+"""What exports to graph runtimes share: any model as one graph, by the exporters of transformers, and the comparison."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+
+from moeify.export.calls import Calls, Inputs
+from moeify.export.exporter import Exporter, Verification
+from moeify.export.model_spec import Unsupported
+from moeify.export.probe import in_float32
+from moeify.modes import in_evaluation
+from moeify.routers import Capacity
+
+_ROUNDING = 1e-4
+
+
+class GraphExporter(Exporter, ABC):
+    """Writes one graph from a model's inputs to its outputs, in fp32, for every batch size and length of text.
+
+    A graph holds no cache of keys and values: a language model gives the logits of whole texts.
+
+    Attributes:
+        probe: an input of the model, as a tensor, a tuple or a dict by name; None guesses one.
+        library: what it takes to write and to run the graph.
+    """
+
+    probe: Any
+    library: ClassVar[str]
+
+    @abstractmethod
+    def export(self, model: nn.Module, inputs: Inputs) -> Any:
+        """The graph, as the exporters of transformers return it."""
+
+    @abstractmethod
+    def runner(self, folder: Path) -> tuple[str, Callable[[Inputs], torch.Tensor]]:
+        """The program with its version, and a function that runs the graph of a folder by it."""
+
+    def probe_of(self, model: nn.Module) -> Calls:
+        """Two calls of the model."""
+        return Calls.of(model, self.probe)
+
+    def probe_from_dict(self, values: dict[str, Any]) -> Calls:
+        """The inverse of `Calls.to_dict`."""
+        return Calls.from_dict(values)
+
+    def match(self, model: nn.Module) -> Any:
+        """The graph.
+
+        Raises:
+            Unsupported: a step of the model has no graph that serves every input.
+        """
+        _refuse_capacity(model)
+        inputs = self.probe_of(model).inputs[0]
+        try:
+            with in_evaluation(model), in_float32(model), _without_cache(model):
+                return self.export(model, inputs)
+        except ImportError as error:
+            raise ImportError(f"this export needs {self.library} and transformers 5.24: {error}") from None
+        except Exception as error:  # of whatever step torch.export or the target has no translation for
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise Unsupported(f"a step of it has no graph that serves every input: {reason}") from error
+
+    def write(self, model: nn.Module, folder: Path) -> list[str]:
+        """Write the graph, its weights and the names of its inputs."""
+        self.match(model).save_pretrained(folder)
+        return [f"one graph of {type(model).__name__}, in fp32, without a cache"]
+
+    def verify(self, folder: Path, probe: Calls) -> Verification:
+        """Run the graph on both calls."""
+        program, run = self.runner(folder)
+        difference = probe.difference(run)
+        if difference > _ROUNDING * max(1.0, probe.size):
+            raise ValueError(f"{program} gives other outputs than the model, by {difference:.3g}")
+        return Verification(program, difference)
+
+
+def main_output(names: list[str], values: list[Any]) -> torch.Tensor:
+    """Logits or, failing these, the first output."""
+    return torch.as_tensor(values[names.index("logits") if "logits" in names else 0])
+
+
+def _refuse_capacity(model: nn.Module) -> None:
+    for name, part in model.named_modules():
+        if isinstance(part, Capacity) and not math.isinf(part.eval_factor):
+            raise Unsupported(
+                f"{name} has a capacity, whose slots change with the number of tokens; switch it off by "
+                "moeify.serve.serve_with(model, capacity=math.inf)"
+            )
+
+
+@contextmanager
+def _without_cache(model: Any) -> Iterator[None]:
+    config = getattr(model, "config", None)
+    before = getattr(config, "use_cache", None)
+    if before is None:
+        yield
+        return
+    config.use_cache = False
+    try:
+        yield
+    finally:
+        config.use_cache = before

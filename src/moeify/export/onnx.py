@@ -1,0 +1,44 @@
+"""Export to ONNX: a graph that ONNX Runtime runs, with outputs compared there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+
+from moeify.export.calls import Inputs
+from moeify.export.graph import GraphExporter, main_output
+
+
+@dataclass(frozen=True)
+class OnnxFolder(GraphExporter):
+    """A folder with `model.onnx` and its weights.
+
+    Attributes:
+        probe: an input of the model, as a tensor, a tuple or a dict by name; None guesses one.
+    """
+
+    probe: Any = None
+    library: ClassVar[str] = "moeify[onnx]"
+
+    def export(self, model: nn.Module, inputs: Inputs) -> Any:
+        """The graph, as the exporters of transformers return it."""
+        from transformers.exporters.exporter_onnx import OnnxConfig, OnnxExporter
+
+        return OnnxExporter().export(model, inputs, config=OnnxConfig(dynamic=True))
+
+    def runner(self, folder: Path) -> tuple[str, Callable[[Inputs], torch.Tensor]]:
+        """ONNX Runtime on the CPU."""
+        import onnxruntime
+
+        session = onnxruntime.InferenceSession(folder / "model.onnx", providers=["CPUExecutionProvider"])
+        names = [output.name for output in session.get_outputs()]
+
+        def run(inputs: Inputs) -> torch.Tensor:
+            return main_output(names, session.run(None, {name: value.numpy() for name, value in inputs.items()}))
+
+        return f"onnxruntime {onnxruntime.__version__}", run

@@ -1,0 +1,102 @@
+"""Sparse models as graphs: programs of `torch.export` here, and in ONNX Runtime and OpenVINO where these are installed."""
+
+import math
+from functools import partial
+
+import pytest
+import torch
+from torch import nn
+from torch.export import Dim
+from transformers import LlamaConfig, LlamaForCausalLM, ViTConfig, ViTForImageClassification
+
+from moeify import MoE, Recipe, export, sparsify
+from moeify.experts import FFN
+from moeify.routers import Capacity, MultiGate, Soft, TopK
+from moeify.serve import serve_with
+from moeify.sparsify import copies, fresh
+
+
+def language_model(router=partial(TopK, k=2)):
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, use_cache=False
+    )
+    return sparsify(LlamaForCausalLM(config), Recipe(router=router, num_experts=4), verbose=False).eval()
+
+
+def image_model(router=partial(TopK, k=2), experts=copies):
+    torch.manual_seed(0)
+    config = ViTConfig(
+        hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, image_size=8, patch_size=4
+    )
+    return sparsify(ViTForImageClassification(config), Recipe(router=router, num_experts=4, experts=experts), verbose=False).eval()
+
+
+class Recommender(nn.Module):
+    """Two tasks, each with a gate over the same experts (MMoE)."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.moe = MoE(MultiGate(8, 4, gates=2), FFN(4, 8, 16))
+        self.heads = nn.Linear(8, 1)
+
+    def forward(self, features):
+        return self.heads(self.moe(features)).squeeze(-1)
+
+
+def texts(batch, length, padding):
+    mask = torch.ones(batch, length, dtype=torch.int64)
+    mask[0, :padding] = 0
+    return {"input_ids": torch.randint(64, (batch, length)), "attention_mask": mask}
+
+
+CASES = {
+    "text": (language_model, texts(2, 12, 5), texts(3, 9, 1), {0: Dim("b", max=64), 1: Dim("n", max=256)}),
+    "image": (image_model, {"pixel_values": torch.randn(2, 3, 8, 8)}, {"pixel_values": torch.randn(5, 3, 8, 8)},
+              {0: Dim("b", max=64)}),
+    "soft": (partial(image_model, partial(Soft, slots=2), fresh), {"pixel_values": torch.randn(2, 3, 8, 8)},
+             {"pixel_values": torch.randn(5, 3, 8, 8)}, {0: Dim("b", max=64)}),
+    "tasks": (Recommender, {"features": torch.randn(6, 8)}, {"features": torch.randn(9, 8)}, {0: Dim("b", max=64)}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_program_of_ordinary_operators_serves_every_batch_length_and_padding(case):
+    make, first, second, sizes = CASES[case]
+    model = make()
+    with torch.no_grad():
+        program = torch.export.export(model, (), first, dynamic_shapes=dict.fromkeys(first, sizes), strict=False)
+        for inputs in (first, second):
+            real = inputs["attention_mask"].bool() if "attention_mask" in inputs else ...
+            found, expected = (getattr(out, "logits", out)[real] for out in (program.module()(**inputs), model(**inputs)))
+            torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+    assert not [node.target for node in program.graph.nodes if "moeify" in str(node.target)]
+
+
+@pytest.mark.parametrize("to", ["onnx", "openvino"])
+@pytest.mark.parametrize("case", CASES)
+def test_another_program_computes_the_graph(case, to, tmp_path):
+    pytest.importorskip({"onnx": "onnxruntime"}.get(to, to))
+    make, first, _, _ = CASES[case]
+    exporters = {"onnx": export.OnnxFolder, "openvino": export.OpenVinoFolder}
+    done = export.write(make(), tmp_path / "out", to, exporter=exporters[to](first))
+    assert done.verification.difference < 1e-4
+    assert export.verify(tmp_path / "out").difference == done.verification.difference
+
+
+def test_a_capacity_is_refused_until_it_is_off(tmp_path):
+    model = image_model(lambda width, experts: Capacity(TopK(width, experts, k=1), factor=1.0))
+    with pytest.raises(ValueError, match=r"has a capacity.*serve_with"):
+        export.write(model, tmp_path / "out", "onnx")
+    assert not list(tmp_path.iterdir())
+    serve_with(model, capacity=math.inf)
+    assert export.OnnxFolder().supports(model) is None or not _has("onnxscript")
+
+
+def _has(library):
+    try:
+        __import__(library)
+    except ImportError:
+        return False
+    return True
