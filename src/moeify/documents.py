@@ -98,7 +98,9 @@ def _describes(name: str, value: Any) -> bool:
     """Whether an argument is there; a mask with one entry per token tells of padding, or numbers documents."""
     if name != "attention_mask":
         return isinstance(value, Tensor)
-    return value is not None and (not isinstance(value, Tensor) or value.dim() > 2 or masks.numbers_documents(value))
+    if value is None or torch.compiler.is_exporting():  # a graph takes rows of one text
+        return False
+    return not isinstance(value, Tensor) or value.dim() > 2 or masks.numbers_documents(value)
 
 
 def _changes(ids: Int[Tensor, "B N"], shape: Shape) -> Bool[Tensor, "B N"] | None:

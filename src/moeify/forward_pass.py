@@ -99,13 +99,17 @@ class Call:
         if self.token_mask is None and self.unpadded == tokens:
             return None
         if isinstance(self.layer_mask, tuple):
-            return self._of_layer(*self.layer_mask, shape)
+            return None if self._exports_without_mask() else self._of_layer(*self.layer_mask, shape)
         if self.token_mask is None or self.layer_mask is None or (self.inputs and not self.of_stack):
             return None
         raise ValueError(
             f"the token mask has {tuple(self.token_mask.shape)} = {self.token_mask.numel()} tokens, but the layer "
             f"was given {tokens}; call the layer through its model, or context.clear() before calling it alone"
         )
+
+    def _exports_without_mask(self) -> bool:
+        """Whether a graph is written of a model without a mask, whose layers get one that it made and that hides nothing."""
+        return torch.compiler.is_exporting() and not any("mask" in name for name in self.inputs)
 
     def _laid_out(self, mask: Bool[Tensor, "B N"], shape: tuple[int, ...]) -> Int[Tensor, "T"] | None:
         """The positions of the real tokens, of a mask (B, N), in a layer that turns out to be laid out as (N, B)."""

@@ -77,7 +77,7 @@ def given_mask(
 
 def is_of_keys(mask: Tensor, tokens: int) -> bool:
     """Whether a mask has one entry for each of a layer's tokens, the same for all queries: (B, N) or (B, 1, 1, N)."""
-    return mask.dim() > 1 and mask.shape[1:-1].numel() == 1 and mask.numel() == tokens
+    return mask.dim() > 1 and math.prod(mask.shape[1:-1]) == 1 and mask.numel() == tokens
 
 
 def of_layer(name: str, mask: Tensor, shape: Sequence[int]) -> Bool[Tensor, "B N"] | None:

@@ -29,7 +29,9 @@ def image_model(router=partial(TopK, k=2), experts=copies):
     config = ViTConfig(
         hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, image_size=8, patch_size=4
     )
-    return sparsify(ViTForImageClassification(config), Recipe(router=router, num_experts=4, experts=experts), verbose=False).eval()
+    return sparsify(
+        ViTForImageClassification(config), Recipe(router=router, num_experts=4, experts=experts), verbose=False
+    ).eval()
 
 
 class Recommender(nn.Module):
@@ -69,7 +71,9 @@ def test_a_program_of_ordinary_operators_serves_every_batch_length_and_padding(c
         program = torch.export.export(model, (), first, dynamic_shapes=dict.fromkeys(first, sizes), strict=False)
         for inputs in (first, second):
             real = inputs["attention_mask"].bool() if "attention_mask" in inputs else ...
-            found, expected = (getattr(out, "logits", out)[real] for out in (program.module()(**inputs), model(**inputs)))
+            found, expected = (
+                getattr(out, "logits", out)[real] for out in (program.module()(**inputs), model(**inputs))
+            )
             torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
     assert not [node.target for node in program.graph.nodes if "moeify" in str(node.target)]
 

@@ -13,7 +13,9 @@ if TYPE_CHECKING:
 
 def export(
     model: Annotated[Path, typer.Argument(help="A saved sparse model, the folder of a run, or an MoE of transformers")],
-    to: Annotated[str, typer.Option(help="The program to write for: transformers, gguf, mlx, onnx or openvino")] = "transformers",
+    to: Annotated[
+        str, typer.Option(help="The program to write for: transformers, gguf, mlx, onnx or openvino")
+    ] = "transformers",
     output: Annotated[
         Path | None, typer.Option(help="The new folder", show_default="beside the model, named after the target")
     ] = None,

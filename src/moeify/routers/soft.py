@@ -47,7 +47,7 @@ class Soft(Router):
         logits = self.scale.float() * project(_unit(tokens.x.float()), _unit(self.queries.float()))[table]  # (B, N, S)
         filling = ~real.unsqueeze(-1)
         return Mixture(
-            counts=torch.full((self.num_experts,), len(table) * self.slots, device=x.device),
+            counts=torch.full((self.num_experts,), table.shape[0] * self.slots, device=x.device),
             into=logits.masked_fill(filling, float("-inf")).softmax(-2),
             out_of=logits.softmax(-1).masked_fill(filling, 0),
             source=table if tokens.positions is None else tokens.positions[table],
