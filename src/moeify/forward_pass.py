@@ -108,7 +108,7 @@ class Call:
         )
 
     def _exports_without_mask(self) -> bool:
-        """Whether a graph is written of a model without a mask, whose layers get one that it made and that hides nothing."""
+        """Whether a graph is written of a model without a mask, which then makes one that hides nothing for its layers."""
         return torch.compiler.is_exporting() and not any("mask" in name for name in self.inputs)
 
     def _laid_out(self, mask: Bool[Tensor, "B N"], shape: tuple[int, ...]) -> Int[Tensor, "T"] | None:
@@ -148,8 +148,9 @@ class Call:
         """
         if (documents := self.documents(shape)) is not None:
             return documents
-        tokens, length = torch.arange(math.prod(shape)), self._row_length(shape)
-        return tokens // length if self.batch_first else tokens % (math.prod(shape) // length)
+        length = self._row_length(shape)
+        rows = torch.arange(math.prod(shape) // length)
+        return rows.unsqueeze(1).expand(-1, length).flatten() if self.batch_first else rows.repeat(length)
 
     def common_length(self, shape: Sequence[int]) -> int | None:
         """The length that all sequences have, None where padding or packing may make them differ.
