@@ -108,7 +108,7 @@ class Call:
         )
 
     def _exports_without_mask(self) -> bool:
-        """Whether a graph is written of a model without a mask, which then makes one that hides nothing for its layers."""
+        """Whether a graph is written of a model without a mask, which makes one that hides nothing for its layers."""
         return torch.compiler.is_exporting() and not any("mask" in name for name in self.inputs)
 
     def _laid_out(self, mask: Bool[Tensor, "B N"], shape: tuple[int, ...]) -> Int[Tensor, "T"] | None:

@@ -1,4 +1,4 @@
-"""Sparse models as graphs: programs of `torch.export` here, and in ONNX Runtime and OpenVINO where these are installed."""
+"""Sparse models as graphs: of `torch.export`, and in ONNX Runtime and OpenVINO where these are installed."""
 
 import math
 from functools import partial
@@ -15,16 +15,18 @@ from moeify.routers import Capacity, MultiGate, Soft, TopK
 from moeify.serve import serve_with
 from moeify.sparsify import copies, fresh
 
+TOP_2 = partial(TopK, k=2)
 
-def language_model(router=partial(TopK, k=2)):
+
+def language_model():
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, use_cache=False
     )
-    return sparsify(LlamaForCausalLM(config), Recipe(router=router, num_experts=4), verbose=False).eval()
+    return sparsify(LlamaForCausalLM(config), Recipe(router=TOP_2, num_experts=4), verbose=False).eval()
 
 
-def image_model(router=partial(TopK, k=2), experts=copies):
+def image_model(router=TOP_2, experts=copies):
     torch.manual_seed(0)
     config = ViTConfig(
         hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, image_size=8, patch_size=4
@@ -90,7 +92,7 @@ def test_another_program_computes_the_graph(case, to, tmp_path):
 
 
 def test_a_capacity_is_refused_until_it_is_off(tmp_path):
-    model = image_model(lambda width, experts: Capacity(TopK(width, experts, k=1), factor=1.0))
+    model = image_model(lambda width, experts: Capacity(TopK(width, experts, k=2), factor=1.0))
     with pytest.raises(ValueError, match=r"has a capacity.*serve_with"):
         export.write(model, tmp_path / "out", "onnx")
     assert not list(tmp_path.iterdir())

@@ -1,4 +1,4 @@
-"""Export sparse models to other programs: classes of transformers, which load without moeify, GGUF files, MLX, ONNX and OpenVINO."""
+"""Export sparse models to other programs: classes of transformers, GGUF, MLX, ONNX and OpenVINO, without moeify."""
 
 from moeify.export.compatibility import Compatibility, compatibility
 from moeify.export.exporter import (

@@ -1,4 +1,4 @@
-"""`Calls`: inputs of any model and what it computes for them, by which exports of graphs are compared with their source."""
+"""`Calls`: inputs of any model and what it computes for them, with which exported graphs are compared."""
 
 from __future__ import annotations
 

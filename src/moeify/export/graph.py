@@ -1,4 +1,4 @@
-"""What exports to graph runtimes share: any model as one graph, by the exporters of transformers, and the comparison."""
+"""The base class of exports to graph runtimes: any model as one graph, by transformers' exporters, and compared."""
 
 from __future__ import annotations
 

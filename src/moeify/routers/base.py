@@ -158,7 +158,7 @@ class Tokens:
     def by_sequence(self) -> tuple[Int[Tensor, "B N"], Bool[Tensor, "B N"]]:
         """The tokens of each sequence or image as rows of one table, and which entries of it are tokens."""
         if self.common_length is not None:
-            table = self.sequence_id.argsort(stable=True).view(-1, self.common_length)
+            table = self.sequence_id.sort(stable=True).indices.view(-1, self.common_length)
             return table, torch.ones_like(table, dtype=torch.bool)
         _, sequence, sizes = self.sequence_id.unique(return_inverse=True, return_counts=True)
         ordered = sequence.sort(stable=True)
