@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import nn
+from torch.export import Dim
 
 from moeify.export.calls import Calls, Inputs
 from moeify.export.exporter import Exporter, Verification
@@ -51,27 +52,30 @@ class GraphExporter(Exporter, ABC):
         """The inverse of `Calls.to_dict`."""
         return Calls.from_dict(values)
 
-    def match(self, model: nn.Module) -> Any:
-        """The graph.
+    def match(self, model: nn.Module) -> torch.export.ExportedProgram:
+        """The model as a program of `torch.export`, from which the graph is made.
 
         Raises:
-            Unsupported: a step of the model has no graph that serves every input.
+            Unsupported: a step of the model has no program that serves every input.
         """
+        return self._traced(model, _program)
+
+    def write(self, model: nn.Module, folder: Path) -> list[str]:
+        """Write the graph, its weights and the names of its inputs."""
+        self._traced(model, self.export).save_pretrained(folder)
+        return [f"one graph of {type(model).__name__}, in fp32, without a cache"]
+
+    def _traced(self, model: nn.Module, trace: Callable[[nn.Module, Inputs], Any]) -> Any:
         _refuse_capacity(model)
         inputs = self.probe_of(model).inputs[0]
         try:
             with in_evaluation(model), in_float32(model), _without_cache(model):
-                return self.export(model, inputs)
+                return trace(model, inputs)
         except ImportError as error:
             raise ImportError(f"this export needs {self.library} and transformers 5.24: {error}") from None
         except Exception as error:  # of whatever step torch.export or the target has no translation for
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise Unsupported(f"a step of it has no graph that serves every input: {reason}") from error
-
-    def write(self, model: nn.Module, folder: Path) -> list[str]:
-        """Write the graph, its weights and the names of its inputs."""
-        self.match(model).save_pretrained(folder)
-        return [f"one graph of {type(model).__name__}, in fp32, without a cache"]
 
     def verify(self, folder: Path, probe: Calls) -> Verification:
         """Run the graph on both calls."""
@@ -80,6 +84,12 @@ class GraphExporter(Exporter, ABC):
         if difference > _ROUNDING * max(1.0, probe.size):
             raise ValueError(f"{program} gives other outputs than the model, by {difference:.3g}")
         return Verification(program, difference)
+
+
+def _program(model: nn.Module, inputs: Inputs) -> torch.export.ExportedProgram:
+    open_axes = {name: dict.fromkeys(range(min(value.dim(), 2)), Dim.AUTO) for name, value in inputs.items()}
+    with torch.no_grad():
+        return torch.export.export(model, (), inputs, dynamic_shapes=open_axes, strict=False)
 
 
 def main_output(names: list[str], values: list[Any]) -> torch.Tensor:
