@@ -6,6 +6,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -23,6 +24,7 @@ from moeify.routers import Capacity
 _ROUNDING = 1e-4
 
 
+@dataclass(frozen=True)
 class GraphExporter(Exporter, ABC):
     """Writes one graph from a model's inputs to its outputs, in fp32, for every batch size and length of text.
 
@@ -30,14 +32,14 @@ class GraphExporter(Exporter, ABC):
 
     Attributes:
         probe: an input of the model, as a tensor, a tuple or a dict by name; None guesses one.
-        library: what it takes to write and to run the graph.
     """
 
-    probe: Any
-    library: ClassVar[str]
+    probe: Any = None
+    extra: ClassVar[str]
+    """The extra of moeify with the libraries that write and run the graph."""
 
     @abstractmethod
-    def export(self, model: nn.Module, inputs: Inputs) -> Any:
+    def export(self, model: Any, inputs: Inputs) -> Any:
         """The graph, as the exporters of transformers return it."""
 
     @abstractmethod
@@ -72,7 +74,7 @@ class GraphExporter(Exporter, ABC):
             with in_evaluation(model), in_float32(model), _without_cache(model):
                 return trace(model, inputs)
         except ImportError as error:
-            raise ImportError(f"this export needs {self.library} and transformers 5.24: {error}") from None
+            raise ImportError(f"this export needs moeify[{self.extra}] and transformers 5.24: {error}") from None
         except Exception as error:  # of whatever step torch.export or the target has no translation for
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise Unsupported(f"a step of it has no graph that serves every input: {reason}") from error
@@ -108,13 +110,12 @@ def _refuse_capacity(model: nn.Module) -> None:
 
 @contextmanager
 def _without_cache(model: Any) -> Iterator[None]:
-    config = getattr(model, "config", None)
-    before = getattr(config, "use_cache", None)
+    before = getattr(getattr(model, "config", None), "use_cache", None)
     if before is None:
         yield
         return
-    config.use_cache = False
+    model.config.use_cache = False
     try:
         yield
     finally:
-        config.use_cache = before
+        model.config.use_cache = before

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from torch import nn
 
 from moeify.export.calls import Inputs
 from moeify.export.graph import GraphExporter, main_output
@@ -16,20 +15,15 @@ from moeify.export.graph import GraphExporter, main_output
 
 @dataclass(frozen=True)
 class OnnxFolder(GraphExporter):
-    """A folder with `model.onnx` and its weights.
+    """A folder with `model.onnx` and its weights."""
 
-    Attributes:
-        probe: an input of the model, as a tensor, a tuple or a dict by name; None guesses one.
-    """
+    extra: ClassVar[str] = "onnx"
 
-    probe: Any = None
-    library: ClassVar[str] = "moeify[onnx]"
-
-    def export(self, model: nn.Module, inputs: Inputs) -> Any:
+    def export(self, model: Any, inputs: Inputs) -> Any:
         """The graph, as the exporters of transformers return it."""
         from transformers.exporters.exporter_onnx import OnnxConfig, OnnxExporter
 
-        return OnnxExporter().export(model, inputs, config=OnnxConfig(dynamic=True))
+        return OnnxExporter().export(model, {**inputs}, config=OnnxConfig(dynamic=True))
 
     def runner(self, folder: Path) -> tuple[str, Callable[[Inputs], torch.Tensor]]:
         """ONNX Runtime on the CPU."""

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from torch import nn
 
 from moeify.export.calls import Inputs
 from moeify.export.graph import GraphExporter, main_output
@@ -19,19 +18,15 @@ class OpenVinoFolder(GraphExporter):
     """A folder with `openvino_model.xml` and its weights.
 
     OpenVINO computes in bf16 on processors that have it; its setting `INFERENCE_PRECISION_HINT=f32` computes exactly.
-
-    Attributes:
-        probe: an input of the model, as a tensor, a tuple or a dict by name; None guesses one.
     """
 
-    probe: Any = None
-    library: ClassVar[str] = "moeify[openvino]"
+    extra: ClassVar[str] = "openvino"
 
-    def export(self, model: nn.Module, inputs: Inputs) -> Any:
+    def export(self, model: Any, inputs: Inputs) -> Any:
         """The graph, as the exporters of transformers return it."""
         from transformers.exporters.exporter_openvino import OpenVINOConfig, OpenVINOExporter
 
-        return OpenVINOExporter().export(model, inputs, config=OpenVINOConfig(dynamic=True))
+        return OpenVINOExporter().export(model, {**inputs}, config=OpenVINOConfig(dynamic=True))
 
     def runner(self, folder: Path) -> tuple[str, Callable[[Inputs], torch.Tensor]]:
         """OpenVINO on the CPU, in fp32."""
