@@ -77,9 +77,8 @@ def limit(
             batch, group or sequence grow with the number of its tokens.
 
     Raises:
-        ValueError: fewer than one slot, or sequence in a group; several weights per row; `next` without a score of
-            every token for every expert, or per anything but the batch, of which alone the sequence of every token need
-            not be known; per prefix by another priority than position.
+        ValueError: fewer than one slot, or sequence in a group; several weights per row; `next` without all scores, or
+            not per batch; a sequence that is not known, not per batch; per prefix by a priority other than position.
     """
     each = [slots] if isinstance(slots, int) else list(slots)
     if min(each) < 1:

@@ -234,3 +234,11 @@ def test_experts_that_are_not_called_by_rows_are_unknown():
     whole = moe_families.build("dbrx")
     found = diagnose(whole, [moe_families.inputs(whole)], faults=["super_experts"])
     assert "another shape than its choices" in found.unknown["super_experts"]
+
+
+def test_experts_without_weights_are_not_called_frozen():
+    whole = moe_families.build("longcat_flash")
+    batches = [{"input_ids": torch.randint(1, whole.config.vocab_size, (2, 16))}]
+    found = diagnose(whole, batches, faults=["frozen_experts", "super_experts"])
+    assert not found.findings
+    assert "one choice per token" in found.unknown["super_experts"]

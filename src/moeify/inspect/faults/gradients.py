@@ -24,7 +24,8 @@ class Gradients:
 
     Attributes:
         router: norm of the gradient of all parameters of the router that learn; None if none of them does.
-        experts: norm of the gradient of each expert; None if their weights are not stacked, or do not learn.
+        experts: norm of the gradient of each expert, NaN for one without weights; None if their weights are not stacked,
+            or do not learn.
         rows: rows that each expert computed, with a weight that is not 0.
     """
 
@@ -117,7 +118,9 @@ def _norm(of: Mapping[int, Tensor], parameters: list[nn.Parameter]) -> float:
 
 def _norms(of: Mapping[int, Tensor], parameters: list[Tensor], num_experts: int) -> Float[Tensor, "E"]:
     squares = torch.zeros(num_experts)
+    with_weights = min(len(p) for p in parameters)
+    squares[with_weights:] = torch.nan  # experts that copy their rows come last (LongCat-Flash)
     for p in parameters:
         if id(p) in of:
-            squares += of[id(p)].float().flatten(1).square().sum(1).cpu()
+            squares[:with_weights] += of[id(p)][:with_weights].float().flatten(1).square().sum(1).cpu()
     return squares.sqrt()

@@ -87,8 +87,11 @@ def _watch(layer: SparseLayer, outputs: Outputs) -> list[RemovableHandle]:
                 raise Unknown(f"{type(experts).__name__} takes its tokens in another shape than its choices")
             return value[token] if isinstance(value, Tensor) else value
 
-        with unobserved():
-            rows = experts(*map(by_row, args), **{name: by_row(value) for name, value in kwargs.items()})
+        try:
+            with unobserved():
+                rows = experts(*map(by_row, args), **{name: by_row(value) for name, value in kwargs.items()})
+        except ValueError as error:  # LongCat-Flash reads at least two choices
+            raise Unknown(f"{type(experts).__name__} does not run with one choice per token: {error}") from None
         outputs.add(rows, expert[:, 0])
 
     return [layer.experts.register_forward_hook(again, with_kwargs=True)]
