@@ -24,8 +24,8 @@ class Gradients:
 
     Attributes:
         router: norm of the gradient of all parameters of the router that learn; None if none of them does.
-        experts: norm of the gradient of each expert, NaN for one without weights; None if their weights are not stacked,
-            or do not learn.
+        experts: norm of the gradient of each expert, NaN for one without weights; None if their weights are not
+            stacked, or do not learn.
         rows: rows that each expert computed, with a weight that is not 0.
     """
 
