@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 class OnAnotherRank(FloatingPointError):
-    """Another rank met a value that is not finite, so that this one stops in the same step."""
+    """Another rank found a NaN or infinity, so this rank stops in the same step."""
 
 
 def join(timeout: float, backend: str | None = None) -> None:
@@ -47,7 +47,7 @@ def _limit(timeout: float) -> timedelta:
 
 
 def several() -> bool:
-    """Whether torch.distributed was initialised, so that there are other ranks to talk to."""
+    """Whether torch.distributed was initialised, so that collectives are possible."""
     return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
@@ -77,7 +77,7 @@ def anywhere(flag: bool, device: torch.device | str = "cpu") -> bool:
 
 @contextmanager
 def failing_together(device: torch.device | str = "cpu") -> Generator[None]:
-    """Let all ranks raise if one does inside, where the others would wait for it in their next collective.
+    """Context manager that raises on all ranks if one rank raises inside it, for which the others would wait.
 
     Costs a collective of two numbers. Collectives inside must come after whatever may raise.
 

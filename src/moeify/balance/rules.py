@@ -1,4 +1,4 @@
-"""Rules: how the selection bias of a layer follows from the load of its experts."""
+"""Rules: how a controller updates the selection bias of a layer from the load of its experts."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from moeify.routing import Assignment
 
 
 class Rule(ABC):
-    """How the bias of one layer follows from what was observed of it since the last step.
+    """How the selection bias of one layer is updated from its routing decisions since the last optimizer step.
 
     Attributes:
         needs_all: whether the rule is right only where a token may use every expert; `control` refuses it elsewhere.
@@ -42,7 +42,7 @@ class Rule(ABC):
         Args:
             bias: the bias that the step was made with.
             seen: the sums of what was observed.
-            memory: what the rule keeps of this layer between steps, such as a momentum: empty before the first step,
+            memory: the rule's state for this layer between steps, such as a momentum: empty before the first step,
                 written in place, saved with a checkpoint.
         """
 
@@ -80,7 +80,7 @@ class Quantile(Rule):
     choose every expert, which α ignores; such routers are refused.
 
     Attributes:
-        ema: share of the old bias that is kept.
+        ema: weight of the old bias in the moving average.
     """
 
     ema: float = 0.0
@@ -89,7 +89,7 @@ class Quantile(Rule):
     def observe(
         self, routing: Assignment, unbiased: Float[Tensor, "L E"] | None, bias: Float[Tensor, "E"]
     ) -> dict[str, Tensor]:
-        """The balancing bias of this micro-batch, and that it is one.
+        """The balancing bias of this micro-batch, and a count of 1.
 
         Raises:
             ValueError: the decision keeps no scores or has no fixed k, or every expert is chosen anyway.
@@ -123,8 +123,8 @@ class SMEBU(Rule):
 
     Attributes:
         rate: the largest step, λ.
-        kappa: how soon the step saturates.
-        beta: share of the momentum that is kept.
+        kappa: κ; the larger, the smaller the load violation at which the step saturates.
+        beta: β, the decay of the momentum.
     """
 
     rate: float = 5e-4
@@ -138,7 +138,7 @@ class SMEBU(Rule):
         return {"load": routing.assigned.float()}
 
     def move(self, bias: Float[Tensor, "E"], seen: dict[str, Tensor], memory: dict[str, Tensor]) -> Float[Tensor, "E"]:
-        """One step of the momentum, which is kept in the layer's memory."""
+        """One step with momentum, which is kept in `memory`."""
         load = seen["load"]
         delta = self.rate * torch.tanh(self.kappa * (load.mean() - load) / load.mean())
         momentum = memory.get("momentum", torch.zeros_like(delta)).to(delta.device)

@@ -128,7 +128,7 @@ def choose_balance(recipe: str, balance: float | None, controller: str | None) -
 
 
 def choose_controller(text: str | None) -> Rule | None:
-    """The controller that a name or a JSON mapping means.
+    """The controller that a name or a JSON mapping specifies.
 
     Raises:
         ValueError: an unknown name or option, or broken JSON.

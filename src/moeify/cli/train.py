@@ -102,5 +102,5 @@ class Train:
         )
 
     def run(self) -> None:
-        """Do it."""
+        """Run the job."""
         self.job().run()

@@ -16,11 +16,11 @@ class OfInputs(Experts):
 
     Args:
         experts: the experts, which read one input.
-        reads: the place of the input that each expert reads, from 0.
+        reads: the index of the input that each expert reads, from 0.
         inputs: how many there are.
 
     Raises:
-        ValueError: not one place per expert, or a place outside the inputs.
+        ValueError: not one index per expert, or an index outside the inputs.
     """
 
     def __init__(self, experts: Experts, reads: Sequence[int], inputs: int) -> None:
@@ -35,7 +35,7 @@ class OfInputs(Experts):
 
     @property
     def costs(self) -> Float[Tensor, "E"]:
-        """Those of the experts."""
+        """The cost of a row at each wrapped expert, relative to the most expensive."""
         return self.experts.costs
 
     def forward(self, rows: Float[Tensor, "R D"], counts: Int[Tensor, "E"]) -> Float[Tensor, "R O"]:

@@ -83,10 +83,10 @@ SHARED_EXPERTS: Names = MIXTRAL | {
 
 @dataclass(frozen=True)
 class Family:
-    """A class of transformers with a language model's head.
+    """A model class of transformers with a language-modelling head.
 
     Attributes:
-        model_type: of its configuration.
+        model_type: the `model_type` of its config.
         title: its display name.
         differs: the traits in which it differs from Llama, or a sparse class from Mixtral.
         names: of the tensors of a sparse layer, within the layer; empty for a dense class. A pair names the gate and

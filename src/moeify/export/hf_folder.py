@@ -41,7 +41,7 @@ class HfFolder(Exporter):
         """The class, and the model expressed in its terms.
 
         Raises:
-            Unsupported: no class, or not the one that was asked for, computes what the model does.
+            Unsupported: no class, or not the requested one, computes what the model does.
         """
         spec = spec_of(model)
         if self.model_type is None:
@@ -60,7 +60,7 @@ class HfFolder(Exporter):
         return write_hf_folder(self.match(model), model, folder, self.max_shard_size)
 
     def verify(self, folder: Path, probe: Probe) -> Verification:
-        """Read it by transformers, in fp32."""
+        """Load the folder with transformers, in fp32."""
         import transformers
 
         options = {"dtype": torch.float32, "experts_implementation": "eager", "local_files_only": True}
@@ -133,7 +133,7 @@ def build(found: Match[Family], model: Any) -> Any:
 
 
 def _add_former_fields(path: Path) -> None:
-    """Add positions and the number of experts under their names of transformers 4, which other programs read.
+    """Add positions and the number of experts under the names that transformers 4 used, which other programs read.
 
     A program that finds no `rope_theta` uses its own default, and generates fluent text from other logits.
     """

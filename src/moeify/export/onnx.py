@@ -1,4 +1,4 @@
-"""Export to ONNX: a graph that ONNX Runtime runs, with outputs compared there."""
+"""Export to ONNX: a graph for ONNX Runtime, whose outputs are compared with the model's."""
 
 from __future__ import annotations
 

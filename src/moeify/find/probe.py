@@ -36,7 +36,7 @@ class Probe:
         return _main(self._output(model)).float()
 
     def outputs(self, model: nn.Module) -> list[Tensor]:
-        """Every floating-point tensor among the model's outputs, as of `run`; those of padding are left out."""
+        """Every floating-point tensor among the model's outputs, as of `run`; positions of padding are excluded."""
         values = [value.float() for value in _tensors(self._output(model))]
         mask = (self.kwargs or {}).get("attention_mask")
         if not isinstance(mask, Tensor) or mask.dim() != 2:
@@ -51,11 +51,11 @@ class Probe:
 
     @property
     def batch(self) -> int | None:
-        """The number of sequences or images, None if only positions and not names say what they are."""
+        """The number of sequences or images, None if arguments are positional."""
         return next((len(value) for value in (self.kwargs or {}).values() if isinstance(value, Tensor)), None)
 
     def by_name(self, model: nn.Module) -> Probe:
-        """The same arguments by name, for models of transformers, whose names say what they are."""
+        """The same arguments by name, for models of transformers, whose argument names identify them."""
         given = inspect.signature(model.forward).parameters.values()
         names = [p.name for p in given if p.kind is p.POSITIONAL_OR_KEYWORD]
         if not hasattr(model, "config") or len(names) < len(self.args):
@@ -102,7 +102,7 @@ def as_probe(given: Any) -> Probe:
 
 
 def find_probe(model: nn.Module) -> Probe | None:
-    """A random input that the model accepts, None if every guess fails (or the model has no values, on meta)."""
+    """A random input that the model accepts, None if every guess fails or the model is on the meta device."""
     parameter = next(model.parameters(), None)
     if parameter is None or parameter.is_meta:
         return None
@@ -112,7 +112,7 @@ def find_probe(model: nn.Module) -> Probe | None:
         try:
             if torch.isfinite(probe.run(model)).all():
                 return probe
-        except Exception:  # a guess that the model does not accept, whatever it raises
+        except Exception:  # any error means that the model does not accept this guess
             continue
     return None
 
@@ -126,7 +126,7 @@ def _moved(inputs: Any, like: Tensor) -> Any:
 
 
 def _main(output: Any) -> Tensor:
-    """Logits or, failing these, the first floating-point tensor of an output."""
+    """The logits; without logits, the first floating-point tensor of an output."""
     logits = getattr(output, "logits", None)
     return next(_tensors(output if logits is None else logits))
 

@@ -27,7 +27,7 @@ class Chosen:
         index: the experts of every token.
         weights: their weights.
         router_output: logits or probabilities of all experts, if the router returned them.
-        kept: which of the choices a capacity left, all if it has none.
+        kept: which of the choices are within capacity; all, if the block has no capacity.
         score: the score function; if not given it is inferred from the weights.
     """
 
@@ -49,7 +49,7 @@ def unobserved() -> Iterator[None]:
 
 
 def is_observed() -> bool:
-    """Whether calls of experts are recorded here: outside of `unobserved`."""
+    """Whether calls of experts are recorded, as everywhere outside `unobserved`."""
     return not _unobserved.get()
 
 
@@ -65,7 +65,7 @@ def routing_of(chosen: Chosen, num_experts: int, context: Context) -> Assignment
     """The decision of a block, without padding, as losses, controllers and statistics read it.
 
     Args:
-        chosen: what the block chose.
+        chosen: the choices of the block.
         num_experts: E.
         context: which tokens are real.
     """

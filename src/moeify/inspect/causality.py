@@ -58,7 +58,7 @@ def check_causality(model: nn.Module, tokens: Any = None, *, tries: int = 4) -> 
     Then truncate the sequence after each token, and see whether it changes.
 
     Each layer is run alone, on its input in the model, so that a leak is attributed to its layer and attention plays no
-    part. Leaks are found by trying: a capacity that is never reached leaks nothing. The model keeps its mode, because
+    part. The check is empirical: a capacity that is never reached shows no leak. The model keeps its mode, because
     routers differ between training and evaluation, and every run has the same random numbers. For layers of
     transformers, and for dense mixtures, only outputs are compared.
 

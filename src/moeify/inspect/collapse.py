@@ -23,7 +23,7 @@ from moeify.routing import Assignment, Routing
 
 
 def margin(routing: Routing) -> float:
-    """Mean difference between a decision's best and second-best score: 0 is undecided.
+    """Mean difference between the highest and second-highest score of a token: 0 means a tie.
 
     Raises:
         ValueError: the decision keeps no scores, or there is one expert only.
@@ -135,7 +135,7 @@ def representation_collapse(x: Float[Tensor, "T D"], routing: Assignment) -> flo
 def without_first(layers: Mapping[str, MoE]) -> Iterator[None]:
     """Context manager that removes every token's first expert and rescales its other weights to the same sum.
 
-    (DeepSeekMoE, arXiv 2401.06066, masks the expert before the choice, so that the next one moves up; here
+    (DeepSeekMoE, arXiv 2401.06066, masks the expert before the choice, so that the next one replaces it; here
     the token has one expert less, whatever the router is.) With k = 1 a token keeps none.
     """
     handles = [moe.router.register_forward_hook(_without_first) for moe in layers.values()]

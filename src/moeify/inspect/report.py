@@ -49,7 +49,7 @@ OF_TRACES: dict[str, tuple[Callable[[Trace], Panel | Sequence[Panel]], ...]] = {
     "Text": (coloured_text,),
     "Time": (reuse,),
 }
-"""The panels that a trace alone gives, by the tab that they stand in."""
+"""The panels that need only a trace, by tab."""
 
 
 @dataclass
@@ -70,7 +70,7 @@ class Report:
 
     @property
     def missing(self) -> list[str]:
-        """What is not shown, and why."""
+        """The panels that are not shown, and why."""
         return [f"{', '.join(names)}: {reason}" for reason, names in self.reasons.items()]
 
     @property
@@ -120,8 +120,8 @@ def report(
     Args:
         source: a model with sparse layers, ours or of transformers, or a trace.
         data: batches for the model, see `moeify.inspect.capture.capture`; images as `pixel_values`.
-        file: where to write it as a page, if it is to be written.
-        title: what the page is called; by default the name of the model.
+        file: the HTML file to write; None for no file.
+        title: of the page; by default the name of the model.
         tokenizer: gives the text of the tokens.
         generate: how many tokens the model generates after every batch, to show decoding separately.
         measure: also compare experts and mask some of them, which runs the model about 50 times more.

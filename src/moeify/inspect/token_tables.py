@@ -24,7 +24,7 @@ class LayerTokens:
 
     Attributes:
         tokens: their table.
-        positions: their places among all tokens.
+        positions: their indices among all tokens, padding included.
         sequence: the sequence of each, as routers count them.
     """
 

@@ -16,10 +16,10 @@ from moeify.routing import Assignment, Evidence
 
 @register("router", "expert_choice")
 class ExpertChoice(Router):
-    """Every expert takes the `factor · N / E` tokens it scores highest in a sequence of N (arXiv 2202.09368, eqs. 1-3).
+    """Every expert selects its top `factor · N / E` tokens in a sequence of N (arXiv 2202.09368, eqs. 1-3).
 
-    That number is rounded up. Perfectly balanced by construction; a token is taken by 0 to E experts. A token's chance
-    depends on the other tokens of its sequence, later ones included: not for decoders.
+    The number is rounded up. The load is balanced by construction; 0 to E experts select a token. Whether an expert
+    selects a token depends on the other tokens of its sequence, later ones included, so decoders cannot use it.
 
     Args:
         width: D.
@@ -52,7 +52,7 @@ class ExpertChoice(Router):
         self.weight = nn.Parameter(torch.randn(num_experts, width) * init_std)
 
     def forward(self, x: Float[Tensor, "... D"], context: Context) -> Assignment:
-        """Let every expert take its tokens among the real ones."""
+        """Let every expert select its tokens; padding is excluded."""
         tokens = real_tokens(x, context)
         logits = project(tokens.x, self.weight)
         scores = logits.softmax(-1)
@@ -61,9 +61,9 @@ class ExpertChoice(Router):
         return tokens.assign_where(chosen, scores, Evidence(logits=logits, scores=scores))
 
     def _taken(self, scores: Float[Tensor, "T E"], sequence: Int[Tensor, "T"]) -> Bool[Tensor, "T E"]:
-        """Which tokens every expert takes: the best of each sequence, the earlier of two that score the same."""
+        """The tokens that each expert selects: the top ones of each sequence, the earlier of two with equal scores."""
         best_first = scores.argsort(dim=0, descending=True, stable=True)
-        by_sequence = best_first.gather(0, sequence[best_first].argsort(dim=0, stable=True))  # and best first in each
+        by_sequence = best_first.gather(0, sequence[best_first].argsort(dim=0, stable=True))  # within each, by score
         sequence = sequence.sort().values
         first, end = torch.searchsorted(sequence, sequence), torch.searchsorted(sequence, sequence, right=True)
         place = torch.arange(len(sequence), device=sequence.device) - first
@@ -71,12 +71,12 @@ class ExpertChoice(Router):
         return torch.zeros_like(taken).scatter(0, by_sequence, taken)
 
     def slots(self, tokens: Any) -> Any:
-        """How many of so many tokens, a number or a tensor of numbers, every expert takes."""
-        parts = 2**20  # whole numbers, for a product of floats may lie above the whole number that it stands for
+        """Tokens that each expert selects out of `tokens`, an integer or a tensor of integers."""
+        parts = 2**20  # integers, since a product of floats may exceed the exact integer and be rounded up
         return -(-int(self.factor * parts) * tokens // (self.num_experts * parts))
 
     def rows_per_token(self, tokens: int | None = None) -> float:
-        """The factor, or what rounding makes of it in a sequence of so many tokens."""
+        """Experts per token on average: `factor`, rounding included if the sequence has `tokens` tokens."""
         if tokens is None or self.per == "batch":
             return self.factor
         return self.num_experts * self.slots(tokens) / tokens

@@ -21,7 +21,7 @@ class Report:
     """What `sparsify` did.
 
     Attributes:
-        sites: where.
+        sites: the dense modules that were replaced.
         layers: the sparse layer of each site.
         before: parameters and FLOPs of the dense model.
         after: parameters and FLOPs of the sparse model.
@@ -83,6 +83,6 @@ def _experts(site: Site, layer: MoE) -> str:
 
 
 def _router(layer: MoE) -> str:
-    """The router and those that it is put around, with their settings."""
+    """The router and the routers that it wraps, with their settings."""
     routers = [part for part in layer.router.modules() if isinstance(part, Router)]
     return "\n".join(f"{type(router).__name__}({router.extra_repr()})" for router in routers)

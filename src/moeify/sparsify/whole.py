@@ -25,5 +25,5 @@ def whole_modules(dense: nn.Module, num_experts: int) -> Sequences:
 
 
 def of_sequences(site: Site) -> Site:
-    """The site of a module that does not take rows: its width is what its first linear layer reads."""
+    """The site of a module that reads whole sequences; its width is the input width of its first linear layer."""
     return replace(site, known_width=next(widths(part)[1] for part in site.dense.modules() if is_linear(part)))

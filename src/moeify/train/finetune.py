@@ -15,10 +15,10 @@ class FineTuning:
     """A way to fine-tune.
 
     Attributes:
-        frozen: the parts that do not learn, as `freeze` names them.
+        frozen: the parts that are not trained, as `freeze` names them.
         sparse: the losses and the expert dropout.
-        found: what its paper found.
-        source: the paper, and where in it.
+        found: the result that its paper reports.
+        source: the paper, with section or table.
     """
 
     frozen: tuple[str, ...] = ()
@@ -69,9 +69,9 @@ def finetune(model: nn.Module, name: str, *, verbose: bool = True) -> SparseArgu
     Parts that a model does not have, a router without parameters, need not be frozen.
 
     Args:
-        model: of ours, or a mixture-of-experts model of transformers.
+        model: a sparse model of moeify, or a mixture-of-experts model of transformers.
         name: one of `fine_tunings`.
-        verbose: print what learns.
+        verbose: print what is trained.
 
     Raises:
         ValueError: an unknown name; a model that has none of the parts to freeze, or nothing else.

@@ -31,7 +31,7 @@ _FORMATS = {f.name: f for f in (TENSORS, LINES, MEGATRON, LLAMA_CPP, BIGMOEONEDG
 
 
 def register_format(new: Format) -> None:
-    """Make a format known, for `read_trace`, `write_trace` and the command line.
+    """Register a format, for `read_trace`, `write_trace` and the command line.
 
     Raises:
         ValueError: the name is taken.
@@ -46,10 +46,10 @@ def format_names() -> list[str]:
 
 
 def find_format(name: str) -> Format:
-    """The format of a name.
+    """The format with this name.
 
     Raises:
-        ValueError: there is none.
+        ValueError: no format has this name.
     """
     if name not in _FORMATS:
         raise ValueError(f"no format of traces is called {name!r}; {suggest(name, format_names())}")
@@ -91,10 +91,10 @@ def read_trace(
 
 
 def write_trace(trace: Trace, path: str | Path, format: str | None = None) -> None:
-    """Write a trace in a format, by default that of the file's ending; print which columns it cannot store.
+    """Write a trace in a format, by default that of the file's extension; print which columns it cannot store.
 
     Raises:
-        ValueError: an unknown format or ending, or a trace that the format cannot hold.
+        ValueError: an unknown format or extension, or a trace that the format cannot hold.
     """
     path = Path(path)
     found = format_to_write(path, format)
@@ -104,10 +104,10 @@ def write_trace(trace: Trace, path: str | Path, format: str | None = None) -> No
 
 
 def format_to_write(path: Path, format: str | None = None) -> Format:
-    """The format that a file is written in: that of its ending, unless one is named.
+    """The format that a file is written in: that of its extension, unless one is named.
 
     Raises:
-        ValueError: an unknown format or ending.
+        ValueError: an unknown format or extension.
     """
     if format is not None:
         return find_format(format)

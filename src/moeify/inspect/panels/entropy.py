@@ -10,10 +10,10 @@ from moeify.inspect.trace import LayerTrace, Trace
 
 
 def scored(trace: Trace) -> list[LayerTrace]:
-    """The layers whose scores of all experts are known.
+    """The layers of which the trace has the scores of all experts.
 
     Raises:
-        NotMeasured: none.
+        NotMeasured: the trace has no such layer.
     """
     layers = [layer for layer in trace if layer.scores is not None and layer.num_experts > 1 and layer.k]
     if not layers:

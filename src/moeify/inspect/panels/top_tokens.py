@@ -1,4 +1,4 @@
-"""Panel: the tokens that every expert gets more often than others do."""
+"""Panel: the tokens that are most over-represented among the rows of each expert."""
 
 from __future__ import annotations
 
@@ -16,10 +16,12 @@ _LEAST = 4
 
 
 def top_tokens(trace: Trace) -> Panel:
-    """For every expert the tokens that it gets most above their rate, among those seen four times or more.
+    """The tokens of each expert with the largest rows · log(lift), of those with four rows or more at the expert.
+
+    Lift is a token's share of the expert's rows over its share of all rows.
 
     Raises:
-        NotMeasured: the trace does not know its tokens.
+        NotMeasured: the trace has no token ids.
     """
     layers = [layer for layer in choosing(trace) if layer.tokens.ids is not None]
     if not layers:

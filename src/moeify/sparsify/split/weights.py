@@ -11,7 +11,7 @@ from moeify.find.dense import DenseFFN
 from moeify.registry import register
 
 Importance = Callable[[DenseFFN, int], Float[Tensor, "E H"]]
-"""How much every expert needs every hidden unit: `by_weights`, or a `Measured`."""
+"""The importance of every hidden unit for every expert: `by_weights`, or a `Measured`."""
 
 
 @register("importance", "by_weights")
@@ -25,5 +25,5 @@ def by_weights(dense: DenseFFN, parts: int) -> Float[Tensor, "E H"]:
 def importance(dense: DenseFFN, parts: int) -> Int[Tensor, "E h"]:
     """Every expert gets its share of the important hidden units, by the size of the weights into and out of them."""
     order = by_weights(dense, 1)[0].argsort(descending=True).view(-1, parts)
-    order[1::2] = order[1::2].flip(1)  # dealt back and forth, so that no expert always gets the better one
+    order[1::2] = order[1::2].flip(1)  # in snake order, 1..E and E..1, for equal shares of importance
     return order.t()

@@ -34,7 +34,7 @@ def writing(final: Path) -> Generator[Path]:
     """Give a folder to write a checkpoint into, which gets its final name once everything is on disk.
 
     An exception inside removes what was written. A checkpoint that already has the final name is moved aside, and
-    deleted once the new one is in its place: at every moment one of the two is whole, and `recover` finds it.
+    deleted once the new one is in its place: one of the two is complete at any time, and `recover` finds it.
     """
     folder, old = final.with_name(final.name + TEMPORARY), final.with_name(final.name + TRASH)
     shutil.rmtree(folder, ignore_errors=True)
@@ -62,7 +62,7 @@ def recover(output: Path) -> None:
         final = path.with_suffix("")
         try:
             whole = _NAME.fullmatch(final.name) and not final.exists() and _fault(path) is None
-        except Exception as error:  # it may be whole, and readable another time
+        except Exception as error:  # it may be complete, and readable later
             notify(f"moeify: left {path} as it is, for it cannot be read ({type(error).__name__}: {error})")
             continue
         if whole:
@@ -112,10 +112,10 @@ def discard(folder: Path) -> None:
 
 
 def fault(folder: Path) -> str | None:
-    """Why a checkpoint cannot be trusted, or None if every file is what the manifest says."""
+    """Why a checkpoint is invalid, or None if every file matches the manifest."""
     try:
         return _fault(folder)
-    except Exception as error:  # whatever a damaged disk or file brings, there may be an older checkpoint
+    except Exception as error:  # on any error of a damaged disk or file, an older checkpoint may still be valid
         return f"it cannot be read ({type(error).__name__}: {error})"
 
 
@@ -159,11 +159,11 @@ _STATE = (
     "optimizer.json", "optimizer.safetensors", "scheduler.json", "sparse.safetensors", "balance.safetensors",
     "scaler.json",
 )  # fmt: skip
-"""What a checkpoint has besides the model, all of it or (`save_only_model`) nothing; only fp16 has a scaler."""
+"""Files of a checkpoint besides the model: all of them, or none (`save_only_model`); only fp16 has a scaler."""
 
 
 def checkpoints(output: Path) -> list[Path]:
-    """All checkpoints of a run, newest first, good or not."""
+    """All checkpoints of a run, newest first, valid or not."""
     found = [path for path in output.glob("checkpoint-*") if _NAME.fullmatch(path.name) and _may_be_folder(path)]
     return sorted(found, key=step_of, reverse=True)
 
@@ -181,7 +181,7 @@ def step_of(checkpoint: Path) -> int:
 
 
 def newest(output: Path) -> Path:
-    """The newest checkpoint of a run that can be trusted; prints which newer ones cannot, and why.
+    """The newest valid checkpoint of a run; prints which newer ones are invalid, and why.
 
     Raises:
         FileNotFoundError: there is none.
@@ -206,7 +206,7 @@ def rotate(written: list[Path], limit: int | None, best: str | None) -> None:
     Args:
         written: the checkpoints of this run, oldest first; those that are deleted leave the list.
         limit: how many to keep; None for all.
-        best: one that is kept.
+        best: the best checkpoint, which is always kept.
     """
     if not limit or limit < 1:
         return

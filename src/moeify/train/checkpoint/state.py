@@ -1,4 +1,4 @@
-"""Weights, optimizer and scheduler as safetensors and JSON, strict in both directions."""
+"""Save and load weights, optimizer and scheduler as safetensors and JSON; nothing may be missing or left over."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _OTHER_PARAMETERS = (
 
 
 def save_weights(model: nn.Module, folder: Path) -> None:
-    """Write all parameters and buffers under the names they have in the model, so that nothing is lost on the way back.
+    """Write all parameters and buffers under the names they have in the model, so that loading restores them all.
 
     A model made by `moeify.sparsify` is written so that `moeify.store.load` reads it; one of transformers so that
     `from_pretrained` does; of a `PeftModel`, the adapters as PEFT does, and what else is trained. If a recipe has parts
@@ -62,7 +62,7 @@ def save_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, folder: P
     """Write an optimizer's state by parameter name: tensors to safetensors, numbers to JSON.
 
     Raises:
-        TypeError: the optimizer keeps something that is neither.
+        TypeError: the state holds a value that is neither a tensor nor a number.
     """
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     tensors: dict[str, Tensor] = {}
@@ -126,7 +126,7 @@ def save_balance(control: Control | None, targets: Sequence[SparsityTarget], fol
 
 
 def load_balance(control: Control | None, targets: Sequence[SparsityTarget], folder: Path) -> None:
-    """Read it back.
+    """Read the state of controllers back.
 
     Raises:
         ValueError: the run was saved with another number of loss weights that adapt.
@@ -148,7 +148,7 @@ def load_balance(control: Control | None, targets: Sequence[SparsityTarget], fol
 
 
 def _as(value: Any, live: Any) -> Any:
-    """JSON knows lists only; betas are a tuple, and a learning rate may be a tensor."""
+    """JSON has lists only; betas are a tuple, and a learning rate may be a tensor."""
     if isinstance(live, tuple):
         return tuple(value)
     return torch.tensor(value, dtype=live.dtype) if isinstance(live, Tensor) else value
