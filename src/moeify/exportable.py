@@ -1,4 +1,4 @@
-"""Steps of a sparse layer in operators that other programs have too, for models that `torch.export` writes for them."""
+"""Parts of the sparse layer in standard operators, for `torch.export` to programs such as ONNX Runtime."""
 
 from __future__ import annotations
 

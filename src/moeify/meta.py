@@ -13,11 +13,11 @@ from torch.overrides import TorchFunctionMode
 
 _FACTORIES = (torch.zeros, torch.ones, torch.full, torch.rand, torch.randn)
 _LARGEST = 2**26
-"""Elements of the largest tensor that is made with values: buffers are smaller, and a damaged width may be any."""
+"""Elements of the largest tensor that is made with values: buffers are smaller, and a damaged width may be huge."""
 
 
 class _WithoutMemory(TorchFunctionMode):
-    """Parameters are made by `torch.empty` and drawn in place; what is made with values may be a buffer."""
+    """`torch.empty` makes parameters, which are initialised in place; other factories may make buffers."""
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
         kwargs = kwargs or {}
@@ -33,27 +33,27 @@ def _is_large(args: tuple, kwargs: dict[str, Any]) -> bool:
 
 @contextmanager
 def parameters_on_meta() -> Iterator[None]:
-    """Inside, modules are made without memory for large parameters; buffers get the values that they are made with."""
+    """Context manager in which modules get no memory for large parameters; buffers keep their initial values."""
     with _WithoutMemory():
         yield
 
 
 @contextmanager
 def made_on(device: torch.device) -> Iterator[None]:
-    """Inside, modules are made on a device; on the meta device only their parameters are."""
+    """Context manager in which modules are made on a device; on the meta device only their parameters are."""
     with parameters_on_meta() if device.type == "meta" else torch.device(device):
         yield
 
 
 def made_on_meta(make: Callable[[], nn.Module]) -> nn.Module | None:
-    """The module that `make` returns, without memory for its parameters; None if it cannot be made so.
+    """The module that `make` returns, without memory for its parameters; None if that is impossible.
 
-    It cannot if what makes it computes with values of parameters, or if buffers that no file holds have no values.
+    It is impossible if `make` computes with values of parameters, or if buffers that no file holds have no values.
     """
     try:
         with parameters_on_meta():
             made = make()
-    except Exception:  # whatever a part raises whose values are not there; made with memory, it raises again
+    except Exception:  # any error of a part that needs values; an unrelated one is raised again with memory
         return None
     computed = ((module, name) for module in made.modules() for name in module._non_persistent_buffers_set)
     buffers = (module._buffers.get(name) for module, name in computed)

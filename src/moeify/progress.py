@@ -27,7 +27,7 @@ class Progress:
         self.started = self.printed = time.monotonic()
 
     def at(self, done: float, shown: str | None = None) -> None:
-        """Print a line if one is due for the amount that is done, as `shown` or as its share in percent."""
+        """Print a line every ten seconds with the amount done, as `shown` or in percent."""
         now = time.monotonic()
         if done > 0 and now - self.printed >= EVERY:
             self.printed = now
@@ -49,6 +49,6 @@ def with_progress(items: Sequence[T], what: str) -> Iterator[T]:
 
 
 def left(seconds: float, done: float, total: float) -> str:
-    """The time that is left if all goes on as it did: `40 s`, or `3 min`."""
+    """The remaining time at the average speed so far: `40 s`, or `3 min`."""
     rest = seconds / done * (total - done)
     return f"{rest:.0f} s" if rest < 100 else f"{rest / 60:.0f} min"

@@ -23,12 +23,12 @@ class SparsityTarget:
     or in the trainer, `SparseArguments(losses=[(SparsityTarget(k=2), partial(l1, k=2))])`, which also saves it.
 
     Attributes:
-        k: experts per token that are aimed at, on average over layers, tokens, micro-batches and ranks.
+        k: the target number of experts per token, on average over layers, tokens, micro-batches and ranks.
         factor: how much the weight changes per step.
         value: the weight, λ.
 
     Raises:
-        ValueError: a k, factor or weight that cannot control.
+        ValueError: k or the weight is not above 0, or the factor not above 1.
     """
 
     k: float
@@ -44,7 +44,7 @@ class SparsityTarget:
             )
 
     def __call__(self, step: int) -> float:
-        """The weight, as a schedule; it depends on what was observed and not on the step."""
+        """The weight, callable as a schedule; it depends on the observed decisions, not on the step."""
         return self.value
 
     @torch.no_grad()

@@ -31,8 +31,8 @@ def merge_into_experts(model: nn.Module) -> nn.Module:
         model: sparse, with one routing decision per feed-forward network.
 
     Raises:
-        ValueError: no sparse layer, or one with other experts; adapters beside single linear layers are routed in each
-            layer by itself, which no mixture of whole networks does. The model is as it was.
+        ValueError: no sparse layer, or one with other experts; adapters beside single linear layers have one routing
+            decision per layer, not one per network. The model is as it was.
     """
     layers = moe_layers(model)
     if not layers:
@@ -82,13 +82,13 @@ def _why_not_experts(name: str, layer: MoE, beside_linears: int) -> str:
 
 @torch.no_grad()
 def merge_into_base(model: nn.Module, weights: Mapping[str, float]) -> nn.Module:
-    """Merge adapters under fixed weights into the weights of the base, in place; what is left is a dense model:
+    """Merge adapters under fixed weights into the weights of the base, in place; the result is a dense model:
 
         W' = W + Σ_j w_j s_j B_j A_j
 
     Args:
         model: what `from_adapters` or `sparsify(..., experts=lora)` made.
-        weights: w of the adapters by name; adapters left out have 0.
+        weights: w of the adapters by name; adapters without an entry have 0.
 
     Raises:
         ValueError: an adapter that is not there; a sparse layer that is not a linear layer with adapters beside it. The
@@ -110,7 +110,7 @@ def merge_into_base(model: nn.Module, weights: Mapping[str, float]) -> nn.Module
             merged = merged + weights.get(name, 0.0) * here.experts.delta(e)
         old = here.dense.get_parameter("weight")
         stored = merged.to(old.dtype) if isinstance(here.dense, nn.Linear) else merged.to(old.dtype).t().contiguous()
-        here.dense.weight = nn.Parameter(stored)  # the old one may be tied, to an embedding say
+        here.dense.weight = nn.Parameter(stored)  # the old one may be tied, for example to an embedding
         here.dense.requires_grad_(True)
         parent, _, child = module.rpartition(".")
         setattr(model.get_submodule(parent), child, here.dense)

@@ -67,8 +67,8 @@ def route_by_examples(model: nn.Module, examples: Mapping[str, Sequence[Any]]) -
         w_e = m_e - c without its part along c, scaled to length 1
 
     This is mergekit-moe's `hidden_avg` mode with three differences: the router's own input is averaged, behind the norm
-    and without padding; a domain's tokens pass the experts that they will be routed to; and what all domains have in
-    common is taken out, so that the mean token has a logit of 0 with every expert.
+    and without padding; a domain's tokens pass through the experts that they will be routed to; and the component that
+    all domains share is removed, so that the mean token has a logit of 0 with every expert.
 
     Args:
         model: what `merge_models` returned.

@@ -16,7 +16,7 @@ from moeify.data.tokenizer import Tokenizer
 def excerpts(
     texts: Corpus | Texts, tokenizer: Tokenizer, tokens: int, *, length: int = 128, batch: int = 8
 ) -> list[dict[str, Any]]:
-    """Batches with `input_ids` (B, N) and the `domain` of each row, of about so many tokens, held-out texts first.
+    """Batches with `input_ids` (B, N) and the `domain` of each row, of about `tokens` tokens, held-out texts first.
 
     Every domain gives as many as the others, as far as it has them, and no more of it is tokenized. A domain with less
     text than one excerpt gives a shorter one.
@@ -51,7 +51,7 @@ def _documents(part: Mapping[str, bytes | Sequence[str]], domain: str) -> Iterab
 
 
 def _stream(documents: Iterable[str], tokenizer: Tokenizer, size: int) -> list[int]:
-    """At most so many tokens; an end of text follows each document, where the tokenizer has one."""
+    """At most `size` tokens; an end of text follows each document, where the tokenizer has one."""
     end = getattr(tokenizer, "eos_token_id", None)
     found: list[int] = []
     for text in documents:

@@ -12,7 +12,7 @@ from typing import Any
 from moeify.data.decompress import byte_limit, expands_too_far, parse_json, read_text
 
 FORMATS = (".txt", ".md", ".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
-"""Endings of data files, in lower or upper case, with or without a further `.gz`."""
+"""File extensions of data files, in lower or upper case, with or without a further `.gz`."""
 
 CHATS = ("messages", "conversations")
 """Fields that may hold a list of messages where a row has no text."""
@@ -27,7 +27,7 @@ OnSkipped = Callable[[str], None]
 OnProgress = Callable[[float], None]
 
 MIN_ROWS_PER_BAD_ROW, MAX_BAD_ROWS = 1000, 1000
-"""One row in so many, and so many at most, may be bad: they are skipped."""
+"""Bad rows are skipped if they are at most one in `MIN_ROWS_PER_BAD_ROW`, and at most `MAX_BAD_ROWS`."""
 
 
 class NoTextField(ValueError):
@@ -35,13 +35,13 @@ class NoTextField(ValueError):
 
 
 def format_of(path: Path) -> str:
-    """The ending that says how a file is read: in lower case, and without `.gz`; "" if it has none."""
+    """The file extension that determines the reader: in lower case, without `.gz`; "" if there is none."""
     name = path.name.lower().removesuffix(".gz")
     return Path(name).suffix
 
 
 def is_data(path: Path) -> bool:
-    """Whether a file has the ending of a data file."""
+    """Whether a file has the extension of a data file."""
     return format_of(path) in FORMATS or path.suffix.lower() == ".gz"
 
 
@@ -56,7 +56,7 @@ def read_file(
     """The documents of one file; of rows without a domain of their own it is `domain`.
 
     Args:
-        path: rows in JSON, CSV or parquet by its ending, and one document of text otherwise.
+        path: rows in JSON, CSV or parquet by its extension, and one document of text otherwise.
         domain: see above.
         field: the field of a row that is its text.
         on_skipped: called with the reason if few bad rows among many were skipped, see `documents`.
@@ -151,7 +151,7 @@ def text_field(fields: Iterable[str], source: object, field: str) -> str:
 
 
 def _chat(messages: Any, here: str) -> str:
-    """Messages one below the other, each behind the name of its role."""
+    """Messages joined by line breaks, each after the name of its role."""
     if not isinstance(messages, list):
         raise ValueError(f"{here}: messages are a list of {{'role': ..., 'content': ...}}, not {messages!r:.60}")
     lines = []

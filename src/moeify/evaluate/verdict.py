@@ -1,4 +1,4 @@
-"""The result of a comparison in sentences."""
+"""The result of comparing a sparse model with its dense baseline, in sentences."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ Names = dict[Axis, str]
 
 
 def axis_names(versus: Versus) -> Names:
-    """What is equal on every axis; time is named after the clock that was read."""
+    """The names of the budgets that are held equal, by axis; time is wall-clock or CPU time."""
     clock = "wall-clock" if versus.pace is None else versus.pace.clock
     return {"tokens": "tokens", "flops": "training FLOPs", "seconds": f"{clock} time"}
 

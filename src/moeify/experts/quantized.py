@@ -14,13 +14,13 @@ from moeify.kernels.cpu.huge_pages import in_huge_pages
 from moeify.kernels.stacked import Activation, Stacked
 
 _BLOCK, _QUARTER = 128, 32
-_HUGE = 2**21  # bytes of a page
+_HUGE = 2**21  # bytes of a huge page
 
 
 class Weights(nn.Module):
-    """E integer matrices and their scales; a scale times its numbers is the weight.
+    """E integer matrices with scales; a weight is an integer times its scale.
 
-    With 8 bits a row of a matrix shares a scale. With 4 bits a group of neighbours in a row does; rows are padded with
+    With 8 bits a row of a matrix shares a scale. With 4 bits a group of neighbouring weights does; rows are padded with
     zeros to blocks of 128, and of a block the little-endian 16-bit word i holds the numbers i, i + 32, i + 64 and i +
     96, lowest bits first, as number + 8. Buffers: `weight`, int8 (E, O, D) or uint8 (E, O, bytes); `scales`, (E, O) or
     (E, O, groups), which stay in fp32 when the module is cast; `bias` (E, O) or None.
@@ -75,7 +75,7 @@ class Weights(nn.Module):
             self.bias = bias.detach().clone()
 
     def of(self, expert: int, dtype: torch.dtype) -> Float[Tensor, "O D"]:
-        """The weights of one expert, as numbers to compute with."""
+        """The dequantised weights of one expert."""
         if self.bits == 8:
             return (self.weight[expert].float() * self.scales[expert].unsqueeze(-1)).to(dtype)
         numbers = _unpack(self.weight[expert]).float().unflatten(-1, (-1, self.group_size)) - 8
@@ -152,7 +152,7 @@ class Quantized(Experts):
         self.down = Weights(num_experts, width_out or width, hidden, bits, group_size, down_bias)
 
     def forward(self, rows: Float[Tensor, "R D"], counts: Int[Tensor, "E"]) -> Float[Tensor, "R O"]:
-        """`down(activation(up(rows)))` with the weights that the numbers and scales stand for."""
+        """`down(activation(up(rows)))` with the dequantised weights."""
         return self.down(self.activation(self.up(rows, counts)), counts)
 
     def extra_repr(self) -> str:
@@ -196,7 +196,7 @@ def quantize(experts: Experts, bits: int = 8, group_size: int = 64) -> Quantized
 
 
 def _filled(value: int, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Fresh memory, on a CPU in huge pages: that is where reading is fastest, and little else takes time."""
+    """Newly allocated memory, on a CPU in huge pages, where reading, the main cost, is fastest."""
     fresh = torch.empty(shape, dtype=dtype)
     return (in_huge_pages(fresh) if fresh.is_cpu and fresh.nbytes >= _HUGE else fresh).fill_(value)
 

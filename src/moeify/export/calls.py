@@ -1,4 +1,4 @@
-"""`Calls`: inputs of any model and what it computes for them, with which exported graphs are compared."""
+"""`Calls`: inputs of any model and its outputs, with which the outputs of exported graphs are compared."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Calls:
 
     Attributes:
         inputs: arguments by name.
-        outputs: logits or, failing these, the first output, in fp32.
+        outputs: logits or, without logits, the first output, in fp32.
     """
 
     inputs: tuple[Inputs, ...]
@@ -31,7 +31,7 @@ class Calls:
 
     @classmethod
     def of(cls, model: nn.Module, given: Any = None) -> Calls:
-        """What a model computes in fp32 for an input and for a second one of another size; by definition.
+        """What a model computes in fp32 for an input and for a second one of another size, without kernels.
 
         Args:
             model: any.
@@ -57,11 +57,11 @@ class Calls:
 
     @property
     def size(self) -> float:
-        """The largest absolute output, in units of which differences are judged."""
+        """The largest absolute output, by which differences are divided."""
         return max(output.abs().max().item() for output in self.outputs)
 
     def to_dict(self) -> dict[str, Any]:
-        """As plain values, for JSON; numbers keep their bits."""
+        """As plain values, for JSON; floating-point values are exact."""
         inputs = [{name: [str(v.dtype)[6:], v.tolist()] for name, v in each.items()} for each in self.inputs]
         return {"inputs": inputs, "outputs": [output.tolist() for output in self.outputs]}
 

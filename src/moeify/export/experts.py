@@ -82,7 +82,7 @@ def _(experts: LoRA) -> GatedFFNs:
 
 
 def shared_of(shared: nn.Module | None) -> tuple[str, GatedFFNs, Tensor | None] | None:
-    """The kind of the shared expert, its network stacked with E = 1, and its gate; None if there is no shared expert.
+    """The type of the shared expert, its network stacked with E = 1, and its gate; None if there is none.
 
     Raises:
         Unsupported: it is no gated network without biases.

@@ -1,4 +1,4 @@
-"""Export to OpenVINO: a graph with outputs compared there, in fp32."""
+"""Export to OpenVINO: a graph whose outputs are compared with the model's, in fp32."""
 
 from __future__ import annotations
 

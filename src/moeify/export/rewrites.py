@@ -15,7 +15,7 @@ Rewrite = Callable[[ModelSpec, Any], ModelSpec | None]
 
 
 def rewritten(spec: ModelSpec, trait: str, wanted: Any) -> ModelSpec | None:
-    """The same function with another value of a trait, None if no rewrite gives it."""
+    """The same function with another value of a trait, None if no rewrite is known."""
     return REWRITES[trait](spec, wanted) if trait in REWRITES else None
 
 

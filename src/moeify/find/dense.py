@@ -123,7 +123,7 @@ _USUAL_ACTIVATIONS: tuple[Elementwise, ...] = (F.silu, F.gelu, gelu_tanh, F.relu
 
 
 def held_activations(module: nn.Module) -> Iterator[tuple[str, Elementwise]]:
-    """The elementwise functions that a module holds, by attribute name; all that one of them learns are scalars."""
+    """The elementwise functions that a module holds, by attribute name; trainable parameters are scalars."""
     for name, part in [*module.named_children(), *vars(module).items()]:
         if name.startswith("_") or isinstance(part, nn.Dropout | nn.Identity | type) or not callable(part):
             continue
@@ -132,12 +132,12 @@ def held_activations(module: nn.Module) -> Iterator[tuple[str, Elementwise]]:
 
 
 def parameters_of(function: Callable) -> list[nn.Parameter]:
-    """What an activation learns."""
+    """The trainable parameters of an activation."""
     return list(function.parameters()) if isinstance(function, nn.Module) else []
 
 
 def activations(module: nn.Module) -> list[Elementwise]:
-    """What may be the activation of a module: what it holds, then the usual ones, which code may name directly."""
+    """Candidates for the activation of a module: those it holds, then the usual ones, which code may call."""
     return [act for _, act in held_activations(module)] + list(_USUAL_ACTIVATIONS)
 
 
@@ -146,7 +146,7 @@ def _is_elementwise(function: Callable) -> bool:
         return function(torch.zeros(2, 3)).shape == (2, 3)
     except MemoryError:  # says nothing about the model
         raise
-    except Exception:  # whatever an unknown callable raises, it is not an activation
+    except Exception:  # any error means that it is not an activation
         return False
 
 
@@ -171,7 +171,7 @@ def read(module: nn.Module, linears: list[nn.Module]) -> DenseFFN | None:
 
 
 def closest(candidates: Iterable[Candidate], error: Callable[[Candidate], float]) -> Candidate | None:
-    """The candidate of the least error, if that is no more than rounding; half precision cannot tell many apart."""
+    """The candidate of the least error, if that is no more than rounding; half precision cannot distinguish many."""
     best, least = None, _ROUNDING
     for candidate in candidates:
         if (found := error(candidate)) < least:
@@ -194,7 +194,7 @@ def output_error(module: nn.Module, candidate: nn.Module, width: int) -> float:
     with in_evaluation(module), in_evaluation(candidate):
         try:
             expected, actual = module(x), candidate(x)
-        except (TypeError, ValueError, RuntimeError, AttributeError):  # it wants other arguments: it is no plain FFN
+        except (TypeError, ValueError, RuntimeError, AttributeError):  # it needs other arguments, so it is no plain FFN
             return torch.inf
     if not isinstance(expected, Tensor) or expected.shape != actual.shape:
         return torch.inf
@@ -211,13 +211,13 @@ def accepts(module: nn.Module, width: int) -> bool:
             module(torch.randn(2, width, dtype=compute_dtype(module, module), device=weight.device))
     except MemoryError:  # says nothing about the model
         raise
-    except Exception:  # whatever it raises
+    except Exception:  # any error means that it does not
         return False
     return True
 
 
 def dropouts(module: nn.Module, ffn: DenseFFN) -> tuple[float, float]:
-    """The probabilities of dropout before the down projection and after it, found by watching a module drop.
+    """The probabilities of dropout before the down projection and after it, found by observing a module.
 
     Every dropout of the module drops everything for one call: if the down projection then reads zeros, dropout came
     before it; if it does not but the output is zero, dropout came after.

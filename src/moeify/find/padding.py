@@ -22,7 +22,7 @@ Masks = list[Bool[Tensor, "B N"]]
 
 
 def at_real_tokens(values: Iterable[Tensor], real: Masks) -> list[Tensor]:
-    """Outputs (B, N, D) at the real tokens alone, where a mask is one of their tokens; others as they are."""
+    """Outputs (B, N, D) at the real tokens alone, if a mask of these tokens is known; others unchanged."""
     by_shape = {mask.shape: mask for mask in real}
     return [
         value[by_shape[value.shape[:2]]] if value.dim() > 2 and value.shape[:2] in by_shape else value
@@ -65,8 +65,8 @@ def padding_routed(model: nn.Module, sites: Sequence[Site], probe: Probe) -> lis
 
     Args:
         model: the dense model.
-        sites: where sparse layers are to stand.
-        probe: its own padding is tried, of images say, and its texts with padding put into them.
+        sites: where sparse layers will be inserted.
+        probe: tested with its own padding, such as that of images, and with padding added to its texts.
     """
     has_mask = any("mask" in name for name in probe.kwargs or {})
     probes = [each for each in (probe if has_mask else None, _padded(model, probe)) if each is not None]
@@ -84,9 +84,9 @@ def _padded(model: nn.Module, probe: Probe) -> Probe | None:
 def _reads_padding(model: nn.Module, sites: Sequence[Site], probe: Probe) -> bool:
     try:
         before = probe.outputs(model)
-    except MemoryError:  # says nothing about the model
+    except MemoryError:  # no evidence about the model
         raise
-    except Exception:  # whatever a model raises that takes no mask of this form
+    except Exception:  # any error means that the model accepts no mask of this form
         return False
     return _changed_by_silence(model, sites, probe, before)
 
@@ -100,7 +100,7 @@ def _changed_by_silence(model: nn.Module, sites: Sequence[Site], probe: Probe, b
     try:
         with padding_seen(silent) as real:
             after = probe.outputs(model)
-    except ValueError:  # the mask is not one of these tokens
+    except ValueError:  # the mask is not for these tokens
         return True
     finally:
         for restore in reversed(undo):
@@ -126,7 +126,7 @@ class _Silent(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The weight of a linear layer, whose dtype some models read (T5's do)."""
+        """The weight of a linear layer, whose dtype some models access (T5)."""
         return self.dense.get_parameter("weight")
 
     def forward(self, x: Tensor) -> Tensor:

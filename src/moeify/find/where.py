@@ -22,9 +22,9 @@ Where = Callable[[nn.Module], list[Site]]
 
 @register("where", "ffn")
 def ffn(model: nn.Module) -> list[Site]:
-    """Every feed-forward network in the numbered layers of a model; if it has no such layers, every one there is.
+    """Every feed-forward network in the numbered layers of a model; if it has no such layers, all of them.
 
-    In a layer, a feed-forward network has outputs as wide as its inputs; experts are left out as they are.
+    In a layer, a feed-forward network has outputs as wide as its inputs; experts are excluded in the same way.
 
     Raises:
         ValueError: there is none; the model is sparse already; or a layer has no feed-forward network but a module with
@@ -63,7 +63,7 @@ def candidates(model: nn.Module) -> tuple[list[Site], list[str]]:
 
 
 def why_left(model: nn.Module, site: Site, sites: list[Site]) -> str | None:
-    """Why a feed-forward network stays dense unless there is nothing else, None if nothing speaks against it."""
+    """Why a feed-forward network stays dense if the model has better sites; None if it may become sparse."""
     if not site.layer:
         return "it is in no numbered layer"
     if not site.keeps_width:
@@ -74,13 +74,13 @@ def why_left(model: nn.Module, site: Site, sites: list[Site]) -> str | None:
 
 
 def _norm_widths(layer: nn.Module) -> set[int]:
-    """The widths of what a layer normalises, its tokens among them."""
+    """The widths of the norms of a layer, that of its tokens among them."""
     weights = (part._parameters.get("weight") for part in layer.modules() if "Norm" in type(part).__name__)
     return {len(weight) for weight in weights if weight is not None and weight.dim() == 1}
 
 
 def is_expert(site: Site, layers: list[str]) -> bool:
-    """Whether a network is an expert, by its name or by the sparse layers that it may lie in."""
+    """Whether a network is an expert, by its name or by being inside one of the sparse layers."""
     return "expert" in site.name.lower() or any(f"{site.name}.".startswith(f"{layer}.") for layer in layers)
 
 
@@ -169,7 +169,7 @@ def linears(regex: str = "") -> Where:
 
 @register("where", "linears")
 def _linears(model: nn.Module, regex: str = "") -> list[Site]:
-    """Layers whose weights a module reads without calling them are left out: experts would not run."""
+    """Layers whose weights a module reads without calling them are excluded: their experts would not run."""
     uncalled = [name for name, part in model.named_modules() if isinstance(part, nn.MultiheadAttention)]
     names = [
         name for name, part in model.named_modules() if _has_widths(part) and name.rpartition(".")[0] not in uncalled

@@ -22,7 +22,7 @@ class Diagnosis:
     Attributes:
         findings: causes before their consequences.
         healthy: names of the faults that were looked for and not found.
-        unknown: the faults that could not be judged, and why.
+        unknown: the faults whose check was inconclusive, and why.
         inapplicable: the faults that this model cannot have, and why.
         unchecked: the faults whose check needs an input that was not given, such as a trainer, and which input.
     """
@@ -35,7 +35,7 @@ class Diagnosis:
 
     @property
     def status(self) -> Literal["findings", "unknown", "healthy"]:
-        """`healthy` only if every check that ran could decide, and none found a fault."""
+        """`healthy` only if every check that ran was conclusive, and none found a fault."""
         if self.findings:
             return "findings"
         return "unknown" if self.unknown or not self.healthy else "healthy"

@@ -33,7 +33,7 @@ def generated(model: nn.Module, args: Sequence[Any], inputs: dict[str, Any], tok
 
 
 def until_the_end(trace: Trace, model: nn.Module, written: Int[Tensor, "B N"], steps: int) -> Trace:
-    """The trace without the tokens after the end of their sequence, computed while others of the batch went on.
+    """The trace without the tokens after the end of their sequence, computed while other sequences continued.
 
     Args:
         trace: of one batch; in step s the model reads the token of step s - 1.

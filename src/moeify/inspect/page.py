@@ -32,7 +32,7 @@ def write_report(
     samples: dict[str, list[str]],
     facts: dict[str, Any],
 ) -> None:
-    """Write a page: the verdict in words, then pictures, then numbers, what was run, and what the models write.
+    """Write a page: the verdict in words, then pictures, then numbers, what was run, and generated texts.
 
     Args:
         file: where to write the page.
@@ -68,14 +68,14 @@ def printable(text: str) -> str:
 
 
 def _policy() -> str:
-    """Lets the page have its own style and the pictures inside it, and nothing else."""
+    """Content security policy: the page may use its own style and embedded pictures, and nothing else."""
     style = base64.b64encode(hashlib.sha256(_STYLE.encode()).digest()).decode()
     allowed = f"default-src 'none'; img-src data:; style-src 'sha256-{style}'; base-uri 'none'; form-action 'none'"
     return f'<meta http-equiv="Content-Security-Policy" content="{allowed}">'
 
 
 def says(versus: Versus, load: ExpertLoad | None) -> list[str]:
-    """The verdict in sentences: which model is ahead, by how much, and whether its experts share the work."""
+    """The verdict in sentences: which model is ahead, by how much, and whether its expert load is balanced."""
     return [headline(versus), sentence(verdict(versus)), *([] if load is None else [load_sentence(load)])]
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 MODALITIES = ("text", "image", "video", "audio")
-"""What a token may be."""
+"""The modalities of tokens."""
 
 _OF_INPUT = {
     "pixel_values": "image",
@@ -34,7 +34,7 @@ class Stack:
     """A model, or its encoder, decoder or tower, whose layers all read the same tokens.
 
     Attributes:
-        module: it.
+        module: the model or its part.
         modality: of its tokens; None if it is decided by their ids or by the inputs.
         decodes: whether it is the decoder of a model that has an encoder.
         given: the tensors that it was called with last, by name.
@@ -46,7 +46,7 @@ class Stack:
     given: dict[str, Tensor] = field(default_factory=dict)
 
     def watch(self) -> RemovableHandle:
-        """Keep what it is called with."""
+        """Keep the tensors that it is called with."""
         names = list(inspect.signature(type(self.module).forward).parameters)[1:]
 
         def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
@@ -91,7 +91,7 @@ def ids_of(stack: Stack, model: Stack, shape: Sequence[int]) -> Int[Tensor, "all
 
 
 def modalities_of(stack: Stack, model: Stack, ids: Int[Tensor, "all"] | None) -> Int[Tensor, "all"] | str | None:
-    """What tokens are: numbers in `MODALITIES` where ids mark images among words, else a name; None if unknown."""
+    """The modality of tokens: indices into `MODALITIES` if ids mark images in text, else a name; None if unknown."""
     if ids is None:
         known = (_OF_INPUT[name] for name in (*stack.given, *model.given) if name in _OF_INPUT)
         return stack.modality or next(known, None)

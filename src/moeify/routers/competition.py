@@ -25,7 +25,7 @@ class Compete(Router):
     In a competition the affinity of an expert is the mean of softplus over its output, the k experts of the greatest
     affinity win, and their weights are their affinities, normalised. `begin_step`, which the trainer of `moeify.train`
     calls, selects the layers that compete in a step. Evaluation never competes. The decision of a competition keeps
-    `affinity` and the winners' outputs, from which `moeify.losses.distillation` and `diversity` teach router and
+    `affinity` and the winners' outputs, from which `moeify.losses.distillation` and `diversity` train router and
     experts, and the winners do not run again.
 
     Args:
@@ -68,7 +68,7 @@ class Compete(Router):
     def begin_step(self, step: int, seed: int, routers: Sequence[Router]) -> None:
         """Draw whether the layer competes in this step.
 
-        Every `Compete` of a model flips its own coin; if more than `most` come up, those with the lowest draws compete.
+        Every `Compete` of a model draws on its own; if more than `most` are drawn, those with the lowest draws compete.
         (The authors' code moves the surplus to neighbouring steps; here it is dropped, so that a draw is a function of
         seed and step alone.)
         """

@@ -17,7 +17,7 @@ from moeify.routing import Assignment, Routing
 
 
 class Replay(Router):
-    """Returns recorded decisions, one per forward pass (R3, arXiv 2510.11370).
+    """A router that returns recorded decisions, one per forward pass (R3, arXiv 2510.11370).
 
     A forward pass that activation checkpointing repeats gets the latest decision again. `moeify.record.replay` puts
     this in the place of every router of a model.
@@ -26,7 +26,7 @@ class Replay(Router):
         router: the router that made them.
         decisions: what it decided, in the order of the forward passes.
         weights: `recorded` returns the weights as constants; `recomputed` keeps the recorded experts and weights
-            them by the router's own scores of today, through which the router learns.
+            them by the current scores of the router, which thereby gets gradients.
 
     Raises:
         ValueError: recomputed weights for a router other than a `TopK` that decides token by token; in `forward`, more

@@ -56,7 +56,7 @@ class Soft(Router):
         )
 
     def rows_per_token(self, tokens: int | None = None) -> float:
-        """E · p / N; 1 where N is not known, for slots are meant to be as many as tokens."""
+        """E · p / N; 1 where N is unknown, since the paper uses as many slots as tokens."""
         return 1.0 if tokens is None else self.num_experts * self.slots / tokens
 
     @property

@@ -40,15 +40,15 @@ def up(counts: Int[Tensor, "E"], tile: int) -> Int[Tensor, "E"]:
 
 @register("rounding", "nearest")
 def nearest(counts: Int[Tensor, "E"], tile: int) -> Int[Tensor, "E"]:
-    """The nearer of the two, and the lower one halfway between them (the paper's NR-f)."""
+    """The nearest multiple of the tile, the lower one in a tie (the paper's NR-f)."""
     return up(counts - tile // 2, tile)
 
 
 @register("rounding", "balanced")
 def balanced(counts: Int[Tensor, "E"], tile: int) -> Int[Tensor, "E"]:
-    """One of the two, so that the first experts together, however many, miss or gain half a tile at most (Balance-f).
+    """Up or down, so that any prefix of the experts has at most half a tile too many or too few rows (Balance-f).
 
-    The paper carries the error on from expert to expert; that is to round the sums of the first experts.
+    The paper carries the error over from expert to expert, which equals rounding the cumulative sums.
     """
     return nearest(counts.cumsum(0), tile).diff(prepend=counts.new_zeros(1))
 
@@ -56,10 +56,10 @@ def balanced(counts: Int[Tensor, "E"], tile: int) -> Int[Tensor, "E"]:
 class TokenRounding(Router):
     """Rounds the rows of every expert to a multiple of the tile, in training (SonicMoE, algorithm 4).
 
-    In evaluation tokens choose as they do without it, as in the paper. Rows that are dropped leave the other weights of
+    In evaluation nothing is rounded, as in the paper. Rows that are dropped leave the other weights of
     their token as they are; added rows have the score of the router as weight, as in the authors' code
-    (Dao-AILab/sonic-moe). What the wrapped router chose stays in `assigned` and `choices`, by which losses and
-    controllers go. An expert cannot read more tokens than there are: where the next tile would, rows are dropped.
+    (Dao-AILab/sonic-moe). What the wrapped router chose stays in `assigned` and `choices`, which losses and
+    controllers use. An expert cannot read more tokens than there are: where the next tile would, rows are dropped.
 
     Args:
         router: the router whose decisions are rounded; it must score all experts for every token.

@@ -3,7 +3,7 @@
 Mixtral, Switch, OLMoE, Qwen, DeepSeek, GPT-OSS and most routers of released models are settings of this one router:
 
     s = score(W x)                     softmax | sigmoid | sqrt(softplus)
-    c = s + b   (or W x + b)           the bias moves choices, never weights
+    c = s + b   (or W x + b)           the bias changes choices, never weights
     c = expert_groups(c)               experts of the other groups cannot be chosen
     i = topk(c, k);  g = s[i]
     g = g / sum(g);  g = scale · g
@@ -92,8 +92,8 @@ class TopK(Router):
         init_std: standard deviation of the normal initialisation of the projection.
 
     Raises:
-        ValueError: k outside 1..E; k = 1 with normalised weights; groups that do not divide E, are not there, or leave
-            fewer than k experts.
+        ValueError: k outside 1..E; k = 1 with normalised weights; groups that do not divide E, fewer than `keep`, or
+            with fewer than k experts in those kept.
     """
 
     settable_k = True

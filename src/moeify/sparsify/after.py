@@ -23,7 +23,7 @@ register("after", "nothing")(nothing)
 def sandwich(dense: nn.Module, width: int, *, variance: float | None = None, zero: bool = False) -> nn.Module:
     """A further dense network right behind every sparse one, with a norm and residual of its own (ST-MoE, 2202.08906).
 
-    It has the dense network's architecture and is drawn anew, as `fresh` experts are.
+    It has the dense network's architecture and is newly initialised, as `fresh` experts are.
 
     Args:
         dense: a `DenseFFN` with outputs as wide as its inputs.
@@ -32,7 +32,7 @@ def sandwich(dense: nn.Module, width: int, *, variance: float | None = None, zer
         zero: start with a down projection of zeros, so that the model starts as it is without.
 
     Raises:
-        ValueError: a module that is no `DenseFFN` of one width.
+        ValueError: the module is no `DenseFFN`, or its input and output widths differ.
     """
     if not isinstance(dense, DenseFFN) or dense.width != dense.width_out:
         raise ValueError(
@@ -69,6 +69,6 @@ def append(layer: nn.Module, following: nn.Module) -> list[Callable[[], None]]:
 
 
 def _continue(layer: nn.Module, args: Any, output: Any) -> Any:
-    """Layers give the hidden states, or a tuple that begins with them."""
+    """Layers return the hidden states, or a tuple that begins with them."""
     following = layer.get_submodule("after")
     return following(output) if isinstance(output, Tensor) else (following(output[0]), *output[1:])

@@ -56,9 +56,9 @@ def lora_ffn(dense: nn.Module, num_experts: int, *, rank: int = 8, scale: float 
 
 
 def _ends(dense: nn.Module) -> tuple[tuple[int, int], tuple[int, int], Tensor]:
-    """The widths of the first and of the last linear layer of a module, and what experts resemble in dtype and device.
+    """The widths of the first and the last linear layer of a module, and a tensor with the dtype and device of experts.
 
-    Beside a quantised layer they compute in fp32, until the dtype of the model is given to them.
+    Beside a quantised layer they compute in fp32, until they are cast to the dtype of the model.
     """
     if isinstance(dense, DenseFFN):
         return (0, dense.width), (dense.width_out, 0), dense.down_weight

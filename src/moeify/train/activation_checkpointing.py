@@ -26,12 +26,12 @@ _WHICH = {aten.argmax.default, aten.argmin.default}
 
 
 Choices = dict[tuple, list[Tensor]]
-"""The indices chosen by each kind of operation, in order. Kinds are kept apart because hooks that watch a layer choose
-too, in its first forward pass only."""
+"""The indices chosen by each operation (topk, sort, ...), in order. They are kept by operation, since
+hooks on a layer call such operations too, in its first forward pass only."""
 
 
 class _Keep(TorchDispatchMode):
-    """The first forward pass: remember every choice."""
+    """The first forward pass: store every choice."""
 
     def __init__(self, choices: Choices) -> None:
         super().__init__()

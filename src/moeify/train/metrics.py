@@ -16,7 +16,7 @@ from moeify.routing import Routing
 from moeify.train.loss import Decisions
 
 MAX_KEYS = 15
-"""The most figures that `summarize` gives, whatever the number of layers and experts."""
+"""The most metrics that `summarize` returns, for any number of layers and experts."""
 
 
 class Tally:
@@ -32,7 +32,7 @@ class Tally:
         self._violation: dict[str, Float[Tensor, "2"]] = {}
 
     def begin(self, experts: Mapping[str, int]) -> None:
-        """Forget everything, and expect these layers, in this order, on ranks too that do not call them in a step.
+        """Reset all sums for these layers, in this order, also on ranks that do not run some of them in a step.
 
         Args:
             experts: E of every layer.
@@ -44,7 +44,7 @@ class Tally:
     def add(self, decisions: Decisions, *, counts: bool = True) -> None:
         """Add the rows that one micro-batch assigned to the experts; dense mixtures are balanced by construction.
 
-        Those of a micro-batch of padding do not count; its layers are named all the same, as ranks add up by layer.
+        A micro-batch of padding only adds zeros, since all ranks sum the same layers.
         """
         for name, routing in decisions:
             if (assigned := routing.assigned) is not None:
@@ -98,7 +98,7 @@ def measure(sums: Float[Tensor, "S"]) -> dict[str, Any]:
 
     Of all rows together: `load_entropy` is divided by log E, and 1 is even; `load_cv` is the standard deviation of the
     load over its mean, 0 is even; `effective_experts` is exp(H) / E of the load's entropy H; `dead_experts` are those
-    below 1 % of their fair share; `drop_rate` is the share of rows that capacity refused; `rows` are those assigned to
+    below 1 % of their fair share; `drop_rate` is the share of rows dropped by capacity; `rows` are those assigned to
     each expert. `max_vio` is max / mean load - 1 (arXiv 2408.15664) of each step's global batch, over all micro-batches
     and ranks, and `max_vio_micro` that of each micro-batch on its rank; both are means, and 0 is even.
     `router_entropy` is divided by log E; `balance` is E · Σ_j f_j · P_j, 1 is even, also where uniform scores hide dead
@@ -126,7 +126,7 @@ _WORST = {"load_entropy": min, "max_vio": max, "max_vio_micro": max, "dead_exper
 
 
 def summarize(layers: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
-    """At most `MAX_KEYS` figures: means over layers, the worst value of some, and which layer is loaded least evenly.
+    """At most `MAX_KEYS` metrics: means over layers, the worst value of some, and which layer is loaded least evenly.
 
     `worst_layer` counts the layers from 0 in the order of the model.
     """

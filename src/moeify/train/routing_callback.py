@@ -30,7 +30,7 @@ class RoutingCallback(TrainerCallback):
 
         Trainer(model, arguments, train_dataset=data, callbacks=[RoutingCallback()])
 
-    The model is one of ours, or an MoE of transformers. Every log entry with a `loss` gets at most `max_keys` figures,
+    The model is one of ours, or an MoE of transformers. Every log entry with a `loss` gets at most `max_keys` metrics,
     see `moeify.train.metrics.measure`, summed over all micro-batches and ranks of the steps since the last one; so do
     TensorBoard, Trackio, W&B and all others of `report_to`. `metrics.jsonl` in the output folder has them for every
     layer, with the load of every expert, for `moeify watch` and `moeify inspect`.
@@ -42,7 +42,7 @@ class RoutingCallback(TrainerCallback):
     """
 
     max_keys = MAX_KEYS + 1
-    """The most figures that are added to a log entry, whatever the number of layers and experts."""
+    """The most metrics that are added to a log entry, for any number of layers and experts."""
 
     def __init__(self) -> None:
         self._tally = Tally()
@@ -69,7 +69,7 @@ class RoutingCallback(TrainerCallback):
         self._tokens, self._since = torch.zeros((), device=args.device), time.perf_counter()
         if state.is_world_process_zero:
             folder = Path(str(args.output_dir))
-            with suppress(OSError):  # held by `SparseTrainer`, or the folder cannot be written to, which the log says
+            with suppress(OSError):  # locked by `SparseTrainer`, or not writable, which writing the log reports
                 self._lock.enter_context(locked(folder, RUN_LOCK, "is training"))
             run_log.forget_after(folder / run_log.LOG, state.global_step)
 
@@ -102,7 +102,7 @@ class RoutingCallback(TrainerCallback):
         logs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Add the figures; `SparseTrainer` has done so already."""
+        """Add the metrics, except where `SparseTrainer` adds them already."""
         if not logs or "loss" not in logs or "max_vio" in logs:
             return
         now, tokens = time.perf_counter(), float(all_reduce(self._tokens))
@@ -111,7 +111,7 @@ class RoutingCallback(TrainerCallback):
         self._tokens, self._since = torch.zeros_like(self._tokens), now
         logs |= run_log.report(self._tally, logs, state, str(args.output_dir))
         if state.log_history and state.log_history[-1]["step"] == state.global_step:
-            state.log_history[-1] |= logs  # the trainer has made this entry of them before
+            state.log_history[-1] |= logs  # the trainer has already added them to this entry
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -30,10 +30,10 @@ def balance_pooled(seen: Observed) -> Iterator[Finding]:
 
 
 def balance_padded(seen: Observed) -> Iterator[Finding]:
-    """Padding counts as tokens: batches hide it from the model, or the balance loss counts it.
+    """Padding counts as tokens: the batches do not mask it, or the balance loss includes it.
 
     Padding without an attention mask is seen in the batches, at the end or the beginning of a sequence. A loss that
-    counts masked tokens is told by its gradient, which has a cosine of 1 with that of one definition or the other.
+    counts masked tokens is recognised by its gradient: the definition with cosine 1 is the one in use.
     """
     if (shares := _unmasked(seen)) > 0:
         yield Finding(

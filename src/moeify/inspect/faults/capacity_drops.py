@@ -9,7 +9,7 @@ from moeify.inspect.faults.observed import ROWS, Observed
 
 
 def capacity_drops(seen: Observed) -> Iterator[Finding]:
-    """More than 1 % of the chosen rows are not computed, or count with a weight of 0: a capacity is too small.
+    """More than 1 % of the chosen rows are not computed, or have a weight of 0: the capacity is too small.
 
     Switch (arXiv 2101.03961, section 2.2) keeps dropped tokens below 1 %.
     """

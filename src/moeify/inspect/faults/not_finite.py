@@ -9,7 +9,7 @@ from moeify.inspect.faults.observed import Observed
 
 
 def not_finite(seen: Observed) -> Iterator[Finding]:
-    """A parameter holds NaN or infinity: one such value spreads to every later layer and invalidates all measurements."""
+    """A parameter holds NaN or infinity: one such value spreads to later layers and invalidates all measurements."""
     for name, count in seen.not_finite:
         yield Finding(
             layer=name,

@@ -17,7 +17,7 @@ _LAYERS = 10
 
 
 def coactivation(trace: Trace) -> Panel:
-    """How often two experts of a layer serve the same token, over how often they would by their loads alone.
+    """How often two experts of a layer process the same token, over the rate expected from their loads alone.
 
     Raises:
         NotMeasured: tokens have one expert each.
@@ -61,7 +61,7 @@ def together(layer: LayerTrace) -> tuple[Float[Tensor, "E E"], Float[Tensor, "E 
 
 
 def _off_diagonal(rate: Float[Tensor, "E"]) -> float:
-    """What makes the expected pairs of different experts sum to as many as there are."""
+    """Factor that makes the expected pairs of distinct experts sum to the number of observed pairs."""
     k = float(rate.sum())
     return k * k / max(1e-9, k * k - float(rate.square().sum()))
 

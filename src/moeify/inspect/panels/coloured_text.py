@@ -18,7 +18,7 @@ def coloured_text(trace: Trace) -> Panel:
     """Some texts, each token in the colour of its first expert, layer by layer.
 
     Raises:
-        NotMeasured: the trace does not know the text of its tokens.
+        NotMeasured: the trace has no text of its tokens.
     """
     layers = [layer for layer in choosing(trace) if layer.tokens.ids is not None and layer.tokens.vocabulary]
     if not layers:
@@ -48,14 +48,14 @@ def coloured_text(trace: Trace) -> Panel:
 
 
 def _starts(table: Tokens) -> list[Int[Tensor, "tokens"]]:
-    """The places of the tokens of every sequence."""
+    """The indices of the tokens of every sequence."""
     if table.sequence is None:
         return [torch.arange(len(table))]
     return [(table.sequence == s).nonzero().flatten() for s in table.sequence.unique()]
 
 
 def _texts(table: Tokens, longest: int) -> dict[str, Int[Tensor, "tokens"]]:
-    """One text of each domain, or the first few; by a name."""
+    """One text per domain, or the first few texts, by name."""
     found = _starts(table)
     if table.domain is not None:
         of = [int(table.domain[places[0]]) for places in found]
@@ -83,7 +83,7 @@ def _chart(layers: list[LayerTrace], places: Int[Tensor, "tokens"]) -> ColouredT
 
 
 def shown(token: str) -> str:
-    """A token as it stands in a text: line ends get a mark, a token without text is named."""
+    """The displayed text of a token: line ends get a mark; an empty token is ∅."""
     return visible(token).replace("\n", "↵\n").replace("\t", "⇥\t") or "∅"
 
 

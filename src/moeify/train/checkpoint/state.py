@@ -1,4 +1,4 @@
-"""Save and load weights, optimizer and scheduler as safetensors and JSON; nothing may be missing or left over."""
+"""Save and load weights, optimizer and scheduler as safetensors and JSON; what cannot be restored is refused."""
 
 from __future__ import annotations
 
