@@ -38,7 +38,7 @@ def per_choice_by_4(factor: float, tokens: int, num_experts: int, k: int) -> int
 
 @register("capacity", "double")
 def double(factor: float, tokens: int, num_experts: int, k: int) -> int:
-    """factor · 2 · ceil(T / E), whatever k is (fairseq's top-2, NLLB)."""
+    """factor · 2 · ceil(T / E), for any k (fairseq's top-2, NLLB)."""
     return math.ceil(factor * 2 * math.ceil(tokens / num_experts))
 
 
@@ -140,7 +140,7 @@ def group_of_rows(routing: Assignment, per: Per) -> tuple[Int[Tensor, "R"], Int[
     A group is `per` sequences, where this is a number, and else one sequence.
 
     Raises:
-        ValueError: the decision does not know the sequence of every token that it routed.
+        ValueError: the decision does not hold the sequence of every token that it routed.
     """
     if routing.sequence_id is None or len(routing.sequence_id) != routing.tokens:
         raise ValueError("a capacity per sequence needs a decision that knows the sequence of every token it routed")
@@ -178,7 +178,7 @@ def _reassign(routing: Assignment, slots: int, turns: Int[Tensor, "R"]) -> Assig
         waiting = turns[~served[turns]]
         untried = best_first[~tried.gather(1, best_first)]  # token after token
         left = (~tried).sum(1)
-        turn = _place(token[waiting], torch.arange(len(waiting), device=waiting.device))  # a token may wait twice
+        turn = _place(token[waiting], torch.arange(len(waiting), device=waiting.device))  # a token may be queued twice
         has_left = turn < left[token[waiting]]
         waiting, turn = waiting[has_left], turn[has_left]
         if len(waiting) == 0:

@@ -16,7 +16,7 @@ class Entry:
     Attributes:
         line: what the recipe builds, in one line.
         source: the paper, or `-`.
-        causal: whether its router looks at no later token, and so may stand in a decoder.
+        causal: whether its router looks at no later token, and so may be used in a decoder.
         recipe: the fields of the recipe, for `Recipe.from_dict`.
         family: the models of transformers whose layout its sparse layers have, None if no family has it.
     """

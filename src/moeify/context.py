@@ -181,7 +181,7 @@ class Context:
         tokens = _tokens(given)
         call = self.call
         if tokens is not None and call.token_mask is not None and _count(tokens) != call.token_mask.numel():
-            self.mask(None)  # the mask above is of other tokens: of words, where this stack reads an image
+            self.mask(None)  # the mask above is for other tokens, such as words where this stack reads an image
         above = call.packing
         call.packing = Packing.of(given, _shape(tokens), above=above, of_stack=innermost)
         self._read_mask(module, given)
@@ -242,7 +242,7 @@ def running() -> list[tuple[Context, Call]]:
 
 @contextmanager
 def extra_inputs(model: nn.Module, **inputs: Tensor | Sequence[int]) -> Iterator[None]:
-    """Let routers look up what the model's forward does not take: the task of a sequence, its cluster, a modality.
+    """Give routers inputs that the model's forward does not take: the task of a sequence, its cluster, a modality.
 
         with extra_inputs(model, task=[2, 0]):
             model.generate(prompts)

@@ -19,7 +19,7 @@ Shape = tuple[int, int]
 
 @dataclass(frozen=True)
 class Packing:
-    """The arguments of a module's call that tell where the documents of packed rows begin.
+    """The arguments of a module's call that determine where the documents of packed rows begin.
 
     Attributes:
         arguments: these arguments, by name.
@@ -95,7 +95,7 @@ def document_ids(starts: Bool[Tensor, "B N"], real: Bool[Tensor, "B N"] | None) 
 
 
 def _describes(name: str, value: Any) -> bool:
-    """Whether an argument is there; a mask with one entry per token tells of padding, or numbers documents."""
+    """Whether an argument is there; a mask with one entry per token marks padding, or numbers documents."""
     if name != "attention_mask":
         return isinstance(value, Tensor)
     if value is None or torch.compiler.is_exporting():  # a graph takes rows of one text

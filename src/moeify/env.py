@@ -96,7 +96,7 @@ VARIABLES = (AUTOTUNE, CACHE, CHECK, CPP, DATA, FP32_GEMM, PACK, TRACEBACK, TRIT
 def cache_folder() -> Path:
     """Where compiled libraries and tuned sizes are kept: `MOEIFY_CACHE`, or a folder of the user's cache.
 
-    A user without a home, as in a container that does not know its user, has a folder among the temporary files.
+    For a user without a home directory, as in some containers, it is a folder among the temporary files.
     """
     if CACHE.path is not None:
         return CACHE.path

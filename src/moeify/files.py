@@ -22,7 +22,7 @@ HASHES = "SHA256.json"
 LARGEST_JSON = 2**28
 """Bytes of the largest JSON file that is read; no config, index or manifest comes near."""
 DEEPEST_JSON = 100
-"""How deep JSON may be nested that is read; deeper nesting would exceed Python's recursion limit."""
+"""The deepest nesting of JSON that is read; deeper nesting would exceed Python's recursion limit."""
 
 
 def read_json(path: str | Path) -> dict[str, Any]:

@@ -124,7 +124,7 @@ class MoELayer(SparseLayer):
         )  # fmt: skip
 
     def rows_per_token(self, tokens: int | None = None) -> float | None:
-        """The count of the router itself."""
+        """The value of the router."""
         return self.router.rows_per_token(tokens)
 
     def common_modules(self) -> list[nn.Module]:
@@ -223,7 +223,7 @@ class HfLayer(SparseLayer):
         return self.block.observe(translate, repeated=repeated)
 
     def run_unrouted(self) -> list[RemovableHandle]:
-        """As the block does."""
+        """See `Block`."""
         return self.block.run_unrouted(self.context.real)
 
 

@@ -18,7 +18,7 @@ from moeify.routing import Routing
 
 
 class MoE(nn.Module):
-    """A sparse mixture of experts in the place of a feed-forward network.
+    """A sparse mixture-of-experts layer, which replaces a feed-forward network.
 
     Args:
         router: decides which expert reads which token.

@@ -70,7 +70,7 @@ def replay(
     Args:
         model: the model, or one whose layers have the same names.
         decisions: what `record` collected, in the order of the forward passes.
-        weights: `recorded`, or `recomputed` from the router's scores of today, see `moeify.routers.Replay`.
+        weights: `recorded`, or `recomputed` from the router's current scores, see `moeify.routers.Replay`.
 
     Raises:
         ValueError: the model has no `MoE`, or one of which nothing was recorded.

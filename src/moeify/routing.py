@@ -121,7 +121,7 @@ class Routing(ABC):
 
     @abstractmethod
     def fits(self, shape: tuple[int, ...]) -> bool:
-        """Whether the decision is for tokens of this leading shape, as far as it knows."""
+        """Whether the decision is for tokens of this leading shape, as far as it records."""
 
     @abstractmethod
     def weight_table(self) -> Float[Tensor, "all W"]:

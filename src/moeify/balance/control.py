@@ -37,11 +37,11 @@ class Bias:
 
     @property
     def value(self) -> Float[Tensor, "E"]:
-        """The bias, wherever the model has been moved since."""
+        """The current bias tensor, on the device of the model."""
         return getattr(self.owner, self.name)
 
     def exact(self) -> Float[Tensor, "E"]:
-        """The bias in fp32, from now on, whatever the model has been cast to: bf16 would lose steps of 1e-3."""
+        """The bias, converted to fp32 for good if the model was cast: bf16 would lose steps of 1e-3."""
         self.value.data = self.value.data.float()
         return self.value
 
@@ -51,7 +51,7 @@ class Bias:
 
     @property
     def grouped(self) -> bool:
-        """Whether a token may use the experts of some groups only; routers of transformers have numbers for it."""
+        """Whether a token may use the experts of some groups only; routers of transformers have attributes for it."""
         groups: Any = getattr(self.owner, "expert_groups", None)
         count, keep = (groups.count, groups.keep) if groups else (getattr(self.owner, g, 1) for g in EXPERT_GROUPS)
         return keep < count

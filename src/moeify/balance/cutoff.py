@@ -1,4 +1,4 @@
-"""The rule for expert threshold: it moves the cut-off above which an expert takes a token."""
+"""The rule for expert threshold: it moves the cut-off above which an expert selects a token."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class CutOff(Rule):
 
     Attributes:
         factor: experts per token on average.
-        ema: share of the old cut-offs that is kept.
+        ema: weight of the old cut-offs in the moving average.
     """
 
     factor: float = 2.0
@@ -33,10 +33,10 @@ class CutOff(Rule):
     def observe(
         self, routing: Assignment, unbiased: Float[Tensor, "L E"] | None, bias: Float[Tensor, "E"]
     ) -> dict[str, Tensor]:
-        """The cut-offs of this micro-batch, and that it is one.
+        """The cut-offs of this micro-batch, and a count of 1.
 
         Raises:
-            ValueError: the decision keeps no logits, or more experts per token are wanted than there are.
+            ValueError: the decision keeps no logits, or `factor` is larger than E.
         """
         if unbiased is None:
             raise ValueError("cut-offs need a router that keeps its logits")
@@ -48,7 +48,7 @@ class CutOff(Rule):
         return {"cut_off": cut_off, "batches": torch.ones((), device=cut_off.device)}
 
     def move(self, bias: Float[Tensor, "E"], seen: dict[str, Tensor], memory: dict[str, Tensor]) -> Float[Tensor, "E"]:
-        """The average of what the micro-batches cut off, mixed into the old cut-offs."""
+        """The mean of the cut-offs of the micro-batches, averaged into the old cut-offs."""
         n = int(memory.get("steps", 0)) + 1
         memory["steps"] = torch.tensor(float(n))
         kept = self.ema * (1 - self.ema ** (n - 1)) / (1 - self.ema**n)

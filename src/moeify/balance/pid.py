@@ -49,7 +49,7 @@ class Proportional(Rule):
         return {"load": routing.assigned.float(), "tokens": routing.counts.new_tensor(routing.tokens).float()}
 
     def error(self, seen: dict[str, Tensor]) -> Float[Tensor, "E"]:
-        """e: target share minus share of the rows of each expert; 0 for free ones."""
+        """e: target share minus share of the rows of each expert; 0 for zero-computation experts."""
         load = seen["load"]
         rows = load.sum().clamp_min(1)
         real = len(load) if self.real is None else self.real
@@ -93,15 +93,15 @@ class PID(Rule):
     def observe(
         self, routing: Assignment, unbiased: Float[Tensor, "L E"] | None, bias: Float[Tensor, "E"]
     ) -> dict[str, Tensor]:
-        """What `Proportional` observes.
+        """The same quantities as `Proportional`.
 
         Raises:
-            ValueError: what `Proportional` refuses.
+            ValueError: as of `Proportional`.
         """
         return self._proportional.observe(routing, unbiased, bias)
 
     def move(self, bias: Float[Tensor, "E"], seen: dict[str, Tensor], memory: dict[str, Tensor]) -> Float[Tensor, "E"]:
-        """One step of the controller; the sum and the last error are kept in the layer's memory, in fp32."""
+        """One step of the controller; the sum and the last error are kept in `memory`, in fp32."""
         error = self._proportional.error(seen)
         total = memory.get("total", torch.zeros_like(error)).to(error.device) + error
         change = error - memory.get("error", error).to(error.device)

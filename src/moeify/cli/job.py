@@ -85,7 +85,7 @@ class Job:
         """Train, compare, and leave checkpoint, metrics, pictures, samples and report in the run's folder.
 
         Raises:
-            ValueError: the folder holds another run; or whatever data, model or recipe refuse.
+            ValueError: the folder holds another run; or data, model or recipe are invalid.
             KeyboardInterrupt: a signal ended it; `resume` goes on.
         """
         try:
@@ -239,7 +239,7 @@ def draw_picture(file: Path, draw: Callable[[Any, Path], None], facts: Any) -> P
     """Draw a picture into a file and return it; None if it cannot be drawn, which does not end the run."""
     try:
         draw(facts, file)
-    except Exception as error:  # after a long training, whatever a font or a name of a domain brings
+    except Exception as error:  # no error of fonts or domain names may lose a long training
         print(f"moeify: {file.name} could not be drawn: {error}")
         return None
     return file

@@ -88,11 +88,11 @@ class _Layer:
         self.routing = TopK(256, 8).to(device, dtype)(self.x, Context())
 
     def backend(self) -> str:
-        """What `auto` takes."""
+        """The backend that `auto` selects."""
         return choose(self.x, self.routing, self.experts)
 
     def refusals(self) -> Iterator[tuple[str, str]]:
-        """Every backend that cannot serve it where no gradient is needed, and why."""
+        """The backends that cannot run the layer in inference, with the reason."""
         with torch.no_grad():
             for name in backend_names():
                 if reason := find_backend(name).refuse(self.x, self.routing, self.experts):

@@ -93,7 +93,7 @@ class Log:
 
     @property
     def seconds_left(self) -> float | None:
-        """By the pace of the last entries, None if it is not known."""
+        """The remaining time at the speed of the last entries, None if it is unknown."""
         known = [entry for entry in self.entries[-50:] if "time" in entry and "max_steps" in entry]
         if len(known) < 2 or known[-1]["step"] <= known[0]["step"]:
             return None
@@ -157,7 +157,7 @@ def _left(seconds: float | None) -> str:
 
 
 def view(log: Log, console: Console) -> RenderableType:
-    """The latest entry: its figures, and a row for every layer, or for the least even ones where there is no room."""
+    """The metrics of the latest entry, and a row per layer; in a small terminal only the least balanced layers."""
     from rich.console import Group
     from rich.progress_bar import ProgressBar
     from rich.table import Table
@@ -196,7 +196,7 @@ def _table(layers: dict[str, Entry], room: int) -> Table:
 
 
 def picture(rows: list[int]) -> str:
-    """A column for every expert, or for equally many of them, as high as its load beside the largest."""
+    """A column for every expert, or for equally many of them, whose height is its load relative to the largest."""
     each = -(-len(rows) // WIDTH)
     loads = [sum(rows[i : i + each]) / len(rows[i : i + each]) for i in range(0, len(rows), each or 1)]
     most = max(loads, default=0)

@@ -95,8 +95,8 @@ def add_adapter(model: nn.Module, name: str, folder: str | Path, *, verbose: boo
 def save_adapters(model: nn.Module, folder: str | Path) -> None:
     """Write one folder per adapter that PEFT reads, `router.safetensors`, and how to put it together in `moeify.json`.
 
-    The base model is not written: it is what it was. A library that is in the folder already is replaced all at once,
-    whatever a kill interrupts; folders of adapters that this one does not have stay.
+    The base model is not written, as it is unchanged. A library that is in the folder already is replaced atomically,
+    even if the process is killed; folders of adapters that this one does not have stay.
 
     Args:
         model: what `from_adapters`, `load_adapters`, `add_adapter` or `sparsify(..., experts=lora)` made.
@@ -170,7 +170,7 @@ def load_adapters(
     routers = read_tensors(folder / "router.safetensors")
     adapters = {name: read_adapter(folder / _checked(name)) for name in names}
     prepare = partial(_fill_routers, routers, folder / "router.safetensors", exact=router is None)
-    attach(base, adapters, library, allow_noncausal=True, prepare=prepare)  # it was allowed when it was saved
+    attach(base, adapters, library, allow_noncausal=True, prepare=prepare)  # checked before saving
     if verbose:
         show_adapters(base)
     return base
@@ -242,7 +242,7 @@ def _library_of(model: nn.Module) -> AdapterLibrary:
 
 
 def _checked(name: str) -> str:
-    """A name that can be that of a folder."""
+    """Check that a name can be the name of a folder, and return it."""
     if not re.fullmatch(r"\w[\w .+-]*", name):
         raise ValueError(
             f"an adapter cannot be called {name!r}: its name is that of its folder; use letters and digits"

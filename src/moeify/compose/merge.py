@@ -63,7 +63,7 @@ def merge_models(
     Raises:
         ValueError: models that differ in more than their values, where the message names the tensor or setting (models
             of two classes, Llama and Mistral say, must compute the same with the same tensors); and
-            whatever `sparsify` refuses.
+            as of `sparsify`.
         FileNotFoundError: a path without a model.
     """
     named = dict(models) if isinstance(models, Mapping) else {str(i): model for i, model in enumerate(models)}
@@ -120,7 +120,7 @@ def _recipe_for(names: list[str], recipe: Recipe) -> Recipe:
 def _fill(experts: Experts, site: Site, sources: list[Source], names: dict[int, Names]) -> set[int]:
     """Give every expert the weights that its model has at a site; returns the tensors that were given to experts.
 
-    What an activation learns is shared by the experts, and is a mean over the models.
+    Trainable parameters of an activation are shared by the experts, and are means over the models.
     """
     inside = [tensor for key, tensor in site.dense.state_dict(keep_vars=True).items() if not key.startswith("act.")]
     for e, model in enumerate(sources):

@@ -193,7 +193,7 @@ def _faults(source: Source, model: nn.Module) -> Iterator[str]:
 
 
 def _faults_of_another_class(source: Source, model: nn.Module) -> Iterator[str]:
-    """A model of another class is like the others if this class computes the same with its tensors, as far as seen."""
+    """A model of another class matches the others if, as far as the settings show, it computes the same."""
     ours, theirs = (
         {key: value for key, value in each.items() if key.startswith("config.") and key != "config.model_type"}
         for each in (settings(model), source.settings)

@@ -120,7 +120,7 @@ def write_adapter(adapter: Adapter, folder: str | Path, *, targets: list[str], t
 
 
 def write_files(adapter: Adapter, folder: Path, *, targets: list[str], transposed: bool, base: str) -> None:
-    """What `write_adapter` writes but the hashes, into a folder that is not read yet."""
+    """Write the files of `write_adapter` except the hashes, into a folder that is not read yet."""
     ranks = {module: low.rank for module, low in adapter.modules.items()}
     alphas = {module: _integer_if_whole(low.scale * low.rank) for module, low in adapter.modules.items()}
     rank, alpha = (Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas))

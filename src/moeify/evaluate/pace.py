@@ -31,11 +31,11 @@ STEADY = 0.1
 
 @dataclass(frozen=True)
 class Cost:
-    """Seconds that one step took one arm, once per round.
+    """Seconds per step of one model, one value per round.
 
     Attributes:
-        wall: by the clock on the wall.
-        cpu: of all threads of this process together; work of others does not count.
+        wall: wall-clock time.
+        cpu: CPU time of all threads of this process; other processes do not count.
     """
 
     wall: Sequence[float]
@@ -53,7 +53,7 @@ class Pace:
     Attributes:
         sparse: of the sparse model.
         dense: of its dense baseline.
-        evaluation: seconds on the wall of one validation of both.
+        evaluation: wall-clock seconds of one validation of both.
         on_cpu: whether the models ran on the CPU, whose time can be counted.
     """
 
@@ -64,7 +64,7 @@ class Pace:
 
     @property
     def clock(self) -> Clock:
-        """`wall-clock`, or `CPU` where work of others makes the wall clock unsteady."""
+        """`wall-clock`, or `CPU` where other processes make wall-clock times noisy."""
         if not self.on_cpu or _spread(self._ratios("wall-clock")) <= STEADY:
             return "wall-clock"
         return "CPU" if _spread(self._ratios("CPU")) < _spread(self._ratios("wall-clock")) else "wall-clock"
@@ -86,7 +86,7 @@ class Pace:
 
     @property
     def ratios(self) -> tuple[float, float]:
-        """Between which ratios the middle half of the pairs lies."""
+        """The first and third quartile of the ratios of the pairs."""
         return _middle(self._ratios(self.clock))
 
     def _ratios(self, clock: Clock) -> list[float]:

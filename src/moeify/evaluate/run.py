@@ -191,7 +191,7 @@ def make_trainer(
 
 
 class _Curve(TrainerCallback, ExportableState):
-    """Measures the validation loss at even distances, stops the clock while it does, and is saved in checkpoints."""
+    """Measures the validation loss at even intervals, outside the training time, and is saved in checkpoints."""
 
     def __init__(self, size: Count, tokens_per_step: int, settings: Settings, loss: Measure) -> None:
         self.size, self.tokens_per_step, self.settings, self.loss = size, tokens_per_step, settings, loss

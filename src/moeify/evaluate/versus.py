@@ -95,7 +95,7 @@ class Versus:
         )
 
     def _pairs(self, axis: Axis, dearer: float = 1.0) -> list[tuple[float, float]]:
-        """The losses of both at equal cost, seed by seed, if a sparse step took `dearer` times as long."""
+        """The losses of both at equal cost, seed by seed, if a sparse step took `dearer` times as long as measured."""
         pairs = []
         for sparse, dense in zip(*self.curves(dearer), strict=True):
             budget = min(getattr(run.points[-1], axis) for run in (sparse, dense))

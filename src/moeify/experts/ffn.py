@@ -23,7 +23,7 @@ class FFN(Experts):
         num_experts: E.
         width: D.
         hidden: H.
-        activation: between the projections; a gated one adds a gate projection; what it learns, experts share.
+        activation: between the projections; a gated one adds a gate projection; experts share its parameters.
         bias: give every projection a bias.
         width_out: O, D if not given.
         dropout: probability of dropping a hidden unit after the activation (expert dropout of Switch).
@@ -59,7 +59,7 @@ class FFN(Experts):
 
     @property
     def up(self) -> tuple[Float[Tensor, "E M D"], Float[Tensor, "E M"] | None]:
-        """Weight and bias of the up projection (with the gate projection, if any), whatever its name."""
+        """Weight and bias of the up projection (with the gate projection, if any), under either name."""
         return getattr(self, self._up), self._parameters[f"{self._up}_bias"]
 
     @property
@@ -74,13 +74,13 @@ class FFN(Experts):
 
     @property
     def stacked(self) -> Stacked | None:
-        """Its weights, unless hidden units are dropped now, or the activation learns."""
+        """The stacked weights; None in dropout, or if the activation has trainable parameters."""
         if (self.training and self.dropout.p > 0) or "act" in self._modules:
             return None
         return Stacked(*self.up, *self.down, self.activation)
 
     def common_modules(self) -> tuple[nn.Module, ...]:
-        """The activation, if it learns: its parameters are the same for all experts."""
+        """The activation, if it has trainable parameters, which all experts share."""
         return (self.get_submodule("act"),) if "act" in self._modules else ()
 
     def forward(self, rows: Float[Tensor, "R D"], counts: Int[Tensor, "E"]) -> Float[Tensor, "R O"]:

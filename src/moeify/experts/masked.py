@@ -32,7 +32,7 @@ class Masked(Experts):
 
     @property
     def costs(self) -> Float[Tensor, "E"]:
-        """Those of the experts."""
+        """The cost of a row at each masked expert, relative to the most expensive."""
         return self.experts.costs
 
     def forward(self, rows: Float[Tensor, "R D"], counts: Int[Tensor, "E"]) -> Float[Tensor, "R O"]:
@@ -44,5 +44,5 @@ class Masked(Experts):
         return outputs * kept / (1 - self.p)
 
     def extra_repr(self) -> str:
-        """The probability."""
+        """The drop probability p."""
         return f"p={self.p}"

@@ -26,7 +26,7 @@ class Scaled(Experts):
 
     @property
     def costs(self) -> Float[Tensor, "E"]:
-        """Those of the experts."""
+        """The cost of a row at each scaled expert, relative to the most expensive."""
         return self.experts.costs
 
     def forward(self, rows: Float[Tensor, "R D"], counts: Int[Tensor, "E"]) -> Float[Tensor, "R O"]:
@@ -34,5 +34,5 @@ class Scaled(Experts):
         return self.experts(rows * self.scale, counts)
 
     def extra_repr(self) -> str:
-        """The number."""
+        """The scale."""
         return f"scale={self.scale}"

@@ -96,7 +96,7 @@ _EXPORTERS: dict[str, Exporter] = {}
 
 
 def register_exporter(name: str, exporter: Exporter) -> None:
-    """Make an exporter known by name, in the place of another of that name if there is one."""
+    """Register an exporter under its name, replacing any of the same name."""
     _EXPORTERS[name] = exporter
 
 
@@ -106,10 +106,10 @@ def exporters() -> list[str]:
 
 
 def find_exporter(name: str) -> Exporter:
-    """The exporter of a name.
+    """The exporter with this name.
 
     Raises:
-        ValueError: there is none.
+        ValueError: no exporter has this name.
     """
     if name not in _EXPORTERS:
         raise ValueError(f"no exporter is called {name!r}; {suggest(name, exporters())}")

@@ -28,7 +28,7 @@ _STEP = {"f32": 0.0, "f16": 2**-10, "bf16": 2**-8, "q8_0": 1 / 127, "q4_0": 1 / 
 """The largest error of a weight that is read back, relative to the largest weight of its row."""
 _ROUNDING = 1e-4
 _SMALL = 2**29
-"""Models of so many parameters are also compared in fp32 where they are written in another type."""
+"""Models of at most this many parameters are also compared in fp32 where they are written in another type."""
 _OF_A_DTYPE = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}
 
 
@@ -60,7 +60,7 @@ class GgufFile(Exporter):
         """The architecture, and the model expressed in its terms.
 
         Raises:
-            Unsupported: no architecture, or not the one that was asked for, computes what the model does.
+            Unsupported: no architecture, or not the requested one, computes what the model does.
         """
         spec = spec_of(model)
         if self._type(spec) in ("q8_0", "q4_0") and spec["expert_hidden"] % _BLOCK:
@@ -188,10 +188,10 @@ def _frequency_factors(spec: ModelSpec) -> Tensor:
 
 
 def _check_names(reader: Any) -> None:
-    """Check that llama.cpp knows every tensor name.
+    """Check that llama.cpp reads every tensor name.
 
     Raises:
-        ValueError: it does not.
+        ValueError: a name that it does not read.
     """
     import gguf
 

@@ -75,7 +75,7 @@ class GraphExporter(Exporter, ABC):
                 return trace(model, inputs)
         except ImportError as error:
             raise ImportError(f"this export needs moeify[{self.extra}] and transformers 5.24: {error}") from None
-        except Exception as error:  # of whatever step torch.export or the target has no translation for
+        except Exception as error:  # any error: torch.export or the target lacks an operator
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise Unsupported(f"a step of it has no graph that serves every input: {reason}") from error
 
@@ -95,7 +95,7 @@ def _program(model: nn.Module, inputs: Inputs) -> torch.export.ExportedProgram:
 
 
 def main_output(names: list[str], values: list[Any]) -> torch.Tensor:
-    """Logits or, failing these, the first output."""
+    """The logits; without logits, the first output."""
     return torch.as_tensor(values[names.index("logits") if "logits" in names else 0])
 
 

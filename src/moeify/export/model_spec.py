@@ -24,7 +24,7 @@ class Unsupported(ValueError):
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """What a decoder computes: the one description that every target reads, whatever class the model has.
+    """What a decoder computes: the one description that every target reads, for any class of model.
 
     Attributes:
         traits: sizes, attention, norms, positions, experts and router by the names of `families.DECODER` and `EXPERTS`;

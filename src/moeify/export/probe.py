@@ -59,11 +59,11 @@ class Probe:
 
     @property
     def size(self) -> float:
-        """The largest absolute logit, in units of which differences are judged."""
+        """The largest absolute logit, by which differences are divided."""
         return self.values.abs().max().item()
 
     def to_dict(self) -> dict[str, Any]:
-        """The largest logits of every position as plain values, for JSON; numbers keep their bits."""
+        """The largest logits of every position as plain values, for JSON; floating-point values are exact."""
         top = self.largest()
         return {"ids": top.ids.tolist(), "indices": top.indices.tolist(), "logits": top.values.tolist()}
 

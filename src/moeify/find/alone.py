@@ -54,9 +54,9 @@ def _output(owner: nn.Module, site: Site) -> Tensor | None:
     try:
         with restored(owner), in_evaluation(owner), fixed_randomness(owner):
             output = owner(x, **given)
-    except MemoryError:  # says nothing about the module
+    except MemoryError:  # no evidence about the module
         raise
-    except Exception:  # whatever it raises
+    except Exception:  # any error means that it cannot be run alone
         return None
     finally:
         handle.remove()

@@ -63,7 +63,7 @@ def called_alike(sites: Sequence[Site], calls: Mapping[str, SiteCall], *, whole:
     """The sites, with the keyword by which each is given its tokens.
 
     Args:
-        sites: where.
+        sites: the sites to describe.
         calls: the call of the module in each site.
         whole: whether experts will be whole modules, which may be given more than tokens.
 
@@ -83,7 +83,7 @@ def called_alike(sites: Sequence[Site], calls: Mapping[str, SiteCall], *, whole:
 def laid_out(model: nn.Module, sites: Sequence[Site], probe: Probe, calls: Mapping[str, SiteCall]) -> list[Site]:
     """The sites, with the layout of their tokens where a call shows it: (B, N, D), or sequence first, (N, B, D).
 
-    torch's attention modules say themselves how they lay out tokens; beside one, a site is left as it is.
+    torch's attention modules define their layout in `batch_first`; sites beside one are unchanged.
     """
     batch = probe.batch
     shapes = {name: call.shape for name, call in calls.items()}

@@ -36,7 +36,7 @@ from moeify.kernels.stacked import Plain
 
 @dataclass(frozen=True)
 class Site:
-    """A place where a sparse layer can stand.
+    """A place in a model where a sparse layer can be inserted.
 
     Attributes:
         name: the name of the module that the sparse layer replaces.
@@ -174,7 +174,7 @@ def whole(model: nn.Module, name: str, dense: nn.Module | None = None, after: fl
 
 
 def _has_parts(module: nn.Module) -> bool:
-    """Whether a module holds the linear maps of one feed-forward network, and nothing else that learns."""
+    """Whether a module holds the linear maps of one feed-forward network, and no other parameters."""
     linears = [part for part in module.modules() if is_linear(part)]
     owned = {id(parameter) for part in linears for parameter in part.parameters()}
     owned |= {id(parameter) for _, act in held_activations(module) for parameter in parameters_of(act)}

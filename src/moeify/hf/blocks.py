@@ -56,7 +56,7 @@ class Block(ABC):
 
     @abstractmethod
     def observe(self, observer: Observer, *, repeated: bool = False) -> list[RemovableHandle]:
-        """Call `observer` with what the block chooses in every pass, also a repeated one if asked for."""
+        """Call `observer` with the choices of the block in every pass; in repeated ones only if `repeated`."""
 
     def run_unrouted(self, real: Callable[[int], Int[Tensor, "T"] | None]) -> list[RemovableHandle]:
         """After every pass run each expert on the tokens that were not routed to it, and drop the outputs.

@@ -56,7 +56,7 @@ def moeify_experts(
     top_k_index: Int[Tensor, "T K"],
     top_k_weights: Float[Tensor, "T K"],
 ) -> Float[Tensor, "T D"]:
-    """The outputs of transformers' `experts`; an index of E or more means no expert, as under expert parallelism.
+    """The outputs of `experts` of transformers; an index of E or more means no expert, as under expert parallelism.
 
     Rows without an expert are removed, so their number is read: one synchronisation with an accelerator.
     """
@@ -125,7 +125,7 @@ _ACTIVATIONS: WeakKeyDictionary[nn.Module, Activation | None] = WeakKeyDictionar
 
 
 def _activation(experts: Any) -> Activation | None:
-    """The activation of transformers' experts, recognised by what it computes; None if moeify does not have it."""
+    """The activation of transformers' experts, recognised by its values; None if moeify does not have it."""
     if experts not in _ACTIVATIONS:
         act = getattr(experts, "act_fn", F.silu)
         theirs, ours = (experts._apply_gate, [ClampedGlu(), Glu(act)]) if experts.has_gate else (act, [Plain(act)])
@@ -138,7 +138,7 @@ def _activation(experts: Any) -> Activation | None:
 
 
 def use_transformers_backends() -> list[str]:
-    """Make transformers' experts functions known as backends of our layers, and return their names.
+    """Register transformers' experts functions as backends of our layers, and return their names.
 
     `transformers/grouped_mm` is torch's grouped matrix product; `transformers/batched_mm` gathers a copy of the weights
     for every row, which suits decoding and little else. `auto` takes neither.

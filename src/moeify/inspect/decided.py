@@ -75,7 +75,7 @@ def _slot_weights(mixture: Mixture) -> Float[Tensor, "all E"]:
 
 
 def _chosen(routing: Assignment, positions: Int[Tensor, "T"]) -> dict[str, Tensor]:
-    """The choices; where a capacity dropped or moved some, with what became of them."""
+    """The choices, with the dropped and moved rows marked if there is a capacity."""
     assert routing.choices is not None
     experts, weights = routing.choices.indices, _one_weight(routing.choices.weights, 2)
     if not routing.is_limited:
@@ -105,11 +105,11 @@ def _counted(routing: Assignment, positions: Int[Tensor, "T"]) -> dict[str, Tens
 
 
 def _places(routing: Assignment, positions: Int[Tensor, "T"]) -> Int[Tensor, "all"]:
-    """The place of every token among the real ones."""
+    """The index of every token among the real tokens."""
     place = positions.new_full((math.prod(routing.shape),), -1)
     return place.index_put((positions,), torch.arange(len(positions), device=positions.device))
 
 
 def _one_weight(weight: Float[Tensor, "... *G"], dimensions: int) -> Float[Tensor, "..."]:
-    """The weight of a row, with gates their sum."""
+    """The weight of each row; with several gates, their sum."""
     return weight.float() if weight.dim() == dimensions else weight.float().flatten(dimensions).sum(-1)

@@ -85,7 +85,7 @@ def _header(title: str, facts: Mapping[str, Any]) -> str:
 
 
 def _glance(panels: Sequence[Panel], names: Mapping[int, str]) -> str:
-    """One line for every panel, the urgent ones first; what needs nothing is folded away."""
+    """One line for every panel, the urgent ones first; panels without a problem are collapsed."""
     rows: dict[str, list[str]] = {level: [] for level in _LEVELS}
     for panel in panels:
         advice = panel.advice

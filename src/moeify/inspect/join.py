@@ -133,7 +133,7 @@ def _shared_extra(parts: Sequence[LayerTrace]) -> list[str]:
 
 
 _EMPTY = {"experts": -1, "weights": 0.0, "dropped": False}
-"""What stands where a token has fewer than K experts."""
+"""The fill value where a token has fewer than K experts."""
 
 
 def _with_nothing_dropped(layer: LayerTrace) -> LayerTrace:

@@ -42,7 +42,7 @@ def orthogonality(weight: Float[Tensor, "E D"]) -> Float[Tensor, ""]:
 def proxies(weight: Float[Tensor, "E D"]) -> Float[Tensor, "E D"]:
     """Router rows as tokens: row i multiplied by U(1 - ε_i, 1 + ε_i), ε_i = |R_i - R_nearest| / (2 |R_i|).
 
-    Half the way to the nearest other row at most (ERC, arXiv 2512.23447). The noise is drawn anew and has no gradient.
+    Half the way to the nearest other row at most (ERC, arXiv 2512.23447). Each call draws new noise, without a gradient.
     """
     row = weight.detach().float()
     distance = torch.cdist(row, row, compute_mode="donot_use_mm_for_euclid_dist").fill_diagonal_(float("inf"))
@@ -57,7 +57,7 @@ def erc(proxies: Float[Tensor, "E D"], experts: FFN, alpha: float = 1.0) -> Floa
         M_ij = |proxy_i W_gate^j|
         L = 1 / E² · Σ_i Σ_{j≠i} max(M_ij - α M_ii, 0) + max(M_ji - α M_ii, 0)
 
-    E² activations, whatever the number of tokens.
+    Costs E² activations, independent of the number of tokens.
 
     Args:
         proxies: router rows, `proxies(router.weight)` in the paper.

@@ -31,7 +31,7 @@ def probability(routing: Routing) -> Float[Tensor, "L E"]:
 
 
 def balance(routing: Assignment, scope: Scope = "batch", assigned: Num[Tensor, "E"] | None = None) -> Float[Tensor, ""]:
-    """E · Σ_j f_j · P_j, which is 1.0 for perfect balance whatever k is (Switch, eqs. 4-6).
+    """E · Σ_j f_j · P_j, which is 1.0 for perfect balance for any k (Switch, eqs. 4-6).
 
     The gradient flows through P only.
 

@@ -42,7 +42,7 @@ def l1(routing: Assignment, k: float) -> Float[Tensor, ""]:
 def local_entropy(
     routing: Routing, of: Bool[Tensor, "L"] | None = None, *, label: int | None = None
 ) -> Float[Tensor, ""]:
-    """Mean over decisions of H(p_l), in nats: made small, every token is certain of its experts (LIMoE, 2206.02770).
+    """Mean over decisions of H(p_l), in nats: minimising it makes every token confident (LIMoE, 2206.02770).
 
     Args:
         routing: a decision with scores.
@@ -59,7 +59,7 @@ def local_entropy(
 def global_entropy(
     routing: Routing, of: Bool[Tensor, "L"] | None = None, experts: float | None = None, *, label: int | None = None
 ) -> Float[Tensor, ""]:
-    """max(0, log S - H(mean_l p_l)), in nats: made small, at least S experts are in use (LIMoE, arXiv 2206.02770).
+    """max(0, log S - H(mean_l p_l)), in nats: minimising it keeps at least S experts in use (LIMoE, arXiv 2206.02770).
 
     Args:
         routing: a decision with scores.

@@ -203,7 +203,7 @@ def real_tokens(x: Float[Tensor, "... D"], context: Context) -> Tokens:
 def project(
     tokens: Float[Tensor, "T D"], weight: Float[Tensor, "E D"], bias: Float[Tensor, "E"] | None = None
 ) -> Float[Tensor, "T E"]:
-    """Router logits, computed in fp32 whatever the dtype of the model and whether autocast is on."""
+    """Router logits, computed in fp32 for any dtype of the model, also under autocast."""
     with torch.autocast(tokens.device.type, enabled=False):
         return nn.functional.linear(tokens.float(), weight.float(), None if bias is None else bias.float())
 

@@ -1,4 +1,4 @@
-"""Expert threshold, a causal expert choice: an expert takes the tokens whose logit reaches its moving cut-off."""
+"""Expert threshold, a causal expert choice: an expert selects the tokens whose logit reaches its moving cut-off."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from moeify.routing import Assignment, Evidence
 
 @register("router", "expert_threshold")
 class ExpertThreshold(Router):
-    """Every expert takes the tokens whose logit reaches its cut-off, z_j = w_j · x >= c_j, with weight sigmoid(z_j).
+    """Every expert selects the tokens whose logit reaches its cut-off, z_j = w_j · x >= c_j, with weight sigmoid(z_j).
 
     Expert Threshold (arXiv 2603.11535), with cut-offs on logits and the sigmoid as in the authors' code, which by
     default also divides the weights by the number of experts that took the token. A decision depends on its token
-    alone, so it is causal; a token is taken by 0 to E experts. The cut-offs are a buffer, `selection_bias` = -c, which
-    starts at 0; `moeify.balance.CutOff` moves it to where each expert takes its share.
+    alone, so it is causal; 0 to E experts select a token. The cut-offs are a buffer, `selection_bias` = -c, which
+    starts at 0; `moeify.balance.CutOff` moves it to where each expert gets its share.
 
     Args:
         width: D.

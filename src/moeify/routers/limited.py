@@ -75,7 +75,7 @@ class Capacity(Router):
         return limit(routing, slots, priority=self.priority, overflow=self.overflow, per=self.per)
 
     def _slots(self, routing: Assignment, factor: float, tokens: int, rows: int) -> int:
-        """The capacity of an expert for so many tokens that have so many rows."""
+        """The capacity of an expert, from the numbers of tokens and rows."""
         k = max(1, round(rows / tokens))  # on average, where the number varies
         return self.capacity(factor, tokens, len(routing.counts), k)
 

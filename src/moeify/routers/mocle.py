@@ -80,7 +80,7 @@ class Cluster(Router):
         tokens = real_tokens(x, context)
         samples = torch.stack([tokens.sequence_id, tokens.keys(context, self.key)])
         (sequence_id, cluster), which = samples.unique(dim=1, return_inverse=True)
-        if not torch.compiler.is_compiling():  # where the table of embeddings refuses by itself
+        if not torch.compiler.is_compiling():  # the embedding table raises by itself
             self._require_known(cluster)
         logits = project(self.embedding(cluster), self.weight, self.bias)
         p = (self._noisy(logits) / self.temperature).softmax(-1)
@@ -89,7 +89,7 @@ class Cluster(Router):
         if self.universal:
             indices.append(torch.full_like(expert, self.num_experts - 1))
             topk_weights.append(1 - certainty)
-            logits, p = F.pad(logits, (0, 1), value=torch.finfo(p.dtype).min), F.pad(p, (0, 1))  # nobody chooses it
+            logits, p = F.pad(logits, (0, 1), value=torch.finfo(p.dtype).min), F.pad(p, (0, 1))  # never chosen
         indices, topk_weights = torch.stack(indices, dim=-1)[which], torch.stack(topk_weights, dim=-1)[which]
         evidence = Evidence(logits=logits, scores=p, sequence_id=sequence_id)
         return tokens.assign(indices, topk_weights, self.num_experts, evidence)

@@ -94,7 +94,7 @@ class SparseMultiGate(Router):
         return min(self.union, self.gates * self.per_gate)
 
     def forward(self, x: Float[Tensor, "... D"], context: Context) -> Assignment:
-        """Route every real token to the experts that its gates agree on."""
+        """Route every real token to the union of experts that its gates choose."""
         tokens = real_tokens(x, context)
         logits = gate_logits(tokens, self.weight, self.sees)
         scores = logits.softmax(-1)

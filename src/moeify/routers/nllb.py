@@ -26,7 +26,7 @@ class FinalMask(Router):
 
     Final output masking (NLLB, arXiv 2207.04672): to mask Σ_j g_j E_j(x) is to mask the g_j, so a masked token has
     no rows, and they cost nothing. In training only. What the wrapped router chose stays in `assigned`,
-    `choices` and `scores`, by which losses and controllers go.
+    `choices` and `scores`, which losses and controllers use.
 
     Args:
         router: the router whose decisions are masked; it must give `Assignment`s.
@@ -64,7 +64,7 @@ class Conditional(Router):
 
     The last expert is the dense one: every token goes to it, and the wrapped router chooses among the others. As in the
     authors' code (fairseq, branch nllb), a G that is dropped leaves the dense expert alone, and others are scaled up,
-    even beyond 1. `moeify.losses.budget` holds the mean of G where it is wanted.
+    even beyond 1. `moeify.losses.budget` holds the mean of G at a target.
 
     Args:
         router: the router of the E - 1 other experts; it must give `Assignment`s of one weight per row, and hold no
@@ -129,7 +129,7 @@ class Conditional(Router):
 
 
 def _everywhere(value: Tensor, tokens: Tokens) -> tuple[Int[Tensor, "T"], Tensor]:
-    """Where the real tokens lie, and their values among 0 for padding."""
+    """A mask of the real tokens, and their values with 0 for padding."""
     everywhere = torch.arange(math.prod(tokens.shape), device=value.device)
     positions = everywhere if tokens.positions is None else tokens.positions
     return positions, value.new_zeros(len(everywhere)).index_put((positions,), value)

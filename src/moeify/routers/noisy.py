@@ -37,7 +37,7 @@ def of_all(
     """Σ_x Φ((x W_j - the k-th largest of all noisy logits) / σ_j(x)) (V-MoE, appendix A.2, and the authors' code).
 
     A chosen expert is compared with a threshold that its own noise may have set, so that the k-th choice wins half of
-    the redraws whatever the others score.
+    the redraws for any scores of the others.
     """
     kth = noisy.topk(k, dim=-1).values[:, -1:]
     return torch.special.ndtr((clean - kth) / std.clamp_min(1e-6)).sum(0)

@@ -60,7 +60,7 @@ class ReusedRouting(Router):
         return self._shared[0]
 
     def rows_per_token(self, tokens: int | None = None) -> float | None:
-        """Those of the router that decides."""
+        """The value of the router that decides."""
         return self.shared.rows_per_token(tokens)
 
     def forward(self, x: Float[Tensor, "... D"], context: Context) -> Routing:

@@ -30,7 +30,7 @@ class Comparison:
         return max(self._changes(model), default=0.0)
 
     def same(self, model: nn.Module) -> bool:
-        """Whether every output is what it was, but for rounding."""
+        """Whether every output is unchanged up to rounding."""
         rounding = torch.finfo(compute_dtype(model, model)).eps ** 0.5
         allowed = [rounding * _largest(before[before.isfinite()]) for before in self.before]
         return all(change <= most for change, most in zip(self._changes(model), allowed, strict=True))

@@ -41,7 +41,7 @@ from moeify.sparsify.whole import of_sequences, whole_modules
 
 @dataclass(frozen=True)
 class Plan:
-    """Where sparse layers will stand in a model, which is as it was until `apply`.
+    """The sites and sparse layers of a recipe in a model, which stays unchanged until `apply`.
 
     Attributes:
         model: the dense model.
@@ -58,7 +58,7 @@ class Plan:
         """The sparse layer of each site, made at first access.
 
         Raises:
-            ValueError: whatever router, experts and shared refuse; experts that destroy the dense model's function.
+            ValueError: invalid settings of router, experts or shared; experts that destroy the dense model's function.
         """
         refuse_misfit(self.recipe.experts, self.recipe.shared)
         layers = _layers(self.model, self.sites, self.recipe, contexts_of(self.sites))
@@ -70,7 +70,7 @@ class Plan:
         """The modules that run after the numbered layers that contain sparse ones, by name, made at first access.
 
         Raises:
-            ValueError: something would follow a site that stands in no numbered layer, or whatever `after` refuses.
+            ValueError: something would follow a site outside the numbered layers, or as of `after`.
         """
         made = {}
         for site in {site.layer: site for site in self.sites}.values():
@@ -121,7 +121,7 @@ class Plan:
             A function that undoes all of it.
 
         Raises:
-            ValueError: whatever `layers` and `following` raise; a router that looks at later tokens in a decoder. The
+            ValueError: as of `layers` and `following`; a router that looks at later tokens in a decoder. The
                 model is as it was.
         """
         return restored_on_error(self.model, lambda: self._apply(allow_noncausal), values=False)

@@ -26,7 +26,7 @@ def put(
 
     Args:
         model: the model.
-        sites: where.
+        sites: the places of the sparse layers.
         layers: the sparse layer of each site.
         following: a module for each named layer of a stack, which reads its output before the next layer does.
         allow_noncausal: let decoders have routers that look at later tokens.

@@ -29,8 +29,8 @@ class Recipe:
         router: makes a router from width and number of experts: `partial(TopK, k=2)`.
         decoder_router: makes the routers of decoders, where those of encoders look at later tokens; None for `router`.
         experts: makes experts from the dense module: `copies`, `splits`, `fresh`.
-        shared: makes what stands beside the experts: `nothing`, `dense`, `frozen`, `gated`.
-        after: makes what follows the layer that a sparse one stands in: `nothing`, `sandwich`.
+        shared: makes the module that runs beside the experts: `nothing`, `dense`, `frozen`, `gated`.
+        after: makes the module that follows the block around a sparse layer: `nothing`, `sandwich`.
 
     Raises:
         ValueError: no expert at all.

@@ -32,7 +32,7 @@ def residual_splits(
         dense: a `DenseFFN`.
         num_experts: E; E + parts must divide H.
         parts: how many parts the shared expert has, each as large as an expert.
-        importance: how much every expert needs every unit: `by_weights`, or `measure_token_importance(...)`.
+        importance: of every unit for every expert: `by_weights`, or `measure_token_importance(...)`.
         scale: multiplies the outputs; E - 1 of E routed units are silent with k = 1, which training has to make up for.
 
     Raises:
@@ -59,7 +59,7 @@ def residual(
         num_experts: E of the experts beside it, which are made by `residual_splits` with the same settings; in a
             recipe, the recipe's.
         parts: how many parts the shared expert has, each as large as an expert.
-        importance: how much every expert needs every unit.
+        importance: of every hidden unit for every expert.
 
     Raises:
         ValueError: as of `residual_splits`; no number of experts.

@@ -24,7 +24,7 @@ def verified(
 
     Args:
         model: the dense model.
-        sites: where sparse layers are to stand.
+        sites: where sparse layers will be inserted.
         given: a probe (a tensor, a tuple of arguments or a mapping); by default one is guessed.
         whole: whether experts will be whole modules, which compute padding as the module that they are copies of.
 
@@ -54,7 +54,7 @@ def _run(model: nn.Module, probe: Probe) -> Comparison:
         return Comparison.of(model, probe)
     except MemoryError:  # says nothing about the model
         raise
-    except Exception as error:  # whatever a model raises for an input that it does not take
+    except Exception as error:  # any error means that the model does not accept the input
         raise ValueError(
             f"this {type(model).__name__} cannot be run on the probe: {type(error).__name__}: {error}"
         ) from error
@@ -66,7 +66,7 @@ def _same_with(model: nn.Module, sites: Sequence[Site], compare: Comparison) -> 
         return compare.same(model)
     except MemoryError:  # says nothing about the model
         raise
-    except Exception:  # whatever the model raises where it is misread
+    except Exception:  # any error means that a site was misread
         return False
     finally:
         for restore in reversed(undo):

@@ -24,7 +24,7 @@ class AdaptExperts(TrainerCallback):
     layer, experts that no token used are removed from use; and if tokens found no expert, one that is not in use is
     added: its row is the mean direction of those tokens, its threshold 0. A layer keeps at least one expert.
 
-    A window that a checkpoint interrupts begins anew.
+    A window that a checkpoint interrupts starts over.
 
     Args:
         every: steps from one change to the next.

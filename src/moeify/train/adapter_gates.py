@@ -22,7 +22,7 @@ def train_gates(
 ) -> dict[str, Float[Tensor, "D"]]:
     """Learn by AdamW a gate v for every module of a model with one adapter: y = W u + σ(v · u) · s B A u.
 
-    v starts at 0, where σ is 1/2: training begins at half the adapter's strength, whatever its own training used. The
+    v starts at 0, where σ is 1/2: training begins at half the adapter's strength, independent of its own training. The
     model is not changed.
 
     Args:
@@ -70,7 +70,7 @@ def _single(model: nn.Module) -> dict[str, MoE]:
 
 @contextmanager
 def _gated(model: nn.Module, layers: dict[str, MoE]) -> Iterator[dict[str, nn.Parameter]]:
-    """Context manager in which gates replace the routers, and only they learn."""
+    """Context manager in which gates replace the routers, and only they are trained."""
     routers = {name: layer.router for name, layer in layers.items()}
     learnt = [p for p in model.parameters() if p.requires_grad]
     gates = {}

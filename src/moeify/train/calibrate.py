@@ -22,7 +22,7 @@ from moeify.routing import Routing
 
 @contextmanager
 def calibrate_all_experts(model: nn.Module) -> Iterator[None]:
-    """Inside, every expert reads every real token, while every layer outputs what its router decides.
+    """Context manager in which every expert reads every real token; layer outputs still follow the router.
 
     For observers that sit on experts, as those of quantisation do: an expert that calibration data is never sent to
     would have no activation ranges. After each pass the experts are called once more, with the tokens that they
@@ -61,7 +61,7 @@ class ExpertTokens:
     layers: dict[str, Int[Tensor, "E"]]
 
     def missed(self, at_least: int = 1) -> dict[str, list[int]]:
-        """The experts that received fewer tokens, by layer; layers without any are left out."""
+        """The experts that received fewer tokens, by layer; layers without any are omitted."""
         few = {name: (tokens < at_least).nonzero().flatten().tolist() for name, tokens in self.layers.items()}
         return {name: experts for name, experts in few.items() if experts}
 

@@ -54,7 +54,7 @@ class ExpertDropout(TrainerCallback):
 class KSchedule(TrainerCallback):
     """Sets how many experts a token uses, by a schedule over optimizer steps, rounded (SMoE-Dropout: k grows to E).
 
-    It sets the `k` of every router of ours that has one to set, see `Router.settable_k`.
+    It sets the `k` of every router of moeify with a settable one, see `Router.settable_k`.
 
     Raises:
         ValueError: when training begins, a model without such a router; in training, a k outside 1..E.

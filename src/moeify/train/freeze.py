@@ -1,4 +1,4 @@
-"""Which parts of a sparse model learn: its routers, its experts, what they share, and the base around them."""
+"""Choose which parts of a sparse model are trained: routers, experts, what they share, and the base around them."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ PARTS = ("router", "experts", "shared", *BASE)
 
 @dataclass(frozen=True)
 class Share:
-    """How much of a part learns.
+    """How much of a part is trained.
 
     Attributes:
         part: one of `PARTS`.
         tensors: its number of parameter tensors.
         parameters: its number of parameters.
-        trained: how many of these learn.
+        trained: how many of these are trained.
     """
 
     part: str
@@ -36,13 +36,13 @@ class Share:
 
     @property
     def share(self) -> float:
-        """The share of the part's parameters that learns."""
+        """The share of the part's parameters that is trained."""
         return self.trained / self.parameters
 
 
 @dataclass(frozen=True)
 class Trainable:
-    """What learns in a model, by part; parts that the model does not have are left out."""
+    """What is trained in a model, by part; parts that the model does not have are omitted."""
 
     rows: tuple[Share, ...]
 
@@ -72,7 +72,7 @@ class Trainable:
 
 
 def freeze(model: nn.Module, *parts: str | re.Pattern[str], verbose: bool = True) -> Trainable:
-    """Stop parts of a model from learning, print what still learns, and return it.
+    """Freeze parts of a model, print what is still trained, and return it.
 
     Frozen parameters lose their gradient, so an optimizer that holds them already leaves them as they are.
 
@@ -84,7 +84,7 @@ def freeze(model: nn.Module, *parts: str | re.Pattern[str], verbose: bool = True
         verbose: print the table.
 
     Raises:
-        ValueError: no part, one that the model does not have, or nothing is left to learn; nothing is frozen then.
+        ValueError: no part, one that the model does not have, or nothing is left to train; nothing is frozen then.
     """
     chosen = _chosen(model, parts)
     if not any(p.requires_grad for name, p in model.named_parameters() if name not in chosen):
@@ -100,7 +100,7 @@ def freeze(model: nn.Module, *parts: str | re.Pattern[str], verbose: bool = True
 
 
 def unfreeze(model: nn.Module, *parts: str | re.Pattern[str], verbose: bool = True) -> Trainable:
-    """Let parts of a model learn, named as in `freeze`, print what learns now, and return it.
+    """Unfreeze parts of a model, named as in `freeze`, print what is trained now, and return it.
 
     Make the optimizer afterwards: one that was made before may lack these parameters.
 
@@ -129,7 +129,7 @@ def require_learning_routers(model: nn.Module) -> None:
     """Refuse a balance or z-loss where every router is frozen.
 
     Raises:
-        ValueError: the model's routers have parameters, and none of these learns.
+        ValueError: the model's routers have parameters, and none of these is trained.
     """
     table = trainable(model)
     if "router" in table.parts and table["router"].trained == 0:

@@ -120,7 +120,7 @@ class StepLoss:
         """This micro-batch's part of the mean over layers of E · Σ_j f_j · P_j; 1.0 per step is perfect.
 
         Raises:
-            ValueError: no layer keeps scores, or none of them can learn.
+            ValueError: no layer keeps scores, or all their routers are frozen.
         """
         scored = [(n, r, r.scores) for n, r in decisions if isinstance(r, Assignment) and r.scores is not None]
         if not scored:
@@ -152,9 +152,9 @@ class StepLoss:
 
     @torch.no_grad()
     def add(self, decisions: Decisions, *, counts: bool = True) -> None:
-        """Remember the rows that this micro-batch assigned to the experts, for the f of the next step.
+        """Store the rows that this micro-batch assigned to the experts, for the f of the next step.
 
-        Those of a micro-batch of padding do not count; its layers are named all the same, as ranks add up by layer.
+        A micro-batch of padding only adds zeros, since all ranks sum the same layers.
         """
         for name, routing in decisions:
             if routing.assigned is not None:

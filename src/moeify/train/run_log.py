@@ -20,10 +20,10 @@ LOG = "metrics.jsonl"
 
 
 def report(tally: Tally, logs: dict[str, float], state: TrainerState, folder: str | Path) -> dict[str, float]:
-    """Write the metrics since the last entry, with the trainer's log, and return the figures of all layers.
+    """Write the metrics since the last entry, with the trainer's log, and return the metrics of all layers.
 
     Args:
-        tally: is drained.
+        tally: the metrics, which are reset.
         logs: what the trainer logs.
         state: of the trainer; its first rank writes.
         folder: of the run.

@@ -27,7 +27,7 @@ def confusion(predicted: Int[Tensor, "N"], labels: Int[Tensor, "N"], classes: in
 def super_classes(confused: Num[Tensor, "C C"], groups: int, *, seed: int = 0) -> Int[Tensor, "C"]:
     """The group of each class, so that a model rarely confuses classes of different groups.
 
-    Spectral clustering (scikit-learn) of the graph whose edges are how often two classes are taken for each other
+    Spectral clustering (scikit-learn) of the graph whose edges are how often two classes are confused
     (Mobile V-MoE, arXiv 2309.04354, section 3). Count on images that are not the test set.
 
     Args:

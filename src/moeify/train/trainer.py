@@ -92,17 +92,17 @@ class SparseTrainerMixin(Columns, Saving):
 
     @property
     def targets(self) -> list[SparsityTarget]:
-        """The loss weights that follow what the routers do."""
+        """The loss weights that adapt to the routing."""
         return [weight for weight, _ in self.sparse.losses if isinstance(weight, SparsityTarget)]
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """Train, or go on from a checkpoint: True for the newest that can be trusted, or the path of one.
+        """Train, or go on from a checkpoint: True for the newest valid one, or the path of one.
 
         A run that has done all its steps takes no more. Checkpoints in the output folder that this run does not go on
         from, those of another run or of later steps, are moved into a folder `earlier-1` beside them.
 
         Raises:
-            FileNotFoundError: no checkpoint can be trusted; the message says why.
+            FileNotFoundError: there is no valid checkpoint; the message names the reason.
             OSError: another process is training into the output folder.
         """
         with self._alone():

@@ -10,7 +10,7 @@ from moeify.routing import Assignment
 
 
 def noisy_evaluation(seen: Observed) -> Iterator[Finding]:
-    """In evaluation the same tokens get other weights the second time: noise, jitter or dropout was left on.
+    """In evaluation the same tokens get different weights in a second pass: noise, jitter or dropout was left on.
 
     Two passes of one model on one machine agree to the last bits; 1e-3 of a weight is far more than that.
     """

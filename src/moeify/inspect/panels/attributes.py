@@ -30,7 +30,7 @@ class Groups:
 
 
 def attributes(tokens: Tokens) -> dict[str, Groups]:
-    """The partitions that the table knows and that have two groups or more."""
+    """The partitions in the table that have two groups or more."""
     found: dict[str, Groups] = {}
     if tokens.domain is not None:
         found["domain"] = Groups(tokens.domains, tokens.domain.long())
@@ -48,7 +48,7 @@ def attributes(tokens: Tokens) -> dict[str, Groups]:
 
 
 def script_of(text: str) -> str:
-    """The script of the first letter, such as Latin or Cyrillic, which tells many languages apart; else its kind."""
+    """The script of the first letter, such as Latin or Cyrillic, which separates many languages; else its category."""
     for c in text:
         if c.isalpha():
             return unicodedata.name(c, "other letters").split()[0].capitalize()

@@ -83,7 +83,7 @@ def short(names: Sequence[str], most: int = 4) -> str:
 
 
 ENOUGH = 20
-"""Rows per expert below which a load says little: by chance alone it has a standard deviation of 22 %."""
+"""Rows per expert below which a load is unreliable: by chance alone it has a standard deviation of 22 %."""
 
 
 def rows_per_expert(layers: Sequence[LayerTrace]) -> float:

@@ -1,4 +1,4 @@
-"""Panel: the load of every expert in every layer, over all tokens and in prefill and decoding apart."""
+"""Panel: the load of every expert in every layer, over all tokens, and in prefill and decoding separately."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def load_by_layer(trace: Trace) -> Panel:
 
 
 def by_phase(trace: Trace) -> dict[str, Trace]:
-    """The trace, and where it knows both phases, prefill and decoding apart."""
+    """The trace, and if it has both phases, prefill and decoding separately."""
     parts = {"all": trace}
     phases = [table.phase for table in trace.tables]
     if all(phase is not None and {PREFILL, DECODE} <= set(phase.unique().tolist()) for phase in phases):

@@ -27,7 +27,7 @@ def over_training(log: Sequence[Mapping[str, Any]]) -> Panel:
         log: its lines.
 
     Raises:
-        NotMeasured: no line has figures of layers.
+        NotMeasured: no line has metrics of layers.
     """
     lines = [line for line in log if line.get("layers")]
     if len(lines) < 2:
@@ -65,7 +65,7 @@ def _parts(lines: list[Mapping[str, Any]], size: int) -> list[list[Mapping[str, 
 
 
 def _least(values: Float[Tensor, "L S"]) -> Float[Tensor, "S"]:
-    """The smallest over the layers, whatever is not known left out."""
+    """The smallest over the layers, ignoring unknown values."""
     return values.nan_to_num(torch.inf).amin(0)
 
 

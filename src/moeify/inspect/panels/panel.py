@@ -13,7 +13,7 @@ Level = Literal["act", "look", "fine", "unknown"]
 
 
 class NotMeasured(ValueError):
-    """A panel has nothing to show; the message says what is missing and how to get it."""
+    """A panel has no data; the message names what is missing and how to get it."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Advice:
 
     Attributes:
         level: how urgent it is.
-        finding: what the numbers say.
+        finding: the result in words.
         action: what to do.
         gain: what this can be expected to bring.
         source: where the number of the gain comes from.
@@ -54,7 +54,7 @@ class Panel:
 
     Attributes:
         title: a few words.
-        question: what it answers, for a reader who does not know the term.
+        question: the question in words, for a reader who does not know the term.
         picture: what is drawn.
         table: the numbers.
         advice: what to do.

@@ -1,4 +1,4 @@
-"""Panel: the share of a decoding step's experts that the step before used too, by step and layer."""
+"""Panel: the share of a decoding step's experts that the previous step used too, by step and layer."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ def specialisation(trace: Trace) -> list[Panel]:
     """One panel for each attribute of the tokens that the trace has.
 
     Raises:
-        NotMeasured: it knows none, or no layer sends tokens to experts.
+        NotMeasured: it has none, or no layer sends tokens to experts.
     """
     layers = choosing(trace)
     names = list(dict.fromkeys(name for layer in layers for name in attributes(layer.tokens)))
