@@ -153,7 +153,7 @@ def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], header: Mappi
     Args:
         path: where to.
         tensors: by name.
-        header: a text by its name that stands beside them; of several the order, and so the bytes, would be random.
+        header: one entry of metadata; the order of several, and so the bytes, would be random.
 
     Raises:
         OSError: the disk is full, or the folder cannot be written to.
@@ -213,7 +213,7 @@ def fingerprint(path: Path) -> dict[str, Any]:
 
 
 def unchanged(file: Path, saved: Mapping[str, Any] | None) -> Path:
-    """A file that is about to be read, and is what was saved.
+    """Check that a file has the hash with which it was saved, and return its path.
 
     Args:
         file: its path.

@@ -128,11 +128,11 @@ class MoELayer(SparseLayer):
         return self.router.rows_per_token(tokens)
 
     def common_modules(self) -> list[nn.Module]:
-        """Those that the experts name."""
+        """The `common_modules` of the experts."""
         return [m for part in self.experts.modules() if isinstance(part, Experts) for m in part.common_modules()]
 
     def selection_biases(self) -> Iterator[tuple[nn.Module, str]]:
-        """Those of the router and of routers inside it."""
+        """The selection biases of the router and of routers inside it."""
         for router in self.router.modules():
             if router._buffers.get("selection_bias") is not None:
                 yield router, "selection_bias"
@@ -201,11 +201,11 @@ class HfLayer(SparseLayer):
         return k
 
     def common_modules(self) -> list[nn.Module]:
-        """None."""
+        """No modules."""
         return []
 
     def selection_biases(self) -> Iterator[tuple[nn.Module, str]]:
-        """Those outside the experts that transformers calls so."""
+        """The tensors outside the experts with a name that transformers uses for selection biases."""
         inside = set(self.experts.modules())
         for owner in self.module.modules():
             if owner not in inside:
@@ -223,7 +223,7 @@ class HfLayer(SparseLayer):
         return self.block.observe(translate, repeated=repeated)
 
     def run_unrouted(self) -> list[RemovableHandle]:
-        """See `Block`."""
+        """Run them as `Block.run_unrouted` does."""
         return self.block.run_unrouted(self.context.real)
 
 

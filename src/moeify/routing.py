@@ -194,7 +194,7 @@ class Assignment(Routing):
         return expert_of_rows(self.counts, self.num_rows)
 
     def reads(self) -> Bool[Tensor, "all E"]:
-        """Those of the rows."""
+        """The weights of the rows."""
         found = self.counts.new_zeros(math.prod(self.shape), len(self.counts), dtype=torch.bool)
         found[self.source, self.expert] = True
         return found

@@ -87,9 +87,9 @@ class Control:
             layer[key] = layer[key] + value if key in layer else value.clone()
 
     def _is_in_training(self, name: str) -> bool:
-        """Whether a pass is one in training: with gradients, and once, the second time if the first was without.
+        """Whether a pass counts as training: it has gradients, and is counted once.
 
-        Re-entrant activation checkpointing is without gradients at first, as generation is, which never comes back.
+        Re-entrant activation checkpointing runs first without gradients and then with them; generation only without.
         """
         if not torch.is_grad_enabled():
             self.postponed[name] += 1
@@ -123,7 +123,7 @@ class Control:
 def control(model: nn.Module, optimizer: torch.optim.Optimizer, rule: Rule) -> Control:
     """Balance a model by moving its routers' selection biases after every optimizer step.
 
-    Works on our routers built with `selection_bias=True`, and on models of transformers whose layers have an
+    Works on routers of moeify built with `selection_bias=True`, and on models of transformers whose layers have an
     `e_score_correction_bias` or `expert_bias`, which transformers itself never moves; rounded ones become fp32, now
     and in every step. Only forward passes in training, with gradients, are counted, once each where activation
     checkpointing repeats them. On several processes all must train the same layers.

@@ -50,7 +50,7 @@ def merge_models(
 
     Args:
         models: modules, or folders of saved models; by name, if the experts are to have names other than 0, 1, ...
-        recipe: which layers become sparse and what routes to the experts; `Recipe()` if not given. Its experts are
+        recipe: which layers become sparse and their routers; `Recipe()` if not given. Its experts are
             the models, and `num_experts` their number.
         base: gives all tensors that are in no expert, and the dtype; without it they are the mean over the models.
         router_init: for each name, example inputs of the domain that its expert is for (each a tensor, a tuple of
@@ -63,7 +63,7 @@ def merge_models(
     Raises:
         ValueError: models that differ in more than their values, where the message names the tensor or setting (models
             of two classes, Llama and Mistral say, must compute the same with the same tensors); and
-            as of `sparsify`.
+            as in `sparsify`.
         FileNotFoundError: a path without a model.
     """
     named = dict(models) if isinstance(models, Mapping) else {str(i): model for i, model in enumerate(models)}
@@ -93,7 +93,7 @@ def merge_models(
 
 
 def _fill_experts(report: Report, sources: list[Source], own: Mapping[Names, Tensor]) -> set[int]:
-    """Fill the experts of every layer from the models; returns the tensors of the base that they stand for, by id."""
+    """Fill the experts of every layer from the models; returns the tensors of the base that they replace, by id."""
     names = {id(tensor): group for group, tensor in own.items()}
     filled = [_fill(m.experts, site, sources, names) for site, m in zip(report.sites, report.layers, strict=True)]
     return set().union(*filled)

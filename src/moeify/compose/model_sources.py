@@ -193,7 +193,7 @@ def _faults(source: Source, model: nn.Module) -> Iterator[str]:
 
 
 def _faults_of_another_class(source: Source, model: nn.Module) -> Iterator[str]:
-    """A model of another class matches the others if, as far as the settings show, it computes the same."""
+    """The differences between a model of another class and a model of this class with its tensors."""
     ours, theirs = (
         {key: value for key, value in each.items() if key.startswith("config.") and key != "config.model_type"}
         for each in (settings(model), source.settings)

@@ -54,7 +54,7 @@ class Blocks(Experts):
 
     @property
     def costs(self) -> Float[Tensor, "E"]:
-        """The costs of a row at every expert, in proportion to the parameters of one of its experts."""
+        """The costs of a row at every expert, in proportion to its number of parameters."""
         work = torch.cat([_size(group) * group.costs for group in cast(Iterable[Experts], self.banks)])
         return work / work.max().clamp_min(1)
 

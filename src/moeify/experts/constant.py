@@ -31,7 +31,7 @@ class Constant(Experts):
 
     @property
     def costs(self) -> Float[Tensor, "E"]:
-        """Zero."""
+        """A cost of zero."""
         return torch.zeros(self.num_experts)
 
     def forward(self, rows: Float[Tensor, "R D"], counts: Int[Tensor, "E"]) -> Float[Tensor, "R D"]:

@@ -20,7 +20,7 @@ class HeadDim:
         return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
     def write(self, value: int, traits: Traits) -> dict[str, Any]:
-        """The field, always."""
+        """The field, written in every case."""
         return {"head_dim": value}
 
 
@@ -81,7 +81,7 @@ class AttentionScale:
         return (self.name,)
 
     def read(self, config: Any) -> float | None:
-        """The field, unless it is the usual one."""
+        """The field, unless it has the default value."""
         scale = getattr(config, self.name)
         return None if scale == HeadDim().read(config) ** -0.5 else scale
 

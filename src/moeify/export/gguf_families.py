@@ -37,7 +37,7 @@ class Silu:
     """The activation SiLU, the only one of gated experts in llama.cpp."""
 
     def write(self, value: str, traits: Traits) -> dict[str, Any]:
-        """Nothing, if it is the model's."""
+        """No key, if the model has this activation."""
         if value not in ("silu", "swish"):
             raise Unsupported(f"its experts compute silu, the model's {value}")
         return {}

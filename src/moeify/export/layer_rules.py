@@ -20,7 +20,7 @@ class AllSparse:
         return tuple(range(config.num_hidden_layers))
 
     def write(self, value: tuple[int, ...], traits: Traits) -> dict[str, Any]:
-        """Nothing, if they all have."""
+        """No field, if all layers have experts."""
         if len(value) != traits["layers"]:
             raise Unsupported(
                 f"all its layers are sparse, {len(value)} of the model's {traits['layers']} are; make every layer "
@@ -92,7 +92,7 @@ class EveryFew:
 
 @dataclass(frozen=True)
 class Groups:
-    """Groups of experts, of which a token may use some.
+    """Group-limited routing: a token may use experts of some groups only.
 
     Attributes:
         reduce: how a group scores, see `moeify.routers.ExpertGroups`.
@@ -194,7 +194,7 @@ class SomeShared:
 
     @property
     def fields(self) -> tuple[str, ...]:
-        """Those of its width."""
+        """The fields of its width."""
         return self.rule.fields
 
     def read(self, config: Any) -> tuple[str, int] | None:

@@ -19,7 +19,7 @@ class Target(Protocol):
 
     @property
     def title(self) -> str:
-        """Its display name."""
+        """The display name of the class."""
         ...
 
     @property

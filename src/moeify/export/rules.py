@@ -51,7 +51,7 @@ class Always:
         return self.value
 
     def write(self, value: Any, traits: Traits) -> dict[str, Any]:
-        """Nothing, if the model has the same value."""
+        """No field, if the model has the same value."""
         if value != self.value:
             raise Unsupported(f"always {self.value}, in the model {value}", self.value)
         return {}
@@ -69,7 +69,7 @@ class Field:
         return (self.name,)
 
     def read(self, config: Any) -> Any:
-        """Its value."""
+        """The value of the field."""
         return getattr(config, self.name, None)
 
     def write(self, value: Any, traits: Traits) -> dict[str, Any]:

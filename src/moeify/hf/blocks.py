@@ -62,10 +62,10 @@ class Block(ABC):
         """After every pass run each expert on the tokens that were not routed to it, and drop the outputs.
 
         Args:
-            real: positions of the real ones among so many tokens, None for all.
+            real: from a number of tokens to the positions of the real ones, None for all.
 
         Raises:
-            ValueError: the block cannot call its experts so.
+            ValueError: the experts of the block cannot be called in this way.
         """
         raise ValueError(
             f"{self.name or type(self.module).__name__} does not call its experts with chosen tokens, so they cannot "
@@ -79,7 +79,7 @@ def is_wrapper(module: nn.Module) -> bool:
 
 
 def unwrapped(module: nn.Module) -> nn.Module:
-    """The module inside the adapters of PEFT that lie around it, the module itself if there are none."""
+    """The module inside its PEFT wrappers, or the module itself if it has none."""
     while is_wrapper(module):
         module = module.get_submodule("base_layer")
     return module

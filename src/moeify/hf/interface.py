@@ -67,7 +67,7 @@ def moeify_experts(
 
 
 def _without_last(routing: Assignment) -> Assignment:
-    """The decision without the rows of the last expert; they lie at the end."""
+    """The decision without the rows of the last expert, which are at the end."""
     counts = routing.counts[:-1]
     return replace(routing.only(slice(int(counts.sum())), counts=counts), before_limit=None)
 
@@ -85,7 +85,7 @@ class HfExperts(Experts):
         self.num_experts: int = experts.num_experts  # pyrefly: ignore[bad-assignment]
 
     def called_modules(self) -> list[nn.Module]:
-        """Itself: the experts of transformers call it from their own forward pass, when their hooks have run."""
+        """The module itself: the experts of transformers call it in their forward pass, after their hooks."""
         return [self]
 
     @property

@@ -32,7 +32,7 @@ def draw_losses(versus: Versus, file: Path) -> None:
     runs = [*sparse, *dense]
     lowest, highest = min(run.points[-1].loss for run in runs), max(run.points[1].loss for run in runs)
     margin = max(0.01, 0.05 * (highest - lowest))
-    for axis in axes:  # the fall from chance to the first measured loss would hide all that comes after
+    for axis in axes:  # without the first point, whose loss would compress the rest of the curve
         axis.set_ylim(lowest - margin, highest + margin)
     axes[0].set_ylabel("validation loss (nats per token)")
     axes[0].legend()

@@ -42,7 +42,7 @@ def orthogonality(weight: Float[Tensor, "E D"]) -> Float[Tensor, ""]:
 def proxies(weight: Float[Tensor, "E D"]) -> Float[Tensor, "E D"]:
     """Router rows as tokens: row i multiplied by U(1 - ε_i, 1 + ε_i), ε_i = |R_i - R_nearest| / (2 |R_i|).
 
-    Half the way to the nearest other row at most (ERC, arXiv 2512.23447). Each call draws new noise, without a gradient.
+    Half the way to the nearest other row at most (ERC, arXiv 2512.23447). Each call draws new noise; no gradient.
     """
     row = weight.detach().float()
     distance = torch.cdist(row, row, compute_mode="donot_use_mm_for_euclid_dist").fill_diagonal_(float("inf"))

@@ -17,7 +17,7 @@ class ExpertThreshold(Router):
     """Every expert selects the tokens whose logit reaches its cut-off, z_j = w_j · x >= c_j, with weight sigmoid(z_j).
 
     Expert Threshold (arXiv 2603.11535), with cut-offs on logits and the sigmoid as in the authors' code, which by
-    default also divides the weights by the number of experts that took the token. A decision depends on its token
+    default also divides the weights by the number of experts that selected the token. A decision depends on its token
     alone, so it is causal; 0 to E experts select a token. The cut-offs are a buffer, `selection_bias` = -c, which
     starts at 0; `moeify.balance.CutOff` moves it to where each expert gets its share.
 

@@ -60,7 +60,7 @@ class SparseMultiGate(Router):
 
     Without the bound the gates of many tasks make nearly every expert run. The union takes every gate's first choice,
     then the experts with the largest weights summed over the gates that chose them; each gate's weights are its
-    probabilities of what is left of its choices, normalised.
+    probabilities for those of its choices in the union, normalised.
 
     Args:
         width: D.

@@ -32,7 +32,7 @@ def sandwich(dense: nn.Module, width: int, *, variance: float | None = None, zer
         zero: start with a down projection of zeros, so that the model starts as it is without.
 
     Raises:
-        ValueError: the module is no `DenseFFN`, or its input and output widths differ.
+        ValueError: the module is no `DenseFFN`, or O is not D.
     """
     if not isinstance(dense, DenseFFN) or dense.width != dense.width_out:
         raise ValueError(

@@ -220,11 +220,11 @@ def with_free(
     constant: int = 2,
     scale: float = 1.0,
 ) -> Experts:
-    """The last experts cost nothing: they output a learned vector, the token, or 0, in this order (MoE++, 2410.07348).
+    """The last experts have no FFN: they output a learned vector, the token, or 0, in this order (MoE++, 2410.07348).
 
     Args:
         dense: a `DenseFFN` with outputs as wide as its inputs.
-        num_experts: E, the free ones included.
+        num_experts: E, those without computation included.
         experts: makes the others.
         zero: how many `Zero` experts.
         copy: how many `Identity` experts.
@@ -232,7 +232,7 @@ def with_free(
         scale: multiplies what all of them read; the authors' code takes k, 2.
 
     Raises:
-        ValueError: no expert is left that works, or a module that is no `DenseFFN` of one width.
+        ValueError: no FFN expert is left, or a module that is no `DenseFFN` with O = D.
     """
     free = zero + copy + constant
     if free >= num_experts:

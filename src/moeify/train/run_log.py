@@ -37,7 +37,7 @@ def report(tally: Tally, logs: dict[str, float], state: TrainerState, folder: st
 
 
 def exact(values: dict[str, Any]) -> dict[str, Any]:
-    """Numbers and, beside loss and gradient norm, their bits: equal runs are then equal texts."""
+    """The numbers, and for loss and gradient norm also the exact bits, so that equal runs have equal logs."""
     bits = {f"{name}_hex": float(values[name]).hex() for name in ("loss", "grad_norm") if name in values}
     return values | bits
 

@@ -32,7 +32,7 @@ def require_taps(layer: SparseLayer) -> None:
 def watch(layer: SparseLayer, see: See) -> list[RemovableHandle]:
     """Call `see` with the logits, as part of the autograd graph, and the choices of every pass.
 
-    A block of transformers shows all its tokens, padding included; a layer of ours those that are real.
+    In blocks of transformers these include padding; in layers of moeify they do not.
     """
     if not isinstance(layer, HfLayer):
 

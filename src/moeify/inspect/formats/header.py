@@ -13,7 +13,7 @@ VERSION = 1
 
 
 def columns_of(layer: LayerTrace) -> dict[str, Tensor]:
-    """The columns of a layer by name; those that only a format knows are called `extra.NAME`."""
+    """The columns of a layer by name; those of a single format are called `extra.NAME`."""
     return layer.columns | {f"extra.{name}": values for name, values in layer.extra.items()}
 
 

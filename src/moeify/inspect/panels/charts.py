@@ -30,7 +30,7 @@ class Heatmap(Chart):
     """A matrix whose values are colours.
 
     Attributes:
-        values: NaN where there is none.
+        values: of the cells, NaN for none.
         rows: a name for each row.
         columns: a name for each column; None for their numbers.
         row: what a row is.
@@ -66,7 +66,7 @@ class Lines(Chart):
     """Curves over one axis.
 
     Attributes:
-        x: the places of the values; names stand at equal distances.
+        x: the x coordinates, or names, which are evenly spaced.
         series: the values of each curve, NaN where there is none.
         x_label: what x is.
         y_label: what the values are, with their unit.
@@ -129,7 +129,7 @@ class Points(Chart):
         y: how high they are.
         x_label: what x is.
         y_label: what y is, with its unit.
-        interval: a lower and an upper bound of y.
+        interval: lower and upper bounds of y.
     """
 
     names: Sequence[str]
@@ -207,7 +207,7 @@ class ColouredImage(Chart):
 
 @dataclass(frozen=True, kw_only=True)
 class Choice(Chart):
-    """One of several charts, which the reader chooses by name.
+    """Several charts, of which the reader chooses one by name.
 
     Attributes:
         label: what is chosen.
@@ -247,7 +247,7 @@ def _weights(weights: Float[Tensor, "..."] | None) -> dict[str, Any]:
 
 
 def visible(text: str) -> str:
-    """Text that can be shown: controls, marks that turn its direction and lone surrogates become escapes."""
+    """The text with control characters, bidirectional marks and lone surrogates escaped."""
     return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text)
 
 

@@ -27,8 +27,8 @@ def measure_coactivation(model: nn.Module, batches: Iterable[Batch], *, where: W
 
     Args:
         model: the dense model.
-        batches: of the model's arguments; `attention_mask` says what is padding.
-        where: which networks.
+        batches: of the model's arguments; `attention_mask` marks padding.
+        where: selects the networks.
 
     Raises:
         ValueError: a network whose tokens are not those of the mask, or that is not reached.
@@ -50,7 +50,7 @@ def measure_coactivation(model: nn.Module, batches: Iterable[Batch], *, where: W
 def coactivated(dense: DenseFFN, parts: int, *, importance: Importance) -> Int[Tensor, "E h"]:
     """Hidden units that are active together: an equal partition of the graph that `measure_coactivation` measured.
 
-    Balanced k-means on the rows of the graph, then swaps of two units while one makes the cut lighter.
+    Balanced k-means on the rows of the graph, then swaps of two units as long as one reduces the weight of the cut.
 
     Args:
         dense: the dense network.
@@ -62,7 +62,7 @@ def coactivated(dense: DenseFFN, parts: int, *, importance: Importance) -> Int[T
 
 
 def refined(graph: Float[Tensor, "H H"], members: Int[Tensor, "E h"], rounds: int = 10) -> Int[Tensor, "E h"]:
-    """Swap two units of different parts wherever that makes the cut lighter (Kernighan and Lin 1970)."""
+    """Swap two units of different parts wherever that reduces the weight of the cut (Kernighan and Lin 1970)."""
     parts = len(members)
     part_of = torch.empty(len(graph), dtype=torch.long, device=graph.device)
     part_of[members] = torch.arange(parts, device=graph.device).unsqueeze(1).expand_as(members)
