@@ -130,13 +130,13 @@ def regular(path: str | Path) -> Path:
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Write a text as UTF-8; a crash leaves the file as it was."""
+    """Write a text as UTF-8; a crash leaves the file unchanged."""
     with replacing(path) as new:
         new.write_bytes(text.encode("utf-8"))
 
 
 def write_json(path: str | Path, values: Any, **options: Any) -> None:
-    """Write JSON, indented; a crash leaves the file as it was.
+    """Write JSON, indented; a crash leaves the file unchanged.
 
     Args:
         path: where to.
@@ -148,7 +148,7 @@ def write_json(path: str | Path, values: Any, **options: Any) -> None:
 
 
 def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], header: Mapping[str, str] | None = None) -> None:
-    """Write tensors as safetensors; a crash leaves the file as it was, and equal tensors give equal bytes.
+    """Write tensors as safetensors; a crash leaves the file unchanged, and equal tensors give equal bytes.
 
     Args:
         path: where to.

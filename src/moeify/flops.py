@@ -121,7 +121,7 @@ class _Share:
 def _shares(model: nn.Module, passes: dict[nn.Module, int], tokens: int | None) -> dict[nn.Module, _Share]:
     """The share of every module inside experts; those of nested layers multiply.
 
-    A row passes one of E experts, but also whatever all experts have in common, such as the network that MixLoRA's
+    A row passes one of E experts, but also the parts that all experts share, such as the network that MixLoRA's
     experts change.
     """
     shares: dict[nn.Module, _Share] = {}
@@ -146,7 +146,7 @@ def _matrices(module: nn.Module, in_experts: bool) -> Iterator[Tensor]:
     """The matrices that a token is multiplied by: weights of two or more dimensions, and those of experts, (E, ., .).
 
     Embeddings among experts (Doge) are rows of matrices; elsewhere a lookup costs nothing. A router's tables are all
-    matrices, whatever they are called, unless they hold no real numbers.
+    matrices under any name, unless they hold no real numbers.
     """
     if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and not in_experts:
         return

@@ -3,7 +3,7 @@
     folder/.moeify-save/     new/ holds what is being written, obsolete.json names the files that go
     folder/.moeify-commit/   the same, complete and on disk: its new name is the commit
 
-A kill before the commit leaves the folder as it was. After the commit all of the new files exist, and `finish` moves
+A kill before the commit leaves the folder unchanged. After the commit all of the new files exist, and `finish` moves
 them to their places, however often it is interrupted. It deletes the old ones first, so that a program which knows
 nothing of this finds an incomplete folder in between, never old files beside new ones.
 """
@@ -103,9 +103,9 @@ class Stage:
 
 @contextmanager
 def replacing_files(folder: Path, doing: str = "is saving") -> Generator[Stage]:
-    """Write several files of a folder, nested ones too, all or none of them, whatever a crash interrupts.
+    """Write several files of a folder, nested ones too, all or none of them, even in a crash.
 
-    Old and new files are on disk together until the commit. An exception inside leaves the folder as it was.
+    Old and new files are on disk together until the commit. An exception inside leaves the folder unchanged.
 
     Raises:
         OSError: another process is saving into the folder, the disk is full, or the folder cannot be written to.

@@ -25,7 +25,7 @@ class Call:
         token_mask: True where a token is real, None where every token is.
         positions: the real tokens as indices into the flattened tokens, None where every token is real.
         inputs: the tensors that the outermost module was called with, by argument name.
-        packing: the arguments that tell where the documents of packed rows begin, None if there are none.
+        packing: the arguments that determine where the documents of packed rows begin, None if there are none.
         decisions: the decisions that later layers read (shared routing, residuals), by router.
         batch_first: whether tokens are laid out as (B, N, D), and not sequence first as (N, B, D).
         unpadded: the number of tokens of an input without padding, by the modules above the layers.

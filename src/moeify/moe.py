@@ -61,7 +61,7 @@ class MoE(nn.Module):
         attaches the new experts to the routers, but does not compare the numbers of experts.
 
         Raises:
-            ValueError: the router is for another number of experts, or cannot work with these; the layer is as it was.
+            ValueError: the router is for another number of experts, or cannot work with these; the layer is unchanged.
         """
         router = self.router if router is None else router
         experts = self.experts if experts is None else experts

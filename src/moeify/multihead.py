@@ -20,7 +20,7 @@ from moeify.routers.topk import TopK
 class MultiHead(nn.Module):
     """y = W_merge · moe(cut(W_head x)): h sub-tokens of width D / h per token (MH-MoE, arXiv 2404.15045).
 
-    Capacity, losses and statistics of the wrapped layer are over sub-tokens. Padding, and whatever else the layer's
+    Capacity, losses and statistics of the wrapped layer are over sub-tokens. Padding, and all else that the layer's
     context holds for a token, holds for all sub-tokens of that token.
 
     Args:

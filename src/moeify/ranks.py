@@ -79,7 +79,7 @@ def anywhere(flag: bool, device: torch.device | str = "cpu") -> bool:
 def failing_together(device: torch.device | str = "cpu") -> Generator[None]:
     """Context manager that raises on all ranks if one rank raises inside it, for which the others would wait.
 
-    Costs a collective of two numbers. Collectives inside must come after whatever may raise.
+    Costs a collective of two numbers. Collectives inside must come after all that may raise.
 
     Args:
         device: where the backend of the process group exchanges tensors.

@@ -25,7 +25,7 @@ from moeify.exportable import expert_of_rows
 
 @dataclass(frozen=True, kw_only=True)
 class Evidence:
-    """What a router computed to reach its decision, as losses, controllers and reports read it; padding is left out.
+    """What a router computed to reach its decision, as losses, controllers and reports read it; padding is excluded.
 
     Attributes:
         logits: the router's output for each decision.
@@ -219,7 +219,7 @@ class Assignment(Routing):
 
         Args:
             kept: which rows are kept: a mask, their places, or a slice.
-            counts: how many of them each expert has, if the caller knows it.
+            counts: how many of them each expert has, if known.
         """
         return replace(
             self,
@@ -342,7 +342,7 @@ def assign(
         weights: the weights of the chosen experts.
         num_experts: E.
         shape: leading shape of all tokens, `(T,)` if not given.
-        positions: where the T routed tokens lie among all tokens, if padding was left out.
+        positions: where the T routed tokens lie among all tokens, if padding was excluded.
         evidence: what the router computed to reach the decision.
     """
     tokens, k = indices.shape
@@ -374,7 +374,7 @@ def assign_where(
         chosen: which experts a token uses; any number of them.
         weight: the weights, of which the chosen ones count.
         shape: leading shape of all tokens, `(T,)` if not given.
-        positions: where the T routed tokens lie among all tokens, if padding was left out.
+        positions: where the T routed tokens lie among all tokens, if padding was excluded.
         evidence: what the router computed to reach the decision.
     """
     expert, token = chosen.t().nonzero(as_tuple=True)

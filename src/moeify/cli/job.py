@@ -68,7 +68,7 @@ class Job:
         length: tokens per block.
         shape: sizes of the small Llama.
         seeds: number of pairs of runs.
-        resume: go on where a stopped call ended.
+        resume: continue where a stopped call ended.
     """
 
     output: Path
@@ -86,7 +86,7 @@ class Job:
 
         Raises:
             ValueError: the folder holds another run; or data, model or recipe are invalid.
-            KeyboardInterrupt: a signal ended it; `resume` goes on.
+            KeyboardInterrupt: a signal ended it; `resume` continues it.
         """
         try:
             self._make_folder()

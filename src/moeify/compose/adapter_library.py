@@ -45,7 +45,7 @@ def from_adapters(
     linear layer -> a vector of its width), its vectors become the adapter's rows of routers that have a row per expert.
 
     Args:
-        base: the model that the adapters were trained on; a call that raises leaves it as it was.
+        base: the model that the adapters were trained on; a call that raises leaves it unchanged.
         adapters: the name of every adapter, and the folder that PEFT's `save_pretrained` wrote.
         router: makes a router from width and number of adapters.
         dropout: probability of dropping an input of an adapter in training.
@@ -79,7 +79,7 @@ def add_adapter(model: nn.Module, name: str, folder: str | Path, *, verbose: boo
 
     Raises:
         FileNotFoundError: a folder without an adapter, or with a pickle only.
-        ValueError: as in `from_adapters`; a name that is taken; a model without adapters. The model is as it was.
+        ValueError: as in `from_adapters`; a name that is taken; a model without adapters. The model is unchanged.
     """
     present = adapters_of(model)
     if name in present:
@@ -144,7 +144,7 @@ def load_adapters(
     """Put a saved adapter library beside the linear layers of its base model, routers included; returns the same model.
 
     Args:
-        base: the model that the adapters were trained on; a call that raises leaves it as it was.
+        base: the model that the adapters were trained on; a call that raises leaves it unchanged.
         folder: what `save_adapters` wrote.
         router: used in place of the saved one, for routers of your own.
         verbose: print a table of what was put where.

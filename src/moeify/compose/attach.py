@@ -123,7 +123,7 @@ def attach(
     A guessed input, if the model takes it, shows how stacks lay out tokens and whether padding is read.
 
     Args:
-        model: the base model, with or without some of the adapters; a call that raises leaves it as it was.
+        model: the base model, with or without some of the adapters; a call that raises leaves it unchanged.
         adapters: all adapters by name, those that are there first.
         library: how the sparse layers are made.
         allow_noncausal: let decoders have routers that look at later tokens.

@@ -60,7 +60,7 @@ class Clusters:
     def save(self, folder: str | Path) -> None:
         """Write the centres into the folder of a model, made if it is not there, as `clusters.safetensors`.
 
-        Their SHA-256 is in the file's header, and not in `SHA256.json`, so that saving the model anew keeps them.
+        Their SHA-256 is in the file's header, and not in `SHA256.json`, so that saving the model again keeps them.
         """
         write_tensors(Path(folder) / _FILE, {"centres": self.centres}, {"sha256": _digest(self.centres)})
 

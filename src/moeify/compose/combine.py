@@ -77,7 +77,7 @@ def combine_adapters(
         separately: see `combine_lora`.
 
     Raises:
-        ValueError: no adapters, and as of `combine_lora`. The model is as it was.
+        ValueError: no adapters, and as of `combine_lora`. The model is unchanged.
     """
     merged = {layer: combine_lora(experts, weights, separately=separately) for layer, experts in _adapted(model)}
     for layer, one in merged.items():

@@ -32,7 +32,7 @@ def merge_into_experts(model: nn.Module) -> nn.Module:
 
     Raises:
         ValueError: no sparse layer, or one with other experts; adapters beside single linear layers have one routing
-            decision per layer, not one per network. The model is as it was.
+            decision per layer, not one per network. The model is unchanged.
     """
     layers = moe_layers(model)
     if not layers:
@@ -92,7 +92,7 @@ def merge_into_base(model: nn.Module, weights: Mapping[str, float]) -> nn.Module
 
     Raises:
         ValueError: an adapter that is not there; a sparse layer that is not a linear layer with adapters beside it. The
-            model is as it was.
+            model is unchanged.
     """
     linears = adapted_linears(model)
     known = {name for here in linears.values() for name in here.experts.names}

@@ -118,7 +118,7 @@ def build(model: nn.Module | str | Path) -> nn.Module:
 
     Raises:
         FileNotFoundError: no such folder.
-        ValueError: the folder does not say which model of transformers it holds.
+        ValueError: the folder does not name the class of its model.
     """
     import transformers
 
@@ -147,7 +147,7 @@ def refuse_unlike(source: Source, model: nn.Module) -> None:
 
     Raises:
         ValueError: tensors that are missing, unexpected, of another shape or not tied alike; other parts or another
-            configuration. The message names them and says what to do.
+            configuration. The message names them and names the remedy.
     """
     fault = next(_faults(source, model), None)
     if fault is not None:

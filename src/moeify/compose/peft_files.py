@@ -71,7 +71,7 @@ def read_adapter(folder: str | Path) -> Adapter:
 
     Raises:
         FileNotFoundError: a file is missing, or the weights are there as a pickle only.
-        ValueError: damaged files; an adapter that is not plain LoRA of linear layers. The message says what to do.
+        ValueError: damaged files; an adapter that is not plain LoRA of linear layers. The message names the remedy.
         OSError: a file cannot be read.
     """
     folder = Path(folder)

@@ -34,7 +34,7 @@ def expert_names(model: nn.Module) -> list[str]:
 
 @contextmanager
 def route_all_to(model: nn.Module, expert: int | str) -> Iterator[None]:
-    """Send every real token to one expert, by number or by name, with weight 1, whatever the routers decide.
+    """Send every real token to one expert, by number or by name, with weight 1; no router decides.
 
     Raises:
         ValueError: no such expert, or no sparse layer at all.

@@ -9,7 +9,7 @@ from moeify import env
 
 
 def data_file(relative: str) -> Path:
-    """Return the path of a file of the data folder, with size and SHA-256 as its MANIFEST.tsv says.
+    """Return the path of a file of the data folder, with size and SHA-256 as in its MANIFEST.tsv.
 
     The folder is what MOEIFY_DATA names; a file is checked once per process.
 

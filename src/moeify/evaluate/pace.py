@@ -26,7 +26,7 @@ TURN = 3
 """Steps of one turn: one that is not timed, and two that are."""
 
 STEADY = 0.1
-"""Wall-clock time is trusted where the middle half of the pairs spreads by less than this part of their median."""
+"""Wall-clock time is used if the middle half of the pairs spreads by less than this part of their median."""
 
 
 @dataclass(frozen=True)

@@ -42,7 +42,7 @@ class Settings:
         evaluations: how often the validation loss is measured, evenly over the steps, besides once before the first.
         evaluation_blocks: on how many validation blocks at most, taken evenly from all of them.
         minutes: take fewer steps where a pair of runs would take longer, by the measured cost of a step.
-        pairs: how often a comparison measures what a step costs both models, by turns; 0 takes the seconds of the runs.
+        pairs: how often a comparison measures the cost of a step of both models; 0 uses the seconds of the runs.
         sparse: how experts are kept balanced.
         device: where to train: `cpu`, `cuda`, or None for the best there is.
         extra: further arguments of transformers' `TrainingArguments`.
@@ -136,7 +136,7 @@ def train_run(
         validation: blocks to evaluate on.
         folder: for checkpoints and `metrics.jsonl`.
         settings: how long and how fast.
-        resume: go on from the newest good checkpoint in the folder.
+        resume: continue from the newest valid checkpoint in the folder.
         callbacks: further ones of the Trainer.
 
     Raises:
@@ -172,7 +172,7 @@ def make_trainer(
         "warmup_steps": max(1, settings.steps // 20),
         "logging_steps": max(1, settings.steps // 40),
         "save_steps": max(1, settings.steps // 4),
-        "save_total_limit": 2,  # if the newer one is damaged, a resumed run goes on from the other
+        "save_total_limit": 2,  # if the newer one is damaged, a resumed run continues from the other
         "report_to": "none",
         "seed": settings.seed,
         "use_cpu": settings.device == "cpu",

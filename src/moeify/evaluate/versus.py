@@ -40,7 +40,7 @@ class Difference:
         spread: standard deviation of the differences over seeds, None for a single seed.
         seeds: number of seeds.
         between: the difference if a sparse step cost as little or as much, against a dense one, as the middle half of
-            the measured pairs says; equal to `difference` twice on axes without a measured cost.
+            the measured pairs; equal to `difference` twice on axes without a measured cost.
     """
 
     axis: Axis
@@ -65,7 +65,7 @@ class Versus:
     Attributes:
         sparse: the sparse runs.
         dense: the dense runs.
-        pace: what a step costs both, measured in turns; None takes the seconds that the runs took, one after the other.
+        pace: the cost of a step of both, measured alternately; None uses the seconds of the runs themselves.
     """
 
     sparse: list[Run]
@@ -182,8 +182,8 @@ def versus(
 ) -> Versus:
     """Train a sparse model and its dense baseline on the same tokens in the same order, from the same initialisation.
 
-    What they share starts with the same values; the sparse layers start as the recipe says. Before the first run, what
-    a step costs either is measured by turns, see `moeify.evaluate.pace`.
+    Shared parameters start with the same values, sparse layers as the recipe defines. Before the first run, the cost of
+    a step of either model is measured alternately, see `moeify.evaluate.pace`.
 
     Args:
         build: makes the dense model; it is called under the seed of each pair.
@@ -193,7 +193,7 @@ def versus(
         folder: the runs' folders and results go here; a finished run found there is not repeated when resuming.
         settings: how long and how fast.
         seeds: number of pairs, with the seeds `settings.seed`, `settings.seed + 1`, ...
-        resume: go on where a stopped call ended.
+        resume: continue where a stopped call ended.
         log: receives a line before every run.
         on_model: receives every trained model with the name of its arm.
 
@@ -239,7 +239,7 @@ def _trained(
 
 
 def _fitted(settings: Settings, pace: Pace, log: Callable[[str], None]) -> Settings:
-    """The settings with as many steps as fit, and a line that says so."""
+    """The settings with as many steps as fit, and a line about the change."""
     fitted = fit(settings, pace)
     if fitted.steps < settings.steps:
         log(
@@ -261,7 +261,7 @@ def _pace(
     sparse: nn.Module, dense: nn.Module, train: Blocks, validation: Blocks, folder: Path, settings: Settings,
     *, resume: bool, log: Callable[[str], None],
 ) -> Pace | None:  # fmt: skip
-    """The pace of both, measured or read, if it is asked for."""
+    """The pace of both, measured or read, if requested."""
     file = folder / "pace.json"
     if not settings.pairs:
         return None

@@ -28,7 +28,7 @@ class ModelSpec:
 
     Attributes:
         traits: sizes, attention, norms, positions, experts and router by the names of `families.DECODER` and `EXPERTS`;
-            traits without effect, such as the width of dense networks where there are none, are left out.
+            traits without effect, such as the width of dense networks where there are none, are omitted.
         tensors: by name. Those of a sparse layer i are `layers.i.router` (E, D), `selection_bias` (E), `gate_up`
             (E, 2H, D), `down` (E, D, H), `shared_gate_up` (2S, D), `shared_down` (D, S) and `shared_gate` (1, D); all
             others have the names that Llama gives them.

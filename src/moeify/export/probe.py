@@ -84,7 +84,7 @@ def logits_of(model: Any, ids: Int[Tensor, "B N"]) -> Float[Tensor, "B N V"]:
 def in_float32(model: nn.Module) -> Iterator[None]:
     """Compute in fp32, then restore the original tensors.
 
-    The frequencies of rotary positions, which `to(torch.bfloat16)` rounds and files do not hold, are computed anew.
+    The frequencies of rotary positions, which `to(torch.bfloat16)` rounds and files do not hold, are recomputed.
     """
     tensors = [*model.parameters(), *model.buffers()]
     kept = [(tensor, tensor.data) for tensor in tensors if tensor.is_floating_point()]

@@ -144,7 +144,7 @@ def activations(module: nn.Module) -> list[Elementwise]:
 def _is_elementwise(function: Callable) -> bool:
     try:
         return function(torch.zeros(2, 3)).shape == (2, 3)
-    except MemoryError:  # says nothing about the model
+    except MemoryError:  # no evidence about the model
         raise
     except Exception:  # any error means that it is not an activation
         return False
@@ -209,7 +209,7 @@ def accepts(module: nn.Module, width: int) -> bool:
     try:
         with in_evaluation(module), fixed_randomness(module):
             module(torch.randn(2, width, dtype=compute_dtype(module, module), device=weight.device))
-    except MemoryError:  # says nothing about the model
+    except MemoryError:  # no evidence about the model
         raise
     except Exception:  # any error means that it does not
         return False

@@ -125,7 +125,7 @@ class Site:
 
 
 def _by_position(keyword: str, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-    """Pass the tokens by position, whatever name they are given by."""
+    """Pass the tokens by position, under any keyword."""
     others = {name: value for name, value in kwargs.items() if name != keyword}
     return ((*args, kwargs[keyword]) if keyword in kwargs else args), others
 

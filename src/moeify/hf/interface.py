@@ -90,7 +90,7 @@ class HfExperts(Experts):
 
     @property
     def stacked(self) -> Stacked | None:
-        """Its weights, if all that its experts compute is `down(activation(up(row)))` with an activation of ours."""
+        """Its weights, if all that its experts compute is `down(activation(up(row)))` with an activation of moeify."""
         n: Any = self.experts
         activation = _activation(n)
         if activation is None or getattr(n, "has_post_expert_norm", False):

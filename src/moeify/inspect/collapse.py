@@ -136,7 +136,7 @@ def without_first(layers: Mapping[str, MoE]) -> Iterator[None]:
     """Context manager that removes every token's first expert and rescales its other weights to the same sum.
 
     (DeepSeekMoE, arXiv 2401.06066, masks the expert before the choice, so that the next one replaces it; here
-    the token has one expert less, whatever the router is.) With k = 1 a token keeps none.
+    the token has one expert less, for any router.) With k = 1 a token keeps none.
     """
     handles = [moe.router.register_forward_hook(_without_first) for moe in layers.values()]
     try:
@@ -154,7 +154,7 @@ def redundancy(model: nn.Module, loss: Callable[[], float]) -> dict[str, float]:
         loss: computes the model's loss on fixed data.
 
     Raises:
-        ValueError: the model has no sparse layer of ours.
+        ValueError: the model has no `MoE` layer.
     """
     layers = moe_layers(model)
     if not layers:

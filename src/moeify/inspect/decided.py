@@ -33,7 +33,7 @@ def decided(
         routing: the decision of a layer.
         positions: of the real tokens, among all of them.
         sequence: the index of each token's sequence, to repeat a decision made once per sequence.
-        scores: whether scores are wanted.
+        scores: whether to keep scores.
         logits: whether logits are.
     """
     positions = positions.to(routing.counts.device)

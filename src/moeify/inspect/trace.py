@@ -31,7 +31,7 @@ class Tokens:
         count: T.
         ids: numbers in the vocabulary.
         sequence: the sequence, request or image that each belongs to.
-        position: its place in this sequence, from 0, padding left out.
+        position: its place in this sequence, from 0, padding excluded.
         phase: `PREFILL` or `DECODE`.
         step: the step of training, or of decoding, where the prompt is 0.
         batch: the number of the batch, or micro-batch.
@@ -111,7 +111,7 @@ class LayerTrace:
         name: of the layer, as in `moeify.record`.
         num_experts: E.
         tokens: the table.
-        experts: the experts of every token, best first where the router says so; -1 where a token has fewer than K. A
+        experts: the experts of every token, best first if the router ranks them; -1 where a token has fewer than K. A
             row that a capacity moved has the expert that it was moved to. Soft MoE chooses none: K is 0.
         weights: their weights, if they are known.
         dropped: which of them a capacity dropped; None if none was, or if it is not known.

@@ -93,7 +93,7 @@ def group_balance(routing: Assignment, groups: int) -> Float[Tensor, ""]:
         groups: number of groups, of equal size.
 
     Raises:
-        ValueError: no scores, or experts that cannot be divided into so many groups.
+        ValueError: no scores, or experts that cannot be divided into that many groups.
     """
     p = probability(routing)
     if groups < 1 or p.shape[-1] % groups:

@@ -50,7 +50,7 @@ def local_entropy(
         label: count those of this label, which `moeify.routers.Labelled` keeps.
 
     Raises:
-        ValueError: the decision keeps no scores, or no labels where one is asked for.
+        ValueError: the decision keeps no scores, or no labels where one is given.
     """
     p = _of(routing, of, label)
     return _entropy(p).sum() / max(1, len(p))
@@ -68,7 +68,7 @@ def global_entropy(
         label: count the decisions of this label, which `moeify.routers.Labelled` keeps.
 
     Raises:
-        ValueError: the decision keeps no scores, or no labels where one is asked for.
+        ValueError: the decision keeps no scores, or no labels where one is given.
     """
     p = _of(routing, of, label)
     if len(p) == 0:

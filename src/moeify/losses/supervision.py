@@ -18,7 +18,7 @@ def supervision(routing: Routing, target: Int[Tensor, "B"] | None = None) -> Flo
             `moeify.routers.Labelled` keeps.
 
     Raises:
-        ValueError: the decision keeps no logits, or does not know its sequences; no target, and no labels.
+        ValueError: the decision keeps no logits, or does not hold its sequences; no target, and no labels.
     """
     if routing.logits is None or routing.sequence_id is None:
         raise ValueError("only a router that keeps its logits and the sequence of every decision can be supervised")

@@ -24,7 +24,7 @@ class Arrow(Router):
         z_j = |u · v_j| / τ;  i = topk(z, k);  w = softmax(z[i])
 
     The token u is not normalised, so τ has to be chosen for the size of activations. Prototypes follow the experts:
-    they are computed anew when A or B have changed, and are in no checkpoint.
+    they are recomputed when A or B have changed, and are in no checkpoint.
 
     Args:
         width: D.

@@ -52,7 +52,7 @@ class BalancedAssignment(Router):
         return f"experts={self.num_experts}"
 
 
-@library.custom_op(  # one operator, as no compiler knows how many rounds the values take
+@library.custom_op(  # one operator, as the number of rounds depends on the values, which no compiler can trace
     "moeify::assign_evenly", mutates_args=(), schema="(Tensor scores, float precision=0.02) -> Tensor"
 )
 def assign_evenly(scores: Float[Tensor, "T E"], precision: float = 0.02) -> Int[Tensor, "T"]:

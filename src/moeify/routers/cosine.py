@@ -20,7 +20,7 @@ from moeify.routing import Assignment, Evidence
 class Cosine(Router):
     """z_j = cos(P x, e_j) / τ with a learned temperature τ (X-MoE, arXiv 2204.09179, eqs. 6-7).
 
-    Both sides are normalised, so this is a true cosine; several public implementations leave out the token's side.
+    Both sides are normalised, so this is a true cosine; several public implementations normalise the experts only.
 
     Args:
         width: D.

@@ -25,7 +25,7 @@ class Cluster(Router):
         i = argmax p,  G = p_i
         y = G · E_i(x) + (1 - G) · U(x)          U the last expert
 
-    One decision per sample, whatever its tokens are; the context holds the cluster. The more certain the decision, the
+    One decision per sample, independent of its tokens; the context holds the cluster. The more certain the choice, the
     smaller the weight of the universal expert.
 
     Args:

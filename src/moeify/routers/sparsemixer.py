@@ -23,7 +23,7 @@ class SparseMixer(Router):
         p    = softmax(z')
         j    ~ p in training, argmax p in evaluation
         g    = p_j · m,   m = 1 if j = argmax p, else 1 in one case of four and 1/3 in three
-        ∂g/∂z = (onehot(j) - p) · p_j        Heun's third-order estimate, whatever m is
+        ∂g/∂z = (onehot(j) - p) · p_j        Heun's third-order estimate, for any m
 
     The k weights are each from a softmax of its own and do not sum to 1.
 

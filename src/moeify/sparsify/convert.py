@@ -27,8 +27,8 @@ def sparsify(
     """Put sparse layers where a model has feed-forward networks; returns the same model.
 
     What is found is checked first: with a `DenseFFN` in the place of every feed-forward network, the model must
-    compute what it computed. A call that raises, or is interrupted, leaves the model as it was. Under a non-causal
-    router, a model whose layers do not say whether they are a decoder's raises as soon as one is called with a causal
+    compute what it computed. A call that raises, or is interrupted, leaves the model unchanged. Under a non-causal
+    router, a model whose layers may or may not be a decoder raises as soon as one is called with a causal
     mask.
 
     Args:
@@ -42,8 +42,8 @@ def sparsify(
 
     Raises:
         ValueError: nothing to make sparse; a module that is not understood; no input to verify it with; copied experts
-            with weights that do not sum to 1; a non-causal router in a decoder; and whatever router, experts, shared
-            and after refuse.
+            with weights that do not sum to 1; a non-causal router in a decoder; and invalid settings of
+            router, experts, shared and after.
     """
 
     def convert_and_show() -> nn.Module:

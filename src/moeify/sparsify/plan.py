@@ -122,7 +122,7 @@ class Plan:
 
         Raises:
             ValueError: as of `layers` and `following`; a router that looks at later tokens in a decoder. The
-                model is as it was.
+                model is unchanged.
         """
         return restored_on_error(self.model, lambda: self._apply(allow_noncausal), values=False)
 

@@ -35,7 +35,7 @@ def put(
         A function that undoes all of it.
 
     Raises:
-        ValueError: a router that looks at later tokens in a decoder; the model is as it was.
+        ValueError: a router that looks at later tokens in a decoder; the model is unchanged.
     """
     ahead = {} if allow_noncausal else {s.stack: m.router for s, m in zip(sites, layers, strict=True)}
     ahead = {stack: router for stack, router in ahead.items() if not router.causal}

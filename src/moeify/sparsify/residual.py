@@ -1,4 +1,4 @@
-"""Split a dense network into a shared expert, with the hidden units that most experts need, and routed experts."""
+"""Split a dense network into a shared expert, with the hidden units that matter to most experts, and routed experts."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def residual_splits(
 def residual(
     dense: nn.Module, width: int, *, num_experts: int | None = None, parts: int = 1, importance: Importance = by_weights
 ) -> nn.Module:
-    """The hidden units that most experts need, as a feed-forward network which reads every token.
+    """The hidden units that matter to most experts, as a feed-forward network which reads every token.
 
     Args:
         dense: a `DenseFFN`.

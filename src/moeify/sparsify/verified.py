@@ -52,7 +52,7 @@ def verified(
 def _run(model: nn.Module, probe: Probe) -> Comparison:
     try:
         return Comparison.of(model, probe)
-    except MemoryError:  # says nothing about the model
+    except MemoryError:  # no evidence about the model
         raise
     except Exception as error:  # any error means that the model does not accept the input
         raise ValueError(
@@ -64,7 +64,7 @@ def _same_with(model: nn.Module, sites: Sequence[Site], compare: Comparison) -> 
     undo = [site.install(site.dense) for site in sites]
     try:
         return compare.same(model)
-    except MemoryError:  # says nothing about the model
+    except MemoryError:  # no evidence about the model
         raise
     except Exception:  # any error means that a site was misread
         return False

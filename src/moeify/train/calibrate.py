@@ -24,10 +24,11 @@ from moeify.routing import Routing
 def calibrate_all_experts(model: nn.Module) -> Iterator[None]:
     """Context manager in which every expert reads every real token; layer outputs still follow the router.
 
-    For observers that sit on experts, as those of quantisation do: an expert that calibration data is never sent to
+    For hooks on experts, such as those of quantisation: an expert that gets no calibration tokens
     would have no activation ranges. After each pass the experts are called once more, with the tokens that they
-    were not sent, and these outputs are discarded. Layers of ours and of transformers alike; `record` shows what
-    routers decide, inside as outside. Soft mixtures give every expert every token anyway.
+    were not sent, and these outputs are discarded. It works on layers of moeify and of
+    transformers; `record` returns the decisions of the routers, inside as outside.
+    Soft mixtures give every expert every token anyway.
 
     Raises:
         ValueError: the model has no sparse layer.
@@ -81,7 +82,7 @@ def tokens_per_expert(model: nn.Module, batches: Iterable[Mapping[str, Any] | Te
     """Count the tokens that the routers of a model send to each expert, in evaluation.
 
     Args:
-        model: of ours, or a mixture-of-experts model of transformers.
+        model: a sparse model of moeify, or a mixture-of-experts model of transformers.
         batches: keyword arguments of the model, columns that its routers look up included, or its only argument.
 
     Raises:

@@ -212,7 +212,7 @@ class ProgressLine(TrainerCallback):
 
 
 def line(logs: dict[str, float]) -> str:
-    """The main figures of a log entry: loss, balance, dead experts and speed."""
+    """The main metrics of a log entry: loss, balance, dead experts and speed."""
     shown = {
         "loss": "loss {:.4f}",
         "balance": "balance {:.3f}",

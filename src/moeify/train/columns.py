@@ -1,4 +1,4 @@
-"""`Columns`: a trainer mixin that hands columns of a dataset to the routers that look them up."""
+"""`Columns`: a trainer mixin that passes columns of a dataset to the routers that look them up."""
 
 from __future__ import annotations
 

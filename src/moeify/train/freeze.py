@@ -77,7 +77,7 @@ def freeze(model: nn.Module, *parts: str | re.Pattern[str], verbose: bool = True
     Frozen parameters lose their gradient, so an optimizer that holds them already leaves them as they are.
 
     Args:
-        model: of ours, or a mixture-of-experts model of transformers.
+        model: a sparse model of moeify, or a mixture-of-experts model of transformers.
         parts: `router`, `experts`, `shared` (what reads every token beside the experts), `attention`, `embeddings`,
             `norms`, `rest` (dense feed-forward networks, heads); `base` for the last four. Or the name of a module or
             parameter, or a compiled regular expression to be found in the names of parameters.
@@ -113,7 +113,7 @@ def unfreeze(model: nn.Module, *parts: str | re.Pattern[str], verbose: bool = Tr
 
 
 def trainable(model: nn.Module) -> Trainable:
-    """What learns in a model, by part."""
+    """What is trained in a model, by part."""
     belongs = part_of(model)
     rows = []
     for part in PARTS:

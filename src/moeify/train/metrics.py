@@ -102,7 +102,7 @@ def measure(sums: Float[Tensor, "S"]) -> dict[str, Any]:
     each expert. `max_vio` is max / mean load - 1 (arXiv 2408.15664) of each step's global batch, over all micro-batches
     and ranks, and `max_vio_micro` that of each micro-batch on its rank; both are means, and 0 is even.
     `router_entropy` is divided by log E; `balance` is E · Σ_j f_j · P_j, 1 is even, also where uniform scores hide dead
-    experts. Without scores these two are left out.
+    experts. Without scores these two are omitted.
     """
     experts = (len(sums) - 6) // 3
     assigned, counts, p = sums[: 3 * experts].view(3, experts)

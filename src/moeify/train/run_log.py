@@ -81,7 +81,7 @@ def _is_until(line: bytes, step: int) -> bool:
 
 
 def entries(file: Path) -> Iterator[dict[str, Any]]:
-    """The entries of a log, oldest first; lines that a crash has cut off or damaged are left out.
+    """The entries of a log, oldest first; lines that a crash has cut off or damaged are skipped.
 
     Raises:
         FileNotFoundError: there is no such file.

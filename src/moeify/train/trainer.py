@@ -51,7 +51,7 @@ class SparseTrainerMixin(Columns, Saving):
         kwargs: what the trainer takes.
 
     Raises:
-        ValueError: settings that cannot work with experts; the message says what to change.
+        ValueError: settings that cannot work with experts; the message names what to change.
         FloatingPointError: in `train`, a loss or gradient that is not finite; weights are untouched and saved.
     """
 
@@ -60,7 +60,7 @@ class SparseTrainerMixin(Columns, Saving):
         model = args[0] if args else kwargs.get("model")
         self._own_loss_off = isinstance(model, nn.Module) and disable_own_loss(model)  # before a trainer relies on it
         super().__init__(*args, **kwargs)
-        if getattr(self, "aux_loss_enabled", False):  # trainers of TRL ask the model for its own balance loss
+        if getattr(self, "aux_loss_enabled", False):  # trainers of TRL request the balance loss of the model
             self.aux_loss_enabled, self._own_loss_off = False, True
         if self.args.n_gpu > 1:
             raise ValueError("nn.DataParallel copies the routers in every step; use torchrun, one process per GPU")
@@ -96,7 +96,7 @@ class SparseTrainerMixin(Columns, Saving):
         return [weight for weight, _ in self.sparse.losses if isinstance(weight, SparsityTarget)]
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """Train, or go on from a checkpoint: True for the newest valid one, or the path of one.
+        """Train, or resume from a checkpoint: True for the newest valid one, or the path of one.
 
         A run that has done all its steps takes no more. Checkpoints in the output folder that this run does not go on
         from, those of another run or of later steps, are moved into a folder `earlier-1` beside them.
@@ -115,7 +115,7 @@ class SparseTrainerMixin(Columns, Saving):
                 self._unhook()
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> Any:
-        """An epoch; transformers looks after a step whether it was the last one, and not before the first."""
+        """An epoch; transformers checks after a step whether it was the last one, and not before the first."""
         if self.state.global_step < self.state.max_steps:
             return super()._run_epoch(*args, **kwargs)
         self.control.should_training_stop = True

@@ -35,7 +35,7 @@ class _Collapsed:
 def blind_collapse(seen: Observed) -> Iterator[Finding]:
     """Half the experts or fewer carry the load while the balance loss reads 1.0, as if it were even.
 
-    E · Σ f_j · P_j (Switch, eq. 4) is 1 whatever the load f, if the scores P are uniform. The load is judged by 1 / Σ
+    E · Σ f_j · P_j (Switch, eq. 4) is 1 for any load f, if the scores P are uniform. The load is judged by 1 / Σ
     f_j², the number of experts at even load with the same imbalance; the loss is blind if it shows less than a tenth
     of E · Σ f_j² - 1, which it would show if P were f.
     """

@@ -25,12 +25,12 @@ class Finding:
 
 
 class Unknown(Exception):
-    """The observations do not decide whether the model has the fault; the message says what is missing."""
+    """The observations do not decide whether the model has the fault; the message names what is missing."""
 
 
 class NotGiven(Exception):
-    """The check needs an input that was not given, such as a trainer or a model; the message says which."""
+    """The check needs an input that was not given, such as a trainer or a model; the message names it."""
 
 
 class Inapplicable(Exception):
-    """The model has no part that could have the fault; the message says which part it lacks."""
+    """The model has no part that could have the fault; the message names the part."""

@@ -42,7 +42,7 @@ class Gradients:
 def task_gradients(
     model: nn.Module, layers: Mapping[str, SparseLayer], batch: Mapping[str, Any]
 ) -> dict[str, Gradients]:
-    """The gradients of every layer by the model's own loss, without any balance loss; the model is left as it was.
+    """The gradients of every layer by the model's own loss, without any balance loss; the model is left unchanged.
 
     Raises:
         Unknown: the model returns no loss for the batch, or one without a gradient.

@@ -126,7 +126,7 @@ class Observed:
 
     @cached_property
     def passes(self) -> list[dict[str, Routing]]:
-        """The decisions of two passes in evaluation over the first batch, with whatever random numbers come."""
+        """The decisions of two passes in evaluation over the first batch, with different random numbers."""
         self.require_finite()
         found = []
         with in_evaluation(self.model), fixed_randomness(self.model), torch.no_grad():

@@ -69,7 +69,7 @@ def _tokens(runs: Sequence[Run], k: int, where: str) -> tuple[Tensor, Tokens]:
     """The token of every row, and the table of tokens.
 
     A pass ends where the number of the layer falls. Its last layer may see its last tokens only, those whose logits
-    are wanted. A pass of several tokens is of a prompt, and begins a new sequence if it follows one that was decoded.
+    are needed. A pass of several tokens is of a prompt, and begins a new sequence if it follows one that was decoded.
     """
     token, sequence, phase = [], [], []
     for run in _passes(runs):

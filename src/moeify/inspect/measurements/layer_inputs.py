@@ -109,7 +109,7 @@ def parameters_of(layer: SparseLayer, expert: int) -> list[Tensor]:
     """The weights of one expert, as parts of those of all, without their biases where these are stacked as vectors.
 
     Raises:
-        ValueError: the weights of the experts cannot be told apart.
+        ValueError: the weights of the experts cannot be separated.
     """
     if (modules := one_by_one(layer)) is not None:
         return [p.data for p in modules[expert].parameters()]

@@ -71,7 +71,7 @@ def _positions(position: Int[Tensor, "T"]) -> Groups:
 
 
 def _frequent(tokens: Tokens) -> Groups:
-    """The most frequent tokens, one group each; the others are left out."""
+    """The most frequent tokens, one group each; the others are omitted."""
     assert tokens.ids is not None
     ids, place, counts = tokens.ids.long().unique(return_inverse=True, return_counts=True)
     most = counts.argsort(descending=True, stable=True)[:_FREQUENT]

@@ -27,7 +27,7 @@ def choosing(trace: Trace) -> list[LayerTrace]:
 
 
 def rows_by_group(layer: LayerTrace, group: Int[Tensor, "T"], groups: int) -> Int[Tensor, "G E"]:
-    """Assigned rows of every expert by group of tokens; tokens of group -1 are left out."""
+    """Assigned rows of every expert by group of tokens; tokens of group -1 are omitted."""
     there = (layer.experts >= 0) & (group >= 0).unsqueeze(1)
     pairs = group.long().unsqueeze(1) * layer.num_experts + layer.experts.long()
     return pairs[there].bincount(minlength=groups * layer.num_experts).view(groups, layer.num_experts)

@@ -12,7 +12,7 @@ from moeify.inspect.panels.panel import Advice, NotMeasured, Panel, Table
 from moeify.inspect.trace import LayerTrace, Trace
 
 CLOSE = 1 / 256
-"""Relative difference of two scores that bfloat16, with its 8 bits, cannot tell apart."""
+"""Relative difference of two scores that bfloat16, with its 8 bits, cannot distinguish."""
 
 
 def margin(trace: Trace) -> Panel:

@@ -58,7 +58,7 @@ class Panel:
         picture: what is drawn.
         table: the numbers.
         advice: what to do.
-        notes: what was sampled, binned or left out.
+        notes: what was sampled, binned or omitted.
     """
 
     title: str

@@ -18,20 +18,20 @@ def independent(dense: DenseFFN, parts: int, *, importance: Importance = by_weig
     Args:
         dense: the dense network.
         parts: E.
-        importance: how much every expert needs every unit, such as `measure_importance` returns.
+        importance: of every hidden unit for every expert, such as `measure_importance` returns.
     """
     return by_part(greedy(importance(dense, parts).t(), dense.hidden // parts), parts)
 
 
 @register("split", "inner")
 def inner(dense: DenseFFN, parts: int, *, importance: Importance = by_weights) -> Int[Tensor, "E h"]:
-    """Neuron-sharing, inner: every expert takes the H / E units that it needs most (LLaMA-MoE, arXiv 2406.16554).
+    """Neuron-sharing, inner: every expert gets its H / E most important units (LLaMA-MoE, arXiv 2406.16554).
 
     Units may be in several experts or in none, so that the experts do not add up to the dense network.
 
     Args:
         dense: the dense network.
         parts: E.
-        importance: how much every expert needs every unit, such as `measure_importance` returns.
+        importance: of every hidden unit for every expert, such as `measure_importance` returns.
     """
     return importance(dense, parts).topk(dense.hidden // parts, dim=-1).indices

@@ -1,4 +1,4 @@
-"""Measure on data how much a model needs each hidden unit: |h · ∂L/∂h|, averaged over the tokens of each cluster.
+"""Measure on data the importance of each hidden unit: |h · ∂L/∂h|, averaged over the tokens of each cluster.
 
 v_c = 1 / |T_c| · Σ_{x in T_c} |h(x) · ∂L/∂h(x)|        (LLaMA-MoE, arXiv 2406.16554, eq. 8)
 """
@@ -61,8 +61,8 @@ def measure_importance(
 
     Args:
         model: the dense model; its gradients are left alone.
-        clusters: for each expert batches of the model's arguments, with labels; `attention_mask` says what is padding.
-        where: which networks.
+        clusters: for each expert batches of the model's arguments, with labels; `attention_mask` marks padding.
+        where: selects the networks.
         loss: from model and batch to the loss, `model(**batch).loss` if not given.
 
     Raises:
@@ -94,7 +94,7 @@ def measure_token_importance(
         model: the dense model; its gradients are left alone.
         batches: of the model's arguments, with labels.
         clusters: E.
-        where: which networks.
+        where: selects the networks.
         loss: from model and batch to the loss, `model(**batch).loss` if not given.
         tokens: the most tokens of each layer that are clustered.
         jitter: a cluster has at most 1 + jitter times its share of them.

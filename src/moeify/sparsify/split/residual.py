@@ -1,4 +1,4 @@
-"""The residual split: hidden units that most experts need become a shared expert, the others are divided."""
+"""The residual split: hidden units that matter to most experts become a shared expert, the others are divided."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from moeify.sparsify.split.clustered import by_part, greedy
 def residual_units(importance: Float[Tensor, "E H"], shared: int) -> tuple[Int[Tensor, "s"], Int[Tensor, "E h"]]:
     """The units of the shared expert and of every routed one (LLaMA-MoE's neuron-sharing "inter", arXiv 2406.16554).
 
-    In rounds, every expert names the h free units that it needs most; those that the most experts named are shared,
+    In rounds, the h most important free units of every expert are counted; those of the most experts are shared,
     the first of them where there are too many. The rest is divided as by `independent`.
 
     Args:
-        importance: how much every expert needs every unit.
+        importance: of every hidden unit for every expert.
         shared: parts of h = H / (E + shared) units that the shared expert has.
     """
     experts, units = importance.shape
@@ -27,7 +27,7 @@ def residual_units(importance: Float[Tensor, "E H"], shared: int) -> tuple[Int[T
 
 
 def most_named(importance: Float[Tensor, "E H"], size: int, wanted: int) -> Int[Tensor, "s"]:
-    """The `wanted` units that most experts name among the `size` that they need most, in rounds."""
+    """The `wanted` units that are among the `size` most important ones of most experts, in rounds."""
     left = importance.float().clone()
     taken: list[int] = []
     while len(taken) < wanted:

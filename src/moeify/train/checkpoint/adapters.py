@@ -27,7 +27,7 @@ def saves_adapters(model: nn.Module) -> bool:
 
 
 def save_adapters(model: Any, folder: Path) -> None:
-    """Write the adapters, and whatever else of the model training changes."""
+    """Write the adapters, and all other tensors of the model that training changes."""
     model.save_pretrained(folder)
     inside = {tensor.data_ptr() for name in _folders(model, folder) for tensor in _adapter(model, name).values()}
     others = {name: tensor for name, tensor in _trained(model).items() if tensor.data_ptr() not in inside}

@@ -201,7 +201,7 @@ def newest(output: Path) -> Path:
 
 
 def rotate(written: list[Path], limit: int | None, best: str | None) -> None:
-    """Keep the newest `limit` checkpoints of a run, and its best one whatever its age.
+    """Keep the newest `limit` checkpoints of a run, and its best one at any age.
 
     Args:
         written: the checkpoints of this run, oldest first; those that are deleted leave the list.

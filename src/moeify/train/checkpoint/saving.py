@@ -110,7 +110,7 @@ class Saving(_Trainer):
             yield
 
     def _begin_run(self, resume_from_checkpoint: str | bool | None) -> str | None:
-        """The checkpoint to go on from, if any; those that this run does not go on from are moved aside."""
+        """The checkpoint to resume from, if any; later ones and those of other runs are moved aside."""
         output = Path(self.args.output_dir)
         if self.is_world_process_zero():
             recover(output)
@@ -131,7 +131,7 @@ class Saving(_Trainer):
         return None if checkpoint is None else str(checkpoint)
 
     def _checkpoint_to_resume(self, where: str | bool) -> Path:
-        """The checkpoint to go on from; the first rank chooses for all."""
+        """The checkpoint to resume from; the first rank chooses for all."""
         folder = Path(self.args.output_dir if isinstance(where, bool) else where)
         if not isinstance(where, bool) and not checkpoints(folder):
             if (reason := fault(folder)) is not None:
