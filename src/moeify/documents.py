@@ -73,7 +73,7 @@ class Packing:
             )
 
     def repeated(self, times: int, tokens: int) -> Packing | None:
-        """The same documents where every token is cut into parts, which lie side by side."""
+        """The same documents where every token is cut into adjacent parts."""
         if (starts := self.starts(tokens)) is None:
             return None
         ids = document_ids(starts, None).repeat_interleave(times, dim=1)

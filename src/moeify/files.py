@@ -173,7 +173,7 @@ def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], header: Mappi
 def replacing(path: str | Path) -> Generator[Path]:
     """Give a path beside a file to write to; what was written takes the file's place once it is on disk.
 
-    The folder is made if it is not there. An exception inside removes what was written.
+    The folder is created if missing. An exception inside removes what was written.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -35,7 +35,7 @@ def locked(folder: Path, name: str, doing: str, *, wait: float = 0.0) -> Generat
     Where the file system has no locks, this is printed and nothing is locked.
 
     Args:
-        folder: made if it is not there.
+        folder: created if missing.
         name: of the file that is locked; it is deleted afterwards.
         doing: what the other process is doing in the folder, for the message: "is saving a model".
         wait: seconds to wait for the other process.

@@ -63,7 +63,7 @@ class Call:
             return
         real = token_mask.bool()
         positions = real.flatten().nonzero().squeeze(1)
-        if torch.compiler.is_exporting():  # a program for every mask
+        if torch.compiler.is_exporting():  # the exported program must work for every mask
             self.token_mask, self.positions = real, positions
             return
         if positions.numel() == 0:
@@ -108,7 +108,7 @@ class Call:
         )
 
     def _exports_without_mask(self) -> bool:
-        """Whether a graph is written of a model without a mask, which makes one that hides nothing for its layers."""
+        """Whether a graph is exported without a mask among its inputs, so that any mask of a layer masks nothing."""
         return torch.compiler.is_exporting() and not any("mask" in name for name in self.inputs)
 
     def _laid_out(self, mask: Bool[Tensor, "B N"], shape: tuple[int, ...]) -> Int[Tensor, "T"] | None:
@@ -188,7 +188,7 @@ class Call:
         return ids
 
     def cut(self, parts: int, shape: Sequence[int]) -> Call:
-        """The same pass of tokens that are each cut into parts, which lie side by side in its sequence: (B, N · parts).
+        """The same pass of tokens that are each cut into parts, adjacent in its sequence: (B, N · parts).
 
         What holds for a token holds for its parts: padding, documents and what the model was given for it.
 

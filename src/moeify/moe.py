@@ -29,7 +29,7 @@ class MoE(nn.Module):
         name: the layer's name in its model, for messages.
 
     Raises:
-        ValueError: in `forward`, a named backend that cannot serve the call.
+        ValueError: in `forward`, a named backend that does not support the call.
         FloatingPointError: in `forward`, router logits that are not finite; checked where it costs no
             synchronisation (on the CPU), elsewhere with `MOEIFY_CHECK=1`.
     """

@@ -51,7 +51,7 @@ class MultiHead(nn.Module):
         return self.merge(self._sequences_first(self._merged(y)))
 
     def _sequences_first(self, x: Tensor) -> Tensor:
-        """Sequences before tokens, (B, N, D), and back: the sub-tokens of a token lie side by side in its sequence."""
+        """Sequences before tokens, (B, N, D), and back: the sub-tokens of a token are adjacent in its sequence."""
         return x if self.moe.context.call.batch_first or x.dim() < 3 else x.transpose(0, 1)
 
     def _cut(self, x: Float[Tensor, "... N D"]) -> Float[Tensor, "... M d"]:

@@ -21,7 +21,7 @@ def join(timeout: float, backend: str | None = None) -> None:
 
     Args:
         timeout: seconds after which a collective that a rank does not join is an error on all others.
-        backend: `gloo`, `nccl` or another of torch.distributed; by default the one of the devices there are.
+        backend: `gloo`, `nccl` or another of torch.distributed; by default that of the available devices.
 
     Raises:
         ValueError: a timeout that is not positive.

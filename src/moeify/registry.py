@@ -47,7 +47,7 @@ def names(kind: str) -> list[str]:
 
 
 def lookup(kind: str, name: str) -> Callable:
-    """The function or class that a name stands for.
+    """The function or class with a registered name.
 
     Raises:
         ValueError: no such name; the message lists the nearest ones.

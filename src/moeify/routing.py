@@ -262,7 +262,7 @@ class Mixture(Routing):
     """A dense decision: slots are weighted averages of tokens, and tokens weighted averages of slots (Soft MoE).
 
     Attributes:
-        into: weight of every token in every slot; the slots of one expert lie side by side.
+        into: weight of every token in every slot; the slots of one expert are adjacent.
         out_of: weight of every slot in every token.
         source: the token at each place of a sequence or image, as an index into the flattened tokens; places that fill
             up a short one have no weight. None where the tokens are laid out as (B, N).
@@ -342,7 +342,7 @@ def assign(
         weights: the weights of the chosen experts.
         num_experts: E.
         shape: leading shape of all tokens, `(T,)` if not given.
-        positions: where the T routed tokens lie among all tokens, if padding was excluded.
+        positions: of the T routed tokens among all tokens, if padding was excluded.
         evidence: what the router computed to reach the decision.
     """
     tokens, k = indices.shape
@@ -374,7 +374,7 @@ def assign_where(
         chosen: which experts a token uses; any number of them.
         weight: the weights, of which the chosen ones count.
         shape: leading shape of all tokens, `(T,)` if not given.
-        positions: where the T routed tokens lie among all tokens, if padding was excluded.
+        positions: of the T routed tokens among all tokens, if padding was excluded.
         evidence: what the router computed to reach the decision.
     """
     expert, token = chosen.t().nonzero(as_tuple=True)

@@ -73,7 +73,7 @@ def _exporter(to: str, as_class: str | None, weights: str | None, probe: str | N
 
 
 def _tokenizer(folder: Path) -> Any:
-    """The tokenizer of transformers that lies beside a model, None if there is none."""
+    """The tokenizer of transformers in the folder of a model, None if there is none."""
     from moeify.cli.text import load_tokenizer
 
     names = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")

@@ -67,7 +67,7 @@ def save_tokenizer(tokenizer: Any, folder: Path) -> None:
 
 
 def saved_tokenizer(folder: Path) -> Any:
-    """The tokenizer that lies beside a saved model."""
+    """The tokenizer in the folder of a saved model."""
     return ByteTokenizer() if (folder / "tokenizer.moeify.json").is_file() else load_tokenizer(str(folder))
 
 

@@ -25,7 +25,7 @@ Gates = Mapping[str, Float[Tensor, "D"]]
 
 
 def save_gates(gates: Gates, folder: str | Path) -> None:
-    """Write the gate of one adapter to `gates.safetensors`, in the folder of the adapter, and its hash beside.
+    """Write the gate of one adapter to `gates.safetensors`, in the folder of the adapter, with its hash.
 
     Raises:
         OSError: the disk is full, the folder cannot be written to, or another process is saving into it.

@@ -49,12 +49,12 @@ def from_adapters(
         adapters: the name of every adapter, and the folder that PEFT's `save_pretrained` wrote.
         router: makes a router from width and number of adapters.
         dropout: probability of dropping an input of an adapter in training.
-        verbose: print a table of what was put where.
+        verbose: print a table of adapters and layers.
 
     Raises:
         FileNotFoundError: a folder without an adapter, or with a pickle only.
         ValueError: an adapter that is not plain LoRA of linear layers, or of another model (the message names its
-            tensors); a router that cannot serve so few experts, or that looks at later tokens in a decoder.
+            tensors); a router that does not work with so few experts, or that looks at later tokens in a decoder.
     """
     _refuse_sparse(base)
     if not adapters:
@@ -75,7 +75,7 @@ def add_adapter(model: nn.Module, name: str, folder: str | Path, *, verbose: boo
         model: what `from_adapters`, `load_adapters` or `sparsify(..., experts=lora)` made.
         name: what the adapter is called.
         folder: what PEFT's `save_pretrained` wrote.
-        verbose: print a table of what is where.
+        verbose: print a table of adapters and layers.
 
     Raises:
         FileNotFoundError: a folder without an adapter, or with a pickle only.
@@ -100,7 +100,7 @@ def save_adapters(model: nn.Module, folder: str | Path) -> None:
 
     Args:
         model: what `from_adapters`, `load_adapters`, `add_adapter` or `sparsify(..., experts=lora)` made.
-        folder: made if it is not there.
+        folder: created if missing.
 
     Raises:
         ValueError: a sparse layer that is no frozen linear layer with LoRA experts beside it; a router that no file can
@@ -147,7 +147,7 @@ def load_adapters(
         base: the model that the adapters were trained on; a call that raises leaves it unchanged.
         folder: what `save_adapters` wrote.
         router: used in place of the saved one, for routers of your own.
-        verbose: print a table of what was put where.
+        verbose: print a table of adapters and layers.
 
     Raises:
         FileNotFoundError: no such library, or a file of it is missing.

@@ -51,7 +51,7 @@ class AdaptedLinear:
     """A linear layer with adapters beside it.
 
     Attributes:
-        layer: the sparse layer that stands in its place.
+        layer: the sparse layer that replaces it.
         experts: its adapters.
         dense: the linear layer.
     """
@@ -130,7 +130,7 @@ def attach(
         prepare: receives the sparse layers that were made, by name, before any is put in its place; it may raise.
 
     Raises:
-        ValueError: an adapter that does not fit the model; a router that cannot serve, or looks ahead in a decoder.
+        ValueError: an adapter that does not fit the model; an invalid router, or one that looks ahead in a decoder.
     """
     before = adapted_linears(model) if moe_layers(model) else {}
     contexts = {whole(model, name).stack: here.layer.context for name, here in before.items()}

@@ -58,7 +58,7 @@ class Clusters:
         return self.predict(embed(instructions)).tolist()
 
     def save(self, folder: str | Path) -> None:
-        """Write the centres into the folder of a model, made if it is not there, as `clusters.safetensors`.
+        """Write the centres into the folder of a model, created if missing, as `clusters.safetensors`.
 
         Their SHA-256 is in the file's header, and not in `SHA256.json`, so that saving the model again keeps them.
         """

@@ -25,7 +25,7 @@ class Source(ABC):
     """A model whose tensors are read one at a time.
 
     Attributes:
-        name: what messages call it.
+        name: its name in messages.
         shapes: the shape of each of its tensors, by the names of the model that is made.
         settings: its modules and configuration.
         architecture: the name of its class, "" if it is not known.
@@ -72,7 +72,7 @@ class Checkpoint(Source):
     """Files of safetensors, of which nothing stays in memory.
 
     Args:
-        name: what messages call it.
+        name: its name in messages.
         path: a folder as `save_pretrained` writes it, or one file.
         model: a model of the same kind, whose names the tensors are known by; transformers may store others.
 

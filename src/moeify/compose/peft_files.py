@@ -65,7 +65,7 @@ class Adapter:
 
 
 def read_adapter(folder: str | Path) -> Adapter:
-    """Read what PEFT's `save_pretrained` wrote, and `gates.safetensors` if it lies beside.
+    """Read what PEFT's `save_pretrained` wrote, and `gates.safetensors` if it is in the same folder.
 
     What `write_adapter` wrote is compared with its hashes; files of PEFT have none.
 
@@ -102,11 +102,11 @@ def read_adapter(folder: str | Path) -> Adapter:
 
 
 def write_adapter(adapter: Adapter, folder: str | Path, *, targets: list[str], transposed: bool, base: str) -> None:
-    """Write an adapter so that PEFT reads it, and its gates and hashes beside.
+    """Write an adapter so that PEFT reads it, with its gates and hashes.
 
     Args:
         adapter: what to write.
-        folder: made if it is not there; an adapter in it is replaced all at once.
+        folder: created if missing; an adapter in it is replaced atomically.
         targets: the names, or ends of names, that mean exactly its linear layers in the base model.
         transposed: whether these are transformers' Conv1D.
         base: the name of the base model, "" if it has none.

@@ -54,7 +54,7 @@ def parse_json(text: str, where: str, first_line: int = 1) -> Any:
 
     Args:
         text: the JSON.
-        where: what messages call the file.
+        where: the name of the file in messages.
         first_line: the number that the text's first line has in it.
 
     Raises:

@@ -88,7 +88,7 @@ def documents(
 
     Args:
         rows: mappings from field to value, or why a row has none, each with the share of all that is read with it.
-        source: what messages call the rows.
+        source: the name of the rows in messages.
         domain: of rows whose field `domain` is missing or empty.
         field: the text.
         on_skipped: called with the reason if bad rows were skipped.

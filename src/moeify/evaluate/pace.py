@@ -103,7 +103,7 @@ class Pace:
 
 
 def measure_pace(sparse: nn.Module, dense: nn.Module, train: Blocks, validation: Blocks, settings: Settings) -> Pace:
-    """Train copies of both models by turns for a few steps, and time these.
+    """Train copies of both models alternately for a few steps, and time these.
 
     Every round trains one copy and then the other, the first one alternating, on the same tokens, as `train_run` would:
     losses, controllers and optimizer included. The first step of each turn is not timed. The models stay as they are.

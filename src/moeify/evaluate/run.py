@@ -87,7 +87,7 @@ class Run:
     """The measurements of one training run.
 
     Attributes:
-        name: of the arm of a comparison.
+        name: `sparse` or `dense`, the model of the comparison.
         seed: the run's seed.
         count: parameters and FLOPs per token.
         points: the validation loss over the run, from before the first step on.

@@ -39,8 +39,8 @@ class Difference:
         difference: mean of the differences, seed by seed; negative where the sparse model is better.
         spread: standard deviation of the differences over seeds, None for a single seed.
         seeds: number of seeds.
-        between: the difference if a sparse step cost as little or as much, against a dense one, as the middle half of
-            the measured pairs; equal to `difference` twice on axes without a measured cost.
+        between: the differences at the first and the third quartile of the measured cost of a sparse step relative
+            to a dense one; equal to `difference` twice on axes without a measured cost.
     """
 
     axis: Axis
@@ -195,7 +195,7 @@ def versus(
         seeds: number of pairs, with the seeds `settings.seed`, `settings.seed + 1`, ...
         resume: continue where a stopped call ended.
         log: receives a line before every run.
-        on_model: receives every trained model with the name of its arm.
+        on_model: receives every trained model with its name, `sparse` or `dense`.
 
     Raises:
         moeify.evaluate.run.Stopped: a signal ended a run before its last step; call again with `resume=True`.
@@ -227,7 +227,7 @@ def versus(
 def _trained(
     name: str, model: nn.Module, train: Blocks, validation: Blocks, place: Path, settings: Settings, *, resume: bool
 ) -> Run:
-    """Train one arm in its folder, and leave its weights and its curve there."""
+    """Train one model of a pair in its folder, and save its weights and its curve there."""
     with locked(place, RUN_LOCK, "is training"):
         recover(place)
     begun = resume and bool(checkpoints(place))

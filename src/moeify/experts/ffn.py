@@ -64,7 +64,7 @@ class FFN(Experts):
 
     @property
     def activated(self) -> Float[Tensor, "E H D"]:
-        """The weight of what goes into the activation."""
+        """The weight of the projection into the activation."""
         return self.activation.activated(self.up[0])
 
     @property

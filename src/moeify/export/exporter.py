@@ -38,7 +38,7 @@ class Verification:
     note: str = ""
 
     def __str__(self) -> str:
-        """In one line."""
+        """The result in one line."""
         found = {None: "logits not compared", 0.0: "logits bitwise equal"}.get(
             self.difference, f"logits differ by {self.difference} at most"
         )

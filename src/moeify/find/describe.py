@@ -4,7 +4,7 @@
      "up": ["model.layers.0.mlp.gate_proj", "model.layers.0.mlp.up_proj"], "down": "model.layers.0.mlp.down_proj",
      "gated": true, "activation": {"name": "silu"}, "dropout": 0.0}
 
-Instead of projections, a site may be read as a chain of modules (`parts`), or as the module that stands there. `after`,
+Instead of projections, a site may be read as a chain of modules (`parts`), or as the module itself. `after`,
 `disabled`, `sequence_first`, `routes_padding`, `keyword` and `heads` are omitted where they have their defaults.
 """
 

@@ -29,7 +29,7 @@ def write_page(
         file: where to.
         title: the name of the model or trace.
         facts: about it, by name.
-        groups: panels by the tab that they stand in.
+        groups: panels by tab.
         missing: what is not shown, and why.
     """
     style, script = _part("page.css"), "\n".join(_part(name) for name in _SCRIPTS)
@@ -74,7 +74,7 @@ def _safe(value: Any) -> str:
 
 
 def _json(data: Any) -> str:
-    """JSON in ASCII in which no `<` can end the script that it stands in."""
+    """JSON in ASCII in which no `<` can end the script around it."""
     return json.dumps(data, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
 
 

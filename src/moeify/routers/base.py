@@ -110,7 +110,7 @@ def begin_step(model: nn.Module, step: int, *, seed: int = 0) -> None:
 
 @dataclass(frozen=True)
 class Tokens:
-    """The tokens of a layer's input that are not padding, and where they lie in it.
+    """The tokens of a layer's input that are not padding, and their positions in it.
 
     Attributes:
         x: the real tokens.
@@ -209,7 +209,7 @@ def project(
 
 
 def k_best(scores: Float[Tensor, "... E"], k: int) -> tuple[Float[Tensor, "... K"], Int[Tensor, "... K"]]:
-    """The k largest of each row and where they lie, best first, and of equals the first one first (as in JAX)."""
+    """The k largest of each row and their indices, best first, and of equals the first one first (as in JAX)."""
     if k == 1:
         first = scores.max(-1, keepdim=True)
         return first.values, first.indices
@@ -218,7 +218,7 @@ def k_best(scores: Float[Tensor, "... E"], k: int) -> tuple[Float[Tensor, "... K
 
 
 def best_indices(scores: Float[Tensor, "... E"], k: int) -> Int[Tensor, "... K"]:
-    """Where the k largest of each row lie, best first, and of equals the first one first (as in JAX).
+    """The indices of the k largest of each row, best first, and of equals the first one first (as in JAX).
 
     `torch.topk` leaves the order of equals open, so that a router that starts at zero would choose by the backend.
     """

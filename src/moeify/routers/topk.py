@@ -52,7 +52,7 @@ class ExpertGroups:
     """Group-limited routing: a token may only use experts of its best groups (DeepSeek-V2 and V3).
 
     Attributes:
-        count: number of groups; the experts of a group lie side by side.
+        count: number of groups; the experts of a group are adjacent.
         keep: groups that a token may use.
         reduce: the score of a group: that of its best expert (`max`, V2) or the sum of its two best (`top2`, V3).
         fill: the score of experts in the other groups: -inf, so that they cannot be chosen.

@@ -197,7 +197,7 @@ def _layer(site: Site, recipe: Recipe, context: Context, previous: MoE | None, d
 
 
 def _refuse_quantized(site: Site, recipe: Recipe) -> None:
-    """Of a quantised layer only adapters can be made, and it can only stand beside them as it is."""
+    """Refuse experts other than adapters for a quantised layer, and shared modules other than the layer itself."""
     if recipe.shared is frozen and _options(recipe.experts)[0] is lora:
         return
     for name, part in site.dense.named_modules():

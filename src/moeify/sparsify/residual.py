@@ -33,7 +33,7 @@ def residual_splits(
         num_experts: E; E + parts must divide H.
         parts: how many parts the shared expert has, each as large as an expert.
         importance: of every unit for every expert: `by_weights`, or `measure_token_importance(...)`.
-        scale: multiplies the outputs; E - 1 of E routed units are silent with k = 1, which training has to make up for.
+        scale: multiplies the outputs; with k = 1, E - 1 of E routed units are not computed, which training compensates.
 
     Raises:
         ValueError: E + parts does not divide H, or the module is no `DenseFFN`.

@@ -38,7 +38,7 @@ def gated(dense: nn.Module, width: int) -> nn.Module:
 
 
 def _in_its_memory(dense: nn.Module) -> nn.Module:
-    """A copy whose parameters are its own, but lie in the memory of the dense network whose place it takes.
+    """A copy whose parameters are its own, but share the memory of the dense network that it replaces.
 
     Quantised modules, whose parameters may be of classes of their own, are taken as they are.
     """

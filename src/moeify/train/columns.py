@@ -9,7 +9,7 @@ from torch import nn
 
 from moeify.routers.lookup import columns, split_router_inputs
 
-_Trainer: Any = object  # at run time a trainer of transformers stands behind the mixin
+_Trainer: Any = object  # at run time the mixin is combined with a trainer of transformers
 
 
 class Columns(_Trainer):

@@ -54,7 +54,7 @@ def _norms(gradients: Iterable[Tensor | None]) -> list[Tensor]:
 
 
 def _local(tensor: Tensor | None) -> Any:
-    """The part of a sharded tensor that lies on this rank."""
+    """The local part of a sharded tensor."""
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 

@@ -31,8 +31,8 @@ _KEPT = (
 def rehearsing(trainer: Any) -> Iterator[Step]:
     """Give a function that runs forward and backward of the micro-batches of one step, as the trainer would.
 
-    Gradients are left in the parameters. Of `SparseTrainer` the loads of a step are the next one's f, as in training;
-    afterwards it is unchanged. A step draws the same random numbers every time.
+    Gradients are left in the parameters. With `SparseTrainer` the loads of a step are the f of the next;
+    afterwards its state is restored. A step draws the same random numbers every time.
 
     Args:
         trainer: a trainer of transformers, or one that has its `get_batch_samples` and `training_step`.

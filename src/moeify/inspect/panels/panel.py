@@ -18,7 +18,7 @@ class NotMeasured(ValueError):
 
 @dataclass(frozen=True)
 class Table:
-    """Numbers under a heading.
+    """A table of numbers with a heading.
 
     Attributes:
         heading: names of the columns.
@@ -31,7 +31,7 @@ class Table:
 
 @dataclass(frozen=True, kw_only=True)
 class Advice:
-    """What a panel found, and what to do with it.
+    """The advice of a panel: what its numbers show, and what to do.
 
     Attributes:
         level: how urgent it is.

@@ -193,7 +193,7 @@ def seen(dense: Mapping[str, DenseFFN], inputs: dict[str, Tensor], hidden: dict[
 
 
 def real_tokens(name: str, batch: Batch, values: Float[Tensor, "... H"]) -> Int[Tensor, "T"]:
-    """Where the tokens that are not padding lie among all of a network's tokens."""
+    """The positions of the real tokens among all tokens of a network."""
     count = values.shape[:-1].numel()
     mask = batch.get("attention_mask")
     if mask is None:

@@ -57,7 +57,7 @@ def load_adapters(model: Any, folder: Path) -> None:
 
 
 def _folders(model: Any, folder: Path) -> dict[str, Path]:
-    """Where the adapters lie, by name."""
+    """The folder of each adapter, by its name."""
     return {name: folder if name == "default" else folder / name for name in model.peft_config}
 
 

@@ -31,7 +31,7 @@ from moeify.train.checkpoint.folder import (
 )  # fmt: skip
 from moeify.train.run_log import LOG
 
-_Trainer: Any = object  # at run time a trainer of transformers stands behind the mixin
+_Trainer: Any = object  # at run time the mixin is combined with a trainer of transformers
 
 
 class Saving(_Trainer):
