@@ -1,4 +1,4 @@
-"""Backends: ways to compute a whole sparse layer. All must agree with the definition, `compose`, gradient included."""
+"""Backends: implementations of a sparse layer. All must agree with the reference, `compose`, gradients included."""
 
 from moeify.backends.base import Backend
 from moeify.backends.order import backend_names, choose, find_backend, register_backend, run

@@ -1,6 +1,6 @@
-"""`Backend`, a faster way to compute a whole layer, and predicates by which backends refuse calls they cannot serve.
+"""`Backend`, an implementation of a sparse layer, and predicates with which backends reject unsupported calls.
 
-A predicate `needs_...` returns None if its requirement is met, else the reason as text. Backends chain them by `or`.
+A predicate `needs_...` returns None if its requirement is met, else the reason. Backends combine them with `or`.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from moeify.routing import Assignment, Routing
 
 @dataclass(frozen=True)
 class Backend:
-    """A way to run a whole layer.
+    """An implementation of a sparse layer.
 
     Attributes:
-        run: computes the layer.
-        refuse: the reason why this backend cannot serve a call, None if it can.
-        chosen: whether `auto` takes this backend for such a call, where it does not refuse.
+        run: computes the output of the layer.
+        refuse: returns the reason why this backend does not support a call, None if it does.
+        chosen: returns whether `auto` uses this backend for a call that it supports.
     """
 
     run: Callable[[Tensor, Routing, Experts], Tensor]
@@ -41,27 +41,27 @@ def needs_nvidia(x: Tensor) -> str | None:
 
 
 def needs_one_weight(routing: Routing) -> str | None:
-    """A sparse decision with one weight per row."""
+    """A routing decision of type `Assignment` with one top-k weight per row."""
     if not isinstance(routing, Assignment):
         return f"it needs an Assignment, and the router gave a {type(routing).__name__}"
     return "it needs one weight per row, and the router gave several gates" if routing.has_gate_axis else None
 
 
 def sparse(routing: Routing) -> Assignment:
-    """The decision of a call that meets `needs_one_weight`, as an `Assignment`."""
+    """The routing decision of a call that meets `needs_one_weight`, typed as an `Assignment`."""
     assert isinstance(routing, Assignment)
     return routing
 
 
 def needs_rows_only(routing: Routing) -> str | None:
-    """A sparse decision whose output is the weighted sum of rows."""
+    """A routing decision without a default output: the layer's output is the weighted sum of expert outputs."""
     if getattr(routing, "default_output", None) is not None:
         return "it adds up rows only, and this router adds a default output to every token"
     return None
 
 
 def needs_all_choices(routing: Routing) -> str | None:
-    """A sparse decision in which every token has the rows of all the K experts that it chose."""
+    """A routing decision in which every token is assigned to all its top-K experts, without padding or drops."""
     if not isinstance(routing, Assignment) or routing.choices is None:
         return "it needs the same number of experts for every token"
     if not routing.has_all_rows:
@@ -72,7 +72,7 @@ def needs_all_choices(routing: Routing) -> str | None:
 
 
 def needs_stacked(experts: Experts) -> str | None:
-    """Feed-forward experts whose weights are stacked, in the state in which they are."""
+    """Feed-forward experts whose weights are stacked, in their current mode (training or evaluation)."""
     if experts.stacked is None:
         found = type(experts).__name__
         return (
@@ -83,14 +83,14 @@ def needs_stacked(experts: Experts) -> str | None:
 
 
 def needs_weights(x: Tensor, experts: Experts, tensors: Iterable[Tensor | None]) -> str | None:
-    """Weights that a backend may read itself, without calling the modules that hold them.
+    """Weights that a backend may read directly, without calling the modules that own them.
 
-    Hooks on these modules would not run, nor a replaced `forward`, by which offloading loads the weights.
+    Hooks on these modules would not run, nor would a replaced `forward`, with which offloading loads weights.
 
     Args:
         x: the tokens.
         experts: the experts.
-        tensors: all that is read of them.
+        tensors: the tensors of the experts that the backend reads.
     """
     if any(waits_for_call(module) for module in experts.called_modules()):
         return (
@@ -108,7 +108,7 @@ def needs_weights(x: Tensor, experts: Experts, tensors: Iterable[Tensor | None])
 
 
 def waits_for_call(module: nn.Module) -> bool:
-    """Whether a call of a module does more than the `forward` of its class: hooks, or another `forward`."""
+    """Whether a module has hooks or a replaced `forward`, which would not run if its weights are read directly."""
     return bool(
         module._forward_hooks
         or module._forward_pre_hooks
@@ -119,14 +119,14 @@ def waits_for_call(module: nn.Module) -> bool:
 
 
 def has_other_forward(module: nn.Module) -> bool:
-    """Whether the `forward` of a module was replaced; what offloading puts back in the end is that of the class."""
+    """Whether the `forward` of an instance was replaced by another than that of its class."""
     if "forward" not in module.__dict__:
         return False
     return getattr(module.__dict__["forward"], "__func__", None) is not type(module).forward
 
 
 def needs_no_transform() -> str | None:
-    """No transform of `torch.func`."""
+    """No active transform of `torch.func`."""
     if not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None:
         return "it does not support transforms of torch.func"
     return None
@@ -138,7 +138,7 @@ def needs_no_autocast(x: Tensor) -> str | None:
 
 
 def needs_dtype(x: Tensor, dtypes: Sequence[torch.dtype], weights: Iterable[Tensor | None] = ()) -> str | None:
-    """Tokens in one of some dtypes, and weights in the same."""
+    """Tokens in one of the dtypes, and weights in the dtype of the tokens."""
     if x.dtype not in dtypes:
         return f"it computes in {', '.join(map(_short, dtypes))}, and the tokens are {x.dtype}"
     other = next((weight.dtype for weight in weights if weight is not None and weight.dtype != x.dtype), None)
@@ -150,7 +150,7 @@ def _short(dtype: torch.dtype) -> str:
 
 
 def needs_no_gradient(tensors: Iterable[Tensor | None]) -> str | None:
-    """Nothing to differentiate."""
+    """No gradient needed: gradients are disabled, or no tensor requires one."""
     if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors):
         return "it has no gradient, and one is needed; call it under torch.no_grad()"
     return None

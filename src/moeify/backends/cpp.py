@@ -1,4 +1,4 @@
-"""The backend `cpp`: a whole layer in one call of C++, on a CPU, where no gradient is needed."""
+"""The backend `cpp`: a sparse layer fused into one C++ kernel, on a CPU, without gradients."""
 
 from __future__ import annotations
 
@@ -31,18 +31,18 @@ from moeify.routing import Routing
 
 DTYPES = (torch.float32, torch.bfloat16)
 MAX_ROWS = 256
-"""Rows per expert from which on the library's products are as fast as the kernel's loops; measured on Zen 4."""
+"""Rows per expert from which on the products of torch and oneDNN are as fast as the kernel; measured on Zen 4."""
 MAX_ROWS_PACKED = 128
-"""The same where the library may pack its weights."""
+"""The same if `pack` allows packed weights for oneDNN."""
 MAX_ROWS_AMX = 8
-"""The same in bf16 where the processor has matrix tiles (AMX), which the kernel does not use; an estimate."""
+"""The same in bf16 on processors with matrix tiles (AMX), which the kernel does not use; an estimate."""
 
 _TRANSPOSED = "it reads weights row by row, and these are transposed; moeify.kernels.cpu.packing.pack allows a copy"
 
 
 @dataclass(frozen=True)
 class Projections:
-    """The up and the down projection of all experts, as the kernel reads them."""
+    """The up and the down projection of all experts, as arguments of the kernel."""
 
     up: Tensor
     up_bias: Tensor | None
@@ -56,13 +56,13 @@ class Projections:
 
     @property
     def tensors(self) -> list[Tensor]:
-        """The weights, biases and scales that there are."""
+        """The weights, biases and scales that are not None."""
         found = [self.up, self.up_bias, self.up_scales, self.down, self.down_bias, self.down_scales]
         return [tensor for tensor in found if tensor is not None]
 
 
 def projections_of(experts: Experts) -> Projections | None:
-    """The projections of experts as the kernel reads them, None for experts that it does not support."""
+    """The projections of experts as arguments of the kernel, None for experts without stacked weights."""
     stored = _stored(experts)
     if stored is None or stored.up_scales is not None:
         return stored
@@ -90,7 +90,7 @@ def _stored(experts: Experts) -> Projections | None:
 
 
 def _by_rows(weight: Float[Tensor, "E O D"], experts: Experts) -> Float[Tensor, "E O D"]:
-    """The weight, or of one that is stored transposed a copy that is not, if copies are allowed."""
+    """The weight; for a transposed one a cached row-major copy, if `pack` allows it."""
     if not _is_transposed(weight) or not _may_copy(weight, experts):
         return weight
     owner = weight if weight._base is None else weight._base
@@ -106,7 +106,7 @@ def _may_copy(weight: Tensor, experts: Experts) -> bool:
 
 
 def run(x: Float[Tensor, "... D"], routing: Routing, experts: Experts) -> Tensor:
-    """Compute the layer by the C++ kernel."""
+    """Compute the layer with the C++ kernel."""
     routing = sparse(routing)
     p = projections_of(experts)
     assert p is not None
@@ -120,7 +120,7 @@ def run(x: Float[Tensor, "... D"], routing: Routing, experts: Experts) -> Tensor
 
 
 def refuse(x: Tensor, routing: Routing, experts: Experts) -> str | None:
-    """Why the C++ kernel cannot serve a call, None if it can."""
+    """The reason why the C++ kernel does not support a call, None if it does."""
     if reason := needs_cpu(x) or needs_one_weight(routing):
         return reason
     p = _stored(experts)
@@ -131,7 +131,7 @@ def refuse(x: Tensor, routing: Routing, experts: Experts) -> str | None:
 
 
 def _cannot_read(x: Tensor, experts: Experts, p: Projections | None) -> str | None:
-    """Why the C++ kernel cannot compute experts for such tokens, None if it can."""
+    """The reason why the C++ kernel does not support experts for these tokens, None if it does."""
     if p is None:
         return needs_stacked(experts)
     if reason := needs_weights(x, experts, p.tensors):
@@ -146,7 +146,7 @@ def _cannot_read(x: Tensor, experts: Experts, p: Projections | None) -> str | No
 
 
 def chosen(x: Tensor, routing: Routing, experts: Experts) -> bool:
-    """Whether there is enough to do, and the segments are short enough, for the kernel to be the fastest."""
+    """Whether the experts are large enough, and rows per expert few enough, for the kernel to be the fastest."""
     if x.device.type != "cpu":
         return False
     if isinstance(experts, Quantized):
@@ -168,24 +168,24 @@ def _has_tiles() -> bool:
 
 
 def step_experts(experts: Experts, width: int, dtype: torch.dtype) -> steps.Experts | None:
-    """The experts as a decoder's step reads them, None where the kernel cannot serve them.
+    """The experts as an operand of a decoding step, None if the kernel does not support them.
 
     Args:
         experts: the experts.
         width: D.
-        dtype: of the tokens.
+        dtype: dtype of the tokens.
     """
     p = projections_of(experts)
     if p is None or _cannot_read(torch.zeros(1, width, dtype=dtype), experts, p) is not None:
         return None
-    if _is_transposed(p.up) or _is_transposed(p.down):  # and may not be copied
+    if _is_transposed(p.up) or _is_transposed(p.down):  # and `pack` does not allow a copy
         return None
     up, down = (p.up, p.up_bias, p.up_scales), (p.down, p.down_bias, p.down_scales)
     return steps.Experts(width, up, down, p.hidden, p.group_size, *kernel_activation(p.activation))
 
 
 def kernel_activation(activation: Activation) -> tuple[str, str, float, float]:
-    """The arguments by which the kernel takes an activation: gating, elementwise function, alpha and limit."""
+    """An activation as arguments of the kernel: gating, elementwise function, alpha and limit."""
     if isinstance(activation, ClampedGlu):
         return "clamped", "silu", activation.alpha, activation.limit
     name = name_of(activation.act)

@@ -1,4 +1,4 @@
-"""The backends `onednn` and `recompute`: feed-forward experts by torch's CPU libraries, with gradients."""
+"""The backends `onednn` and `recompute`: feed-forward experts on a CPU with gradients, by grouped GEMMs."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from moeify.routing import Routing
 
 
 def run(x: Float[Tensor, "... D"], routing: Routing, experts: Experts, *, keep: bool = True) -> Tensor:
-    """Gather, run and add up the rows of a few experts at a time, by weights that are packed where that is allowed.
+    """Compute the layer in blocks of a few hundred rows, with packed weights where `pack` allows it.
 
     Args:
         x: the tokens.
-        routing: the decision.
+        routing: the routing decision.
         experts: the experts.
-        keep: keep the hidden units for the backward pass, or compute them there again.
+        keep: save the inputs of the activation for the backward pass instead of recomputing them.
     """
     routing = sparse(routing)
     stacked = experts.stacked
@@ -41,13 +41,13 @@ def run(x: Float[Tensor, "... D"], routing: Routing, experts: Experts, *, keep: 
 
 
 def _packed(stacked: Stacked, dtype: torch.dtype) -> tuple[Matrices, Matrices] | None:
-    if stacked.up.is_inference() or stacked.down.is_inference():  # without a version, a stale copy goes unnoticed
+    if stacked.up.is_inference() or stacked.down.is_inference():  # no version counter to detect stale copies
         return None
     return packed(stacked.up, dtype), packed(stacked.down, dtype)
 
 
 def refuse(x: Tensor, routing: Routing, experts: Experts) -> str | None:
-    """Why this backend cannot serve a call, None if it can."""
+    """The reason why this backend does not support a call, None if it does."""
     if torch.compiler.is_compiling():
         return "torch.compile follows the definition and fuses what lies around its products"
     if reason := needs_cpu(x) or needs_one_weight(routing) or needs_rows_only(routing) or needs_stacked(experts):

@@ -1,4 +1,4 @@
-"""The registry of backends, in the order in which `auto` considers them, and the choice of one for a call."""
+"""The registry of backends, in the order in which `auto` considers them, and the selection of one for a call."""
 
 from __future__ import annotations
 
@@ -31,15 +31,15 @@ _ORDER: list[tuple[str, Backend]] = [
 
 
 def backend_names() -> list[str]:
-    """The names of all backends, in the order in which `auto` considers them; `compose` serves every call."""
+    """The names of all backends, in the order in which `auto` considers them; `compose` supports every call."""
     return [name for name, _ in _ORDER]
 
 
 def find_backend(name: str) -> Backend:
-    """The backend of a name.
+    """The backend registered under a name.
 
     Raises:
-        ValueError: there is none.
+        ValueError: no backend has this name.
     """
     for known, backend in _ORDER:
         if known == name:
@@ -48,15 +48,15 @@ def find_backend(name: str) -> Backend:
 
 
 def register_backend(name: str, backend: Backend, *, before: str = "compose") -> None:
-    """Make a backend known by name, in the place of another of that name if there is one.
+    """Register a backend under a name, replacing an existing one of the same name.
 
     Args:
-        name: what `MoE(backend=...)` calls it.
+        name: the name for `MoE(backend=...)`.
         backend: the backend.
-        before: `auto` considers it just before the backend of this name.
+        before: the backend before which `auto` considers the new one.
 
     Raises:
-        ValueError: the name is `auto` or `compose`, or there is no backend to put it before.
+        ValueError: the name is `auto` or `compose`, or no backend is called `before`.
     """
     if name in ("auto", "compose"):
         raise ValueError(f"a backend cannot be called {name!r}, which moeify keeps for itself; choose another name")
@@ -69,12 +69,13 @@ def register_backend(name: str, backend: Backend, *, before: str = "compose") ->
 
 
 def run(name: str, x: Float[Tensor, "... D"], routing: Routing, experts: Experts) -> Tensor:
-    """Run a layer by the named backend; `auto` takes the first that is made for such inputs and does not refuse.
+    """Run a layer with the named backend; `auto` uses the first one that is `chosen` for the call and supports it.
 
     With `MOEIFY_CHECK=1` in the environment every result is compared with `compose`.
 
     Raises:
-        ValueError: an unknown name, or a named backend that cannot serve this call.
+        ValueError: an unknown name, or a named backend that does not support this call.
+        RuntimeError: with `MOEIFY_CHECK=1`, the output differs from that of `compose`.
     """
     experts = as_experts(experts)
     if name == "auto":
@@ -84,7 +85,7 @@ def run(name: str, x: Float[Tensor, "... D"], routing: Routing, experts: Experts
     backend = find_backend(name)
     if not env.CHECK.is_on or backend.run is plain.compose:
         return backend.run(x, routing, experts)
-    with torch.no_grad(), torch.random.fork_rng():  # dropout falls on the same hidden units both times
+    with torch.no_grad(), torch.random.fork_rng():  # the same dropout mask in both runs
         reference = plain.compose(x, routing, experts)
     y = backend.run(x, routing, experts)
     _must_agree(name, y, reference)
@@ -92,7 +93,7 @@ def run(name: str, x: Float[Tensor, "... D"], routing: Routing, experts: Experts
 
 
 def choose(x: Float[Tensor, "... D"], routing: Routing, experts: Experts) -> str:
-    """The name of the backend that `auto` takes."""
+    """The name of the backend that `auto` uses."""
     call = (x, routing, experts)
     return next(name for name, backend in _ORDER if backend.chosen(*call) and backend.refuse(*call) is None)
 

@@ -39,7 +39,7 @@ def liger(x: Float[Tensor, "... D"], routing: Routing, experts: Experts) -> Floa
 
 
 def cannot_liger(x: Float[Tensor, "... D"], routing: Routing, experts: Experts) -> str | None:
-    """Why `liger` cannot serve a call, None if it can."""
+    """The reason why `liger` does not support a call, None if it does."""
     if reason := _unserved(x, routing, experts, ("silu",)):
         return reason
     assert experts.stacked is not None
@@ -64,7 +64,7 @@ def sonicmoe(x: Float[Tensor, "... D"], routing: Routing, experts: Experts) -> F
 
 
 def cannot_sonicmoe(x: Float[Tensor, "... D"], routing: Routing, experts: Experts) -> str | None:
-    """Why `sonicmoe` cannot serve a call, None if it can."""
+    """The reason why `sonicmoe` does not support a call, None if it does."""
     if reason := _unserved(x, routing, experts, ("silu", "gelu", "relu")):
         return reason
     if reason := _missing("transformers", "transformers"):

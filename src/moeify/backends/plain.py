@@ -1,4 +1,4 @@
-"""Backends in plain torch: the definition `compose`, `gather`, and the combination of outputs that exist already."""
+"""Backends in plain torch: the reference `compose`, `gather`, and `combine_outputs` for precomputed expert outputs."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from moeify.routing import Routing
 
 
 def compose(x: Float[Tensor, "... D"], routing: Routing, experts: Experts) -> Tensor:
-    """`C · experts(D · x)`, the definition of a sparse layer."""
+    """`combine(experts(dispatch(x)))`, the reference implementation of a sparse layer."""
     return routing.combine(experts(routing.dispatch(x), routing.counts))
 
 
 def gather(x: Float[Tensor, "... D"], routing: Routing, experts: Experts) -> Tensor:
-    """Undo the sort and add up each token's K expert outputs: no atomic additions, so deterministic on a GPU."""
+    """Unsort the rows and sum each token's K expert outputs: no atomic additions, so deterministic on a GPU."""
     routing = sparse(routing)
     assert routing.rank is not None
     assert routing.choices is not None
@@ -30,7 +30,7 @@ def gather(x: Float[Tensor, "... D"], routing: Routing, experts: Experts) -> Ten
 
 
 def cannot_gather(x: Tensor, routing: Routing, experts: Experts) -> str | None:
-    """Why `gather` cannot serve a call, None if it can."""
+    """The reason why `gather` does not support a call, None if it does."""
     if reason := needs_one_weight(routing) or needs_rows_only(routing):
         return reason
     routing = sparse(routing)
@@ -42,13 +42,13 @@ def cannot_gather(x: Tensor, routing: Routing, experts: Experts) -> str | None:
 
 
 def combine_outputs(x: Float[Tensor, "... D"], routing: Routing, experts: Experts) -> Tensor:
-    """Combine the expert outputs that the router computed already: no expert runs twice."""
+    """Combine the expert outputs that the router has already computed, without running an expert again."""
     assert routing.expert_outputs is not None
     return routing.combine(routing.expert_outputs)
 
 
 def cannot_combine_outputs(x: Tensor, routing: Routing, experts: Experts) -> str | None:
-    """Why `combine_outputs` cannot serve a call, None if it can."""
+    """The reason why `combine_outputs` does not support a call, None if it does."""
     if routing.expert_outputs is None:
         return "it needs a decision with expert outputs, which only a router brings that runs the experts itself"
     return None

@@ -1,4 +1,4 @@
-"""The backends `triton` and `decode`: whole layers on a GPU by `moeify.kernels.triton`, imported at first use."""
+"""The backends `triton` and `decode`: sparse layers on a GPU with `moeify.kernels.triton`, imported at first use."""
 
 from __future__ import annotations
 
@@ -46,9 +46,9 @@ def run(x: Float[Tensor, "... D"], routing: Routing, experts: Experts) -> Float[
 
 
 def rows_by_token(routing: Assignment) -> tuple[Int[Tensor, "V"], Int[Tensor, "T+1"]]:
-    """The rows of token t: `order[begin[t] : begin[t + 1]]`, where -1 is a row that is not there.
+    """The rows of token t: `order[begin[t] : begin[t + 1]]`, where -1 marks a dropped or padding row.
 
-    Where every token chose K experts it has K places, so nothing is sorted.
+    If every token has K experts, it has K entries in `order`, so no sort is needed.
     """
     source, tokens = routing.source, math.prod(routing.shape)
     if routing.rank is None or routing.choices is None:
@@ -61,7 +61,7 @@ def rows_by_token(routing: Assignment) -> tuple[Int[Tensor, "V"], Int[Tensor, "T
 
 
 def cannot(x: Float[Tensor, "... D"], routing: Routing, experts: Experts) -> str | None:
-    """Why `run` cannot serve a call, None if it can."""
+    """The reason why `run` does not support a call, None if it does."""
     if isinstance(experts, LoRA):
         if experts.training and experts.dropout.p > 0:
             return "it does not support dropout before low-rank projections"
@@ -71,15 +71,14 @@ def cannot(x: Float[Tensor, "... D"], routing: Routing, experts: Experts) -> str
 
 
 def chosen(x: Float[Tensor, "... D"], routing: Routing, experts: Experts) -> bool:
-    """Whether they are allowed, and expected to be faster than torch's grouped product with its copies.
+    """Whether `auto` uses these kernels: if allowed, and if expected to be faster than torch's grouped GEMM.
 
-    No GPU has run them yet, so `auto` takes them only with `MOEIFY_TRITON=1` in the environment.
+    No GPU has run them yet, so `auto` uses them only with `MOEIFY_TRITON=1` in the environment.
 
-    They save copies, which cost 1 / D + 1 / H of the products' time, up to a factor; but CUTLASS
-    multiplies somewhat faster than Triton. They are taken where D · H / (D + H) is at most 1000, which leaves
-    Mixtral's wide experts to torch, and takes fine-grained ones; low-rank projections are narrower still. In dtypes
-    that torch's grouped product does not support, they compete with one product per expert and a wait for the counts,
-    so they are always taken.
+    They avoid copies of rows, whose share of the time is proportional to 1 / D + 1 / H, but CUTLASS GEMMs are somewhat
+    faster than Triton's. They are used for D · H / (D + H) <= 1000, so for fine-grained experts and not for wide ones
+    such as Mixtral's; low-rank projections are narrower still. In dtypes that torch's grouped GEMM does not support,
+    the alternative is one product per expert and a synchronisation for the counts, so they are always used.
     """
     if not allowed() or not x.is_cuda:
         return False
@@ -92,7 +91,7 @@ def chosen(x: Float[Tensor, "... D"], routing: Routing, experts: Experts) -> boo
 
 
 def decode(x: Float[Tensor, "... D"], routing: Routing, experts: Experts) -> Float[Tensor, "... O"]:
-    """Read the weights of each chosen expert once and in place, for a few tokens and without a gradient."""
+    """Compute a layer for few tokens without gradients, reading the weights of selected experts once, in place."""
     from moeify.kernels.triton.decode import Matrices, decode
 
     choices = sparse(routing).choices
@@ -105,13 +104,13 @@ def decode(x: Float[Tensor, "... D"], routing: Routing, experts: Experts) -> Flo
     else:
         s = experts.stacked
         assert s is not None
-        up, down = Matrices(s.up, s.up_bias), Matrices(s.down, s.down_bias)  # of any dtype, so autocast copies nothing
+        up, down = Matrices(s.up, s.up_bias), Matrices(s.down, s.down_bias)  # of any dtype, so autocast makes no copies
         y = decode(tokens, indices, weights, up, down, s.down.shape[2], s.activation)
     return y.view(*x.shape[:-1], y.shape[-1])
 
 
 def cannot_decode(x: Float[Tensor, "... D"], routing: Routing, experts: Experts) -> str | None:
-    """Why `decode` cannot serve a call, None if it can."""
+    """The reason why `decode` does not support a call, None if it does."""
     if not isinstance(experts, Quantized) and (reason := needs_stacked(experts)):
         return reason
     return (
@@ -122,13 +121,13 @@ def cannot_decode(x: Float[Tensor, "... D"], routing: Routing, experts: Experts)
 
 
 def decode_chosen(x: Float[Tensor, "... D"], routing: Routing, experts: Experts) -> bool:
-    """Whether they are allowed, and rows are so few that most experts that are chosen have one row."""
+    """Whether `auto` uses `decode`: if allowed, and if there are at most as many rows as experts."""
     return allowed() and x.is_cuda and routing.num_rows <= routing.counts.shape[0]
 
 
 @constant_result
 def allowed() -> bool:
-    """Whether `auto` may take kernels that no GPU has run."""
+    """Whether `auto` may use kernels that no GPU has run."""
     return env.TRITON.is_on
 
 
@@ -162,7 +161,7 @@ def _matrices(experts: Experts) -> tuple[Tensor, Tensor]:
 
 
 def _dtype(x: Tensor, experts: Experts) -> torch.dtype:
-    """What is computed in."""
+    """The compute dtype."""
     device = x.device.type
     if torch.is_autocast_enabled(device):
         return torch.get_autocast_dtype(device)
@@ -170,7 +169,7 @@ def _dtype(x: Tensor, experts: Experts) -> torch.dtype:
 
 
 def _tensors(experts: Experts) -> tuple[Tensor | None, ...]:
-    """All that is read of experts."""
+    """The tensors of the experts that the kernels read."""
     if isinstance(experts, LoRA):
         return experts.lora_A, experts.lora_B, experts.scale
     if isinstance(experts, Quantized):

@@ -1,4 +1,4 @@
-"""Compress models: replace the weights of linear layers and experts by integers of 8 or 4 bits."""
+"""Compress models: quantise the weights of linear layers and experts to int8 or int4."""
 
 from moeify.compress.quantize import quantize_experts
 

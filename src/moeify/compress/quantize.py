@@ -1,4 +1,4 @@
-"""Quantisation of a whole model: experts and linear layers with weights of 8 or 4 bits, and how files record it."""
+"""Quantise the experts and linear layers of a model to int8 or int4, and describe the quantisation for saving."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ Model = TypeVar("Model", bound=nn.Module)
 
 
 def quantize_experts(model: Model, bits: int = 8, group_size: int = 64) -> Model:
-    """Quantise all feed-forward experts of a model's sparse layers; in place, layer by layer.
+    """Quantise the weights of all feed-forward experts of a model to int8 or int4; in place, layer by layer.
 
-    `moeify.store.save` writes such a model with its quantisation, and `load` gives it back as it is.
+    `moeify.store.save` writes the quantised weights, and `load` restores them exactly.
 
     Args:
-        model: a model with layers of `moeify.MoE`.
+        model: a model with `moeify.MoE` layers.
         bits: 8 or 4.
-        group_size: weights that share a scale, 32 or 64; of 4 bits only.
+        group_size: weights that share a scale, 32 or 64; used for 4 bits only.
 
     Raises:
         ValueError: the model has no experts that can be quantised.
@@ -40,10 +40,10 @@ def quantize_experts(model: Model, bits: int = 8, group_size: int = 64) -> Model
 def quantize_decoder(model: Any, bits: int) -> None:
     """Quantise the experts and projections of a Llama-like decoder, and its head to 8 bits; in place.
 
-    Routers, norms and embeddings stay as they are.
+    Routers, norms and embeddings are not quantised.
 
     Args:
-        model: a model with layers in `model.layers`, and a `lm_head`.
+        model: a model with layers in `model.layers`, and an `lm_head`.
         bits: 8 or 4.
 
     Raises:
@@ -64,16 +64,16 @@ _PROJECTIONS = {f"{part}_proj" for part in ("q", "k", "v", "o", "gate", "up", "d
 
 
 def quantize_module(model: nn.Module, name: str, bits: int, group_size: int = 64) -> None:
-    """Put a quantised module in the place of a linear layer or of experts, ours or those of transformers.
+    """Replace a linear layer, or experts of moeify or transformers, by a quantised module; in place.
 
     Args:
         model: the model.
-        name: of the module in it.
+        name: the name of the module in it.
         bits: 8 or 4.
-        group_size: weights that share a scale, 32 or 64; of 4 bits only.
+        group_size: weights that share a scale, 32 or 64; used for 4 bits only.
 
     Raises:
-        ValueError: the module is neither; other bits or groups.
+        ValueError: a module of another type, or other bits or group sizes.
     """
     if bits not in (8, 4) or group_size not in (32, 64):
         raise ValueError(
@@ -100,7 +100,7 @@ def _refuse_save_pretrained(*args: Any, **kwargs: Any) -> None:
 
 
 def quantization_of(model: nn.Module) -> list[dict[str, Any]]:
-    """The quantised modules of a model, as plain values: what `quantize_as` needs to make them of a model without."""
+    """The name, bits and group size of each quantised module of a model, as JSON values for `quantize_as`."""
     found: list[dict[str, Any]] = []
     for name, module in model.named_modules():
         inside = any(name.startswith(f"{each['module']}.") for each in found)
@@ -111,10 +111,10 @@ def quantization_of(model: nn.Module) -> list[dict[str, Any]]:
 
 
 def quantize_as(model: nn.Module, quantization: Iterable[Mapping[str, Any]]) -> None:
-    """Quantise the modules that `quantization_of` named, in the same way; in place.
+    """Quantise the modules listed by `quantization_of`, with the same settings; in place.
 
     Raises:
-        ValueError: a module that the model does not have, or whatever `quantize_module` refuses.
+        ValueError: a module that the model does not have, or an error of `quantize_module`.
     """
     modules = dict(model.named_modules())
     for each in quantization:

@@ -1,4 +1,4 @@
-"""Modules with weights of 8 or 4 bits that replace a model's linear layers and experts."""
+"""Modules with int8 or int4 weights that replace a model's linear layers and experts."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from moeify.routing import assign
 
 
 class QuantizedLinear(nn.Module):
-    """A linear layer whose weights are whole numbers of 8 bits (a scale per row) or 4 bits (a scale per group).
+    """A linear layer with int8 weights (one scale per row) or int4 weights (one scale per group).
 
     Args:
         linear: the layer that it replaces.
         bits: 8 or 4.
-        group_size: weights that share a scale, 32 or 64; of 4 bits only.
+        group_size: weights that share a scale, 32 or 64; used for 4 bits only.
     """
 
     def __init__(self, linear: nn.Linear, bits: int, group_size: int = 64) -> None:
@@ -32,7 +32,7 @@ class QuantizedLinear(nn.Module):
         self.in_features, self.out_features = linear.in_features, linear.out_features
 
     def forward(self, x: Float[Tensor, "... D"]) -> Float[Tensor, "... O"]:
-        """`W x + bias`, by the C++ kernel where there is one."""
+        """`W x + bias`, computed by the C++ kernel where it is available."""
         if self._serves(x):
             rows = x.reshape(-1, self.in_features).float().contiguous()
             y = torch.empty(len(rows), self.out_features)
@@ -52,7 +52,7 @@ class QuantizedLinear(nn.Module):
         return self.map(rows, torch.tensor([len(rows)])).view(*x.shape[:-1], self.out_features)
 
     def _serves(self, x: Tensor) -> bool:
-        """Whether the kernel may read the weights for such an input."""
+        """Whether the kernel supports this input."""
         return (
             x.dtype in (torch.float32, torch.bfloat16)
             and not x.requires_grad
@@ -63,10 +63,10 @@ class QuantizedLinear(nn.Module):
 
 
 class QuantizedExperts(nn.Module):
-    """Quantised experts as a model of transformers calls its own.
+    """Quantised experts with the `forward` signature of the experts modules of transformers.
 
     Args:
-        experts: the experts.
+        experts: the quantised experts.
     """
 
     def __init__(self, experts: Quantized) -> None:

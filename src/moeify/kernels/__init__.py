@@ -1,4 +1,4 @@
-"""Kernels: `grouped_linear`, which multiplies every run of rows by the weight of its own expert."""
+"""Kernels: `grouped_linear`, a grouped GEMM: rows sorted by expert times the weight of their expert."""
 
 from moeify.kernels.grouped import explain, grouped_linear
 from moeify.kernels.naive import naive_grouped_linear

@@ -1,7 +1,7 @@
-"""`grouped_linear`, a linear map per expert: torch's grouped matrix product where it is fastest, else one product each.
+"""`grouped_linear`, a linear map per expert: torch's grouped GEMM where it is fastest, else one product per expert.
 
-The product is one custom operator, so that it can be captured whole by `torch.compile` for every dtype, is
-differentiable without a copy of the weights, and always sees contiguous gradients.
+The product is one custom operator, so that `torch.compile` captures it as one node for every dtype, the backward pass
+copies no weights, and gradients are always contiguous.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def grouped_linear(
 ) -> Float[Tensor, "R O"]:
     """Multiply the first `counts[0]` rows by `weight[0]`, the next `counts[1]` by `weight[1]`, and so on.
 
-    Follows autocast; otherwise rows take the dtype of the weight.
+    Under autocast it computes in the autocast dtype, otherwise rows are cast to the dtype of the weight.
 
     Args:
         rows: rows sorted by expert; `counts` sums to R.
@@ -110,13 +110,13 @@ grouped_matmul_tn.register_autograd(_tn_gradients, setup_context=_keep_inputs)
 
 
 def explain(rows: Float[Tensor, "R D"], weight: Float[Tensor, "E O D"]) -> str:
-    """Which product `grouped_linear` runs for such tensors, and why."""
+    """Which product `grouped_linear` runs for these tensors, and why."""
     obstacle = _obstacle(rows, weight)
     return "torch grouped_mm" if obstacle is None else f"one product per expert ({obstacle})"
 
 
 def _obstacle(left: Tensor, right: Tensor) -> str | None:
-    """What keeps torch's grouped product from serving."""
+    """The reason why `torch.nn.functional.grouped_mm` is not used, None if it is."""
     if not left.is_cuda:
         return group_obstacle(left, right, len(left) // len(right))
     if left.dtype != torch.bfloat16:

@@ -1,4 +1,4 @@
-"""The definition of `grouped_linear`; every faster version must agree with it, gradient included."""
+"""The reference implementation of `grouped_linear`, with which all others must agree, in outputs and gradients."""
 
 from __future__ import annotations
 

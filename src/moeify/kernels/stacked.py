@@ -1,4 +1,4 @@
-"""`Stacked`, the weights and the activation of E feed-forward experts, as kernels for whole experts read them."""
+"""`Stacked`, the stacked weights and the activation of E feed-forward experts, the input of fused kernels."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Glu:
     projections = 2
 
     def __call__(self, gate_up: Float[Tensor, "R M"]) -> Float[Tensor, "R H"]:
-        """Gate the second half by the activated first half."""
+        """Multiply the second half (up) by the activated first half (gate)."""
         gate, up = gate_up.chunk(2, dim=-1)
         return self.act(gate) * up
 
@@ -58,7 +58,7 @@ class ClampedGlu:
     projections = 2
 
     def __call__(self, gate_up: Float[Tensor, "R M"]) -> Float[Tensor, "R H"]:
-        """Gate the odd columns by the even ones."""
+        """Compute the output from even columns (gate) and odd columns (up)."""
         gate = gate_up[..., ::2].clamp(max=self.limit)
         up = gate_up[..., 1::2].clamp(-self.limit, self.limit)
         return (up + 1) * gate * torch.sigmoid(self.alpha * gate)
@@ -77,11 +77,11 @@ class Stacked:
     """E feed-forward networks `down(activation(up(row)))` of one size.
 
     Attributes:
-        up: the up projection; gate and up projection side by side if `activation` is gated.
-        up_bias: its bias.
+        up: the up projection; with a gated `activation`, gate and up projection as the activation arranges them.
+        up_bias: bias of the up projection.
         down: the down projection.
-        down_bias: its bias.
-        activation: between the projections.
+        down_bias: bias of the down projection.
+        activation: the activation between the projections.
     """
 
     up: Float[Tensor, "E M D"]
@@ -97,19 +97,19 @@ def relu2(x: Tensor) -> Tensor:
 
 
 def gelu_tanh(x: Tensor) -> Tensor:
-    """GELU by its tanh approximation."""
+    """GELU with the tanh approximation."""
     return F.gelu(x, approximate="tanh")
 
 
 KNOWN: dict[str, Elementwise] = {
     "silu": F.silu, "gelu": F.gelu, "gelu_tanh": gelu_tanh, "relu": F.relu, "relu2": relu2,
 }  # fmt: skip
-"""The activations that kernels have a name for."""
+"""The elementwise activations that kernels support, by name."""
 
 
 @constant_result
 def name_of(act: Elementwise) -> str | None:
-    """The name of an activation, recognised by what it computes; None for one that no kernel knows."""
+    """The name of an activation, recognised by its values; None for one that no kernel supports."""
     return _name_of(act)
 
 

@@ -1,4 +1,4 @@
-"""Inference: fast decoding on a CPU, and other settings of routers than in training. There is no server here."""
+"""Inference: fast decoding on a CPU, and router settings that differ from those in training; not a server."""
 
 from moeify.serve.decode import fast_decode, plain_decode
 from moeify.serve.settings import serve_with

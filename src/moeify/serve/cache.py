@@ -8,14 +8,14 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from moeify.kernels.cpu.cpp.steps import LayerCache
 
-_LEAST = 256  # positions
+_LEAST = 256  # positions allocated at least
 
 
 class PreallocatedLayer(DynamicLayer):
-    """The keys and values of one layer, in memory for twice as many positions as were needed when it was taken.
+    """The KV cache of one layer, allocated for twice as many positions as are in use at the time, at least 256.
 
-    `keys` and `values` (B, heads, positions, width) are what transformers sees: views of the first positions. Where
-    they are replaced, as in a beam search, memory is taken anew.
+    `keys` and `values` (B, heads, positions, width), which transformers reads, are views of the first positions. If
+    they are replaced, as in a beam search, memory is allocated again.
     """
 
     _store: tuple[Tensor, Tensor] | None = None
@@ -27,7 +27,7 @@ class PreallocatedLayer(DynamicLayer):
         *args: object,
         **kwargs: object,
     ) -> tuple[Tensor, Tensor]:
-        """Append keys and values, and return all."""
+        """Append keys and values, and return those of all positions."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
             self.keys, self.values = key_states[:, :, :0], value_states[:, :, :0]
@@ -38,12 +38,12 @@ class PreallocatedLayer(DynamicLayer):
         return keys, values
 
     def append(self) -> LayerCache:
-        """Make space for one position, which the kernel fills, and return the memory."""
+        """Extend the cache by one position, which the kernel writes, and return its pointers and strides."""
         keys, values = self._grown(1)
         return LayerCache(keys.data_ptr(), values.data_ptr(), keys.stride(0), keys.stride(1))
 
     def _grown(self, new: int) -> tuple[Tensor, Tensor]:
-        """Keys and values with so many positions more."""
+        """Keys and values extended by `new` positions, which are not written."""
         keys, values = self.keys, self.values
         assert keys is not None
         assert values is not None
@@ -57,7 +57,7 @@ class PreallocatedLayer(DynamicLayer):
 
 
 def _begins(part: Tensor, whole: Tensor, length: int) -> bool:
-    """Whether a tensor is the beginning of another that has space for `length` positions."""
+    """Whether `part` is a view of the first positions of `whole`, which has space for `length` positions."""
     return whole.shape[2] >= length and part.data_ptr() == whole.data_ptr() and part.shape[:2] == whole.shape[:2]
 
 
@@ -68,7 +68,7 @@ def _larger(part: Tensor, length: int) -> Tensor:
 
 
 def preallocate(cache: Cache, layers: int) -> bool:
-    """Whether the kernel can append to a cache; an empty dynamic cache of transformers is made one that it can."""
+    """Whether the kernel can append to a cache; an empty `DynamicCache` is first converted to `PreallocatedLayer`s."""
     if type(cache) is DynamicCache and not cache.offloading and not cache.get_seq_length():
         cache.layer_class_to_replicate = None
         cache.layers = [PreallocatedLayer() for _ in range(layers)]

@@ -1,4 +1,4 @@
-"""Decoding on a CPU by the C++ kernel, behind `model.generate`."""
+"""Decoding on a CPU with the C++ kernel, through `model.generate`."""
 
 from __future__ import annotations
 
@@ -40,26 +40,27 @@ _READ = {"attention_mask", "position_ids"}
 
 
 def cache_name(model: nn.Module) -> str:
-    """What a model calls its cache: `past_key_values`, or from transformers 5.24 on `cache`."""
+    """The name of a model's cache argument: `past_key_values`, or from transformers 5.24 on `cache`."""
     return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
 
 def fast_decode(model: Model, *, bits: int = 16) -> Model:
-    """Decode by one call of the C++ kernel per token, on a CPU; in place, `model.generate` is used as before.
+    """Decode with the C++ kernel on a CPU, which runs all supported layers; in place, used through `model.generate`.
 
-    Prompts, and calls that ask for more than logits (hidden states, hooks, gradients), go through the model as it is.
-    With 8 or 4 bits its linear layers and experts are replaced by quantised ones, for good; the head keeps 8 bits, and
-    routers, norms and embeddings what they have. In bf16, activations are rounded to 8 bits too where a processor
-    multiplies bytes, for up to 24 tokens. The weights move into huge pages. A step is compared with the model's own
-    before the model is returned. Call it again when parameters were replaced or cast.
+    Prefill, and calls that need more than logits (hidden states, hooks, gradients), run the model's own forward pass.
+    With 8 or 4 bits, linear layers and experts are permanently replaced by quantised ones; the head has 8 bits, and
+    routers, norms and embeddings are not quantised. In bf16, on processors with AVX-512 BF16 and VNNI, activations are
+    quantised to int8 as well, for up to 24 tokens. Weights are moved into huge pages. One decoding step is compared
+    with the model's own forward pass before the model is returned. Call it again after parameters were replaced or
+    cast.
 
     Args:
-        model: a decoder of transformers of the kind of Llama, Mixtral or Qwen3, dense or sparse, or one made sparse
-            by moeify.
-        bits: 16 for the weights as they are, 8 or 4.
+        model: a Llama-like decoder of transformers (Llama, Mixtral, Qwen3), dense or sparse, or one made sparse by
+            moeify.
+        bits: 16 for unquantised weights, 8 or 4.
 
     Raises:
-        ValueError: other bits; a model of another kind; one that computes something else than its parts say.
+        ValueError: any other number of bits; an unsupported architecture; logits that differ from the kernel's.
     """
     if bits not in (16, 8, 4):
         raise ValueError(f"weights of {bits} bits are not supported; choose 16 (as they are), 8 or 4")
@@ -82,13 +83,13 @@ def fast_decode(model: Model, *, bits: int = 16) -> Model:
 
 
 def plain_decode(model: Model) -> Model:
-    """Decode by the model's own forward pass again; in place, quantised weights stay so."""
+    """Restore the model's own forward pass for decoding; in place, quantised weights remain quantised."""
     model.__dict__.pop("forward", None)
     return model
 
 
 class _Decode:
-    """A model's forward pass, where a token per sequence goes through the kernel."""
+    """A replacement for a model's `forward`, in which the kernel runs decoding steps of one token per sequence."""
 
     def __init__(self, model: nn.Module, decoder: Decoder) -> None:
         self.model, self.slow = model, model.forward
@@ -112,7 +113,7 @@ class _Decode:
         return self.slow(input_ids, *args, **kwargs)
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"program": None}  # a copy has other memory
+        return self.__dict__ | {"program": None}  # the program points to the memory of the original
 
     def fast(
         self,
@@ -121,7 +122,7 @@ class _Decode:
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
     ) -> Tensor:
-        """The logits of one step."""
+        """The logits of one decoding step."""
         tokens, length = len(input_ids), cache.get_seq_length()
         if self.program is None or self.program.tokens != tokens:
             self.program = Program(self.decoder, tokens)
@@ -135,7 +136,7 @@ class _Decode:
         return self.program.run(input_ids, position_ids, first, layers)
 
     def _serves(self, input_ids: Tensor, cache: Cache, kwargs: dict[str, Any]) -> bool:
-        """Whether a call wants nothing but the logits of one more token per sequence, padded on the left if at all."""
+        """Whether a call requests only the logits of one more token per sequence, with no or left padding."""
         mask = kwargs.get("attention_mask")
         wanted = {name for name, value in kwargs.items() if value is not None and value is not False}
         return (
@@ -151,9 +152,9 @@ class _Decode:
 
 
 def _waits_for_call(part: nn.Module) -> bool:
-    """Whether a module must be called: for hooks, or a `forward` or memory that offloading gave it.
+    """Whether a module must be called, because it has hooks or is offloaded.
 
-    Hooks of a `Context` have read the same in the model's own.
+    Hooks of a `Context` do not count: those on the model itself have read the same inputs already.
     """
     if is_offloaded(part):
         return True
@@ -166,7 +167,7 @@ def _padded_left(mask: Tensor, length: int) -> bool:
 
 @torch.no_grad()
 def _must_agree(model: Any, decode: _Decode) -> None:
-    """Compare one step of the kernel with the model's own, for eight sequences; few of them may be routed otherwise."""
+    """Compare one kernel step with the model's own on eight sequences, by median: routing may differ for a few."""
     ids = torch.arange(48).view(8, 6) * 7919 % model.config.vocab_size
     cache = DynamicCache()
     preallocate(cache, len(decode.decoder.layers))

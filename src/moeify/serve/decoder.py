@@ -1,4 +1,4 @@
-"""The parts of a decoder, found by the names that Llama gave them and most families kept."""
+"""Find the modules of a Llama-like decoder by their attribute names."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ class Layer:
     """x += o(attention(q, k, v of norm(x))); x += mlp(norm(x)).
 
     Attributes:
-        attention: has `q_proj`, `k_proj`, `v_proj`, `o_proj`, and `q_norm` and `k_norm` in some families.
-        mlp: a dense network, a sparse block of transformers, or a layer of ours.
-        before_attention: a root-mean-square norm.
-        before_mlp: another.
+        attention: has `q_proj`, `k_proj`, `v_proj`, `o_proj`, and `q_norm` and `k_norm` in some architectures.
+        mlp: a dense FFN, a sparse block of transformers, or a `moeify.MoE`.
+        before_attention: the RMSNorm before the attention.
+        before_mlp: the RMSNorm before `mlp`.
     """
 
     attention: Any
@@ -32,22 +32,22 @@ class Layer:
 
     @property
     def norms(self) -> list[Any]:
-        """Its norms, those of queries and keys among them."""
+        """The norms of the layer, including those of queries and keys."""
         inside = [getattr(self.attention, name, None) for name in ("q_norm", "k_norm")]
         return [self.before_attention, self.before_mlp, *(norm for norm in inside if norm is not None)]
 
 
 @dataclass(frozen=True)
 class Decoder:
-    """A model as the kernel sees it: logits = head(norm(layers(embed(ids)))).
+    """The modules of a decoder: logits = head(norm(layers(embed(ids)))).
 
     Attributes:
-        embed: tokens to vectors.
+        embed: the token embedding.
         layers: the layers.
-        norm: the norm behind the last.
-        head: vectors to logits.
-        rotary: positions to cosines and sines.
-        dtype: of the model.
+        norm: the RMSNorm after the last layer.
+        head: the language-model head.
+        rotary: the rotary position embedding, from positions to cosines and sines.
+        dtype: the dtype of the embedding.
     """
 
     embed: nn.Module
@@ -59,10 +59,10 @@ class Decoder:
 
 
 def find_decoder(model: nn.Module) -> Decoder:
-    """The parts of a decoder of Llama's kind.
+    """The modules of a Llama-like decoder.
 
     Raises:
-        ValueError: a part is missing, is of another kind, or the model is not in fp32 or bf16 on a CPU.
+        ValueError: a module is missing, has an unsupported type, or the model is not in fp32 or bf16 on a CPU.
     """
     body: Any = getattr(model, "model", None)
     names = ("embed_tokens", "layers", "norm", "rotary_emb")
@@ -88,13 +88,13 @@ def find_decoder(model: nn.Module) -> Decoder:
 
 
 def is_offloaded(module: nn.Module) -> bool:
-    """Whether a module's weights are not in memory, or come when its `forward`, which was replaced, is called."""
+    """Whether a module's weights are on the meta device, or its `forward` was replaced, as offloading does."""
     weights = (*module._parameters.values(), *module._buffers.values())
     return has_other_forward(module) or any(weight is not None and weight.is_meta for weight in weights)
 
 
 def is_linear(module: nn.Module | None) -> TypeGuard[Linear]:
-    """Whether the kernel reads a module's weights itself: a plain linear layer, or a `QuantizedLinear`."""
+    """Whether the kernel supports a module: an `nn.Linear` that is not transposed, or a `QuantizedLinear`."""
     return type(module) is QuantizedLinear or (type(module) is nn.Linear and module.weight.stride(1) == 1)
 
 

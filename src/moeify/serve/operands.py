@@ -1,4 +1,4 @@
-"""The operands and steps of the decoding kernel: weights are read in place, norms and routers copied in fp32."""
+"""Operands and steps of the decoding kernel: weights are read in place, norms and routers copied in fp32."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ from moeify.routers.topk import TopK
 from moeify.serve.decoder import Layer, Linear, is_linear
 
 Steps = list[Step | Callable[[], None]]
-"""Steps of the kernel, and calls of modules between them."""
+"""Steps of the kernel, and functions to call between them."""
 
 
 @dataclass(frozen=True)
 class Buffers:
-    """Activations (T, width) between steps, by name; equal names and widths share memory."""
+    """Buffers (T, width) for activations between steps, by name; equal names and widths share memory."""
 
     tokens: int
     made: dict[tuple[str, int], Tensor] = field(default_factory=dict)
@@ -42,7 +42,7 @@ class Buffers:
 
 @dataclass(frozen=True)
 class Norm:
-    """`y = x / rms(x) · gain`."""
+    """RMSNorm, `y = x / rms(x) · gain`."""
 
     gain: Float[Tensor, "D"]
     eps: float
@@ -64,7 +64,7 @@ class Matrix:
 
     @property
     def width_out(self) -> int:
-        """O."""
+        """O, the output width."""
         return self.weight.shape[1]
 
     def step(self, x: Float[Tensor, "T D"], y: Float[Tensor, "T O"], *, adds: bool = False) -> Step:
@@ -77,7 +77,7 @@ class Matrix:
 
 @dataclass(frozen=True)
 class Attention:
-    """`o(attention(q, k, v of norm(x)))`, with heads of `head` numbers, whose queries and keys may have a norm."""
+    """`o(attention(q, k, v of norm(x)))` with head dimension `head` and optional norms of queries and keys."""
 
     before: Norm
     projections: dict[str, Matrix]
@@ -87,7 +87,7 @@ class Attention:
     scale: float
 
     def to_steps(self, x: Float[Tensor, "T D"], normed: Float[Tensor, "T D"], buffers: Buffers) -> Steps:
-        """Add the attention to what the tokens read, x."""
+        """The steps that add the output of the attention to the residual stream x."""
         q, k, v = (buffers(letter, matrix.width_out) for letter, matrix in self.projections.items())
         attended = buffers("attended", q.shape[1])
         return [
@@ -101,11 +101,11 @@ class Attention:
 
 
 class Network(ABC):
-    """What stands behind the attention of a layer."""
+    """The dense or sparse FFN after the attention of a layer."""
 
     @abstractmethod
     def to_steps(self, normed: Float[Tensor, "T D"], x: Float[Tensor, "T D"], buffers: Buffers) -> Steps:
-        """Add what the network makes of `normed` to x."""
+        """The steps that add the output for `normed` to the residual stream x."""
 
 
 @dataclass(frozen=True)
@@ -118,7 +118,7 @@ class Gated(Network):
     activation: str
 
     def to_steps(self, normed: Float[Tensor, "T D"], x: Float[Tensor, "T D"], buffers: Buffers) -> Steps:
-        """Gate, up projection, activation and down projection."""
+        """The steps of gate and up projection, activation and down projection."""
         gate, up = (buffers(name, self.gate.width_out) for name in ("gate", "up"))
         return [
             self.gate.step(normed, gate),
@@ -130,7 +130,7 @@ class Gated(Network):
 
 @dataclass(frozen=True)
 class Sparse(Network):
-    """Token choice by a router in fp32, its experts, and perhaps a network beside them; `choice` is how it chooses."""
+    """Token-choice top-k routing in fp32, experts, and optionally a shared FFN; `choice` are the router's settings."""
 
     router: Matrix
     experts: steps.Experts
@@ -139,7 +139,7 @@ class Sparse(Network):
     shared: Network | None
 
     def to_steps(self, normed: Float[Tensor, "T D"], x: Float[Tensor, "T D"], buffers: Buffers) -> Steps:
-        """Router logits, then the choice and the experts, then what stands beside them."""
+        """The steps of router logits, top-k selection and experts, and the shared FFN."""
         logits = buffers("router", self.router.width_out)
         chosen = steps.experts(normed, logits, x, self.experts, dtype=self.dtype, **self.choice)
         beside = [] if self.shared is None else self.shared.to_steps(normed, x, buffers)
@@ -148,13 +148,13 @@ class Sparse(Network):
 
 @dataclass(frozen=True)
 class Called(Network):
-    """A module that the kernel does not support, called as it is."""
+    """A module that the kernel does not support, which is called instead."""
 
     module: nn.Module
     dtype: torch.dtype
 
     def to_steps(self, normed: Float[Tensor, "T D"], x: Float[Tensor, "T D"], buffers: Buffers) -> Steps:
-        """A call of the module."""
+        """One function that calls the module."""
         return [partial(self._call, normed, x)]
 
     def _call(self, normed: Tensor, x: Tensor) -> None:
@@ -162,12 +162,12 @@ class Called(Network):
 
 
 def norm_of(norm: Any) -> Norm:
-    """A root-mean-square norm of transformers."""
+    """The operands of an RMSNorm of transformers."""
     return Norm(norm.weight.detach().float(), norm.variance_epsilon)
 
 
 def matrix_of(linear: Linear, dtype: torch.dtype) -> Matrix:
-    """A linear layer, quantised or not."""
+    """The operands of a linear layer, quantised or not."""
     if isinstance(linear, QuantizedLinear):
         w = linear.map
         bias = None if w.bias is None else w.bias.to(dtype)
@@ -177,7 +177,7 @@ def matrix_of(linear: Linear, dtype: torch.dtype) -> Matrix:
 
 
 def attention_of(layer: Layer, dtype: torch.dtype) -> Attention:
-    """The attention of a layer, with the norm before it."""
+    """The operands of a layer's attention and the norm before it."""
     a = layer.attention
     norms = {letter: norm for letter in "qk" if (norm := getattr(a, f"{letter}_norm", None)) is not None}
     return Attention(
@@ -191,7 +191,7 @@ def attention_of(layer: Layer, dtype: torch.dtype) -> Attention:
 
 
 def network_of(mlp: nn.Module, dtype: torch.dtype) -> Network:
-    """A layer's network: gated or sparse where the kernel supports it, else called."""
+    """The operands of a layer's FFN: `Gated` or `Sparse` where the kernel supports it, else `Called`."""
     if (found := _ours(mlp) or _theirs(mlp)) is not None:
         experts, weight, bias, choice = found
         if (known := step_experts(experts, weight.shape[1], dtype)) is not None:
@@ -204,11 +204,11 @@ def network_of(mlp: nn.Module, dtype: torch.dtype) -> Network:
 
 
 _Choice = tuple[Experts, Tensor, Tensor | None, dict[str, Any]]
-"""Experts, the router's weight and bias, and how it chooses."""
+"""Experts, the router's weight and bias, and its settings."""
 
 
 def _ours(moe: nn.Module) -> _Choice | None:
-    """A layer with token choice, None for anything else."""
+    """The parts of a `moeify.MoE` with token-choice top-k routing, None for any other module."""
     if not isinstance(moe, MoE):
         return None
     r = moe.router
@@ -222,7 +222,7 @@ def _ours(moe: nn.Module) -> _Choice | None:
 
 
 def _theirs(block: Any) -> _Choice | None:
-    """A sparse block of transformers: softmax, top k, experts, and nothing else."""
+    """The parts of a sparse block of transformers with softmax and top-k only, None for any other module."""
     if set(dict(block.named_children())) != {"gate", "experts"} or not hasattr(block.gate, "top_k"):
         return None
     gate, experts = block.gate, block.experts
@@ -237,7 +237,7 @@ def _theirs(block: Any) -> _Choice | None:
 
 
 def _gated(mlp: Any, dtype: torch.dtype) -> Gated | None:
-    """A gated network, as transformers or we name its parts, None for anything else."""
+    """The operands of a gated FFN, of transformers or `DenseFFN`, None for any other module."""
     projections: list[Any]
     if isinstance(mlp, DenseFFN):
         projections, act = [*mlp.ups, mlp.down], mlp.activation.act if isinstance(mlp.activation, Glu) else None

@@ -1,4 +1,4 @@
-"""A decoder's step for one token per sequence, as a list of kernel steps and of modules to call between them."""
+"""One decoding step, one token per sequence, as a list of kernel steps and modules to call between them."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from moeify.serve.operands import Buffers, Steps, attention_of, matrix_of, netwo
 
 
 class Program:
-    """What a decoder does for one token of each of T sequences, ready to run.
+    """One decoding step for T sequences, compiled to kernel steps.
 
-    A layer's network that the kernel does not support is called as a module. The program holds what its steps
-    read, and the buffers between them.
+    FFNs that the kernel does not support are called as modules. The program holds references to the weights that its
+    steps read, and the buffers between them.
 
     Args:
-        decoder: the parts of the model.
-        tokens: T.
+        decoder: the modules of the model.
+        tokens: T, the number of sequences.
     """
 
     def __init__(self, decoder: Decoder, tokens: int) -> None:
@@ -42,7 +42,7 @@ class Program:
             listed += [before.step(self.x, normed), *network.to_steps(normed, self.x, buffers)]
         listed += [norm.step(self.x, normed), head.step(normed, self.logits)]
         self.held = norm, head, layers, buffers
-        self.ready: list[Any] = []  # calls, and arrays of the steps between them
+        self.ready: list[Any] = []  # functions, and arrays of the kernel steps between them
         for is_call, run in itertools.groupby(listed, callable):
             parts: list[Any] = list(run)
             self.ready += parts if is_call else [(Step * len(parts))(*parts)]
@@ -55,7 +55,7 @@ class Program:
         first: Int[Tensor, "T"],
         cache: list[PreallocatedLayer],
     ) -> Float[Tensor, "T 1 V"]:
-        """The logits of the token after each of `ids`, whose keys and values join the cache."""
+        """The logits of the token after each of `ids`; appends their keys and values to the cache."""
         length = cache[0].get_seq_length()
         caches = [layer.append() for layer in cache]
         self.x.copy_(self.decoder.embed(ids)[:, 0])

@@ -1,4 +1,4 @@
-"""`serve_with`: another capacity, number of experts or priority in evaluation than a model was trained with."""
+"""`serve_with`: change the capacity factor, the number of experts per token or the priority after training."""
 
 from __future__ import annotations
 
@@ -19,22 +19,24 @@ Model = TypeVar("Model", bound=nn.Module)
 def serve_with(
     model: Model, *, capacity: float | None = None, k: int | None = None, priority: Priority | None = None
 ) -> Model:
-    """Set what the routers of a model do in evaluation, as V-MoE trades quality for time after training (section 4).
+    """Set capacity factor, k and priority of a model's routers, to trade quality for time after training.
+
+    Batch prioritized routing with a low capacity in evaluation is section 4 of V-MoE (arXiv 2106.05974).
 
         serve_with(model, capacity=0.5, priority="batch")
 
     Args:
-        model: a model with sparse layers of ours; their routers are changed in place.
-        capacity: the capacity factor in evaluation of every `Capacity`; infinite for none.
+        model: a model with `moeify.MoE` layers; their routers are changed in place.
+        capacity: the capacity factor in evaluation of every `Capacity`; infinity for no limit.
         k: experts per token, in training as well.
-        priority: which rows a `Capacity` keeps, in training as well; `batch` keeps those of the most confident tokens.
+        priority: which rows a `Capacity` keeps, in training as well; `batch` prefers tokens with large top-k weights.
 
     Returns:
         The model.
 
     Raises:
         ValueError: nothing to set; a setting that no router of the model has; k outside 1..E; a capacity that is not
-            positive; in a decoder a priority that looks at later tokens. Nothing is changed.
+            positive; in a decoder a priority that depends on later tokens. Nothing is changed then.
     """
     layers = moe_layers(model)
     routers = [(layer, part) for layer in layers.values() for part in layer.router.modules()]

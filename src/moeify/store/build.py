@@ -24,21 +24,21 @@ from moeify.store.saved import USUAL_LAYERS, Saved
 
 
 def build(saved: Saved, model: nn.Module | None = None) -> nn.Module:
-    """The model that was saved, with parameters on the meta device wherever its parts allow it.
+    """The saved model, with parameters on the meta device wherever its modules allow it.
 
     Args:
-        saved: its config and the headers of its weights.
-        model: the dense model to start from; one of transformers is built if it is not given.
+        saved: the config and the headers of the weights.
+        model: the dense model to start from; if None, it is built by transformers.
 
     Raises:
-        ValueError: a model that is not of transformers and was not given, or a config that no model follows.
+        ValueError: `model` is None and transformers has no such class, or the config is invalid.
     """
     description, recipe = saved.description, saved.recipe
     sites = description.get("sites")
     with _parts_at_most(max(USUAL_LAYERS, 100 * len(saved.weights.shapes)), saved.path):
         if model is None:
             make = partial(_dense, saved.path, description["model"])
-            searched = recipe is not None and sites is None  # saved by an earlier version; a search reads values
+            searched = recipe is not None and sites is None  # of an earlier version; a search reads values
             model = None if searched else made_on_meta(make)
             model = make() if model is None else model
         if recipe is None:
@@ -51,12 +51,12 @@ def build(saved: Saved, model: nn.Module | None = None) -> nn.Module:
 
 
 def apply_on_meta(plan: Plan) -> None:
-    """Put the sparse layers of a plan into its model, both without memory for parameters if the layers allow it."""
+    """Insert the sparse layers of a plan into its model, with parameters on the meta device if the layers allow it."""
     move_parameters(plan.model, "meta")
     if made_on_meta(lambda: nn.ModuleList([*plan.layers, *plan.following.values()])) is None:
-        move_parameters(plan.model, "cpu")  # for a part of the user's own that computes with values
-        plan = replace(plan)  # which makes its layers anew
-    plan.apply(allow_noncausal=True)  # whoever saved it allowed it
+        move_parameters(plan.model, "cpu")  # for custom layers that read parameter values when built
+        plan = replace(plan)  # the copy builds its layers again
+    plan.apply(allow_noncausal=True)  # it was allowed when the model was made
 
 
 def _dense(path: Path, description: dict[str, Any]) -> nn.Module:
@@ -74,7 +74,7 @@ def _dense(path: Path, description: dict[str, Any]) -> nn.Module:
     config = local_config(description["config"], path)
     try:
         return architecture(architecture.config_class.from_dict(config))
-    except Exception as error:  # whatever a model raises for settings that it was never tried with
+    except Exception as error:  # models raise any exception for invalid settings
         raise ValueError(
             f"{path} is damaged: no {name} can be built of it ({type(error).__name__}: {error})"
         ) from error
@@ -82,7 +82,7 @@ def _dense(path: Path, description: dict[str, Any]) -> nn.Module:
 
 @contextmanager
 def _parts_at_most(most: int, path: Path) -> Generator[None]:
-    """Inside, no more modules and parameters are made: a damaged number must not make loading endless."""
+    """Limit the number of modules and parameters that are built inside: a damaged config must not build endlessly."""
     made = 0
 
     def count(*of_whom: Any) -> None:

@@ -1,4 +1,4 @@
-"""`README.md`, the card of a saved model: its recipe, what it costs and how to open it, below the YAML of the Hub."""
+"""`README.md`, the model card of a saved model: YAML metadata for the Hub, recipe, costs and how to load it."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ _TASKS = {
 
 
 def is_own(folder: Path) -> bool:
-    """Whether a folder has no model card, or one that is as `save` wrote it, which may be replaced."""
+    """Whether a folder has no model card, or one that is unchanged since `save` wrote it, which may be replaced."""
     path = folder / NAME
     try:
         return not path.exists() or (hashes_of(folder) or {}).get(NAME) == fingerprint(path)
-    except (ValueError, OSError):  # the hashes are damaged, or it is no file
+    except (ValueError, OSError):  # the hashes are damaged, or the path is not a file
         return False
 
 
@@ -40,8 +40,8 @@ def card(model: nn.Module, description: Mapping[str, Any], notes: Mapping[str, s
 
     Args:
         model: the model.
-        description: its config.
-        notes: rows of the table by their titles, such as `Data` and `Balance`.
+        description: the config of the model.
+        notes: additional table rows by title, such as `Data` and `Balance`.
     """
     auto = next((auto for auto in description["auto_map"] if auto in _TASKS or "LM" in auto), "AutoModel")
     rows = {
@@ -84,12 +84,12 @@ def _head(model: Any, task: str | None) -> Iterator[str]:
 
 
 def _base(model: Any) -> str:
-    """The folder or the name on the Hub that the dense model was read from, '' if it was made of its config."""
+    """The folder or the Hub name that the dense model was loaded from, '' if it was built from a config."""
     return str(getattr(model.config, "_name_or_path", "") or "")
 
 
 def _licence(model: Any) -> str | None:
-    """The licence in the model card of the dense model, where this machine has it."""
+    """The licence in the model card of the dense model, None if the card is not on this machine or has none."""
     from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
 

@@ -1,7 +1,7 @@
-"""`config.json` for two readers: the config of the dense model as transformers writes it, and how to make it sparse.
+"""The format of `config.json`: the config of the dense model as transformers writes it, and how to make it sparse.
 
-The keys of moeify lie beside those of the dense model, so that every tool finds `hidden_size` and the like where it
-looks for them. A model that transformers cannot build has the keys of moeify only.
+The keys of moeify are at the same level as those of the dense model, so that other tools find `hidden_size` and the
+like. The config of a model that transformers cannot build has the keys of moeify only.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _OF_TRANSFORMERS = ("model_type", "architectures", "auto_map")
 
 
 def architecture_of(model: nn.Module) -> Any:
-    """The class of transformers that a model is of, dense or sparse; None if it is of another library."""
+    """The dense class of transformers of a dense or sparse model; None if the model is not of transformers."""
     import transformers
 
     candidates = type(model).__mro__ if isinstance(model, Sparse) else (type(model),)
@@ -29,7 +29,7 @@ def architecture_of(model: nn.Module) -> Any:
 
 
 def identify(architecture: Any) -> dict[str, str]:
-    """How a config names a class of transformers."""
+    """The entries of a config that identify a class of transformers."""
     return {"class": f"transformers.{architecture.__name__}", "model_type": architecture.config_class.model_type}
 
 
@@ -47,7 +47,7 @@ def describe(model: nn.Module) -> dict[str, Any]:
 
 
 def fold(model: nn.Module, description: dict[str, Any]) -> dict[str, Any]:
-    """What `save` writes: a description that transformers reads too, if it has a class for the model."""
+    """The config that `save` writes: one that transformers can load, if it has a class for the model."""
     architecture = architecture_of(model)
     if architecture is None or "sites" not in description or "quantization" in description:
         return description
@@ -63,7 +63,7 @@ def fold(model: nn.Module, description: dict[str, Any]) -> dict[str, Any]:
 
 
 def unfold(description: dict[str, Any]) -> dict[str, Any]:
-    """The description that was folded, with the config of the dense model in a place of its own; others as they are."""
+    """The inverse of `fold`: moves the config of the dense model under `model`; other descriptions are unchanged."""
     model = description.get("model")
     if description.get("model_type") != MODEL_TYPE or not isinstance(model, dict):
         return description

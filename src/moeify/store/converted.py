@@ -1,4 +1,4 @@
-"""Read single tensors of a checkpoint under the names of its model: many are stored under other names or in parts."""
+"""Read single tensors of a checkpoint by their names in the model, applying the weight conversions of transformers."""
 
 from __future__ import annotations
 
@@ -20,22 +20,22 @@ from moeify.store.weights import persistent, ties_to_stored
 
 @dataclass(frozen=True)
 class Parts:
-    """What a tensor of a model is made of.
+    """The stored tensors from which a tensor of a model is computed.
 
     Attributes:
-        converter: of transformers; None if what is stored is the tensor.
-        stored: names in the files by the pattern of the converter; one name under the empty pattern without one.
+        converter: the `WeightConverter` of transformers; None if the tensor is stored as it is.
+        stored: stored names by source pattern of the converter; without a converter one name under "".
     """
 
     converter: Any = None
     stored: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
 
     def of(self, expert: int) -> Parts:
-        """The part of one expert, where every pattern has a tensor for each."""
+        """The stored tensors of one expert, if every pattern has one tensor per expert."""
         return Parts(self.converter, {pattern: [names[expert]] for pattern, names in self.stored.items()})
 
     def are_experts(self, num_experts: int) -> bool:
-        """Whether every pattern has a tensor for each expert, of which the converter makes a stack."""
+        """Whether every pattern has one tensor per expert, which the converter stacks."""
         if self.converter is None or len(self.converter.target_patterns) > 1:
             return False
         from transformers.core_model_loading import Concatenate, MergeModulelist
@@ -49,15 +49,15 @@ class Parts:
 
 
 class Converted:
-    """The tensors of a checkpoint, one at a time, under the names that a model has for them.
+    """The tensors of a checkpoint, read one at a time by their names in a model.
 
     Args:
-        model: of the checkpoint, on the meta device; its dtypes are those that tensors are read in.
-        weights: of the checkpoint.
-        ties: names that mean the tensor of another name; None for those that the model ties.
+        model: the model of the checkpoint, on the meta device; tensors are read in its dtypes.
+        weights: the weights of the checkpoint.
+        ties: tied names, each with the name of the stored tensor; None for the ties of the model.
 
     Raises:
-        ValueError: files without some tensors of the model.
+        ValueError: tensors of the model are missing in the files.
     """
 
     def __init__(self, model: nn.Module, weights: Weights, ties: Mapping[str, str] | None = None) -> None:
@@ -77,7 +77,7 @@ class Converted:
 
     @contextmanager
     def open(self) -> Generator[None]:
-        """Inside, files stay open, so that their headers are read once; what was read of them is then in memory."""
+        """Keep files open inside, so that their headers are read once; tensors remain valid afterwards."""
         if self._closing is not None:
             yield
             return
@@ -88,28 +88,28 @@ class Converted:
             self._files, self._closing = {}, None
 
     def is_again(self, name: str) -> bool:
-        """Whether a name means a tensor that the model has under another name, which the files have."""
+        """Whether a tensor is tied to another one of the model, which is stored."""
         return name in self.ties and self.own[name] is self.own[self.ties[name]]
 
     def read(self, name: str) -> Tensor:
-        """A tensor of the model.
+        """Read a tensor of the model.
 
         Raises:
-            ValueError: it has another shape than the model needs.
+            ValueError: its shape differs from that in the model.
         """
         name = self.ties.get(name, name)
         return self._fitting(name, self._made(name, self.parts[name], slice(None)), self.own[name].shape)
 
     def has_single(self, name: str) -> bool:
-        """Whether the experts of a stack (E, ., .) can be read one by one."""
+        """Whether the experts of a stacked tensor (E, ., .) can be read one at a time."""
         parts = self.parts[name]
         return parts.converter is None or parts.are_experts(len(self.own[name]))
 
     def read_expert(self, name: str, expert: int) -> Tensor:
-        """One expert (., .) of a stack.
+        """Read the matrix (., .) of one expert of a stacked tensor.
 
         Raises:
-            ValueError: it has another shape than the model needs.
+            ValueError: its shape differs from that in the model.
         """
         parts, as_stored = self.parts[name], self.parts[name].converter is None
         tensor = self._made(name, parts, expert) if as_stored else self._made(name, parts.of(expert), slice(None))[0]
@@ -151,7 +151,7 @@ def _as_stored(weights: Weights) -> dict[str, Parts]:
 
 
 def _parts(model: nn.Module, own: dict[str, Tensor], weights: Weights) -> Iterator[tuple[str, Parts]]:
-    """Every tensor that the files hold a part of, and its parts, in the order of their numbers."""
+    """Every tensor of the model with its stored parts, in the natural order of their names."""
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 
@@ -187,7 +187,7 @@ def _first_target(name: str, converter: Any) -> str:
 
 
 def _dtypes(model: Any, own: Mapping[str, Tensor]) -> dict[str, torch.dtype]:
-    """The dtype that each tensor is read in: the model's, and single precision where its class asks for it."""
+    """The dtype of each tensor: the model's, and fp32 for `_keep_in_fp32_modules` of its class."""
     strict = model._keep_in_fp32_modules_strict or ()
     half = (model._keep_in_fp32_modules or ()) if model.dtype == torch.float16 else ()
     return {

@@ -1,4 +1,4 @@
-"""Which stored dtypes may be loaded into which dtypes of a model, and the dtypes of buffers that are not stored."""
+"""Which stored dtypes can be loaded into which dtypes of a model, and the dtypes of buffers that are not stored."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 REAL = frozenset({torch.float64, torch.float32, torch.bfloat16, torch.float16})
-"""The dtypes of ordinary weights; those of 8 bits need scales beside them, which only quantised layers have."""
+"""The dtypes of unquantised weights; 8-bit dtypes need scales, which only quantised layers have."""
 
 
 _NAMES = {
@@ -17,26 +17,26 @@ _NAMES = {
     "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "C64": torch.complex64,
 }  # fmt: skip
-"""What safetensors calls the dtypes that models are saved in."""
+"""The names of dtypes in safetensors headers."""
 
 
 def dtype_of(name: str) -> torch.dtype | None:
-    """The dtype that a header names, None for one that is not known here."""
+    """The dtype for a name in a safetensors header, None for an unsupported one."""
     return _NAMES.get(name)
 
 
 def fits(own: torch.dtype, stored: torch.dtype | None) -> bool:
-    """Whether a stored tensor can be loaded: the dtypes are equal, or both are those of ordinary weights."""
+    """Whether a stored tensor can be loaded: the dtypes are equal, or both are in `REAL`."""
     return own == stored or (own in REAL and stored in REAL)
 
 
 def cast_buffers(model: nn.Module, dtypes: dict[str, Any], path: Path) -> None:
-    """Give the buffers that no file holds the dtypes that they had when the model was saved.
+    """Cast buffers that are not stored to the dtypes that they had when the model was saved.
 
     Args:
         model: the model.
         dtypes: names of dtypes by names of buffers.
-        path: of the config, for the message.
+        path: path of the config, for error messages.
 
     Raises:
         ValueError: the model has no such buffer, or there is no such dtype.

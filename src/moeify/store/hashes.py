@@ -1,4 +1,4 @@
-"""SHA-256 of the files of a saved folder, written beside them and compared before they are read: `SHA256.json`."""
+"""SHA-256 hashes of the files of a saved folder, stored in `SHA256.json` and verified before files are read."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from moeify.folders import Stage, finish, replacing_files
 
 @contextmanager
 def saving(folder: str | Path, *, keep: bool = False) -> Generator[Stage]:
-    """Give a folder to write files into, which take their places in `folder` together, with their hashes.
+    """Yield a staging folder whose files replace those of `folder` in one transaction, with their hashes.
 
-    Every folder in it gets hashes of its own. Files that the hashes of the last save list, and this save does not
-    write, are deleted; `obsolete` of the result holds their names, to be changed.
+    Every subfolder has its own hashes. Files that are listed in the hashes of the last save and not written by this one
+    are deleted; the attribute `obsolete` of the stage has their names and may be changed.
 
     Args:
-        folder: where the files go; made if it is not there.
-        keep: let the other files of the folder stay, with the hashes that they have.
+        folder: the destination; created if missing.
+        keep: keep the other files of the folder, with their hashes.
 
     Raises:
-        ValueError: the other files stay, and their hashes are damaged.
+        ValueError: `keep` is True and the existing hashes are damaged.
         OSError: another process is saving there, the disk is full, or the folder cannot be written to.
     """
     folder = Path(folder)
@@ -38,13 +38,13 @@ def saving(folder: str | Path, *, keep: bool = False) -> Generator[Stage]:
 
 
 def write_hashes(folder: Path, files: Iterable[Path], others: dict[str, Any]) -> None:
-    """Write what the files of a folder are at this moment; `others` are those of which it is known already."""
+    """Write the hashes of the files of a folder; `others` are known hashes of further files."""
     known = others | {file.name: fingerprint(file) for file in sorted(files)}
     write_json(folder / HASHES, {"format": 1, "files": known})
 
 
 def verify(folder: str | Path) -> None:
-    """Compare every file of a saved model, adapter or adapter library with what was saved.
+    """Compare every file of a saved model, adapter or adapter library with its hash.
 
     Raises:
         FileNotFoundError: the folder has no hashes (earlier versions wrote none), or a file is missing.
@@ -61,11 +61,11 @@ def verify(folder: str | Path) -> None:
 
 
 def check(folder: Path, files: Iterable[Path] | None = None) -> None:
-    """Compare the files that are about to be read; folders without hashes, of earlier versions and of PEFT, pass.
+    """Compare files with their hashes; folders without hashes, of earlier versions and of PEFT, are not checked.
 
     Args:
-        folder: with the hashes.
-        files: None for those that are listed.
+        folder: the folder with the hashes.
+        files: the files to check; None for all that are listed.
 
     Raises:
         FileNotFoundError: a file is missing.
@@ -78,7 +78,7 @@ def check(folder: Path, files: Iterable[Path] | None = None) -> None:
 
 
 def listed_or_none(folder: Path) -> set[str]:
-    """What hashes list, and the hashes; nothing if they are damaged, for then it is not known whose files these are."""
+    """The names of the listed files and of the hash file; empty if the hashes are missing or damaged."""
     try:
         names = hashes_of(folder)
     except (ValueError, OSError):

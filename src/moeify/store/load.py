@@ -1,6 +1,6 @@
-"""`load`: builds a saved sparse model on the meta device, compares it with the files, and fills in their tensors.
+"""`load`: builds a saved sparse model on the meta device, compares it with the files, and assigns their tensors.
 
-No forward pass is run, and no weight is made that the files then replace.
+No forward pass is run, and no weights are initialised that the files then replace.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from moeify.store.weights import put_into
 
 
 def load(folder: str | Path, model: nn.Module | None = None, recipe: Recipe | None = None) -> nn.Module:
-    """Build a saved sparse model again, with parameters in the dtype of the files, in evaluation mode.
+    """Load a saved sparse model, with parameters in the dtype of the files, in evaluation mode.
 
     Args:
-        folder: what `save` wrote.
-        model: the dense model to start from, whose weights are discarded; needed for models that are not of
-            transformers. A call that raises leaves it as it was.
-        recipe: used in place of the saved one, for recipes with parts of your own.
+        folder: a folder written by `save`.
+        model: the dense model to start from, whose weights are discarded; required for models that are not of
+            transformers. It is unchanged if the call raises.
+        recipe: replaces the saved recipe, for recipes with custom components.
 
     Raises:
         FileNotFoundError: no such checkpoint.

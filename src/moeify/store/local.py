@@ -1,7 +1,7 @@
-"""Restrict a saved config to its folder: refuse or remove settings that load from the hub or from elsewhere.
+"""Restrict a saved config to its folder: reject or remove settings that load from the Hub or from elsewhere.
 
-All weights come from the folder. transformers resolves a few settings over the network while it builds a model: the
-name of a backbone, and implementations of attention or experts that are kernels of the hub.
+All weights are read from the folder. While transformers builds a model, it resolves a few settings over the network:
+the name of a backbone, and implementations of attention or experts that are kernels of the Hub.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ LOCAL = {
     "attn": ("eager", "sdpa", "flex_attention", "paged|eager"),
     "experts": ("eager", "batched_mm", "grouped_mm", "moeify"),
 }
-"""Implementations that transformers brings along; with others it may load kernels."""
+"""Implementations that are part of transformers; for others it may download kernels."""
 
 PRETRAINED = ("use_pretrained_backbone", "pretrained_backbone", "pretrained")
 
@@ -22,15 +22,15 @@ PRETRAINED = ("use_pretrained_backbone", "pretrained_backbone", "pretrained")
 def local_config(values: dict[str, Any], file: Path) -> dict[str, Any]:
     """A model's config without settings that load from outside the folder; the model computes the same function.
 
-    Left out, with a warning: implementations of attention and experts that are not part of transformers, and
-    requests for pretrained weights.
+    Removed, with a warning: implementations of attention and experts that are not part of transformers, and requests
+    for pretrained weights.
 
     Args:
-        values: the config, with the configs inside it.
-        file: for messages.
+        values: the config, which may contain nested configs.
+        file: path of the config, for messages.
 
     Raises:
-        ValueError: a backbone that only the hub knows.
+        ValueError: a backbone whose architecture is defined on the Hub only.
     """
     _refuse_backbone(values, file)
     kept = {}

@@ -1,7 +1,7 @@
-"""Sparse models as classes of transformers, which `AutoModel...from_pretrained` opens, and so do the tools around it.
+"""Sparse models as classes of transformers, which `AutoModel...from_pretrained` and tools built on it can load.
 
 A sparse class inherits from `SparseModel` and a class of transformers: `SparseLlamaForCausalLM` is a `LlamaForCausalLM`
-whose dense networks are replaced as `config.recipe` and `config.sites` say. Reading such a config makes it.
+whose dense FFNs are replaced according to `config.recipe` and `config.sites`. It is created when its config is read.
 """
 
 from __future__ import annotations
@@ -28,30 +28,30 @@ from moeify.store.standalone import Sparse, announce, name_in
 
 
 class SparseModel(Sparse):
-    """Puts the layers of a recipe into models of a class of transformers, its other base class, when they are built.
+    """Mixin that replaces dense FFNs by the layers of a recipe when a model of its other base class is built.
 
-    Routers stay in fp32 whatever `dtype` a model is loaded in.
+    Routers are in fp32 for every `dtype` that a model is loaded in.
     """
 
     def make_sparse(self, config: Any) -> None:
-        """Put the layers of `config.recipe` into the places of `config.sites`."""
+        """Replace the dense FFNs listed in `config.sites` by the layers of `config.recipe`."""
         model: Any = self
         recipe, sites = Recipe.from_dict(config.recipe), _renamed(model, config.sites)
-        if any(isinstance(part, MoE) for part in model.modules()):  # its head has built it by `AutoModel`
+        if any(isinstance(part, MoE) for part in model.modules()):  # built sparse, by `AutoModel`
             Origin(recipe, sites).write_to(model)
         else:
-            with _on_cpu_in_fp32():  # buffers get their values also where parameters have no memory yet
+            with _on_cpu_in_fp32():  # compute buffers even if parameters are on the meta device
                 _apply(find(model, recipe, sites))
         model._computed = dict(_computed_buffers(model))
 
     def _init_weights(self, module: nn.Module) -> None:
-        """Initialise what no file holds; buffers that a sparse layer computes are as they were computed."""
+        """Initialise tensors that are not in the files; computed buffers of sparse layers are restored."""
         super()._init_weights(module)  # pyrefly: ignore[missing-attribute]
         for name, value in getattr(self, "_computed", {}).get(module, {}).items():
             setattr(module, name, value.to(module.get_buffer(name).device))
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
-        """Save as `PreTrainedModel` does, and write the modelling file; hashes of an earlier `save` are deleted."""
+        """Save as in `PreTrainedModel`, and write the modelling file; hashes of an earlier `save` are deleted."""
         model: Any = self
         architecture = architecture_of(model)
         model.config.model = identify(architecture)
@@ -63,7 +63,7 @@ class SparseModel(Sparse):
 
     @classmethod
     def register_for_auto_class(cls, auto_class: str = "AutoModel") -> None:
-        """Do nothing: the modelling file is written anew, not copied."""
+        """Do nothing: `save_pretrained` generates the modelling file instead of copying it."""
 
 
 def _apply(plan: Plan) -> None:
@@ -74,7 +74,7 @@ def _apply(plan: Plan) -> None:
 
 
 def _renamed(model: nn.Module, sites: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The sites by the names that their modules have in a model, which may be the saved one without its head."""
+    """The sites with the module names of this model, which may be the saved one without its head."""
     renamed = copy.deepcopy(sites)
     for site in renamed:
         site |= {key: name_in(model, site[key]) for key in ("name", "down") if key in site}
@@ -98,7 +98,7 @@ def _on_cpu_in_fp32() -> Iterator[None]:
 
 
 def _computed_buffers(model: nn.Module) -> Iterator[tuple[nn.Module, dict[str, Tensor]]]:
-    """The buffers of sparse layers that no file holds, by module, for `from_pretrained` takes their values away."""
+    """The non-persistent buffers of sparse layers by module, whose values `from_pretrained` discards."""
     for layer in [part for part in model.modules() if isinstance(part, MoE)]:
         for module in layer.modules():
             buffers = {name: module._buffers.get(name) for name in module._non_persistent_buffers_set}
@@ -108,7 +108,7 @@ def _computed_buffers(model: nn.Module) -> Iterator[tuple[nn.Module, dict[str, T
 
 @cache
 def sparse_config_class(dense: type) -> type:
-    """The config class of sparse models for that of dense ones; every `AutoModel...` that takes `dense` takes it too.
+    """The sparse config class for a dense one, registered with every `AutoModel...` that supports `dense`.
 
     An instance has an attribute for every key that `save` adds to a config.
     """
@@ -124,7 +124,7 @@ def sparse_config_class(dense: type) -> type:
 
 @cache
 def sparse_class(architecture: type, config_class: type) -> type:
-    """The sparse class of a class of transformers, where tools find it that look an architecture up by its name."""
+    """The sparse class for a class of transformers, also set as an attribute of `transformers` for look-up by name."""
     attributes = {"config_class": config_class, "__module__": __name__}
     made = type(f"Sparse{architecture.__name__}", (SparseModel, architecture), attributes)
     announce(made)
@@ -132,7 +132,7 @@ def sparse_class(architecture: type, config_class: type) -> type:
 
 
 def register(module: Any) -> None:
-    """Let `AutoConfig` read the configs of sparse models, with a class that turns into that of the model at hand.
+    """Register the configs of sparse models with `AutoConfig`, which then returns the sparse config class of the model.
 
     Args:
         module: `transformers.models.auto.configuration_auto`.

@@ -1,7 +1,7 @@
-"""`modeling_moeify.py`, the file by which transformers opens a saved model with `trust_remote_code=True`.
+"""`modeling_moeify.py`, with which transformers loads a saved model with `trust_remote_code=True`.
 
-Where every layer is a top-k mixture of feed-forward networks, it holds such a layer in plain PyTorch and needs nothing
-of moeify; else opening it raises an error that asks for moeify.
+If every layer is a top-k mixture of feed-forward networks, the file implements it in plain PyTorch and does not import
+moeify; otherwise it imports moeify, and raises an ImportError if that is not installed.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ NAME = "modeling_moeify.py"
 
 
 def auto_classes(config_class: type) -> dict[str, Any]:
-    """What each `AutoModel...` of transformers makes for a config class: a class, or a tuple of them, by its name."""
+    """The class, or tuple of classes, that each `AutoModel...` of transformers creates for a config class, by name."""
     from transformers.models.auto import modeling_auto
 
     autos = {name: auto for name, auto in vars(modeling_auto).items() if name.startswith("AutoModel")}
@@ -26,24 +26,24 @@ def auto_classes(config_class: type) -> dict[str, Any]:
 
 
 def auto_map(architecture: Any) -> dict[str, str]:
-    """The class in the file that `AutoConfig` and each `AutoModel...` take for models of a class of transformers."""
+    """The `auto_map` entry of a config: the class in the file for `AutoConfig` and for each `AutoModel...`."""
     made = {"AutoConfig": architecture.config_class, **_made(architecture)}
     return {name: f"{NAME.removesuffix('.py')}.Sparse{each.__name__}" for name, each in made.items()}
 
 
 def _made(architecture: Any) -> dict[str, type]:
-    """The classes that the file defines, by the `AutoModel...` that takes them: this one, and it without its head."""
+    """The dense classes for which the file defines sparse ones, by `AutoModel...`: with and without the head."""
     found = auto_classes(architecture.config_class)
     return {auto: made for auto, made in found.items() if made is architecture or auto == "AutoModel"}
 
 
 def write_modelling_file(folder: str | Path, architecture: Any, *, is_plain: bool) -> Path:
-    """Write the file for sparse models of a class of transformers, and return its path.
+    """Write the modelling file for sparse models of a class of transformers, and return its path.
 
     Args:
-        folder: of the model.
-        architecture: the class.
-        is_plain: whether plain PyTorch will do, see `standalone_layers`.
+        folder: folder of the model.
+        architecture: the dense class.
+        is_plain: whether plain PyTorch suffices, see `standalone_layers`.
     """
     made = _made(architecture)
     classes = list(dict.fromkeys([architecture.__name__, *(each.__name__ for each in made.values())]))

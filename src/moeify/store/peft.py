@@ -8,6 +8,6 @@ from torch import nn
 
 
 def has_adapters(model: nn.Module) -> bool:
-    """Whether any module of a model was wrapped by a tuner of PEFT; looks at nothing if PEFT was never imported."""
+    """Whether any module of a model is wrapped by a tuner of PEFT; False if PEFT was never imported."""
     tuners = sys.modules.get("peft.tuners.tuners_utils")
     return tuners is not None and any(isinstance(module, tuners.BaseTunerLayer) for module in model.modules())

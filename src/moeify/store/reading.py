@@ -1,6 +1,6 @@
-"""Read a saved folder: a file is compared with its hash in `SHA256.json` first, and one of weights is opened once.
+"""Read a saved folder: each file is compared with its hash in `SHA256.json` before it is read.
 
-Folders without hashes, of earlier versions and of other programs, are read unchecked.
+Folders without hashes, of earlier versions and of other programs, are read without verification.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ INDEX = "model.safetensors.index.json"
 
 @dataclass(frozen=True)
 class Weights:
-    """The weights of a folder, of which the headers are in memory; tensors can be read while the files are open.
+    """The weights of a folder: headers are in memory, tensors can be read while the files are open.
 
     Attributes:
-        folder: where they are.
-        shapes: of every tensor.
-        dtypes: of every tensor; None for those that are not known.
-        files: the file of every tensor.
-        opened: every file, as `moeify.files.open_tensors` gives it.
+        folder: the folder.
+        shapes: the shape of each tensor by name.
+        dtypes: the dtype of each tensor; None for an unsupported one.
+        files: the file of each tensor.
+        opened: open files by path, from `moeify.files.open_tensors`.
     """
 
     folder: Path
@@ -43,20 +43,20 @@ class Weights:
     opened: dict[Path, Any]
 
     def read(self) -> Iterator[tuple[str, Tensor]]:
-        """Every tensor, one at a time, in memory of its own; a file is closed after its last one."""
+        """Iterate over the names and copies of all tensors; a file is closed after its last one."""
         for file in self.opened.values():
             with file:
                 for name in file.keys():  # noqa: SIM118 (it is no dictionary)
                     yield name, file.get_tensor(name).clone()
 
     def tensor(self, name: str) -> Tensor:
-        """One tensor, in memory of its own."""
+        """A copy of one tensor."""
         return self.opened[self.files[name]].get_tensor(name).clone()
 
 
 @contextmanager
 def open_checkpoint(folder: Path) -> Generator[tuple[dict[str, Any], Weights]]:
-    """The config of a saved model, and its weights, which can be read inside.
+    """Open a saved model: yields its config and its weights, whose files are open inside the context.
 
     Raises:
         FileNotFoundError: no config or no weights in the folder.
@@ -74,7 +74,7 @@ def open_checkpoint(folder: Path) -> Generator[tuple[dict[str, Any], Weights]]:
 
 @contextmanager
 def open_weights(folder: Path) -> Generator[Weights]:
-    """The weights of a folder, which can be read inside; `open_checkpoint` without a config.
+    """Open the weights of a folder, whose files are open inside the context; `open_checkpoint` without a config.
 
     Raises:
         FileNotFoundError: no weights in the folder.
@@ -101,11 +101,11 @@ def _opened(folder: Path, saved: Mapping[str, Any] | None) -> Generator[Weights]
 
 
 def weight_files(folder: Path, saved: Mapping[str, Any] | None = None) -> list[Path]:
-    """The files that hold the weights of a checkpoint: those that its index names, or the only one.
+    """The weight files of a checkpoint: those in its index, or `model.safetensors`.
 
     Args:
-        folder: of the checkpoint.
-        saved: `hashes_of` the folder, to compare the index with; None to read it unchecked.
+        folder: folder of the checkpoint.
+        saved: `hashes_of` the folder, to verify the index; None to skip verification.
 
     Raises:
         FileNotFoundError: one of them is missing.

@@ -26,24 +26,26 @@ from moeify.version import __version__
 def save(
     model: nn.Module, folder: str | Path, *, max_shard_size: str = "5GB", notes: Mapping[str, str] | None = None
 ) -> None:
-    """Write a sparsified or quantised model: its weights, and how to build it again.
+    """Save a sparse or quantised model: its weights, and the config to build it again.
 
-    Models of transformers get a modelling file and a model card too, unless the folder has a card of somebody else's.
+    For models of transformers a modelling file and a model card are written too; a card that `save` did not write, or
+    that was edited, is kept.
 
-    The same model gives the same bytes. A model that is in the folder already is replaced all at once: whatever a kill
-    interrupts, `load` finds the one or the other, and until then the disk holds both. Files that are not its own stay.
+    Output is deterministic: the same model is saved as the same bytes. An existing model in the folder is replaced
+    atomically: after an interruption, `load` reads either the old or the new model; both are on disk until the save is
+    complete. Files that `save` did not write are kept.
 
     Args:
-        model: what `sparsify`, `quantize_experts` or `fast_decode` returned.
-        folder: made if it is not there.
-        max_shard_size: weights beyond this size are spread over several files.
-        notes: rows of the model card, such as `{"Data": ..., "Balance": ...}`.
+        model: a model returned by `sparsify`, `quantize_experts` or `fast_decode`.
+        folder: the destination; created if missing.
+        max_shard_size: weights beyond this size are sharded over several files.
+        notes: additional rows of the model card, such as `{"Data": ..., "Balance": ...}`.
 
     Raises:
-        ValueError: the model was not made by `sparsify`, has adapters of PEFT, or its recipe has a part that no file
-            can name.
+        ValueError: the model was not made by `sparsify`, has adapters of PEFT, or its recipe has a component that
+            cannot be serialised.
         OSError: the disk is full, the folder cannot be written to, or another process is saving into it; the folder is
-            as it was.
+            unchanged.
     """
     if has_adapters(model):
         raise ValueError(
@@ -81,22 +83,22 @@ def save(
 
 
 def _write_for_transformers(model: Any, folder: Path, description: dict[str, Any]) -> None:
-    """Write what only transformers reads: the modelling file, and how the model generates."""
+    """Write the files that only transformers reads: the modelling file and the generation config."""
     write_modelling_file(folder, architecture_of(model), is_plain=description["sparse_layers"] is not None)
     if getattr(model, "generation_config", None) is not None:
         write_text(folder / "generation_config.json", model.generation_config.to_json_string())
 
 
 def _weights_of_before(folder: Path) -> set[str]:
-    """The weights in a folder by its index, for earlier versions wrote no hashes: none may stay beside new ones."""
+    """The names of old weight files in a folder, to be deleted; from the index, as earlier versions wrote no hashes."""
     try:
         return {INDEX, *(file.name for file in weight_files(folder))}
-    except (ValueError, OSError):  # there are none, or it is not known which
+    except (ValueError, OSError):  # no weights, or a damaged index
         return {INDEX, WEIGHTS}
 
 
 def _buffers(model: nn.Module) -> dict[str, str]:
-    """The dtypes of those floating-point buffers that are computed anew, where they are not in the usual one."""
+    """The dtypes of floating-point buffers that are not saved and not in fp32."""
     saved = persistent(model)
     return {
         name: str(buffer.dtype).removeprefix("torch.")

@@ -18,13 +18,13 @@ from moeify.store.reading import CONFIG, Weights, open_checkpoint
 
 @dataclass(frozen=True)
 class Saved:
-    """A saved model whose files are as they were saved.
+    """A saved model whose config and weight headers are verified.
 
     Attributes:
-        path: of the config, for messages.
+        path: path of the config, for error messages.
         description: the config.
-        recipe: of the sparse model, None if it is dense.
-        weights: of which the headers are read.
+        recipe: the recipe of the sparse model, None if it is dense.
+        weights: the weights, of which only headers are read.
     """
 
     path: Path
@@ -35,11 +35,11 @@ class Saved:
 
 @contextmanager
 def open_saved(folder: Path, recipe: Recipe | None = None) -> Generator[Saved]:
-    """A saved model whose config fits the headers of its weights; the tensors can be read inside.
+    """Open a saved model whose config matches the headers of its weights; files are open inside the context.
 
     Args:
-        folder: what `save` wrote.
-        recipe: used in place of the one in the config.
+        folder: a folder written by `save`.
+        recipe: replaces the recipe in the config.
 
     Raises:
         FileNotFoundError: no such checkpoint.
@@ -67,7 +67,7 @@ def _compared(path: Path, description: dict[str, Any], recipe: Recipe | None, we
 
 
 def _refuse_sizes(path: Path, description: dict[str, Any], recipe: Recipe | None, weights: Weights) -> None:
-    """Compare the sizes that a config names with the headers of the files, before anything is built."""
+    """Compare the sizes in a config with the headers of the files, before the model is built."""
     most = sum(shape[0] if shape else 1 for shape in weights.shapes.values())
     if recipe is not None and recipe.num_experts > most:
         raise ValueError(
@@ -91,11 +91,11 @@ def _refuse_sizes(path: Path, description: dict[str, Any], recipe: Recipe | None
 _STACKED, _COUNTED = r"(layers?|depths?|blocks?|stages?)$", r"(labels|heads?|experts?|groups?)$"
 _WIDTHS = r"hidden|intermediate|vocab|d_model|d_ff|ffn|emb"
 USUAL_LAYERS, _USUAL_COUNT, _USUAL_WIDTH = 10_000, 2**20, 2**24
-"""A config also names sizes of parts that a model does not have; up to these, shapes are compared once it is built."""
+"""Limits below which sizes are not rejected here, as a config may have sizes of modules that the model lacks."""
 
 
 def _numbers(values: Any, key: str = "") -> Iterator[tuple[str, float]]:
-    """The numbers of a config, also those in lists, by key."""
+    """The numbers of a config, including those in nested configs and lists, with their keys."""
     if isinstance(values, dict):
         for name, value in values.items():
             yield from _numbers(value, str(name))

@@ -1,7 +1,7 @@
 # pyrefly: ignore-errors
-"""Mixtures of experts in plain PyTorch, for the modelling file that `save` writes: it imports nothing of moeify.
+"""Mixtures of experts in plain PyTorch, for the modelling file that `save` writes; it does not import moeify.
 
-Parameters have the names and shapes that the layers of moeify give them.
+Parameters have the same names and shapes as in the layers of moeify.
 """
 
 import sys
@@ -26,7 +26,7 @@ ACTIVATIONS = {
 
 
 class Router(nn.Module):
-    """Chooses the k experts of every token, in fp32.
+    """Selects the top-k experts of every token, in fp32.
 
     s = score(W x);  c = s + selection_bias (or W x + selection_bias);  i = topk(c, k);  g = s[i] / sum(s[i]) · scale
     """
@@ -41,7 +41,7 @@ class Router(nn.Module):
         self.register_buffer("selection_bias", torch.zeros(num_experts) if selection_bias else None)
 
     def forward(self, x):
-        """The experts (T, k) of tokens (T, D), and their weights."""
+        """The selected experts (T, k) of tokens (T, D), and their top-k weights."""
         with torch.autocast(x.device.type, enabled=False):
             logits = F.linear(x.float(), self.weight.float(), None if self.bias is None else self.bias.float())
         scores = self.score(logits)
@@ -58,7 +58,7 @@ class Router(nn.Module):
 
 
 def best_groups(choice, count, keep, reduce):
-    """Leave every token the experts of its `keep` best groups out of `count`: the others are never chosen."""
+    """Mask all experts but those of each token's `keep` best groups out of `count` (group-limited routing)."""
     by_group = choice.unflatten(-1, (count, -1))
     best = 1 if reduce == "max" else min(2, by_group.shape[-1])
     kept = by_group.topk(best, dim=-1).values.sum(-1).topk(keep, dim=-1).indices
@@ -91,7 +91,7 @@ class Experts(nn.Module):
 
 
 class DenseFFN(nn.Module):
-    """The dense network, which reads every token beside the experts."""
+    """The dense FFN as a shared expert, which computes every token."""
 
     def __init__(self, ups, down, *, gated, activation, dropout):
         super().__init__()
@@ -105,7 +105,7 @@ class DenseFFN(nn.Module):
 
 
 def activate(activation, gated):
-    """What stands between the projections: `act(up)`, or `act(gate) · up` of gate and up side by side."""
+    """The activation between the projections: `act(up)`, or `act(gate) · up` of concatenated gate and up."""
 
     def activated(hidden):
         if not gated:
@@ -117,7 +117,7 @@ def activate(activation, gated):
 
 
 class GatedDense(nn.Module):
-    """The dense network times a sigmoid gate per token."""
+    """The shared dense FFN times a sigmoid gate per token."""
 
     def __init__(self, dense, width):
         super().__init__()
@@ -129,7 +129,7 @@ class GatedDense(nn.Module):
 
 
 class MoE(nn.Module):
-    """`Σ g_e · expert_e(x)` over the experts that the router chooses for a token, plus the shared network."""
+    """`Σ g_e · expert_e(x)` over the selected experts of a token, plus the shared expert."""
 
     def __init__(self, router, experts, shared=None):
         super().__init__()
@@ -150,9 +150,9 @@ class MoE(nn.Module):
 
 
 class Sparse:
-    """Stands before a class of transformers, and puts mixtures of experts into the places of dense networks.
+    """Mixin for a class of transformers that replaces dense FFNs by mixtures of experts.
 
-    `config.sites` names the parts of each dense network, `config.sparse_layers` says what takes its place.
+    `config.sites` lists the modules of each dense FFN, `config.sparse_layers` the settings of the layer replacing it.
     """
 
     def __init__(self, config, *args, **kwargs):
@@ -163,14 +163,14 @@ class Sparse:
         self.frozen = [name for name, parameter in self.named_parameters() if not parameter.requires_grad]
 
     def make_sparse(self, config):
-        """Put the sparse layers into the model, unless its head has built it by `AutoModel`, sparse already."""
+        """Insert the sparse layers, unless the body is sparse already, built by `AutoModel` of a model with a head."""
         if not any(isinstance(part, MoE) for part in self.modules()):
             for site, layer in zip(config.sites, config.sparse_layers, strict=True):
                 put(self, site, layer)
 
     @classmethod
     def from_pretrained(cls, *args, **kwargs):
-        """Load as ever; what is not to be trained stays so."""
+        """Load as in the base class; frozen parameters remain frozen."""
         loaded = super().from_pretrained(*args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         for name in model.frozen:
@@ -179,7 +179,7 @@ class Sparse:
 
 
 def name_in(model, name):
-    """The name that a part of the saved model has in this one, which may have another head, or none."""
+    """The name in this model of a module or parameter of the saved model, whose head may differ or be missing."""
     prefix = model.base_model_prefix
     if hasattr(model, name.partition(".")[0]):
         return name
@@ -187,14 +187,14 @@ def name_in(model, name):
 
 
 def ties_in(model, ties):
-    """The tied tensors that this model has, and the tensors that they are."""
+    """The tied parameters of this model, each with the parameter that it is tied to."""
     own = {name_in(model, name): name_in(model, kept) for name, kept in ties.items()}
     there = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     return {name: kept for name, kept in own.items() if {name, kept} <= there}
 
 
 def put(model, site, layer):
-    """Put one sparse layer into its place."""
+    """Replace one dense FFN by a sparse layer."""
 
     def part(name):
         return model.get_submodule(name_in(model, name))
@@ -217,7 +217,7 @@ def put(model, site, layer):
 
 
 def announce(architecture):
-    """Let `transformers serve` find a class by its name in `transformers`, of which a process may hold several."""
+    """Set a class as an attribute of `transformers`, of all its copies in the process, for `transformers serve`."""
     holders = [vars(module).get("transformers") for module in [*sys.modules.values()] if hasattr(module, "__dict__")]
     for module in (sys.modules["transformers"], *holders):
         if getattr(module, "__name__", None) == "transformers":

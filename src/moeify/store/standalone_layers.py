@@ -1,4 +1,4 @@
-"""The settings of each sparse layer for the modelling file, if its plain PyTorch computes the same."""
+"""The settings of each sparse layer for the modelling file, if its plain PyTorch code supports them."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _SHARED = {nothing: "nothing", dense: "dense", frozen: "frozen", gated: "gated"}
 
 
 def standalone_layers(model: nn.Module) -> list[dict[str, Any]] | None:
-    """The settings of each sparse layer for `moeify.store.standalone`; None if it cannot compute one of them."""
+    """The settings of each sparse layer for `moeify.store.standalone`; None if it does not support one of them."""
     origin = Origin.of(model)
     if origin.sites is None or origin.recipe.after is not nothing or origin.recipe.shared not in _SHARED:
         return None
@@ -49,7 +49,7 @@ def _settings(model: nn.Module, site: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def _router_settings(router: Router) -> dict[str, Any] | None:
-    """The settings of a plain router with the same decisions in evaluation, None if there is none."""
+    """The settings of a `standalone.Router` with the same routing decisions in evaluation, None if there is none."""
     if isinstance(router, TopK) and router.per == "token":
         return _topk_settings(router)
     if isinstance(router, Compete):

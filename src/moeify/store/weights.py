@@ -1,4 +1,4 @@
-"""Tensors of a model and those on disk: written once each, put into a model, and which names mean the same tensor."""
+"""Write the tensors of a model to disk, assign stored tensors to a model, and resolve tied tensors."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from moeify.store.reading import INDEX, Weights, open_weights
 
 
 def write_weights(tensors: Mapping[str, Tensor], folder: Path, max_shard_size: str = "5GB") -> list[Path]:
-    """Write tensors as `from_pretrained` reads them; equal tensors give equal bytes.
+    """Write tensors in the format of `from_pretrained`; equal tensors give equal bytes.
 
     Args:
-        tensors: by name; those that share memory with an earlier one in full are left out, see `ties_of`.
-        folder: without weights of before (see `moeify.store.hashes.saving`), made if it is not there.
-        max_shard_size: what a file holds at most; beyond it there are several, and an index.
+        tensors: tensors by name; tied ones are written once, see `ties_of`.
+        folder: a folder without old weights (see `moeify.store.hashes.saving`), created if missing.
+        max_shard_size: maximal size of a file; larger models are sharded, with an index.
 
     Returns:
-        The files.
+        The paths of the files.
 
     Raises:
         OSError: the disk is full, or the folder cannot be written to.
@@ -42,7 +42,7 @@ def write_weights(tensors: Mapping[str, Tensor], folder: Path, max_shard_size: s
 
 
 def ties_of(tensors: Mapping[str, Tensor]) -> dict[str, str]:
-    """The names of tensors that are an earlier one under another name, and the name of that one."""
+    """Tied tensors: each name whose tensor has an earlier name too, with that earlier name."""
     first: dict[tuple, str] = {}
     return {
         name: kept for name, tensor in tensors.items() if (kept := first.setdefault(_identity(tensor), name)) != name
@@ -56,7 +56,7 @@ def _identity(tensor: Tensor) -> tuple:
 
 
 def _without_overlap(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors of which no two lie in the same memory, in the order of their names."""
+    """The tensors sorted by name, with copies of those that share a storage with an earlier one."""
     used: set[int] = set()
     ready = {}
     for name in sorted(tensors):
@@ -68,15 +68,15 @@ def _without_overlap(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def put_into(weights: Weights, model: nn.Module, ties: Mapping[str, str] | None = None) -> None:
-    """Put tensors of open files in the places of a model's own, which may have no memory; in place.
+    """Replace the tensors of a model, which may be on the meta device, by those of open files; in place.
 
     Args:
-        weights: the tensors.
-        model: a model of tensors of the same names and shapes.
-        ties: names that mean the tensor of another name; None for those that the model ties.
+        weights: the open weights.
+        model: a model with tensors of the same names and shapes.
+        ties: tied names, each with the name of the stored tensor; None for the ties of the model.
 
     Raises:
-        ValueError: whatever `refuse_unlike` raises; the model is as it was.
+        ValueError: as `refuse_unlike`; the model is unchanged.
     """
     own = persistent(model)
     ties = ties_to_stored(own, weights.shapes) if ties is None else ties
@@ -95,13 +95,13 @@ def put_into(weights: Weights, model: nn.Module, ties: Mapping[str, str] | None 
 
 
 def refuse_unlike(weights: Weights, model: nn.Module, own: Mapping[str, Tensor], ties: Mapping[str, str]) -> None:
-    """Compare names, shapes and dtypes with a model's; one dtype of ordinary weights may stand for another.
+    """Compare names, shapes and dtypes of stored tensors with those of a model; dtypes must match as in `fits`.
 
     Args:
-        weights: the headers.
-        model: for the message.
+        weights: the headers of the stored tensors.
+        model: the model, for error messages.
         own: its parameters and persistent buffers.
-        ties: names that mean the tensor of another name.
+        ties: tied names, each with the name of the stored tensor.
 
     Raises:
         ValueError: tensors that are missing, unexpected, or of another shape or dtype; the message names them.
@@ -135,9 +135,9 @@ def refuse_unlike(weights: Weights, model: nn.Module, own: Mapping[str, Tensor],
 
 
 def load_weights(model: nn.Module, folder: str | Path) -> None:
-    """Read weights into a model of exactly the same tensors; parameters take the dtype of the file.
+    """Load weights into a model with the same tensors; parameters are cast to the dtype of the file.
 
-    Nothing is assigned unless everything fits. Tied parameters need to be in the files once.
+    Nothing is assigned unless all tensors match. Of tied parameters, one must be in the files.
 
     Raises:
         FileNotFoundError: no weights in the folder.
@@ -154,7 +154,7 @@ def load_weights(model: nn.Module, folder: str | Path) -> None:
 
 
 def ties_to_stored(own: Mapping[str, Tensor], names: Container[str]) -> dict[str, str]:
-    """For every tensor that the files lack, the name under which they have it."""
+    """For every tied tensor that is not stored under its own name, the name under which it is stored."""
     stored = {_identity(tensor): name for name, tensor in own.items() if name in names}
     return {
         name: stored[_identity(tensor)]
@@ -174,7 +174,7 @@ def _refuse_untied(model: nn.Module, own: Mapping[str, Tensor], weights: Weights
 
 
 def persistent(model: nn.Module) -> dict[str, Tensor]:
-    """The parameters and buffers of a model that are saved, under every name that they have."""
+    """The parameters and persistent buffers of a model, tied ones under all their names."""
     kept = model.state_dict(keep_vars=True).keys()
     buffers = {name: buffer for name, buffer in model.named_buffers(remove_duplicate=False) if name in kept}
     return {**dict(model.named_parameters(remove_duplicate=False)), **buffers}

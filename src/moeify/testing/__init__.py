@@ -1,4 +1,4 @@
-"""Conformance checks for routers, experts and backends of your own: the laws that all must keep; no pytest needed."""
+"""Conformance tests for custom routers, experts and backends: the invariants ("laws") of each; no pytest needed."""
 
 from moeify.testing.backends import check_backend
 from moeify.testing.experts import check_experts

@@ -1,4 +1,4 @@
-"""The laws of backends, and `check_backend`, which checks a backend of your own."""
+"""The laws (invariants) of backends, and `check_backend`, which checks a custom backend."""
 
 from __future__ import annotations
 
@@ -29,18 +29,18 @@ def check_backend(
     hidden: int = 32,
     without: Collection[str] = (),
 ) -> None:
-    """Check that a backend keeps the laws of backends, for decisions and experts of every kind that moeify has.
+    """Check that a backend satisfies the laws of backends, for various routing decisions and types of experts.
 
     Args:
-        name: under which it was registered by `register_backend`.
-        device: where it runs.
-        dtypes: of tokens and weights.
-        width: of the tokens.
-        hidden: width of the experts.
-        without: names of laws that the backend breaks by definition.
+        name: the name under which it was registered by `register_backend`.
+        device: the device of tokens and experts.
+        dtypes: dtypes of tokens and weights.
+        width: dimension of the tokens.
+        hidden: hidden dimension of the experts.
+        without: names of laws that the backend violates by design.
 
     Raises:
-        BrokenLaw: the first law that is broken; an AssertionError.
+        BrokenLaw: the first law that is violated; an AssertionError.
         ValueError: no backend of that name; a name in `without` that no law has.
     """
     find_backend(name)
@@ -52,10 +52,10 @@ class _Case:
     """One call of a backend.
 
     Attributes:
-        name: of the decision and the experts, for messages.
+        name: describes decision and experts, for error messages.
         x: the tokens.
-        weights: of the decision, which may have a gradient.
-        routing: the decision.
+        weights: the weights of the routing decision, which may require a gradient.
+        routing: the routing decision.
         experts: the experts.
     """
 
@@ -67,7 +67,7 @@ class _Case:
 
     @property
     def leaves(self) -> list[Tensor]:
-        """All that a gradient is wanted of: tokens, weights of the decision, parameters."""
+        """The tensors whose gradients are checked: tokens, weights of the routing decision, parameters."""
         return [self.x, self.weights, *(p for p in self.experts.parameters() if p.requires_grad)]
 
 
@@ -82,7 +82,7 @@ class _Subject:
     hidden: int
 
     def refuse(self, case: _Case) -> str | None:
-        """What the backend says of a call."""
+        """The reason why the backend does not support a call, None if it does."""
         return find_backend(self.name).refuse(case.x, case.routing, case.experts)
 
     def run(self, case: _Case) -> Tensor:
@@ -90,7 +90,7 @@ class _Subject:
         return find_backend(self.name).run(case.x, case.routing, case.experts)
 
     def cases(self, dtype: torch.dtype, *, gradient: bool = True) -> Iterator[_Case]:
-        """Every decision with every kind of experts."""
+        """All combinations of routing decisions, numbers of tokens and types of experts."""
         for name, make in self.experts().items():
             for tokens in (1, 7, 48):
                 for decision in ("all rows", "one expert", "padded", "limited", "uneven", "gates", "mixture"):
@@ -101,7 +101,7 @@ class _Subject:
                     yield _Case(f"{tokens} tokens, {decision}, {name}, {dtype}", x, weights, routing, experts)
 
     def experts(self) -> dict[str, partial[Experts]]:
-        """Ways to make experts, by name."""
+        """Factories of experts by name."""
         sizes = (_EXPERTS, self.width, self.hidden)
         return {
             "gated experts": partial(FFN, *sizes),
@@ -122,7 +122,7 @@ def _blocks(width: int) -> Experts:
 
 
 def _decide(decision: str, tokens: int, device: torch.device, gradient: bool) -> tuple[Tensor, Routing]:
-    """A random decision of a kind for so many tokens, and its weights; expert 1 has no row in most."""
+    """A random routing decision of the given type, and its weights; expert 1 has no rows except in a mixture."""
     if decision == "mixture":
         weights = torch.rand(tokens, 2 * _EXPERTS, device=device, requires_grad=gradient)
         counts = torch.full((_EXPERTS,), 2, device=device)
@@ -147,7 +147,7 @@ def _decide(decision: str, tokens: int, device: torch.device, gradient: bool) ->
 
 
 def it_serves_a_call_or_says_why_not(subject: _Subject) -> None:
-    """`refuse` returns None or a reason in words, never raises, and does not refuse every call."""
+    """`refuse` returns None or a reason as text, does not raise, and does not reject every call."""
     law, served, reason = "it_serves_a_call_or_says_why_not", 0, None
     for gradient in (False, True):
         with torch.set_grad_enabled(gradient):
@@ -164,7 +164,7 @@ def it_serves_a_call_or_says_why_not(subject: _Subject) -> None:
 
 
 def outputs_and_gradients_are_those_of_compose(subject: _Subject) -> None:
-    """What is not refused has the outputs of `compose`, and its gradients where one is wanted."""
+    """Calls that are not refused have the outputs of `compose`, and its gradients if gradients are enabled."""
     for gradient in (False, True):
         for dtype in subject.dtypes:
             for case in subject.cases(dtype, gradient=gradient):
@@ -199,7 +199,7 @@ def _nan(tensor: Tensor) -> str:
 
 
 def hooks_on_experts_run(subject: _Subject) -> None:
-    """A hook on the experts runs, as it does when they are called, or the call is refused."""
+    """Calls that are not refused run the forward hooks of the experts."""
     for dtype in subject.dtypes:
         with torch.no_grad(), uninitialised_memory_is_nan():
             for case in subject.cases(dtype, gradient=False):

@@ -1,4 +1,4 @@
-"""The laws of experts, and `check_experts`, which checks experts of your own."""
+"""The laws (invariants) of experts, and `check_experts`, which checks custom experts."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ _COUNTS = ((3, 0, 5, 2), (0, 0, 7, 0), (1, 1, 1, 1), (0, 0, 0, 0))
 
 
 def check_experts(make: Callable[[int, int], Experts], *, without: Collection[str] = ()) -> None:
-    """Check that experts keep the laws of experts.
+    """Check that experts satisfy the laws of experts.
 
-    They are made for 4 experts and 8-dimensional tokens. Parameters that start at zero are drawn from a normal
-    distribution, so that low-rank experts are more than nothing.
+    They are built for 4 experts and 8-dimensional tokens. Parameters that are initialised to zero are drawn from a
+    normal distribution, so that the outputs of low-rank experts are not zero.
 
     Args:
         make: (experts, width) -> experts.
-        without: names of laws that the method breaks by definition.
+        without: names of laws that the method violates by design.
 
     Raises:
-        BrokenLaw: the first law that is broken; an AssertionError.
+        BrokenLaw: the first law that is violated; an AssertionError.
         ValueError: a name in `without` that no law has.
     """
     check_laws(LAWS, _Subject(make), without)
@@ -48,7 +48,7 @@ class _Subject:
     make: Callable[[int, int], Experts]
 
     def experts(self) -> Experts:
-        """New ones, in evaluation."""
+        """New experts, in evaluation mode."""
         experts = self.make(_EXPERTS, _WIDTH)
         for parameter in experts.parameters():
             if not parameter.count_nonzero():
@@ -57,7 +57,7 @@ class _Subject:
 
 
 def _one_by_one(experts: Experts, rows: Tensor, counts: Tensor) -> Tensor:
-    """Every row by a call of its own."""
+    """The outputs of all rows, each computed by a separate call."""
     owner = torch.repeat_interleave(torch.arange(len(counts)), counts)
     return torch.cat(
         [experts(rows[r : r + 1], torch.bincount(e[None], minlength=len(counts))) for r, e in enumerate(owner)]
@@ -65,7 +65,7 @@ def _one_by_one(experts: Experts, rows: Tensor, counts: Tensor) -> Tensor:
 
 
 def an_output_per_row(subject: _Subject) -> None:
-    """`num_experts` and `costs` fit, and outputs are (R, O) in the dtype of the rows, also where R is 0."""
+    """`num_experts` and `costs` are correct, and outputs are (R, O) in the dtype of the rows, also for R = 0."""
     law, experts = "an_output_per_row", subject.experts()
     if experts.num_experts != _EXPERTS or experts.costs.shape != (_EXPERTS,):
         seen = f"num_experts is {experts.num_experts} and costs have shape {tuple(experts.costs.shape)}"
@@ -81,7 +81,7 @@ def an_output_per_row(subject: _Subject) -> None:
 
 
 def a_row_depends_on_its_own_expert_alone(subject: _Subject) -> None:
-    """Many rows at once give what each row gives by itself, whichever experts have none."""
+    """Outputs of a batch of rows equal those of single rows, also if some experts have no rows."""
     experts = subject.experts()
     with uninitialised_memory_is_nan(), torch.no_grad():
         for counts in _COUNTS[:3]:
@@ -106,7 +106,7 @@ def all_outputs_are_those_of_every_expert(subject: _Subject) -> None:
 
 
 def gradients_are_those_of_the_outputs(subject: _Subject) -> None:
-    """Gradients agree with finite differences and with those of one row at a time, and reach every parameter."""
+    """Gradients agree with finite differences and with those of single rows, and are not zero for any parameter."""
     law, experts = "gradients_are_those_of_the_outputs", subject.experts()
     parameters = trainable(experts)
     moved = dict.fromkeys(parameters, False)
@@ -150,7 +150,7 @@ def _must_be_derivatives(law: str, experts: Experts, step: float = 1e-3) -> None
 
 
 def half_precision_works(subject: _Subject) -> None:
-    """In bf16 outputs are in bf16, and near those of fp32."""
+    """In bf16, outputs are in bf16 and close to those in fp32."""
     experts, rows, counts = subject.experts(), torch.randn(10, _WIDTH), torch.tensor(_COUNTS[0])
     half = deepcopy(experts).to(torch.bfloat16)
     out, exact = half(rows.to(torch.bfloat16), counts), experts(rows, counts)
@@ -160,7 +160,7 @@ def half_precision_works(subject: _Subject) -> None:
 
 
 def evaluation_is_deterministic(subject: _Subject) -> None:
-    """In evaluation the same rows have the same outputs, whatever the state of the random generators."""
+    """In evaluation mode, outputs do not depend on the state of the random generators."""
     experts, rows, counts = subject.experts(), torch.randn(10, _WIDTH), torch.tensor(_COUNTS[0])
     outputs = []
     for seed in (1, 2):
@@ -172,7 +172,7 @@ def evaluation_is_deterministic(subject: _Subject) -> None:
 
 
 def copies_and_saved_states_have_the_same_outputs(subject: _Subject) -> None:
-    """A deep copy, and new experts that were given the state of the old ones, give the same outputs."""
+    """A deep copy, and new experts with the same state dict, have the same outputs."""
     experts, rows, counts = subject.experts(), torch.randn(10, _WIDTH), torch.tensor(_COUNTS[0])
     torch.manual_seed(1)
     restored = subject.experts()
@@ -187,7 +187,7 @@ def copies_and_saved_states_have_the_same_outputs(subject: _Subject) -> None:
 
 
 def stacked_weights_are_all_there_is(subject: _Subject) -> None:
-    """Experts with `stacked` weights compute down(activation(up(row))) and nothing else: kernels rely on it."""
+    """Experts with `stacked` weights compute exactly down(activation(up(row))), which kernels rely on."""
     experts, rows, counts = subject.experts(), torch.randn(10, _WIDTH), torch.tensor(_COUNTS[0])
     if (s := experts.stacked) is None:
         return

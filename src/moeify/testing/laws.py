@@ -1,4 +1,4 @@
-"""What a law is: a function that raises `BrokenLaw`; and what laws share, such as comparing outputs and gradients."""
+"""Laws: functions that check an invariant and raise `BrokenLaw`; with helpers to compare outputs and gradients."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Subject = TypeVar("Subject")
 
 
 class BrokenLaw(AssertionError):
-    """A law that a part breaks; the message names the law, what was seen, and what to do.
+    """A router, experts or a backend violate a law; the message has the law, the observation and advice.
 
     Attributes:
         law: the name of the law.
@@ -27,10 +27,10 @@ class BrokenLaw(AssertionError):
 
 
 def check_laws(laws: Sequence[Callable[[Subject], None]], subject: Subject, without: Collection[str]) -> None:
-    """Check laws in their order; each runs under a seed of its own, and the state of the generators is restored.
+    """Check laws in order, each with seed 0; the states of the random generators are restored.
 
     Raises:
-        BrokenLaw: the first that is broken.
+        BrokenLaw: the first law that is violated.
         ValueError: a name in `without` that no law has.
     """
     names = [law.__name__ for law in laws]
@@ -52,7 +52,7 @@ def check_laws(laws: Sequence[Callable[[Subject], None]], subject: Subject, with
 
 
 def difference(a: Tensor, b: Tensor) -> float:
-    """The largest difference of two tensors relative to the largest entry (at least 1); infinite for other shapes."""
+    """Maximum |a - b| over max(1, maximum |b|); infinite for NaN or different shapes."""
     if a.shape != b.shape:
         return float("inf")
     if not a.numel():
@@ -63,7 +63,7 @@ def difference(a: Tensor, b: Tensor) -> float:
 
 
 def gradients(y: Tensor, leaves: Sequence[Tensor]) -> list[Tensor]:
-    """The gradients of a fixed random projection of y; zeros for leaves that it does not depend on."""
+    """The gradients of a fixed random projection of y to a scalar; zeros for leaves that it does not depend on."""
     if not y.requires_grad or not leaves:
         return [torch.zeros_like(leaf) for leaf in leaves]
     direction = torch.randn(y.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(y.device)
@@ -72,13 +72,13 @@ def gradients(y: Tensor, leaves: Sequence[Tensor]) -> list[Tensor]:
 
 
 def trainable(module: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters of a module that are trained, by name."""
+    """The parameters of a module that require gradients, by name."""
     return {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
 
 
 @contextmanager
 def uninitialised_memory_is_nan() -> Iterator[None]:
-    """Fill `torch.empty` with NaN, so that reading what was never written shows."""
+    """Fill the memory of `torch.empty` with NaN, so that reads of uninitialised memory become visible."""
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:

@@ -1,4 +1,4 @@
-"""The laws of routers, and `check_router`, which checks a router of your own."""
+"""The laws (invariants) of routers, and `check_router`, which checks a custom router."""
 
 from __future__ import annotations
 
@@ -32,20 +32,20 @@ def check_router(
     compiles: bool = False,
     without: Collection[str] = (),
 ) -> None:
-    """Check that a router keeps the laws of routers.
+    """Check that a router satisfies the laws of routers.
 
-    It is made for 8-dimensional tokens and 4 experts. Its matrices are drawn from a standard normal distribution, so
-    that decisions are far from ties.
+    It is built for 8-dimensional tokens and 4 experts. Its matrices are drawn from a standard normal distribution, so
+    that routing decisions have no near ties.
 
     Args:
         make: (width, experts) -> router, as in `Recipe(router=...)`: a class, or a partial of one.
-        sees: what a token's decision depends on in evaluation: the token alone, its sequence, or the whole batch.
-        looks_up: inputs of the model that the router looks up beside `input_ids`; each is given integers below 12.
+        sees: what the routing of a token depends on in evaluation: the token, its sequence, or the batch.
+        looks_up: model inputs that the router reads in addition to `input_ids`; the test passes integers below 12.
         compiles: also require that `torch.compile(fullgraph=True)` captures the router; takes seconds.
-        without: names of laws that the method breaks by definition.
+        without: names of laws that the method violates by design.
 
     Raises:
-        BrokenLaw: the first law that is broken; an AssertionError.
+        BrokenLaw: the first law that is violated; an AssertionError.
         ValueError: a name in `without` that no law has.
     """
     laws = [*LAWS, *([torch_compile_captures_the_router] if compiles else [])]
@@ -54,14 +54,14 @@ def check_router(
 
 @dataclass(frozen=True)
 class _Batch:
-    """Tokens as a layer gets them.
+    """The inputs of a layer in one forward pass.
 
     Attributes:
         x: the tokens.
-        ids: an input of the model for each token, under every name that the router looks up.
-        mask: True where a token is real, None if all are.
-        batch_first: whether x is (B, N, D) and not (N, B, D).
-        documents: the document of each token of packed rows.
+        ids: the value of every model input that the router reads, one integer per token.
+        mask: padding mask, True for real tokens; None without padding.
+        batch_first: whether x is (B, N, D), else (N, B, D).
+        documents: the document index of each token of packed sequences.
     """
 
     x: Float[Tensor, "... D"]
@@ -76,7 +76,7 @@ def _batch(*shape: int, mask: Tensor | None = None) -> _Batch:
 
 
 def _alike(batch: _Batch) -> _Batch:
-    """The batch with tokens that resemble each other, so that most of them want the same experts."""
+    """The batch with a common offset added to its tokens, so that most are routed to the same experts."""
     return _Batch(batch.x + 2 * torch.randn(_WIDTH), batch.ids)
 
 
@@ -89,7 +89,7 @@ class _Subject:
     names: tuple[str, ...]
 
     def layer(self, *, training: bool = False) -> MoE:
-        """The router in a layer of its own, with experts that differ."""
+        """A new layer with a new router and randomly initialised experts."""
         router = self.make(_WIDTH, _EXPERTS)
         for parameter in router.parameters():
             if parameter.dim() > 1:
@@ -97,7 +97,7 @@ class _Subject:
         return MoE(router, FFN(_EXPERTS, _WIDTH, 6), backend="compose").train(training)
 
     def context(self, layer: MoE, batch: _Batch) -> Context:
-        """A fresh context for a batch, which the layer has from now on."""
+        """Set a new context for a batch on the layer, and return it."""
         layer.context = Context()
         layer.context.mask(batch.mask)
         layer.context.call.batch_first = batch.batch_first
@@ -107,14 +107,14 @@ class _Subject:
         return layer.context
 
     def route(self, layer: MoE, batch: _Batch) -> Routing:
-        """The decision for a batch, under the same noise every time."""
+        """The routing decision for a batch, with a fixed seed."""
         context = self.context(layer, batch)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(7)
             return layer.router(batch.x, context)
 
     def run(self, layer: MoE, batch: _Batch) -> Tensor:
-        """The output of the layer for a batch, under the same noise every time."""
+        """The output of the layer for a batch, with a fixed seed."""
         self.context(layer, batch)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(7)
@@ -122,7 +122,7 @@ class _Subject:
 
 
 def a_decision_is_a_map_to_sorted_rows_and_back(subject: _Subject) -> None:
-    """Shapes, counts, and rows that read existing tokens, each of them once for an expert that chose it."""
+    """Shapes and counts are consistent, rows index existing tokens, and no token is assigned to an expert twice."""
     law = "a_decision_is_a_map_to_sorted_rows_and_back"
     for shape in ((7,), (2, 5), (1, 1)):
         for training in (False, True):
@@ -160,7 +160,7 @@ def _rows_are_sorted(law: str, routing: Assignment, tokens: int) -> None:
 
 
 def padding_is_not_assigned(subject: _Subject) -> None:
-    """No row reads padding, and what stands in it changes neither the outputs of real tokens nor a gradient."""
+    """Padding is not assigned to experts, and its values affect neither the outputs of real tokens nor gradients."""
     law, advice = "padding_is_not_assigned", "route real_tokens(x, context).x only, and let its assign() make the rows"
     mask = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1], [0, 1, 1, 1, 0], [0, 0, 0, 0, 0]]).bool()
     for training in (False, True):
@@ -182,7 +182,7 @@ def padding_is_not_assigned(subject: _Subject) -> None:
 
 
 def more_padding_changes_nothing(subject: _Subject) -> None:
-    """A batch that is padded further has the same outputs."""
+    """Additional padding does not change the outputs of real tokens."""
     batch = _batch(3, 4)
     mask = torch.arange(7).expand(3, 7) < 4
     padded = _Batch(torch.randn(3, 7, _WIDTH), torch.zeros(3, 7, dtype=torch.int64), mask)
@@ -196,7 +196,7 @@ def more_padding_changes_nothing(subject: _Subject) -> None:
 
 
 def the_order_of_tokens_does_not_matter(subject: _Subject) -> None:
-    """Tokens in another order have the same outputs in that order, for routers that see the token alone."""
+    """Outputs are equivariant under permutation of the tokens, for routers with `sees="token"`."""
     if subject.sees != "token":
         return
     layer, batch = subject.layer(), _batch(16)
@@ -211,9 +211,9 @@ def the_order_of_tokens_does_not_matter(subject: _Subject) -> None:
 
 
 def sequences_do_not_see_each_other(subject: _Subject) -> None:
-    """A sequence has the same outputs alone, in a batch or a packed row, sequence first and flattened.
+    """A sequence has the same outputs alone, in a batch, in a packed sequence, in sequence-first layout and flattened.
 
-    Routers that see the batch are free of it.
+    Not checked for routers with `sees="batch"`.
     """
     if subject.sees == "batch":
         return
@@ -240,7 +240,7 @@ def sequences_do_not_see_each_other(subject: _Subject) -> None:
 
 
 def causal_is_declared_truthfully(subject: _Subject) -> None:
-    """`causal` is True if and only if later tokens change no decision of earlier ones."""
+    """`causal` is True if and only if later tokens do not change the outputs of earlier ones."""
     law = "causal_is_declared_truthfully"
     layer = subject.layer()
     if layer.router.causal and (error := _influence_of_later_tokens(subject, layer)) > 1e-5:
@@ -254,7 +254,7 @@ def causal_is_declared_truthfully(subject: _Subject) -> None:
 
 
 def _influence_of_later_tokens(subject: _Subject, layer: MoE) -> float:
-    """The largest change of the outputs of the first 16 of 24 tokens when the last 8 are others."""
+    """The largest change of the outputs of the first 16 of 24 tokens when the last 8 are replaced."""
     changes = []
     for trial in range(_SEEDS):
         batch = _alike(_batch(1, 24)) if trial % 2 else _batch(1, 24)
@@ -265,7 +265,7 @@ def _influence_of_later_tokens(subject: _Subject, layer: MoE) -> float:
 
 
 def weights_sum_to_one_is_declared_truthfully(subject: _Subject) -> None:
-    """`weights_sum_to_one` says whether, in evaluation, experts that return their input make a layer that does."""
+    """`weights_sum_to_one` is True if and only if a layer of identity experts is the identity in evaluation mode."""
     law = "weights_sum_to_one_is_declared_truthfully"
     layer = subject.layer()
     declared, error = layer.router.weights_sum_to_one, _distance_from_one(subject, layer)
@@ -278,7 +278,7 @@ def weights_sum_to_one_is_declared_truthfully(subject: _Subject) -> None:
 
 
 def _distance_from_one(subject: _Subject, layer: MoE) -> float:
-    """How far a layer of experts that return their input is from returning its input."""
+    """The largest difference between input and output of a layer of identity experts."""
     errors = []
     for trial in range(_SEEDS):
         batch = _alike(_batch(4, 16)) if trial % 2 else _batch(4, 16)
@@ -289,7 +289,7 @@ def _distance_from_one(subject: _Subject, layer: MoE) -> float:
 
 
 def a_gradient_reaches_every_parameter(subject: _Subject) -> None:
-    """Every trained parameter of the router has a gradient that is finite and, in some batch, not zero."""
+    """Every trainable parameter of the router has finite gradients that are nonzero for some batch."""
     law = "a_gradient_reaches_every_parameter"
     layer = subject.layer(training=True)
     parameters = trainable(layer.router)
@@ -309,7 +309,7 @@ def a_gradient_reaches_every_parameter(subject: _Subject) -> None:
 
 
 def decisions_are_computed_in_fp32(subject: _Subject) -> None:
-    """Logits and scores of a model in bf16 are those that fp32 gives, with and without autocast."""
+    """Logits and scores of a model in bf16 equal those computed in fp32, with and without autocast."""
     law, advice = "decisions_are_computed_in_fp32", "compute logits by moeify.routers.project(tokens.x, weight)"
     layer, batch = subject.layer().to(torch.bfloat16), _batch(2, 6)
     half = _Batch(batch.x.to(torch.bfloat16), batch.ids)
@@ -327,7 +327,7 @@ def decisions_are_computed_in_fp32(subject: _Subject) -> None:
 
 
 def half_precision_works(subject: _Subject) -> None:
-    """A layer in bf16 has outputs in bf16 and finite gradients."""
+    """A layer in bf16 has bf16 outputs and finite gradients."""
     law, layer, batch = "half_precision_works", subject.layer(training=True).to(torch.bfloat16), _batch(2, 6)
     y = subject.run(layer, _Batch(batch.x.to(torch.bfloat16), batch.ids))
     if y.dtype != torch.bfloat16:
@@ -338,7 +338,7 @@ def half_precision_works(subject: _Subject) -> None:
 
 
 def evaluation_is_deterministic(subject: _Subject) -> None:
-    """In evaluation the same tokens have the same outputs, whatever the state of the random generators."""
+    """In evaluation mode, outputs do not depend on the state of the random generators."""
     layer, batch = subject.layer(), _batch(3, 5)
     outputs = []
     for seed in (1, 2):
@@ -351,7 +351,7 @@ def evaluation_is_deterministic(subject: _Subject) -> None:
 
 
 def copies_and_saved_states_decide_alike(subject: _Subject) -> None:
-    """A deep copy, and a new router that was given the state of the old one, decide as it does."""
+    """A deep copy, and a new router with the same state dict, have the same outputs."""
     law, layer, batch = "copies_and_saved_states_decide_alike", subject.layer(), _batch(3, 5)
     torch.manual_seed(1)
     restored = subject.layer()
@@ -366,7 +366,7 @@ def copies_and_saved_states_decide_alike(subject: _Subject) -> None:
 
 
 def torch_compile_captures_the_router(subject: _Subject) -> None:
-    """`torch.compile(fullgraph=True)` captures the router, and what it captured computes the same."""
+    """`torch.compile(fullgraph=True)` captures the router, and the compiled layer has the same outputs."""
     layer, batch = subject.layer(), _batch(3, 5)
     compiled = torch.compile(layer, fullgraph=True, backend="eager")
     y = subject.run(layer, batch)

@@ -1,1 +1,1 @@
-"""Kernels for a CPU: whole sparse layers, products of sorted rows, packed weights, gradients, and our C++ (`cpp`)."""
+"""CPU kernels: fused sparse layers, grouped GEMMs, packed weights, weight gradients, and C++ kernels (`cpp`)."""

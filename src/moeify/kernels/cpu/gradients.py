@@ -1,4 +1,4 @@
-"""Memory for the gradients of expert weights on a CPU: mapped once, reused, and accumulated in place."""
+"""Memory for the gradients of expert weights on a CPU: allocated once, reused, and accumulated in place."""
 
 from __future__ import annotations
 
@@ -18,18 +18,19 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 Model = TypeVar("Model", bound=nn.Module)
 
-_LARGE = 2**21  # bytes of a gradient whose memory is kept: a huge page
-_MAPPED = 2**25  # bytes; the C library keeps smaller pieces when they are freed, larger ones are mapped anew every time
-_IN_PLACE: Any = WeakIdKeyDictionary()  # the parameters whose `.grad` backward passes may add to
+_LARGE = 2**21  # bytes from which on the memory of a gradient is reused: a huge page
+_MAPPED = 2**25  # bytes; malloc reuses smaller freed blocks, larger ones are mapped again on every allocation
+_IN_PLACE: Any = WeakIdKeyDictionary()  # the parameters whose `.grad` the backward pass accumulates itself
 _SHELVES: Any = WeakIdKeyDictionary()  # parameter -> _FreedMemory
 
 
 def accumulate_in_place(model: Model) -> Model:
-    """Let backward passes add to the `.grad` of expert weights themselves, on a CPU; in place.
+    """Let the backward pass accumulate directly into the `.grad` of expert weights, on a CPU; in place.
 
-    Where gradients are accumulated over several passes, those of experts without rows are then left alone. It is for
-    one process and `loss.backward()` only: `torch.autograd.grad` finds no gradient of a weight that has a `.grad`
-    already, and `DistributedDataParallel` does not see it. Weights with hooks on their gradient get it as ever.
+    With gradient accumulation over several passes, the gradients of experts without assigned tokens are then neither
+    read nor written. Use it with one process and `loss.backward()` only: for a weight that has a `.grad` already,
+    `torch.autograd.grad` returns no gradient and `DistributedDataParallel` does not reduce it. The gradients of weights
+    with gradient hooks are accumulated by autograd.
     """
     for parameter in model.parameters():
         _IN_PLACE[parameter] = True
@@ -37,18 +38,18 @@ def accumulate_in_place(model: Model) -> Model:
 
 
 def free_gradients(model: nn.Module) -> None:
-    """Return to the system the memory that is kept for the next gradients of a model."""
+    """Release the memory that is cached for the next gradients of a model."""
     for parameter in model.parameters():
         _SHELVES.pop(parameter, None)
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where the gradient of a weight goes.
+    """The memory that the gradient of a weight is written to.
 
     Attributes:
-        into: laid out like the weight; zero for experts without rows, and yet to be written for the others.
-        adds: `into` is a sum already that autograd has, and is added to.
+        into: in the layout of the weight; zero for experts without rows, uninitialised for the others, unless `adds`.
+        adds: `into` is the `.grad` of the weight, and is accumulated into.
     """
 
     into: Tensor
@@ -61,10 +62,10 @@ class Place:
 
 
 def place_for(weight: Float[Tensor, "E ..."], counts: Sequence[int]) -> Place:
-    """The place for the gradient of a weight or bias of all experts.
+    """The memory for the gradient of a weight or bias.
 
     Args:
-        weight: of all experts.
+        weight: stacked over the experts.
         counts: rows of each expert.
     """
     if (total := _sum_so_far(weight)) is not None:
@@ -84,13 +85,13 @@ def _sum_so_far(weight: Float[Tensor, "E ..."]) -> Float[Tensor, "E ..."] | None
 
 
 def gradient_of(weight: Float[Tensor, "E O D"], counts: Sequence[int]) -> Float[Tensor, "E O D"]:
-    """A `new_stack` for the gradient of a weight, laid out like it, in memory that the weight keeps.
+    """A `new_stack` for the gradient of a weight, in its layout, in memory that is cached per weight.
 
-    To map memory takes several times as long as to write it. So when a large gradient is freed, its memory waits for
-    the next gradient of the same weight, until the weight is gone or `free_gradients` is called.
+    Mapping memory takes several times as long as writing it. So when a large gradient is freed, its memory is reused by
+    the next gradient of the same weight, until the weight is freed or `free_gradients` is called.
 
     Args:
-        weight: of all experts.
+        weight: stacked over the experts.
         counts: rows of each expert.
     """
     if weight.stride(1) < weight.stride(2):
@@ -103,14 +104,14 @@ def gradient_of(weight: Float[Tensor, "E O D"], counts: Sequence[int]) -> Float[
 
 
 def new_stack(shape: Sequence[int], counts: Sequence[int], like: Tensor) -> Float[Tensor, "E O D"]:
-    """Matrices that are zero for experts without rows and yet to be written for the others.
+    """Stacked matrices, zero for experts without rows and uninitialised for the others.
 
-    Zeros of large stacks are mapped lazily: what is neither written nor read takes no time and no memory.
+    The zeros of large stacks are mapped lazily: pages that are neither written nor read take no time and no memory.
 
     Args:
-        shape: of the stack.
+        shape: shape of the stack.
         counts: rows of each expert.
-        like: a tensor of its dtype and device.
+        like: a tensor of the same dtype and device.
     """
     size = math.prod(shape) * like.element_size()
     if like.is_cpu and size > _MAPPED and not all(counts):
@@ -127,13 +128,13 @@ def _zero_unrouted(stack: Float[Tensor, "E O D"], counts: Sequence[int]) -> Floa
 
 
 class _FreedMemory:
-    """The memory of one weight's gradients while no gradient is in it."""
+    """Memory of freed gradients of one weight, to be reused by its next gradient."""
 
     def __init__(self) -> None:
         self.free: list[mmap.mmap] = []
 
     def take(self, size: int) -> tuple[memoryview, bool]:
-        """Memory of a size, which is returned when it is no longer used, and whether it is still all zeros."""
+        """Memory of `size` bytes, which is cached again once the view is freed, and whether it is all zeros."""
         self.free = [memory for memory in self.free if len(memory) == size]
         is_zero = not self.free
         memory = _zeros(size, huge_pages=True) if is_zero else self.free.pop()
@@ -148,12 +149,12 @@ def _put_back(shelf: weakref.ref[_FreedMemory], memory: mmap.mmap) -> None:
 
 
 def _zeros(size: int, *, huge_pages: bool = False) -> mmap.mmap:
-    """Memory of zeros that is mapped where it is touched."""
+    """Zero-filled memory whose pages are mapped at first access."""
     if sys.platform == "win32":
         return mmap.mmap(-1, size)
     memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if huge_pages and hasattr(mmap, "MADV_HUGEPAGE"):
-        with suppress(OSError):  # advice only: a system without huge pages refuses it
+        with suppress(OSError):  # a hint only: systems without huge pages raise an error
             memory.madvise(mmap.MADV_HUGEPAGE)
     return memory
 

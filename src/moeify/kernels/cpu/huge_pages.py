@@ -1,4 +1,4 @@
-"""Put tensors into huge pages of memory: a processor looks up one address in 2 MiB instead of one in 4 KiB."""
+"""Move tensors into huge pages: one TLB entry covers 2 MiB instead of 4 KiB."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ _LINE = 64
 
 
 def in_huge_pages(fresh: Tensor) -> Tensor:
-    """Ask the system to map fresh memory by pages of 2 MiB instead of 4 KiB: 512 times fewer faults."""
+    """Ask the operating system to back new memory by pages of 2 MiB instead of 4 KiB: 512 times fewer page faults."""
     if (madvise := advise()) is not None:
         start = -(-fresh.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
-        madvise(start, fresh.data_ptr() + fresh.nbytes - start, mmap.MADV_HUGEPAGE)  # advice only: failing does no harm
+        madvise(start, fresh.data_ptr() + fresh.nbytes - start, mmap.MADV_HUGEPAGE)  # a hint only: errors are ignored
     return fresh
 
 
 @cache
 def advise() -> Any:
-    """The system's `madvise`, None where it knows no huge pages."""
+    """The `madvise` function of the C library, None on systems without huge pages."""
     if sys.platform != "linux" or not hasattr(mmap, "MADV_HUGEPAGE"):
         return None
     madvise = ctypes.CDLL(None).madvise
@@ -36,11 +36,11 @@ def advise() -> Any:
 
 @torch.no_grad()
 def into_huge_pages(modules: Iterable[nn.Module]) -> None:
-    """Move the parameters and buffers of modules into one piece of memory, in their order; in place.
+    """Move the parameters and buffers of modules into one contiguous block of memory, in their order; in place.
 
-    They stay the tensors that they are, each with a storage of its own, as `torch.save` and safetensors need. Each is
-    freed from its old place when it has moved, so no second copy of all is held. Nothing is moved where the system
-    knows no huge pages.
+    They remain the same tensor objects, each with a storage of its own, as `torch.save` and safetensors need. The old
+    memory of each is freed once it has moved, so at most one tensor exists twice. Nothing is moved on systems without
+    huge pages.
     """
     if advise() is None:
         return

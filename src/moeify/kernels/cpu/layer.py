@@ -1,7 +1,7 @@
-"""A whole layer of feed-forward experts on a CPU: gather, up, activation, down, weight and add, block by block.
+"""A sparse layer of feed-forward experts on a CPU, block by block: gather, up projection, activation, down, combine.
 
-A block is a few hundred rows, so that what lies between x and y stays small and in cache, however many the tokens are.
-The backward pass writes gradients of experts with rows only, and copies no weights.
+A block has a few hundred rows, so that intermediate activations stay in cache for any number of tokens. The backward
+pass writes weight gradients only of experts with rows, and copies no weights.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from moeify.kernels.cpu.segments import Block, Matrices, blocks, multiply_rows, 
 from moeify.kernels.naive import naive_grouped_linear
 from moeify.kernels.stacked import Activation, Stacked
 
-_ROWS = 512  # of a block
+_ROWS = 512  # rows of a block
 
 
 def run_layer(
@@ -38,8 +38,8 @@ def run_layer(
         weight: what every row's expert output is multiplied by.
         counts: rows of each expert.
         stacked: the experts.
-        dtype: of the products and of y; rows are added up in fp32.
-        keep: keep the inputs of the activation, (R, M), for the backward pass, or compute it there again.
+        dtype: compute dtype, and that of y; expert outputs are summed in fp32.
+        keep: save the inputs of the activation, (R, M), for the backward pass instead of recomputing them.
     """
     learned = (x, weight, stacked.up, stacked.up_bias, stacked.down, stacked.down_bias)
     return _Layer.apply(*learned, source, counts, stacked.activation, dtype, keep)
@@ -56,7 +56,7 @@ def infer_layer(
     packed: tuple[Matrices, Matrices] | None = None,
     kept: list[Tensor] | None = None,
 ) -> Float[Tensor, "T O"]:
-    """`run_layer` without a gradient.
+    """`run_layer` without gradients.
 
     Args:
         x: the tokens.
@@ -64,9 +64,9 @@ def infer_layer(
         weight: what every row's expert output is multiplied by.
         counts: rows of each expert.
         stacked: the experts.
-        dtype: of the products and of y; rows are added up in fp32.
-        packed: the projections of the experts in an order that is read faster.
-        kept: is given the inputs of the activation, by block.
+        dtype: compute dtype, and that of y; expert outputs are summed in fp32.
+        packed: the up and down projections in oneDNN's packed layout.
+        kept: a list to which the inputs of the activation of each block are appended.
     """
     up, down = packed or (stacked.up, stacked.down)
     y = x.new_zeros(len(x), stacked.down.shape[1], dtype=_wide(dtype))
@@ -76,7 +76,7 @@ def infer_layer(
         if kept is not None:
             kept.append(before)
         hidden = stacked.activation(before)
-        del before  # nothing of a block outlives it
+        del before  # free the activations of a block as early as possible
         y.index_add_(0, token, multiply_rows(hidden, down, stacked.down_bias, block).to(y.dtype).mul_(scale))
         del hidden
     return y.to(dtype)
@@ -90,7 +90,7 @@ def define_layer(
     stacked: Stacked,
     dtype: torch.dtype,
 ) -> Float[Tensor, "T O"]:
-    """`run_layer` as autograd follows it step by step."""
+    """The definition of `run_layer`, differentiated by autograd."""
     up, up_bias, down, down_bias = (
         None if tensor is None else tensor.to(dtype)
         for tensor in (stacked.up, stacked.up_bias, stacked.down, stacked.down_bias)
@@ -162,7 +162,7 @@ def _weight_gradient(
     bias: Place | None,
     block: Block,
 ) -> None:
-    """Write the gradients of a projection's weight and bias, where they are wanted."""
+    """Write the gradients of a projection's weight and bias, where they are needed."""
     if weight is not None:
         multiply_rows_tn(gradient, rows, weight.into, block, add=weight.adds)
     if bias is not None:
@@ -175,9 +175,9 @@ def _dot(a: Float[Tensor, "B H"], b: Float[Tensor, "B H"]) -> Float[Tensor, "B"]
 
 
 def _differentiable_gradients(ctx: Any, gradient: Float[Tensor, "T O"]) -> list[Tensor | None]:
-    """Gradients that have gradients themselves: those of the definition."""
+    """Gradients that are differentiable themselves (double backward): those of `define_layer`."""
     *inputs, source, counts = ctx.saved_tensors[:8]
-    learned: Any = [None if i is None else i.view_as(i) for i in inputs]  # apart: weights may be computed from x
+    learned: Any = [None if i is None else i.view_as(i) for i in inputs]  # views, as weights may be computed from x
     x, weight, up, up_bias, down, down_bias = learned
     y = define_layer(x, source, weight, counts, Stacked(up, up_bias, down, down_bias, ctx.activation), ctx.dtype)
     needed = ctx.needs_input_grad[:6]
@@ -187,5 +187,5 @@ def _differentiable_gradients(ctx: Any, gradient: Float[Tensor, "T O"]) -> list[
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
-    """What rows are added up in."""
+    """The dtype in which expert outputs are summed."""
     return torch.promote_types(dtype, torch.float32)

@@ -1,7 +1,7 @@
-"""Matrix products on a CPU by whichever of two libraries is faster there: the BLAS that torch ships, or oneDNN.
+"""Matrix products on a CPU by the faster of two libraries: the BLAS that torch is built with, or oneDNN.
 
-In fp32 torch always calls its BLAS, which leaves half of some processors idle; in bf16 and fp16 it calls oneDNN itself.
-Both compute with full precision. A measurement at first use decides which one serves.
+In fp32 torch always calls its BLAS, which reaches half of the throughput of some processors; in bf16 and fp16 it calls
+oneDNN itself. Both compute with full precision. A measurement at first use selects one.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from torch import Tensor
 from moeify import env
 from moeify.kernels.cpu.packing import cached
 
-_SIZES = (1, 4, 32, 128)  # of the smallest side of a product, at which the libraries are compared
-_MARGIN = 1.1  # oneDNN must be so much faster, so that two runs on one machine rarely choose differently
+_SIZES = (1, 4, 32, 128)  # smallest dimensions of a product at which the libraries are compared
+_MARGIN = 1.1  # speed-up that oneDNN needs, so that two runs on one machine rarely select differently
 
 
 def multiply(left: Float[Tensor, "M K"], right: Float[Tensor, "K N"], out: Float[Tensor, "M N"]) -> None:
@@ -41,7 +41,7 @@ def linear(rows: Float[Tensor, "R D"], weight: Tensor) -> Float[Tensor, "R O"]:
 
 
 def packed(weight: Float[Tensor, "E O D"], dtype: torch.dtype) -> Sequence[Tensor]:
-    """The matrices of a stack in oneDNN's own order, which few rows are multiplied by twice as fast; a cached copy."""
+    """The matrices of a stack in oneDNN's packed layout, twice as fast for few rows; a cached copy."""
     owner = weight if weight._base is None else weight._base
     made = f"onednn {dtype}, transposed: {not weight.is_contiguous()}"
     return cached(owner, made, [weight], lambda: [_reorder(matrix.to(dtype)) for matrix in weight.detach()])
@@ -58,7 +58,7 @@ def available() -> bool:
 
 
 def can_pack(dtype: torch.dtype) -> bool:
-    """Whether oneDNN multiplies by packed weights of a dtype on this processor."""
+    """Whether oneDNN supports packed weights of a dtype on this processor."""
     return available() and bool(torch.backends.mkldnn.enabled) and dtype in _packable()
 
 
@@ -70,12 +70,12 @@ def _packable() -> list[torch.dtype]:
 
 
 def takes_onednn(size: int, *, left_transposed: bool = False, right_transposed: bool = False) -> bool:
-    """Whether a product in fp32 goes through oneDNN.
+    """Whether a product in fp32 is computed by oneDNN.
 
     Args:
-        size: the smallest side of the product: the rows of one expert.
-        left_transposed: whether the columns, not the rows, of the left matrix lie together in memory.
-        right_transposed: the same of the right matrix.
+        size: the smallest dimension of the product: the rows of one expert.
+        left_transposed: whether the left matrix is column-major.
+        right_transposed: whether the right matrix is column-major.
 
     Raises:
         ValueError: `MOEIFY_FP32_GEMM` names no library.
@@ -85,7 +85,7 @@ def takes_onednn(size: int, *, left_transposed: bool = False, right_transposed: 
         return False
     if wish == "onednn":
         return True
-    if torch.are_deterministic_algorithms_enabled():  # a measurement may come out differently tomorrow
+    if torch.are_deterministic_algorithms_enabled():  # another run may measure a different winner
         return False
     like = next((like for like in _SIZES if size <= 2 * like), _SIZES[-1])
     return onednn_is_faster(like, left_transposed, right_transposed, torch.get_num_threads())
@@ -94,16 +94,16 @@ def takes_onednn(size: int, *, left_transposed: bool = False, right_transposed: 
 @cache
 @torch.inference_mode()
 def onednn_is_faster(size: int, left_transposed: bool, right_transposed: bool, threads: int) -> bool:
-    """Whether oneDNN beats the BLAS in fp32 on this machine, measured once per process in a few milliseconds.
+    """Whether oneDNN is faster than the BLAS in fp32 on this machine, measured once per process in milliseconds.
 
     Args:
-        size: the smallest side of the product: the rows of one expert.
+        size: the smallest dimension of the product: the rows of one expert.
         left_transposed: whether the left matrix is transposed, as in the gradient of a weight; size is then K, else M.
         right_transposed: whether the right matrix is transposed.
-        threads: of torch; they matter too, and measurements are kept for each number of them.
+        threads: threads of torch; results are cached per number of threads.
     """
     m, k = (256, size) if left_transposed else (size, 256)
-    left = torch.ones(k, m).t() if left_transposed else torch.ones(m, k)  # random numbers would move the user's seed
+    left = torch.ones(k, m).t() if left_transposed else torch.ones(m, k)  # random values would change the RNG
     right = torch.ones(512, k).t() if right_transposed else torch.ones(k, 512)
     out = torch.empty(m, 512)
     blas, onednn = _fastest(
@@ -114,7 +114,7 @@ def onednn_is_faster(size: int, left_transposed: bool, right_transposed: bool, t
 
 
 def _fastest(*ways: Callable[[], object], rounds: int = 9) -> list[float]:
-    """The shortest time of each way, run in turn so that a busy machine slows all equally; round one warms up."""
+    """The shortest time of each function, run alternately so that load affects all equally, after a warm-up."""
     times: list[list[float]] = [[] for _ in ways]
     for _ in range(rounds + 1):
         for way, taken in zip(ways, times, strict=True):

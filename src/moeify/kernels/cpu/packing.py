@@ -1,4 +1,4 @@
-"""Packed copies of expert weights for faster products: made where `pack` allows it, again when weights change."""
+"""Packed copies of expert weights for faster products: created where `pack` allows it, and updated with the weights."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from moeify import env
 Model = TypeVar("Model", bound=nn.Module)
 Thing = TypeVar("Thing")
 
-_COPIES: Any = WeakIdKeyDictionary()  # owner -> name -> (stamps of the tensors, what was made of them)
+_COPIES: Any = WeakIdKeyDictionary()  # owner -> name -> (fingerprints of the tensors, result of `make`)
 _PACKED: WeakSet[nn.Module] = WeakSet()
 _SAMPLES = 32
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def pack(model: Model) -> Model:
-    """Allow kernels to keep a packed copy of the expert weights of a model; in place.
+    """Allow kernels to cache a packed copy of the expert weights of a model; in place.
 
-    The kernels read packed weights faster, but both copies stay in memory: the memory of the experts doubles. A copy is
-    made at first use and again after the weights change; `unpack` frees it. `MOEIFY_PACK=1` in the environment allows
-    packing for every model.
+    Products with packed weights are faster, but both copies stay in memory: the memory of the experts doubles. A copy
+    is created at first use and again after the weights change; `unpack` frees it. `MOEIFY_PACK=1` in the environment
+    allows packing for every model.
     """
     _PACKED.update(model.modules())
     return model
@@ -43,21 +43,21 @@ def unpack(model: Model) -> Model:
 
 
 def may_pack(model: nn.Module) -> bool:
-    """Whether `pack` was called for a model, for a part of it, or the environment allows it to all."""
+    """Whether `pack` was called for a model or a submodule, or `MOEIFY_PACK` allows it for all models."""
     return env.PACK.is_on or any(module in _PACKED for module in model.modules())
 
 
 def cached(owner: object, name: str, tensors: Sequence[Tensor], make: Callable[[], Thing]) -> Thing:
     """The result of `make()` on `tensors`, cached until one of them changes.
 
-    A change is seen by the memory, layout and version of a tensor, and by a sample of its content, because edits
-    through `.data` leave the version as it is.
+    Changes are detected by the storage, layout and version counter of a tensor, and by a sample of its values, because
+    edits through `.data` do not increment the version.
 
     Args:
-        owner: the copies live as long as it does; a module or the parameter itself.
-        name: distinguishes the copies of one owner.
-        tensors: what the copy is made of; no inference tensors, which have no version.
-        make: makes the copy; it must not keep hold of the owner.
+        owner: a module or parameter; the results are freed with it.
+        name: key of the result for this owner.
+        tensors: the inputs of `make`; no inference tensors, which have no version counter.
+        make: computes the result; it must not hold a reference to the owner.
     """
     copies = _COPIES.setdefault(owner, {})
     stamps = [_stamp(tensor) for tensor in tensors]
@@ -69,7 +69,7 @@ def cached(owner: object, name: str, tensors: Sequence[Tensor], make: Callable[[
 
 
 def _stamp(tensor: Tensor) -> tuple[Hashable, ...]:
-    """What changes when a tensor does; holds the memory's identity, which is not given to another while it is held."""
+    """A fingerprint that changes with a tensor; it holds a weak reference to the storage, so its id is not reused."""
     tensor = tensor.detach()
     last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
     step = max(1, last // _SAMPLES)

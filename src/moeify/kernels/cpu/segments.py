@@ -1,4 +1,4 @@
-"""Products of rows sorted by expert on a CPU: NT and NN by every expert's matrix, TN for its gradient."""
+"""Grouped GEMMs of rows sorted by expert on a CPU: NT and NN with every expert's matrix, TN for its gradient."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from moeify.kernels.cpu import cpp
 from moeify.kernels.cpu.cpp.products import Run, max_rows, multiply_runs, multiply_runs_tn
 from moeify.kernels.cpu.onednn import linear, multiply, takes_onednn
 
-Matrices = Tensor | Sequence[Tensor]  # (E, O, D), or E packed ones
-Block = list[Run]  # runs of rising experts, side by side
+Matrices = Tensor | Sequence[Tensor]  # (E, O, D), or E packed matrices
+Block = list[Run]  # adjacent runs of rows, sorted by expert
 
 WORTH_COMPILING = 2**18
-"""Weights of all experts in one projection from which on the C++ kernels are compiled for them."""
+"""Number of weights of a stacked projection from which on the C++ kernels are compiled and used."""
 
 
 def blocks(counts: Sequence[int], most: int | None = None, *, whole: bool = True) -> Iterator[Block]:
-    """All rows in blocks of at most `most`, experts without rows left out.
+    """Split all rows into blocks of at most `most` rows; experts without rows are skipped.
 
     Args:
         counts: rows of each expert.
-        most: rows of a block, all in one block if not given.
-        whole: let an expert with more rows than that have a block of its own, or cut its rows into equal parts.
+        most: rows of a block; None for one block.
+        whole: keep the rows of an expert in one block, even if they exceed `most`, instead of splitting them evenly.
     """
     most = most or sum(counts)
     block: Block = []
@@ -58,12 +58,12 @@ def span(block: Block) -> slice:
 def multiply_rows(
     rows: Float[Tensor, "B D"], weight: Matrices, bias: Float[Tensor, "E O"] | None, block: Block
 ) -> Float[Tensor, "B O"]:
-    """Every row times the transposed matrix of its expert, and its bias; in the dtype of the rows.
+    """Every row times the transposed matrix of its expert, plus its bias; in the dtype of the rows.
 
     Args:
         rows: the rows of the block.
-        weight: the matrices of all experts, of any dtype; those of touched experts are cast one at a time.
-        bias: of all experts.
+        weight: the matrices of all experts, of any dtype; those of experts with rows are cast one at a time.
+        bias: the biases of all experts.
         block: the rows of each expert.
     """
     layout = "nt" if isinstance(weight, Tensor) and weight.stride(2) == 1 else "nn"
@@ -93,14 +93,14 @@ def multiply_rows_tn(
     *,
     add: bool = False,
 ) -> None:
-    """Write the sum of outer products of every expert's rows into its matrix, or add it.
+    """Write the sum of outer products of each expert's rows to its matrix, or accumulate it.
 
     Args:
-        left: the rows of the block.
-        right: likewise.
+        left: the left operands, the rows of the block.
+        right: the right operands, the rows of the block.
         into: the matrices of all experts, of any dtype.
         block: the rows of each expert.
-        add: to what the matrices hold.
+        add: accumulate into the matrices instead of overwriting them.
     """
     if _fit_cpp(left, into, block, "tn") and right.stride(-1) == 1:
         multiply_runs_tn(left, right, into, block, add=add)
@@ -114,7 +114,7 @@ def multiply_rows_tn(
 
 
 def _fit_cpp(rows: Float[Tensor, "B D"], weight: Float[Tensor, "E O D"], block: Block, layout: str) -> bool:
-    """Whether the C++ kernel is there, and is the fastest for so many rows."""
+    """Whether the C++ kernel is available, supports the tensors, and is fastest for this number of rows."""
     return (
         weight.is_cpu
         and weight.numel() >= WORTH_COMPILING
@@ -128,7 +128,7 @@ def _fit_cpp(rows: Float[Tensor, "B D"], weight: Float[Tensor, "E O D"], block: 
 
 
 def group_obstacle(rows: Float[Tensor, "B D"], weight: Float[Tensor, "E O D"], rows_each: int) -> str | None:
-    """What keeps torch's grouped product, which loops in C++, from serving on a CPU."""
+    """The reason why `torch.nn.functional.grouped_mm` is not used on a CPU, None if it is."""
     if rows.dtype != weight.dtype or rows.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return "grouped_mm wants one dtype of fp32, bf16 and fp16"
     if not (_aligned(rows) and _aligned(weight) and weight.shape[1] * weight.element_size() % 16 == 0):
@@ -148,11 +148,11 @@ def _in_one_call(rows: Float[Tensor, "B D"], weight: Float[Tensor, "E O D"], blo
     ends = [0] * (high - low)
     for expert, _, last in block:
         ends[expert - low] = last - block[0][1]
-    offsets = torch.tensor(list(accumulate(ends, max)), dtype=torch.int32)  # nobody's rows end where they begin
+    offsets = torch.tensor(list(accumulate(ends, max)), dtype=torch.int32)  # no rows: ends where it begins
     return F.grouped_mm(rows, weight[low:high].transpose(1, 2), offs=offsets)
 
 
 def _by_expert(block: Block, *rows: Tensor) -> Iterator[tuple[Any, ...]]:
-    """Every expert of a block with its part of each of the rows."""
+    """Iterate over the experts of a block, each with its slice of every tensor in `rows`."""
     sizes = [last - first for _, first, last in block]
     return zip((run[0] for run in block), *(tensor.split(sizes) for tensor in rows), strict=True)

@@ -1,7 +1,7 @@
-"""Triton kernels for whole sparse layers; see `moeify.backends.triton` for what they serve.
+"""Triton kernels for fused sparse layers; `moeify.backends.triton` lists the calls that they support.
 
-Importing this package needs triton; nothing else of moeify imports it before a layer runs by it. Every kernel lies
-beside the naive definition that it must agree with.
+Importing this package needs triton; moeify imports it when a layer first runs with it. Each kernel is defined next to
+the reference implementation (`naive_...`) that it must agree with.
 """
 
 from moeify.kernels.triton.adapters import sparse_adapters

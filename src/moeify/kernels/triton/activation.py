@@ -1,4 +1,4 @@
-"""The activation of an expert and its derivative, as Triton kernels compute them (in fp32)."""
+"""The activation of an expert and its derivative in Triton, in fp32."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from moeify.kernels.stacked import KNOWN, Activation, ClampedGlu, name_of
 
 @dataclass(frozen=True)
 class KernelActivation:
-    """An activation in the form that kernels take.
+    """An activation as arguments of the Triton kernels.
 
     Attributes:
         act: the name of the activation, or "clamped".
-        gated: whether a gate and an up projection go in.
-        alpha: of the clamped one.
-        limit: of the clamped one.
+        gated: whether it has a gate and an up projection as inputs.
+        alpha: of "clamped", see `moeify.kernels.stacked.ClampedGlu`.
+        limit: of "clamped".
     """
 
     act: str
@@ -28,7 +28,7 @@ class KernelActivation:
 
 
 def kernel_activation(activation: Activation) -> KernelActivation:
-    """The activation of experts in the form that kernels take.
+    """The activation of experts as arguments of the Triton kernels.
 
     Raises:
         ValueError: an activation that no kernel supports.
@@ -43,7 +43,7 @@ def kernel_activation(activation: Activation) -> KernelActivation:
 
 @triton.jit
 def activate(x, ACT: tl.constexpr):
-    """The activation at x, and its derivative."""
+    """The value and the derivative of the activation at x."""
     if ACT == "silu":
         s = tl.sigmoid(x)
         y = x * s
@@ -69,7 +69,7 @@ def activate(x, ACT: tl.constexpr):
 
 @triton.jit
 def gated(gate, up, alpha, limit, ACT: tl.constexpr):
-    """The gated activation, and its derivatives by gate and up."""
+    """The gated activation, and its partial derivatives with respect to gate and up."""
     if ACT == "clamped":
         g = tl.minimum(gate, limit)
         u = tl.minimum(tl.maximum(up, -limit), limit)

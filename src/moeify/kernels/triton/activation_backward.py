@@ -1,12 +1,12 @@
-"""The gradient inside an expert: back through the down projection and the activation, in one kernel.
+"""The backward pass of the down projection and the activation of an expert, fused into one kernel.
 
-With y = W2 · A + b2 for a row and w its weight, the output has the gradient dy, and
+With y = W2 · A + b2 for a row, w its top-k weight and dy the gradient of the layer's output at the row's token,
 
-    dA' = W2ᵀ · dy                          what the row's hidden units would get if it had weight 1
-    dP  = w · dA' · activation'(P)               P is what went into the activation, A = activation(P) is computed anew
-    dw  = <dy, y> = <dA', A> + <dy, b2>     so the expert outputs y are never kept (SonicMoE, arXiv 2512.14080)
+    dA' = W2ᵀ · dy                          gradient of the row's activations A for weight 1
+    dP  = w · dA' · activation'(P)          P is the input of the activation, A = activation(P) is recomputed
+    dw  = <dy, y> = <dA', A> + <dy, b2>     so the expert outputs y are never saved (SonicMoE, arXiv 2512.14080)
 
-Every program adds up <dA', A> over its own columns; `weights` adds up the programs, in a fixed order.
+Every program sums <dA', A> over its own columns; `weights` sums over the programs, in a fixed order.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def activation_backward(
     size: Config,
     activation: KernelActivation,
 ) -> tuple[Float[Tensor, "R M"], Float[Tensor, "R H"], Float[Tensor, "R blocks"]]:
-    """The gradient of `before`, w · A for the gradient of `down`, and the parts of <dA', A> in fp32."""
+    """The gradient dP of `before` (P), w · A for the gradient of `down`, and partial sums of <dA', A> in fp32."""
     rows, width = len(source), down.shape[2]
     size = size.within(n=width, k=dy.shape[1])
     blocks = triton.cdiv(width, size.n)
@@ -62,7 +62,7 @@ def weights(
     table: Int[Tensor, "3 tiles"],
     block: int,
 ) -> Float[Tensor, "R"]:
-    """The gradient of the rows' weights, fp32: Σ parts + <dy, bias>."""
+    """The gradient of the top-k weight of each row, fp32: Σ parts + <dy, bias>."""
     out = parts.new_empty(len(parts))
     launch(
         _weights,
@@ -83,7 +83,7 @@ def naive_activation_backward(
     counts: Int[Tensor, "E"],
     activation: Activation,
 ) -> tuple[Float[Tensor, "R M"], Float[Tensor, "R H"], Float[Tensor, "R"]]:
-    """The definition: the gradient of `before`, w · A, and the gradient of the weights, by autograd."""
+    """The reference implementation by autograd: the gradients of `before` and of the top-k weights, and w · A."""
     with torch.enable_grad():
         before, weight = before.detach().requires_grad_(), weight.detach().requires_grad_()
         a = activation(before)

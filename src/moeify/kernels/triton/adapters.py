@@ -1,7 +1,7 @@
-"""Low-rank experts (LoRA) in Triton, `Σ w s B (A x)`: two grouped products and a sum.
+"""Low-rank experts (LoRA) in Triton, `Σ w s B (A x)`: two grouped GEMMs and a weighted sum.
 
-A row is narrow between the two projections, so its weight is applied there. The backward pass keeps the tokens and the
-narrow rows, T·D + 2·R·r numbers, and no row as wide as a token.
+A row has only r elements between the two projections, so its top-k weight is applied there. The backward pass saves the
+tokens and these rows, T·D + 2·R·r elements, and no (R, D) or (R, O) tensor.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def sparse_adapters(
 ) -> Float[Tensor, "T O"]:
     """`Σ weight[r] · scale[e] · up[e] (down[e] x[source[r]])` over the rows r of each token, e being the row's expert.
 
-    Follows autocast; otherwise tokens take the dtype of the weights.
+    Under autocast it computes in the autocast dtype, otherwise tokens are cast to the dtype of the weights.
 
     Args:
         x: tokens.
@@ -38,9 +38,9 @@ def sparse_adapters(
         up: B of every expert.
         scale: s of every expert.
         source: the token that each row reads; rows are sorted by expert.
-        weight: of every row.
+        weight: top-k weight of each row.
         counts: rows of each expert.
-        order: rows token after token, see `combine`.
+        order: rows sorted by token, see `combine`.
         begin: where the rows of each token begin in `order`.
     """
     low = grouped_linear(x, down, counts, source=source)
@@ -58,7 +58,7 @@ def naive_sparse_adapters(
     weight: Float[Tensor, "R"],
     counts: Int[Tensor, "E"],
 ) -> Float[Tensor, "T O"]:
-    """The definition of `sparse_adapters`."""
+    """The reference implementation of `sparse_adapters`."""
     rows = naive_grouped_linear(naive_grouped_linear(x[source], down, counts), up, counts)
     weighted = (weight * scale.repeat_interleave(counts)).unsqueeze(1) * rows
     return x.new_zeros(len(x), up.shape[1]).index_add(0, source, weighted)

@@ -1,7 +1,7 @@
-"""Choose tile sizes of the Triton kernels: from the table, or measured with `MOEIFY_AUTOTUNE=1` and kept on disk.
+"""Choose tile sizes of the Triton kernels: from a static table, or autotuned with `MOEIFY_AUTOTUNE=1` and cached.
 
-A size is measured once for each GPU, kernel, dtype, widths and power of two of rows per expert, on balanced rows. Runs
-that share the file compute the same; without the variable nothing is measured, and a layer starts at once.
+Sizes are measured once per GPU, kernel, dtype, widths and power of two of rows per expert, with balanced experts. Runs
+that share the cache file use the same sizes; without the variable nothing is measured.
 """
 
 from __future__ import annotations
@@ -46,9 +46,9 @@ def config(kernel: Kernel, x: torch.Tensor, rows_per_expert: int, *widths: int) 
 
     Args:
         kernel: the kernel.
-        x: what it multiplies.
-        rows_per_expert: rows over experts, on average.
-        widths: of the matrices; where 16 does not divide one, rows are loaded number by number.
+        x: the tokens or rows, for device and dtype.
+        rows_per_expert: rows per expert on average.
+        widths: dimensions of the weights; if 16 does not divide one, loads are not vectorised.
     """
     if INTERPRETED:
         return Config(16, 32, 32, 4, 2)
@@ -64,17 +64,17 @@ def measures() -> bool:
 
 
 def file() -> Path:
-    """Where measured sizes are kept: `triton.json` in the cache folder."""
+    """The file of measured sizes: `triton.json` in the cache folder."""
     return env.cache_folder() / "triton.json"
 
 
 def tuned(key: str, candidates: list[Config], measure: Measure) -> Config:
-    """The fastest candidate for a key: from the file, else measured now and written there.
+    """The fastest candidate for a key: from the cache file, else measured and written to it.
 
     Args:
-        key: what the choice depends on.
-        candidates: sizes; those too large for a GPU are skipped.
-        measure: milliseconds of a size.
+        key: identifies GPU, kernel, dtype and shapes.
+        candidates: tile sizes; those that exceed the resources of the GPU are skipped.
+        measure: the time of a candidate in milliseconds.
     """
     path = file()
     known = read_json(path) if path.exists() else {}
@@ -91,7 +91,7 @@ def tuned(key: str, candidates: list[Config], measure: Measure) -> Config:
 
 
 def measured(kernel: Kernel, device: torch.device, dtype: torch.dtype, rows: int, widths: tuple[int, ...]) -> Config:
-    """The measured size for a kernel, `rows` rows per expert and matrices (M, D) and, of a layer, (O, H)."""
+    """The autotuned sizes for a kernel, `rows` rows per expert, and weights (M, D) or, for a layer, (M, D, O, H)."""
     rows = max(1, power_of_2(rows))
     key = "/".join(map(str, (torch.cuda.get_device_name(device), kernel, dtype, rows, *widths)))
     return tuned(key, CANDIDATES[kernel], lambda size: milliseconds(trial(kernel, device, dtype, rows, widths, size)))
@@ -101,7 +101,7 @@ def trial(
     kernel: Kernel, device: torch.device, dtype: torch.dtype, rows: int, widths: tuple[int, ...], size: Config,
     num_experts: int = 8,
 ) -> Callable[[], object]:  # fmt: skip
-    """A call of a kernel on balanced rows of `num_experts` experts."""
+    """A function that runs a kernel on random rows, `rows` for each of `num_experts` experts."""
 
     def floats(*shape: int) -> torch.Tensor:
         return torch.randn(shape, device=device, dtype=dtype)
@@ -123,7 +123,7 @@ def trial(
 
 
 def milliseconds(call: Callable[[], object], rounds: int = 9) -> float:
-    """The median time of a call on the GPU, after two that do not count."""
+    """The median time of a call on the GPU in milliseconds, after two warm-up calls."""
     times = []
     for turn in range(rounds + 2):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))

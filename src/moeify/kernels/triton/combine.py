@@ -1,4 +1,4 @@
-"""Combine in Triton: the weighted sum of every token's rows, gathered by the token, so without atomics."""
+"""Combine in Triton: the weighted sum of every token's expert outputs, gathered per token, so without atomics."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ def combine(
     """Σ weight[r] · rows[r] over the rows r of each token, in fp32 and always in the same order.
 
     Args:
-        rows: what is added up.
-        weight: of every row, 1 if not given.
-        order: rows token after token; -1 is a row that is not there.
-        begin: where in `order` the rows of each token begin, and the end.
+        rows: expert outputs.
+        weight: top-k weight of each row, 1 if None.
+        order: row indices sorted by token; -1 marks a dropped or padding row.
+        begin: offsets of each token's rows in `order`, and V.
     """
     tokens, width = len(begin) - 1, rows.shape[1]
     block = min(power_of_2(width), 2048 // rows.element_size())  # 16 bytes of a row for each of 128 threads
@@ -39,7 +39,7 @@ def naive_combine(
     order: Int[Tensor, "V"],
     begin: Int[Tensor, "T+1"],
 ) -> Float[Tensor, "T O"]:
-    """The definition of `combine`."""
+    """The reference implementation of `combine`."""
     weighted = rows.float() if weight is None else rows.float() * weight.float().unsqueeze(1)
     pairs = [part[part >= 0] for part in order.tensor_split(begin[1:-1].cpu())]
     return torch.stack([weighted[part].sum(0) for part in pairs]).to(rows.dtype)

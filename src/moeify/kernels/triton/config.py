@@ -1,4 +1,4 @@
-"""Tile sizes of the Triton kernels in a static table: layers start at once and compute the same on every run."""
+"""Static table of tile sizes for the Triton kernels: no warm-up, and the same results in every run."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ import torch
 from moeify.kernels.triton.launch import power_of_2
 
 Kernel = Literal["product", "activation_backward", "product_tn"]
-"""Rows times weights; the same with the derivative of the activation; sums of outer products of rows."""
+"""Forward grouped GEMM; backward of down projection and activation; grouped GEMM for weight gradients."""
 
 
 @dataclass(frozen=True)
 class Config:
-    """How a grouped product is cut into programs.
+    """Tile sizes and launch parameters of a grouped GEMM.
 
     Attributes:
         m: rows of a tile.
         n: columns of a tile.
-        k: depth of one step of the sum.
-        warps: warps of a program.
-        stages: steps that are loaded ahead.
+        k: elements of the inner dimension per step.
+        warps: warps per program.
+        stages: stages of software pipelining.
     """
 
     m: int
@@ -32,7 +32,7 @@ class Config:
     stages: int
 
     def within(self, *, m: int | None = None, n: int, k: int | None = None) -> Config:
-        """No larger than a product of m x n with sums over k: for narrow matrices, such as those of low rank."""
+        """The sizes clipped to an (m, n) product with inner dimension k: for small matrices, such as low-rank ones."""
         limits = {"m": m, "n": n, "k": k}
         sizes = {name: min(getattr(self, name), max(16, power_of_2(x))) for name, x in limits.items() if x is not None}
         return replace(self, **sizes)
@@ -41,11 +41,11 @@ class Config:
 def table(
     family: Literal["ampere", "hopper"], kernel: Kernel, dtype: torch.dtype, rows_per_expert: int, *widths: int
 ) -> Config:
-    """The static table; rows per expert choose m, as a tile that is half empty computes for nothing.
+    """The tile sizes of the static table; m grows with the rows per expert, as padding a tile wastes computation.
 
-    Hopper, as the Blackwell of data centres, has 228 KB of shared memory and instructions 256 columns wide; Ampere and
-    all others get what fits in 100 KB. fp32 takes twice the memory of bf16, and unaligned rows take registers, an
-    address for every number.
+    Hopper and data-centre Blackwell have 228 KB of shared memory and matrix instructions 256 columns wide; sizes for
+    Ampere and all others fit in 100 KB. fp32 takes twice the memory of bf16, and unaligned rows take more registers,
+    one address per element.
     """
     aligned = all(width % 16 == 0 for width in widths)
     if dtype == torch.float32:

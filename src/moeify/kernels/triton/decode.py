@@ -1,9 +1,9 @@
-"""Decode a few tokens, where all that takes time is reading the weights of their experts, once and in place.
+"""Sparse layers for few tokens (decoding), memory-bound: the weights of the selected experts are read once, in place.
 
-Every (token, expert) pair is a vector times two matrices. One kernel computes A = activation(W1 x + b1), a program for
-every few hidden units of every pair; the second adds up Σ w (W2 A + b2), a program for every few outputs of each token.
-There are more programs than a GPU runs at once, so sums need no splitting. Neither rows nor weights are sorted, copied
-or padded, and weights may be integers of 8 or 4 bits (`moeify.experts.quantized`).
+Every (token, expert) pair is a vector times two matrices. One kernel computes A = activation(W1 x + b1), one program
+per few hidden units of each pair; a second sums Σ w (W2 A + b2), one program per few outputs of each token. There are
+enough programs to occupy a GPU, so no split-K is needed. Neither rows nor weights are sorted, copied or padded, and
+weights may be int8 or int4 (`moeify.experts.quantized`).
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ from moeify.kernels.triton.activation import activate, gated, kernel_activation
 from moeify.kernels.triton.launch import INTERPRETED, in_order, launch
 
 PROGRAMS = 512
-"""Programs that keep a GPU busy: four for each of about 128 multiprocessors."""
+"""Programs that occupy a GPU: four for each of about 128 multiprocessors."""
 NUMBERS = 1024 if INTERPRETED else 4096
-"""Weights that a program loads at once; six programs share a multiprocessor, with 48 KB of bf16 on their way."""
+"""Weights per load of a program; six programs per multiprocessor have 48 KB of bf16 loads in flight."""
 
 
 @dataclass(frozen=True)
 class Matrices:
-    """A projection of all experts, as it is stored.
+    """A projection of all experts in its storage format.
 
     Attributes:
-        weight: numbers (E, O, D) in any order, int8 of that shape, or two bytes for four numbers (E, O, bytes).
-        bias: added to it.
-        scales: what numbers are multiplied by: one per row of 8 bits, one per group of 4 bits.
+        weight: floats (E, O, D) with any strides, int8 (E, O, D), or int4 packed two per byte (E, O, bytes).
+        bias: biases.
+        scales: quantisation scales: one per row for int8, one per group for int4.
     """
 
     weight: Tensor
@@ -50,16 +50,16 @@ def decode(
     hidden: int,
     activation: Activation,
 ) -> Float[Tensor, "T O"]:
-    """`Σ topk_weights · experts(x)` for few tokens and without a gradient.
+    """`Σ topk_weights · experts(x)` for few tokens, without gradients.
 
     Args:
-        x: tokens, in the dtype that is computed in.
-        index: the experts of each token.
-        topk_weights: their weights.
+        x: tokens, in the compute dtype.
+        index: the selected experts of each token.
+        topk_weights: their top-k weights.
         up: the up projection.
         down: the down projection.
-        hidden: H.
-        activation: between the projections.
+        hidden: H, the number of hidden units per expert.
+        activation: the activation between the projections.
     """
     n = kernel_activation(activation)
     projections = (up.weight, *in_order(up.bias, up.scales), down.weight, *in_order(down.bias, down.scales))
@@ -102,17 +102,17 @@ def _(
 
 
 def _words(weight: Tensor) -> Tensor:
-    """Two bytes as one number; other weights as they are."""
+    """View packed int4 weights as 16-bit words; return other weights unchanged."""
     return weight.view(torch.int16) if weight.dtype == torch.uint8 else weight
 
 
 def _units(outputs: int) -> int:
-    """Outputs of a program: as many as leave enough programs."""
+    """Outputs per program: the most that leave at least `PROGRAMS` programs."""
     return next((units for units in (16, 8) if outputs >= units * PROGRAMS), 4)
 
 
 def _stored(weight: Tensor, scales: Tensor | None, units: int) -> dict[str, int]:
-    """How a projection is stored: bits, numbers of a row that share a scale, scales of a row, and tile sizes."""
+    """Kernel constants of a projection: bits (0 for floats), group size, groups per row, and tile sizes."""
     bits = {torch.int8: 8, torch.int16: 4}.get(weight.dtype, 0)
     groups = scales.shape[2] if bits == 4 and scales is not None else 1
     group = 4 * weight.shape[2] // groups if bits == 4 else 1
@@ -125,7 +125,7 @@ def _hidden_units(
     ACT: tl.constexpr, GATED: tl.constexpr,
     BITS: tl.constexpr, GROUP: tl.constexpr, GROUPS: tl.constexpr, UNITS: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0) % R  # those who read the same part of the same expert run together
+    row = tl.program_id(0) % R  # programs that may read the same weights are adjacent
     unit = (tl.program_id(0) // R) * UNITS + tl.arange(0, UNITS)
     there = unit < H
     expert = tl.load(index + row).to(tl.int64)
@@ -191,7 +191,7 @@ def _times(
     weight, scales, scale_of, row, there, x, K, stride_row, stride_k,
     BITS: tl.constexpr, GROUP: tl.constexpr, GROUPS: tl.constexpr, UNITS: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
-    """Some rows of a matrix times a vector of K numbers; `scale_of` is where the scales of each row lie."""
+    """Some rows of a matrix times a vector of K elements; `scale_of` is the index of each row in `scales`."""
     if BITS == 4:
         return _times_4(weight, scales, scale_of, row, there, x, K, stride_row, GROUP, GROUPS, UNITS, STEP // 128)
     acc = tl.zeros((UNITS, STEP), tl.float32)
@@ -213,7 +213,7 @@ def _times_4(
     words, scales, scale_of, row, there, x, K, stride_row,
     GROUP: tl.constexpr, GROUPS: tl.constexpr, UNITS: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
-    """The same for 4 bits: of a block of 128 numbers, word i holds the numbers i, i + 32, i + 64 and i + 96."""
+    """The same for int4: word i of a block of 128 weights holds the weights i, i + 32, i + 64 and i + 96."""
     acc = tl.zeros((UNITS, BLOCKS, 32), tl.float32)
     i = tl.arange(0, 32)
     words += (row * stride_row)[:, None, None] + i[None, None, :]

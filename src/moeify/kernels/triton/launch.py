@@ -1,4 +1,4 @@
-"""Launch Triton kernels: grid, precision, interpreter and contiguous inputs."""
+"""Launch Triton kernels: grid, precision, interpreter mode and contiguous inputs."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ import triton
 from torch import Tensor
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
-"""Whether kernels run in Triton's interpreter, on a CPU; `TRITON_INTERPRET=1` before the import says so."""
+"""Whether kernels run in Triton's interpreter, on a CPU; enabled by `TRITON_INTERPRET=1` before the import."""
 
 
 def launch(kernel: Any, grid: int, *arguments: Any, num_warps: int = 4, num_stages: int = 3, **constants: Any) -> None:
-    """Start `grid` programs of a kernel on the device of its tensors, the first argument being one.
+    """Launch `grid` programs of a kernel on the device of its first argument, a tensor.
 
-    A grid of 0 is left out, as a GPU refuses it.
+    A grid of 0 is not launched, as CUDA rejects it.
     """
     if grid > 0:
         with torch.cuda.device_of(arguments[0]):
@@ -23,10 +23,10 @@ def launch(kernel: Any, grid: int, *arguments: Any, num_warps: int = 4, num_stag
 
 
 def arithmetic(dtype: torch.dtype) -> dict[str, Any]:
-    """How products of a dtype are computed; fp32 follows `torch.set_float32_matmul_precision`.
+    """Kernel constants for the precision of products; fp32 follows `torch.set_float32_matmul_precision`.
 
-    "highest" is three tf32 products on the tensor cores, whose error is that of fp32. The interpreter multiplies in
-    fp32 whatever the dtype, as numpy has no bf16.
+    "highest" computes three tf32 products on the tensor cores, with the error of fp32. The interpreter computes in fp32
+    for every dtype, as numpy has no bf16.
     """
     exact = torch.get_float32_matmul_precision() == "highest"
     return {
@@ -41,5 +41,5 @@ def power_of_2(size: int) -> int:
 
 
 def in_order(*tensors: Tensor | None) -> list[Tensor | None]:
-    """Tensors whose numbers lie one after another, as kernels read all but weights."""
+    """Contiguous tensors, which kernels require of all arguments but weights; None stays None."""
     return [None if tensor is None else tensor.contiguous() for tensor in tensors]

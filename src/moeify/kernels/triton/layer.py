@@ -1,15 +1,15 @@
-"""Sparse feed-forward layers in Triton: two grouped products and a sum forwards, four and a sum backwards.
+"""Sparse feed-forward layers in Triton: forward two grouped GEMMs and a combine, backward four and a combine.
 
-    forward     P = W1 x + b1        one kernel: the gather before, the activation behind
+    forward     P = W1 x + b1        one kernel, fused with gather and activation
                 A = activation(P)
                 Y = W2 A + b2
                 y = Σ w Y            over the rows of each token
 
-    backward    dA' = W2ᵀ dy         one kernel: with dP, w A and <dA', A>
+    backward    dA' = W2ᵀ dy         one kernel, fused with dP, w A and <dA', A>
                 dW2, db2 = Σ (w A) dy        dW1, db1 = Σ dP x        per expert
                 dx = Σ W1ᵀ dP        over the rows of each token
 
-Kept in between are the tokens x and P, nothing else that grows with the tokens but the decision: T·D + R·M numbers.
+Saved for backward are the tokens x, P and the routing decision: T·D + R·M elements beside the decision.
 """
 
 from __future__ import annotations
@@ -42,19 +42,19 @@ def sparse_ffn(
 ) -> Float[Tensor, "T O"]:
     """`Σ weight[r] · experts(x[source[r]])` over the rows r of each token.
 
-    Follows autocast; otherwise tokens take the dtype of the weights.
+    Under autocast it computes in the autocast dtype, otherwise tokens are cast to the dtype of the weights.
 
     Args:
         x: tokens.
         experts: weights and activation.
         source: the token that each row reads; rows are sorted by expert.
-        weight: of every row.
+        weight: top-k weight of each row.
         counts: rows of each expert.
-        order: rows token after token, see `combine`.
+        order: rows sorted by token, see `combine`.
         begin: where the rows of each token begin in `order`.
 
     Raises:
-        ValueError: an activation that no kernel knows.
+        ValueError: an activation that no kernel supports.
     """
     device = x.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else experts.up.dtype
@@ -98,7 +98,7 @@ def _backward(
     source: Tensor, counts: Tensor, order: Tensor, begin: Tensor,
     act: str, gated: bool, alpha: float, limit: float, wanted: list[bool],
 ) -> list[Tensor]:  # fmt: skip
-    """The gradients of x, up, its bias, down, its bias and the weights; those that are not needed are empty."""
+    """The gradients of x, up, up_bias, down, down_bias and weight; those that are not needed are empty tensors."""
     dy, activation, rows = dy.contiguous(), KernelActivation(act, gated, alpha, limit), len(source)
     for_x, for_up, for_up_bias, for_down, for_down_bias, for_weight = wanted
     widths = *up.shape[1:], *down.shape[1:]

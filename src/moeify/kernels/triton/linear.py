@@ -26,8 +26,8 @@ def grouped_linear(
 ) -> Float[Tensor, "R O"]:
     """Multiply the first `counts[0]` rows by `weight[0]`, the next `counts[1]` by `weight[1]`, and so on.
 
-    Follows autocast; otherwise x takes the dtype of the weight. Two of them are a low-rank adapter, B (A x): the rank
-    is then a width like any other, and x is gathered by the first.
+    Under autocast it computes in the autocast dtype, otherwise x is cast to the dtype of the weight. Two calls compute
+    a low-rank adapter, B (A x), of which the first gathers x.
 
     Args:
         x: rows sorted by expert; with `source`, tokens.
@@ -59,7 +59,7 @@ def _(x: Tensor, weight: Tensor, bias: Tensor | None, counts: Tensor, source: Te
 def _backward(
     dy: Tensor, x: Tensor, weight: Tensor, counts: Tensor, source: Tensor | None, wanted: list[bool]
 ) -> list[Tensor]:
-    """The gradients of x, weight and bias; those that are not needed are empty."""
+    """The gradients of x, weight and bias; those that are not needed are empty tensors."""
     dy, rows = dy.contiguous(), len(dy)
     for_x, for_weight, for_bias = wanted
     dx = d_weight = d_bias = None
@@ -88,7 +88,7 @@ def _(dy: Tensor, x: Tensor, weight: Tensor, counts: Tensor, source: Tensor | No
 
 
 def _begin(source: Int[Tensor, "R"], tokens: int) -> Int[Tensor, "T+1"]:
-    """Where the rows of each token begin, once they are sorted by token."""
+    """The offset of each token's rows once rows are sorted by token, and R."""
     return source.new_zeros(tokens + 1).index_add(0, source + 1, torch.ones_like(source)).cumsum(0)
 
 

@@ -1,4 +1,4 @@
-"""NT and NN products in Triton: rows times the weight of their expert, gather and activation included."""
+"""Grouped GEMM (NT, NN) in Triton: rows times the weight of their expert, fused with gather and activation."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ def product(
 
     Args:
         x: tokens, or rows.
-        source: the token that each row reads; None if x are rows already.
+        source: the token that each row reads; None if x is gathered already.
         weight: one matrix per expert, of any strides.
         bias: one vector per expert.
-        table: of tiles of `size.m` rows.
+        table: `tile_table` for tiles of `size.m` rows.
         rows: R.
         size: tile sizes.
         activation: the activation, if any.
-        keep: also return what went into `activation`.
+        keep: also return the input of `activation`, else None.
     """
     columns, depth = weight.shape[1:]
     size = size.within(n=columns, k=depth)
@@ -67,7 +67,7 @@ def naive_product(
     counts: Int[Tensor, "E"],
     activation: Activation | None = None,
 ) -> tuple[Float[Tensor, "R O"], Float[Tensor, "R M"]]:
-    """The definition of `product`."""
+    """The reference implementation of `product`."""
     before = naive_grouped_linear(x if source is None else x[source], weight, counts, bias)
     return before if activation is None else activation(before), before
 
@@ -96,7 +96,7 @@ def _product(
     if bias is not None:
         acc += tl.load(bias + expert * N + column, mask=inside, other=0.0).to(tl.float32)[None, :]
     left, right = halves(acc, BM, BN)
-    for i in tl.static_range(2):  # what comes behind the product needs registers for a quarter of it at a time
+    for i in tl.static_range(2):  # the epilogue processes a quarter of the tile at a time, to save registers
         a, b = halves(left if i == 0 else right, BM, BN // 2)
         at = 4 * block + 2 * i
         _finish(a, at, before, out, row, there, N, alpha, limit, ACT, GATED, BM, BN // 4)
@@ -108,7 +108,7 @@ def _finish(
     acc, block, before, out, row, there, N, alpha, limit,
     ACT: tl.constexpr, GATED: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """Store a block of columns, and what the activation makes of it; the derivative is taken at what is stored."""
+    """Store a block of columns and its activation; the activation is applied to the rounded values that are stored."""
     y = acc.to(out.dtype.element_ty)
     column = block * BN + tl.arange(0, BN)
     mask = there[:, None] & (column < N)[None, :]
@@ -141,7 +141,7 @@ def halves(acc, BM: tl.constexpr, BN: tl.constexpr):
 
 @triton.jit
 def place(program, tiles, blocks, GROUP: tl.constexpr):
-    """Tile and block of columns of a program: GROUP tiles take turns, so that rows and weights stay in the cache."""
+    """The tile and block of columns of a program, in groups of GROUP tiles, so that operands stay in the L2 cache."""
     group = program // (GROUP * blocks)
     size = tl.minimum(tiles - group * GROUP, GROUP)
     within = program % (GROUP * blocks)
@@ -150,7 +150,7 @@ def place(program, tiles, blocks, GROUP: tl.constexpr):
 
 @triton.jit
 def columns_of(block, N, BN: tl.constexpr, HALVES: tl.constexpr):
-    """Columns of a block, and which of them exist; with HALVES gate and up, which lie N / 2 apart, take turns."""
+    """Columns of a block, and a mask of those below N; HALVES interleaves gate and up columns, stored N / 2 apart."""
     j = block * BN + tl.arange(0, BN)
     column = j
     if HALVES:
@@ -163,7 +163,7 @@ def multiply(
     a, b, inside, K, stride_k, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, EVEN: tl.constexpr,
     PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """Σ_k a[m][k] · b[n][k · stride_k], a and b being where rows and columns begin. EVEN: BK divides K."""
+    """Σ_k a[m][k] · b[n][k · stride_k]; a and b are pointers to the first element of rows and columns. EVEN: BK | K."""
     k = tl.arange(0, BK)
     a = a[:, None] + k[None, :]
     b = b[None, :] + k[:, None] * stride_k

@@ -1,4 +1,4 @@
-"""TN products in Triton: weight gradients as sums of outer products over the rows of each expert."""
+"""Grouped GEMM (TN) in Triton: weight gradients as sums of outer products over the rows of each expert."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ def product_tn(
     like: Float[Tensor, "E M D"],
     size: Config,
 ) -> Float[Tensor, "E M D"]:
-    """Σ left[r] ⊗ right[r] over the rows r of each expert, in the strides of `like`.
+    """Σ left[r] ⊗ right[r] over the rows r of each expert, with the strides of `like`.
 
     Args:
-        left: rows, or what `left_source` gathers rows from.
-        left_source: where each row lies in `left`.
-        right: rows, or what `right_source` gathers rows from.
-        right_source: where each row lies in `right`.
-        counts: rows of each expert; one without rows gets zeros.
+        left: rows, or the tensor from which `left_source` gathers rows.
+        left_source: the index of each row in `left`.
+        right: rows, or the tensor from which `right_source` gathers rows.
+        right_source: the index of each row in `right`.
+        counts: rows of each expert; the result for an expert without rows is zero.
         like: the weight.
-        size: tile sizes: m and n of the result, k rows at a time.
+        size: tile sizes: m and n of the result, k rows per step.
     """
     experts, m, n = like.shape
     size = size.within(m=m, n=n)
@@ -55,7 +55,7 @@ def column_sums(
 ) -> Float[Tensor, "E M"]:
     """Σ weight[r] · rows[r] over the rows r of each expert: the gradient of a bias.
 
-    A kernel of its own: beside the sum, `product_tn` would have to load its left operand into registers.
+    It is a separate kernel, because computing the sum in `product_tn` would require its left operand in registers.
     """
     experts, m = len(counts), rows.shape[1]
     out = rows.new_empty(experts, m)
@@ -71,7 +71,7 @@ def column_sums(
 def naive_product_tn(
     left: Float[Tensor, "R M"], right: Float[Tensor, "R D"], counts: Int[Tensor, "E"]
 ) -> Float[Tensor, "E M D"]:
-    """The definition of `product_tn`, rows gathered already."""
+    """The reference implementation of `product_tn`, for gathered rows."""
     sizes = counts.tolist()
     return torch.stack([a.t() @ b for a, b in zip(left.split(sizes), right.split(sizes), strict=True)])
 
@@ -79,7 +79,7 @@ def naive_product_tn(
 def naive_column_sums(
     rows: Float[Tensor, "R M"], weight: Float[Tensor, "R"] | None, counts: Int[Tensor, "E"]
 ) -> Float[Tensor, "E M"]:
-    """The definition of `column_sums`, rows gathered already."""
+    """The reference implementation of `column_sums`, for gathered rows."""
     weighted = rows if weight is None else weight.unsqueeze(1) * rows
     return torch.stack([part.sum(0) for part in weighted.split(counts.tolist())])
 
@@ -135,7 +135,7 @@ def _column_sums(
 
 @triton.jit
 def rows_of(expert, counts, EXPERTS: tl.constexpr) -> tuple[Any, Any]:
-    """The first row of an expert, and the end of its rows."""
+    """The first row of an expert, and the row after its last."""
     e = tl.arange(0, EXPERTS)
     first = tl.sum(tl.load(counts + e, mask=e < expert, other=0).to(tl.int32), 0)
     return first, first + tl.load(counts + expert).to(tl.int32)

@@ -1,8 +1,8 @@
-"""The tile table of grouped products in Triton: the rows that each program computes, found on the device.
+"""The tile table of grouped GEMMs in Triton: the rows that each program computes, computed on the device.
 
-Every tile holds at most `block` rows of one expert. How many tiles there are depends on the counts, which the host
-does not know; so it starts as many programs as there could be, ceil(R / block) + E, and those beyond the last tile do
-nothing. Nothing waits for the device, and a CUDA graph captured once serves all decisions with as many rows.
+Every tile has at most `block` rows of one expert. The number of tiles depends on the counts, which are on the device;
+so the host launches the largest possible number of programs, ceil(R / block) + E, and those beyond the last tile return
+at once. No host-device synchronisation is needed, and a CUDA graph is valid for all routing decisions with R rows.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from moeify.kernels.triton.launch import launch
 
 
 def tile_table(counts: Int[Tensor, "E"], rows: int, block: int) -> Int[Tensor, "3 tiles"]:
-    """Expert, first row and end of the rows of every tile; the expert of unused tiles is -1. int32."""
+    """Expert, first row and row after the last of every tile, int32; all are -1 for unused tiles."""
     tiles = triton.cdiv(rows, block) + counts.shape[0]
     table = counts.new_empty(3, tiles, dtype=torch.int32)
     programs = triton.cdiv(tiles, 128)
@@ -28,7 +28,7 @@ def tile_table(counts: Int[Tensor, "E"], rows: int, block: int) -> Int[Tensor, "
 
 
 def naive_tile_table(counts: Int[Tensor, "E"], rows: int, block: int) -> Int[Tensor, "3 tiles"]:
-    """The definition of `tile_table`."""
+    """The reference implementation of `tile_table`."""
     tiles, begin = [], 0
     for expert, count in enumerate(counts.tolist()):
         tiles += [(expert, first, min(first + block, begin + count)) for first in range(begin, begin + count, block)]
@@ -44,7 +44,7 @@ def _tile_table(counts, table, E, tiles, BLOCK: tl.constexpr, TILES: tl.constexp
     expert = tl.zeros((TILES,), tl.int32)
     first = tl.zeros((TILES,), tl.int32)
     end = tl.zeros((TILES,), tl.int32)
-    total = 0  # tiles of the experts so far
+    total = 0  # tiles of preceding experts
     for begin in range(0, E, EXPERTS):
         e = begin + tl.arange(0, EXPERTS)
         count = tl.load(counts + e, mask=e < E, other=0).to(tl.int32)
@@ -52,7 +52,7 @@ def _tile_table(counts, table, E, tiles, BLOCK: tl.constexpr, TILES: tl.constexp
         starts = ends - (count + BLOCK - 1) // BLOCK
         before = (ends[None, :] <= tile[:, None]) & (
             e[None, :] < E
-        )  # (TILES, EXPERTS): experts that are done by this tile
+        )  # (TILES, EXPERTS): experts that precede this tile's
         mine = (starts[None, :] <= tile[:, None]) & (tile[:, None] < ends[None, :])
         expert += tl.sum(before.to(tl.int32), 1)
         rows_before = tl.sum(tl.where(before, count[None, :], 0), 1)
@@ -67,4 +67,4 @@ def _tile_table(counts, table, E, tiles, BLOCK: tl.constexpr, TILES: tl.constexp
 
 @triton.jit
 def _sum(numbers) -> Any:
-    return tl.sum(numbers, 0)  # which Triton declares to be a tuple
+    return tl.sum(numbers, 0)  # Triton's type annotation is a tuple

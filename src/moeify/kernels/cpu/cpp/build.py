@@ -1,4 +1,4 @@
-"""Compile the C++ kernels at first use by the system's compiler, keep them in the cache folder, and load them."""
+"""Compile the C++ kernels at first use with the system's compiler, cache them on disk, and load them."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ LEVELS: dict[str, list[str]] = {
     "neon": [],
     "portable": [],
 }
-"""The instruction sets that the kernel is written for, best first, and their compiler flags."""
+"""The supported instruction sets, fastest first, and their compiler flags."""
 
 _FLAGS = ["-O3", "-std=c++17", "-fPIC", "-fno-math-errno", "-w"]
 _SOURCES = sorted(path for path in Path(__file__).parent.iterdir() if path.suffix in (".cpp", ".h"))
@@ -37,12 +37,12 @@ _OWN_FOLDER = "set MOEIFY_CACHE to a folder of your own"
 
 
 class Unavailable(RuntimeError):
-    """There is no C++ kernel on this machine; the message has the reason."""
+    """The C++ kernels are not available on this machine; the message has the reason."""
 
 
 @functools.cache
 def levels() -> list[str]:
-    """The instruction sets that this processor can run, best first."""
+    """The instruction sets that this processor supports, fastest first."""
     has = torch.backends.cpu.get_cpu_capability()
     wide = has.startswith("AVX512")
     runs = {
@@ -56,7 +56,7 @@ def levels() -> list[str]:
 
 
 def why_not() -> str | None:
-    """Why there is no kernel, None if there is one; compiles it if need be."""
+    """The reason why the kernels are unavailable, None if they are available; compiles them if needed."""
     try:
         library()
     except Unavailable as reason:
@@ -65,16 +65,16 @@ def why_not() -> str | None:
 
 
 def explain() -> str:
-    """Which kernel runs on this machine, or why there is none; compiles it if need be."""
+    """The instruction set of the kernels on this machine, or why there are none; compiles them if needed."""
     return f"none: {reason}" if (reason := why_not()) else _level()
 
 
 def library() -> ctypes.CDLL:
-    """The compiled kernel for the setting `MOEIFY_CPP`: `0` for none, the name of a level, or the best one.
+    """The compiled kernels for the setting `MOEIFY_CPP`: `0` for none, a key of `LEVELS`, or `1` for the fastest.
 
     Raises:
-        Unavailable: it is switched off, there is no compiler, or it fails.
-        ValueError: `MOEIFY_CPP` is something else.
+        Unavailable: the kernels are disabled, the processor lacks the level, there is no compiler, or it fails.
+        ValueError: `MOEIFY_CPP` has any other value.
     """
     outcome = _load(_level(), os.environ.get("CXX"))
     if isinstance(outcome, str):
@@ -93,7 +93,7 @@ def _level() -> str:
 
 @functools.cache
 def _load(level: str, chosen: str | None) -> ctypes.CDLL | str:
-    """The kernel for one level, or why there is none; tried once in a process."""
+    """The library for one instruction set, or the reason why there is none; tried once per process."""
     compiler = next(
         (path for name in ([chosen] if chosen else ["c++", "g++", "clang++"]) if (path := _find(name))), None
     )
@@ -105,19 +105,19 @@ def _load(level: str, chosen: str | None) -> ctypes.CDLL | str:
         return ctypes.CDLL(str(file))
     except PermissionError as error:
         return f"its cache cannot be used: {error}"
-    except Exception as error:  # whatever a machine does: without the kernel all works as well
+    except Exception as error:  # any failure: without the kernels, torch computes the same
         how = f"compiled by {' '.join(compiler)}" if compiler else "taken from its cache"
         return f"it could not be {how}: {_end_of_output(error)}"
 
 
 def _find(command: str) -> list[str] | None:
-    """A command with its options, if there is such a program."""
+    """The words of a command, None if its program is not found."""
     words = command.split()
     return words if words and shutil.which(words[0]) else None
 
 
 def _compiled(level: str, compiler: list[str]) -> Path:
-    """The file of the compiled kernel; written whole, so that processes may race for it."""
+    """The compiled library; the file is replaced atomically, so that several processes may compile it concurrently."""
     folder, version = _folder(), _short_hash(repr((_run([*compiler, "--version"]), compiler)).encode())
     file = folder / f"{_name(level)}-{version}.so"
     if not _is_whole(file):
@@ -137,7 +137,7 @@ def _compiled(level: str, compiler: list[str]) -> Path:
 
 
 def _cached(level: str) -> Path | None:
-    """The kernel that some compiler has left in the cache, None if there is none; for machines without a compiler."""
+    """A library that any compiler wrote to the cache, None if there is none; for machines without a compiler."""
     found = next((file for file in sorted(_folder().glob(f"{_name(level)}-*.so")) if _is_whole(file)), None)
     if found is not None:
         _must_be_trusted(found)
@@ -152,20 +152,20 @@ def _folder() -> Path:
 
 
 def _name(level: str) -> str:
-    """The beginning of the file's name: of these sources, for this processor, whatever the compiler."""
+    """The prefix of the file name: a hash of sources, processor and flags, without the compiler."""
     content = b"\0".join(path.read_bytes() for path in _SOURCES)
     return f"layer-{level}-{_short_hash(repr((platform.machine(), LEVELS[level], _FLAGS)).encode() + content)}"
 
 
 def _sweep(folder: Path) -> None:
-    """Remove what compilations that were killed have left; one that runs is younger than an hour."""
+    """Remove temporary folders of killed compilations: those older than an hour."""
     for left in folder.glob(f"{_UNFINISHED}*"):
         if time.time() - left.stat().st_mtime > 3600:
             shutil.rmtree(left, ignore_errors=True)
 
 
 def _is_whole(file: Path) -> bool:
-    """Whether a library is there as it was written: one that was cut would end the process when it is loaded."""
+    """Whether a library exists and matches its SHA-256: loading a truncated one would crash the process."""
     digest = _digest_of(file)
     return file.exists() and digest.exists() and _digest(file) == digest.read_bytes()
 
@@ -183,7 +183,7 @@ def _short_hash(content: bytes) -> str:
 
 
 def _must_be_trusted(path: Path) -> None:
-    """Refuse what somebody else may have put there: a library is code that runs with the rights of the user.
+    """Reject a path that another user can write to: a library runs with the permissions of this user.
 
     Raises:
         PermissionError: the file or folder belongs to another user, root excepted, or others may write to it.
@@ -198,7 +198,7 @@ def _must_be_trusted(path: Path) -> None:
 
 
 def _compile(command: list[str], made: Path) -> None:
-    """Compile all units side by side, with OpenMP where the compiler knows it, and link them."""
+    """Compile all translation units in parallel, with OpenMP where the compiler supports it, and link them."""
     units = {str(path): str(made.with_name(f"{path.stem}.o")) for path in _SOURCES if path.suffix == ".cpp"}
 
     def unit(source: str) -> None:
@@ -217,7 +217,7 @@ def _with_openmp(command: list[str]) -> None:
 
 
 def _run(command: list[str]) -> str:
-    """What a command prints, in whatever encoding."""
+    """The standard output of a command; undecodable bytes are replaced."""
     done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", errors="replace", check=True)
     return done.stdout
 

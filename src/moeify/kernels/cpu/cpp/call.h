@@ -1,4 +1,4 @@
-// The arguments of a whole sparse layer.
+// The arguments of a fused sparse layer.
 #pragma once
 #include "projections.h"
 
@@ -12,9 +12,9 @@ struct Call {
     Stack up, down;
     int32_t gating, activation;
     float alpha, limit;
-    float* y;  // (tokens, width_out), added to
+    float* y;  // (tokens, width_out), accumulated into
     int32_t threads;
 };
 
-// Returns 0, or 1 for a decision that does not fit the tokens.
+// Returns 0, or 1 if the counts do not sum to `rows` or a source is not a token index.
 extern "C" int32_t moeify_layer(const Call* call, int32_t is_bf16);

@@ -1,4 +1,4 @@
-"""The C++ kernel of a whole sparse layer as an operator of torch."""
+"""The C++ kernel of a fused sparse layer, as a custom operator of torch."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from moeify.kernels.cpu.cpp.build import library
 from moeify.kernels.stacked import KNOWN
 
 FORMATS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2, torch.uint8: 3}
-"""How weights are stored, by dtype; uint8 holds two weights of 4 bits."""
+"""The storage format of weights by dtype; uint8 packs two int4 weights."""
 GATING = ["plain", "glu", "clamped"]
 _ACTIVATIONS = list(KNOWN)
 
@@ -66,30 +66,30 @@ def cpp_layer(
     alpha: float,
     limit: float,
 ) -> Float[Tensor, "T O"]:
-    """Every token's weighted sum of its experts' outputs, and its default output.
+    """Every token's weighted sum of expert outputs, plus its default output.
 
     Args:
         x: tokens, in fp32 or bf16; the output has their dtype.
         source: the token of every row.
         weight: the weight of every row.
         counts: the rows of every expert.
-        default_output: what is added for every token beside its rows.
-        up: (E, M, D) of the dtype of x, or as `moeify.experts.quantized` stores it.
-        up_bias: its bias, of the dtype of x.
-        up_scales: its scales.
-        down: (E, O, H), likewise.
-        down_bias: its bias.
-        down_scales: its scales.
-        hidden: H.
-        group_size: the weights of a row that share a scale, where they are of 4 bits.
+        default_output: the output added to every token, in addition to the weighted expert outputs.
+        up: up projection (E, M, D) in the dtype of x, or quantised as in `moeify.experts.quantized`.
+        up_bias: bias of the up projection, in the dtype of x.
+        up_scales: quantisation scales of the up projection.
+        down: down projection (E, O, H), in the same format as `up`.
+        down_bias: bias of the down projection, in the dtype of x.
+        down_scales: quantisation scales of the down projection.
+        hidden: H, the number of hidden units per expert.
+        group_size: int4 weights of a row that share a scale.
         gating: "plain", "glu" or "clamped".
         activation: a name of `moeify.kernels.stacked.KNOWN`.
-        alpha: of "clamped".
+        alpha: of "clamped", see `moeify.kernels.stacked.ClampedGlu`.
         limit: of "clamped".
 
     Raises:
-        ValueError: the decision does not fit the tokens.
-        Unavailable: there is no kernel.
+        ValueError: the counts do not sum to R, or a source is not a token index.
+        Unavailable: the C++ kernels are not available.
     """
     tokens, width = x.shape
     x = x if x.stride(-1) == 1 else x.contiguous()

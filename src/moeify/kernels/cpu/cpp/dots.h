@@ -2,9 +2,9 @@
 #pragma once
 #include "vectors.h"
 
-constexpr int LINE = 64;    // bytes that memory gives at once
-constexpr int LEAD = 8192;  // bytes of weights that are fetched into the second cache before they are needed, at least
-constexpr int MAX_ROWS_NEAR = 2;  // activations that leave room in the nearest cache for the weights that come next
+constexpr int LINE = 64;    // bytes of a cache line
+constexpr int LEAD = 8192;  // minimal prefetch distance into the L2 cache, in bytes
+constexpr int MAX_ROWS_NEAR = 2;  // activation rows up to which the next weights are prefetched into the L1 cache
 constexpr int COLUMNS = 4;  // weight rows that share the loads of the activations
 #if defined(__AVX512F__)
 constexpr int ROWS = 6;  // activations that share the loads of the weights: 4 x 6 sums and 4 + 1 operands in 32 registers
@@ -14,7 +14,7 @@ constexpr int ROWS = 2;
 constexpr int ROWS = 4;
 #endif
 
-// How numbers are multiplied: as floats, or two bf16 at a time.
+// The multiply-add of one vector: fp32, or pairs of bf16.
 template <class Weight, class X>
 struct Product {
     static constexpr int step = W;
@@ -43,7 +43,7 @@ struct Product<Bf16, Bf16> {
 };
 
 template <>
-struct Product<int8_t, Bf16> {  // 8 bits fit into bf16
+struct Product<int8_t, Bf16> {  // bf16 represents int8 exactly
     static constexpr int step = 32;
     typedef __m512i Vector;
     static INLINE Vector inputs(const Bf16* p) { return _mm512_loadu_si512(p); }
@@ -60,9 +60,9 @@ struct Product<int8_t, Bf16> {  // 8 bits fit into bf16
 };
 #endif
 
-// out[m * out_stride + c] = w[c] · x[m] for c < C, m < M. Row c of the weights begins `w_stride` numbers behind row c - 1.
-// `next` are the weights that will be needed then; they are fetched in the order of the memory, as it likes best, and into
-// the second cache unless M is small: in the nearest they would drive out what is in use there.
+// out[m * out_stride + c] = w[c] · x[m] for c < C, m < M. Weight rows are `w_stride` elements apart.
+// `next` are the weights that are needed next, prefetched in memory order: into the L1 cache if M is small, else into
+// the L2 cache, as in L1 they would evict the operands in use.
 template <int C, int M, class Weight, class X>
 INLINE void dots(const Weight* w, int64_t w_stride, const Weight* next, const X* const* x, int64_t k, float* out,
                  int64_t out_stride) {
@@ -115,7 +115,7 @@ void some_dots(int m, const Weight* w, int64_t w_stride, const Weight* next, con
     }
 }
 
-// out[m * out_stride + n] = w[n] · x[m] for n < columns, m < rows; `next` are the weights that will be needed then.
+// out[m * out_stride + n] = w[n] · x[m] for n < columns, m < rows; `next` are the weights that are needed next.
 template <class Weight, class X>
 void product(const Weight* w, int64_t w_stride, int columns, const Weight* next, const X* const* x, int rows, int64_t k,
              float* out, int64_t out_stride) {

@@ -1,17 +1,17 @@
-// Weights of 4 bits. A row is cut into blocks of 128, padded with zeros; of a block the 16-bit word i holds the weights
-// i, i + 32, i + 64 and i + 96, lowest bits first, as w + 8. Every 32 or 64 neighbouring weights share a scale.
+// int4 weights. A row is split into blocks of 128, zero-padded; the 16-bit word i of a block holds the weights
+// i, i + 32, i + 64 and i + 96, lowest bits first, as w + 8. Every group of 32 or 64 weights shares a scale.
 #pragma once
 #include "vectors.h"
 
 constexpr int INT4_BLOCK = 128, QUARTER = 32;
-constexpr int PREFETCH = 4096;  // bytes ahead
+constexpr int PREFETCH = 4096;  // prefetch distance in bytes
 
 INLINE Floats quarter_of(Words words, int quarter) {
     return __builtin_convertvector(cast<Ints>((words >> (4 * quarter)) & 15) - 8, Floats);
 }
 
 #if defined(__AVX512BF16__)
-INLINE __m512bh bf16_of(__m512i words, int quarter) {  // by a table that does not look at the bits above the lowest four
+INLINE __m512bh bf16_of(__m512i words, int quarter) {  // table lookup by the lowest four bits
     const __m512i table = _mm512_set_epi16(
         0x40e0, 0x40c0, 0x40a0, 0x4080, 0x4040, 0x4000, 0x3f80, 0, -16512, -16384, -16320, -16256, -16224, -16192,
         -16160, -16128, 0x40e0, 0x40c0, 0x40a0, 0x4080, 0x4040, 0x4000, 0x3f80, 0, -16512, -16384, -16320, -16256,
@@ -20,7 +20,7 @@ INLINE __m512bh bf16_of(__m512i words, int quarter) {  // by a table that does n
 }
 #endif
 
-// The sums over each quarter of a block, vector by vector, for M inputs.
+// The partial sums over each quarter of a block, one vector per input, for M inputs.
 template <class X>
 struct Quarters {
     Words words[QUARTER / W];
@@ -57,7 +57,7 @@ struct Quarters<Bf16> {
 };
 #endif
 
-// The dot products of two rows of weights with M inputs. Row 1 begins `w_stride` bytes and `scale_stride` scales behind.
+// The dot products of two rows of weights, `w_stride` bytes and `scale_stride` scales apart, with M inputs.
 template <int M, class X>
 INLINE void int4_dots(const uint8_t* w, int64_t w_stride, const float* scales, int64_t scale_stride, int group_size,
                         int64_t blocks, const X* const* x, float (*out)[2]) {
@@ -81,7 +81,7 @@ INLINE void int4_dots(const uint8_t* w, int64_t w_stride, const float* scales, i
         for (int c = 0; c < 2; c++) out[m][c] = sum(total[m][c]);
 }
 
-// The numbers of one row of weights.
+// Dequantises one row of weights.
 template <class X>
 void unpack(const uint8_t* w, const float* scales, int group_size, int64_t blocks, X* out) {
     for (int64_t b = 0; b < blocks; b++, w += INT4_BLOCK / 2, out += INT4_BLOCK, scales += INT4_BLOCK / group_size)

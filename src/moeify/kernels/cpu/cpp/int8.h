@@ -1,28 +1,28 @@
-// Products of whole numbers: weights of 8 or 4 bits with activations that are rounded to 8, of which every 64 share a
-// scale. A processor that multiplies bytes does four products at once where one in bf16 takes as long.
+// Integer products: int8 or int4 weights times activations quantised to int8 in groups of 64 that share a scale. int8
+// instructions (VNNI) accumulate four products per 32-bit lane, those of bf16 two.
 #pragma once
 #include "projections.h"
 
 #include <algorithm>
 #include <vector>
 
-constexpr int INT8_MAX_ROWS = 24;  // rows of an expert for which its weights are multiplied so
+constexpr int INT8_MAX_ROWS = 24;  // rows per expert up to which integer products are used
 
-struct Token {  // one row of activations, filled up with zeros
+struct Token {  // one quantised row of activations, zero-padded
     const int8_t* numbers;  // in the order of `Span`
-    const float* scales;    // of every 64
-    const float* sums;      // of every 64, scaled; products take weights as w + 128 or w + 8, and sums take that away
+    const float* scales;    // one per group of 64
+    const float* sums;      // scaled sum of each group; products use weights w + 128 or w + 8, and sums correct for it
 };
 
-#if defined(__AVX512BF16__)  // such processors know the instructions of VNNI too
+#if defined(__AVX512BF16__)  // such processors support VNNI too
 #define VNNI __attribute__((target("avx512vnni")))
 
-constexpr int SHARED = 64, SCALES = 16;  // numbers that share a scale, scales that are loaded at once
-constexpr int AHEAD = 16384;             // bytes, beyond the rows at hand, of the weights to fetch into the second cache
-constexpr int AT_ONCE = 6;               // activations that share unpacked weights, at most
+constexpr int SHARED = 64, SCALES = 16;  // group size; scales that are loaded together
+constexpr int AHEAD = 16384;             // prefetch distance into the L2 cache, in bytes after the current rows
+constexpr int AT_ONCE = 6;               // activation rows that share unpacked weights, at most
 
 constexpr int SPAN = 4 * SHARED;
-// Four groups that each share a scale. Fours of their numbers take turns, so that sums of four products do too.
+// Four groups of 64 with one scale each, interleaved in runs of four values: 32-bit lane i belongs to group i % 4.
 struct Span {
     __m512i part[4];
 };
@@ -36,7 +36,7 @@ INLINE Span in_turn(__m512i a, __m512i b, __m512i c, __m512i d) {
             _mm512_unpackhi_epi64(ab_high, cd_high)};
 }
 
-// Weights as they are stored become w + 128 or w + 8.
+// Loads stored weights as w + 128 (int8) or w + 8 (int4).
 template <Format format>
 INLINE Span weights_of(const uint8_t* w) {
     const __m512i sign = _mm512_set1_epi8(-128), four = _mm512_set1_epi8(15);
@@ -58,7 +58,7 @@ struct Group {  // activations that share a scale
 
 VNNI inline Group round_group(const float* x) {
     __m512i largest = _mm512_setzero_si512();
-    for (int i = 0; i < SHARED; i += W)  // bits have the order of the numbers that they stand for, and NaN comes last
+    for (int i = 0; i < SHARED; i += W)  // absolute values compare like their bit patterns, with NaN the largest
         largest = _mm512_max_epi32(largest, _mm512_and_si512(_mm512_loadu_si512(x + i), _mm512_set1_epi32(0x7fffffff)));
     const float most = cast<float>(_mm512_reduce_max_epi32(largest)), inverse = most > 0 ? 127.f / most : 0.f;
     alignas(64) int8_t whole[SHARED];
@@ -71,7 +71,7 @@ VNNI inline Group round_group(const float* x) {
     return {numbers, most / 127.f, most / 127.f * total};
 }
 
-struct Rounded {  // the activations of some rows
+struct Rounded {  // rows of activations quantised to int8
     int64_t width = 0;
     std::vector<int8_t> numbers;
     std::vector<float> scales, sums;
@@ -103,17 +103,17 @@ struct Rounded {  // the activations of some rows
     }
 };
 
-// total[c][m] += w[c] · x[m], in parts, for c < C, m < M.
+// total[c][m] += w[c] · x[m], as a vector of partial sums, for c < C, m < M.
 template <Format format, int C, int M>
 VNNI inline void add_int8_dots(const uint8_t* const* w, const float* const* scales, int64_t ahead, const Token* x, int64_t k,
                             Floats (*total)[M]) {
     constexpr int bytes = format == INT8 ? SPAN : SPAN / 2;
-    constexpr bool by_itself = C == 1 && format == INT8;  // the processor sees what comes next, if nothing is in between
+    constexpr bool by_itself = C == 1 && format == INT8;  // contiguous reads: hardware prefetching suffices
     const int64_t blocks = (k + INT4_BLOCK - 1) / INT4_BLOCK, row_bytes = format == INT8 ? k : blocks * INT4_BLOCK / 2;
     for (int64_t begin = 0; begin < k; begin += SCALES * SHARED) {
         const int64_t end = std::min<int64_t>(begin + SCALES * SHARED, k);
         const int64_t groups = std::min<int64_t>(SCALES, 2 * blocks - begin / SHARED);
-        alignas(64) float both[C][M][SCALES];  // of weights and activations
+        alignas(64) float both[C][M][SCALES];  // products of weight and activation scales
 #pragma GCC unroll 4
         for (int c = 0; c < C; c++) {
             const __mmask16 there = __mmask16((1u << groups) - 1);
@@ -157,7 +157,7 @@ VNNI inline void add_int8_dots(const uint8_t* const* w, const float* const* scal
     }
 }
 
-// out[m * stride + c] = w[c] · x[m] for c < C, m < M; for one token, row after row as they lie in memory.
+// out[m * stride + c] = w[c] · x[m] for c < C, m < M; for one token, weight rows are read in memory order.
 template <Format format, int C, int M>
 VNNI inline void int8_dots(const uint8_t* const* w, const float* const* scales, int64_t ahead, const Token* x, int64_t k,
                             float* out, int64_t stride) {
@@ -211,14 +211,14 @@ void int8_products(const Stack& s, int64_t expert, const Columns& columns, const
     }
 }
 
-// out[m * stride + n] = column n of an expert · x[m]; there is space for a multiple of four columns.
+// out[m * stride + n] = column n of an expert · x[m]; `out` has space for a multiple of four columns.
 inline void int8_products(const Stack& s, int64_t expert, const Columns& columns, const Token* x, int rows, int64_t k,
                           float* out, int64_t stride) {
     s.format == INT8 ? int8_products<INT8>(s, expert, columns, x, rows, k, out, stride)
                      : int8_products<INT4>(s, expert, columns, x, rows, k, out, stride);
 }
 
-// Whether a projection's weights can be multiplied so.
+// Whether a projection's weights support integer products.
 template <class X>
 bool takes_int8(const Stack& s) {
     return sizeof(X) == sizeof(Bf16) && (s.format == INT8 || (s.format == INT4 && s.group_size == SHARED));

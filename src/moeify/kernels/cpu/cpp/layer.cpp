@@ -1,7 +1,7 @@
-// A whole sparse layer in one call: gather, up projection, activation, down projection, weighted sum.
+// A fused sparse layer: gather, up projection, activation, down projection, weighted sum.
 //
-// Rows are read through pointers, so nothing is gathered. A thread owns output columns, so outputs are added up without
-// atomics, always in the order of the rows.
+// Rows are read through pointers, so no gathered copy is made. Each thread computes its own output columns, so outputs
+// are accumulated without atomics, always in the order of the rows.
 #include "activations.h"
 #include "int8.h"
 #include "call.h"
@@ -11,8 +11,8 @@
 
 namespace {
 
-constexpr int64_t HIDDEN_BYTES = 4 << 20;  // hidden units kept at once: few enough to stay near, many enough that the
-                                           // weights are read seldom
+constexpr int64_t HIDDEN_BYTES = 4 << 20;  // activations per chunk: small enough to stay in cache, large enough that
+                                           // weights are rarely read again
 struct Segment {
     int64_t expert, first, rows;
 };
@@ -32,12 +32,12 @@ std::vector<Chunk> chunks_of(const Call& call, int64_t most) {
 }
 
 template <class X>
-struct Inputs {  // rows that a projection reads, and the same rounded to int8 for experts with few rows
+struct Inputs {  // input rows of a projection, and the same quantised to int8 for experts with few rows
     X* x;
     int64_t stride;
     Rounded* rounded;
 
-    void round(int64_t rows, int64_t k) const {  // by all threads together
+    void round(int64_t rows, int64_t k) const {  // called by all threads of a parallel region
 #pragma omp for schedule(static)
         for (int64_t row = 0; row < rows; row++) rounded->round(row, x + row * stride, k);
     }
@@ -77,7 +77,7 @@ struct Layer {
         }
     }
 
-    // By all threads together; each loop ends when all threads have ended it.
+    // Called by all threads of a parallel region; each loop ends with a barrier.
     void run(const Chunk& chunk, const Inputs<const X>& x, const Inputs<X>& hidden, X* scratch) const {
         const int64_t segments = chunk.size();
         if (segments == 0) return;

@@ -9,12 +9,12 @@
 
 namespace {
 
-// What is multiplied at once: a float, or where there is an instruction for it, two bf16 that are added up as well.
+// The operand of one multiply-add: a float, or a pair of bf16 where the processor has dot-product instructions.
 template <class X>
 struct Unit {
     typedef float Word;
     typedef Floats Vector;
-    static constexpr int depth = 1, vectors = 1;  // numbers in a word; vectors that hold W · vectors columns
+    static constexpr int depth = 1, vectors = 1;  // elements per word; vectors that hold W · vectors columns
     static float word(const X* a, const X*) { return number(*a); }
     static INLINE Vector words(const float* p) { return load(p); }
     static INLINE void interleave(const X* a, const X*, Vector* out) { out[0] = load(a); }
@@ -38,7 +38,7 @@ struct Unit<Bf16> {
         return cast<Floats>(
             _mm512_dpbf16_ps(cast<__m512>(sum), cast<__m512bh>(v), cast<__m512bh>(_mm512_set1_epi32(int(w)))));
     }
-    // Interleaving works on lanes of eight columns: four go to the first vector, four to the second.
+    // Undoes the order of interleaving, which works on lanes of eight columns: four per vector.
     static void natural(Floats* two) {
         const Floats low = two[0], high = two[1];
         float* out = (float*)two;
@@ -60,7 +60,7 @@ INLINE void add_products(Floats (&sums)[M][V], int64_t n, const typename Unit<X>
     }
 }
 
-// Calls f with the number of rows as a constant, for at most ROWS rows at a time.
+// Calls f for at most ROWS rows at a time, with their number as a compile-time constant.
 template <class F>
 INLINE void by_rows(int64_t rows, F f) {
     for (int64_t m = 0; m < rows; m += ROWS) switch (std::min<int64_t>(ROWS, rows - m)) {
@@ -78,11 +78,11 @@ struct Grouped {
     typedef Unit<X> U;
     typedef typename U::Word Word;
     typedef typename U::Vector Vector;
-    static constexpr int V = 4;          // vectors of columns that are computed together
-    static constexpr int WIDE = V * W;   // their columns
-    static constexpr int DEEP = 32;      // words of a row that are multiplied before the sums are put away
-    static constexpr int64_t MANY = 96;  // rows whose sums are kept at once, near
-    static constexpr int APART = 1;      // vectors between rows, or all would fall into the same few places of the cache
+    static constexpr int V = 4;          // vectors of a tile of columns
+    static constexpr int WIDE = V * W;   // columns of a tile
+    static constexpr int DEEP = 32;      // words of a row per step of the sum, after which sums are stored
+    static constexpr int64_t MANY = 96;  // rows per block, whose sums stay in cache
+    static constexpr int APART = 1;      // padding between rows in vectors, against conflict misses in the cache
 
     const Products& call;
 
@@ -144,7 +144,7 @@ struct Grouped {
         }
     }
 
-    // kept[m] += words[m] · weight[first ... first + n], of WIDE columns, or as many as there are before the end.
+    // kept[m] += words[m] · weight[first ... first + n], for WIDE columns, fewer at the end.
     template <int M>
     INLINE void add_rows(int64_t expert, int64_t first, int64_t n, int64_t column, int64_t end, const Word* words,
                          int64_t words_stride, Floats* kept, int64_t kept_stride) const {
@@ -155,7 +155,7 @@ struct Grouped {
             for (int v = 0; v < V; v++) sums[m][v] = kept[m * kept_stride + v];
         const int64_t o = first * U::depth, ahead = o + DEEP * U::depth;
         const X* next = weight(expert, ahead) + (column - column % WIDE) * DEEP * U::depth;
-        const int64_t whole = end - column >= WIDE ? n - (o + n * U::depth > call.height) : 0;  // words with all numbers
+        const int64_t whole = end - column >= WIDE ? n - (o + n * U::depth > call.height) : 0;  // unpadded words
         const X* tile = weight(expert, o) + column;
         add_products<X>(sums, whole, words, words_stride, [&](int64_t i, Vector* row) {
             const X* here = tile + i * U::depth * call.row_stride;
@@ -198,13 +198,13 @@ struct Grouped {
 #endif
     }
 
-    // Number `at` of word i's rows.
+    // Word i of column `at`: its elements in `depth` consecutive rows.
     static INLINE Word word_of(const X* rows, int64_t stride, int64_t count, int64_t i, int64_t at) {
         const X* here = rows + i * U::depth * stride + at;
         return U::word(here, i * U::depth + 1 < count ? here + stride : nullptr);
     }
 
-    // to[m] (+)= lefts[m] · rights, of WIDE columns, or as many as are left.
+    // to[m] = lefts[m] · rights, or += if `adds`, for WIDE columns, fewer at the end.
     template <int M>
     INLINE void write_rows(const Word* lefts, int64_t deep, const Word* rights, int64_t stride, int64_t count, X* to) const {
         Floats sums[M][V] = {};
@@ -248,7 +248,7 @@ struct Grouped {
         for (; i + W <= count; i += W) store(to + i, load(from + i));
         if (i < count) store_first(to + i, load_first(from + i, count - i), count - i);
     }
-    // Past the caches where the processor can: what is written is large, and read much later.
+    // Non-temporal stores where supported: outputs are large, and read much later.
     static INLINE void stream(float* to, Floats x) {
 #if defined(__AVX512F__)
         if ((uintptr_t)to % sizeof(x) == 0) return _mm512_stream_ps(to, cast<__m512>(x));

@@ -1,11 +1,11 @@
-// Products of sorted rows with the matrices of their experts, for experts that have few rows: every matrix is read once,
-// or written once, and nothing else is large.
+// Grouped GEMMs: rows sorted by expert times the matrices of their experts, for few rows per expert. Every matrix is
+// read or written once.
 #pragma once
 #include "vectors.h"
 
 enum Layout { NT, NN, TN };
 
-struct Run {  // rows of one expert
+struct Run {  // consecutive rows of one expert
     int64_t expert, first, count;
 };
 

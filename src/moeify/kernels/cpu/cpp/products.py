@@ -1,4 +1,4 @@
-"""NT, NN and TN products of rows sorted by expert in C++, for experts with few rows: each matrix is read once."""
+"""Grouped GEMMs (NT, NN and TN) in C++, for few rows per expert: each matrix is read or written once."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ _MAX_ROWS_ELSEWHERE = (8, 8, 8)
 
 
 def max_rows(layout: str, dtype: torch.dtype) -> int:
-    """Rows per expert up to which a product of this layout is faster here than the library's; measured on Zen 4.
+    """Rows per expert up to which this kernel is faster than the product of torch or oneDNN; measured on Zen 4.
 
-    Elsewhere it is an estimate, as it is where the library has matrix tiles (AMX) to multiply bf16 with.
+    For other processors it is an estimate, as for bf16 on processors with matrix tiles (AMX).
 
     Args:
         layout: "nt" for rows by transposed weights, "nn" for rows by weights, "tn" for sums of outer products.
-        dtype: of the rows.
+        dtype: dtype of the rows.
     """
     has_tiles = dtype == torch.bfloat16 and torch.cpu._is_amx_tile_supported()
     limits = _MAX_ROWS_ELSEWHERE if has_tiles else _MAX_ROWS.get((explain(), dtype), _MAX_ROWS_ELSEWHERE)
@@ -52,11 +52,11 @@ def multiply_runs(
 
     Args:
         rows: contiguous rows, in fp32 or bf16.
-        weight: of their dtype, either O or D of stride one.
-        runs: which rows are whose; the first begins at the first row.
+        weight: in the dtype of the rows; O or D has stride one.
+        runs: the rows of each expert; row numbers count from the first row of the first run.
 
     Raises:
-        Unavailable: there is no kernel.
+        Unavailable: the C++ kernels are not available.
     """
     out = rows.new_empty(len(rows), weight.shape[1])
     if weight.stride(2) == 1:
@@ -74,17 +74,17 @@ def multiply_runs_tn(
     *,
     add: bool,
 ) -> None:
-    """Write the sum of outer products of every expert's rows into its matrix, or add it.
+    """Write the sum of outer products of each expert's rows to its matrix, or accumulate it.
 
     Args:
         left: contiguous rows, in fp32 or bf16.
-        right: likewise.
-        into: of their dtype, either O or D of stride one.
-        runs: which rows are whose; the first begins at the first row.
-        add: to what the matrices hold.
+        right: contiguous rows, in the same dtype.
+        into: in the dtype of the rows; O or D has stride one.
+        runs: the rows of each expert; row numbers count from the first row of the first run.
+        add: accumulate into the matrices instead of overwriting them.
 
     Raises:
-        Unavailable: there is no kernel.
+        Unavailable: the C++ kernels are not available.
     """
     if into.stride(2) == 1:
         _call("tn", left, right, None, into, runs, add)

@@ -1,11 +1,11 @@
-// Stacked projections, one matrix per expert, by the format that their weights are stored in.
+// Stacked projections, one matrix per expert, by storage format of the weights.
 #pragma once
 #include "dots.h"
 #include "int4.h"
 
 enum Format { FLOAT32, BFLOAT16, INT8, INT4 };
 
-struct Stack {  // as the caller describes it; strides count numbers, of INT4 bytes
+struct Stack {  // projections of all experts; strides are in elements, for INT4 in bytes
     const void* data;
     const float* scales;
     const void* bias;
@@ -13,28 +13,28 @@ struct Stack {  // as the caller describes it; strides count numbers, of INT4 by
     int32_t format, group_size;  // `group_size`: the weights of a row that share a scale
 };
 
-constexpr int BLOCK = 64;  // output columns computed together, at most
+constexpr int BLOCK = 64;  // output columns of a block, at most
 constexpr int PANEL = 24;  // rows that share a block of weights, at most
-constexpr int MAX_ROWS = 8;     // rows of an expert for which unpacking its weights is not worth while
+constexpr int MAX_ROWS = 8;     // rows per expert up to which weights are not unpacked to scratch memory
 
 struct Columns {  // `count` columns of a projection: first, first + step, ...
     int64_t first, step;
     int count;
 };
 
-struct Place {  // where the columns begin that will be needed next
+struct Place {  // the first of the columns that are needed next, to prefetch
     int64_t expert, column;
 };
 
-struct Block {  // what to multiply: columns of one expert with some of its rows
+struct Block {  // one product: columns of one expert times some of its rows
     int64_t expert;
     Columns columns;
     Place next;
     int64_t rows_of_expert;
-    bool is_new;  // the first panel of rows that meets these columns
+    bool is_new;  // whether this is the first panel of rows for these columns
 };
 
-// Weights as they are.
+// Unquantised weights.
 template <class X>
 struct Dense {
     static constexpr int widest = BLOCK;
@@ -58,7 +58,7 @@ void unpack(const int8_t* w, int64_t k, X* out) {
     if (i < k) store_first(out + i, load_first(w + i, k - i), k - i);
 }
 
-// Whole numbers of 8 bits, and a scale for every row of weights.
+// int8 weights with a scale per row.
 template <class X>
 struct Int8 {
     static constexpr int widest = 16;
@@ -85,7 +85,7 @@ struct Int8 {
     }
 };
 
-// Whole numbers of 4 bits, and a scale for every group of weights in a row.
+// int4 weights with a scale per group of weights in a row.
 template <class X>
 struct Int4 {
     static constexpr int widest = 16;

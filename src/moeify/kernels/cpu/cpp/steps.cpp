@@ -1,4 +1,4 @@
-// The steps of a decoder, one after another; see steps.h.
+// Runs the steps of a decoder in order; see steps.h.
 #include "steps.h"
 
 #include <algorithm>
@@ -10,7 +10,7 @@
 
 namespace {
 
-// y = x / rms(x) · gain, for every piece of every token.
+// RMSNorm: y = x / rms(x) · gain, for every head of every token.
 void norm(const Step& s, int64_t tokens) {
     for (int64_t piece = 0; piece < tokens * s.heads; piece++) {
         const float* x = s.x + piece * s.width;
@@ -51,7 +51,7 @@ const X* rounded(const float* x, int64_t count) {
     return kept.data();
 }
 
-// Some columns of a token's y = W x + bias, or y += W x + bias
+// Writes some columns of a token's y = W x + bias, or y += W x + bias
 template <class X>
 void write_output(const Step& s, int64_t token, const Columns& c, const float* product) {
     float* y = s.y + token * s.width_out + c.first;
@@ -87,7 +87,7 @@ void linear(const Step& s, int64_t tokens, int threads) {
     }
 }
 
-// The same, of few tokens that are rounded to bytes.
+// The same for few tokens, with activations quantised to int8.
 template <class X>
 void linear_int8(const Step& s, int64_t tokens, int threads) {
     static thread_local Rounded kept;
@@ -116,7 +116,7 @@ void linear(const Step& s, int64_t tokens, int threads) {
         linear<X, Dense>(s, tokens, threads);
 }
 
-// Turn the first numbers of every head by the angle of its token's position; halves are the two coordinates.
+// Rotary position embedding (RoPE) of the first `rotated` elements of every head, which pairs elements i and i + half.
 void rotate(const Step& s, const Turn& t) {
     const int64_t half = t.rotated / 2;
     for (int64_t token = 0; token < t.tokens; token++) {
@@ -139,7 +139,7 @@ void softmax(float* x, int64_t count) {
     for (int64_t i = 0; i < count; i++) x[i] /= total;
 }
 
-// y = softmax(scale · q kᵀ) v over the positions of a sequence so far, after its new key and value joined them.
+// Appends the new key and value to the cache, then y = softmax(scale · q kᵀ) v over all its positions.
 template <class X>
 void attend(const Step& s, const Turn& t, const LayerCache& cache) {
     const int64_t shared = s.heads / s.kv_heads, width = s.width;
@@ -181,7 +181,7 @@ float score_of(Score score, float logit) {
     return std::sqrt(std::max(logit, 0.f) + std::log1p(std::exp(-std::fabs(logit))));
 }
 
-// Token choice, then y += the weighted outputs of the chosen experts.
+// Top-k token-choice routing, then y += the weighted outputs of the selected experts.
 template <class X>
 void experts(const Step& s, int64_t tokens, int threads) {
     const int64_t num_experts = s.call->experts, rows = tokens * s.k;

@@ -1,7 +1,7 @@
-// What a decoder does between its embedding and its logits, for one token of every sequence, as a list of steps.
+// One decoding step from the embeddings to the logits, one token per sequence, as a list of operations ("steps").
 //
-// Numbers between steps are floats in buffers (tokens, width) that the caller owns. Products round their inputs to the
-// type that the weights are multiplied in.
+// Activations between steps are fp32 in buffers (tokens, width) that the caller owns. Products cast their inputs to the
+// compute dtype.
 #pragma once
 #include "activations.h"
 #include "call.h"
@@ -10,20 +10,20 @@ enum Kind { NORM, LINEAR, ROTATE, ATTEND, GATED_ACTIVATION, EXPERTS };
 enum Score { SOFTMAX, SIGMOID, SQRT_SOFTPLUS };
 
 struct Step {
-    int32_t kind, is_bf16;   // `is_bf16`: the type to multiply in, and that of keys and values
+    int32_t kind, is_bf16;   // `is_bf16`: whether bf16 is the compute dtype and that of the cache
     int32_t adds;            // LINEAR: y += instead of y =
-    int32_t heads, kv_heads; // NORM, ROTATE, ATTEND: pieces of a token, each `width` numbers
+    int32_t heads, kv_heads; // NORM, ROTATE, ATTEND: heads per token, each `width` elements
     int32_t gating, activation, score, by_logit, normalize, k;
-    float eps, scale;        // NORM; ATTEND: of the scores, EXPERTS: of the weights
+    float eps, scale;        // `eps`: NORM; `scale`: of ATTEND's scores and EXPERTS' top-k weights
     const float *x, *x2, *x3;
     float* y;
     int64_t width, width_out;
-    const float* gain;       // NORM: (width), EXPERTS: what moves choices (E), or null
+    const float* gain;       // NORM: (width); EXPERTS: selection bias (E), or null
     Stack weights;               // LINEAR
-    const Call* call;        // EXPERTS: what does not depend on the tokens; x2 are the logits
+    const Call* call;        // EXPERTS: the arguments that do not depend on tokens; x2: logits
 };
 
-struct LayerCache {  // keys or values of a layer: (tokens, kv_heads, capacity, width)
+struct LayerCache {  // keys and values of a layer, each (tokens, kv_heads, capacity, width)
     void *keys, *values;
     int64_t token_stride, head_stride;
 };
@@ -33,8 +33,8 @@ struct Turn {
     int64_t count, tokens;
     const float *cos, *sin;  // (tokens, rotated)
     int64_t rotated;
-    const LayerCache* caches;       // of each ATTEND in turn
-    int64_t length;          // positions that are filled already
-    const int64_t* first;    // of every sequence, the first position that is no padding
+    const LayerCache* caches;       // one per ATTEND, in order
+    int64_t length;          // positions in the cache before this step
+    const int64_t* first;    // per sequence, the first position that is not padding
     int32_t threads;
 };

@@ -1,7 +1,7 @@
-"""The steps of a decoder for the C++ kernel, from the embedding to the logits, for one new token per sequence.
+"""The operations ("steps") of a decoder for the C++ kernel, from embeddings to logits, one new token per sequence.
 
-Between steps, numbers are fp32 in buffers (T, width) with one row per sequence. A step reads and writes the memory of
-the tensors it is given, and does not keep them alive: the holder of the steps must.
+Activations between steps are fp32 in buffers (T, width), one row per sequence. A step stores pointers to its tensors
+and holds no reference to them: the caller must keep the tensors alive.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _KINDS = ["norm", "linear", "rotate", "attend", "gated_activation", "experts"]
 
 
 class Step(ctypes.Structure):
-    """One step, as the kernel reads it."""
+    """The C struct of one step."""
 
     _fields_ = (
         ("kind", c_int32), ("is_bf16", c_int32), ("adds", c_int32), ("heads", c_int32), ("kv_heads", c_int32),
@@ -54,7 +54,7 @@ def _step(kind: str, **fields: object) -> Step:
 
 
 def norm(x: Float[Tensor, "T M"], y: Float[Tensor, "T M"], gain: Float[Tensor, "D"], eps: float) -> Step:
-    """`y = x / rms(x) · gain` for each head, or the whole width, of D numbers."""
+    """RMSNorm `y = x / rms(x) · gain`, applied to each run of D elements: a head, or the full width."""
     return _step("norm", x=x, y=y, gain=gain, eps=eps, width=len(gain), heads=x.shape[1] // len(gain))
 
 
@@ -74,12 +74,12 @@ def linear(
     Args:
         x: the input.
         y: the output.
-        weight: (1, O, D) of `dtype`, or as `moeify.experts.quantized` stores it.
-        scales: its scales, if it is of 8 or 4 bits.
-        group_size: the weights that share a scale, if it is of 4 bits.
+        weight: (1, O, D) in `dtype`, or quantised as in `moeify.experts.quantized`.
+        scales: the scales of an int8 or int4 weight.
+        group_size: int4 weights that share a scale.
         bias: in `dtype`.
-        dtype: what is multiplied in, fp32 or bf16.
-        adds: add to y.
+        dtype: the compute dtype, fp32 or bf16.
+        adds: accumulate into y.
     """
     return _step(
         "linear", x=x, y=y, width=x.shape[1], width_out=y.shape[1], adds=adds, is_bf16=dtype == torch.bfloat16,
@@ -88,7 +88,7 @@ def linear(
 
 
 def rotate(x: Float[Tensor, "T M"], head: int) -> Step:
-    """Turn the heads, of `head` numbers each, by their position's angle; in place."""
+    """Apply rotary position embeddings (RoPE) to heads of dimension `head`; in place."""
     return _step("rotate", y=x, width=head, heads=x.shape[1] // head)
 
 
@@ -102,7 +102,7 @@ def attend(
     scale: float,
     dtype: torch.dtype,
 ) -> Step:
-    """Append k and v to the layer's cache, in its `dtype`, and attend to all that it holds; heads of `head` numbers."""
+    """Append k and v to the layer's KV cache, in `dtype`, and attend to all its positions; head dimension `head`."""
     return _step(
         "attend", x=q, x2=k, x3=v, y=y, width=head, scale=scale, is_bf16=dtype == torch.bfloat16,
         heads=q.shape[1] // head, kv_heads=k.shape[1] // head,
@@ -110,7 +110,7 @@ def attend(
 
 
 def attends(step: Step) -> bool:
-    """Whether a step reads a cache."""
+    """Whether a step is `attend`, which needs a KV cache."""
     return step.kind == _KINDS.index("attend")
 
 
@@ -131,14 +131,14 @@ def gated_activation(
 
 
 class Experts:
-    """A whole sparse layer as the kernel reads it, for `experts`.
+    """The experts of a sparse layer as C structs, for `experts`.
 
     Args:
         width: D.
-        up: weight (E, M, D), bias and scales of the up projection, as `cpp_layer` takes them.
-        down: the same of the down projection.
-        hidden: H.
-        group_size: the weights that share a scale, if they are of 4 bits.
+        up: weight (E, M, D), bias and scales of the up projection, as for `cpp_layer`.
+        down: weight (E, O, H), bias and scales of the down projection.
+        hidden: H, the number of hidden units per expert.
+        group_size: int4 weights that share a scale.
         gating: "plain", "glu" or "clamped".
         activation: a name of `moeify.kernels.stacked.KNOWN`.
         alpha: of "clamped".
@@ -179,7 +179,7 @@ def experts(
     scale: float,
     dtype: torch.dtype,
 ) -> Step:
-    """Add the weighted outputs of every token's k best experts to y, chosen as `moeify.routers.TopK` does."""
+    """Add the weighted outputs of every token's top-k experts to y, selected as in `moeify.routers.TopK`."""
     return _step(
         "experts", x=x, x2=logits, y=y, call=ctypes.addressof(layer.call), k=k, score=SCORES.index(score),
         by_logit=by_logit, gain=bias, normalize=normalize, scale=scale, is_bf16=dtype == torch.bfloat16,
@@ -200,13 +200,13 @@ def run_steps(
     Args:
         steps: the steps; a ctypes array of them costs no copy.
         tokens: T.
-        angles: cosine and sine of every rotated number, fp32.
-        caches: of each `attend` in turn.
-        length: positions that the caches hold already.
-        first: the first position of every sequence that is no padding.
+        angles: cosine and sine of the rotary position embeddings, fp32.
+        caches: one per `attend`, in order.
+        length: positions in the caches before this step.
+        first: the first position of every sequence that is not padding.
 
     Raises:
-        Unavailable: there is no kernel.
+        Unavailable: the C++ kernels are not available.
     """
     listed = steps if isinstance(steps, ctypes.Array) else (Step * len(steps))(*steps)
     places = (LayerCache * len(caches))(*caches)

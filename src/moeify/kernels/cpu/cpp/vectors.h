@@ -1,4 +1,4 @@
-// Vectors of floats for the instruction set that the compiler targets, and how stored numbers become floats.
+// SIMD vectors of floats for the target instruction set, and conversions of stored values to and from fp32.
 #pragma once
 #include <cstdint>
 #include <cstring>
@@ -68,7 +68,7 @@ INLINE Floats load(const int8_t* p) {
 }
 
 template <class T>
-INLINE Floats load_first(const T* p, int64_t count) {  // the rest is zero
+INLINE Floats load_first(const T* p, int64_t count) {  // remaining elements are zero
     T padded[W] = {};
     std::memcpy(padded, p, count * sizeof(T));
     return load(padded);
@@ -78,7 +78,7 @@ INLINE float number(float x) { return x; }
 INLINE float number(Bf16 x) { return cast<float>(uint32_t(x.bits) << 16); }
 
 INLINE void store(float* p, Floats x) { std::memcpy(p, &x, sizeof(x)); }
-INLINE void store(Bf16* p, Floats x) {  // to the nearest, ties to even; a NaN stays one
+INLINE void store(Bf16* p, Floats x) {  // rounds to nearest, ties to even; NaN stays NaN
 #if defined(__AVX512BF16__)
     const __m256bh halves = _mm512_cvtneps_pbh(x);
 #else
@@ -96,7 +96,7 @@ INLINE void store_first(T* p, Floats x, int64_t count) {
     std::memcpy(p, all, count * sizeof(T));
 }
 
-// Four sums of the elements of four vectors.
+// Horizontal sums of four vectors.
 INLINE void sums(Floats a, Floats b, Floats c, Floats d, float* out) {
 #if defined(__AVX512F__)
     const __m512 ab = _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
