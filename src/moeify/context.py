@@ -49,7 +49,7 @@ class Context:
 
     @property
     def extra_inputs(self) -> dict[str, Tensor]:
-        """Tensors that are inputs of every pass of this thread though the outermost module does not take them."""
+        """Tensors that are inputs of every pass of this thread although the outermost module does not take them."""
         return getattr(self._thread, "extra_inputs", {})
 
     @extra_inputs.setter
@@ -58,7 +58,7 @@ class Context:
 
     @property
     def call(self) -> Call:
-        """The forward pass that this thread is in; outside of one, what `mask` has set for layers called alone.
+        """The current forward pass of this thread; outside of one, that of `mask`, for layers called alone.
 
         Raises:
             RuntimeError: activation checkpointing repeats one of several passes, and it is unknown which.

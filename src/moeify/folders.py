@@ -4,8 +4,8 @@
     folder/.moeify-commit/   the same, complete and on disk: its new name is the commit
 
 A kill before the commit leaves the folder unchanged. After the commit all of the new files exist, and `finish` moves
-them to their places, however often it is interrupted. It deletes the old ones first, so that a program which knows
-nothing of this finds an incomplete folder in between, never old files beside new ones.
+them to their places, however often it is interrupted. It deletes the old ones first, so that a program without this
+protocol finds an incomplete folder in between, never old files beside new ones.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ SAVE_LOCK, RUN_LOCK = ".moeify-save.lock", ".moeify-run.lock"
 
 @contextmanager
 def locked(folder: Path, name: str, doing: str, *, wait: float = 0.0) -> Generator[None]:
-    """Lock a folder against other processes that do the same; the system lifts the lock however this process ends.
+    """Lock a folder against other processes that do the same; the system releases the lock whenever this process ends.
 
     Where the file system has no locks, this is printed and nothing is locked.
 
@@ -64,7 +64,7 @@ def locked(folder: Path, name: str, doing: str, *, wait: float = 0.0) -> Generat
     try:
         yield
     finally:
-        if os.name != "nt":  # before it is released: whoever comes next makes a new file
+        if os.name != "nt":  # before it is released: the next process creates a new file
             with suppress(OSError):
                 (folder / name).unlink()
         lock.release()

@@ -30,7 +30,7 @@ class Snapshot:
         self._random = torch.get_rng_state(), [torch.cuda.get_rng_state(device) for device in self._devices]
 
     def restore(self) -> None:
-        """Put everything back."""
+        """Restore the model, its configs and the random numbers."""
         for restore in self._restorers:
             restore()
         for parameter, learns in self._learning:

@@ -177,7 +177,7 @@ def load_adapters(
 
 
 def _fill_routers(saved: dict[str, Tensor], file: Path, layers: Mapping[str, MoE], *, exact: bool) -> None:
-    """Give routers what a file has for them, if it has everything, and (`exact`) nothing else."""
+    """Load the tensors of the routers from a file, which must hold all of them and, if `exact`, no others."""
     own = {
         f"{module}.{key}": (layer.router, key, tensor)
         for module, layer in layers.items()

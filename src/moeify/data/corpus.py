@@ -52,8 +52,8 @@ def build_corpus(cap: int = 1_000_000) -> Corpus:
     """Read up to `cap` bytes of each domain, nine tenths to train on and one tenth held out, in files as a whole.
 
     A file is held out by the hash of its relative path, duplicates are taken once, and no file gives more than a
-    tenth of `cap`, so that none makes up a domain alone. The result depends on the installed versions and on nothing
-    else. Licences come from every installed distribution.
+    tenth of `cap`, so that a full domain has ten files or more. The result depends on the installed versions
+    alone. Licences come from every installed distribution.
     """
     train, validation, skipped = {}, {}, {}
     minimum = min(MINIMUM, cap)

@@ -49,7 +49,7 @@ class MlxFolder(Exporter):
         return write_hf_folder(self.match(model), model, folder)
 
     def verify(self, folder: Path, probe: Probe) -> Verification:
-        """Read it by transformers, and by MLX."""
+        """Load the folder with transformers, and with MLX."""
         try:
             import mlx_lm
             from mlx_lm.utils import load_model

@@ -13,7 +13,7 @@ class Unsupported(ValueError):
     """A model that a target cannot express, with the reason.
 
     Attributes:
-        wanted: the value of the trait that the target can express; an ellipsis if no rewrite reaches it.
+        wanted: the value of the trait that the target can express; an ellipsis if no rewrite gives it.
         trait: the trait that does not fit; '' if the reason is another.
     """
 

@@ -24,7 +24,7 @@ Where = Callable[[nn.Module], list[Site]]
 def ffn(model: nn.Module) -> list[Site]:
     """Every feed-forward network in the numbered layers of a model; if it has no such layers, all of them.
 
-    In a layer, a feed-forward network has outputs as wide as its inputs; experts are excluded in the same way.
+    In a layer, a feed-forward network has outputs as wide as its inputs; existing experts are excluded.
 
     Raises:
         ValueError: there is none; the model is sparse already; or a layer has no feed-forward network but a module with

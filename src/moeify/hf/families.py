@@ -26,7 +26,7 @@ def family(module: nn.Module) -> Build | None:
 
 @dataclass(frozen=True, kw_only=True)
 class SwitchBlock(InterfaceBlock):
-    """Switch Transformers: experts are modules, called with a one-hot mask (N, 1, E) that a capacity has thinned."""
+    """Switch Transformers: experts are modules, called with a one-hot mask (N, 1, E) after capacity drops."""
 
     def _logits(self, output: Any) -> Tensor:
         return output[2]
@@ -41,7 +41,7 @@ class SwitchBlock(InterfaceBlock):
 
     @property
     def experts_per_token(self) -> int:
-        """1."""
+        """1 expert per token."""
         return 1
 
     def run_unrouted(self, real: Callable[[int], Int[Tensor, "T"] | None]) -> list[RemovableHandle]:
@@ -89,7 +89,7 @@ class RouterBlock(Block):
     """A block whose router output contains the whole decision.
 
     Attributes:
-        read: what the block chose, by its module and the router's output.
+        read: gets the choices of the block from its module and the router's output.
     """
 
     read: Callable[[nn.Module, Any], Chosen]

@@ -17,7 +17,7 @@ COLUMNS = {
     "ids": torch.int32, "sequence": torch.int32, "position": torch.int32, "phase": torch.int8, "step": torch.int32,
     "batch": torch.int32, "domain": torch.int16, "modality": torch.int8,
 }  # fmt: skip
-"""The columns of a table of tokens and the type that each is kept in; -1 is a value that is not known."""
+"""The columns of a table of tokens, with their dtypes; -1 is an unknown value."""
 
 LAYER_COLUMNS = ("experts", "weights", "dropped", "scores", "logits")
 """The columns of a layer, one row per token."""
@@ -31,7 +31,7 @@ class Tokens:
         count: T.
         ids: numbers in the vocabulary.
         sequence: the sequence, request or image that each belongs to.
-        position: its place in this sequence, from 0, padding excluded.
+        position: its index in this sequence, from 0, padding excluded.
         phase: `PREFILL` or `DECODE`.
         step: the step of training, or of decoding, where the prompt is 0.
         batch: the number of the batch, or micro-batch.
@@ -98,14 +98,14 @@ class Tokens:
         return values
 
     def take(self, kept: Bool[Tensor, "T"] | Int[Tensor, "kept"]) -> Tokens:
-        """Some of the tokens, by a mask or by their places."""
+        """Some of the tokens, by a mask or by their indices."""
         columns = {name: values[kept] for name, values in self.columns.items()}
         return replace(self, count=_size(kept), **columns)
 
 
 @dataclass(frozen=True, eq=False, repr=False, kw_only=True)
 class LayerTrace:
-    """What one layer decided for a table of tokens.
+    """The routing decisions of one layer for a table of tokens.
 
     Attributes:
         name: of the layer, as in `moeify.record`.
@@ -114,7 +114,7 @@ class LayerTrace:
         experts: the experts of every token, best first if the router ranks them; -1 where a token has fewer than K. A
             row that a capacity moved has the expert that it was moved to. Soft MoE chooses none: K is 0.
         weights: their weights, if they are known.
-        dropped: which of them a capacity dropped; None if none was, or if it is not known.
+        dropped: which of them a capacity dropped; None if none was, or if unknown.
         scores: of all experts, after the score function; of Soft MoE the weight of each expert's slots.
         logits: of all experts.
         extra: further values of every row that a file format has, by name, such as the bytes that were read for it.
@@ -194,7 +194,7 @@ class LayerTrace:
         """The layer for some of its tokens.
 
         Args:
-            kept: which, by a mask or by their places.
+            kept: which tokens, by a mask or by their indices.
             tokens: their table, if it was made already.
         """
         columns = {name: values[kept] for name, values in self.columns.items()}

@@ -16,15 +16,15 @@ from moeify.routing import Routing
 
 
 class Labelled(Router):
-    """Decides as another router does, and keeps a label of each decision for losses that need one.
+    """Returns the decision of another router, and keeps a label of each decision for losses that need one.
 
     The label is an input of the model, or a column of the data that a trainer passes on: the modality of a token, whose
-    entropies LIMoE treats apart (`losses.local_entropy(routing, label=0)`), or the super-class of an image, which
-    Mobile V-MoE's router learns (`losses.supervision`). The choice does not depend on it. Without this
+    entropies LIMoE separates (`losses.local_entropy(routing, label=0)`), or the super-class of an image, which
+    supervises Mobile V-MoE's router (`losses.supervision`). The choice does not depend on it. Without this
     input the decision has no labels.
 
     Args:
-        router: decides.
+        router: the wrapped router.
         key: the name of the model's input that holds the label, of shape (B,) or (B, N).
 
     Raises:

@@ -21,7 +21,7 @@ class SharedRouting(Router):
     layer; with `TopK(per="sequence")` inside, one set of experts per image.
 
     Args:
-        router: decides.
+        router: the wrapped router, which decides.
     """
 
     def __init__(self, router: Router) -> None:

@@ -33,7 +33,7 @@ def sparsify(
 
     Args:
         model: any module: of transformers, or plain PyTorch.
-        recipe: what to make of it.
+        recipe: how to make it sparse.
         probe: an input to compare outputs on (a tensor, a tuple of arguments or a mapping); by default one is guessed.
         verify: False converts without running the model. Nothing then shows that the sparse model computes what the
             dense one does, how tokens are laid out, or that padding is read.

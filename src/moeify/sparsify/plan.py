@@ -45,8 +45,8 @@ class Plan:
 
     Attributes:
         model: the dense model.
-        recipe: what to make of it.
-        sites: where.
+        recipe: how to make it sparse.
+        sites: the dense modules to replace.
     """
 
     model: nn.Module

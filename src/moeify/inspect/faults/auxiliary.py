@@ -43,7 +43,7 @@ def auxiliary_gradients(
     """Gradients of the auxiliary losses alone at the logits of every layer, for every micro-batch of a step.
 
     The weights of the rows are detached, so that the loss of the task does not reach the logits: what is left comes
-    from balance losses and z-losses, whoever adds them. The step is run twice, as the loads of one may be the next
+    from balance losses and z-losses of any source. The step is run twice, as the loads of one may be the next
     one's f. Gradients of parameters are as before, and modes too.
 
     Raises:

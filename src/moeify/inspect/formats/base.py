@@ -20,9 +20,9 @@ class Format:
     """A file format of traces.
 
     Attributes:
-        name: for the command line.
-        line: what it is.
-        endings: of its files; the first is the usual one.
+        name: its name on the command line.
+        line: a description in one line.
+        endings: the extensions of its files, the usual one first.
         keeps: the columns of tokens and layers that its files hold; None for all.
         recognises: whether a file is of this format, by its path and its first bytes.
         read: the trace of a file; takes `num_experts` and `k` for files that do not store them.
@@ -108,7 +108,7 @@ class Rows:
     """Rows of a file, each of which is one expert of one token in one layer.
 
     Attributes:
-        token: the token of each row, as a place in the table.
+        token: the token of each row, as an index into the table.
         layer: its layer's number.
         slot: which of the token's experts it is, from 0.
         expert: this expert.
@@ -169,7 +169,7 @@ class Rows:
 
 
 def passes(tokens: Tokens) -> dict[tuple[int, int], list[int]]:
-    """The places of the tokens that a server computes at once, by sequence and step: a prompt, or one decoded token."""
+    """The indices of tokens that a server computes at once, by sequence and step: a prompt, or one decoded token."""
     none = torch.zeros(len(tokens), dtype=torch.int32)
     columns = [none if column is None else column for column in (tokens.sequence, tokens.step)]
     found: dict[tuple[int, int], list[int]] = {}
