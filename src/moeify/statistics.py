@@ -1,7 +1,7 @@
 """Statistics of expert load and router entropy: each quantity defined once, for training, reports and claims.
 
 Functions of loads, rows per expert over any number of decisions, with the experts as the last axis. A decision's
-`assigned` and `counts` leave padding out, and so does all that is computed from them.
+`assigned` and `counts` exclude padding, and so does all that is computed from them.
 """
 
 from __future__ import annotations

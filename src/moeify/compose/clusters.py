@@ -120,7 +120,7 @@ def cluster(instructions: Sequence[str], embed: Embed, count: int = 64, *, seed:
 class MeanPooling:
     """Embeddings by mean pooling: the last hidden states of a model, averaged over the tokens of a text, normalised.
 
-    Adapters are disabled, so that the embeddings of a frozen model stay what they were before its adapters learned.
+    Adapters are disabled, so that the embeddings of a frozen model do not depend on the adapters.
 
     Attributes:
         model: of transformers.
@@ -164,7 +164,7 @@ def _parts(items: list[int], size: int) -> Iterator[list[int]]:
 
 @contextmanager
 def _adapters_disabled(model: nn.Module) -> Iterator[None]:
-    """Inside, linear layers with LoRA experts beside them compute without these; no router is called."""
+    """Context manager in which linear layers with LoRA experts compute without them; no router runs."""
     layers = [layer for layer in moe_layers(model).values() if isinstance(layer.experts, LoRA)]
     beside = [(layer, layer.shared) for layer in layers if layer.shared is not None]
     try:

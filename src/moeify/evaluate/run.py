@@ -87,7 +87,7 @@ class Run:
     """The measurements of one training run.
 
     Attributes:
-        name: `sparse` or `dense`, the model of the comparison.
+        name: of the run; `sparse` or `dense` in a comparison.
         seed: the run's seed.
         count: parameters and FLOPs per token.
         points: the validation loss over the run, from before the first step on.

@@ -23,7 +23,7 @@ class Experts(nn.Module, ABC):
 
     @property
     def costs(self) -> Float[Tensor, "E"]:
-        """What a row costs at each expert, relative to the most expensive; read by `moeify.losses.cost`."""
+        """The cost of a row at each expert, relative to the most expensive; read by `moeify.losses.cost`."""
         return torch.ones(self.num_experts)
 
     @property

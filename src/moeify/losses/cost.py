@@ -18,7 +18,7 @@ def cost(routing: Assignment, costs: Float[Tensor, "E"]) -> Float[Tensor, ""]:
 
     Args:
         routing: a decision with scores.
-        costs: what a row costs at each expert, such as `experts.costs`; not all zero.
+        costs: of a row at each expert, such as `experts.costs`; not all zero.
 
     Raises:
         ValueError: the decision keeps no scores.
@@ -36,7 +36,7 @@ def budget(routing: Assignment, share: float) -> Float[Tensor, ""]:
 
     Args:
         routing: a decision of a `Conditional` router: its last expert has the weight 1 - G.
-        share: p, the mean G that is aimed at.
+        share: p, the target of the mean G.
     """
     dense = routing.weight * (routing.expert == len(routing.counts) - 1)
     return (1 - dense.sum() / max(1, routing.tokens) - share).abs()

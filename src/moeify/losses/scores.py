@@ -28,7 +28,7 @@ def l1(routing: Assignment, k: float) -> Float[Tensor, ""]:
 
     Args:
         routing: a decision with scores.
-        k: the number of experts per token that is aimed at.
+        k: the target number of experts per token.
 
     Raises:
         ValueError: the decision keeps no scores.

@@ -56,7 +56,7 @@ class Router(nn.Module, ABC):
     def link_to(self, previous: Router) -> Router:
         """Link this router to that of the previous sparse layer in the stack, or return one that replaces it.
 
-        `sparsify` calls it of every router but the first of a stack, and puts in place what it returns; linked routers
+        `sparsify` calls it of every router but the first of a stack, and installs what it returns; linked routers
         leave their decisions in `context.call.decisions`. By default a router decides alone and returns itself; one
         that wraps another as `self.router` links that one to what the previous layer's wraps.
         """
@@ -68,7 +68,7 @@ class Router(nn.Module, ABC):
     def rows_per_token(self, tokens: int | None = None) -> float | None:
         """Rows that the experts compute per token in evaluation, by which `moeify.flops` counts; None for E.
 
-        On average where it is known, the most there can be where it is not: by default k, of this router or of the
+        The average if it is known, else the maximum: by default k, of this router or of the
         first one inside it.
 
         Args:
@@ -91,7 +91,7 @@ class Router(nn.Module, ABC):
         return ", ".join(f"{name}={value}" for name, value in known.items() if value is not None)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Router:
-        """Move, but never round: buffers of a router (a selection bias, say) stay in fp32."""
+        """Move, but never round: buffers of a router, such as a selection bias, stay in fp32."""
         exact = {name: buffer for name, buffer in self.named_buffers(recurse=False) if buffer.is_floating_point()}
         super()._apply(fn, recurse)
         for name, buffer in exact.items():
@@ -140,7 +140,7 @@ class Tokens:
     def assign_where(
         self, chosen: Bool[Tensor, "T E"], weight: Float[Tensor, "T E *G"], evidence: Evidence | None = None
     ) -> Assignment:
-        """The decision that gives every token the experts that are marked."""
+        """The decision that gives every token the experts marked in a mask (T, E)."""
         evidence = self._of_tokens(evidence)
         return assign_where(chosen, weight, shape=self.shape, positions=self.positions, evidence=evidence)
 

@@ -18,7 +18,7 @@ from moeify.routing import Routing
 
 
 class AdaptExperts(TrainerCallback):
-    """Lets the experts in use of every `TopAny` follow what tokens need (DynMoE, arXiv 2405.14297).
+    """Adapts the number of experts in use of every `TopAny` to the tokens (DynMoE, arXiv 2405.14297).
 
     Over the last `window` steps of every `every`, on all ranks, decisions in training are recorded. Then, in each
     layer, experts that no token used are removed from use; and if tokens found no expert, one that is not in use is

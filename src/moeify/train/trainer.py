@@ -42,7 +42,7 @@ class SparseTrainerMixin(Columns, Saving):
 
     Adds a balance loss whose gradient is the same however a step is cut into micro-batches, ranks and padding (see
     `moeify.train.loss`), controllers, routing metrics, activation checkpointing that keeps decisions, checkpoints
-    that bring the experts back, columns of the data for routers to look up, and a halt before a non-finite step. The
+    that restore the experts, columns of the data for routers to look up, and a halt before a non-finite step. The
     logged `loss` stays the task's loss.
 
     Args:
@@ -98,8 +98,8 @@ class SparseTrainerMixin(Columns, Saving):
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """Train, or resume from a checkpoint: True for the newest valid one, or the path of one.
 
-        A run that has done all its steps takes no more. Checkpoints in the output folder that this run does not go on
-        from, those of another run or of later steps, are moved into a folder `earlier-1` beside them.
+        A run that has done all its steps takes no more. Checkpoints in the output folder of another
+        run or of later steps are moved into a folder `earlier-1` beside them.
 
         Raises:
             FileNotFoundError: there is no valid checkpoint; the message names the reason.
