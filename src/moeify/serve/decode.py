@@ -45,7 +45,7 @@ def cache_name(model: nn.Module) -> str:
 
 
 def fast_decode(model: Model, *, bits: int = 16) -> Model:
-    """Decode with the C++ kernel on a CPU, which runs all supported layers; in place, used through `model.generate`.
+    """Run decoding steps of a model with the C++ kernel on a CPU; in place, `model.generate` is used as before.
 
     Prefill, and calls that need more than logits (hidden states, hooks, gradients), run the model's own forward pass.
     With 8 or 4 bits, linear layers and experts are permanently replaced by quantised ones; the head has 8 bits, and

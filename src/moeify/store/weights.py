@@ -141,7 +141,7 @@ def load_weights(model: nn.Module, folder: str | Path) -> None:
 
     Raises:
         FileNotFoundError: no weights in the folder.
-        ValueError: files that are damaged, changed or lie outside the folder; tensors that are missing, unexpected or
+        ValueError: files that are damaged, changed or outside the folder; tensors that are missing, unexpected or
             of another shape or dtype; two tensors that differ, for parameters that are tied in the model.
     """
     with open_weights(Path(folder)) as weights, torch.no_grad():

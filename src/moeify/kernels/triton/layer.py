@@ -9,7 +9,7 @@
                 dW2, db2 = Σ (w A) dy        dW1, db1 = Σ dP x        per expert
                 dx = Σ W1ᵀ dP        over the rows of each token
 
-Saved for backward are the tokens x, P and the routing decision: T·D + R·M elements beside the decision.
+Saved for backward are the tokens x, P and the routing decision: T·D + R·M elements and the decision.
 """
 
 from __future__ import annotations
