@@ -149,7 +149,7 @@ class Call:
         if (documents := self.documents(shape)) is not None:
             return documents
         length = self._row_length(shape)
-        rows = torch.arange(math.prod(shape) // length)
+        rows = torch.arange(math.prod(shape) // (length or 1))  # there may be no tokens
         return rows.unsqueeze(1).expand(-1, length).flatten() if self.batch_first else rows.repeat(length)
 
     def common_length(self, shape: Sequence[int]) -> int | None:

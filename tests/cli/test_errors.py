@@ -106,7 +106,7 @@ def test_damaged_and_missing_models_are_refused_in_one_line(tmp_path, trained, l
     broken = shutil.copytree(trained[0] / "model", tmp_path / "broken")
     whole = (broken / "model.safetensors").read_bytes()
     (broken / "model.safetensors").write_bytes(whole[:-8])
-    assert "model.safetensors is damaged or not a safetensors file" in error("generate", broken)
+    assert "model.safetensors is damaged: it is not what was saved" in error("generate", broken)
     (broken / "config.json").write_text("{")
     assert "config.json is damaged" in error("generate", broken)
     (broken / "SHA256.json").unlink()

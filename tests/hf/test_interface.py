@@ -264,7 +264,7 @@ def _with_dropout(backend: str) -> MoE:
     [
         (_dropping, "some are padding or were dropped"),
         (_identical, "the experts are Identity"),
-        (_with_dropout, "no expert dropout"),
+        (_with_dropout, "does not support expert dropout"),
         (lambda backend: _layer(backend, width_out=16), "map 32 to 16"),
         (lambda backend: _layer(backend, dtype=torch.bfloat16), "one dtype"),
     ],

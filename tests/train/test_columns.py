@@ -180,7 +180,7 @@ def test_what_is_given_is_given_inside_alone_and_the_innermost_counts():
 def test_sub_tokens_have_the_task_of_their_sequence():
     outer = MultiHead(MoE(Lookup(4, 4, key="task", size=4), FFN(4, 4, 8)), 8, heads=2)
     model = nn.Sequential(outer)
-    outer.context.watch([model])
+    outer.moe.context.watch([model])
     with record(model) as decisions, extra_inputs(model, task=[3, 3]):
         model(torch.randn(2, 5, 8))
     (routing,) = decisions.values()
