@@ -1,4 +1,4 @@
-"""Rules that move biases in proportion to the missing share of rows: a PID controller, or its proportional term."""
+"""Rules that move biases in proportion to an expert's missing load: a PID controller, or its proportional term."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Find the class that computes what a `ModelSpec` describes, exactly or by rewrites that keep the function."""
+"""Find the class that computes what a decoder does (`ModelSpec`), exactly or by rewrites that keep the function."""
 
 from __future__ import annotations
 

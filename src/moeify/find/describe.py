@@ -1,4 +1,4 @@
-"""Sites as plain values, projections and activation by name, so that a saved model is built without searching it.
+"""Sites (places for sparse layers) as plain values, modules by name, so that a saved model is built without a search.
 
     {"name": "model.layers.0.mlp", "width": 32,
      "up": ["model.layers.0.mlp.gate_proj", "model.layers.0.mlp.up_proj"], "down": "model.layers.0.mlp.down_proj",

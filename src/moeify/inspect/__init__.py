@@ -1,4 +1,4 @@
-"""Diagnose a sparse model: traces, expert load, collapse, causality, pictures, and an HTML report."""
+"""Diagnose a sparse model: recorded routing, expert load, collapse, look-ahead, pictures, and an HTML report."""
 
 from moeify.inspect.capture import capture
 from moeify.inspect.causality import Causality, Leak, check_causality

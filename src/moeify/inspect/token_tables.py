@@ -25,7 +25,7 @@ class LayerTokens:
     Attributes:
         tokens: their table.
         positions: their indices among all tokens, padding included.
-        sequence: the sequence of each, as routers count them.
+        sequence: the index of the sequence, document or image that each belongs to, as routers see it.
     """
 
     tokens: Tokens

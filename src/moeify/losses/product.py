@@ -13,7 +13,7 @@ def log_product(routing: Routing) -> Float[Tensor, ""]:
     """-log Π_j q̄_j with q̄_j the mean probability of expert j over decisions (MoLE, arXiv 2404.13628, eqs. 14-15).
 
     E · log E for perfect balance; unbounded as a mean probability tends to 0. The paper takes the mean over the
-    gates of all layers, here over the decisions of each layer.
+    gates of all layers, here over the decisions (one per token, or per sequence) of each layer.
 
     Raises:
         ValueError: the decision keeps no scores.

@@ -1,4 +1,4 @@
-"""`README.md`, the model card of a saved model: YAML metadata for the Hub, recipe, costs and how to load it."""
+"""`README.md`, the card of a saved model: YAML for the Hub, how it was made sparse, its costs and how to load it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`SparseTrainer`: the trainer of transformers with balancing losses, controllers and checkpoints for sparse models."""
+"""`SparseTrainer`: the trainer of transformers with balancing losses, load controllers and checkpoints, for MoE."""
 
 from __future__ import annotations
 

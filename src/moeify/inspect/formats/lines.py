@@ -30,7 +30,7 @@ def read(path: Path, *, num_experts: int | None = None, k: int | None = None) ->
     """The trace of a file.
 
     Raises:
-        ValueError: damaged, with the line; or of a later version.
+        ValueError: the file is damaged (the message names the line), or its format is of another version.
     """
     written = read_text(path).splitlines()
     header = _parsed(written[0] if written else "", path, 1)

@@ -3,7 +3,9 @@
     checkpoint-120/
       model*.safetensors, config.json    the model, under its own parameter names, buffers included
       optimizer.safetensors, .json       the optimizer's tensors and numbers, by parameter name
-      scheduler.json, sparse.safetensors, balance.safetensors, trainer_state.json
+      scheduler.json, trainer_state.json
+      sparse.safetensors                 the load of every expert in the previous step
+      balance.safetensors                the state of the controllers of expert load
       MANIFEST.json                      bytes and SHA-256 of every file
 
 A checkpoint is written to `checkpoint-120.tmp`, synced to disk, and renamed; only a complete one has its final name.
