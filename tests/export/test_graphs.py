@@ -21,7 +21,12 @@ TOP_2 = partial(TopK, k=2)
 def language_model():
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, use_cache=False
+        vocab_size=64,
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        use_cache=False,
     )
     return sparsify(LlamaForCausalLM(config), Recipe(router=TOP_2, num_experts=4), verbose=False).eval()
 

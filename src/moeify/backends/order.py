@@ -93,7 +93,9 @@ def run(name: str, x: Float[Tensor, "... D"], routing: Routing, experts: Experts
 
 
 def choose(x: Float[Tensor, "... D"], routing: Routing, experts: Experts) -> str:
-    """The name of the backend that `auto` uses."""
+    """The name of the backend that `auto` uses: `compose` for `torch.export`, whose graphs have ordinary operators."""
+    if torch.compiler.is_exporting():
+        return "compose"
     call = (x, routing, experts)
     return next(name for name, backend in _ORDER if backend.chosen(*call) and backend.refuse(*call) is None)
 
