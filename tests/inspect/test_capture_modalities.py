@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import nn
 
-import adapter_folders
 import plain_models
 import tiny_models
+from adapter_folders import library, make_adapter, make_gates
 from moeify import MoE, Recipe, record, sparsify
 from moeify.experts import FFN
 from moeify.inspect.capture import capture
@@ -87,11 +87,11 @@ def test_rows_of_a_recommender_are_sequences_of_one():
 
 @pytest.mark.parametrize("router", [Phatgoose, MoLE], ids=["phatgoose", "mole"])
 def test_adapters_of_a_library_are_experts(router, tmp_path: Path):
-    folders = {name: adapter_folders.make_adapter(tmp_path / name, seed=seed) for seed, name in enumerate("abc")}
+    folders = {name: make_adapter(tmp_path / name, seed=seed) for seed, name in enumerate("abc")}
     if router is Phatgoose:
         for seed, folder in enumerate(folders.values()):
-            adapter_folders.make_gates(folder, seed)
-    model = adapter_folders.library(folders, router)
+            make_gates(folder, seed)
+    model = library(folders, router)
     trace = traced(model, {"input_ids": tiny_models.tokens(2, 5)})
     assert len(trace.layers) == 4
     assert {layer.num_experts for layer in trace} == {3}
