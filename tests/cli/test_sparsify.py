@@ -1,4 +1,4 @@
-"""`moeify sparsify` and `moeify recipes`."""
+"""`moeify sparsify`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from safetensors.torch import save_file
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 from command_line import moeify
-from moeify.sparsify import recipes
 from moeify.store import load
 from tiny_models import bert, causal_lm
 
@@ -90,10 +89,3 @@ def test_a_probe_that_cannot_be_used_is_refused_and_nothing_written(tmp_path, ll
     assert ended.code == 2
     assert re.search(reason, ended.err)
     assert not (tmp_path / "sparse").exists()
-
-
-def test_every_recipe_is_listed_with_its_experts():
-    ended = moeify("recipes")
-    assert ended.code == 0
-    rows = [[cell.strip() for cell in line.split("│")] for line in ended.out.splitlines() if "│" in line]
-    assert {row[1]: row[2] for row in rows if row[1]} == {name: str(r.num_experts) for name, r in recipes.items()}

@@ -6,13 +6,14 @@ import re
 import subprocess
 import sys
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moeify.catalogue import catalogue
+from moeify.catalogue import USES, catalogue, name_of, search
 from moeify.find import every, ffn, last, modules, named, odd
 from moeify.routers import ExpertGroups, TopK, sigmoid, softmax, sqrt_softplus
 from moeify.sparsify import (
@@ -67,8 +68,29 @@ def test_the_list_of_recipes_says_what_they_are(name):
     assert entry.num_experts == recipes[name].num_experts
     in_decoders = recipes[name].decoder_router or recipes[name].router
     assert entry.causal is in_decoders(8, entry.num_experts).causal
-    assert entry.line
+    assert entry.use in USES
     assert entry.source
+    for text, columns in ((entry.title, 20), (entry.line, 60), *((line, 76) for line in entry.formula)):
+        assert text.isascii()
+        assert 0 < len(text) <= columns
+    assert Path(__file__).parents[2].joinpath("docs", "methods", f"{entry.page}.md").is_file()
+
+
+def test_the_spellings_of_papers_and_people_find_a_recipe():
+    for spelling in ("vmoe", "v-moe", "V-MoE", "VMoE", "v_moe", " V MoE "):
+        assert name_of(spelling) == "vmoe"
+        assert read_recipe(spelling) is recipes["vmoe"]
+    spelled = {"MoE++": "moepp", "DeepSeek-V3": "deepseek", "deepseek-v2": "deepseek_v2", "top-p": "topp"}
+    assert {spelling: name_of(spelling) for spelling in spelled} == spelled
+    assert name_of("moe") is None
+    assert search("2106.05974") == ["vmoe"]
+    assert search("sinkhorn") == ["sbase"]
+    assert search("Mixtral") == ["matched", "mixtral"]
+    assert search("nonsense") == []
+
+
+def test_no_two_recipes_have_one_spelling():
+    assert [name_of(entry.title) for entry in catalogue().values()] == list(catalogue())
 
 
 def test_listing_recipes_makes_none():

@@ -9,7 +9,20 @@ from typing import Any
 import typer
 
 from moeify import env
-from moeify.cli import compare, doctor, export, generate, inspect, sparsify, threads, trace, train, verify, watch
+from moeify.cli import (
+    compare,
+    doctor,
+    export,
+    generate,
+    inspect,
+    recipes,
+    sparsify,
+    threads,
+    trace,
+    train,
+    verify,
+    watch,
+)
 
 app = typer.Typer(
     name="moeify",
@@ -25,7 +38,7 @@ app.command("generate")(generate.generate)
 app.command("verify")(verify.verify)
 app.command("export")(export.export)
 app.command("inspect")(inspect.inspect)
-app.command("recipes")(sparsify.list_recipes)
+app.command("recipes")(recipes.recipes)
 app.command("doctor")(doctor.doctor)
 app.command("watch")(watch.watch)
 app.command("trace")(trace.trace)

@@ -1,4 +1,4 @@
-"""`moeify sparsify`: make a model sparse and save it. `moeify recipes`: list the named recipes."""
+"""`moeify sparsify`: make a model sparse and save it."""
 
 from __future__ import annotations
 
@@ -6,10 +6,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.table import Column, Table
 
-from moeify.catalogue import catalogue
 from moeify.cli import options as o
 
 
@@ -39,13 +36,3 @@ def sparsify(
     except ValueError:
         print("moeify: the model has no tokenizer, so none was saved")
     print(f"moeify: saved in {output}")
-
-
-def list_recipes() -> None:
-    """List the named recipes: what they make, who proposed it, whether decoders may have it, and whose layout it is."""
-    whole = [Column(heading, no_wrap=True) for heading in ("recipe", "experts")]
-    table = Table(*whole, "what it makes", "source", "decoders", "layout of")
-    for name, entry in catalogue().items():
-        decoders = "yes" if entry.causal else "no"
-        table.add_row(name, str(entry.num_experts), entry.line, entry.source, decoders, entry.family or "-")
-    Console().print(table)

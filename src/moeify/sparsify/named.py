@@ -8,7 +8,7 @@ from functools import cache
 from pathlib import Path
 
 from moeify import registry
-from moeify.catalogue import catalogue
+from moeify.catalogue import catalogue, name_of
 from moeify.files import read_json
 from moeify.sparsify.recipe import Recipe
 
@@ -36,7 +36,7 @@ recipes: Mapping[str, Recipe] = _Named()
 
 
 def read_recipe(source: str | Path) -> Recipe:
-    """A named recipe, or one from a .json or .toml file.
+    """A named recipe, its name in any usual spelling, or one from a .json or .toml file.
 
     Raises:
         ValueError: neither a known name nor a readable recipe file.
@@ -44,10 +44,10 @@ def read_recipe(source: str | Path) -> Recipe:
     """
     path = Path(source)
     if path.suffix not in (".json", ".toml"):
-        if str(source) not in recipes:
+        if (name := name_of(str(source))) is None:
             near = registry.suggest(str(source), list(recipes))
             raise ValueError(f"no recipe, .json or .toml file is called {str(source)!r}; {near}")
-        return recipes[str(source)]
+        return recipes[name]
     if not path.is_file():
         raise FileNotFoundError(f"the recipe file {path} does not exist")
     if path.suffix == ".json":
