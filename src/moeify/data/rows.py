@@ -1,4 +1,4 @@
-"""Read data files (text, JSON, CSV, parquet) as documents, each with its domain; errors name file and row."""
+"""Read data files (text, JSON, CSV, parquet) as rows or as documents with a domain; errors name file and row."""
 
 from __future__ import annotations
 
@@ -10,12 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from moeify.data.decompress import byte_limit, expands_too_far, parse_json, read_text
+from moeify.data.fields import CHATS, Columns, Fields, NoTextField, TextField, text_field
 
 FORMATS = (".txt", ".md", ".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
 """File extensions of data files, in lower or upper case, with or without a further `.gz`."""
-
-CHATS = ("messages", "conversations")
-"""Fields that may hold a list of messages where a row has no text."""
 
 Document = tuple[str, str]
 """Domain and text."""
@@ -30,10 +28,6 @@ MIN_ROWS_PER_BAD_ROW, MAX_BAD_ROWS = 1000, 1000
 """Bad rows are skipped if they are at most one in `MIN_ROWS_PER_BAD_ROW`, and at most `MAX_BAD_ROWS`."""
 
 
-class NoTextField(ValueError):
-    """A data file has rows, but none of its fields is the text to read."""
-
-
 def format_of(path: Path) -> str:
     """The file extension that determines the reader: in lower case, without `.gz`; "" if there is none."""
     name = path.name.lower().removesuffix(".gz")
@@ -43,6 +37,27 @@ def format_of(path: Path) -> str:
 def is_data(path: Path) -> bool:
     """Whether a file has the extension of a data file."""
     return format_of(path) in FORMATS or path.suffix.lower() == ".gz"
+
+
+def read_table(path: Path, columns: Columns) -> list[dict[str, Any]]:
+    """The rows of a JSON, CSV or parquet file, each as its columns by name, of text in CSV.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ImportError: parquet without pyarrow.
+        NoField: rows without one of the needed columns.
+        ValueError: another format, or a file that cannot be read; the message names file and row.
+    """
+    if (read := _READERS.get(format_of(path))) is None:
+        raise ValueError(f"{path} holds no table; a table is one of {', '.join(_READERS)}, or of these with .gz")
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no file {path}")
+    rows = []
+    for number, (_, row) in enumerate(read(path, columns), 1):
+        if isinstance(row, ValueError):
+            raise row
+        rows.append({name: row[name] for name in columns.among(row, f"{path}, row {number}")})
+    return rows
 
 
 def read_file(
@@ -68,7 +83,8 @@ def read_file(
         ValueError: a file that cannot be read. The message names the file, and the row if there are rows.
     """
     if (read := _READERS.get(format_of(path))) is not None:
-        yield from documents(read(path, field), path, domain, field, on_skipped=on_skipped, on_progress=on_progress)
+        rows = read(path, TextField(field))
+        yield from documents(rows, path, domain, field, on_skipped=on_skipped, on_progress=on_progress)
     else:
         yield domain, _unicode(read_text(path), f"{path}")
 
@@ -139,17 +155,6 @@ def _text_of(row: Mapping[str, Any], here: str, field: str) -> str:
     return value
 
 
-def text_field(fields: Iterable[str], source: object, field: str) -> str:
-    """The field to read: the one that `field` names, or else messages."""
-    names = [str(name) for name in fields]
-    if (key := next((name for name in (field, *CHATS) if name in names), None)) is None:
-        raise NoTextField(
-            f"{source} has no field {field!r}, it has: {', '.join(names)}; rename the one to read, or name it with "
-            "read_texts(..., field=...)"
-        )
-    return key
-
-
 def _chat(messages: Any, here: str) -> str:
     """Messages joined by line breaks, each after the name of its role."""
     if not isinstance(messages, list):
@@ -179,13 +184,13 @@ def _unicode(text: str, here: str) -> str:
     return text
 
 
-def _json_lines(path: Path, field: str) -> Iterator[Row]:
+def _json_lines(path: Path, fields: Fields) -> Iterator[Row]:
     text = read_text(path)
     start = 0
     for number, line in enumerate(text.split("\n"), 1):
         start += len(line) + 1
         if line.strip():
-            yield start / len(text), _json_line(line, path, number, field)
+            yield start / len(text), _json_line(line, path, number, fields.example)
 
 
 def _json_line(line: str, path: Path, number: int, field: str) -> Mapping[str, Any] | ValueError:
@@ -200,36 +205,36 @@ def _json_line(line: str, path: Path, number: int, field: str) -> Mapping[str, A
     return row
 
 
-def _json(path: Path, field: str) -> Iterator[Row]:
+def _json(path: Path, fields: Fields) -> Iterator[Row]:
     """A list of rows, the only list of rows in an object (`{"data": [...]}`), one row, or a row per line."""
     try:
         value = parse_json(read_text(path), str(path))
     except json.JSONDecodeError as error:
         if error.msg == "Extra data":
-            yield from _json_lines(path, field)
+            yield from _json_lines(path, fields)
             return
         raise ValueError(f"{path} is not JSON: {error}") from error
     if isinstance(value, dict):
         lists = [each for each in value.values() if isinstance(each, list) and each and isinstance(each[0], dict)]
-        is_row = any(name in value for name in (field, *CHATS))
+        is_row = any(name in value for name in (fields.example, *CHATS))
         value = lists[0] if len(lists) == 1 and not is_row else [value]
     if not isinstance(value, list):
         raise NoTextField(
-            f"{path} holds a {type(value).__name__} and no rows; it should be a list of {{{field!r}: ...}}"
+            f"{path} holds a {type(value).__name__} and no rows; it should be a list of {{{fields.example!r}: ...}}"
         )
     for number, row in enumerate(value, 1):
         is_object = isinstance(row, dict)
-        no_row = f"{path}, row {number} is not an object; a row should be {{{field!r}: ...}}"
+        no_row = f"{path}, row {number} is not an object; a row should be {{{fields.example!r}: ...}}"
         yield number / len(value), row if is_object else NoTextField(no_row)
 
 
-def _csv(path: Path, field: str) -> Iterator[Row]:
+def _csv(path: Path, fields: Fields) -> Iterator[Row]:
     text = read_text(path)
     table = io.StringIO(text, newline="")
     limit = csv.field_size_limit(2**31 - 1)  # documents are longer than the default of 131,072
     try:
         rows = csv.DictReader(table, delimiter="\t" if format_of(path) == ".tsv" else ",", strict=True)
-        text_field(rows.fieldnames or (), path, field)
+        fields.among(rows.fieldnames or (), path)
         for number, row in enumerate(rows, 1):
             fits = None not in row and None not in row.values()
             unfit = f"{path}, row {number} has not as many fields as the heading; quote texts with commas"
@@ -240,15 +245,14 @@ def _csv(path: Path, field: str) -> Iterator[Row]:
         csv.field_size_limit(limit)
 
 
-def _parquet(path: Path, field: str) -> Iterator[Row]:
+def _parquet(path: Path, fields: Fields) -> Iterator[Row]:
     try:
         from pyarrow import ArrowException, parquet
     except ImportError as error:
         raise ImportError(f"{path} needs pyarrow: pip install 'moeify[data]'") from error
     try:
         table = parquet.ParquetFile(path)
-        names = table.schema_arrow.names
-        wanted = [name for name in names if name in {text_field(names, path, field), "domain"}]
+        wanted = fields.among(table.schema_arrow.names, path)
         total, seen, size = table.metadata.num_rows, 0, 0
         if _uncompressed_size(table.metadata, wanted) > byte_limit(path):
             raise expands_too_far(path)

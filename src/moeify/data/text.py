@@ -13,7 +13,8 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-from moeify.data.rows import Document, NoTextField, documents, format_of, is_data, read_file
+from moeify.data.fields import NoTextField
+from moeify.data.rows import Document, documents, format_of, is_data, read_file
 from moeify.progress import Progress
 
 Documents = dict[str, list[str]]

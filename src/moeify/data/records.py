@@ -1,0 +1,101 @@
+"""Rows of a file or folder by column, such as paths with labels, split into training and held-out rows."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from moeify.data.fields import Columns
+from moeify.data.rows import is_data, read_table
+from moeify.data.text import PARTS
+
+Row = dict[str, Any]
+
+PARTS_READ = ("train", "validation")
+
+
+@dataclass(frozen=True)
+class Records:
+    """Rows to train on and held-out rows.
+
+    Attributes:
+        train: rows by column.
+        validation: rows by column.
+        folder: the folder that paths in the rows start from.
+    """
+
+    train: list[Row]
+    validation: list[Row]
+    folder: Path
+
+
+def read_records(source: str | Path, columns: Columns, *, key: Callable[[Row], object] = repr) -> Records:
+    """Read a table, or a folder with a table named `train*` and, if there is one, one named `validation*` or like it.
+
+    Tables are JSON, CSV or parquet, see `moeify.data.rows`. A table named `test*` is never read. Where nothing is held
+    out, a tenth of the keys is.
+
+    Args:
+        source: a file or folder.
+        columns: what to read.
+        key: rows with equal keys are in the same part.
+
+    Raises:
+        FileNotFoundError: there is no such file or folder.
+        ValueError: a folder without a table to train on; a table that is empty, or that cannot be read.
+    """
+    path = Path(source)
+    if not path.exists():
+        raise FileNotFoundError(f"there is no file or folder {source}")
+    parts = _tables(path) if path.is_dir() else {"train": [path], "validation": []}
+    train, validation = ([row for table in parts[part] for row in read_table(table, columns)] for part in PARTS_READ)
+    if not train:
+        raise ValueError(f"{source} is empty: there is no row to train on")
+    if not validation:
+        train, validation = hold_out(train, key)
+    return Records(train, validation, path if path.is_dir() else path.parent)
+
+
+def _tables(folder: Path) -> dict[str, list[Path]]:
+    """The tables of a folder by part; one that is alone is the training part."""
+    tables = [path for path in sorted(folder.iterdir()) if path.is_file() and is_data(path)]
+    named = {part: [path for path in tables if _part(path) == part] for part in PARTS_READ}
+    if not named["train"] and len(tables) == 1:
+        return {"train": tables, "validation": []}
+    if not named["train"]:
+        found = ", ".join(path.name for path in tables) or "no table"
+        raise ValueError(f"{folder} has no table named train*; it has {found}; name one of its files")
+    return named
+
+
+def _part(path: Path) -> str | None:
+    return PARTS.get(re.split(r"[-_.]", path.name.lower())[0])
+
+
+def hold_out(rows: Sequence[Any], key: Callable[[Any], object] = repr) -> tuple[list[Any], list[Any]]:
+    """Split rows into nine tenths and one tenth of their keys, those with the smallest hashes, at least one.
+
+    Raises:
+        ValueError: fewer than two keys.
+    """
+    hashes = {value: hashlib.sha256(repr(value).encode(errors="replace")).digest() for value in map(key, rows)}
+    if len(hashes) < 2:
+        raise ValueError(f"{len(rows)} rows with {len(hashes)} different keys cannot be split; give more rows")
+    chosen = set(sorted(hashes, key=hashes.__getitem__)[: max(1, len(hashes) // 10)])
+    return [row for row in rows if key(row) not in chosen], [row for row in rows if key(row) in chosen]
+
+
+def inside(folder: Path, name: str) -> Path:
+    """The path of a file that a row names, which must lie in the folder.
+
+    Raises:
+        ValueError: it is outside of the folder.
+    """
+    path = (folder / name).resolve()
+    if not path.is_relative_to(folder.resolve()):
+        raise ValueError(f"{name} is not inside {folder}; move the file there, and name it by its path in the folder")
+    return path
