@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moeify.data.fields import Columns, NoField
-from moeify.data.records import hold_out, inside, read_records
+from moeify.data.records import hold_out, inside, read_class_folders, read_records
 from moeify.data.rows import read_table
 
 ROWS = [{"path": f"{i}.wav", "label": str(i % 3), "note": "a, b"} for i in range(30)]
@@ -93,3 +93,34 @@ def test_paths_stay_inside_their_folder(tmp_path):
         inside(tmp_path, "../b.wav")
     with pytest.raises(ValueError, match="is not inside"):
         inside(tmp_path, "/etc/passwd")
+
+
+def test_a_folder_has_a_class_per_folder(tmp_path):
+    for name in [f"{label}/{i}.WAV" for label in ("yes", "no") for i in range(10)] + ["no/deep/a.wav", "yes/note.txt"]:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    records = read_class_folders(tmp_path, (".wav",))
+    rows = records.train + records.validation
+    assert (len(rows), len(records.validation)) == (21, 2)
+    assert all(row["path"].startswith(row["label"] + "/") for row in rows)
+
+
+def test_a_class_may_be_called_train(tmp_path):
+    for label in ("train", "car"):
+        (tmp_path / label).mkdir()
+        (tmp_path / label / "a.png").touch()
+    records = read_class_folders(tmp_path, (".png",))
+    assert {row["label"] for row in records.train + records.validation} == {"train", "car"}
+
+
+def test_folders_of_parts_are_above_those_of_classes(tmp_path):
+    for part in ("train", "val", "test"):
+        (tmp_path / part / "yes").mkdir(parents=True)
+        (tmp_path / part / "yes" / "a.wav").touch()
+    records = read_class_folders(tmp_path, (".wav",))
+    assert records.train == [{"path": "train/yes/a.wav", "label": "yes"}]
+    assert records.validation == [{"path": "val/yes/a.wav", "label": "yes"}]
+    with pytest.raises(ValueError, match=r"has no .png file in a folder of a class: CLASS/NAME.png"):
+        read_class_folders(tmp_path, (".png",))
+    with pytest.raises(FileNotFoundError, match="there is no folder"):
+        read_class_folders(tmp_path / "nowhere", (".wav",))

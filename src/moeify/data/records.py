@@ -60,6 +60,41 @@ def read_records(source: str | Path, columns: Columns, *, key: Callable[[Row], o
     return Records(train, validation, path if path.is_dir() else path.parent)
 
 
+def read_class_folders(source: str | Path, endings: Sequence[str]) -> Records:
+    """List the files of a folder that has a folder per class, as rows of `path` and `label`.
+
+    The folders `train` and `validation` (or `valid`, `val`, `dev`) may be above those of the classes; a folder `test`
+    beside them is never read. Where nothing is held out, a tenth of the files is.
+
+    Args:
+        source: the folder.
+        endings: of the files that are listed, in lower case: `(".wav",)`.
+
+    Raises:
+        FileNotFoundError: there is no such folder.
+        ValueError: it has no such file in a folder of a class.
+    """
+    folder = Path(source)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"there is no folder {source}")
+    tops = {PARTS.get(path.name.lower()): path for path in folder.iterdir() if path.is_dir()}
+    has_parts = "train" in tops and any(path.is_dir() for path in tops["train"].iterdir())
+    parts = {part: tops[part] for part in PARTS_READ if part in tops} if has_parts else {"train": folder}
+    rows = {
+        part: [
+            {"path": path.relative_to(folder).as_posix(), "label": path.relative_to(top).parts[0]}
+            for path in sorted(top.glob("*/**/*"))
+            if path.suffix.lower() in endings and path.is_file()
+        ]
+        for part, top in parts.items()
+    }
+    if not rows["train"]:
+        raise ValueError(f"{source} has no {' or '.join(endings)} file in a folder of a class: CLASS/NAME{endings[0]}")
+    if not rows.get("validation"):
+        rows = dict(zip(PARTS_READ, hold_out(rows["train"]), strict=True))
+    return Records(rows["train"], rows["validation"], folder)
+
+
 def _tables(folder: Path) -> dict[str, list[Path]]:
     """The tables of a folder by part; one that is alone is the training part."""
     tables = [path for path in sorted(folder.iterdir()) if path.is_file() and is_data(path)]
