@@ -17,12 +17,13 @@ import torch
 from results import append
 
 from moeify.balance import Proportional
-from moeify.cli.job import Job
 from moeify.data import ByteTokenizer, blocks
 from moeify.data.corpus import build_corpus
 from moeify.evaluate.run import Settings, train_run
 from moeify.inspect import expert_load
 from moeify.sparsify import recipes, sparsify
+from moeify.tasks.base import Shape
+from moeify.tasks.lm import small_llama
 from moeify.train import SparseArguments
 
 ARMS = {
@@ -48,8 +49,7 @@ def main() -> None:
                 extra={"save_strategy": "no"},
             )  # fmt: skip
             torch.manual_seed(seed)
-            dense = Job(Path(), recipes["matched"], settings).builder(ByteTokenizer())()
-            model = sparsify(dense, recipes["matched"], verbose=False)
+            model = sparsify(small_llama(Shape(), LENGTH), recipes["matched"], verbose=False)
             with tempfile.TemporaryDirectory() as folder:
                 run = train_run(arm, model, train, validation, Path(folder), settings)
             load = expert_load(model, validation)

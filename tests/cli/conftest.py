@@ -3,14 +3,14 @@ from functools import partial
 import pytest
 
 from command_line import TINY, moeify, save_llama, write_text
-from moeify.cli.text import sample
+from moeify.tasks.models import sample
 
 
 @pytest.fixture(autouse=True)
 def no_hub_and_short_samples(monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    monkeypatch.setattr("moeify.cli.job.PROMPTS", ("def ",))
-    monkeypatch.setattr("moeify.cli.job.sample", partial(sample, tokens=10))
+    monkeypatch.setattr("moeify.tasks.lm.PROMPTS", ("def ",))
+    monkeypatch.setattr("moeify.tasks.lm.sample", partial(sample, tokens=10))
 
 
 @pytest.fixture(autouse=True)

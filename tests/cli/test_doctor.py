@@ -12,8 +12,8 @@ import torch
 import moeify as package
 from command_line import moeify
 from moeify.backends import backend_names
-from moeify.cli.text import save_tokenizer
 from moeify.data.tokenizer import ByteTokenizer
+from moeify.tasks.models import save_tokenizer
 from tiny_models import mixtral
 
 

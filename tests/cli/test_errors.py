@@ -36,7 +36,7 @@ def refused(tmp_path, text, *options):
         ("--recipe mixtral --experts 1", "k=2 experts per token out of 1"),
         ("--heads 3", "a width of 16 cannot be divided into 3 heads of even width"),
         ("--heads 16", "a width of 16 cannot be divided into 16 heads of even width"),
-        ("--accumulate 3", "4 blocks per step cannot be cut into 3 equal micro-batches"),
+        ("--accumulate 3", "4 samples per step cannot be cut into 3 equal micro-batches"),
         ("--scope universe", "scope='universe' is not known; choose from global, batch, sequence"),
         ("--device tpu", "--device must be cpu or cuda, got 'tpu'"),
         ("--length 100000", "the train part has .* tokens in its largest domain, too few for a block of 100000"),

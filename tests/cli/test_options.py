@@ -13,12 +13,13 @@ import typer
 from command_line import moeify
 from moeify.balance import Proportional, Sign
 from moeify.cli import app
-from moeify.cli.job import Job, Shape
+from moeify.cli.job import Job
 from moeify.cli.options import choose_balance, choose_controller, choose_recipe
 from moeify.cli.train import Train
 from moeify.evaluate.run import Settings
 from moeify.routers.topk import TopK
 from moeify.sparsify import recipes
+from moeify.tasks.base import Shape
 from moeify.train import SparseArguments
 
 COMMANDS = typer.main.get_command(app).commands
@@ -91,10 +92,14 @@ def test_every_option_reaches_the_job():
         "seed": 5, "seeds": 2, "evaluations": 4, "width": 32, "layers": 3, "heads": 2, "hidden": 48, "device": "cpu",
         "resume": True, "progress": False, "minutes": 3.0,
     }  # fmt: skip
-    others = {"recipe": "olmoe", "experts": 16, "k": 4, "controller": "sign"}
+    others = {
+        "task": "classify-text", "settings": ["label=intent"], "recipe": "olmoe", "experts": 16, "k": 4,
+        "controller": "sign",
+    }  # fmt: skip
     assert changed.keys() | others.keys() == {field.name for field in fields(Train)}
     job = Train(**changed, **others).job()
     assert changed.items() <= values(job).items()
+    assert (job.task.name, job.task.label, job.task.text) == ("classify-text", "intent", "text")
     assert job.settings.sparse.controller == Sign()
     assert (job.recipe.num_experts, job.recipe.router.keywords["k"]) == (16, 4)
 

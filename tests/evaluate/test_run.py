@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import signal
 from statistics import fmean
 from types import SimpleNamespace
@@ -13,7 +14,8 @@ from torch.nn.functional import cross_entropy
 
 from moeify.data.blocks import Blocks
 from moeify.evaluate import run as module
-from moeify.evaluate.run import Run, Settings, Stopped, train_run, validation_loss
+from moeify.evaluate.objective import NextToken
+from moeify.evaluate.run import Run, Settings, Stopped, train_run, validate
 from moeify.flops import count
 from tiny_models import VOCABULARY, causal_lm
 
@@ -35,7 +37,7 @@ def train(folder, model=None, steps=6, **options):
 
 def test_the_curve_starts_before_the_first_step_and_is_measured_evenly(tmp_path):
     model = causal_lm("llama")
-    before, _ = validation_loss(model, blocks(1, code=4, prose=2), Settings(batch=4))
+    before = validate(model, blocks(1, code=4, prose=2), Settings(batch=4), NextToken()).loss
     run = train(tmp_path, model)
     assert [point.step for point in run.points] == [0, 2, 4, 6]
     assert [point.tokens for point in run.points] == [0, 64, 128, 192]
@@ -49,25 +51,26 @@ def test_the_curve_starts_before_the_first_step_and_is_measured_evenly(tmp_path)
 def test_the_last_point_is_the_loss_of_the_trained_model(tmp_path):
     model = causal_lm("llama")
     run = train(tmp_path, model)
-    loss, domains = validation_loss(model, blocks(1, code=4, prose=2), Settings(batch=4))
-    assert (run.points[-1].loss, run.domains) == (loss, domains)
+    last = validate(model, blocks(1, code=4, prose=2), Settings(batch=4), NextToken())
+    assert (run.points[-1].loss, run.domains, run.scores) == (last.loss, last.domains, last.scores)
 
 
 def test_validation_loss_is_the_mean_over_tokens_for_each_domain():
     model, data = causal_lm("llama").train(), blocks(0, code=5, prose=2)
-    loss, domains = validation_loss(model, data, Settings(batch=2))
+    found = validate(model, data, Settings(batch=2), NextToken())
     with torch.no_grad():
         logits = model(input_ids=data.input_ids).logits
     each = [cross_entropy(row[:-1], ids[1:]).item() for row, ids in zip(logits, data.input_ids, strict=True)]
-    assert loss == pytest.approx(fmean(each))
-    assert domains == pytest.approx({"code": fmean(each[:5]), "prose": fmean(each[5:])})
+    assert found.loss == pytest.approx(fmean(each))
+    assert found.scores == pytest.approx({"perplexity": math.exp(fmean(each))}, rel=1e-4)
+    assert found.domains == pytest.approx({"code": fmean(each[:5]), "prose": fmean(each[5:])})
     assert model.training
 
 
 def test_evaluation_blocks_are_taken_evenly_and_no_more_than_asked():
     model, data, seen = causal_lm("llama"), blocks(0, code=10), []
     model.register_forward_pre_hook(lambda m, a, k: seen.append(k["input_ids"]), with_kwargs=True)
-    validation_loss(model, data, Settings(batch=2, evaluation_blocks=5))
+    validate(model, data, Settings(batch=2, evaluation_blocks=5), NextToken())
     assert torch.equal(torch.cat(seen), data.input_ids[1::2])
 
 

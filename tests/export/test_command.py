@@ -8,9 +8,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from command_line import moeify, save_llama
 from moeify import Recipe, export, save, sparsify
-from moeify.cli.text import load_dense, load_tokenizer, save_tokenizer
 from moeify.routers import Soft
 from moeify.sparsify.make import fresh
+from moeify.tasks.models import load_dense, load_tokenizer, save_tokenizer
 
 
 def saved(folder, recipe):

@@ -53,8 +53,8 @@ def doctor(
 
 
 def _diagnose(model: Path, data: str | None, tokens: int, length: int, batch: int) -> Diagnosis:
-    from moeify.cli.text import load_model, saved_tokenizer
     from moeify.inspect import diagnose
+    from moeify.tasks.models import load_model, saved_tokenizer
 
     folder = model / "model" if (model / "model" / "config.json").is_file() else model
     sparse = load_model(folder)

@@ -41,7 +41,7 @@ def export(
 ) -> None:
     """Write a sparse model for another program, which does not need moeify."""
     from moeify import export
-    from moeify.cli.text import load_model
+    from moeify.tasks.models import load_model
 
     folder = model / "model" if (model / "model" / "config.json").is_file() else model
     source, tokenizer = load_model(folder), _tokenizer(folder)
@@ -74,7 +74,7 @@ def _exporter(to: str, as_class: str | None, weights: str | None, probe: str | N
 
 def _tokenizer(folder: Path) -> Any:
     """The tokenizer of transformers in the folder of a model, None if there is none."""
-    from moeify.cli.text import load_tokenizer
+    from moeify.tasks.models import load_tokenizer
 
     names = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
     return load_tokenizer(str(folder)) if any((folder / name).is_file() for name in names) else None

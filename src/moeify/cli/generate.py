@@ -16,8 +16,8 @@ def generate(
     seed: Annotated[int, typer.Option(help="Seed of the sampling")] = 0,
 ) -> None:
     """Continue a prompt with a saved sparse model."""
-    from moeify.cli.text import sample, saved_tokenizer
     from moeify.store import load
+    from moeify.tasks.models import sample, saved_tokenizer
 
     folder = model / "model" if (model / "model" / "config.json").is_file() else model
     sparse = load(folder)

@@ -56,9 +56,9 @@ def _of_trace(file: Path) -> Report:
 def _of_model(
     folder: Path, run: Path, inputs: tuple[str | None, str | None], per_domain: int, generate: int, measure: bool
 ) -> Report:
-    from moeify.cli.text import load_model, saved_tokenizer
     from moeify.cli.trace import load_source, read_probes
     from moeify.inspect.report import report
+    from moeify.tasks.models import load_model, saved_tokenizer
     from moeify.train.checkpoint.folder import checkpoints, step_of
 
     data, probe = inputs
@@ -79,10 +79,10 @@ def _of_streamed(folder: Path, run: Path, data: str | None, per_domain: int, gen
     """The page of the trace of a model whose weights stay on disk; they are read once, for all blocks together."""
     import torch
 
-    from moeify.cli.text import saved_tokenizer
     from moeify.inspect.capture import capture
     from moeify.inspect.report import report
     from moeify.inspect.streamed import stream
+    from moeify.tasks.models import saved_tokenizer
 
     tokenizer = saved_tokenizer(folder)
     batches = _batches(tokenizer, data, per_domain)

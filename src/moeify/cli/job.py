@@ -1,4 +1,4 @@
-"""The job of `train` and `compare`: train a sparse model and its dense baseline on the same text, and write results."""
+"""The job of `train` and `compare`: train a sparse model and its dense baseline for a task, and write the results."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import platform
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,40 +19,17 @@ from rich.table import Table
 from torch import nn
 
 from moeify.cli import threads
-from moeify.cli.text import load_dense, load_tokenizer, sample, save_tokenizer
-from moeify.data.blocks import blocks
-from moeify.data.corpus import build_corpus
-from moeify.data.text import read_texts
-from moeify.data.tokenizer import ByteTokenizer, Tokenizer
 from moeify.evaluate.run import Settings, Stopped
 from moeify.evaluate.versus import Versus, versus
 from moeify.files import read_json, write_json, write_text
 from moeify.folders import RUN_LOCK, locked
 from moeify.inspect.load import ExpertLoad, expert_load
-from moeify.inspect.page import comparison_rows, load_rows, says, size_rows, write_report
+from moeify.inspect.page import comparison_rows, load_rows, says, score_rows, size_rows, write_report
 from moeify.inspect.pictures import draw_load, draw_losses
 from moeify.sparsify import Recipe
 from moeify.store import save
+from moeify.tasks.base import Setup, Task
 from moeify.version import __version__
-
-PROMPTS = ("def ", "The ", "import ")
-
-
-@dataclass(frozen=True)
-class Shape:
-    """The small Llama that is trained when no model is named.
-
-    Attributes:
-        width: D.
-        layers: decoder layers.
-        heads: attention heads.
-        hidden: hidden width of the dense FFN.
-    """
-
-    width: int = 128
-    layers: int = 4
-    heads: int = 4
-    hidden: int = 512
 
 
 @dataclass(frozen=True)
@@ -63,10 +40,9 @@ class Job:
         output: the run's folder.
         recipe: how the dense model is made sparse.
         settings: how long and how fast both are trained.
-        model: a local or hub model of transformers to start from; None for a small Llama from scratch.
-        data: a file, folder or hub data set; None for the text that came with Python and torch.
-        length: tokens per block.
-        shape: sizes of the small Llama.
+        task: the kind of data and model, with its settings.
+        model: a local or hub model to start from; None for the task's small one from scratch.
+        data: a file, folder or hub data set; None for the task's own.
         seeds: number of pairs of runs.
         resume: continue where a stopped call ended.
     """
@@ -74,10 +50,9 @@ class Job:
     output: Path
     recipe: Recipe
     settings: Settings
+    task: Task
     model: str | None = None
     data: str | None = None
-    length: int = 128
-    shape: Shape = field(default_factory=Shape)
     seeds: int = 1
     resume: bool = False
 
@@ -101,24 +76,21 @@ class Job:
         console = Console(soft_wrap=True, markup=False, highlight=False)
         self._begin()
         console.print(threads.describe())
-        tokenizer = ByteTokenizer() if self.model is None else load_tokenizer(self.model)
-        corpus = build_corpus() if self.data is None else read_texts(self.data)
-        console.print(str(corpus) if self.data is None else f"data: {self.data}")
-        train, validation = blocks(corpus, tokenizer, self.length)
+        setup = self.task.prepare(self.model, self.data)
+        for name, value in {"data": setup.data, **setup.facts}.items():
+            console.print(f"{name}: {value}")
         models: dict[str, nn.Module] = {}
         result = versus(
-            self.builder(tokenizer), self.recipe, train, validation, self.output, self.settings,
-            seeds=self.seeds, resume=self.resume, log=console.print, on_model=models.__setitem__,
+            setup.build, self.recipe, setup.train, setup.validation, self.output, self.settings,
+            objective=setup.objective, probe=setup.probe, seeds=self.seeds, resume=self.resume, log=console.print,
+            on_model=models.__setitem__,
         )  # fmt: skip
-        notes = {
-            "Data": self.data or "text that came with Python and torch",
-            "Balance": self.settings.sparse.describe(),
-        }
+        notes = {"Data": setup.data, "Balance": self.settings.sparse.describe()}
         save(models["sparse"], self.output / "model", notes=notes)
-        save_tokenizer(tokenizer, self.output / "model")
-        load = expert_load(models["sparse"], validation)
-        samples = {name: [sample(model, tokenizer, prompt) for prompt in PROMPTS] for name, model in models.items()}
-        facts = self._facts(getattr(corpus, "sha256", None), train.length * len(train), result.steps)
+        setup.save(self.output / "model")
+        load = expert_load(models["sparse"], setup.validation, collate=setup.objective.collate)
+        samples = {name: setup.answers(model) for name, model in models.items()}
+        facts = self._facts(setup, result.steps)
         cost = {"seconds": time.perf_counter() - started, "peak_memory_bytes": peak_memory()}
         memory = cost["peak_memory_bytes"]
         facts["whole job"] = f"{cost['seconds']:,.0f} s" + (
@@ -161,33 +133,18 @@ class Job:
             name: value for name, value in vars(self.settings).items() if name not in ("sparse", "device", "pairs")
         }
         balance = {name: value for name, value in vars(self.settings.sparse).items() if name != "progress"}
-        job = {"model": self.model, "data": self.data, "length": self.length, "recipe": self.recipe.to_dict()}
-        return job | asdict(self.shape) | settings | balance
+        job = {"task": self.task.name, "model": self.model, "data": self.data, "recipe": self.recipe.to_dict()}
+        task = asdict(self.task)
+        return job | task.pop("shape") | task | settings | balance
 
-    def builder(self, tokenizer: Tokenizer) -> Callable[[], nn.Module]:
-        """The function that makes the dense model: the named one, or the small Llama."""
-        if self.model is not None:
-            name = self.model
-            return lambda: load_dense(name, dtype=torch.float32)
-        size = self.shape
-        config = transformers.LlamaConfig(
-            vocab_size=ByteTokenizer.vocab_size, hidden_size=size.width, intermediate_size=size.hidden,
-            num_hidden_layers=size.layers, num_attention_heads=size.heads, num_key_value_heads=size.heads,
-            max_position_embeddings=max(512, 2 * self.length), tie_word_embeddings=True,
-            bos_token_id=ByteTokenizer.eos_token_id, eos_token_id=ByteTokenizer.eos_token_id,
-            pad_token_id=ByteTokenizer.pad_token_id,
-        )  # fmt: skip
-        return lambda: transformers.LlamaForCausalLM(config)
-
-    def _facts(self, corpus_hash: str | None, tokens: int, steps: int) -> dict[str, Any]:
-        model = self.model or f"Llama from scratch {vars(self.shape)}"
+    def _facts(self, setup: Setup, steps: int) -> dict[str, Any]:
         return {
-            "model": model,
-            "data": self.data or "text that came with Python and torch",
-            "training tokens available": f"{tokens:,}",
-            **({"corpus sha256": corpus_hash} if corpus_hash else {}),
+            "task": self.task.name,
+            "model": setup.model,
+            "data": setup.data,
+            **setup.facts,
             "steps": steps,
-            "tokens per step": self.settings.batch * self.length,
+            f"{setup.objective.units.pieces} per step": self.settings.batch * setup.train.length,
             "learning rate": self.settings.learning_rate,
             "balance": self.settings.sparse.describe(),
             "seeds": self.seeds,
@@ -219,12 +176,13 @@ class Job:
 
     def _show(self, console: Console, result: Versus, load: ExpertLoad, samples: dict[str, list[str]]) -> None:
         for name, texts in samples.items():
-            console.rule(f"the {name} model writes")
+            console.rule(f"the {name} model answers")
             console.print("\n---\n".join(texts))
         for title, (heading, rows) in (
             ("size and speed", size_rows(result)),
             ("experts", load_rows(load)),
-            ("validation loss, nats per token (lower is better)", comparison_rows(result)),
+            ("scores", score_rows(result)),
+            (f"validation loss, {result.units.loss} (lower is better)", comparison_rows(result)),
         ):
             shown = Table(*heading, title=title, title_justify="left")
             for row in rows:

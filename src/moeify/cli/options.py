@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from moeify.tasks import TASKS
+
 if TYPE_CHECKING:
     from moeify.balance import Rule
     from moeify.schedule import Schedule
@@ -17,12 +19,21 @@ if TYPE_CHECKING:
 
 _RECIPE = "A named recipe (see `moeify recipes`) or a .json/.toml file"
 
-Model = Annotated[str | None, typer.Option(help="A local or hub model to start from", show_default="a small Llama")]
+_TASKS = "; ".join(f"{name}, {entry.line}" for name, entry in TASKS.items())
+
+Task = Annotated[str, typer.Option(help=f"What is learned: {_TASKS}")]
+TaskSettings = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="A setting of the task, NAME=VALUE; may be repeated", show_default="the task's own"),
+]
+Model = Annotated[
+    str | None, typer.Option(help="A local or hub model to start from", show_default="a small one of the task")
+]
 Data = Annotated[
     str | None,
     typer.Option(
-        help="Text, .jsonl, .parquet, a folder or a hub data set",
-        show_default="the text that came with Python and torch",
+        help="Text, .jsonl, .csv, .parquet, a folder or a hub data set",
+        show_default="data that need no download; for lm the text that came with Python and torch",
     ),
 ]
 RecipeName = Annotated[str, typer.Option("--recipe", help=_RECIPE)]
@@ -52,9 +63,9 @@ Minutes = Annotated[
         show_default="as long as the steps take",
     ),
 ]
-Batch = Annotated[int, typer.Option(min=1, help="Blocks per step")]
-Accumulate = Annotated[int, typer.Option(min=1, help="Micro-batches that each step's blocks are cut into")]
-Length = Annotated[int, typer.Option(min=2, help="Tokens per block")]
+Batch = Annotated[int, typer.Option(min=1, help="Samples per step (of lm: blocks of tokens)")]
+Accumulate = Annotated[int, typer.Option(min=1, help="Micro-batches that each step's samples are cut into")]
+Length = Annotated[int, typer.Option(min=2, help="Tokens per sample")]
 LearningRate = Annotated[float, typer.Option(min=0, help="Peak learning rate")]
 WeightDecay = Annotated[float, typer.Option(min=0, help="Weight decay of AdamW")]
 Balance = Annotated[
@@ -78,10 +89,10 @@ Dropout = Annotated[float | None, typer.Option(min=0, max=1, help="Dropout insid
 Seed = Annotated[int, typer.Option(help="The first seed")]
 Seeds = Annotated[int, typer.Option(min=1, help="Pairs of runs, each with its own seed")]
 Evaluations = Annotated[int, typer.Option(min=1, help="How often the validation loss is measured after the start")]
-Width = Annotated[int, typer.Option(min=8, help="Width of the small Llama")]
-Layers = Annotated[int, typer.Option(min=1, help="Layers of the small Llama")]
-Heads = Annotated[int, typer.Option(min=1, help="Attention heads of the small Llama")]
-Hidden = Annotated[int, typer.Option(min=1, help="FFN width of the small Llama")]
+Width = Annotated[int, typer.Option(min=8, help="Width of the small model")]
+Layers = Annotated[int, typer.Option(min=1, help="Layers of the small model")]
+Heads = Annotated[int, typer.Option(min=1, help="Attention heads of the small model")]
+Hidden = Annotated[int, typer.Option(min=1, help="FFN width of the small model")]
 Stream = Annotated[
     bool,
     typer.Option("--stream", help="Leave the weights on disk, for a model larger than memory; reads all data at once"),
@@ -89,6 +100,19 @@ Stream = Annotated[
 Device = Annotated[str | None, typer.Option(help="cpu or cuda", show_default="the best there is")]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on with a stopped run in the output folder")]
 Progress = Annotated[bool, typer.Option(help="Show the progress of training")]
+
+
+def read_settings(written: list[str] | None) -> dict[str, str]:
+    """The settings of a task by name.
+
+    Raises:
+        ValueError: one that is not NAME=VALUE.
+    """
+    pairs = [text.partition("=") for text in written or ()]
+    for name, equals, _ in pairs:
+        if not (name and equals):
+            raise ValueError(f"--set {name!r} is not NAME=VALUE")
+    return {name: value for name, _, value in pairs}
 
 
 def choose_recipe(name: str, num_experts: int | None, k: int | None) -> Recipe:

@@ -23,9 +23,9 @@ def sparsify(
     verify: o.Verify = True,
 ) -> None:
     """Make a dense model sparse and save it with its tokenizer; `moeify generate` and `moeify.load` read it."""
-    from moeify.cli.text import load_dense, load_tokenizer, save_tokenizer
     from moeify.sparsify import sparsify as make_sparse
     from moeify.store import save
+    from moeify.tasks.models import load_dense, load_tokenizer, save_tokenizer
 
     chosen, given = o.choose_recipe(recipe, experts, k), o.choose_probe(probe)
     save(make_sparse(load_dense(model, architecture), chosen, probe=given, verify=verify), output)

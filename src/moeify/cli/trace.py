@@ -102,9 +102,9 @@ def load_source(source: str, architecture: str | None = None, device: str | None
     import torch
     import transformers
 
-    from moeify.cli.text import load_dense
     from moeify.files import read_json
     from moeify.store import load
+    from moeify.tasks.models import load_dense
 
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     config = _folder(source) / "config.json"
@@ -124,7 +124,7 @@ def _streamed(source: str, architecture: str | None) -> Any:
 
 
 def _tokenizer(source: str) -> Any:
-    from moeify.cli.text import saved_tokenizer
+    from moeify.tasks.models import saved_tokenizer
 
     try:
         return saved_tokenizer(_folder(source))

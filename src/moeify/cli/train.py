@@ -1,4 +1,4 @@
-"""`moeify train`: make a model sparse, train it and its dense baseline on the same text, and report the difference."""
+"""`moeify train`: make a model sparse, train it and its dense baseline on the same data, and report the difference."""
 
 from __future__ import annotations
 
@@ -14,13 +14,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Train:
-    """Make a model sparse, and train it and its dense baseline on the same text.
+    """Make a model sparse, and train it and its dense baseline on the same data.
 
     Without arguments: a small byte-level Llama, sparse with 8 experts of which each token uses 2, learns the text that
-    came with Python and torch. The run's folder then holds the sparse model, metrics.jsonl, summary.json, pictures and
-    report.html. Ctrl-C saves; --resume goes on.
+    came with Python and torch. Other tasks have a small model and data of their own; --help lists them. The run's
+    folder then holds the sparse model, metrics.jsonl, summary.json, pictures and report.html. Ctrl-C saves; --resume
+    goes on.
     """
 
+    task: o.Task = "lm"
+    settings: o.TaskSettings = None
     model: o.Model = None
     data: o.Data = None
     recipe: o.RecipeNameOrNone = None
@@ -56,14 +59,16 @@ class Train:
         Raises:
             ValueError: options that contradict each other.
         """
-        from moeify.cli.job import Job, Shape
+        from moeify.cli.job import Job
         from moeify.evaluate.run import Settings
+        from moeify.tasks import find_task
+        from moeify.tasks.base import Shape
         from moeify.train import SparseArguments
 
         if self.width % self.heads or (self.width // self.heads) % 2:
             raise ValueError(f"a width of {self.width} cannot be divided into {self.heads} heads of even width")
         if self.batch % self.accumulate:
-            raise ValueError(f"{self.batch} blocks per step cannot be cut into {self.accumulate} equal micro-batches")
+            raise ValueError(f"{self.batch} samples per step cannot be cut into {self.accumulate} equal micro-batches")
         if self.device not in (None, "cpu", "cuda"):
             raise ValueError(f"--device must be cpu or cuda, got {self.device!r}")
         name = self.recipe or ("mixtral" if self.model else "matched")
@@ -93,10 +98,13 @@ class Train:
             output=self.output,
             recipe=o.choose_recipe(name, self.experts, self.k),
             settings=settings,
+            task=find_task(self.task).of(
+                o.read_settings(self.settings),
+                length=self.length,
+                shape=Shape(self.width, self.layers, self.heads, self.hidden),
+            ),
             model=self.model,
             data=self.data,
-            length=self.length,
-            shape=Shape(self.width, self.layers, self.heads, self.hidden),
             seeds=self.seeds,
             resume=self.resume,
         )

@@ -149,13 +149,13 @@ def _text_of(row: Mapping[str, Any], here: str, field: str) -> str:
     key = text_field(row, here, field)
     value = row[key]
     if key != field:
-        return _chat(value, here)
+        return chat(value, here)
     if not isinstance(value, str):
         raise ValueError(f"{here}: the field {field!r} is a {type(value).__name__}, not a text")
     return value
 
 
-def _chat(messages: Any, here: str) -> str:
+def chat(messages: Any, here: str) -> str:
     """Messages joined by line breaks, each after the name of its role."""
     if not isinstance(messages, list):
         raise ValueError(f"{here}: messages are a list of {{'role': ..., 'content': ...}}, not {messages!r:.60}")

@@ -16,8 +16,8 @@ from typing import Any, Literal
 from torch import nn
 from transformers import TrainerCallback
 
-from moeify.data.blocks import Blocks
-from moeify.evaluate.run import Settings, Stopped, make_trainer, validation_loss
+from moeify.evaluate.objective import NextToken, Objective, Samples
+from moeify.evaluate.run import Settings, Stopped, make_trainer, validate
 from moeify.progress import with_progress
 
 Clock = Literal["wall-clock", "CPU"]
@@ -102,7 +102,14 @@ class Pace:
         return cls(**values | {name: Cost(**values[name]) for name in ("sparse", "dense")})
 
 
-def measure_pace(sparse: nn.Module, dense: nn.Module, train: Blocks, validation: Blocks, settings: Settings) -> Pace:
+def measure_pace(
+    sparse: nn.Module,
+    dense: nn.Module,
+    train: Samples,
+    validation: Samples,
+    settings: Settings,
+    objective: Objective | None = None,
+) -> Pace:
     """Train copies of both models alternately for a few steps, and time these.
 
     Every round trains one copy and then the other, the first one alternating, on the same tokens, as `train_run` would:
@@ -111,21 +118,25 @@ def measure_pace(sparse: nn.Module, dense: nn.Module, train: Blocks, validation:
     Args:
         sparse: the sparse model.
         dense: its dense baseline.
-        train: blocks to train on.
-        validation: blocks whose evaluation is timed once.
+        train: samples to train on.
+        validation: samples whose evaluation is timed once.
         settings: of the runs to come; `settings.pairs` is the number of rounds.
+        objective: of the runs to come; by default a language model's.
 
     Raises:
         Stopped: a signal came.
     """
+    objective = NextToken() if objective is None else objective
     copies = {"sparse": copy.deepcopy(sparse), "dense": copy.deepcopy(dense)}
     laps: dict[str, list[tuple[float, float]]] = {name: [] for name in copies}
     for turn in with_progress(range(settings.pairs), "measuring what a step costs, turns of both"):
         for name in sorted(copies, reverse=turn % 2 == 0):
-            laps[name].append(_lap(copies[name], train, replace(settings, steps=TURN, seed=settings.seed + turn)))
+            laps[name].append(
+                _lap(copies[name], train, replace(settings, steps=TURN, seed=settings.seed + turn), objective)
+            )
     started = time.perf_counter()
     for model in copies.values():
-        validation_loss(model, validation, settings)
+        validate(model, validation, settings, objective)
     costs = {name: Cost(*(list(clock) for clock in zip(*pairs, strict=True))) for name, pairs in laps.items()}
     device = next(copies["dense"].parameters()).device
     return Pace(**costs, evaluation=time.perf_counter() - started, on_cpu=device.type == "cpu")
@@ -145,13 +156,13 @@ def fit(settings: Settings, pace: Pace) -> Settings:
     return replace(settings, steps=steps, evaluations=min(settings.evaluations, steps))
 
 
-def _lap(model: nn.Module, train: Blocks, settings: Settings) -> tuple[float, float]:
+def _lap(model: nn.Module, train: Samples, settings: Settings, objective: Objective) -> tuple[float, float]:
     """Seconds per step of one turn, by both clocks."""
     watch = _Stopwatch()
     still = replace(settings, sparse=replace(settings.sparse, progress=False))
     quiet = replace(still, extra=still.extra | {"save_strategy": "no", "logging_strategy": "no"})
     with tempfile.TemporaryDirectory() as folder, redirect_stdout(io.StringIO()):
-        trainer = make_trainer(model, train, Path(folder), quiet, [watch])
+        trainer = make_trainer(model, train, Path(folder), quiet, [watch], objective)
         trainer.train()
     if trainer.state.global_step < settings.steps:
         raise Stopped("stopped before the first step")

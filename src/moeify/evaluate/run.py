@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import fmean
@@ -14,14 +16,13 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState, PrinterCallback
 
-from moeify.data.blocks import Blocks
+from moeify.evaluate.objective import NextToken, Objective, Samples
 from moeify.flops import Count, count
 from moeify.modes import in_evaluation
 from moeify.origin import Origin
 from moeify.progress import with_progress
+from moeify.routers.lookup import split_router_inputs
 from moeify.train import SparseArguments, SparseTrainer
-
-Measure = Callable[[nn.Module], float]
 
 
 class Stopped(Exception):
@@ -34,13 +35,13 @@ class Settings:
 
     Attributes:
         steps: optimizer steps.
-        batch: blocks of tokens per step.
-        accumulate: micro-batches that the blocks of a step are cut into.
+        batch: samples (of a language model: blocks of tokens) per step.
+        accumulate: micro-batches that the samples of a step are cut into.
         learning_rate: the peak of a cosine with a linear warm-up over the first twentieth of the steps.
         weight_decay: AdamW's.
         seed: of the order of data, of initialisation where a function builds the model, and of dropout.
         evaluations: how often the validation loss is measured, evenly over the steps, besides once before the first.
-        evaluation_blocks: on how many validation blocks at most, taken evenly from all of them.
+        evaluation_blocks: on how many validation samples at most, taken evenly from all of them.
         minutes: take fewer steps where a pair of runs would take longer, by the measured cost of a step.
         pairs: how often a comparison measures the cost of a step of both models; 0 uses the seconds of the runs.
         sparse: how experts are kept balanced.
@@ -69,10 +70,11 @@ class Point:
 
     Attributes:
         step: optimizer steps taken.
-        tokens: training tokens seen.
+        tokens: training tokens, patches or frames seen.
         flops: FLOPs of training so far, three times those of the forward passes.
         seconds: time spent in training, without evaluation.
-        loss: validation loss in nats per token.
+        loss: mean validation loss of a sample; of a language model in nats per token.
+        scores: those of the validation set by name, such as `accuracy`.
     """
 
     step: int
@@ -80,6 +82,22 @@ class Point:
     flops: float
     seconds: float
     loss: float
+    scores: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Validation:
+    """A model's results on a validation set.
+
+    Attributes:
+        loss: the mean of its samples.
+        domains: the mean by domain.
+        scores: by name.
+    """
+
+    loss: float
+    domains: dict[str, float]
+    scores: dict[str, float]
 
 
 @dataclass(frozen=True)
@@ -91,7 +109,8 @@ class Run:
         seed: the run's seed.
         count: parameters and FLOPs per token.
         points: the validation loss over the run, from before the first step on.
-        domains: validation loss by domain at the end, nats per token.
+        domains: validation loss by domain at the end.
+        scores: those of the validation set at the end, by name.
     """
 
     name: str
@@ -99,6 +118,7 @@ class Run:
     count: Count
     points: list[Point]
     domains: dict[str, float]
+    scores: dict[str, float] = field(default_factory=dict)
 
     @property
     def tokens_per_second(self) -> float:
@@ -119,44 +139,56 @@ class Run:
 def train_run(
     name: str,
     model: nn.Module,
-    train: Blocks,
-    validation: Blocks,
+    train: Samples,
+    validation: Samples,
     folder: Path,
     settings: Settings,
     *,
+    objective: Objective | None = None,
     resume: bool = False,
     callbacks: list[TrainerCallback] | None = None,
 ) -> Run:
-    """Train a language model on blocks of tokens, measuring its validation loss along the way.
+    """Train a model, measuring its validation loss and scores along the way.
 
     Args:
         name: what to call the run.
-        model: takes `input_ids` and `labels`; sparse or dense.
-        train: blocks to train on, in an order that the seed decides; it repeats if the steps need more.
-        validation: blocks to evaluate on.
+        model: takes the batches of the objective, and returns an output with `loss`; sparse or dense.
+        train: samples to train on, in an order that the seed decides; it repeats if the steps need more.
+        validation: samples to evaluate on.
         folder: for checkpoints and `metrics.jsonl`.
         settings: how long and how fast.
+        objective: how batches are made and answers judged; by default those of a language model.
         resume: continue from the newest valid checkpoint in the folder.
         callbacks: further ones of the Trainer.
 
     Raises:
         Stopped: a signal ended the run before its last step; a checkpoint is saved.
     """
+    objective = NextToken() if objective is None else objective
     size = count(model, tokens=train.length)
     curve = _Curve(
-        size, settings.batch * train.length, settings, lambda model: validation_loss(model, validation, settings)[0]
+        size, settings.batch * train.length, settings, lambda model: validate(model, validation, settings, objective)
     )
-    trainer = make_trainer(model, train, folder, settings, [curve, *(callbacks or [])])
+    trainer = make_trainer(model, train, folder, settings, [curve, *(callbacks or [])], objective)
     trainer.train(resume_from_checkpoint=resume or None)
     if trainer.state.global_step < settings.steps:
         saved = "which could not be saved" if trainer.failures else f"saved in {folder}"
         raise Stopped(f"stopped after step {trainer.state.global_step} of {settings.steps}, {saved}")
-    _, domains = validation_loss(model, validation, settings)
-    return Run(name=name, seed=settings.seed, count=size, points=curve.points, domains=domains)
+    last = validate(model, validation, settings, objective)
+    with in_evaluation(model), torch.no_grad():
+        scores = last.scores | objective.final_scores(model, validation)
+    return Run(
+        name=name, seed=settings.seed, count=size, points=curve.points, domains=last.domains, scores=scores
+    )  # fmt: skip
 
 
 def make_trainer(
-    model: nn.Module, train: Blocks, folder: Path, settings: Settings, callbacks: list[TrainerCallback]
+    model: nn.Module,
+    train: Samples,
+    folder: Path,
+    settings: Settings,
+    callbacks: list[TrainerCallback],
+    objective: Objective,
 ) -> SparseTrainer:
     """The trainer of one run; a dense model has no balancing losses."""
     is_sparse = Origin.of(model).recipe is not None
@@ -182,7 +214,8 @@ def make_trainer(
     trainer = SparseTrainer(
         model,
         TrainingArguments(**options),
-        train_dataset=train,
+        train_dataset=cast(Any, train),
+        data_collator=objective.collate,
         sparse=settings.sparse if is_sparse else SparseArguments(balance=0.0, progress=settings.sparse.progress),
         callbacks=callbacks,
     )
@@ -193,8 +226,10 @@ def make_trainer(
 class _Curve(TrainerCallback, ExportableState):
     """Measures the validation loss at even intervals, outside the training time, and is saved in checkpoints."""
 
-    def __init__(self, size: Count, tokens_per_step: int, settings: Settings, loss: Measure) -> None:
-        self.size, self.tokens_per_step, self.settings, self.loss = size, tokens_per_step, settings, loss
+    def __init__(
+        self, size: Count, tokens_per_step: int, settings: Settings, measure: Callable[[nn.Module], Validation]
+    ) -> None:
+        self.size, self.tokens_per_step, self.settings, self.measure = size, tokens_per_step, settings, measure
         self.points: list[Point] = []
         self.seconds = 0.0
 
@@ -218,26 +253,42 @@ class _Curve(TrainerCallback, ExportableState):
 
     def _measure(self, step: int, model: nn.Module) -> None:
         tokens = step * self.tokens_per_step
-        self.points.append(Point(step, tokens, tokens * self.size.training_flops, self.seconds, self.loss(model)))
+        found, flops = self.measure(model), tokens * self.size.training_flops
+        self.points.append(Point(step, tokens, flops, self.seconds, found.loss, found.scores))
 
     def state(self) -> dict[str, Any]:
         return {"seconds": self.seconds, "points": [asdict(point) for point in self.points]}
 
 
 @torch.no_grad()
-def validation_loss(model: nn.Module, blocks: Blocks, settings: Settings) -> tuple[float, dict[str, float]]:
-    """Mean loss in nats per token, over the evaluation blocks and for each domain among them."""
+def validate(model: nn.Module, samples: Samples, settings: Settings, objective: Objective) -> Validation:
+    """The loss over the evaluation samples, for each domain among them, and the scores."""
     device = next(model.parameters()).device
-    step = max(1, len(blocks) // settings.evaluation_blocks)
-    chosen = range(step // 2, len(blocks), step)
+    step = max(1, len(samples) // settings.evaluation_blocks)
+    chosen = range(step // 2, len(samples), step)
     by_domain: dict[str, list[float]] = {}
+    answers = []
     for start in with_progress(range(0, len(chosen), settings.batch), "validation, batches"):
         indices = chosen[start : start + settings.batch]
-        tokens = torch.stack([blocks[i]["input_ids"] for i in indices]).to(device)
-        with in_evaluation(model):
-            logits = model(input_ids=tokens).logits[:, :-1].float()
-        losses = nn.functional.cross_entropy(logits.transpose(1, 2), tokens[:, 1:], reduction="none").mean(1)
-        for i, loss in zip(indices, losses.tolist(), strict=True):
-            by_domain.setdefault(blocks.domain_of(i), []).append(loss)
+        batch = on_device(objective.collate([samples[i] for i in indices]), device)
+        with in_evaluation(model), reading(model, batch) as inputs:
+            judged = objective.judge(model, inputs)
+        answers.append(judged.answers)
+        for i, loss in zip(indices, judged.losses.tolist(), strict=True):
+            by_domain.setdefault(samples.domain_of(i), []).append(loss)
     everything = [loss for losses in by_domain.values() for loss in losses]
-    return fmean(everything), {name: fmean(losses) for name, losses in by_domain.items()}
+    domains = {name: fmean(losses) for name, losses in by_domain.items()}
+    return Validation(fmean(everything), domains, objective.scores(answers))
+
+
+@contextmanager
+def reading(model: nn.Module, batch: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """The model's inputs and the labels of a batch; meanwhile routers can look up its other columns."""
+    taken = {*inspect.signature(model.forward).parameters, "labels"}
+    with split_router_inputs(model, batch) as inputs:
+        yield {name: value for name, value in inputs.items() if name in taken}
+
+
+def on_device(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    """The batch with its tensors on a device."""
+    return {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in batch.items()}

@@ -10,7 +10,7 @@ Names = dict[Axis, str]
 def axis_names(versus: Versus) -> Names:
     """The names of the budgets that are held equal, by axis; time is wall-clock or CPU time."""
     clock = "wall-clock" if versus.pace is None else versus.pace.clock
-    return {"tokens": "tokens", "flops": "training FLOPs", "seconds": f"{clock} time"}
+    return {"tokens": versus.units.pieces, "flops": "training FLOPs", "seconds": f"{clock} time"}
 
 
 def verdict(versus: Versus) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any, Literal, get_args
@@ -12,7 +12,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import nn
 
-from moeify.data.blocks import Blocks
+from moeify.evaluate.objective import NextToken, Objective, Samples, Units
 from moeify.evaluate.pace import Pace, fit, measure_pace
 from moeify.evaluate.run import Run, Settings, train_run
 from moeify.files import read_json, write_json
@@ -34,7 +34,7 @@ class Difference:
 
     Attributes:
         axis: what is equal.
-        sparse: mean loss of the sparse runs, nats per token.
+        sparse: mean loss of the sparse runs, of a language model in nats per token.
         dense: mean loss of the dense runs.
         difference: mean of the differences, seed by seed; negative where the sparse model is better.
         spread: standard deviation of the differences over seeds, None for a single seed.
@@ -66,11 +66,13 @@ class Versus:
         sparse: the sparse runs.
         dense: the dense runs.
         pace: the cost of a step of both, measured alternately; None uses the seconds of the runs themselves.
+        units: what a report calls the tokens and the loss.
     """
 
     sparse: list[Run]
     dense: list[Run]
     pace: Pace | None = None
+    units: Units = field(default_factory=Units)
 
     def at_equal(self, axis: Axis) -> Difference:
         """Compare where the one that spent less has ended; the other's loss there is interpolated on its curve."""
@@ -129,9 +131,18 @@ class Versus:
         """The comparison on every axis."""
         return [self.at_equal(axis) for axis in get_args(Axis)]
 
+    @property
+    def scores(self) -> dict[str, tuple[float, float]]:
+        """The scores at the end, sparse and dense, means over seeds."""
+        return {
+            name: (fmean(run.scores[name] for run in self.sparse), fmean(run.scores[name] for run in self.dense))
+            for name in self.sparse[0].scores
+        }
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
         return {
+            "scores": {name: {"sparse": sparse, "dense": dense} for name, (sparse, dense) in self.scores.items()},
             "at_equal": {
                 d.axis: {k: v for k, v in vars(d).items() if k != "axis"} | {"is_clear": d.is_clear}
                 for d in self.differences
@@ -170,17 +181,19 @@ def loss_at(run: Run, axis: Axis, budget: float) -> float:
 def versus(
     build: Callable[[], nn.Module],
     recipe: Recipe,
-    train: Blocks,
-    validation: Blocks,
+    train: Samples,
+    validation: Samples,
     folder: Path,
     settings: Settings,
     *,
+    objective: Objective | None = None,
+    probe: Any = None,
     seeds: int = 1,
     resume: bool = False,
     log: Callable[[str], None] = print,
     on_model: Callable[[str, nn.Module], None] = lambda name, model: None,
 ) -> Versus:
-    """Train a sparse model and its dense baseline on the same tokens in the same order, from the same initialisation.
+    """Train a sparse model and its dense baseline on the same samples in the same order, from the same initialisation.
 
     Shared parameters start with the same values, sparse layers as the recipe defines. Before the first run, the cost of
     a step of either model is measured alternately, see `moeify.evaluate.pace`.
@@ -188,10 +201,12 @@ def versus(
     Args:
         build: makes the dense model; it is called under the seed of each pair.
         recipe: makes a copy of it sparse.
-        train: blocks to train on.
-        validation: blocks to evaluate on.
+        train: samples to train on.
+        validation: samples to evaluate on.
         folder: the runs' folders and results go here; a finished run found there is not repeated when resuming.
         settings: how long and how fast.
+        objective: how batches are made and answers judged; by default those of a language model.
+        probe: an input to verify the sparse model with, as of `sparsify`; by default one is guessed.
         seeds: number of pairs, with the seeds `settings.seed`, `settings.seed + 1`, ...
         resume: continue where a stopped call ended.
         log: receives a line before every run.
@@ -200,16 +215,18 @@ def versus(
     Raises:
         moeify.evaluate.run.Stopped: a signal ended a run before its last step; call again with `resume=True`.
     """
+    objective = NextToken() if objective is None else objective
+    work = _Work(train, validation, objective)
     arms: dict[str, list[Run]] = {"sparse": [], "dense": []}
     pace: Pace | None = None
     for seed in range(settings.seed, settings.seed + seeds):
         torch.manual_seed(seed)
         dense = build()
         sparse = copy.deepcopy(dense)
-        report = convert(sparse, recipe)
+        report = convert(sparse, recipe, probe=probe)
         if seed == settings.seed:
             replace(report, before=count(dense, train.length), after=count(sparse, train.length)).show()
-            pace = _pace(sparse, dense, train, validation, folder, settings, resume=resume, log=log)
+            pace = _pace(sparse, dense, work, folder, settings, resume=resume, log=log)
             settings = settings if pace is None else _fitted(settings, pace, log)
         for name, model in (("sparse", sparse), ("dense", dense)):
             place = folder / f"{name}-{seed}"
@@ -218,20 +235,29 @@ def versus(
                 load_weights(model, place)
             else:
                 log(f"training the {name} model, seed {seed}")
-                run = _trained(name, model, train, validation, place, replace(settings, seed=seed), resume=resume)
+                run = _trained(name, model, work, place, replace(settings, seed=seed), resume=resume)
             arms[name].append(run)
             on_model(name, model)
-    return Versus(**arms, pace=pace)
+    return Versus(**arms, pace=pace, units=objective.units)
 
 
-def _trained(
-    name: str, model: nn.Module, train: Blocks, validation: Blocks, place: Path, settings: Settings, *, resume: bool
-) -> Run:
+@dataclass(frozen=True)
+class _Work:
+    """What both models are trained on, and for."""
+
+    train: Samples
+    validation: Samples
+    objective: Objective
+
+
+def _trained(name: str, model: nn.Module, work: _Work, place: Path, settings: Settings, *, resume: bool) -> Run:
     """Train one model of a pair in its folder, and save its weights and its curve there."""
     with locked(place, RUN_LOCK, "is training"):
         recover(place)
     begun = resume and bool(checkpoints(place))
-    run = train_run(name, model, train, validation, place, settings, resume=begun)
+    run = train_run(
+        name, model, work.train, work.validation, place, settings, objective=work.objective, resume=begun
+    )  # fmt: skip
     with saving(place) as stage:
         write_weights(model.state_dict(), stage.new)
     write_json(place / "run.json", run.to_dict(), indent=None)
@@ -258,7 +284,7 @@ def _result(file: Path, read: Callable[[dict[str, Any]], Any]) -> Any:
 
 
 def _pace(
-    sparse: nn.Module, dense: nn.Module, train: Blocks, validation: Blocks, folder: Path, settings: Settings,
+    sparse: nn.Module, dense: nn.Module, work: _Work, folder: Path, settings: Settings,
     *, resume: bool, log: Callable[[str], None],
 ) -> Pace | None:  # fmt: skip
     """The pace of both, measured or read, if requested."""
@@ -268,7 +294,7 @@ def _pace(
     if resume and file.is_file():
         return _result(file, Pace.from_dict)
     log(f"measuring what a step costs both models, by turns, {settings.pairs} times")
-    pace = measure_pace(sparse, dense, train, validation, settings)
+    pace = measure_pace(sparse, dense, work.train, work.validation, settings, work.objective)
     write_json(file, pace.to_dict())
     log(
         f"a sparse step takes {pace.wall_seconds[0]:.3f} s, a dense one {pace.wall_seconds[1]:.3f} s; by {pace.clock} "

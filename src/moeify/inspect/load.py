@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from transformers import default_data_collator
 
 from moeify import statistics
-from moeify.data.blocks import Blocks
+from moeify.evaluate.objective import Batch, Samples
+from moeify.evaluate.run import on_device, reading
 from moeify.modes import in_evaluation
 from moeify.progress import with_progress
 from moeify.record import observe
@@ -62,8 +64,22 @@ class ExpertLoad:
 
 
 @torch.no_grad()
-def expert_load(model: nn.Module, blocks: Blocks, *, per_domain: int = 16, batch: int = 8) -> ExpertLoad:
-    """Run a model over some blocks of every domain and count the rows that are assigned to its experts.
+def expert_load(
+    model: nn.Module,
+    samples: Samples,
+    *,
+    per_domain: int = 16,
+    batch: int = 8,
+    collate: Callable[[list[Any]], Batch] = default_data_collator,
+) -> ExpertLoad:
+    """Run a model over some samples of every domain and count the rows that are assigned to its experts.
+
+    Args:
+        model: the sparse model.
+        samples: such as blocks of tokens.
+        per_domain: the most samples of a domain.
+        batch: samples that the model reads at once.
+        collate: makes a batch of the model's inputs of samples.
 
     Raises:
         ValueError: the model has no sparse layer, none that sends tokens to experts, or layers with different numbers
@@ -80,14 +96,17 @@ def expert_load(model: nn.Module, blocks: Blocks, *, per_domain: int = 16, batch
     handles = observe(model, add)
     device = next(model.parameters()).device
     members: dict[str, list[int]] = {}
-    for i in range(len(blocks)):
-        members.setdefault(blocks.domain_of(i), []).append(i)
+    for i in range(len(samples)):
+        members.setdefault(samples.domain_of(i), []).append(i)
     try:
         with in_evaluation(model):
             for domain, indices in members.items():  # `add` reads the domain
                 chunks = _chunks(indices[:: max(1, len(indices) // per_domain)][:per_domain], batch)
                 for chosen in with_progress(chunks, f"expert load in {domain}, batches"):
-                    model(input_ids=torch.stack([blocks[i]["input_ids"] for i in chosen]).to(device))
+                    given = on_device(collate([samples[i] for i in chosen]), device)
+                    given.pop("labels", None)
+                    with reading(model, given) as inputs:
+                        model(**inputs)
     finally:
         for handle in handles:
             handle.remove()

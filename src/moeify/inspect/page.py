@@ -32,14 +32,14 @@ def write_report(
     samples: dict[str, list[str]],
     facts: dict[str, Any],
 ) -> None:
-    """Write a page: the verdict in words, then pictures, then numbers, what was run, and generated texts.
+    """Write a page: the verdict in words, then pictures, then numbers, what was run, and what the models answer.
 
     Args:
         file: where to write the page.
         versus: the comparison.
         load: the experts' load, if it was measured.
         pictures: PNG files to put into the page.
-        samples: generated texts by model.
+        samples: what each model answers, such as texts that it writes.
         facts: what was trained on which data, by name.
     """
     parts = [
@@ -48,12 +48,14 @@ def write_report(
     ]
     parts += [f'<p><img alt="{escape(p.stem)}" src="{_inline(p)}"></p>' for p in pictures]
     parts += ["<h2>Validation loss when both have spent the same</h2>", table(*comparison_rows(versus))]
+    if versus.scores:
+        parts += ["<h2>Scores at the end</h2>", table(*score_rows(versus))]
     parts += ["<h2>Size and speed</h2>", table(*size_rows(versus))]
     if load is not None:
         parts += ["<h2>Experts</h2>", table(*load_rows(load))]
     parts += ["<h2>What was run</h2>", table(("", ""), facts.items())]
     for name, texts in samples.items():
-        parts += [f"<h2>What the {escape(name)} model writes</h2>", *(f"<pre>{escape(text)}</pre>" for text in texts)]
+        parts += [f"<h2>What the {escape(name)} model answers</h2>", *(f"<pre>{escape(text)}</pre>" for text in texts)]
     body = printable("\n".join(parts))
     write_text(
         file,
@@ -97,7 +99,7 @@ Rows = tuple[Sequence[str], Sequence[Sequence[str]]]
 
 
 def comparison_rows(versus: Versus) -> Rows:
-    """Heading and rows of the comparison: nats per token on every axis."""
+    """Heading and rows of the comparison: the validation loss on every axis."""
     names = axis_names(versus)
     rows = []
     for d in versus.differences:
@@ -108,15 +110,24 @@ def comparison_rows(versus: Versus) -> Rows:
     return ("at", "sparse", "dense baseline", "sparse - dense", "spread"), rows
 
 
+def score_rows(versus: Versus) -> Rows:
+    """Heading and rows of the scores at the end, means over seeds."""
+    rows = [
+        (name, f"{sparse:.4f}", f"{dense:.4f}", f"{sparse - dense:+.4f}")
+        for name, (sparse, dense) in versus.scores.items()
+    ]
+    return ("score", "sparse", "dense baseline", "sparse - dense"), rows
+
+
 def size_rows(versus: Versus) -> Rows:
     """Heading and rows of parameters, FLOPs and speed."""
-    first = (versus.sparse[0], versus.dense[0])
+    first, units = (versus.sparse[0], versus.dense[0]), versus.units
     second = "CPU second" if versus.pace is not None and versus.pace.clock == "CPU" else "second"
     rows = [
         ("parameters", *(f"{run.count.parameters:,}" for run in first)),
-        ("parameters used per token", *(f"{run.count.active_parameters:,.0f}" for run in first)),
-        ("forward FLOPs per token, attention over the block included", *(f"{run.count.flops:,.0f}" for run in first)),
-        (f"training tokens per {second}", *(f"{speed:,.0f}" for speed in versus.tokens_per_second)),
+        (f"parameters used per {units.piece}", *(f"{run.count.active_parameters:,.0f}" for run in first)),
+        (f"forward FLOPs per {units.piece}, attention included", *(f"{run.count.flops:,.0f}" for run in first)),
+        (f"training {units.pieces} per {second}", *(f"{speed:,.0f}" for speed in versus.tokens_per_second)),
     ]
     if versus.pace is not None:
         seconds = (f"{cost:.3f}" for cost in versus.pace.seconds)

@@ -22,7 +22,10 @@ def draw_losses(versus: Versus, file: Path) -> None:
     sparse, dense = versus.curves()
     seconds = f"{axis_names(versus)['seconds']} of training (s)"
     for axis, quantity, label in zip(
-        axes, ("tokens", "flops", "seconds"), ("training tokens", "training FLOPs", seconds), strict=True
+        axes,
+        ("tokens", "flops", "seconds"),
+        (f"training {versus.units.pieces}", "training FLOPs", seconds),
+        strict=True,
     ):
         for runs, colour in ((sparse, "tab:blue"), (dense, "tab:orange")):
             for i, run in enumerate(runs):
@@ -34,7 +37,7 @@ def draw_losses(versus: Versus, file: Path) -> None:
     margin = max(0.01, 0.05 * (highest - lowest))
     for axis in axes:  # without the first point, whose loss would compress the rest of the curve
         axis.set_ylim(lowest - margin, highest + margin)
-    axes[0].set_ylabel("validation loss (nats per token)")
+    axes[0].set_ylabel(f"validation loss ({versus.units.loss})")
     axes[0].legend()
     figure.savefig(file, dpi=120)
 

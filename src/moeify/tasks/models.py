@@ -1,4 +1,4 @@
-"""Models, tokenizers and generated text for the command line."""
+"""Load models and tokenizers of transformers, keep a tokenizer beside a saved model, and sample text."""
 
 from __future__ import annotations
 

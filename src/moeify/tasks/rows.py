@@ -1,0 +1,63 @@
+"""Read the rows of a task's data: named fields, also nested ones, and held-out rows from the data or another file."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from moeify.data.fields import Columns, NoField
+from moeify.data.records import read_records
+from moeify.data.rows import chat
+
+Row = dict[str, Any]
+
+
+def read_parts(
+    data: str, validation: str | None, needed: Mapping[str, str], others: Mapping[str, str] | None = None
+) -> tuple[list[Row], list[Row]]:
+    """The rows to train on and those held out, with their fields by role.
+
+    Args:
+        data: a file, folder or hub data set with rows.
+        validation: another one whose rows are all held out; None for those that `data` holds out.
+        needed: role -> field; `a.b` is the field b inside a.
+        others: role -> field that may be missing; the role is then not in the row.
+
+    Raises:
+        FileNotFoundError: there is no such file or folder.
+        ValueError: rows that cannot be read, or that lack a field; the message names file and row.
+    """
+    others = others or {}
+    columns = Columns(
+        tuple(dict.fromkeys(field.split(".")[0] for field in needed.values())),
+        tuple(dict.fromkeys(field.split(".")[0] for field in others.values())),
+    )
+    read = read_records(data, columns)
+    train, held_out = read.train, read.validation
+    if validation is not None:
+        apart = read_records(validation, columns)
+        train, held_out = train + held_out, apart.train + apart.validation
+    return (
+        [_by_role(row, needed, others, f"{data}, row {n}") for n, row in enumerate(train, 1)],
+        [_by_role(row, needed, others, f"{validation or data}, held-out row {n}") for n, row in enumerate(held_out, 1)],
+    )
+
+
+def _by_role(row: Row, needed: Mapping[str, str], others: Mapping[str, str], where: str) -> Row:
+    found = {role: _inside(row, field, where) for role, field in needed.items()}
+    return found | {role: _inside(row, field, where) for role, field in others.items() if field.split(".")[0] in row}
+
+
+def _inside(row: Mapping[str, Any], field: str, where: str) -> Any:
+    value: Any = row
+    for name in field.split("."):
+        if not isinstance(value, Mapping) or name not in value:
+            has = ", ".join(map(str, value)) if isinstance(value, Mapping) else f"a {type(value).__name__}"
+            raise NoField(f"{where} has no field {field!r}; at {name!r} it has {has}")
+        value = value[name]
+    return value
+
+
+def value_of(text: Any, where: str) -> str:
+    """A text, or the messages of a chat joined into one."""
+    return text if isinstance(text, str) else chat(text, where)
