@@ -16,6 +16,7 @@ from typing import TypeVar
 
 import torch
 import transformers
+from conditions import Others, processor
 
 from moeify.kernels.cpu import onednn
 from moeify.kernels.cpu.huge_pages import in_huge_pages
@@ -26,7 +27,9 @@ RESULTS = Path(__file__).parent / "results"
 IMAGES = Path(__file__).parents[1] / "docs" / "images"
 LARGE = 2**26  # numbers that no cache holds
 SIDE = {"cpu": 1024, "cuda": 8192}  # of a product that is as fast as any
-HEAD = ["date", "commit", "device", "threads", "torch", "transformers"]
+HEAD = ["date", "commit", "device", "isa", "governor", "load_average", "others", "threads", "torch", "transformers"]
+ENOUGH = 60  # seconds after which no further round starts, if there were three
+OTHERS = Others()
 
 
 def parser(
@@ -54,13 +57,15 @@ def start(chosen: argparse.Namespace, device: str | None = None) -> dict[str, st
     """Set the number of threads, and say what every row begins with: when, by what and on what it was measured."""
     torch.set_num_threads(chosen.threads)
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
-    begin = [
-        datetime.date.today().isoformat(),
-        commit,
-        chosen.hardware or device or hardware("cpu"),
-        str(chosen.threads),
-    ]
-    return dict(zip(HEAD, [*begin, torch.__version__, transformers.__version__], strict=True))
+    return {
+        "date": datetime.date.today().isoformat(),
+        "commit": commit,
+        "device": chosen.hardware or device or hardware("cpu"),
+        **processor(),
+        "threads": str(chosen.threads),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
 
 
 def hardware(device: str) -> str:
@@ -75,19 +80,24 @@ def hardware(device: str) -> str:
 def report(file: Path, columns: Sequence[str], rows: Iterable[dict[str, str]]) -> None:
     """Print rows, and add them to a CSV file, which is begun if it is not there.
 
+    The column `others` gets the cores that others used since the last call.
+
     Raises:
         ValueError: the file has other columns.
     """
     is_new = not file.exists()
     if not is_new and (others := next(csv.reader(file.read_text().splitlines()))) != list(columns):
         raise ValueError(f"{file} has the columns {others}, and not {list(columns)}; choose another --out")
+    others = OTHERS.cores()
+    if others.endswith("busy"):
+        print(f"the machine was loaded, others used {others.split()[0]} cores: the next rows are marked")
     file.parent.mkdir(parents=True, exist_ok=True)
     with file.open("a", newline="") as out:
         writer = csv.DictWriter(out, columns)
         if is_new:
             writer.writeheader()
         for row in rows:
-            writer.writerow(row)
+            writer.writerow(row | ({"others": others} if "others" in columns else {}))
             print(*(row[column] for column in columns if column in row and column not in HEAD), sep="  ", flush=True)
 
 
@@ -107,10 +117,14 @@ def latest(file: Path, point: Sequence[str]) -> list[dict[str, str]]:
 def in_turn(ways: dict[Key, Callable[[int], float]], rounds: int) -> dict[Key, list[float]]:
     """What every way measures in every round; a way is called with the number of the round.
 
-    Each round has an order of its own, as what ran before leaves its mark on the caches.
+    Each round has an order of its own, as what ran before leaves its mark on the caches. Three rounds are enough where
+    they take longer than `ENOUGH`.
     """
     measured: dict[Key, list[float]] = {name: [] for name in ways}
+    begun = time.monotonic()
     for turn in range(rounds):
+        if turn >= 3 and time.monotonic() - begun > ENOUGH:
+            break
         for name, way in random.Random(turn).sample(list(ways.items()), len(ways)):
             measured[name].append(way(turn))
     return measured

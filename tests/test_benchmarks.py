@@ -128,6 +128,43 @@ def test_every_round_measures_all_in_an_order_of_its_own(benchmarks):
     assert len(set(orders)) > 1
 
 
+def test_long_rounds_end_after_three(benchmarks, monkeypatch):
+    measure = benchmarks("measure")
+    monkeypatch.setattr(measure, "ENOUGH", 0)
+    assert measure.in_turn({"slow": float}, 7) == {"slow": [0.0, 1.0, 2.0]}
+
+
+def stat(of_all, steal=0):
+    return f"cpu  {of_all} 0 0 999 999 0 0 {steal} 0 0\ncpu0 1 0 0 0 0 0 0 0 0 0\n"
+
+
+def test_rows_of_a_loaded_machine_are_marked(benchmarks, monkeypatch, tmp_path, capsys):
+    conditions, measure = benchmarks("conditions"), benchmarks("measure")
+    clock, ticks = iter([0.0, 2.0, 4.0]), os.sysconf("SC_CLK_TCK")
+    monkeypatch.setattr(conditions, "PROC", tmp_path)
+    monkeypatch.setattr(conditions.time, "monotonic", lambda: next(clock))
+    ours = tmp_path / "7" / "stat"
+    ours.parent.mkdir()
+    ours.write_text(f"7 (a) b) S 1 {os.getpgrp()} 1 0 -1 0 0 0 0 0 0 0 0 0 0 20\n")
+    (tmp_path / "stat").write_text(stat(0))
+    monkeypatch.setattr(measure, "OTHERS", conditions.Others())
+    (tmp_path / "stat").write_text(stat(3 * ticks, steal=ticks))
+    ours.write_text(f"7 (a) b) S 1 {os.getpgrp()} 1 0 -1 0 0 0 0 0 {2 * ticks} {ticks // 2} 0 0 20 0\n")
+    file = tmp_path / "rows.csv"
+    measure.report(file, ["what", "others"], [{"what": "loaded"}])
+    measure.report(file, ["what", "others"], [{"what": "quiet"}])
+    assert file.read_text().split("\n")[1:3] == ["loaded,0.75 busy", "quiet,0.00"]
+    assert "others used 0.75 cores" in capsys.readouterr().out
+
+
+def test_rows_name_the_processor_as_torch_sees_it(benchmarks):
+    program = "import conditions; print(conditions.processor()['isa'])"
+    said = subprocess.run(
+        [sys.executable, "-c", program], env=os.environ | AVX2, cwd=SCRIPT.parent, capture_output=True, text=True
+    )
+    assert said.stdout.strip() in {"AVX2", "NO AVX", "DEFAULT"}, said.stderr
+
+
 def test_ratios_are_taken_round_by_round(benchmarks):
     measure = benchmarks("measure")
     assert measure.ratios([2.0, 30.0], [1.0, 10.0]) == [2.0, 3.0]
