@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from moeify.experts import FFN, Blocks, ClampedGlu, Each, Glu, Identity, MultiplicativeBias, Plain, Zero
+from moeify.experts import FFN, Blocks, ClampedGlu, ClampedSwiGlu, Each, Glu, Identity, MultiplicativeBias, Plain, Zero
 from moeify.export.experts import gated_ffns
 from strategies import agree, doubled
 
@@ -29,12 +29,14 @@ def slow_inner(activation, hidden):
         return gelu(hidden)
     if isinstance(activation, Glu):
         return silu(hidden[:H]) * hidden[H:]
+    if isinstance(activation, ClampedSwiGlu):
+        return silu(hidden[:H].clamp(max=activation.limit)) * hidden[H:].clamp(-activation.limit, activation.limit)
     gate, up = hidden[0::2].clamp(max=activation.limit), hidden[1::2].clamp(-activation.limit, activation.limit)
     return (up + 1) * gate / (1 + torch.exp(-activation.alpha * gate))
 
 
 @pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("activation", [Plain(F.gelu), Glu(F.silu), ClampedGlu(limit=0.5)])
+@pytest.mark.parametrize("activation", [Plain(F.gelu), Glu(F.silu), ClampedGlu(limit=0.5), ClampedSwiGlu(0.5)])
 def test_a_stack_of_ffns_is_each_ffn_by_itself(activation, bias):
     experts = FFN(E, D, H, activation=activation, bias=bias, width_out=O)
     for p in experts.parameters():

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
 
-from moeify.experts import FFN, Constant, Glu, Identity, Masked, Plain, Zero
+from moeify.experts import FFN, ClampedGlu, Constant, Glu, Identity, Masked, Plain, Zero
 from moeify.find import DenseFFN
 from moeify.sparsify import (
     Recipe,
@@ -178,6 +178,14 @@ def test_fresh_experts_are_drawn_as_wide_as_the_dense_weights():
     assert experts.gate_up_proj.std().item() == pytest.approx(dense.up_weight.std().item(), rel=0.05)
     assert not experts.gate_up_proj_bias.any()
     assert not experts.down_proj_bias.any()
+
+
+def test_fresh_experts_may_have_another_activation_and_biases():
+    experts = fresh(network(), 5, activation=ClampedGlu(), bias=False)
+    assert experts.activation == ClampedGlu()
+    assert {name for name, _ in experts.named_parameters()} == {"gate_up_proj", "down_proj"}
+    with pytest.raises(ValueError, match="need a feed-forward network"):
+        fresh(nn.Linear(6, 6), 5, bias=True)
 
 
 def test_zero_experts_answer_nothing_and_still_learn():

@@ -26,7 +26,7 @@ from moeify.kernels.cpu import cpp
 from moeify.kernels.cpu.cpp import steps
 from moeify.kernels.cpu.packing import cached, may_pack
 from moeify.kernels.cpu.segments import WORTH_COMPILING
-from moeify.kernels.stacked import Activation, ClampedGlu, Glu, Plain, name_of
+from moeify.kernels.stacked import Activation, ClampedGlu, Glu, Plain, name_of, unsupported_activation
 from moeify.routing import Routing
 
 DTYPES = (torch.float32, torch.bfloat16)
@@ -136,8 +136,8 @@ def _cannot_read(x: Tensor, experts: Experts, p: Projections | None) -> str | No
         return needs_stacked(experts)
     if reason := needs_weights(x, experts, p.tensors):
         return reason
-    if isinstance(p.activation, Plain | Glu) and name_of(p.activation.act) is None:
-        return f"it does not support the activation {p.activation.act}"
+    if reason := unsupported_activation(p.activation):
+        return reason
     floats = [p.up_bias, p.down_bias] if p.up_scales is not None else [p.up_bias, p.down_bias, p.up, p.down]
     dtypes = needs_no_autocast(x) or needs_dtype(x, DTYPES, floats)
     if reason := needs_no_transform() or dtypes or needs_no_gradient(p.tensors):
@@ -188,6 +188,7 @@ def kernel_activation(activation: Activation) -> tuple[str, str, float, float]:
     """An activation as arguments of the kernel: gating, elementwise function, alpha and limit."""
     if isinstance(activation, ClampedGlu):
         return "clamped", "silu", activation.alpha, activation.limit
+    assert isinstance(activation, Plain | Glu)
     name = name_of(activation.act)
     assert name is not None
     return ("glu" if isinstance(activation, Glu) else "plain"), name, 0.0, 0.0

@@ -24,7 +24,7 @@ from moeify.experts.base import Experts
 from moeify.experts.lora import LoRA
 from moeify.experts.quantized import Quantized
 from moeify.kernels.constant import constant_result
-from moeify.kernels.stacked import KNOWN, Activation, ClampedGlu, name_of
+from moeify.kernels.stacked import Activation, unsupported_activation
 from moeify.routing import Assignment, Routing
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -135,8 +135,8 @@ def _unserved(x: Tensor, routing: Routing, experts: Experts) -> str | None:
     if reason := needs_one_weight(routing) or needs_rows_only(routing):
         return reason
     activation = _activation(experts)
-    if activation is not None and not isinstance(activation, ClampedGlu) and name_of(activation.act) is None:
-        return f"it supports the activations {', '.join(KNOWN)}, not {activation.act}"
+    if activation is not None and (reason := unsupported_activation(activation)):
+        return reason
     dtype = _dtype(x, experts)
     if dtype not in DTYPES:
         return f"it computes in {', '.join(str(d).removeprefix('torch.') for d in DTYPES)}, and the weights are {dtype}"

@@ -11,10 +11,10 @@ from moeify.experts.of_inputs import OfInputs
 from moeify.experts.quantized import Quantized, quantize
 from moeify.experts.scaled import Scaled
 from moeify.experts.sequences import Sequences
-from moeify.kernels.stacked import ClampedGlu, Glu, Plain
+from moeify.kernels.stacked import ClampedGlu, ClampedSwiGlu, Glu, Plain
 
 __all__ = [
-    "FFN", "Blocks", "ClampedGlu", "Constant", "Each", "Experts", "Glu", "Identity", "LoRA", "LoRAFFN", "Masked",
-    "MultiplicativeBias", "OfInputs", "Plain", "Quantized", "Scaled", "Sequences", "Zero",
+    "FFN", "Blocks", "ClampedGlu", "ClampedSwiGlu", "Constant", "Each", "Experts", "Glu", "Identity", "LoRA", "LoRAFFN",
+    "Masked", "MultiplicativeBias", "OfInputs", "Plain", "Quantized", "Scaled", "Sequences", "Zero",
     "quantize",
 ]  # fmt: skip

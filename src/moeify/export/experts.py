@@ -104,5 +104,7 @@ def _checked(
     if any(bias is not None and torch.any(bias) for bias in (up_bias, down_bias)):
         raise Unsupported("its experts have biases")
     if not isinstance(activation, Glu):
-        raise Unsupported(f"its experts are not gated ({activation}), and those of other programs are gated (GLU)")
+        raise Unsupported(
+            f"its experts compute {activation}, and other programs store experts with a plain gate (GLU) only"
+        )
     return GatedFFNs(up, down, activation)

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from moeify.kernels.constant import constant_result
+from moeify.registry import register
 
 Elementwise = Callable[[Tensor], Tensor]
 
@@ -49,6 +50,7 @@ class Glu:
         return gate_up.chunk(2, dim=1)[0]
 
 
+@register("activation", "clamped_glu")
 @dataclass(frozen=True)
 class ClampedGlu:
     """`(up + 1) · gate · sigmoid(alpha · gate)` with clamped parts, gate and up interleaved (GPT-OSS)."""
@@ -68,7 +70,25 @@ class ClampedGlu:
         return gate_up[:, ::2]
 
 
-Activation = Plain | Glu | ClampedGlu
+@register("activation", "clamped_swiglu")
+@dataclass(frozen=True)
+class ClampedSwiGlu:
+    """`silu(gate) · up` with clamped parts, gate and up side by side (DeepSeek-V4, GLM-5-Next, Step 3.5)."""
+
+    limit: float = 10.0
+    projections = 2
+
+    def __call__(self, gate_up: Float[Tensor, "R M"]) -> Float[Tensor, "R H"]:
+        """Compute the output from the first half (gate), clamped from above, and the second (up), from both sides."""
+        gate, up = gate_up.chunk(2, dim=-1)
+        return F.silu(gate.clamp(max=self.limit)) * up.clamp(-self.limit, self.limit)
+
+    def activated(self, gate_up: Float[Tensor, "E M D"]) -> Float[Tensor, "E H D"]:
+        """The part of the up projection that the activation is applied to: the first half."""
+        return gate_up.chunk(2, dim=1)[0]
+
+
+Activation = Plain | Glu | ClampedGlu | ClampedSwiGlu
 SWIGLU = Glu(F.silu)
 
 
@@ -105,6 +125,13 @@ KNOWN: dict[str, Elementwise] = {
     "silu": F.silu, "gelu": F.gelu, "gelu_tanh": gelu_tanh, "relu": F.relu, "relu2": relu2,
 }  # fmt: skip
 """The elementwise activations that kernels support, by name."""
+
+
+def unsupported_activation(activation: Activation) -> str | None:
+    """The reason why no fused kernel supports an activation, None if they do."""
+    if isinstance(activation, ClampedGlu) or (isinstance(activation, Plain | Glu) and name_of(activation.act)):
+        return None
+    return f"it supports the activations {', '.join(KNOWN)}, plain or gated, and not {activation}"
 
 
 @constant_result

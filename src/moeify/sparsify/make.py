@@ -18,6 +18,7 @@ from moeify.experts.masked import Masked
 from moeify.experts.multiplicative_bias import MultiplicativeBias
 from moeify.experts.scaled import Scaled
 from moeify.find.dense import DenseFFN
+from moeify.kernels.stacked import Activation
 from moeify.registry import register
 from moeify.sparsify.split.random import random
 
@@ -109,7 +110,7 @@ def splits(
 
 def of_units(dense: DenseFFN, units: Int[Tensor, "E h"], scale: float) -> FFN:
     """Experts of the given hidden units each, the outputs of each multiplied by `scale`."""
-    experts = _like(dense, *units.shape)
+    experts = _like(dense, len(units), units.shape[1])
     _fill(experts, dense, list(units), scale)
     return experts
 
@@ -125,6 +126,8 @@ def fresh(
     variance: float | None = None,
     zero: bool = False,
     identical: bool = False,
+    activation: Activation | None = None,
+    bias: bool | None = None,
 ) -> Experts:
     """Experts of the dense network's architecture, drawn with the standard deviation of its weights; biases start at 0.
 
@@ -137,13 +140,18 @@ def fresh(
             twice that, instead. Switch found s = 0.1 to be stable (arXiv 2101.03961, section 2.4).
         zero: start with a down projection of zeros, so that the layer starts as its shared module alone.
         identical: draw one expert and start all as copies of it (V-MoE); the router alone makes them differ.
+        activation: of the experts, that of the dense network if not given.
+        bias: whether the projections have biases; as those of the dense network if not given.
 
     Raises:
-        ValueError: sizes for a module that is no `DenseFFN`; a granularity that does not divide H.
+        ValueError: sizes, an activation or biases for a module that is no `DenseFFN`; a granularity that does not
+            divide H.
     """
     if not isinstance(dense, DenseFFN):
-        if granularity != 1 or hidden is not None or variance is not None or zero:
-            raise ValueError(f"sizes need a feed-forward network, and this is a {type(dense).__name__}")
+        if granularity != 1 or hidden is not None or variance is not None or zero or activation or bias is not None:
+            raise ValueError(
+                f"sizes, activation and bias need a feed-forward network, and this is a {type(dense).__name__}"
+            )
         each = Each(copy.deepcopy(dense) for _ in range(num_experts))
         for part in each.modules():
             if isinstance(part, nn.Linear):
@@ -154,11 +162,12 @@ def fresh(
         return each
     if hidden is None and dense.hidden % granularity:
         raise ValueError(f"a granularity of {granularity} does not divide the {dense.hidden} hidden units")
-    experts = _like(dense, num_experts, dense.hidden // granularity if hidden is None else hidden)
-    for (weight, bias), old in ((experts.up, dense.up_weight), (experts.down, dense.down_weight)):
+    hidden = dense.hidden // granularity if hidden is None else hidden
+    experts = _like(dense, num_experts, hidden, activation, bias)
+    for (weight, offset), old in ((experts.up, dense.up_weight), (experts.down, dense.down_weight)):
         draw(weight, old, variance)
-        if bias is not None:
-            bias.zero_()
+        if offset is not None:
+            offset.zero_()
     if zero:
         experts.down[0].zero_()
     if identical:
@@ -259,12 +268,15 @@ def draw(weight: Tensor, like: Tensor, variance: float | None) -> None:
         weight.copy_(nn.init.trunc_normal_(torch.empty_like(weight, dtype=torch.float32), 0, std, -2 * std, 2 * std))
 
 
-def _like(dense: DenseFFN, num_experts: int, hidden: int) -> FFN:
+def _like(
+    dense: DenseFFN, num_experts: int, hidden: int, activation: Activation | None = None, bias: bool | None = None
+) -> FFN:
     old = dense.down_weight
+    has_bias = dense.down_bias is not None or dense.up_bias is not None
     with torch.device(old.device):
         experts = FFN(
             num_experts, dense.width, hidden,
-            activation=dense.activation, bias=dense.down_bias is not None or dense.up_bias is not None,
+            activation=activation or dense.activation, bias=has_bias if bias is None else bias,
             width_out=dense.width_out, dropout=dense.dropout.p,
         )  # fmt: skip
     return experts.to(old.dtype)

@@ -26,6 +26,8 @@ def standalone_layers(model: nn.Module) -> list[dict[str, Any]] | None:
     origin = Origin.of(model)
     if origin.sites is None or origin.recipe.after is not nothing or origin.recipe.shared not in _SHARED:
         return None
+    if getattr(origin.recipe.experts, "keywords", {}).get("activation") is not None:
+        return None
     shared = _SHARED[origin.recipe.shared]
     layers = [_settings(model, site) for site in origin.sites]
     return [layer | {"shared": shared} for layer in layers if layer is not None] if None not in layers else None

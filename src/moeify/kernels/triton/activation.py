@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import triton
 import triton.language as tl
 
-from moeify.kernels.stacked import KNOWN, Activation, ClampedGlu, name_of
+from moeify.kernels.stacked import KNOWN, Activation, ClampedGlu, Glu, Plain, name_of
 
 
 @dataclass(frozen=True)
@@ -35,9 +35,9 @@ def kernel_activation(activation: Activation) -> KernelActivation:
     """
     if isinstance(activation, ClampedGlu):
         return KernelActivation("clamped", True, activation.alpha, activation.limit)
-    act = name_of(activation.act)
+    act = name_of(activation.act) if isinstance(activation, Plain | Glu) else None
     if act is None:
-        raise ValueError(f"no kernel knows the activation {activation.act}; known are {', '.join(KNOWN)}")
+        raise ValueError(f"no kernel knows the activation {activation}; known are {', '.join(KNOWN)}")
     return KernelActivation(act, activation.projections == 2)
 
 
