@@ -14,6 +14,7 @@ from moeify.experts import (
     FFN,
     Blocks,
     ClampedGlu,
+    ClampedSwiGlu,
     Constant,
     Each,
     Glu,
@@ -66,6 +67,7 @@ from moeify.routers import (
     TopK,
     TopP,
     Uniform,
+    WeightedInputs,
     sigmoid,
     sqrt_softplus,
 )
@@ -126,6 +128,7 @@ ROUTERS = {
     "mole": partial(MoLE, D, E),
     "uniform": partial(Uniform, D, E),
     "weights": partial(Uniform, D, E, weights=(0.5, -1.0, 0.0, 2.0)),
+    "weighted inputs": lambda: WeightedInputs(TopK(D, E, k=1, score=sigmoid, normalize=False)),
     "final mask": lambda: FinalMask(TopK(D, E), 0.4),
     "conditional": lambda: Conditional(TopK(D, E - 1), D, p=0.3),
     "next": lambda: Capacity(TopK(D, E), factor=0.7, overflow="next"),
@@ -146,6 +149,7 @@ EXPERTS = {
     "swiglu": partial(FFN, E, D, 6),
     "plain": partial(FFN, E, D, 6, activation=Plain(nn.functional.gelu), bias=True, width_out=D),
     "clamped": partial(FFN, E, D, 6, activation=ClampedGlu(), bias=True),
+    "clamped swiglu": partial(FFN, E, D, 6, activation=ClampedSwiGlu()),
     "each": lambda: Each([nn.Sequential(nn.Linear(D, 3 + e), nn.Tanh(), nn.Linear(3 + e, D)) for e in range(E)]),
     "blocks": lambda: Blocks([FFN(1, D, 12), FFN(1, D, 2, activation=Glu(nn.functional.gelu)), Identity(), Zero()]),
     "quantised": lambda: quantize(FFN(E, D, 6, bias=True), 4),
@@ -161,7 +165,7 @@ EXPERTS = {
 }
 UNEVEN = {"prefix", "capacity", "priority", "gshard", "top-p", "threshold", "relu", "expert choice", "soft"}
 UNEVEN |= {"groups of 2", "default vector", "expert threshold", "next", "final mask", "mmoe", "cgc", "ple"}
-UNEVEN |= {"bounded union", "token rounding", "top-any"}
+UNEVEN |= {"bounded union", "token rounding", "top-any", "weighted inputs"}
 IDS = torch.arange(12).view(3, 4)
 DTYPES = {torch.float32: 1e-5, torch.float64: 1e-5, torch.bfloat16: 6e-2}
 

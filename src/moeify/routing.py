@@ -147,6 +147,7 @@ class Assignment(Routing):
         before_limit: rows assigned to each expert before a capacity limit; None where nothing was limited.
         choices: the experts that the tokens chose, if each chose the same number.
         default_output: what every token, padding included, gets beside its rows (Default MoE).
+        input_weight: multiplies what each row reads (Llama 4); None for tokens as they are.
     """
 
     source: Int[Tensor, "R"]
@@ -155,6 +156,7 @@ class Assignment(Routing):
     before_limit: Int[Tensor, "E"] | None = None
     choices: Choices | None = None
     default_output: Float[Tensor, "all O"] | None = None
+    input_weight: Float[Tensor, "R"] | None = None
 
     @property
     def assigned(self) -> Int[Tensor, "E"]:
@@ -210,7 +212,8 @@ class Assignment(Routing):
 
     def dispatch(self, x: Float[Tensor, "... D"]) -> Float[Tensor, "R D"]:
         """Gather the token that each row reads."""
-        return x.reshape(-1, x.shape[-1])[self.source]
+        rows = x.reshape(-1, x.shape[-1])[self.source]
+        return rows if self.input_weight is None else rows * self.input_weight.to(rows.dtype).unsqueeze(-1)
 
     def only(
         self, kept: Bool[Tensor, "R"] | Int[Tensor, "kept"] | slice, counts: Int[Tensor, "E"] | None = None
@@ -228,6 +231,7 @@ class Assignment(Routing):
             weight=self.weight[kept],
             rank=None if self.rank is None else self.rank[kept],
             expert_outputs=None if self.expert_outputs is None else self.expert_outputs[kept],
+            input_weight=None if self.input_weight is None else self.input_weight[kept],
             before_limit=self.assigned,
         )
 

@@ -1,11 +1,13 @@
 """Kernels for a GPU on a machine without one: they say why they do not serve a call."""
 
+import dataclasses
+
 import pytest
 import torch
 
 from moeify import MoE, assign, backends
 from moeify.experts import FFN, Identity
-from moeify.kernels.stacked import Glu
+from moeify.kernels.stacked import ClampedSwiGlu, Glu
 from moeify.routers import TopK
 
 X = torch.randn(3, 4)
@@ -14,6 +16,10 @@ KERNELS = ["triton", "decode", "liger", "sonicmoe"]
 
 def decision(*gates):
     return assign(torch.tensor([[0, 1]] * 3), torch.ones(3, 2, *gates), 2)
+
+
+def weighted_inputs():
+    return dataclasses.replace(decision(), input_weight=torch.ones(6))
 
 
 @pytest.mark.parametrize("backend", KERNELS)
@@ -30,6 +36,8 @@ def test_a_layer_on_the_cpu_is_refused_in_words(backend):
         ("several gates", decision(3), FFN(2, 4, 3)),
         ("stacked weights .* these are Identity", decision(), Identity(2)),
         ("supports the activations silu, .* not ", decision(), FFN(2, 4, 3, activation=Glu(torch.tanh))),
+        ("and not ClampedSwiGlu", decision(), FFN(2, 4, 3, activation=ClampedSwiGlu())),
+        ("weights what the experts read", weighted_inputs(), FFN(2, 4, 3)),
         ("weights are torch.float64", decision(), FFN(2, 4, 3).double()),
         ("these are FFN", decision(), FFN(2, 4, 3, dropout=0.5)),
     ],

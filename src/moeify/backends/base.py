@@ -41,9 +41,11 @@ def needs_nvidia(x: Tensor) -> str | None:
 
 
 def needs_one_weight(routing: Routing) -> str | None:
-    """A routing decision of type `Assignment` with one top-k weight per row."""
+    """A routing decision of type `Assignment` with one top-k weight per row, which multiplies its expert output."""
     if not isinstance(routing, Assignment):
         return f"it needs an Assignment, and the router gave a {type(routing).__name__}"
+    if routing.input_weight is not None:
+        return "it weights expert outputs, and this router weights what the experts read"
     return "it needs one weight per row, and the router gave several gates" if routing.has_gate_axis else None
 
 

@@ -34,6 +34,7 @@ from moeify.routers.top_any import TopAny
 from moeify.routers.topk import ExpertGroups, TopK, sigmoid, softmax, sqrt_softplus
 from moeify.routers.uniform import Uniform
 from moeify.routers.variable import ReLU, Threshold, TopP
+from moeify.routers.weighted_inputs import WeightedInputs
 
 __all__ = [
     "AllExperts",
@@ -77,6 +78,7 @@ __all__ = [
     "TopK",
     "TopP",
     "Uniform",
+    "WeightedInputs",
     "begin_step",
     "project",
     "real_tokens",
