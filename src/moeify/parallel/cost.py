@@ -1,0 +1,250 @@
+"""What a training step costs: seconds of compute and traffic, and bytes on the fullest device, under a routing.
+
+A step of m micro-batches over p stages takes
+
+    sum of all stages + (m - 1) · slowest stage + shards gathered and reduced + optimizer
+
+and in every sparse layer all ranks wait for the fullest one, forward and backward. Backward is twice forward.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from jaxtyping import Float
+from torch import Tensor
+
+from moeify.parallel.cluster import Cluster
+from moeify.parallel.grouped import ExpertWork
+from moeify.parallel.layout import Layout, Target
+from moeify.parallel.network import exchange, gather, reduce
+from moeify.parallel.shape import ModelShape
+from moeify.parallel.workload import Workload
+
+STREAMED = 14
+"""Vectors of width D that element-wise work of a block reads and writes per token, forward."""
+
+KEPT = 34
+"""Bytes per token and width that a block keeps for backward with flash attention (arXiv 2205.05198, equation 1)."""
+
+LOGITS = 12
+"""Bytes per token and word that the loss keeps: 16-bit logits, their fp32 copy and gradient, and a part of a second."""
+
+OPTIMIZER, STATE, GRADIENT = 30, 12, 4
+"""Bytes per parameter: moved by AdamW; of its fp32 copy and two moments; of an fp32 gradient."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cost:
+    """A step.
+
+    Attributes:
+        seconds: by what they are spent on. `skew` is the wait for the fullest rank of each layer.
+        bytes: on the fullest device, by what lies there.
+        tokens: of the step.
+        devices: their number.
+    """
+
+    seconds: dict[str, float]
+    bytes: dict[str, float]
+    tokens: int
+    devices: int
+
+    @property
+    def step(self) -> float:
+        """Seconds of a step."""
+        return sum(self.seconds.values())
+
+    @property
+    def memory(self) -> float:
+        """Bytes on the fullest device."""
+        return sum(self.bytes.values())
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Of all devices."""
+        return self.tokens / self.step
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """A training step of a model on a cluster, whose layouts can be priced.
+
+    Attributes:
+        shape: of the model.
+        cluster: what it runs on.
+        workload: how rows are spread over experts.
+        length: tokens of a sequence.
+        target: the program that runs it.
+        recompute: whether blocks are computed again in backward instead of being kept.
+    """
+
+    shape: ModelShape
+    cluster: Cluster
+    workload: Workload
+    length: int
+    target: Target
+    recompute: bool = False
+
+    def __post_init__(self) -> None:
+        if self.workload.num_experts != self.shape.num_experts:
+            raise ValueError(
+                f"the routing has {self.workload.num_experts} experts and {self.shape.name} has {self.shape.num_experts}"
+            )
+
+    def price(self, layout: Layout) -> Cost:
+        """The cost of a layout."""
+        times, seconds = 3 + self.recompute, self._micro_batch(layout)
+        stages = self._stages(layout)
+        in_flight = dict.fromkeys(seconds, 0.0)
+        for name, value in seconds.items():  # of one block, forward; exchanges are repeated by recomputing too
+            blocks = self.shape.sparse_layers if name in ("experts", "skew", "exchange") else self.shape.blocks
+            in_flight[name] = value * blocks * times
+        head = self._head(layout)
+        largest = max(sparse for _, sparse in stages) / max(self.shape.sparse_layers, 1)
+        slowest = max(blocks for blocks, _ in stages) / self.shape.blocks
+        m = layout.accumulation
+        spent = {
+            "dense": 0.0,
+            "attention": 0.0,
+            "elementwise": 0.0,
+            "experts": 0.0,
+            "skew": 0.0,
+            "exchange": 0.0,
+            "tensor": 0.0,
+        }
+        bubble = 0.0
+        for name, value in in_flight.items():
+            part = largest if name in ("experts", "skew", "exchange") else slowest
+            spent[name] = value * part * m  # the slowest stage computes m micro-batches
+            bubble += value * (1 - part)  # and waits while the first one comes and the last one leaves
+        spent["head"] = head * m
+        spent["bubble"] = bubble + self._hand_over(layout)
+        compute = sum(spent[name] for name in ("dense", "attention", "elementwise", "experts", "head"))
+        spent["weights"] = self._weights(layout, compute)
+        spent["optimizer"] = self._optimizer(layout)
+        tokens = layout.sequences * self.length
+        return Cost(seconds=spent, bytes=self._bytes(layout), tokens=tokens, devices=layout.world)
+
+    def rank_rows(self, layout: Layout) -> Float[Tensor, "S L ranks slots"]:
+        """Rows of a micro-batch that each expert gets, by the rank that holds it."""
+        rows = self.workload.shares * (self._tokens(layout) * self.shape.k * max(layout.ep // layout.tp, 1))
+        return rows.unflatten(-1, (layout.ep, -1))
+
+    def _tokens(self, layout: Layout) -> int:
+        return layout.micro_batch * self.length
+
+    def _micro_batch(self, layout: Layout) -> dict[str, float]:
+        """Seconds of one block, forward, on the fullest rank, and `skew`, the part of it that balanced routing saves."""
+        shape, device, tokens = self.shape, self.cluster.device, self._tokens(layout)
+        stream = device.bandwidth * device.streaming
+        busy = self._layer(layout, self.rank_rows(layout))
+        even = Workload.balanced(shape.num_experts)
+        calm = Step(shape=shape, cluster=self.cluster, workload=even, length=self.length, target=self.target)
+        calm_experts, calm_exchange = calm._layer(layout, calm.rank_rows(layout))
+        experts, exchanged = (float(x.mean()) for x in busy)
+        skew = experts - float(calm_experts.mean()) + exchanged - float(calm_exchange.mean())
+        whole = self.length / 2  # a causal token attends to half of its sequence
+        return {
+            "dense": tokens * shape.dense_flops / shape.blocks / layout.tp / (device.flops * device.products),
+            "attention": tokens * whole * shape.attention_flops / shape.blocks / layout.tp
+            / (device.flops * device.attention),
+            "elementwise": tokens * shape.width * 2 * STREAMED / layout.tp / stream,
+            "experts": float(calm_experts.mean()),
+            "exchange": float(calm_exchange.mean()),
+            "skew": max(skew, 0.0),
+            "tensor": 4 / 3 * reduce(self.cluster, tokens * shape.width * 2, layout.tp),
+        }  # fmt: skip
+
+    def _layer(
+        self, layout: Layout, rows: Float[Tensor, "S L ranks slots"]
+    ) -> tuple[Float[Tensor, "S L"], Float[Tensor, "S L"]]:
+        """Seconds of the experts and of both exchanges of one layer, forward, on the fullest rank."""
+        device, width = self.cluster.device, self.shape.width
+        sliced = layout.tp if layout.ep == 1 else 1
+        work = ExpertWork.of(
+            rows.ceil(), width=width, hidden=max(round(self.shape.hidden / sliced), 1), experts=rows.shape[-1]
+        )
+        experts = device.experts.seconds(work, device.flops, device.bandwidth).amax(-1)
+        received = rows.sum(-1).amax(-1) * width * 2
+        return experts, 2 * exchange(self.cluster, received, layout.ep)
+
+    def _head(self, layout: Layout) -> float:
+        """Seconds of the head and the loss of a micro-batch, forward and backward."""
+        device, tokens = self.cluster.device, self._tokens(layout)
+        products = 3 * tokens * self.shape.head_flops / (device.flops * device.products)
+        streamed = tokens * self.shape.vocabulary * 2 * LOGITS / (device.bandwidth * device.streaming)
+        return (products + streamed) / layout.tp
+
+    def _stages(self, layout: Layout) -> list[tuple[int, int]]:
+        """Blocks of each stage, and how many of them are sparse; dense blocks come first."""
+        each, dense = self.shape.blocks // layout.pp, self.shape.blocks - self.shape.sparse_layers
+        return [(each, each - min(max(dense - stage * each, 0), each)) for stage in range(layout.pp)]
+
+    def _hand_over(self, layout: Layout) -> float:
+        """Seconds in which stages wait for hidden states: one message per stage and direction, and one per micro-batch."""
+        if layout.pp == 1:
+            return 0.0
+        stride = layout.world // layout.pp
+        link = self.cluster.intra if stride < self.cluster.devices_per_node else self.cluster.inter
+        message = self._tokens(layout) * self.shape.width * 2 / layout.tp / link.bandwidth + link.latency
+        return 2 * message * (layout.pp - 1 + layout.accumulation)
+
+    def _held(self, layout: Layout) -> tuple[float, float]:
+        """Parameters of one rank before fsdp shards them: outside experts, and of experts."""
+        shape = self.shape
+        dense = (shape.dense_parameters / layout.pp + shape.embedding / min(layout.pp, 2)) / layout.tp
+        sliced = layout.tp if layout.ep == 1 else 1
+        sparse = max(sparse for _, sparse in self._stages(layout))
+        return dense, sparse * shape.num_experts * shape.expert_parameters / layout.ep / sliced
+
+    def _weights(self, layout: Layout, compute: float) -> float:
+        """Seconds of gathering parameters and reducing gradients that compute does not hide."""
+        dense, experts = self._held(layout)
+        data, expert_data = layout.fsdp, layout.efsdp if layout.ep > 1 else layout.fsdp
+        strides = layout.tp, layout.ep if layout.ep > 1 else layout.tp
+        gathers = sum(
+            gather(self.cluster, 2 * held, group, stride)
+            for held, group, stride in zip((dense, experts), (data, expert_data), strides, strict=True)
+        )
+        reduces = sum(
+            gather(self.cluster, GRADIENT * held, group, stride)
+            for held, group, stride in zip((dense, experts), (data, expert_data), strides, strict=True)
+        )
+        replicas = reduce(
+            self.cluster, GRADIENT * (dense / data + experts / expert_data), layout.dp, layout.tp * layout.fsdp
+        )
+        if not self.target.shards_parameters:
+            return gathers + reduces + replicas
+        hidden = layout.accumulation * (2 * gathers + reduces)
+        return max(hidden - compute, 0.0) + replicas
+
+    def _optimizer(self, layout: Layout) -> float:
+        """Seconds of the optimizer, and of adding every micro-batch to the fp32 gradients."""
+        dense, experts = self._held(layout)
+        owned = dense / layout.fsdp + experts / (layout.efsdp if layout.ep > 1 else layout.fsdp)
+        added = owned if self.target.shards_parameters else dense + experts
+        moved = owned * OPTIMIZER + layout.accumulation * added * 2 * GRADIENT
+        return moved / (self.cluster.device.bandwidth * self.cluster.device.streaming)
+
+    def _bytes(self, layout: Layout) -> dict[str, float]:
+        shape, tokens = self.shape, self._tokens(layout)
+        dense, experts = self._held(layout)
+        owned = dense / layout.fsdp + experts / (layout.efsdp if layout.ep > 1 else layout.fsdp)
+        stages, width = self._stages(layout), shape.width
+        fullest = float(self.rank_rows(layout).sum(-1).amax())
+        per_row = 2 * (2 * width + 3 * shape.hidden) + 4 * shape.hidden
+        block = tokens * width * KEPT / layout.tp
+        flight = min(layout.pp, layout.accumulation)
+        blocks, sparse = max(stages)
+        kept = blocks * block + sparse * fullest * per_row
+        if self.recompute:
+            kept = blocks * tokens * width * 2 / layout.tp + (block + fullest * per_row) / flight
+        gathered = (
+            2 * 2 * (dense + experts) / max(blocks, 1) if self.target.shards_parameters and layout.fsdp > 1 else 0.0
+        )
+        whole = owned if self.target.shards_parameters else dense + experts
+        return {
+            "parameters": 2 * whole, "gradients": GRADIENT * whole, "optimizer": STATE * owned, "gathered": gathered,
+            "activations": kept * flight, "logits": tokens * shape.vocabulary * LOGITS / layout.tp,
+        }  # fmt: skip

@@ -1,0 +1,158 @@
+"""A layout: how many ranks share data, shards, tensors, stages and experts; and which layouts a program can run."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from moeify.parallel.cluster import Cluster
+from moeify.parallel.shape import ModelShape
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """Degrees of parallelism. Ranks count through tp first, then fsdp, dp and pp; experts take theirs from tp · fsdp.
+
+    Attributes:
+        dp: replicas of all shards.
+        fsdp: ranks of one replica, each with its own data.
+        tp: ranks that split every matrix outside experts.
+        pp: stages of a pipeline.
+        ep: ranks that hold different experts; a divisor of tp · fsdp.
+        micro_batch: sequences of a rank in one forward pass.
+        accumulation: forward passes of a step.
+    """
+
+    dp: int = 1
+    fsdp: int = 1
+    tp: int = 1
+    pp: int = 1
+    ep: int = 1
+    micro_batch: int = 1
+    accumulation: int = 1
+
+    @property
+    def world(self) -> int:
+        """Number of ranks."""
+        return self.dp * self.fsdp * self.tp * self.pp
+
+    @property
+    def efsdp(self) -> int:
+        """Ranks of a replica that hold the same experts."""
+        return self.fsdp * self.tp // self.ep
+
+    @property
+    def sequences(self) -> int:
+        """Sequences of a step."""
+        return self.dp * self.fsdp * self.micro_batch * self.accumulation
+
+    def __str__(self) -> str:
+        degrees = {name: getattr(self, name) for name in ("dp", "fsdp", "tp", "pp", "ep")}
+        shown = " ".join(f"{name}{degree}" for name, degree in degrees.items() if degree > 1) or "one device"
+        return f"{shown}, {self.micro_batch} x {self.accumulation}"
+
+
+class Target(ABC):
+    """A program that trains: which layouts it runs, and what it shards.
+
+    Attributes:
+        name: of the program.
+        shards_parameters: whether fsdp shards parameters and gradients too, or the state of the optimizer only.
+    """
+
+    name: str
+    shards_parameters: bool
+
+    def refuse(self, layout: Layout, shape: ModelShape) -> str | None:
+        """Why the layout cannot be run, or None."""
+        if (layout.fsdp * layout.tp) % layout.ep:
+            return f"ep={layout.ep} does not divide fsdp · tp = {layout.fsdp * layout.tp}"
+        if shape.num_experts % layout.ep:
+            return f"ep={layout.ep} does not divide {shape.num_experts} experts"
+        if layout.pp > 1 and shape.blocks % layout.pp:
+            return f"pp={layout.pp} does not divide {shape.blocks} blocks"
+        if shape.heads and shape.heads % layout.tp:
+            return f"tp={layout.tp} does not divide {shape.heads} heads"
+        return self.refuse_here(layout)
+
+    @abstractmethod
+    def refuse_here(self, layout: Layout) -> str | None:
+        """Why this program in particular cannot run it, or None."""
+
+
+class Transformers(Target):
+    """`DistributedConfig` of transformers 5.24: FSDP2, tensor and expert parallelism; a pipeline only by itself."""
+
+    name = "transformers"
+    shards_parameters = True
+
+    def refuse_here(self, layout: Layout) -> str | None:
+        """`DistributedConfig._validate_mesh_config`, and that a dispatch of tokens excludes a pipeline."""
+        if layout.pp > 1 and (layout.dp * layout.fsdp > 1 or layout.ep > 1):
+            return "transformers has no pipeline beside FSDP or expert parallelism"
+        if layout.ep > 1 and layout.ep % layout.tp:
+            return f"ep={layout.ep} is not a multiple of tp={layout.tp}, as transformers needs"
+        return None
+
+
+class Torchtitan(Target):
+    """torchtitan: FSDP2, tensor, expert and pipeline parallelism."""
+
+    name = "torchtitan"
+    shards_parameters = True
+
+    def refuse_here(self, layout: Layout) -> str | None:
+        """A pipeline needs at least as many micro-batches as stages to be filled."""
+        if layout.pp > layout.accumulation:
+            return f"{layout.accumulation} micro-batches do not fill {layout.pp} stages"
+        return None
+
+
+class Megatron(Target):
+    """Megatron-Core with its distributed optimizer, which shards optimizer states over data-parallel ranks."""
+
+    name = "megatron"
+    shards_parameters = False
+
+    def refuse_here(self, layout: Layout) -> str | None:
+        """Replicas beside the sharded ones are left to `--num-distributed-optimizer-instances`, which is not planned."""
+        if layout.dp > 1:
+            return (
+                "Megatron's distributed optimizer shards over all data-parallel ranks: dp is 1 and fsdp is their number"
+            )
+        if layout.pp > layout.accumulation:
+            return f"{layout.accumulation} micro-batches do not fill {layout.pp} stages"
+        return None
+
+
+TARGETS: dict[str, Target] = {target.name: target for target in (Transformers(), Torchtitan(), Megatron())}
+
+
+def layouts(shape: ModelShape, cluster: Cluster, target: Target, sequences: int) -> Iterator[Layout]:
+    """Every layout of all devices that the target runs, with every division of the step's sequences.
+
+    Args:
+        shape: of the model.
+        cluster: all of whose devices take part; tensor parallelism stays inside a node.
+        target: the program.
+        sequences: of one step, over all ranks.
+    """
+    for tp in _divisors(cluster.devices_per_node):
+        for pp in _divisors(cluster.size // tp):
+            for fsdp in _divisors(cluster.size // (tp * pp)):
+                dp = cluster.size // (tp * pp * fsdp)
+                if sequences % (dp * fsdp):
+                    continue
+                each = sequences // (dp * fsdp)
+                for ep in _divisors(fsdp * tp):
+                    for micro in _divisors(each):
+                        layout = Layout(
+                            dp=dp, fsdp=fsdp, tp=tp, pp=pp, ep=ep, micro_batch=micro, accumulation=each // micro
+                        )
+                        if target.refuse(layout, shape) is None:
+                            yield layout
+
+
+def _divisors(number: int) -> list[int]:
+    return [n for n in range(1, number + 1) if number % n == 0]
