@@ -1,20 +1,25 @@
 """The planner predicts the published step times of DeepSeek models on B200 and A100, from what the devices can do.
 
-SimuMax (Apache-2.0) publishes step times of Megatron-LM on eight B200: DeepSeek-V2 and V3 cut to 4 layers, as EP8 and as
-EP4 x PP2, with 4, 8 and 32 micro-batches, and its own predictions, from 13.5 % too low to 0.1 % too high. On eight A100
-with PCIe it publishes FLOP/s per device as a picture: EP4 x PP2 is ahead of EP8 three times, whereas on B200 EP8 is ahead
-per sequence six times. So the hardware has to matter.
+SimuMax (Apache-2.0) publishes step times of Megatron-LM on eight B200: DeepSeek-V2 and V3 cut to 4 layers, as EP8 and
+as EP4 x PP2, with 4, 8 and 32 micro-batches, and its own predictions, from 13.5 % too low to 0.1 % too high. On eight
+A100 with PCIe it publishes FLOP/s per device as a picture: EP4 x PP2 is ahead of EP8 three times, whereas on B200 EP8
+is ahead per sequence six times. So the hardware has to matter.
 
 Our description of a cluster is made of SimuMax's measured efficiencies of single operations by fixed rules: products,
 products of experts and attention each by all FLOPs over all time of the operations listed (attention halved, since
-SimuMax counts the masked half too), the link by the efficiency of the all-to-all. On A100, where an all-to-all of eight is
-slower than one of four, the links are two nodes of four whose outer link gives that time. No number is fitted to steps.
+SimuMax counts the masked half too), the link by the efficiency of the all-to-all. On A100, where an all-to-all of eight
+is slower than one of four, the links are two nodes of four whose outer link gives that time. No number is fitted to
+steps.
 
-Decided before the first run of this file: the largest error of the 12 steps must be at most 13.54 %, and the winner right
-in each of the 6 + 3 pairs. Then the same model answers what SimuMax, which knows balance only, cannot: how both layouts
-do under the routing of a real trace (Qwen3-30B-A3B's, stretched to the number of experts) and under Zipf's law.
+Decided before the first run of this file: the largest error of the 12 steps must be at most 13.54 %, and the winner
+right in each of the 6 + 3 pairs. Then the same model answers what SimuMax, which knows balance only, cannot: how both
+layouts do under the routing of a real trace (Qwen3-30B-A3B's, stretched to the number of experts) and by Zipf's law.
 
-    python claims/simumax.py --simumax FOLDER      of a checkout of MooreThreads/SimuMax; seconds; rows in claims/results/simumax.csv
+The first run failed: 15.6 % at one of the 12 steps, all winners right. The cost model added every micro-batch to the
+fp32 gradients once more, which Megatron does inside the products whose efficiency was measured. Later runs are without
+it, and no prediction any more.
+
+    python claims/simumax.py --simumax CHECKOUT      a minute on one core; rows in claims/results/simumax.csv
 """
 
 from __future__ import annotations
@@ -143,17 +148,15 @@ def main() -> None:
     for name, model in models.items():
         even = Workload.balanced(model.num_experts)
         for count in A100:
-            speed = {l: price(model, found["b200"], even, l, count).tokens_per_second for l in LAYOUTS}
-            per_second = {l: r.sequences * count / real[name, l, count]["real_ms"] for l, r in LAYOUTS.items()}
+            speed = {x: price(model, found["b200"], even, x, count).tokens_per_second for x in LAYOUTS}
+            per_second = {x: y.sequences * count / real[name, x, count]["real_ms"] for x, y in LAYOUTS.items()}
             right += max(speed, key=speed.__getitem__) == max(per_second, key=per_second.__getitem__)
     right_a100 = 0
     for count, flops in A100.items():
         even, winner = Workload.balanced(160), ("ep8", "ep4_pp2")[flops[1] > flops[0]]
-        speed = {l: price(models["deepseekv2"], found["a100"], even, l, count).tokens_per_second for l in LAYOUTS}
+        speed = {x: price(models["deepseekv2"], found["a100"], even, x, count).tokens_per_second for x in LAYOUTS}
         right_a100 += max(speed, key=speed.__getitem__) == winner
-        print(
-            f"a100, {count} micro-batches: tokens/s", {l: round(s) for l, s in speed.items()}, "measured winner", winner
-        )
+        print(f"a100, {count} micro-batches, tokens/s: {speed}, measured winner {winner}")
     trace = Workload.traced(read_trace(data_file("routing-traces/qwen.route.csv.gz"))).mean()
     for name, model in models.items():
         for routing, load in {

@@ -34,6 +34,13 @@ OPTIMIZER, STATE, GRADIENT = 30, 12, 4
 """Bytes per parameter: moved by AdamW; of its fp32 copy and two moments; of an fp32 gradient."""
 
 
+OF_SPARSE = ("experts", "skew", "exchange")
+"""Kinds of time that only sparse blocks spend."""
+
+COMPUTE = ("dense", "attention", "elementwise", "experts", "head")
+"""Kinds of time in which a device computes, and may gather the next parameters."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Cost:
     """A step.
@@ -89,39 +96,22 @@ class Step:
     def __post_init__(self) -> None:
         if self.workload.num_experts != self.shape.num_experts:
             raise ValueError(
-                f"the routing has {self.workload.num_experts} experts and {self.shape.name} has {self.shape.num_experts}"
+                f"the routing has {self.workload.num_experts} experts and {self.shape.name} has "
+                f"{self.shape.num_experts}; see Workload.stretched"
             )
 
     def price(self, layout: Layout) -> Cost:
         """The cost of a layout."""
-        times, seconds = 3 + self.recompute, self._micro_batch(layout)
-        stages = self._stages(layout)
-        in_flight = dict.fromkeys(seconds, 0.0)
-        for name, value in seconds.items():  # of one block, forward; exchanges are repeated by recomputing too
-            blocks = self.shape.sparse_layers if name in ("experts", "skew", "exchange") else self.shape.blocks
-            in_flight[name] = value * blocks * times
-        head = self._head(layout)
-        largest = max(sparse for _, sparse in stages) / max(self.shape.sparse_layers, 1)
-        slowest = max(blocks for blocks, _ in stages) / self.shape.blocks
-        m = layout.accumulation
-        spent = {
-            "dense": 0.0,
-            "attention": 0.0,
-            "elementwise": 0.0,
-            "experts": 0.0,
-            "skew": 0.0,
-            "exchange": 0.0,
-            "tensor": 0.0,
-        }
-        bubble = 0.0
-        for name, value in in_flight.items():
-            part = largest if name in ("experts", "skew", "exchange") else slowest
-            spent[name] = value * part * m  # the slowest stage computes m micro-batches
-            bubble += value * (1 - part)  # and waits while the first one comes and the last one leaves
-        spent["head"] = head * m
-        spent["bubble"] = bubble + self._hand_over(layout)
-        compute = sum(spent[name] for name in ("dense", "attention", "elementwise", "experts", "head"))
-        spent["weights"] = self._weights(layout, compute)
+        stages, passes = self._stages(layout), 3 + self.recompute
+        spent: dict[str, float] = {}
+        waiting = self._hand_over(layout)
+        for kind, forward in self._block(layout).items():
+            blocks = [sparse if kind in OF_SPARSE else every for every, sparse in stages]
+            spent[kind] = forward * passes * max(blocks) * layout.accumulation
+            waiting += forward * passes * (sum(blocks) - max(blocks))
+        spent["head"] = self._head(layout) * layout.accumulation
+        spent["bubble"] = waiting
+        spent["weights"] = self._weights(layout, sum(spent[kind] for kind in COMPUTE))
         spent["optimizer"] = self._optimizer(layout)
         tokens = layout.sequences * self.length
         return Cost(seconds=spent, bytes=self._bytes(layout), tokens=tokens, devices=layout.world)
@@ -134,8 +124,8 @@ class Step:
     def _tokens(self, layout: Layout) -> int:
         return layout.micro_batch * self.length
 
-    def _micro_batch(self, layout: Layout) -> dict[str, float]:
-        """Seconds of one block, forward, on the fullest rank, and `skew`, the part of it that balanced routing saves."""
+    def _block(self, layout: Layout) -> dict[str, float]:
+        """Seconds of a micro-batch in one block, forward; `skew` is what the fullest rank takes beyond balance."""
         shape, device, tokens = self.shape, self.cluster.device, self._tokens(layout)
         stream = device.bandwidth * device.streaming
         busy = self._layer(layout, self.rank_rows(layout))
@@ -182,7 +172,7 @@ class Step:
         return [(each, each - min(max(dense - stage * each, 0), each)) for stage in range(layout.pp)]
 
     def _hand_over(self, layout: Layout) -> float:
-        """Seconds in which stages wait for hidden states: one message per stage and direction, and one per micro-batch."""
+        """Seconds of messages between stages: one per stage and one per micro-batch, in both directions."""
         if layout.pp == 1:
             return 0.0
         stride = layout.world // layout.pp
@@ -220,11 +210,14 @@ class Step:
         return max(hidden - compute, 0.0) + replicas
 
     def _optimizer(self, layout: Layout) -> float:
-        """Seconds of the optimizer, and of adding every micro-batch to the fp32 gradients."""
+        """Seconds of the optimizer, and of adding micro-batches to the shards of gradients.
+
+        Unsharded gradients are added to by the products that compute them, as Megatron's are.
+        """
         dense, experts = self._held(layout)
         owned = dense / layout.fsdp + experts / (layout.efsdp if layout.ep > 1 else layout.fsdp)
-        added = owned if self.target.shards_parameters else dense + experts
-        moved = owned * OPTIMIZER + layout.accumulation * added * 2 * GRADIENT
+        added = layout.accumulation * owned * 2 * GRADIENT if self.target.shards_parameters else 0.0
+        moved = owned * OPTIMIZER + added
         return moved / (self.cluster.device.bandwidth * self.cluster.device.streaming)
 
     def _bytes(self, layout: Layout) -> dict[str, float]:

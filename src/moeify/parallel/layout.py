@@ -116,7 +116,7 @@ class Megatron(Target):
     shards_parameters = False
 
     def refuse_here(self, layout: Layout) -> str | None:
-        """Replicas beside the sharded ones are left to `--num-distributed-optimizer-instances`, which is not planned."""
+        """Its replicas are its data-parallel ranks, over which it shards its optimizer."""
         if layout.dp > 1:
             return (
                 "Megatron's distributed optimizer shards over all data-parallel ranks: dp is 1 and fsdp is their number"

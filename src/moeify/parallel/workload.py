@@ -74,7 +74,7 @@ class Workload:
 
     @classmethod
     def traced(cls, layers: Iterable[Decided], *, snapshots: int = 16) -> Workload:
-        """The decisions of a trace, such as those of `moeify.inspect.read_trace`, whose tokens are cut in order into snapshots.
+        """The decisions of a trace, as `moeify.inspect` reads them, whose tokens are cut in order into snapshots.
 
         Raises:
             ValueError: the trace has no layer, or layers with different numbers of experts.
@@ -113,14 +113,13 @@ class Workload:
         return Workload(self.shares.mean(0, keepdim=True))
 
     def capped(self, factor: float) -> Workload:
-        """The rows that a capacity of `factor` times the mean load leaves; what is dropped is shared out among all others.
-
-        Rows are not dropped from the count, so that workloads of one total can be compared: use it where the total is
-        what is left.
-        """
-        limit = max(factor, 1.0) / self.num_experts
-        shares = self.shares.clamp_max(limit)
+        """The shares that are left of a capacity of `factor` times the mean load: experts above it are cut to it."""
+        shares = self.shares.clamp_max(max(factor, 1.0) / self.num_experts)
         return Workload(shares / shares.sum(-1, keepdim=True))
+
+    def kept(self, factor: float) -> float:
+        """The part of the rows that a capacity of `factor` times the mean load keeps, over all layers."""
+        return float(self.shares.clamp_max(factor / self.num_experts).sum(-1).mean())
 
 
 def _stacked(counts: list[Num[Tensor, "... E"]]) -> Num[Tensor, "L ... E"]:
