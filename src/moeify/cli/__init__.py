@@ -15,6 +15,7 @@ from moeify.cli import (
     export,
     generate,
     inspect,
+    plan,
     recipes,
     sparsify,
     threads,
@@ -42,6 +43,7 @@ app.command("recipes")(recipes.recipes)
 app.command("doctor")(doctor.doctor)
 app.command("watch")(watch.watch)
 app.command("trace")(trace.trace)
+app.command("plan")(plan.plan)
 
 (UsageError,) = typer.BadParameter.__bases__  # of click, or of the copy of it that newer versions of typer bring
 

@@ -1,5 +1,14 @@
-"""Sparse training on many devices: what a step costs there, and which layout is fastest."""
+"""Sparse training on many devices: what a step costs there, which layout is fastest, and where experts should lie."""
 
+from moeify.parallel.cluster import DEVICES, Cluster, Device, Link
+from moeify.parallel.cost import Cost, Step
 from moeify.parallel.grouped import ExpertWork, GroupedCost
+from moeify.parallel.layout import TARGETS, Layout, Target
+from moeify.parallel.plan import Choice, Plan, plan
+from moeify.parallel.shape import ModelShape
+from moeify.parallel.workload import Workload
 
-__all__ = ["ExpertWork", "GroupedCost"]
+__all__ = [
+    "DEVICES", "TARGETS", "Choice", "Cluster", "Cost", "Device", "ExpertWork", "GroupedCost", "Layout", "Link",
+    "ModelShape", "Plan", "Step", "Target", "Workload", "plan",
+]  # fmt: skip

@@ -9,7 +9,7 @@ and in every sparse layer all ranks wait for the fullest one, forward and backwa
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 from jaxtyping import Float
 from torch import Tensor
@@ -83,7 +83,6 @@ class Step:
         workload: how rows are spread over experts.
         length: tokens of a sequence.
         target: the program that runs it.
-        recompute: whether blocks are computed again in backward instead of being kept.
     """
 
     shape: ModelShape
@@ -91,7 +90,7 @@ class Step:
     workload: Workload
     length: int
     target: Target
-    recompute: bool = False
+    _layers: dict[tuple, dict[str, float]] = field(default_factory=dict, init=False, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         if self.workload.num_experts != self.shape.num_experts:
@@ -102,15 +101,16 @@ class Step:
 
     def price(self, layout: Layout) -> Cost:
         """The cost of a layout."""
-        stages, passes = self._stages(layout), 3 + self.recompute
+        stages, passes = self._stages(layout), 3 + layout.recompute
         spent: dict[str, float] = {}
-        waiting = self._hand_over(layout)
+        waiting = 0.0
         for kind, forward in self._block(layout).items():
             blocks = [sparse if kind in OF_SPARSE else every for every, sparse in stages]
             spent[kind] = forward * passes * max(blocks) * layout.accumulation
             waiting += forward * passes * (sum(blocks) - max(blocks))
         spent["head"] = self._head(layout) * layout.accumulation
         spent["bubble"] = waiting
+        spent["messages"] = self._messages(layout)
         spent["weights"] = self._weights(layout, sum(spent[kind] for kind in COMPUTE))
         spent["optimizer"] = self._optimizer(layout)
         tokens = layout.sequences * self.length
@@ -127,24 +127,25 @@ class Step:
     def _block(self, layout: Layout) -> dict[str, float]:
         """Seconds of a micro-batch in one block, forward; `skew` is what the fullest rank takes beyond balance."""
         shape, device, tokens = self.shape, self.cluster.device, self._tokens(layout)
-        stream = device.bandwidth * device.streaming
-        busy = self._layer(layout, self.rank_rows(layout))
-        even = Workload.balanced(shape.num_experts)
-        calm = Step(shape=shape, cluster=self.cluster, workload=even, length=self.length, target=self.target)
-        calm_experts, calm_exchange = calm._layer(layout, calm.rank_rows(layout))
-        experts, exchanged = (float(x.mean()) for x in busy)
-        skew = experts - float(calm_experts.mean()) + exchanged - float(calm_exchange.mean())
-        whole = self.length / 2  # a causal token attends to half of its sequence
-        return {
-            "dense": tokens * shape.dense_flops / shape.blocks / layout.tp / (device.flops * device.products),
-            "attention": tokens * whole * shape.attention_flops / shape.blocks / layout.tp
-            / (device.flops * device.attention),
-            "elementwise": tokens * shape.width * 2 * STREAMED / layout.tp / stream,
+        key = layout.tp, layout.ep, tokens  # all that it depends on; many layouts share it
+        if key in self._layers:
+            return self._layers[key]
+        experts, exchanged = self._layer(layout, self.rank_rows(layout))
+        calm = replace(self, workload=Workload.balanced(shape.num_experts))
+        calm_experts, calm_exchanged = calm._layer(layout, calm.rank_rows(layout))
+        skew = experts.mean() + exchanged.mean() - calm_experts.mean() - calm_exchanged.mean()
+        seen = self.length / 2  # a causal token attends to half of its sequence
+        products, attention = device.flops * device.products, device.flops * device.attention
+        self._layers[key] = {
+            "dense": tokens * shape.dense_flops / shape.blocks / layout.tp / products,
+            "attention": tokens * seen * shape.attention_flops / shape.blocks / layout.tp / attention,
+            "elementwise": tokens * shape.width * 2 * STREAMED / layout.tp / (device.bandwidth * device.streaming),
             "experts": float(calm_experts.mean()),
-            "exchange": float(calm_exchange.mean()),
-            "skew": max(skew, 0.0),
+            "exchange": float(calm_exchanged.mean()),
+            "skew": max(float(skew), 0.0),
             "tensor": 4 / 3 * reduce(self.cluster, tokens * shape.width * 2, layout.tp),
-        }  # fmt: skip
+        }
+        return self._layers[key]
 
     def _layer(
         self, layout: Layout, rows: Float[Tensor, "S L ranks slots"]
@@ -171,7 +172,7 @@ class Step:
         each, dense = self.shape.blocks // layout.pp, self.shape.blocks - self.shape.sparse_layers
         return [(each, each - min(max(dense - stage * each, 0), each)) for stage in range(layout.pp)]
 
-    def _hand_over(self, layout: Layout) -> float:
+    def _messages(self, layout: Layout) -> float:
         """Seconds of messages between stages: one per stage and one per micro-batch, in both directions."""
         if layout.pp == 1:
             return 0.0
@@ -231,7 +232,7 @@ class Step:
         flight = min(layout.pp, layout.accumulation)
         blocks, sparse = max(stages)
         kept = blocks * block + sparse * fullest * per_row
-        if self.recompute:
+        if layout.recompute:
             kept = blocks * tokens * width * 2 / layout.tp + (block + fullest * per_row) / flight
         gathered = (
             2 * 2 * (dense + experts) / max(blocks, 1) if self.target.shards_parameters and layout.fsdp > 1 else 0.0

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import product
 
 from moeify.parallel.cluster import Cluster
 from moeify.parallel.shape import ModelShape
@@ -22,6 +23,7 @@ class Layout:
         ep: ranks that hold different experts; a divisor of tp · fsdp.
         micro_batch: sequences of a rank in one forward pass.
         accumulation: forward passes of a step.
+        recompute: whether blocks are computed again in backward instead of being kept.
     """
 
     dp: int = 1
@@ -31,6 +33,7 @@ class Layout:
     ep: int = 1
     micro_batch: int = 1
     accumulation: int = 1
+    recompute: bool = False
 
     @property
     def world(self) -> int:
@@ -47,10 +50,15 @@ class Layout:
         """Sequences of a step."""
         return self.dp * self.fsdp * self.micro_batch * self.accumulation
 
+    @property
+    def degrees(self) -> dict[str, int]:
+        """dp, fsdp, tp, pp and ep."""
+        return {name: getattr(self, name) for name in ("dp", "fsdp", "tp", "pp", "ep")}
+
     def __str__(self) -> str:
-        degrees = {name: getattr(self, name) for name in ("dp", "fsdp", "tp", "pp", "ep")}
-        shown = " ".join(f"{name}{degree}" for name, degree in degrees.items() if degree > 1) or "one device"
-        return f"{shown}, {self.micro_batch} x {self.accumulation}"
+        shown = " ".join(f"{name}{degree}" for name, degree in self.degrees.items() if degree > 1) or "one device"
+        again = ", recompute" if self.recompute else ""
+        return f"{shown}, {self.micro_batch} x {self.accumulation}{again}"
 
 
 class Target(ABC):
@@ -142,16 +150,16 @@ def layouts(shape: ModelShape, cluster: Cluster, target: Target, sequences: int)
         for pp in _divisors(cluster.size // tp):
             for fsdp in _divisors(cluster.size // (tp * pp)):
                 dp = cluster.size // (tp * pp * fsdp)
-                if sequences % (dp * fsdp):
+                each, rest = divmod(sequences, dp * fsdp)
+                if rest:
                     continue
-                each = sequences // (dp * fsdp)
-                for ep in _divisors(fsdp * tp):
-                    for micro in _divisors(each):
-                        layout = Layout(
-                            dp=dp, fsdp=fsdp, tp=tp, pp=pp, ep=ep, micro_batch=micro, accumulation=each // micro
-                        )
-                        if target.refuse(layout, shape) is None:
-                            yield layout
+                for ep, micro, again in product(_divisors(fsdp * tp), _divisors(each), (False, True)):
+                    layout = Layout(
+                        dp=dp, fsdp=fsdp, tp=tp, pp=pp, ep=ep,
+                        micro_batch=micro, accumulation=each // micro, recompute=again,
+                    )  # fmt: skip
+                    if target.refuse(layout, shape) is None:
+                        yield layout
 
 
 def _divisors(number: int) -> list[int]:

@@ -127,9 +127,9 @@ def _blocks(model: nn.Module, sparse: int) -> int:
 def _ends(model: nn.Module) -> tuple[float, int, float]:
     """Parameters of the embedding and head, width of the logits, and FLOPs of the head."""
     tables = {id(m.weight): m.weight for m in model.modules() if isinstance(m, nn.Embedding)}
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    if head is not None and getattr(head, "weight", None) is not None:
-        weight = head.weight
+    output = getattr(model, "get_output_embeddings", None)
+    weight = getattr(output() if callable(output) else None, "weight", None)
+    if weight is not None:
         tables[id(weight)] = weight
         return float(sum(w.numel() for w in tables.values())), int(weight.shape[0]), 2.0 * weight.numel()
     return float(sum(w.numel() for w in tables.values())), 0, 0.0

@@ -12,12 +12,20 @@ from torch import Tensor
 
 from moeify.routing import Routing
 
+ROWS = 100
+"""Rows per expert from which on the shares of a snapshot say more of the router than of chance."""
+
 
 class Decided(Protocol):
     """What is read of a layer of a trace."""
 
-    num_experts: int
-    experts: Int[Tensor, "T K"]
+    @property
+    def num_experts(self) -> int:
+        """E."""
+
+    @property
+    def experts(self) -> Int[Tensor, "T K"]:
+        """The experts of every token, -1 where it has fewer than K."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,15 +81,20 @@ class Workload:
         return cls.counted(_stacked([routing.counts for routing in routings.values()])[None])
 
     @classmethod
-    def traced(cls, layers: Iterable[Decided], *, snapshots: int = 16) -> Workload:
+    def traced(cls, layers: Iterable[Decided], *, snapshots: int | None = None) -> Workload:
         """The decisions of a trace, as `moeify.inspect` reads them, whose tokens are cut in order into snapshots.
+
+        Args:
+            layers: of the trace, or the trace itself.
+            snapshots: S; by default as many as leave 100 rows per expert to each, for fewer look skewed by chance.
 
         Raises:
             ValueError: the trace has no layer, or layers with different numbers of experts.
         """
         found = []
         for layer in layers:
-            parts = layer.experts.long().tensor_split(max(1, min(snapshots, len(layer.experts))))
+            most = snapshots or layer.experts.numel() // (ROWS * layer.num_experts)
+            parts = layer.experts.long().tensor_split(max(1, min(most, len(layer.experts))))
             found.append(torch.stack([part[part >= 0].bincount(minlength=layer.num_experts) for part in parts]))
         if len({len(counts) for counts in found}) > 1:
             found = [counts.sum(0, keepdim=True) for counts in found]
