@@ -51,6 +51,7 @@ from moeify.routers import (
     MoLE,
     MultiGate,
     NoisyTopK,
+    PerGroup,
     Phatgoose,
     ReLU,
     Replay,
@@ -83,6 +84,7 @@ ROUTERS = {
     "sigmoid": partial(
         TopK, D, E, k=3, score=sigmoid, selection_bias=True, expert_groups=ExpertGroups(2, 2, "top2"), scale=2.5
     ),
+    "per group of experts": partial(TopK, D, E, k=2, expert_groups=PerGroup(2), normalize=False),
     "sqrt softplus": partial(TopK, D, E, score=sqrt_softplus),
     "logit": partial(TopK, D, E, select="logit", bias=True),
     "per group": partial(TopK, D, E, per="sequence"),

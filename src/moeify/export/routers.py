@@ -18,6 +18,7 @@ from moeify.routers import (
     Capacity,
     Compete,
     DefaultVector,
+    ExpertGroups,
     Frozen,
     GShard,
     NoisyTopK,
@@ -91,6 +92,8 @@ def _(router: TopK) -> TokenChoice:
     if router.select == "logit" and router.selection_bias is not None:
         raise Unsupported("its selection bias is added to logits (select='logit')")
     groups = router.expert_groups
+    if groups is not None and not isinstance(groups, ExpertGroups):
+        raise Unsupported("a token uses as many experts of every group (PerGroup), which no other program supports")
     if groups is not None and groups.fill != float("-inf"):
         raise Unsupported(
             f"experts outside the chosen groups score {groups.fill:g} (expert_groups.fill) and may still be chosen"

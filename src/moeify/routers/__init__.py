@@ -8,6 +8,7 @@ from moeify.routers.competition import Compete
 from moeify.routers.cosine import Cosine
 from moeify.routers.default_vector import DefaultVector
 from moeify.routers.expert_choice import ExpertChoice
+from moeify.routers.expert_groups import ExpertGroups, GroupLimit, PerGroup
 from moeify.routers.expert_threshold import ExpertThreshold
 from moeify.routers.extraction import Extraction
 from moeify.routers.frozen import Frozen
@@ -31,7 +32,7 @@ from moeify.routers.soft import Soft
 from moeify.routers.sparsemixer import SparseMixer
 from moeify.routers.token_rounding import TokenRounding
 from moeify.routers.top_any import TopAny
-from moeify.routers.topk import ExpertGroups, TopK, sigmoid, softmax, sqrt_softplus
+from moeify.routers.topk import TopK, sigmoid, softmax, sqrt_softplus
 from moeify.routers.uniform import Uniform
 from moeify.routers.variable import ReLU, Threshold, TopP
 from moeify.routers.weighted_inputs import WeightedInputs
@@ -53,12 +54,14 @@ __all__ = [
     "FinalMask",
     "Frozen",
     "GShard",
+    "GroupLimit",
     "InputWeights",
     "Labelled",
     "Lookup",
     "MoLE",
     "MultiGate",
     "NoisyTopK",
+    "PerGroup",
     "Phatgoose",
     "ReLU",
     "Replay",

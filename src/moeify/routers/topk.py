@@ -12,7 +12,6 @@ Mixtral, Switch, OLMoE, Qwen, DeepSeek, GPT-OSS and most routers of released mod
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -23,6 +22,7 @@ from torch.nn import functional as F
 from moeify.context import Context
 from moeify.registry import register
 from moeify.routers.base import Router, best_indices, project, real_tokens
+from moeify.routers.expert_groups import GroupLimit
 from moeify.routing import Assignment, Evidence
 
 Score = Callable[[Tensor], Tensor]
@@ -46,32 +46,6 @@ def sqrt_softplus(logits: Float[Tensor, "T E"]) -> Float[Tensor, "T E"]:
     return F.softplus(logits).sqrt()
 
 
-@register("expert_groups", "expert_groups")
-@dataclass(frozen=True)
-class ExpertGroups:
-    """Group-limited routing: a token may only use experts of its best groups (DeepSeek-V2 and V3).
-
-    Attributes:
-        count: number of groups; the experts of a group are adjacent.
-        keep: groups that a token may use.
-        reduce: the score of a group: that of its best expert (`max`, V2) or the sum of its two best (`top2`, V3).
-        fill: the score of experts in the other groups: -inf, so that they cannot be chosen.
-    """
-
-    count: int
-    keep: int
-    reduce: Literal["max", "top2"] = "max"
-    fill: float = float("-inf")
-
-    def __call__(self, choice: Float[Tensor, "T E"]) -> Float[Tensor, "T E"]:
-        """Fill the scores of the experts in all but each token's best groups."""
-        by_group = choice.unflatten(-1, (self.count, -1))  # (T, count, E / count)
-        best = 1 if self.reduce == "max" else min(2, by_group.shape[-1])
-        score = by_group.topk(best, dim=-1).values.sum(-1)
-        kept = torch.zeros_like(score, dtype=torch.bool).scatter(-1, best_indices(score, self.keep), True)
-        return by_group.masked_fill(~kept.unsqueeze(-1), self.fill).flatten(-2)
-
-
 @register("router", "topk")
 class TopK(Router):
     """Token choice with k experts per token.
@@ -83,7 +57,8 @@ class TopK(Router):
         score: what turns logits into weights.
         select: whether experts are chosen by their score or by their logit, which differ once there is a bias.
         selection_bias: keep a bias per expert, in fp32, that a controller of `moeify.balance` moves.
-        expert_groups: limits the choice to a token's best groups of experts.
+        expert_groups: limits the choice to a token's best groups of experts (`ExpertGroups`), or to as many experts of
+            every group (`PerGroup`).
         normalize: divide a token's weights by their sum.
         scale: multiplies the weights.
         per: decide for every token, or once for all tokens of a sequence or image from their mean (Mobile V-MoE).
@@ -92,8 +67,8 @@ class TopK(Router):
         init_std: standard deviation of the normal initialisation of the projection.
 
     Raises:
-        ValueError: k outside 1..E; k = 1 with normalised weights; groups that do not divide E, fewer than `keep`, or
-            with fewer than k experts in those kept.
+        ValueError: k outside 1..E; k = 1 with normalised weights; groups that do not divide E, or that leave other
+            than k experts to choose.
     """
 
     settable_k = True
@@ -107,7 +82,7 @@ class TopK(Router):
         score: Score = softmax,
         select: Literal["score", "logit"] = "score",
         selection_bias: bool = False,
-        expert_groups: ExpertGroups | None = None,
+        expert_groups: GroupLimit | None = None,
         normalize: bool = True,
         scale: float = 1.0,
         per: Literal["token", "sequence"] = "token",
@@ -117,7 +92,8 @@ class TopK(Router):
     ) -> None:
         super().__init__()
         check_k(k, num_experts, normalize)
-        _check_groups(expert_groups, num_experts, k)
+        if expert_groups is not None:
+            expert_groups.check(num_experts, k)
         check_per(per)
         self.num_experts = num_experts
         self.k = k
@@ -213,15 +189,3 @@ def check_per(per: str) -> None:
         raise ValueError(
             f"per={per!r} is not a unit of decision; choose 'token' or 'sequence' (a sequence or an image)"
         )
-
-
-def _check_groups(groups: ExpertGroups | None, num_experts: int, k: int) -> None:
-    if groups is not None:
-        if not 1 <= groups.keep <= groups.count:
-            raise ValueError(f"a token cannot use {groups.keep} of {groups.count} groups; choose 1 <= keep <= count")
-        if num_experts % groups.count:
-            raise ValueError(f"{num_experts} experts cannot be divided into {groups.count} groups of equal size")
-        if groups.keep * (num_experts // groups.count) < k:
-            raise ValueError(
-                f"{groups.keep} groups of {num_experts // groups.count} experts leave fewer than k={k} to choose from"
-            )

@@ -13,6 +13,7 @@ from moeify.moe import MoE
 from moeify.origin import Origin
 from moeify.routers.base import Router
 from moeify.routers.competition import Compete
+from moeify.routers.expert_groups import ExpertGroups
 from moeify.routers.noisy import NoisyTopK
 from moeify.routers.topk import TopK
 from moeify.sparsify.shared import dense, frozen, gated, nothing
@@ -69,7 +70,9 @@ _SOFTMAX: dict[str, Any] = {
 def _topk_settings(router: TopK) -> dict[str, Any] | None:
     score = next((name for name in SCORES if registry.lookup("score", name) is router.score), None)
     groups = router.expert_groups
-    if score is None or (groups is not None and groups.fill != float("-inf")):
+    if score is None or (groups is not None and not isinstance(groups, ExpertGroups)):
+        return None
+    if groups is not None and groups.fill != float("-inf"):
         return None
     return {
         "k": router.k,
