@@ -30,6 +30,7 @@ class FFN(Experts):
     """
 
     down_proj: nn.Parameter
+    down_proj_bias: nn.Parameter | None
 
     def __init__(
         self,
@@ -60,7 +61,7 @@ class FFN(Experts):
     @property
     def up(self) -> tuple[Float[Tensor, "E M D"], Float[Tensor, "E M"] | None]:
         """Weight and bias of the up projection (with the gate projection, if any), under either name."""
-        return getattr(self, self._up), self._parameters[f"{self._up}_bias"]
+        return getattr(self, self._up), getattr(self, f"{self._up}_bias")
 
     @property
     def activated(self) -> Float[Tensor, "E H D"]:
@@ -70,7 +71,7 @@ class FFN(Experts):
     @property
     def down(self) -> tuple[Float[Tensor, "E O H"], Float[Tensor, "E O"] | None]:
         """Weight and bias of the down projection."""
-        return self.down_proj, self._parameters["down_proj_bias"]
+        return self.down_proj, self.down_proj_bias
 
     @property
     def stacked(self) -> Stacked | None:

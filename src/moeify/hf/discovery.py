@@ -5,7 +5,8 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator
 
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from moeify.hf.blocks import Block, InterfaceBlock, is_wrapper, unwrapped
 from moeify.hf.families import family
@@ -26,9 +27,14 @@ def find_blocks(model: nn.Module) -> Iterator[Block]:
 
 def _stacked_experts(module: nn.Module) -> int:
     """The number of experts that a module of transformers stacks, zero experts included, 0 if it stacks none."""
-    down = module._parameters.get("down_proj")
-    up = next((module._parameters[name] for name in ("gate_up_proj", "up_proj") if name in module._parameters), None)
+    down = _parameter(module, "down_proj")
+    up = next((up for name in ("gate_up_proj", "up_proj") if (up := _parameter(module, name)) is not None), None)
     return up.shape[0] if up is not None and down is not None and down.dim() == 3 else 0
+
+
+def _parameter(module: nn.Module, name: str) -> Tensor | None:
+    """A parameter of the module itself, or what a parametrization makes of it."""
+    return getattr(module, name) if is_parametrized(module, name) else module._parameters.get(name)
 
 
 def _interface_block(name: str, module: nn.Module, ours: set[int]) -> InterfaceBlock | None:

@@ -175,6 +175,4 @@ def _refuse_untied(model: nn.Module, own: Mapping[str, Tensor], weights: Weights
 
 def persistent(model: nn.Module) -> dict[str, Tensor]:
     """The parameters and persistent buffers of a model, tied ones under all their names."""
-    kept = model.state_dict(keep_vars=True).keys()
-    buffers = {name: buffer for name, buffer in model.named_buffers(remove_duplicate=False) if name in kept}
-    return {**dict(model.named_parameters(remove_duplicate=False)), **buffers}
+    return {name: kept for name, kept in model.state_dict(keep_vars=True).items() if isinstance(kept, Tensor)}

@@ -6,16 +6,20 @@ from moeify.train.adapter_gates import train_gates
 from moeify.train.arguments import SparseArguments
 from moeify.train.calibrate import ExpertTokens, calibrate_all_experts, tokens_per_expert
 from moeify.train.callbacks import ExpertDropout, KSchedule, ProgressLine, SaveOnSignal
+from moeify.train.esft import lora_experts, train_experts
+from moeify.train.expert_slices import join_experts
 from moeify.train.finetune import FineTuning, finetune
 from moeify.train.freeze import Trainable, freeze, trainable, unfreeze
 from moeify.train.loss import StepLoss
+from moeify.train.relevance import Relevance, average_gate, expert_relevance, selection_ratio
 from moeify.train.routing_callback import RoutingCallback
 from moeify.train.super_classes import confusion, super_classes
 from moeify.train.trainer import SparseTrainer, SparseTrainerMixin
 
 __all__ = [
-    "AdaptExperts", "ExpertDropout", "ExpertTokens", "FineTuning", "KSchedule", "ProgressLine", "RoutingCallback",
-    "SaveOnSignal", "SparseArguments", "SparseTrainer", "SparseTrainerMixin", "StepLoss", "Trainable",
-    "calibrate_all_experts", "confusion", "finetune", "freeze", "keep_decisions", "super_classes", "tokens_per_expert",
-    "train_gates", "trainable", "unfreeze",
+    "AdaptExperts", "ExpertDropout", "ExpertTokens", "FineTuning", "KSchedule", "ProgressLine", "Relevance",
+    "RoutingCallback", "SaveOnSignal", "SparseArguments", "SparseTrainer", "SparseTrainerMixin", "StepLoss",
+    "Trainable", "average_gate", "calibrate_all_experts", "confusion", "expert_relevance", "finetune", "freeze",
+    "join_experts", "keep_decisions", "lora_experts", "selection_ratio", "super_classes", "tokens_per_expert",
+    "train_experts", "train_gates", "trainable", "unfreeze",
 ]  # fmt: skip

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from moeify.layers import moe_layers, sparse_layers, watch_inputs
 from moeify.modes import in_evaluation
-from moeify.record import observe
+from moeify.record import Observer, observe
 from moeify.routers.lookup import split_router_inputs
 from moeify.routing import Routing
 
@@ -77,7 +77,6 @@ class ExpertTokens:
         (Console() if console is None else console).print(table)
 
 
-@torch.no_grad()
 def tokens_per_expert(model: nn.Module, batches: Iterable[Mapping[str, Any] | Tensor]) -> ExpertTokens:
     """Count the tokens that the routers of a model send to each expert, in evaluation.
 
@@ -93,8 +92,24 @@ def tokens_per_expert(model: nn.Module, batches: Iterable[Mapping[str, Any] | Te
     def add(name: str, routing: Routing) -> None:
         layers[name] = layers.get(name, 0) + routing.counts.cpu()
 
+    route(model, batches, add)
+    return ExpertTokens(layers)
+
+
+@torch.no_grad()
+def route(model: nn.Module, batches: Iterable[Mapping[str, Any] | Tensor], observer: Observer) -> None:
+    """Run a model on batches in evaluation, and call `observer` with the name of every sparse layer and its decision.
+
+    Args:
+        model: a sparse model of moeify, or a mixture-of-experts model of transformers.
+        batches: keyword arguments of the model, columns that its routers look up included, or its only argument.
+        observer: what is called.
+
+    Raises:
+        ValueError: the model has no sparse layer.
+    """
     device = next(model.parameters()).device
-    handles = observe(model, add)
+    handles = observe(model, observer)
     try:
         with in_evaluation(model):
             for batch in batches:
@@ -106,7 +121,6 @@ def tokens_per_expert(model: nn.Module, batches: Iterable[Mapping[str, Any] | Te
     finally:
         for handle in handles:
             handle.remove()
-    return ExpertTokens(layers)
 
 
 def _moved(inputs: Mapping[str, Any], device: torch.device) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from rich.table import Table
 from torch import nn
 
 from moeify.layers import sparse_layers
+from moeify.train.expert_slices import slices_of
 
 BASE = ("attention", "embeddings", "norms", "rest")
 """The parts outside the sparse layers; papers call them non-MoE or non-expert parameters."""
@@ -114,14 +115,14 @@ def unfreeze(model: nn.Module, *parts: str | re.Pattern[str], verbose: bool = Tr
 
 def trainable(model: nn.Module) -> Trainable:
     """What is trained in a model, by part."""
-    belongs = part_of(model)
+    belongs, slices = part_of(model), slices_of(model)
     rows = []
     for part in PARTS:
         tensors = [p for name, p in model.named_parameters() if belongs[name] == part]
         if tensors:
-            sizes = [p.numel() for p in tensors]
-            trained = sum(size for p, size in zip(tensors, sizes, strict=True) if p.requires_grad)
-            rows.append(Share(part, len(tensors), sum(sizes), trained))
+            stored = [p.numel() for p in tensors if p not in slices]
+            trained = sum(p.numel() for p in tensors if p.requires_grad)
+            rows.append(Share(part, len(stored), sum(stored), trained))
     return Trainable(tuple(rows))
 
 
