@@ -6,6 +6,7 @@ from moeify.train.adapter_gates import train_gates
 from moeify.train.arguments import SparseArguments
 from moeify.train.calibrate import ExpertTokens, calibrate_all_experts, tokens_per_expert
 from moeify.train.callbacks import ExpertDropout, KSchedule, ProgressLine, SaveOnSignal
+from moeify.train.dense_gradient import dense_router_gradient
 from moeify.train.esft import lora_experts, train_experts
 from moeify.train.expert_slices import join_experts
 from moeify.train.finetune import FineTuning, finetune
@@ -19,7 +20,7 @@ from moeify.train.trainer import SparseTrainer, SparseTrainerMixin
 __all__ = [
     "AdaptExperts", "ExpertDropout", "ExpertTokens", "FineTuning", "KSchedule", "ProgressLine", "Relevance",
     "RoutingCallback", "SaveOnSignal", "SparseArguments", "SparseTrainer", "SparseTrainerMixin", "StepLoss",
-    "Trainable", "average_gate", "calibrate_all_experts", "confusion", "expert_relevance", "finetune", "freeze",
-    "join_experts", "keep_decisions", "lora_experts", "selection_ratio", "super_classes", "tokens_per_expert",
-    "train_experts", "train_gates", "trainable", "unfreeze",
+    "Trainable", "average_gate", "calibrate_all_experts", "confusion", "dense_router_gradient", "expert_relevance",
+    "finetune", "freeze", "join_experts", "keep_decisions", "lora_experts", "selection_ratio", "super_classes",
+    "tokens_per_expert", "train_experts", "train_gates", "trainable", "unfreeze",
 ]  # fmt: skip
