@@ -18,6 +18,9 @@ from moeify.balance import Sign
 from moeify.experts import FFN
 from moeify.inspect import FAULTS, diagnose
 from moeify.inspect.capture import capture
+from moeify.inspect.measurements.layer_inputs import layer_inputs, parameters_of
+from moeify.inspect.measurements.outliers import expert_outputs
+from moeify.inspect.panels.super_experts import super_experts
 from moeify.layers import sparse_layers
 from moeify.routers import Soft, TopK
 from moeify.train import SparseArguments, SparseTrainer
@@ -231,14 +234,29 @@ def test_a_fault_of_many_layers_is_said_once():
 
 
 def test_experts_that_are_not_called_by_rows_are_unknown():
-    whole = moe_families.build("dbrx")
+    whole = moe_families.build("llama4_text")
     found = diagnose(whole, [moe_families.inputs(whole)], faults=["super_experts"])
-    assert "another shape than its choices" in found.unknown["super_experts"]
+    assert "Llama4TextMoe cannot be called one by one" in found.unknown["super_experts"]
+
+
+@pytest.mark.parametrize("family", ["mixtral", "dbrx", "longcat_flash", "switch_transformers"])
+def test_the_report_and_the_diagnosis_name_the_same_super_expert(family):
+    whole = moe_families.build(family)
+    batches = [moe_families.inputs(whole, batch=4, length=16)]
+    assert diagnose(whole, batches, faults=["super_experts"]).healthy == ("super_experts",)
+    layer = next(iter(sparse_layers(whole).values()))
+    expert = int(capture(whole, batches).layers[layer.name].assigned[:8].argmax())
+    parameters_of(layer, expert)[-1].mul_(1e5)
+    (found,) = diagnose(whole, batches, faults=["super_experts"]).findings
+    assert (found.layer, found.evidence.split(" reaches")[0]) == (layer.name, f"expert {expert}")
+    advice = super_experts(expert_outputs(layer_inputs(whole, batches))).advice
+    assert advice.finding.startswith("1 of")
+    assert f"{expert} in {layer.name}" in advice.finding
 
 
 def test_experts_without_weights_are_not_called_frozen():
-    whole = moe_families.build("longcat_flash")
+    whole = moe_families.build("longcat_flash", zero_expert_num=8)
     batches = [{"input_ids": torch.randint(1, whole.config.vocab_size, (2, 16))}]
     found = diagnose(whole, batches, faults=["frozen_experts", "super_experts"])
     assert not found.findings
-    assert "one choice per token" in found.unknown["super_experts"]
+    assert "super_experts" in found.healthy

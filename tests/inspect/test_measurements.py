@@ -9,11 +9,11 @@ from torch import nn
 from inspect_routes import trace_of
 from moe_families import build, inputs
 from moeify import MoE
-from moeify.experts import FFN
+from moeify.experts import FFN, Blocks, Identity
 from moeify.inspect import report
 from moeify.inspect.measurements.layer_inputs import experts_of, layer_inputs, parameters_of
 from moeify.inspect.measurements.masking import chosen_experts, masked_losses, without_expert
-from moeify.inspect.measurements.outliers import largest_outputs
+from moeify.inspect.measurements.outliers import expert_outputs
 from moeify.inspect.measurements.pairwise import pairwise_similarity
 from moeify.inspect.panels.causal import rank_correlation
 from moeify.inspect.panels.over_training import over_training
@@ -87,11 +87,20 @@ def test_weights_of_families_that_hold_them_otherwise_are_told_apart(family):
 def test_an_expert_with_outliers_is_a_super_expert():
     moe = nn.Sequential(*(MoE(TopK(8, 8), FFN(8, 8, 16)) for _ in range(3)))
     x = [torch.randn(4, 32, 8)]
-    assert super_experts(largest_outputs(layer_inputs(moe, x))).advice.level == "fine"
-    list(moe[1].experts.parameters())[-1].data[5] *= 1000
-    panel = super_experts(largest_outputs(layer_inputs(moe, x)))
+    assert super_experts(expert_outputs(layer_inputs(moe, x))).advice.level == "fine"
+    list(moe[1].experts.parameters())[-1].data[5] *= 1e5
+    panel = super_experts(expert_outputs(layer_inputs(moe, x)))
     assert panel.advice.level == "act"
     assert "5 in 1" in panel.advice.finding
+
+
+def test_experts_that_return_their_tokens_are_neither_super_experts_nor_copies():
+    moe = nn.Sequential(MoE(TopK(8, 4, k=4), Blocks([FFN(2, 8, 16), Identity(2)])))
+    seen = layer_inputs(moe, [1e6 * torch.randn(4, 32, 8)])
+    assert expert_outputs(seen)["0"].peak.isnan().tolist() == [False, False, True, True]
+    like = pairwise_similarity(seen)["0"].outputs
+    assert like.isnan().sum() == 12
+    assert like[0, 1].abs() < 0.9
 
 
 def test_masking_an_expert_is_undone_and_one_without_tokens_changes_nothing(model, batches):

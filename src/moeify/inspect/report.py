@@ -13,7 +13,7 @@ from moeify.inspect.capture import capture
 from moeify.inspect.html_page import write_page
 from moeify.inspect.measurements.layer_inputs import layer_inputs
 from moeify.inspect.measurements.masking import chosen_experts, masked_losses
-from moeify.inspect.measurements.outliers import largest_outputs
+from moeify.inspect.measurements.outliers import expert_outputs
 from moeify.inspect.measurements.pairwise import pairwise_similarity
 from moeify.inspect.panels.causal import causal
 from moeify.inspect.panels.coactivation import coactivation
@@ -161,7 +161,7 @@ def _add_measurements(made: Report, model: nn.Module, batches: Sequence[Any], tr
         return
     seen = layer_inputs(model, batches)
     made.add("Experts", "similarity of experts", lambda: similarity(pairwise_similarity(seen)))
-    made.add("Experts", "super experts", lambda: super_experts(largest_outputs(seen)))
+    made.add("Experts", "super experts", lambda: super_experts(expert_outputs(seen)))
 
     def masked() -> Panel:
         try:

@@ -14,10 +14,11 @@ from moeify.inspect.capture import capture
 from moeify.inspect.faults.auxiliary import Decided, auxiliary_gradients
 from moeify.inspect.faults.finding import NotGiven, Unknown
 from moeify.inspect.faults.gradients import Gradients, task_gradients
-from moeify.inspect.faults.outputs import Outputs, expert_outputs
 from moeify.inspect.faults.training import Training
+from moeify.inspect.measurements.layer_inputs import layer_inputs
+from moeify.inspect.measurements.outliers import Outputs, expert_outputs
 from moeify.inspect.trace import Trace
-from moeify.layers import SparseLayer, sparse_layers
+from moeify.layers import HfLayer, SparseLayer, sparse_layers
 from moeify.modes import fixed_randomness, in_evaluation
 from moeify.record import record
 from moeify.routing import Assignment, Routing
@@ -172,7 +173,15 @@ class Observed:
     def outputs(self) -> dict[str, Outputs]:
         """The outputs of every layer's experts, on the first batches."""
         self.require_finite()
-        return expert_outputs(self.model, self.layers, self.batches[:4])
+        with fixed_randomness(self.model):
+            found = expert_outputs(layer_inputs(self.model, self.batches[:4]))
+        for name, layer in self.layers.items():
+            if name not in found and isinstance(layer, HfLayer):
+                raise Unknown(
+                    f"no outputs of the experts of {name} were seen: a {type(layer.module).__name__} cannot be called "
+                    "one by one, or they got no tokens"
+                )
+        return found
 
     def auxiliary(self, batches: Sequence[Batch]) -> dict[str, list[Decided]]:
         """The gradients of the auxiliary losses at the logits of every layer, in a step over some micro-batches."""

@@ -7,12 +7,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from moeify.experts import Each, Experts
 from moeify.experts.wrapped import as_experts
-from moeify.hf.blocks import unwrapped
+from moeify.hf.blocks import InterfaceBlock, unwrapped
+from moeify.hf.decisions import unobserved
 from moeify.hf.interface import HfExperts
 from moeify.layers import HfLayer, MoELayer, SparseLayer, sparse_layers, watch_inputs
 from moeify.modes import in_evaluation
@@ -95,6 +96,11 @@ def _is_input(value: Any) -> bool:
     return isinstance(value, Tensor) and value.is_floating_point() and value.dim() >= 2
 
 
+def unchanged(rows: Float[Tensor, "R D"], outputs: Float[Tensor, "R O"]) -> Bool[Tensor, "R"]:
+    """Which rows their expert returned as they were: it computes nothing, as LongCat-Flash's zero experts."""
+    return (outputs == rows).all(-1) if outputs.shape == rows.shape else rows.new_zeros(len(rows), dtype=torch.bool)
+
+
 def one_by_one(layer: SparseLayer) -> list[nn.Module] | None:
     """The experts of a layer that has a module for each, None of one that stacks their weights."""
     experts: Any = unwrapped(layer.experts)
@@ -133,7 +139,29 @@ def experts_of(layer: SparseLayer) -> Experts:
         if (modules := one_by_one(layer)) is not None:
             return Each(modules)
         inside = unwrapped(layer.experts)
-        if all(hasattr(inside, name) for name in ("_apply_gate", "is_transposed", "has_bias", "has_gate")):
+        needed = ("_apply_gate", "is_transposed", "has_bias", "has_gate")
+        if inside is layer.experts and all(hasattr(inside, name) for name in needed):
             return HfExperts(inside)
+        if type(layer.block) is InterfaceBlock:
+            return _ByIndex(layer.experts, layer.num_experts)
         raise ValueError(f"the experts of {layer.name} ({type(inside).__name__}) cannot be called one by one")
     return as_experts(layer.experts)
+
+
+class _ByIndex(Experts):
+    """Experts of transformers that are called with tokens, indices and weights: a row is a token with one choice.
+
+    The choice is passed twice, the second time with a weight of 0, because LongCat-Flash reads at least two.
+    """
+
+    def __init__(self, experts: nn.Module, num_experts: int) -> None:
+        super().__init__()
+        self.experts = experts
+        self.num_experts = num_experts
+
+    def forward(self, rows: Float[Tensor, "R D"], counts: Int[Tensor, "E"]) -> Float[Tensor, "R O"]:
+        """The output of every row's expert."""
+        expert = torch.arange(self.num_experts, device=rows.device).repeat_interleave(counts.to(rows.device))
+        weights = rows.new_tensor([1.0, 0.0]).expand(len(rows), 2)
+        with unobserved():
+            return self.experts(rows, expert.unsqueeze(1).expand(-1, 2), weights).reshape(len(rows), -1)

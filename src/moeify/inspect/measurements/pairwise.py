@@ -11,13 +11,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from moeify import losses
-from moeify.inspect.measurements.layer_inputs import LayerInputs, experts_of, parameters_of
+from moeify.inspect.measurements.layer_inputs import LayerInputs, experts_of, parameters_of, unchanged
 from moeify.layers import SparseLayer
 
 
 @dataclass(frozen=True)
 class PairwiseSimilarity:
-    """Similarity of every two experts of a layer; None where it cannot be measured.
+    """Similarity of every two experts of a layer; None where it cannot be measured, NaN of experts that do nothing.
 
     Attributes:
         weights: cosine of all their weights.
@@ -59,7 +59,10 @@ def _of(found: LayerInputs, tokens: int) -> PairwiseSimilarity:
     x = found.tokens
     x = x[:: max(1, len(x) // tokens)][:tokens]
     try:
-        outputs = experts_of(found.layer).all_outputs(x).float()
+        outputs = experts_of(found.layer).all_outputs(x)
     except ValueError:
         return PairwiseSimilarity(weights, None, None)
-    return PairwiseSimilarity(weights, losses.cosine(outputs).cpu(), losses.linear_cka(outputs).cpu())
+    idle = torch.stack([unchanged(x, output).all() for output in outputs.unbind(1)]).cpu()
+    pairs = idle.unsqueeze(0) | idle.unsqueeze(1)
+    likes = (weights, losses.cosine(outputs.float()).cpu(), losses.linear_cka(outputs.float()).cpu())
+    return PairwiseSimilarity(*(None if like is None else like.masked_fill(pairs, torch.nan) for like in likes))

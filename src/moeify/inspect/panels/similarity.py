@@ -57,7 +57,7 @@ def _mean(matrix: Float[Tensor, "E E"] | None) -> float:
     """Over pairs of different experts."""
     if matrix is None or len(matrix) < 2:
         return math.nan
-    return float(matrix[~torch.eye(len(matrix), dtype=torch.bool)].mean())
+    return float(matrix[~torch.eye(len(matrix), dtype=torch.bool)].nanmean())
 
 
 def _round(value: float) -> float | str:
