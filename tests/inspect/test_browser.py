@@ -104,7 +104,7 @@ def test_what_the_pointer_shows_the_keyboard_shows(page):
     chart, said = page.locator(".plot").first, page.locator(".plot + output").first
     chart.scroll_into_view_if_needed()
     box = chart.bounding_box()
-    page.mouse.move(box["x"] + box["width"] - 8, box["y"] + 6)
+    page.mouse.move(box["x"] + box["width"] - 8, box["y"] + 24)
     by_pointer = said.inner_text()
     chart.focus()
     page.keyboard.press("Home")

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from inspect_routes import random_trace, trace_of
-from moeify.inspect.panels.attributes import Groups, attributes, script_of
+from moeify.inspect.panels.attributes import Groups, attributes, quoted, script_of
 from moeify.inspect.panels.bits import information_bits, units_of
 from moeify.inspect.panels.coactivation import together
 from moeify.inspect.panels.counting import short_names, spread
@@ -23,6 +23,7 @@ from moeify.inspect.panels.reuse import reuse
 from moeify.inspect.panels.specialisation import lift
 from moeify.inspect.panels.violation import violation
 from moeify.inspect.report import report
+from moeify.inspect.trace import Tokens
 
 
 def rows_of(panel):
@@ -70,6 +71,26 @@ def test_entropy_and_margin_are_those_of_the_scores():
     expected = -sum(p * math.log(p) for p in (0.5, 0.3, 0.2)) / math.log(4)
     assert rows_of(entropy(trace))[0]["mean"] == pytest.approx(expected, abs=1e-3)
     assert rows_of(margin(trace))[0]["median"] == pytest.approx(1 / 3, abs=1e-3)
+
+
+def test_scores_that_half_precision_rounds_to_zero_are_no_ties():
+    scores = torch.tensor([[1.0, 0.0, 0.0, 0.0], [0.5, 0.3, 0.2, 0.0]])
+    assert rows_of(margin(trace_of([[0, 1]] * 2, scores=scores)))[0]["below 1/256"] == "0.00%"
+    with pytest.raises(NotMeasured, match="half precision"):
+        margin(trace_of([[0, 1]], scores=scores[:1]))
+
+
+def test_where_every_token_has_all_experts_only_their_weights_are_shown():
+    weights = torch.tensor([[0.7, 0.1, 0.1, 0.1]] * 30)
+    made = report(trace_of([[0, 1, 2, 3]] * 30, weights=weights))
+    assert [panel.title for panel in made.panels] == ["Importance"]
+    (reason,) = [reason for reason in made.missing if "every token has all experts" in reason]
+    assert reason.startswith("load, violation, dead experts, coverage")
+
+
+def test_tokens_are_quoted_and_their_numbers_are_not():
+    tokens = Tokens(1, ids=torch.tensor([0]), vocabulary={0: " ", 1: "\n\u202e"})
+    assert [quoted(tokens, i) for i in range(3)] == ["‘ ’", r"‘\n\u202e’", "id 2"]
 
 
 def test_drops_count_rows_and_tokens_that_lost_all_of_theirs():
@@ -158,6 +179,9 @@ def test_names_of_layers_lose_what_all_share():
     assert short_names(["model.layers.0.mlp", "model.layers.11.mlp"]) == ["0", "11"]
     assert short_names(["encoder.0.ff", "decoder.0.ff"]) == ["encoder", "decoder"]
     assert short_names(["model.layers.7.mlp"]) == ["7"]
+    towers = ["encoder.block.1.layer.1.mlp", "encoder.block.3.layer.1.mlp", "decoder.block.1.layer.2.mlp"]
+    assert short_names(towers) == ["encoder.1.1", "encoder.3.1", "decoder.1.2"]
+    assert short_names(["layers.0.attention.experts", "layers.0.mlp"]) == ["attention.experts", "mlp"]
     assert spread(64, 3) == [0, 32, 63]
     assert spread(2, 9) == [0, 1]
 

@@ -7,6 +7,7 @@ import re
 import torch
 
 from inspect_routes import HOSTILE, random_trace
+from moe_families import build, inputs
 from moeify.inspect import report
 from moeify.inspect.panels.charts import UNKNOWN, ColouredText, Heatmap, packed, visible
 
@@ -68,3 +69,10 @@ def test_a_report_in_plain_values_is_json(tmp_path):
     made = json.loads(json.dumps(report(random_trace()).to_dict()))
     assert {"Load", "Specialisation by domain", "Coloured text"} <= {panel["title"] for panel in made["panels"]}
     assert any("Soft MoE" in reason for reason in made["missing"])
+
+
+def test_a_block_whose_decisions_surprise_is_explained():
+    model = build("nllb-moe")
+    made = report(model, [inputs(model)], measure=False)
+    assert "expert 1 once and expert 0" in made.facts["note"]
+    assert "note" not in report(random_trace()).facts

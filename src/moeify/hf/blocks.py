@@ -54,6 +54,11 @@ class Block(ABC):
         k = next((k for owner in owners if (k := number(owner, EXPERTS_PER_TOKEN)) is not None), None)
         return None if k is None else int(k)
 
+    @property
+    def remark(self) -> str:
+        """What one must know to understand the decisions of the block; empty if nothing."""
+        return ""
+
     @abstractmethod
     def observe(self, observer: Observer, *, repeated: bool = False) -> list[RemovableHandle]:
         """Call `observer` with the choices of the block in every pass; in repeated ones only if `repeated`."""

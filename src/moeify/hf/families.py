@@ -75,6 +75,14 @@ class NllbBlock(InterfaceBlock):
         """E rows for every token."""
         return self.num_experts
 
+    @property
+    def remark(self) -> str:
+        """Why every token has E rows."""
+        return (
+            "transformers reads the mask of NLLB-MoE's first choices as expert numbers: every token runs expert 1 once "
+            "and expert 0 for all its other rows, and the other experts compute nothing."
+        )
+
     def run_unrouted(self, real: Callable[[int], Int[Tensor, "T"] | None]) -> list[RemovableHandle]:
         """Call every expert with the tokens that do not reach it."""
         return [self.experts.register_forward_hook(_run_unrouted(real, self._read))]

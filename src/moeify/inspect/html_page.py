@@ -17,6 +17,16 @@ from moeify.inspect.panels.panel import Advice, Panel
 from moeify.version import __version__
 
 _LEVELS = {"act": "act", "look": "improve", "fine": "fine", "unknown": "unknown"}
+_WORDS = {
+    "row": "one token's visit to one expert; a token that goes to two experts is two rows",
+    "load": "the rows of an expert; the fair share is the mean of its layer",
+    "layer": "is named by what sets it apart: model.layers.3.mlp is 3",
+    "nat, bit": "units of loss and of information: one nat is 1.44 bits",
+    "entropy / log E": "0 if everything goes to one of the E experts, 1 if all get the same",
+    "MaxVio": "the busiest expert's load over the fair share, minus 1",
+    "CV²": "variance over squared mean: 0 is even",
+    "chance": "what shuffled tokens give; a difference whose interval holds 0 is no finding",
+}
 _SCRIPTS = ("canvas.js", "tokens.js", "page.js")
 
 
@@ -44,6 +54,7 @@ def write_page(
         parts.append(
             f'<details class="missing"><summary>Not shown, and why</summary><ul>{"".join(reasons)}</ul></details>'
         )
+    parts.append(f'<details class="missing"><summary>Words</summary><dl>{_words()}</dl></details>')
     parts.append(f'<p class="note">moeify {__version__}. This file loads nothing.</p></main>')
     policy = (
         f"default-src 'none'; script-src 'sha256-{_hash(script)}'; style-src 'sha256-{_hash(style)}'; "
@@ -81,7 +92,15 @@ def _json(data: Any) -> str:
 def _header(title: str, facts: Mapping[str, Any]) -> str:
     said = " · ".join(f"{_safe(name)} {_safe(value)}" for name, value in facts.items())
     button = '<button type="button" id="theme" hidden>Dark colours</button>'
-    return f'<header><h1>{_safe(title)}</h1>{button}<p class="facts">{said}</p></header>'
+    hint = "Point at a chart, a text or an image, or focus it and use the arrow keys: the value is written below it."
+    return (
+        f'<header><h1>{_safe(title)}</h1>{button}<p class="facts">{said}</p>'
+        f'<p class="note facts" id="hint" hidden>{hint}</p></header>'
+    )
+
+
+def _words() -> str:
+    return "".join(f"<dt>{_safe(word)}</dt><dd>{_safe(meaning)}</dd>" for word, meaning in _WORDS.items())
 
 
 def _glance(panels: Sequence[Panel], names: Mapping[int, str]) -> str:

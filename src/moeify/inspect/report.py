@@ -38,18 +38,22 @@ from moeify.inspect.panels.super_experts import super_experts
 from moeify.inspect.panels.top_tokens import top_tokens
 from moeify.inspect.panels.violation import violation
 from moeify.inspect.trace import Trace
+from moeify.layers import HfLayer, sparse_layers
 
 Maker = Callable[[], Panel | Sequence[Panel]]
 
-OF_TRACES: dict[str, tuple[Callable[[Trace], Panel | Sequence[Panel]], ...]] = {
-    "Load": (load_by_layer, violation, dead, importance, coverage, drops),
-    "Router": (entropy, margin),
-    "Specialisation": (specialisation, top_tokens),
-    "Structure": (coactivation, paths, slots),
-    "Text": (coloured_text,),
-    "Time": (reuse,),
-}
-"""The panels that need only a trace, by tab."""
+OF_TRACES: dict[str, dict[str, Callable[[Trace], Panel | Sequence[Panel]]]] = {
+    "Load": {
+        "load": load_by_layer, "violation": violation, "dead experts": dead, "importance": importance,
+        "coverage": coverage, "drops": drops,
+    },
+    "Router": {"router entropy": entropy, "margin": margin},
+    "Specialisation": {"specialisation": specialisation, "top tokens": top_tokens},
+    "Structure": {"co-activation": coactivation, "paths across layers": paths, "slots of Soft MoE": slots},
+    "Text": {"coloured text": coloured_text},
+    "Time": {"experts in use again": reuse},
+}  # fmt: skip
+"""The panels that need only a trace, by tab and by name."""
 
 
 @dataclass
@@ -136,9 +140,11 @@ def report(
         raise ValueError("a model shows its routing only on data; pass batches of inputs as data=")
     trace = source if isinstance(source, Trace) else capture(source, batches, tokenizer=tokenizer, generate=generate)
     made = Report(title or str(trace.header.get("model") or "A trace"), facts_of(trace))
+    if isinstance(source, nn.Module) and (remarks := _remarks(source)):
+        made.facts["note"] = remarks
     for group, functions in OF_TRACES.items():
-        for function in functions:
-            made.add(group, _words(function.__name__), lambda function=function: function(trace))
+        for name, function in functions.items():
+            made.add(group, name, lambda function=function: function(trace))
     if images := _images(batches):
         made.add("Images", "image patches", lambda: patches(trace, images))
     if isinstance(source, nn.Module) and measure:
@@ -173,6 +179,12 @@ def _add_measurements(made: Report, model: nn.Module, batches: Sequence[Any], tr
     made.add("Experts", "causal score", masked)
 
 
+def _remarks(model: nn.Module) -> str:
+    """What one must know about the MoE blocks of the model to understand their decisions."""
+    layers = sparse_layers(model).values()
+    return " ".join(dict.fromkeys(layer.block.remark for layer in layers if isinstance(layer, HfLayer))).strip()
+
+
 def _traced(state: nn.Module | Trace, batches: Sequence[Any]) -> Trace:
     return state if isinstance(state, Trace) else capture(state, batches, scores=False)
 
@@ -189,8 +201,8 @@ def facts_of(trace: Trace) -> dict[str, Any]:
     k = sorted({layer.k for layer in trace})
     return {
         "sparse layers": len(trace.layers),
-        "experts": _range(experts),
-        "per token": "all, by weight" if k == [0] else _range(k),
+        "experts per layer": _range(experts),
+        "experts per token": "all, by weight" if k == [0] else _range(k),
         "tokens": f"{max(map(len, trace.tables)):,}",
         **{name: value for name, value in trace.header.items() if name in ("format", "source")},
     }
@@ -198,7 +210,3 @@ def facts_of(trace: Trace) -> dict[str, Any]:
 
 def _range(values: list[int]) -> str:
     return str(values[0]) if len(values) == 1 else f"{values[0]} to {values[-1]}"
-
-
-def _words(name: str) -> str:
-    return name.replace("_", " ")

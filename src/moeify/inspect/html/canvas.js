@@ -61,7 +61,6 @@ function plot(host, label, width, paint) {
     context.font = "12px system-ui, sans-serif";
     painted = paint(context, w, h, cursor);
     if (cursor !== null) said.textContent = painted.say(cursor);
-    said.classList.toggle("hint", cursor === null);
   }
   const go = (next, seen) => {
     if (next === null || next === undefined) return;
@@ -87,7 +86,6 @@ function plot(host, label, width, paint) {
     event.preventDefault();
     go(next, true);
   });
-  said.textContent = "Point at the chart, or focus it and use the arrow keys.";
   redraws.add(draw);
   sized.observe(host);
   draw();
@@ -124,21 +122,25 @@ function heatmap(host, chart, label) {
   const left = Math.min(150, 14 + 7 * longest);
   const named = chart.rows.some((text) => Number.isNaN(+text));
   const narrow = Math.max(4, Math.min(12, 300 / columns));
-  const size = (room) => [Math.max(room, left + narrow * columns), 34 + rows * Math.max(named ? 14 : 5, Math.min(22, 420 / rows))];
+  const tall = named ? Math.max(14, Math.min(22, 420 / rows)) : Math.min(22, Math.max(420, Math.min(640, 5 * rows)) / rows);
+  const top = 18;
+  const size = (room) => [Math.max(room, left + narrow * columns), 34 + top + rows * tall];
   plot(host, label, size, (c, w, h, cursor) => {
     const [stops, none, empty] = [stopsOf(chart.scale), css("--none"), css("--dead")];
-    const [cw, ch] = [Math.min(96, (w - left) / columns), (h - 34) / rows];
+    const [cw, ch] = [Math.min(96, (w - left) / columns), (h - 34 - top) / rows];
     for (let i = 0; i < rows; i++)
       for (let j = 0; j < columns; j++) {
         const v = values[i * columns + j];
         c.fillStyle = Number.isNaN(v) ? none : dead && v === 0 ? empty : mixed(stops, place(v));
-        c.fillRect(left + j * cw, i * ch, cw > 8 ? cw - 1 : cw + 0.2, ch > 8 ? ch - 1 : ch + 0.2);
+        c.fillRect(left + j * cw, top + i * ch, cw > 8 ? cw - 1 : cw + 0.2, ch > 8 ? ch - 1 : ch + 0.2);
       }
     c.fillStyle = css("--soft");
     c.textBaseline = "middle";
     c.textAlign = "right";
     const every = Math.ceil(13 / ch);
-    for (let i = 0; i < rows; i += every) c.fillText(shortened(c, name(chart.rows, i), left - 12), left - 6, (i + 0.5) * ch);
+    for (let i = 0; i < rows; i += every) c.fillText(shortened(c, name(chart.rows, i), left - 12), left - 6, top + (i + 0.5) * ch);
+    c.textAlign = "left";
+    c.fillText(chart.row, 0, 7);
     c.textAlign = "center";
     const longestName = Math.max(...Array.from({ length: columns }, (_, j) => String(name(chart.columns, j)).length));
     const step = Math.ceil((8 + 7 * Math.min(longestName, 14)) / cw);
@@ -153,13 +155,13 @@ function heatmap(host, chart, label) {
     if (cursor !== null) {
       c.strokeStyle = css("--focus");
       c.lineWidth = 2;
-      c.strokeRect(left + (cursor % columns) * cw - 1, Math.floor(cursor / columns) * ch - 1, cw + 2, ch + 2);
+      c.strokeRect(left + (cursor % columns) * cw - 1, top + Math.floor(cursor / columns) * ch - 1, cw + 2, ch + 2);
     }
     return {
       first: 0,
       place: (at) => [left + ((at % columns) + 0.5) * cw],
       pick: (x, y) => {
-        const [i, j] = [Math.floor(y / ch), Math.floor((x - left) / cw)];
+        const [i, j] = [Math.floor((y - top) / ch), Math.floor((x - left) / cw)];
         return i >= 0 && i < rows && j >= 0 && j < columns ? i * columns + j : null;
       },
       move: (at, key) => {
@@ -250,13 +252,18 @@ function series(host, chart, label) {
   legendOf(host, all, hidden);
   const named = bars || chart.x.some((x) => typeof x === "string");
   const xs = named ? chart.x.map((_, i) => i) : chart.x;
-  const size = (room) => [Math.max(room, bars ? 70 + chart.x.length * Math.max(8, 5 * all.length) : 0), 260];
+  const flat = bars && Object.values(chart.series).flat().every((v) => !v);
+  const size = (room) => [Math.max(room, bars ? 70 + chart.x.length * Math.max(8, 5 * all.length) : 0), flat ? 120 : 260];
   plot(host, label, size, (c, w, h, cursor) => {
     const shown = all.filter((name) => !hidden.has(name));
     const heights = shown.flatMap((name) => [...finite(chart.series[name]), ...finite(((chart.band || {})[name] || []).flat())]);
     const half = bars || xs.length === 1 ? 0.5 : 0;
     const { sx, sy, box, nice } = axes(c, w, h, [Math.min(...xs) - half, Math.max(...xs) + half], bounds(heights, bars || chart.from_zero), chart);
     ticks(c, chart.x, xs, named, sx, box, nice);
+    if (bars && heights.length && heights.every((v) => v === 0)) {
+      c.textAlign = "center";
+      c.fillText("0 everywhere", (box.left + box.right) / 2, (box.top + box.bottom) / 2);
+    }
     const slot = (sx(1) - sx(0)) * 0.8;
     shown.forEach((name, n) => {
       const colour = css("--s" + (all.indexOf(name) % 8));
@@ -295,10 +302,11 @@ function ticks(c, names, xs, named, sx, box, nice) {
     for (let x = Math.ceil(xs[0] / step) * step; x <= xs[xs.length - 1]; x += step) c.fillText(words(x), inside(sx(x), words(x)), box.bottom + 14);
     return;
   }
-  const room = Math.max(...names.map((name) => c.measureText(name).width));
-  const every = Math.max(1, Math.ceil((Math.min(room, 90) + 10) / Math.max(1, sx(1) - sx(0))));
+  const [room, gap] = [Math.max(...names.map((name) => c.measureText(name).width)), Math.max(1, sx(1) - sx(0))];
+  const most = Math.max(90, gap - 10);
+  const every = Math.max(1, Math.ceil((Math.min(room, most) + 10) / gap));
   for (let i = 0; i < names.length; i += every) {
-    const text = shortened(c, names[i], 90);
+    const text = shortened(c, names[i], most);
     c.fillText(text, inside(sx(i), text), box.bottom + 14);
   }
 }

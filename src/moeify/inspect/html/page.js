@@ -44,7 +44,7 @@ themeButton.addEventListener("click", () => {
   paintTheme();
 });
 dark.addEventListener("change", paintTheme);
-themeButton.hidden = false;
+themeButton.hidden = document.getElementById("hint").hidden = false;
 paintTheme();
 
 const tabs = [...document.querySelectorAll("[data-tab]")];

@@ -30,7 +30,7 @@ function colouredText(host, chart, label) {
   text.setAttribute("role", "application");
   text.setAttribute("aria-roledescription", "text coloured by expert");
   text.setAttribute("aria-label", label + ". Arrow keys move from token to token, the experts are read below.");
-  const said = element("output", { className: "hint", textContent: "Point at a token, or focus the text and use the arrow keys." });
+  const said = element("output");
   said.setAttribute("aria-live", "polite");
   const legend = element("div", { className: "legend" });
   const spans = chart.tokens.map((token) => element("span", { textContent: token }));
@@ -57,7 +57,6 @@ function colouredText(host, chart, label) {
     spans.forEach((span, i) => {
       span.className = (i === token ? "here " : "") + (expert !== UNKNOWN && first(i) === expert ? "same" : "");
     });
-    said.classList.remove("hint");
     said.textContent = `token ${token + 1} of ${count}, “${chart.tokens[token]}”, layer ${chart.layers[layer]}: ` + chosen(chart, experts, weights, layer, token, count);
   }
   const point = (event) => {

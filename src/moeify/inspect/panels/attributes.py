@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from moeify.inspect.panels.charts import visible
 from moeify.inspect.trace import Tokens
 
 _POSITIONS = (0, 1, 4, 16, 64, 256, 1024)
@@ -57,6 +58,12 @@ def script_of(text: str) -> str:
     return "spaces" if text.isspace() or not text else "punctuation"
 
 
+def quoted(tokens: Tokens, number: int) -> str:
+    """The text of a token in quotation marks, control characters as escapes; its number where the text is unknown."""
+    text = tokens.vocabulary.get(number)
+    return f"id {number}" if text is None else f"‘{visible(repr(text)[1:-1])}’"
+
+
 def _scripts(tokens: Tokens) -> Groups:
     script = {number: script_of(text) for number, text in tokens.vocabulary.items()}
     names = tuple(dict.fromkeys(script.values()))
@@ -77,7 +84,7 @@ def _frequent(tokens: Tokens) -> Groups:
     most = counts.argsort(descending=True, stable=True)[:_FREQUENT]
     group = torch.full((len(ids),), -1)
     group[most] = torch.arange(len(most))
-    names = tuple(repr(tokens.vocabulary.get(int(i), str(int(i)))) for i in ids[most])
+    names = tuple(quoted(tokens, int(i)) for i in ids[most])
     return Groups(names, group[place])
 
 

@@ -13,6 +13,7 @@ from moeify.inspect.panels.attributes import Groups
 from moeify.inspect.trace import LayerTrace, Tokens
 
 _SHUFFLES, _RESAMPLES, _UNITS = 4, 200, 32
+_ROUNDING = 1e-5
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,8 @@ def _tables(layer: LayerTrace, group: Int[Tensor, "T"], unit: Int[Tensor, "T"], 
 
 
 def _bits(weights: Float[Tensor, "B U"], tables: Float[Tensor, "U G E"]) -> Float[Tensor, "B"]:
-    return statistics.information((weights @ tables.flatten(1)).unflatten(1, tables.shape[1:]))
+    found = statistics.information((weights @ tables.flatten(1)).unflatten(1, tables.shape[1:]))
+    return found.masked_fill(found.abs() < _ROUNDING, 0.0)
 
 
 def _shuffled(group: Int[Tensor, "T"], unit: Int[Tensor, "T"], generator: torch.Generator) -> Int[Tensor, "T"]:

@@ -15,15 +15,22 @@ from moeify.inspect.trace import LayerTrace, Trace
 
 
 def choosing(trace: Trace) -> list[LayerTrace]:
-    """The layers whose tokens choose experts.
+    """The layers whose tokens choose experts, fewer than all.
 
     Raises:
         NotMeasured: every layer is a dense mixture.
     """
-    layers = [layer for layer in trace if layer.k and bool((layer.experts >= 0).any())]
-    if not layers:
+    routed = [layer for layer in trace if layer.k and bool((layer.experts >= 0).any())]
+    if not routed:
         raise NotMeasured("no layer sends tokens to experts of their own: Soft MoE gives every expert an even load")
-    return layers
+    if layers := [layer for layer in routed if not has_all(layer)]:
+        return layers
+    raise NotMeasured("every token has all experts, so none is chosen and every load is even; their weights differ")
+
+
+def has_all(layer: LayerTrace) -> bool:
+    """Whether every token is sent to every expert."""
+    return layer.k >= layer.num_experts and bool((layer.assigned == len(layer.tokens)).all())
 
 
 def rows_by_group(layer: LayerTrace, group: Int[Tensor, "T"], groups: int) -> Int[Tensor, "G E"]:
@@ -48,11 +55,14 @@ def shares(rows: Tensor) -> Tensor:
 
 
 def short_names(names: Sequence[str]) -> list[str]:
-    """Names of layers without what all of them begin and end with: `model.layers.3.mlp` is `3`."""
+    """Names of layers without the parts that all have in common: `model.layers.3.mlp` is `3`."""
     if len(names) < 2:
         numbers = re.findall(r"\d+", names[0]) if names else []
         return numbers[-1:] if numbers else list(names)
     parts = [name.split(".") for name in names]
+    if len({len(part) for part in parts}) == 1:
+        differ = [i for i, column in enumerate(zip(*parts, strict=True)) if len(set(column)) > 1]
+        return [".".join(part[i] for i in differ) for part in parts]
     start = _common(parts)
     end = _common([part[start:][::-1] for part in parts])
     short = [".".join(part[start : len(part) - end]) for part in parts]

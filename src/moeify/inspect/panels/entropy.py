@@ -15,9 +15,11 @@ def scored(trace: Trace) -> list[LayerTrace]:
     Raises:
         NotMeasured: the trace has no such layer.
     """
-    layers = [layer for layer in trace if layer.scores is not None and layer.num_experts > 1 and layer.k]
+    layers = [layer for layer in trace if layer.scores is not None and layer.num_experts > 1]
     if not layers:
-        raise NotMeasured("the trace has no scores of all experts; record it from the model with scores")
+        raise NotMeasured("the trace has no scores of all experts: its routers keep none, or it was recorded without")
+    if not (layers := [layer for layer in layers if layer.k]):
+        raise NotMeasured("Soft MoE chooses no experts; its slots have an entropy of their own")
     return layers
 
 

@@ -7,7 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from moeify.inspect.panels.charts import Heatmap
-from moeify.inspect.panels.counting import ENOUGH, choosing, labels, padded, rows_per_expert, shares, short
+from moeify.inspect.panels.counting import ENOUGH, labels, padded, rows_per_expert, shares, short
 from moeify.inspect.panels.panel import Advice, NotMeasured, Panel, Table
 from moeify.inspect.panels.unclear import too_little
 from moeify.inspect.trace import LayerTrace, Trace
@@ -19,7 +19,7 @@ def importance(trace: Trace) -> Panel:
     Raises:
         NotMeasured: the trace has no weights.
     """
-    layers = [layer for layer in choosing(trace) if layer.weights is not None]
+    layers = [layer for layer in trace if layer.k and layer.weights is not None]
     if not layers:
         raise NotMeasured("the trace has no router weights; record it from the model by moeify trace")
     sums = [_importance(layer) for layer in layers]

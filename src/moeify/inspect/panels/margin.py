@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -21,9 +22,9 @@ def margin(trace: Trace) -> Panel:
     Raises:
         NotMeasured: the trace has no scores, or every expert is chosen.
     """
-    layers = [layer for layer in scored(trace) if layer.k < layer.num_experts]
+    layers = [layer for layer in scored(trace) if layer.k < layer.num_experts and len(_margin(layer))]
     if not layers:
-        raise NotMeasured("every token has all experts, so there is no margin between chosen and not chosen")
+        raise NotMeasured("no token has an expert that is not chosen, or scores below it that half precision can hold")
     names = labels(layers)
     margins = {layer.name: _margin(layer) for layer in layers}
     found = {name: quantiles(values, 0.1, 0.5, 0.9) for name, values in margins.items()}
@@ -44,9 +45,11 @@ def margin(trace: Trace) -> Panel:
 
 
 def _margin(layer: LayerTrace) -> Float[Tensor, "T"]:
+    """Of every token; not of those whose K-th score is so small that half precision, as traces have it, rounds it."""
     assert layer.scores is not None
-    best = layer.scores.float().topk(layer.k + 1, dim=-1).values
-    return (best[:, -2] - best[:, -1]) / best[:, -2].abs().clamp_min(1e-12)
+    last, following = layer.scores.float().topk(layer.k + 1, dim=-1).values[:, -2:].unbind(1)
+    known = last.abs() >= torch.finfo(torch.half).tiny
+    return ((last - following) / last.abs())[known]
 
 
 def _advice(ties: dict[str, float]) -> Advice:

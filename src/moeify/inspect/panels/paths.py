@@ -28,7 +28,7 @@ def paths(trace: Trace) -> Panel:
     layers = choosing(trace)
     pairs = [(a, b) for a, b in pairwise(layers) if a.tokens is b.tokens]
     if not pairs:
-        raise NotMeasured("no two layers see the same tokens, so there is no path from one to the next")
+        raise NotMeasured("a path needs two sparse layers that see the same tokens")
     short = labels(layers)
     moves = [_moves(a, b) for a, b in pairs]
     bits = [float(statistics.information(rows)) for rows in moves]

@@ -17,7 +17,7 @@ from moeify.inspect.trace import LayerTrace, Trace
 _LAYERS = 16
 _SAYS = {
     "script": "script, which tells many languages apart, or kind of character",
-    "token": "single token, of the 32 most frequent",
+    "token": "token itself, one of the 32 most frequent",
 }
 
 
@@ -54,7 +54,7 @@ def _panel(layers: list[LayerTrace], name: str) -> Panel:
     return Panel(
         title=f"Specialisation by {name}",
         question=f"Does the expert predict the {what}? Information in bits per row, beside that of shuffled groups.",
-        picture=Stack([_bars(bits, short), _lifts(shown, short)]),
+        picture=Stack([_bars(bits, short), _lifts(name, shown, short)]),
         table=Table(("layer", "bits", "bits of chance", "difference", "2.5 %", "97.5 %"), rows),
         advice=_advice(name, bits, shown), notes=tuple(notes),
     )  # fmt: skip
@@ -71,10 +71,10 @@ def _bars(bits: dict[str, Bits], short: dict[str, str]) -> Chart:
     )  # fmt: skip
 
 
-def _lifts(shown: list[tuple[LayerTrace, Groups]], short: dict[str, str]) -> Chart:
+def _lifts(name: str, shown: list[tuple[LayerTrace, Groups]], short: dict[str, str]) -> Chart:
     charts = {
         short[layer.name]: Heatmap(
-            values=lift(layer, groups), rows=[*groups.names], row="group",
+            values=lift(layer, groups), rows=[*groups.names], row=name,
             unit="times as often as over all tokens", scale="ratio",
         )
         for layer, groups in shown
@@ -121,8 +121,8 @@ def _advice(name: str, bits: dict[str, Bits], shown: list[tuple[LayerTrace, Grou
         )  # fmt: skip
     return Advice(
         level="fine", finding=finding,
-        action=f"Read specialisation by domain with care: a part of it may be {name}. A cache of experts can use it "
-        "as a hint.",
+        action=f"Read specialisation by domain with care: a part of it may be {_SAYS.get(name, name)}. A cache of "
+        "experts can use it as a hint.",
         gain="none by itself; in three models experts follow the type of token more than its topic, 1.6 to 2.3 times "
         "at most",
         source="J. S. Lopez 2026, doi 10.5281/zenodo.19457411: OLMoE, Qwen1.5-MoE, DeepSeekMoE-16B",

@@ -6,7 +6,8 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from moeify.inspect.panels.charts import Choice, Heatmap, visible
+from moeify.inspect.panels.attributes import quoted
+from moeify.inspect.panels.charts import Choice, Heatmap
 from moeify.inspect.panels.counting import choosing, labels, spread
 from moeify.inspect.panels.panel import Advice, NotMeasured, Panel, Table
 from moeify.inspect.trace import LayerTrace, Trace
@@ -57,7 +58,7 @@ def _counts(layer: LayerTrace) -> tuple[Int[Tensor, "V E"], list[str]]:
     there = layer.experts >= 0
     cell = place.unsqueeze(1) * layer.num_experts + layer.experts.long().clamp_min(0)
     rows = cell[there].bincount(minlength=len(ids) * layer.num_experts).view(len(ids), -1)
-    words = [visible(repr(layer.tokens.vocabulary.get(i, f"id {i}"))[1:-1]) for i in ids[order].tolist()]
+    words = [quoted(layer.tokens, i) for i in ids[order].tolist()]
     return rows[order], words
 
 
@@ -74,7 +75,7 @@ def _best(counts: Int[Tensor, "V E"], words: list[str]) -> list[tuple[int, str, 
             expert,
             f"{float(rows[:, expert].sum() / total):.2%}",
             "  ".join(
-                f"‘{words[t]}’ ×{float(lift[t, expert]):.1f}"
+                f"{words[t]} ×{float(lift[t, expert]):.1f}"
                 for t, score in zip(best.indices[:, expert].tolist(), best.values[:, expert].tolist(), strict=True)
                 if score > 0
             )
