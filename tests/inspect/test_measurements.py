@@ -1,21 +1,24 @@
 """Measurements on models: what experts see, how alike they are, outliers, and what masking one does."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
 from torch import nn
 
+import tiny_models
 from inspect_routes import trace_of
 from moe_families import build, inputs
-from moeify import MoE
+from moeify import MoE, Recipe, sparsify
 from moeify.experts import FFN, Blocks, Identity
 from moeify.inspect import report
+from moeify.inspect.measurements.effect import Measure
 from moeify.inspect.measurements.layer_inputs import experts_of, layer_inputs, parameters_of
-from moeify.inspect.measurements.masking import chosen_experts, masked_losses, without_expert
+from moeify.inspect.measurements.masking import Effects, Masked, chosen_experts, masked_effects, without_expert
 from moeify.inspect.measurements.outliers import expert_outputs
 from moeify.inspect.measurements.pairwise import pairwise_similarity
-from moeify.inspect.panels.causal import rank_correlation
+from moeify.inspect.panels.causal import causal, rank_correlation
 from moeify.inspect.panels.over_training import over_training
 from moeify.inspect.panels.panel import NotMeasured
 from moeify.inspect.panels.patches import patches
@@ -24,6 +27,7 @@ from moeify.inspect.panels.similarity import similarity
 from moeify.inspect.panels.super_experts import super_experts
 from moeify.layers import sparse_layers
 from moeify.routers import Soft, TopK
+from moeify.sparsify import copies
 
 
 def mixtral(**settings):
@@ -109,19 +113,86 @@ def test_masking_an_expert_is_undone_and_one_without_tokens_changes_nothing(mode
     with without_expert(layer, 2):
         assert all(not p[2].any() for p in layer.weights.values())
         assert all(p[1].any() for p in layer.weights.values())
-    whole, found = masked_losses(model, batches, [(name, e, 1.0) for e in range(4)])
+    found = masked_effects(model, batches, [(name, e, 1.0) for e in range(4)])
     assert all(torch.equal(p, before[key]) for key, p in model.named_parameters())
-    assert len(whole) == 6
-    assert any(bool(f.rise.abs().max() > 1e-4) for f in found)
+    assert len(found.whole) == 6
+    assert any(bool(f.rise.abs().max() > 1e-4) for f in found.masked)
 
 
 def test_the_masked_loss_is_that_of_the_model_without_the_expert(model, batches):
     name, layer = next(iter(sparse_layers(model).items()))
     ids = batches[0]["input_ids"]
-    whole, (found,) = masked_losses(model, batches[:1], [(name, 1, 1.0)])
-    assert float(whole.mean()) == pytest.approx(float(model(ids, labels=ids).loss), abs=1e-5)
+    found = masked_effects(model, batches[:1], [(name, 1, 1.0)])
+    assert float(found.whole.mean()) == pytest.approx(model(ids, labels=ids).loss.item(), abs=1e-5)
     with without_expert(layer, 1):
-        assert float((whole + found.rise).mean()) == pytest.approx(float(model(ids, labels=ids).loss), abs=1e-5)
+        without = float((found.whole + found.masked[0].rise).mean())
+        assert without == pytest.approx(model(ids, labels=ids).loss.item(), abs=1e-5)
+
+
+FOUR = Recipe(num_experts=4, experts=partial(copies, noise=0.5))
+
+
+@pytest.mark.parametrize(
+    ("make", "each"),
+    [(tiny_models.whisper, "sequences"), (tiny_models.bert, "sequences"), (tiny_models.vit, "samples")],
+)
+def test_with_labels_the_loss_that_masking_raises_is_the_models_own(make, each):
+    model = sparsify(make(), FOUR, verbose=False).eval()
+    batch = tiny_models.inputs(model, batch=6)
+    found = masked_effects(model, [batch], [(next(iter(sparse_layers(model))), 0, 1.0)])
+    assert (found.measure.each, len(found.whole)) == (each, 6)
+    assert float(found.whole.mean()) == pytest.approx(model(**batch).loss.item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("make", [tiny_models.bert, tiny_models.vit, tiny_models.clip])
+def test_without_labels_masking_is_measured_by_the_change_of_the_outputs(make):
+    model = sparsify(make(), FOUR, verbose=False).eval()
+    batch = {name: value for name, value in tiny_models.inputs(model, batch=6).items() if name != "labels"}
+    name, layer = next(iter(sparse_layers(model).items()))
+    found = masked_effects(model, [batch], [(name, 0, 1.0)])
+    y = model(**batch)[0].flatten(1)
+    with without_expert(layer, 0):
+        changed = (model(**batch)[0].flatten(1) - y).norm(dim=1) / y.norm(dim=1)
+    assert found.measure.name == "change of the outputs"
+    torch.testing.assert_close(found.masked[0].rise, changed.detach(), rtol=1e-4, atol=1e-6)
+
+
+def test_a_contrastive_loss_is_one_of_its_batch():
+    model = sparsify(tiny_models.clip(), FOUR, verbose=False).eval()
+    batches = [tiny_models.inputs(model, batch=4, seed=s) | {"return_loss": True} for s in range(3)]
+    found = masked_effects(model, batches, [(next(iter(sparse_layers(model))), 0, 1.0)])
+    assert found.measure.each == "batches"
+    assert found.whole.tolist() == pytest.approx([model(**batch).loss.item() for batch in batches], rel=1e-5)
+
+
+def test_a_model_that_returns_no_numbers_to_compare_has_no_causal_score():
+    moe = MoE(TopK(8, 4), FFN(4, 8, 16))
+    with pytest.raises(ValueError, match="no tensor of numbers"):
+        masked_effects(Only(moe), [torch.randn(2, 3, 8)], [("moe", 0, 1.0)])
+
+
+class Only(nn.Module):
+    def __init__(self, moe):
+        super().__init__()
+        self.moe = moe
+
+    def forward(self, x):
+        return {"class": self.moe(x).sum(-1).argmax(-1)}
+
+
+def effects(whole: float, *rises: list[float], chance: float = 5.0) -> Effects:
+    measure = Measure(of=lambda number, output: output, unit="nats per token", each="sequences", chance=chance)
+    masked = [Masked("0", i, 1.0 + i, torch.tensor(rise)) for i, rise in enumerate(rises)]
+    return Effects(measure, torch.full((len(rises[0]),), whole), masked)
+
+
+def test_the_advice_tells_harmless_experts_from_needed_and_from_unclear_ones():
+    none, some, wild = [0.0] * 8, [0.1] * 8, [-1.0, 1.0] * 4
+    assert causal(effects(1.0, none, none, some), 3).advice.level == "look"
+    assert causal(effects(1.0, none, some, some), 3).advice.level == "fine"
+    assert "too wide" in causal(effects(1.0, wild, wild, some), 3).advice.action
+    assert "guesses" in causal(effects(5.2, some, some, some), 3).advice.finding
+    assert "too wide" in causal(effects(1.0, *[[0.1]] * 3), 3).advice.action
 
 
 def test_experts_to_mask_are_of_large_and_small_load():

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from moeify.inspect.capture import capture
 from moeify.inspect.html_page import write_page
 from moeify.inspect.measurements.layer_inputs import layer_inputs
-from moeify.inspect.measurements.masking import chosen_experts, masked_losses
+from moeify.inspect.measurements.masking import chosen_experts, masked_effects
 from moeify.inspect.measurements.outliers import expert_outputs
 from moeify.inspect.measurements.pairwise import pairwise_similarity
 from moeify.inspect.panels.causal import causal
@@ -171,10 +171,10 @@ def _add_measurements(made: Report, model: nn.Module, batches: Sequence[Any], tr
 
     def masked() -> Panel:
         try:
-            whole, found = masked_losses(model, batches[:4], chosen_experts(trace))
+            effects = masked_effects(model, batches[:4], chosen_experts(trace))
         except ValueError as reason:
             raise NotMeasured(str(reason)) from None
-        return causal(whole, found, sum(layer.num_experts for layer in trace))
+        return causal(effects, sum(layer.num_experts for layer in trace))
 
     made.add("Experts", "causal score", masked)
 

@@ -1,8 +1,8 @@
-"""Rise of the loss when the outputs of one expert are masked: its causal importance, beside its load."""
+"""What a model loses when the outputs of one expert are masked: its causal importance, beside its load."""
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable, Mapping, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.nn import functional as F
 
+from moeify.inspect.measurements.effect import Measure, measure_for
 from moeify.inspect.measurements.layer_inputs import parameters_of, run
 from moeify.inspect.trace import Trace
 from moeify.layers import SparseLayer, sparse_layers
-from moeify.modes import in_evaluation
+from moeify.modes import fixed_randomness, in_evaluation
 from moeify.progress import with_progress
 
 
@@ -27,7 +27,7 @@ class Masked:
         layer: its layer's name.
         expert: its number.
         load: its load over the fair share.
-        rise: of the loss of every sequence, in nats per token.
+        rise: of the measured value of every sequence, sample or batch.
     """
 
     layer: str
@@ -51,28 +51,48 @@ def chosen_experts(trace: Trace, most: int = 48) -> list[tuple[str, int, float]]
     return found
 
 
+@dataclass(frozen=True)
+class Effects:
+    """The effects of masking experts one by one.
+
+    Attributes:
+        measure: what is compared.
+        whole: its values with all experts.
+        masked: the experts whose weights compute something.
+    """
+
+    measure: Measure
+    whole: Float[Tensor, "S"]
+    masked: list[Masked]
+
+
 @torch.no_grad()
-def masked_losses(
-    model: nn.Module, batches: Iterable[Any], experts: Sequence[tuple[str, int, float]]
-) -> tuple[Float[Tensor, "S"], list[Masked]]:
-    """The loss of every sequence, and how it rises when single experts are masked: their outputs are 0.
+def masked_effects(model: nn.Module, batches: Iterable[Any], experts: Sequence[tuple[str, int, float]]) -> Effects:
+    """The loss, or the change of the outputs, when single experts are masked: their outputs are 0.
+
+    Experts that have tokens and whose masking changes nothing are left out: they compute nothing, as LongCat-Flash's
+    zero experts, or none of their tokens is in the batches.
 
     Args:
-        model: one that returns logits for its `input_ids` or `labels`.
-        batches: inputs by name.
+        model: any sparse model.
+        batches: its inputs, with labels if the loss is to be that of the model.
         experts: layer, number and load of those that are masked, one by one.
 
     Raises:
-        ValueError: a model that returns no logits, or experts whose parameters are not separate.
+        ValueError: outputs that cannot be compared, or experts whose parameters are not separate.
     """
     layers, kept = sparse_layers(model), list(batches)
-    with in_evaluation(model):
-        whole = _losses(model, kept)
+    with in_evaluation(model), fixed_randomness(model):
+        outputs = [run(model, batch) for batch in kept]
+        measure = measure_for(model, kept, outputs)
+        whole = torch.cat([measure.of(i, output) for i, output in enumerate(outputs)]).cpu()
         found = []
         for layer, expert, load in with_progress(experts, "masked experts"):
             with without_expert(layers[layer], expert):
-                found.append(Masked(layer, expert, load, _losses(model, kept) - whole))
-    return whole, found
+                values = torch.cat([measure.of(i, run(model, batch)) for i, batch in enumerate(kept)]).cpu()
+            if not load or not torch.equal(values, whole):
+                found.append(Masked(layer, expert, load, values - whole))
+    return Effects(measure, whole, found)
 
 
 @contextmanager
@@ -91,22 +111,3 @@ def without_expert(layer: SparseLayer, expert: int) -> Generator[None]:
     finally:
         for part, old in zip(parts, before, strict=True):
             part.copy_(old)
-
-
-def _losses(model: nn.Module, batches: Sequence[Any]) -> Float[Tensor, "S"]:
-    """Mean negative log-likelihood of the tokens of every sequence."""
-    found = []
-    for batch in batches:
-        inputs = batch if isinstance(batch, Mapping) else {}
-        targets = next((inputs[name] for name in ("labels", "decoder_input_ids", "input_ids") if name in inputs), None)
-        logits = getattr(run(model, batch), "logits", None)
-        if targets is None or logits is None or logits.shape[:-1] != targets.shape or targets.dim() != 2:
-            raise ValueError(
-                f"{type(model).__name__} returns no logits for each of its ids, so it has no loss to compare"
-            )
-        wanted = targets[:, 1:].to(logits.device)
-        if (mask := inputs.get("attention_mask")) is not None:
-            wanted = wanted.masked_fill(mask[:, 1:].to(logits.device) == 0, -100)
-        loss = F.cross_entropy(logits[:, :-1].float().transpose(1, 2), wanted, reduction="none", ignore_index=-100)
-        found.append(loss.sum(1) / (wanted != -100).sum(1).clamp_min(1))
-    return torch.cat(found).cpu()

@@ -1,34 +1,36 @@
-"""Panel: how the loss rises when an expert is masked, beside how often it is chosen."""
+"""Panel: what the model loses when an expert is masked, beside how often it is chosen."""
 
 from __future__ import annotations
-
-from collections.abc import Sequence
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from moeify.inspect.measurements.masking import Masked
+from moeify.inspect.measurements.effect import Measure
+from moeify.inspect.measurements.masking import Effects
 from moeify.inspect.panels.charts import Points
 from moeify.inspect.panels.counting import short_names
 from moeify.inspect.panels.panel import Advice, NotMeasured, Panel, Table
 
 _RESAMPLES = 1000
+_RISE, _CHANGE = 0.005, 0.01
+"""Below half a percent of the loss, or one of the outputs' norm, an expert is called harmless."""
+_GUESS, _UNITS = 0.98, 4
 
 
-def causal(whole: Float[Tensor, "S"], masked: Sequence[Masked], experts: int) -> Panel:
-    """Rise of the loss without single experts, with a bootstrap over sequences, paired and seeded.
+def causal(effects: Effects, experts: int) -> Panel:
+    """What the model loses without single experts, with a bootstrap over sequences, samples or batches.
 
     Args:
-        whole: the loss of every sequence with all experts.
-        masked: what was measured.
+        effects: what was measured.
         experts: how many there are in all.
 
     Raises:
         NotMeasured: fewer than three experts were masked.
     """
+    masked, measure, whole = effects.masked, effects.measure, effects.whole
     if len(masked) < 3:
-        raise NotMeasured("fewer than three experts were masked")
+        raise NotMeasured("fewer than three experts compute something that could be masked")
     layers = list(dict.fromkeys(found.layer for found in masked))
     short = dict(zip(layers, short_names(layers), strict=True))
     rises = torch.stack([found.rise for found in masked])
@@ -41,20 +43,26 @@ def causal(whole: Float[Tensor, "S"], masked: Sequence[Masked], experts: int) ->
         for i, m in ((i, masked[i]) for i in order)
     ]
     loads = torch.tensor([found.load for found in masked])
+    rise = measure.name if _is_change(measure) else f"rise of the {measure.name}"
+    level = "" if _is_change(measure) else f", {measure.name} {float(whole.mean()):.4f} {measure.unit}"
     return Panel(
         title="Causal score",
-        question="How much does the loss rise when an expert is masked, and does its load predict the rise?",
+        question=f"What does the model lose when an expert is masked ({rise}), and does its load predict it?",
         picture=Points(
             names=names, x=loads.tolist(), y=means.tolist(), interval=(low.tolist(), high.tolist()),
-            x_label="load, times the fair share", y_label="rise of the loss, nats per token",
+            x_label="load, times the fair share", y_label=f"{rise}, {measure.unit}",
         ),
-        table=Table(("layer", "expert", "load", "rise of the loss", "2.5 %", "97.5 %"), rows),
-        advice=_advice(masked, means, low, loads, float(whole.mean())),
+        table=Table(("layer", "expert", "load", rise, "2.5 %", "97.5 %"), rows),
+        advice=_advice(effects, means, (low, high), loads),
         notes=(
-            f"{len(masked)} of {experts} experts, of large, middling and small load, each masked alone; "
-            f"{len(whole)} sequences, loss {float(whole.mean()):.4f} nats per token; bootstrap, paired, seed 0.",
+            f"{len(masked)} of {experts} experts, of large, middling and small load, each masked alone; {len(whole)} "
+            f"{measure.each}{level}; bootstrap, paired, seed 0.",
         ),
     )  # fmt: skip
+
+
+def _is_change(measure: Measure) -> bool:
+    return measure.name != "loss"
 
 
 def _interval(rises: Float[Tensor, "N S"]) -> tuple[Float[Tensor, "N"], Float[Tensor, "N"]]:
@@ -78,25 +86,41 @@ def _ranks(values: Float[Tensor, "N"]) -> Float[Tensor, "N"]:
     return (counts.cumsum(0) - (counts + 1) / 2)[place]
 
 
-def _advice(masked: Sequence[Masked], means: Tensor, low: Tensor, loads: Tensor, whole: float) -> Advice:
-    rank = rank_correlation(loads, means)
-    best = int(means.argmax())
-    harmless = int((low <= 0).sum())
+def _advice(effects: Effects, means: Tensor, interval: tuple[Tensor, Tensor], loads: Tensor) -> Advice:
+    masked, measure, whole = effects.masked, effects.measure, float(effects.whole.mean())
+    limit = _CHANGE if _is_change(measure) else _RISE * whole
+    low, high = interval
+    harmless, needed = int((high <= limit).sum()), int(((low > 0) & (high > limit)).sum())
+    rank, best, count = rank_correlation(loads, means), int(means.argmax()), len(masked)
+    effect = (
+        f"the outputs change by {float(means[best]):.1%} of their norm"
+        if _is_change(measure) else f"the loss rises by {float(means[best]):.4f} of {whole:.4f}"
+    )  # fmt: skip
     finding = (
-        f"Without expert {masked[best].expert} in {masked[best].layer} the loss rises by {float(means[best]):.4f} of "
+        f"Without expert {masked[best].expert} in {masked[best].layer} {effect}. Of {count} masked experts {harmless} "
+        f"cost less than {limit:.2g}, {needed} cost more, {count - harmless - needed} are unclear; the load ranks "
+        f"experts as their effect does to {rank:.2f} (Spearman)."
     )
-    finding += (
-        f"{whole:.4f}; {harmless} of {len(masked)} masked experts make no clear difference; the load ranks experts "
-    )
-    finding += f"as their effect does to {rank:.2f} (Spearman)."
-    if harmless > len(masked) / 2:
+    if measure.chance is not None and whole > _GUESS * measure.chance:
+        return Advice(
+            level="unknown", finding=f"{finding} But the model guesses: chance is {measure.chance:.4f}.",
+            action="Train the model, or give it the data that it was trained on, before you ask what its experts do.",
+            gain="none: what masking does to guesses says nothing about experts", source="log of the number of classes",
+        )  # fmt: skip
+    if count - harmless - needed > count / 2 or len(effects.whole) < _UNITS:
+        return Advice(
+            level="unknown", finding=finding,
+            action=f"Mask on more data: intervals over {len(effects.whole)} {measure.each} are too wide, or too few to "
+            "have any, to call an expert harmless or needed.",
+            gain="four times the data halves the intervals", source="1/√n, the error of a mean",
+        )  # fmt: skip
+    if harmless > count / 2:
         return Advice(
             level="look", finding=finding,
-            action="Prune: start with the experts whose interval holds 0, one layer at a time, and measure after each; "
-            "experts that are harmless one by one need not be harmless together.",
-            gain=f"up to {harmless / len(masked):.0%} of the experts that were masked, at no measurable loss one by "
-            "one",
-            source="measured here",
+            action="Prune: start with the experts whose interval is lowest, one layer at a time, and measure after "
+            "each; experts that are harmless one by one need not be harmless together.",
+            gain=f"up to {harmless / count:.0%} of the experts that were masked, each at less than {limit:.2g}",
+            source="measured here, one by one",
         )  # fmt: skip
     return Advice(
         level="fine", finding=finding,
