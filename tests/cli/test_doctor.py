@@ -89,3 +89,17 @@ def test_data_without_a_model_is_refused(text):
     ended = moeify("doctor", "--data", text)
     assert ended.code == 2
     assert "name the model by --model" in ended.err
+
+
+def test_the_log_of_a_training_is_diagnosed(tmp_path):
+    rows = [[500] * 8, [1200] * 3 + [80] * 5]
+    for name, counts in zip(("whole", "collapsed"), rows, strict=True):
+        entry = {"loss": 2.0, "layers": {"mlp": {"rows": counts, "balance": 1.0, "drop_rate": 0.0}}}
+        lines = [json.dumps(entry | {"step": s, "eval_loss": 2.1}) for s in range(1, 4)]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
+    healthy = moeify("doctor", "--log", tmp_path / "whole.jsonl")
+    assert (healthy.code, healthy.out.splitlines()[0]) == (0, "nothing was found"), healthy.out
+    broken = moeify("doctor", "--log", tmp_path / "collapsed.jsonl")
+    assert broken.code == 1
+    assert "blind_collapse  the routing has collapsed" in broken.out
+    assert moeify("doctor", "--log", tmp_path, "--model", tmp_path).code == 2

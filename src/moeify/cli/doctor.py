@@ -1,4 +1,4 @@
-"""`moeify doctor`: what is installed and which kernels will run; with `--model`, what is wrong with a sparse model."""
+"""`moeify doctor`: which kernels will run; with `--model` or `--log`, what is wrong with a model or a training."""
 
 from __future__ import annotations
 
@@ -23,6 +23,10 @@ def doctor(
             show_default="describe this machine",
         ),
     ] = None,
+    log: Annotated[
+        Path | None,
+        typer.Option(help="A run, or its metrics.jsonl or trainer_state.json: say what the log of the training shows"),
+    ] = None,
     data: Annotated[
         str | None,
         typer.Option(
@@ -35,21 +39,32 @@ def doctor(
     batch: Annotated[int, typer.Option(min=1, help="Blocks per batch")] = 8,
     as_json: Annotated[bool, typer.Option("--json", help="Write the diagnosis as JSON")] = False,
 ) -> None:
-    """Say what is installed and which kernels will run on this machine; with `--model`, what is wrong with a model.
+    """Say which kernels will run on this machine; with `--model` or `--log`, what is wrong with a model or a training.
 
-    With a model, the exit status is 0 if nothing was found, 1 if something was, and 3 if some checks could not decide.
+    With either, the exit status is 0 if nothing was found, 1 if something was, and 3 if some checks could not decide.
     """
-    if model is None:
-        if data is not None or as_json:
-            raise ValueError("--data and --json are for a diagnosis; name the model by --model")
+    if log is not None and (model is not None or data is not None):
+        raise ValueError("--log diagnoses a training by its log alone; name a model and its data in another call")
+    if log is not None:
+        diagnosis = _diagnose_log(log)
+    elif model is not None:
+        diagnosis = _diagnose(model, data, tokens, length, batch)
+    elif data is not None or as_json:
+        raise ValueError("--data and --json are for a diagnosis; name the model by --model, or a run by --log")
+    else:
         from moeify.cli.machine import describe_machine
 
         describe_machine()
         return
-    diagnosis = _diagnose(model, data, tokens, length, batch)
     print(json.dumps(diagnosis.to_dict(), indent=2) if as_json else diagnosis)
     if status := STATUS[diagnosis.status]:
         raise typer.Exit(status)
+
+
+def _diagnose_log(run: Path) -> Diagnosis:
+    from moeify.inspect import diagnose_log, read_log
+
+    return diagnose_log(read_log(run))
 
 
 def _diagnose(model: Path, data: str | None, tokens: int, length: int, batch: int) -> Diagnosis:

@@ -14,11 +14,12 @@ from moeify.inspect.collapse import (
     weight_cosine,
     without_first,
 )
-from moeify.inspect.diagnose import Diagnosis, diagnose
+from moeify.inspect.diagnose import Diagnosis, diagnose, diagnose_log
 from moeify.inspect.faults import FAULTS, Finding
 from moeify.inspect.formats import read_trace, register_format, write_trace
 from moeify.inspect.join import concatenate
 from moeify.inspect.load import ExpertLoad, expert_load
+from moeify.inspect.logged import TrainingLog, read_log
 from moeify.inspect.page import write_report
 from moeify.inspect.panels.panel import Panel
 from moeify.inspect.report import Report, report
@@ -37,16 +38,19 @@ __all__ = [
     "Report",
     "Tokens",
     "Trace",
+    "TrainingLog",
     "capture",
     "check_causality",
     "concatenate",
     "diagnose",
+    "diagnose_log",
     "effective_rank",
     "expert_load",
     "margin",
     "output_similarity",
     "overlap",
     "participation_ratio",
+    "read_log",
     "read_trace",
     "redundancy",
     "register_format",

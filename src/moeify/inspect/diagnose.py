@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any, Literal
 
 from torch import nn
 
 from moeify.inspect.faults import FAULTS, Finding, Inapplicable, NotGiven, Observed, Unknown, training_of
+from moeify.inspect.logged import LOG_FAULTS, TrainingLog
 from moeify.inspect.trace import Trace
 from moeify.layers import sparse_layers
 
@@ -118,19 +120,33 @@ def diagnose(
         training=None if trainer is None else training_of(trainer),
         trace=model if isinstance(model, Trace) else None,
     )
-    return _look(seen, FAULTS if faults is None else list(faults), progress)
+    return _look({name: partial(FAULTS[name], seen) for name in faults or FAULTS}, progress)
 
 
-def _look(seen: Observed, names: Iterable[str], progress: Progress) -> Diagnosis:
+def diagnose_log(log: TrainingLog | Sequence[Mapping[str, Any]]) -> Diagnosis:
+    """Look for the faults that the log of a training can show; `LOG_FAULTS` of `moeify.inspect.logged` lists them.
+
+    The other faults of a model are in `unchecked`: they need the model.
+
+    Args:
+        log: of `read_log`, or the entries of a `metrics.jsonl` or of a trainer's `state.log_history`, oldest first.
+    """
+    seen = log if isinstance(log, TrainingLog) else TrainingLog(log)
+    found = _look({name: partial(fault, seen) for name, fault in LOG_FAULTS.items()}, lambda fault: None)
+    others = {name: "a log does not show them; name the model by --model" for name in FAULTS if name not in LOG_FAULTS}
+    return replace(found, unchecked={**found.unchecked, **others})
+
+
+def _look(checks: Mapping[str, Callable[[], Iterator[Finding]]], progress: Progress) -> Diagnosis:
     findings: list[Finding] = []
     healthy: list[str] = []
     unknown: dict[str, str] = {}
     unchecked: dict[str, str] = {}
     inapplicable: dict[str, str] = {}
-    for name in names:
+    for name, check in checks.items():
         progress(name)
         try:
-            found = [replace(finding, fault=name) for finding in FAULTS[name](seen)]
+            found = [replace(finding, fault=name) for finding in check()]
         except Inapplicable as reason:
             inapplicable[name] = str(reason)
         except NotGiven as reason:

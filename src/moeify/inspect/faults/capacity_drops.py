@@ -25,9 +25,15 @@ def capacity_drops(seen: Observed) -> Iterator[Finding]:
         share = int(lost.sum()) / int(chosen.sum())
         if share > 0.01:
             tokens = float(((lost | ~chosen).all(-1)).float().mean())
-            yield Finding(
-                layer=layer.name,
-                cause="a capacity drops rows",
-                evidence=f"{share:.1%} of {int(chosen.sum())} rows are dropped; {tokens:.1%} of the tokens keep none",
-                fix="balance the load, raise the capacity factor (1.25 to 2), or use dropless experts, as moeify's are",
-            )
+            evidence = f"{share:.1%} of {int(chosen.sum())} rows are dropped; {tokens:.1%} of the tokens keep none"
+            yield dropped(layer.name, evidence)
+
+
+def dropped(layer: str, evidence: str) -> Finding:
+    """The finding about a layer whose capacity drops rows."""
+    return Finding(
+        layer=layer,
+        cause="a capacity drops rows",
+        evidence=evidence,
+        fix="balance the load, raise the capacity factor (1.25 to 2), or use dropless experts, as moeify's are",
+    )
