@@ -17,6 +17,7 @@ from moeify.cli.job import Job
 from moeify.cli.options import choose_balance, choose_controller, choose_recipe
 from moeify.cli.train import Train
 from moeify.evaluate.run import Settings
+from moeify.losses import supervision
 from moeify.routers.topk import TopK
 from moeify.sparsify import recipes
 from moeify.tasks.base import Shape
@@ -94,13 +95,15 @@ def test_every_option_reaches_the_job():
     }  # fmt: skip
     others = {
         "task": "classify-text", "settings": ["label=intent"], "recipe": "olmoe", "experts": 16, "k": 4,
-        "controller": "sign",
+        "controller": "sign", "losses": ["supervision=0.3"],
     }  # fmt: skip
-    assert changed.keys() | others.keys() == {field.name for field in fields(Train)}
+    of_a_call = {"config", "print_config"}
+    assert changed.keys() | others.keys() | of_a_call == {field.name for field in fields(Train)}
     job = Train(**changed, **others).job()
     assert changed.items() <= values(job).items()
     assert (job.task.name, job.task.label, job.task.text) == ("classify-text", "intent", "text")
     assert job.settings.sparse.controller == Sign()
+    assert job.settings.sparse.losses == [(0.3, supervision)]
     assert (job.recipe.num_experts, job.recipe.router.keywords["k"]) == (16, 4)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from dataclasses import replace
 from functools import partial
@@ -10,12 +11,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from moeify.cli import config
 from moeify.tasks import TASKS
 
 if TYPE_CHECKING:
     from moeify.balance import Rule
     from moeify.schedule import Schedule
     from moeify.sparsify import Recipe
+    from moeify.train.arguments import Loss
 
 _RECIPE = "A named recipe (see `moeify recipes`) or a .json/.toml file"
 
@@ -73,7 +76,15 @@ Balance = Annotated[
     typer.Option(
         min=0,
         help="Weight of the balance loss; 0 turns it off",
-        show_default="0.01; 0 where the controller of matched balances",
+        show_default="0.01; 0 where a controller balances matched, and for soft and hash",
+    ),
+]
+Losses = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--loss",
+        help="A further loss of the routing, NAME=WEIGHT, such as supervision=0.3; may be repeated",
+        show_default="none",
     ),
 ]
 Scope = Annotated[str, typer.Option(help="Scope of the balance loss: global, sequence or batch")]
@@ -99,11 +110,23 @@ Stream = Annotated[
 ]
 Device = Annotated[str | None, typer.Option(help="cpu or cuda", show_default="the best there is")]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on with a stopped run in the output folder")]
+Config = Annotated[
+    Path | None,
+    typer.Argument(
+        help="A .yaml, .toml or .json file of options by their names; those on the command line override it",
+        callback=config.read,
+        is_eager=True,
+        show_default="none",
+    ),
+]
+PrintConfig = Annotated[
+    bool, typer.Option("--print-config", help="Print the options as a file that repeats the run, and do nothing else")
+]
 Progress = Annotated[bool, typer.Option(help="Show the progress of training")]
 
 
-def read_settings(written: list[str] | None) -> dict[str, str]:
-    """The settings of a task by name.
+def read_pairs(option: str, written: list[str] | None) -> dict[str, str]:
+    """The values by name of an option that may be repeated.
 
     Raises:
         ValueError: one that is not NAME=VALUE.
@@ -111,8 +134,42 @@ def read_settings(written: list[str] | None) -> dict[str, str]:
     pairs = [text.partition("=") for text in written or ()]
     for name, equals, _ in pairs:
         if not (name and equals):
-            raise ValueError(f"--set {name!r} is not NAME=VALUE")
+            raise ValueError(f"{option} {name!r} is not NAME=VALUE")
     return {name: value for name, _, value in pairs}
+
+
+def choose_losses(written: list[str] | None) -> list[tuple[float, Loss]]:
+    """The losses of a decision that NAME=WEIGHT specify.
+
+    Raises:
+        ValueError: an unknown name, a loss of something else than one decision, or a weight that is no number.
+    """
+    from moeify import losses
+    from moeify.registry import suggest
+
+    of_decisions = {
+        name: function
+        for name in losses.__all__
+        if callable(function := getattr(losses, name)) and _takes_a_decision(function)
+    }
+    found = []
+    for name, weight in read_pairs("--loss", written).items():
+        if name not in of_decisions:
+            raise ValueError(f"no loss of a decision is named {name!r}; {suggest(name, list(of_decisions))}")
+        try:
+            found.append((float(weight), of_decisions[name]))
+        except ValueError:
+            raise ValueError(f"--loss {name}={weight}: the weight is no number") from None
+    return found
+
+
+def _takes_a_decision(function: Any) -> bool:
+    """Whether a loss needs a routing decision and nothing else."""
+    try:
+        first, *others = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):
+        return False
+    return first.name == "routing" and all(other.default is not other.empty for other in others)
 
 
 def choose_recipe(name: str, num_experts: int | None, k: int | None) -> Recipe:
@@ -138,7 +195,10 @@ def _with_k(router: Any, k: int) -> Any:
 
 
 def choose_balance(recipe: str, balance: float | None, controller: str | None) -> tuple[float | Schedule, Rule | None]:
-    """The weight of the balance loss and the controller; by default `matched` has a controller and no loss.
+    """The weight of the balance loss and the controller.
+
+    By default `matched` has a controller and no loss, and recipes whose routers learn no scores of tokens (`soft`,
+    `hash`) have neither.
 
     Raises:
         ValueError: a controller that is not known.
@@ -148,7 +208,18 @@ def choose_balance(recipe: str, balance: float | None, controller: str | None) -
 
     if recipe == "matched" and balance is None and controller is None:
         return 0.0, Proportional(rate=0.03)
-    return SparseArguments().balance if balance is None else balance, choose_controller(controller)
+    usual = SparseArguments().balance if learns_scores(recipe) else 0.0
+    return usual if balance is None else balance, choose_controller(controller)
+
+
+def learns_scores(recipe: str) -> bool:
+    """Whether the router of a recipe has scores that a balance loss can act on."""
+    from moeify.routers import Lookup, Soft
+    from moeify.sparsify import read_recipe
+
+    read = read_recipe(recipe)
+    router = read.router(8, read.num_experts)
+    return not (isinstance(router, Soft) or (isinstance(router, Lookup) and router.weight is None))
 
 
 def choose_controller(text: str | None) -> Rule | None:

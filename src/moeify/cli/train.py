@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from moeify.cli import config
 from moeify.cli import options as o
 
 if TYPE_CHECKING:
@@ -22,6 +23,7 @@ class Train:
     goes on.
     """
 
+    config: o.Config = None
     task: o.Task = "lm"
     settings: o.TaskSettings = None
     model: o.Model = None
@@ -38,6 +40,7 @@ class Train:
     learning_rate: o.LearningRate = 1.2e-3
     weight_decay: o.WeightDecay = 0.1
     balance: o.Balance = None
+    losses: o.Losses = None
     scope: o.Scope = "global"
     z: o.Z = 0.0
     controller: o.Controller = None
@@ -52,6 +55,7 @@ class Train:
     device: o.Device = None
     resume: o.Resume = False
     progress: o.Progress = True
+    print_config: o.PrintConfig = False
 
     def job(self) -> Job:
         """The job that the options describe.
@@ -77,6 +81,7 @@ class Train:
             balance=balance,
             scope=self.scope,  # type: ignore[arg-type]
             z=self.z,
+            losses=o.choose_losses(self.losses),
             controller=controller,
             dropout=self.dropout,
             progress=self.progress,
@@ -99,7 +104,7 @@ class Train:
             recipe=o.choose_recipe(name, self.experts, self.k),
             settings=settings,
             task=find_task(self.task).of(
-                o.read_settings(self.settings),
+                o.read_pairs("--set", self.settings),
                 length=self.length,
                 shape=Shape(self.width, self.layers, self.heads, self.hidden),
             ),
@@ -110,5 +115,9 @@ class Train:
         )
 
     def run(self) -> None:
-        """Run the job."""
-        self.job().run()
+        """Run the job, or print its options."""
+        job = self.job()
+        if self.print_config:
+            print(config.written(self), end="")
+        else:
+            job.run()
