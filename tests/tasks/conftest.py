@@ -19,4 +19,6 @@ def little_of_everything(monkeypatch, corpus):
     monkeypatch.setattr(figure, "savefig", lambda self, file, **options: file.write_bytes(b"a picture"))
     for module in ("lm", "classify_text"):
         monkeypatch.setattr(f"moeify.tasks.{module}.build_corpus", lambda: corpus)
+    monkeypatch.setattr("moeify.tasks.image_rows.TRAIN", 60)
+    monkeypatch.setattr("moeify.tasks.image_rows.HELD_OUT", 20)
     monkeypatch.setattr("moeify.tasks.lm.sample", partial(sample, tokens=2))

@@ -28,7 +28,7 @@ from moeify.inspect.page import comparison_rows, load_rows, says, score_rows, si
 from moeify.inspect.pictures import draw_load, draw_losses
 from moeify.sparsify import Recipe
 from moeify.store import save
-from moeify.tasks.base import Setup, Task
+from moeify.tasks.base import Setup, Task, require_inputs
 from moeify.version import __version__
 
 
@@ -77,6 +77,7 @@ class Job:
         self._begin()
         console.print(threads.describe())
         setup = self.task.prepare(self.model, self.data)
+        require_inputs(self.recipe, setup, self.task.name)
         for name, value in {"data": setup.data, **setup.facts}.items():
             console.print(f"{name}: {value}")
         models: dict[str, nn.Module] = {}
@@ -88,7 +89,7 @@ class Job:
         notes = {"Data": setup.data, "Balance": self.settings.sparse.describe()}
         save(models["sparse"], self.output / "model", notes=notes)
         setup.save(self.output / "model")
-        load = expert_load(models["sparse"], setup.validation, collate=setup.objective.collate)
+        load = self._load(models["sparse"], setup, console)
         samples = {name: setup.answers(model) for name, model in models.items()}
         facts = self._facts(setup, result.steps)
         cost = {"seconds": time.perf_counter() - started, "peak_memory_bytes": peak_memory()}
@@ -113,7 +114,7 @@ class Job:
         used = any(path not in (begun, output / RUN_LOCK) for path in output.iterdir())
         if used and not self.resume:
             raise ValueError(f"{output} is not empty; pass --resume to go on with it, or another --output")
-        ours = json.loads(json.dumps(self._decisive(), default=repr))
+        ours = json.loads(json.dumps(self._decisive(), default=_written))
         theirs = read_json(begun) if used and begun.is_file() else ours
         others = [
             f"{name} {theirs.get(name)!r} instead of {value!r}"
@@ -155,32 +156,40 @@ class Job:
             "threads": torch.get_num_threads(),
         }
 
+    def _load(self, model: nn.Module, setup: Setup, console: Console) -> ExpertLoad | None:
+        """The load of the experts; None where tokens are mixed, so that no expert has tokens of its own."""
+        try:
+            return expert_load(model, setup.validation, collate=setup.objective.collate)
+        except ValueError as error:
+            console.print(f"no table of experts: {error}")
+            return None
+
     def _write(
         self,
         result: Versus,
-        load: ExpertLoad,
+        load: ExpertLoad | None,
         samples: dict[str, list[str]],
         facts: dict[str, Any],
         cost: dict[str, float | None],
     ) -> None:
-        summary = {"facts": facts, "job": cost, **result.to_dict(), "experts": load.to_dict(), "samples": samples}
+        experts = {} if load is None else load.to_dict()
+        summary = {"facts": facts, "job": cost, **result.to_dict(), "experts": experts, "samples": samples}
         write_json(self.output / "summary.json", summary)
         metrics = self.output / f"sparse-{self.settings.seed}" / "metrics.jsonl"
         write_text(self.output / "metrics.jsonl", metrics.read_text(encoding="utf-8"))
-        drawn = [
-            draw_picture(self.output / "loss.png", draw_losses, result),
-            draw_picture(self.output / "experts.png", draw_load, load),
-        ]
+        drawn = [draw_picture(self.output / "loss.png", draw_losses, result)]
+        if load is not None:
+            drawn.append(draw_picture(self.output / "experts.png", draw_load, load))
         pictures = [file for file in drawn if file is not None]
         write_report(self.output / "report.html", result, load, pictures, samples, facts)
 
-    def _show(self, console: Console, result: Versus, load: ExpertLoad, samples: dict[str, list[str]]) -> None:
+    def _show(self, console: Console, result: Versus, load: ExpertLoad | None, samples: dict[str, list[str]]) -> None:
         for name, texts in samples.items():
             console.rule(f"the {name} model answers")
             console.print("\n---\n".join(texts))
         for title, (heading, rows) in (
             ("size and speed", size_rows(result)),
-            ("experts", load_rows(load)),
+            *([] if load is None else [("experts", load_rows(load))]),
             ("scores", score_rows(result)),
             (f"validation loss, {result.units.loss} (lower is better)", comparison_rows(result)),
         ):
@@ -191,6 +200,11 @@ class Job:
         for line in says(result, load):
             console.print(line)
         console.print(f"everything is in {self.output}; open {self.output / 'report.html'}")
+
+
+def _written(thing: Any) -> str:
+    """A setting as job.json has it: the name of a function, else how Python writes it."""
+    return getattr(thing, "__name__", None) or repr(thing)
 
 
 def draw_picture(file: Path, draw: Callable[[Any, Path], None], facts: Any) -> Path | None:

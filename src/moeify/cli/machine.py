@@ -26,6 +26,7 @@ _EXTRAS = {
     "adapters": ("nevergrad", "peft", "sklearn"),
     "data": ("datasets", "pyarrow"),
     "gpu": ("triton",),
+    "images": ("PIL",),
     "report": ("matplotlib",),
 }
 

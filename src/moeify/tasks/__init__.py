@@ -30,6 +30,7 @@ class Entry:
 TASKS = {
     "lm": Entry("lm", "LanguageModel", "predict the next token of a text (perplexity)"),
     "classify-text": Entry("classify_text", "ClassifyText", "name the class of a text (accuracy)"),
+    "classify-image": Entry("classify_image", "ClassifyImage", "name the class of an image (accuracy)"),
 }  # fmt: skip
 """Every task by its name on the command line."""
 

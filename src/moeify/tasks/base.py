@@ -12,6 +12,8 @@ from torch import nn
 
 from moeify.evaluate.objective import Objective, Samples
 from moeify.registry import suggest
+from moeify.routers import Cluster, Lookup
+from moeify.sparsify import Recipe
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,21 @@ class Setup:
     save: Callable[[Path], None] = nothing_beside
     answers: Callable[[nn.Module], list[str]] = lambda model: []
     probe: Any = None
+
+
+def require_inputs(recipe: Recipe, setup: Setup, task: str) -> None:
+    """Check that the samples of a task have what the routers of a recipe look up.
+
+    Raises:
+        ValueError: they do not, and the routers cannot do without it.
+    """
+    given = setup.train[0]
+    for part in recipe.router(8, recipe.num_experts).modules():
+        if isinstance(part, Lookup | Cluster) and part.key not in given:
+            raise ValueError(
+                f"this recipe's router looks up {part.key!r}, and the samples of {task} have {', '.join(given)}; "
+                "choose another recipe"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from moeify.evaluate.objective import Batch, Judged, Objective, Units
-from moeify.evaluate.run import on_device
+from moeify.evaluate.run import on_device, reading
 from moeify.modes import in_evaluation
 from moeify.registry import suggest
 
@@ -75,6 +75,7 @@ class Labelled(Dataset[dict[str, Any]]):
         domains: the group of each, for the report.
         length: pieces of a sample on average.
         inputs: makes the inputs of an item.
+        super_classes: the number of each sample's super-class, a further column that routers look up; None for none.
     """
 
     def __init__(
@@ -84,15 +85,20 @@ class Labelled(Dataset[dict[str, Any]]):
         domains: Sequence[str],
         length: int,
         inputs: Callable[[Any], Mapping[str, Any]],
+        super_classes: Sequence[int] | None = None,
     ) -> None:
         self.items, self.labels, self.domains, self.length, self.inputs = items, labels, domains, length, inputs
+        self.super_classes = super_classes
 
     def __len__(self) -> int:
         return len(self.items)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """Return the inputs and the label of a sample."""
-        return {**self.inputs(self.items[index]), "labels": torch.tensor(self.labels[index])}
+        """Return the inputs and the label of a sample, and its super-class."""
+        sample = {**self.inputs(self.items[index]), "labels": torch.tensor(self.labels[index])}
+        if self.super_classes is not None:
+            sample["super_class"] = torch.tensor(self.super_classes[index])
+        return sample
 
     def domain_of(self, index: int) -> str:
         """Return the group of a sample."""
@@ -134,8 +140,8 @@ def predictions(
     chosen = range(0, len(samples), max(1, len(samples) // SHOWN))[:SHOWN]
     batch = on_device(objective.collate([samples[i] for i in chosen]), next(model.parameters()).device)
     labels = batch.pop("labels").tolist()
-    with in_evaluation(model):
-        found = model(**batch).logits.argmax(-1).tolist()
+    with in_evaluation(model), reading(model, batch) as inputs:
+        found = model(**inputs).logits.argmax(-1).tolist()
     lines = []
     for i, label, predicted in zip(chosen, labels, found, strict=True):
         right = "" if predicted == label else f" (it is {classes.names[label]})"

@@ -3,6 +3,7 @@
 from moeify.data.synthetic.melodies import melodies
 from moeify.data.synthetic.numerals import numerals
 from moeify.data.synthetic.shapes import shapes
+from moeify.data.synthetic.strokes import strokes
 from moeify.data.synthetic.two_tasks import two_tasks
 
-__all__ = ["melodies", "numerals", "shapes", "two_tasks"]
+__all__ = ["melodies", "numerals", "shapes", "strokes", "two_tasks"]
