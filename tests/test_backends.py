@@ -76,7 +76,8 @@ def registry(monkeypatch):
 
 def test_auto_considers_the_backends_in_this_order():
     assert backend_names() == [
-        "precomputed", "decode", "triton", "cpp", "onednn", "recompute", "gather", "liger", "sonicmoe", "compose",
+        "precomputed", "decode", "triton", "latent", "cpp", "onednn", "recompute", "gather", "liger", "sonicmoe",
+        "compose",
     ]  # fmt: skip
 
 

@@ -19,6 +19,7 @@ from moeify.experts import (
     Each,
     Glu,
     Identity,
+    Latent,
     LoRA,
     LoRAFFN,
     Masked,
@@ -163,6 +164,7 @@ EXPERTS = {
     ),
     "constant": lambda: Blocks([FFN(2, D, 6), Constant(2, D)]),
     "multiplicative bias": lambda: MultiplicativeBias(FFN(E, D, 6, bias=True)),
+    "latent": lambda: Latent(FFN(E, 3, 6, bias=True), D, 3),
     "of inputs": lambda: OfInputs(FFN(E, D // 2, 6, width_out=D), [0, 1, 1, 0], 2),
 }
 UNEVEN = {"prefix", "capacity", "priority", "gshard", "top-p", "threshold", "relu", "expert choice", "soft"}

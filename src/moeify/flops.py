@@ -64,7 +64,8 @@ def count(model: nn.Module, tokens: int | None = None) -> Count:
     `Router.rows_per_token`: k (without capacity and competitions), the factor of expert choice, E · p / N for
     Soft MoE (1 if `tokens` is not given), and at most that many where the number varies: `max_k` of `TopP`, and all
     experts of `Threshold`, `ReLU` and `ExpertThreshold`. A row also passes what all experts have in common, such as the
-    network that MixLoRA's experts change. Of NLLB-MoE every row counts that transformers computes, E per token.
+    network that MixLoRA's experts change; a token passes the projections of `Latent` experts once. Of NLLB-MoE every
+    row counts that transformers computes, E per token.
 
     Args:
         model: any model, on any device.
@@ -122,16 +123,20 @@ def _shares(model: nn.Module, passes: dict[nn.Module, int], tokens: int | None) 
     """The share of every module inside experts; those of nested layers multiply.
 
     A row passes one of E experts, but also the parts that all experts share, such as the network that MixLoRA's
-    experts change.
+    experts change. A token passes some of these once, such as the projections of `Latent`.
     """
     shares: dict[nn.Module, _Share] = {}
     for layer in sparse_layers(model).values():
         rows = layer.rows_per_token(None if tokens is None else tokens * passes.get(layer.module, 1))
         rows = Fraction(layer.num_experts if rows is None else rows)
         common = {part for module in layer.common_modules() for part in module.modules()}
+        once = {part for module in layer.per_token_modules() for part in module.modules()}
         for part in layer.experts.modules():
             experts = 1 if part in common else layer.num_experts
             outer = shares.get(part, _Share())
+            if part in once:
+                shares[part] = outer
+                continue
             shares[part] = _Share(outer.rows * rows / experts, outer.all_rows * layer.num_experts / experts)
     return shares
 

@@ -67,6 +67,10 @@ class SparseLayer(ABC):
     def common_modules(self) -> list[nn.Module]:
         """Modules inside the experts that every row passes, whichever expert it is sent to."""
 
+    def per_token_modules(self) -> list[nn.Module]:
+        """Modules inside the experts that every token passes once; none in blocks of transformers."""
+        return []
+
     @abstractmethod
     def selection_biases(self) -> Iterator[tuple[nn.Module, str]]:
         """Owner and name of every selection bias: it changes which experts are chosen, never their weights."""
@@ -130,6 +134,10 @@ class MoELayer(SparseLayer):
     def common_modules(self) -> list[nn.Module]:
         """The `common_modules` of the experts."""
         return [m for part in self.experts.modules() if isinstance(part, Experts) for m in part.common_modules()]
+
+    def per_token_modules(self) -> list[nn.Module]:
+        """The `per_token_modules` of the experts."""
+        return [m for part in self.experts.modules() if isinstance(part, Experts) for m in part.per_token_modules()]
 
     def selection_biases(self) -> Iterator[tuple[nn.Module, str]]:
         """The selection biases of the router and of routers inside it."""

@@ -9,17 +9,23 @@ from jaxtyping import Float
 from torch import Tensor
 
 from moeify import env
-from moeify.backends import cpp, onednn, peers, plain, triton
+from moeify.backends import cpp, latent, onednn, peers, plain, triton
 from moeify.backends.base import Backend
 from moeify.experts.base import Experts
 from moeify.experts.wrapped import as_experts
 from moeify.registry import suggest
 from moeify.routing import Routing
 
+
+def _by_auto(x: Tensor, routing: Routing, experts: Experts) -> Tensor:
+    return run("auto", x, routing, experts)
+
+
 _ORDER: list[tuple[str, Backend]] = [
     ("precomputed", Backend(plain.combine_outputs, plain.cannot_combine_outputs, chosen=lambda *call: True)),
     ("decode", Backend(triton.decode, triton.cannot_decode, triton.decode_chosen)),
     ("triton", Backend(triton.run, triton.cannot, triton.chosen)),
+    ("latent", Backend(partial(latent.run, inside=_by_auto), latent.refuse, chosen=lambda *call: True)),
     ("cpp", Backend(cpp.run, cpp.refuse, cpp.chosen)),
     ("onednn", Backend(onednn.run, onednn.refuse, chosen=lambda x, *_: x.is_cpu)),
     ("recompute", Backend(partial(onednn.run, keep=False), onednn.refuse, chosen=lambda *call: False)),

@@ -4,6 +4,7 @@ from moeify.experts.base import Experts
 from moeify.experts.blocks import Blocks, Each, Identity, Zero
 from moeify.experts.constant import Constant
 from moeify.experts.ffn import FFN
+from moeify.experts.latent import Latent
 from moeify.experts.lora import LoRA, LoRAFFN
 from moeify.experts.masked import Masked
 from moeify.experts.multiplicative_bias import MultiplicativeBias
@@ -14,7 +15,7 @@ from moeify.experts.sequences import Sequences
 from moeify.kernels.stacked import ClampedGlu, ClampedSwiGlu, Glu, Plain
 
 __all__ = [
-    "FFN", "Blocks", "ClampedGlu", "ClampedSwiGlu", "Constant", "Each", "Experts", "Glu", "Identity", "LoRA", "LoRAFFN",
-    "Masked", "MultiplicativeBias", "OfInputs", "Plain", "Quantized", "Scaled", "Sequences", "Zero",
+    "FFN", "Blocks", "ClampedGlu", "ClampedSwiGlu", "Constant", "Each", "Experts", "Glu", "Identity", "Latent", "LoRA",
+    "LoRAFFN", "Masked", "MultiplicativeBias", "OfInputs", "Plain", "Quantized", "Scaled", "Sequences", "Zero",
     "quantize",
 ]  # fmt: skip

@@ -39,6 +39,10 @@ class Experts(nn.Module, ABC):
         """The modules that every row passes, whichever expert it is sent to: by default none."""
         return ()
 
+    def per_token_modules(self) -> Iterable[nn.Module]:
+        """Those of `common_modules` that every token passes once, however many experts it has: by default none."""
+        return ()
+
     @abstractmethod
     def forward(self, rows: Float[Tensor, "R D"], counts: Int[Tensor, "E"]) -> Float[Tensor, "R O"]:
         """Compute `counts[0]` rows by the first expert, the next `counts[1]` by the second, and so on."""

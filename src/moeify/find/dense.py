@@ -77,6 +77,22 @@ class DenseFFN(nn.Module):
         return self.down(self.dropout(self.activation(torch.cat([up(x) for up in self.ups], dim=-1))))
 
 
+def narrowed(dense: DenseFFN, width: int) -> DenseFFN:
+    """The network on parts of tokens: all hidden units, and their weights from and to the first `width` numbers."""
+    ups: list[nn.Module] = [_linear(matrix(up)[:, :width], up._parameters["bias"]) for up in dense.ups]
+    bias = dense.down_bias
+    down = _linear(dense.down_weight[:width], None if bias is None else bias[:width])
+    return DenseFFN(ups, down, dense.activation, dense.dropout.p)
+
+
+def _linear(weight: Float[Tensor, "O D"], bias: Float[Tensor, "O"] | None) -> nn.Linear:
+    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
+    linear.weight = nn.Parameter(weight.detach().clone())
+    if bias is not None:
+        linear.bias = nn.Parameter(bias.detach().clone())
+    return linear
+
+
 def is_linear(module: nn.Module) -> bool:
     """Whether a module is a linear layer: torch's Linear, or transformers' Conv1D, which stores the transpose."""
     return isinstance(module, nn.Linear) or _is_conv1d(module)

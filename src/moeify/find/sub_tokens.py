@@ -6,10 +6,9 @@ from dataclasses import replace
 from functools import partial
 
 import torch
-from jaxtyping import Float
-from torch import Tensor, nn
+from torch import nn
 
-from moeify.find.dense import DenseFFN, matrix
+from moeify.find.dense import DenseFFN, narrowed
 from moeify.find.shapes import Site
 from moeify.find.where import Where, ffn
 from moeify.moe import MoE
@@ -55,10 +54,7 @@ def read_there(site: Site) -> tuple[nn.Module, int]:
         return site.dense, site.width
     dense, part = site.dense, site.width // site.heads
     assert isinstance(dense, DenseFFN)
-    ups: list[nn.Module] = [_linear(matrix(up)[:, :part], up._parameters["bias"]) for up in dense.ups]
-    bias = dense.down_bias
-    down = _linear(dense.down_weight[:part], None if bias is None else bias[:part])
-    return DenseFFN(ups, down, dense.activation, dense.dropout.p), part
+    return narrowed(dense, part), part
 
 
 def stands_there(site: Site, layer: nn.Module) -> nn.Module:
@@ -69,11 +65,3 @@ def stands_there(site: Site, layer: nn.Module) -> nn.Module:
     like = next(layer.parameters())
     with torch.device(like.device):
         return MultiHead(layer, site.width, site.heads).to(like.dtype).train(layer.training)
-
-
-def _linear(weight: Float[Tensor, "O D"], bias: Float[Tensor, "O"] | None) -> nn.Linear:
-    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
-    linear.weight = nn.Parameter(weight.detach().clone())
-    if bias is not None:
-        linear.bias = nn.Parameter(bias.detach().clone())
-    return linear

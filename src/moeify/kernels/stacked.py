@@ -17,6 +17,7 @@ from moeify.registry import register
 Elementwise = Callable[[Tensor], Tensor]
 
 
+@register("activation", "plain")
 @dataclass(frozen=True)
 class Plain:
     """`act(up)`: the activation of an FFN with an up and a down projection."""
@@ -111,6 +112,7 @@ class Stacked:
     activation: Activation
 
 
+@register("act", "relu2")
 def relu2(x: Tensor) -> Tensor:
     """max(x, 0)²."""
     return F.relu(x).square()

@@ -3,7 +3,16 @@
 from moeify.sparsify.after import sandwich
 from moeify.sparsify.convert import sparsify
 from moeify.sparsify.lora import lora, lora_ffn
-from moeify.sparsify.make import copies, fresh, masked, merged, splits, with_free, with_multiplicative_bias
+from moeify.sparsify.make import (
+    copies,
+    fresh,
+    in_latent_space,
+    masked,
+    merged,
+    splits,
+    with_free,
+    with_multiplicative_bias,
+)
 from moeify.sparsify.named import read_recipe, recipes
 from moeify.sparsify.plan import Plan, find
 from moeify.sparsify.recipe import Recipe
@@ -12,7 +21,7 @@ from moeify.sparsify.shared import dense, frozen, gated, nothing
 from moeify.sparsify.whole import whole_modules
 
 __all__ = [
-    "Plan", "Recipe", "copies", "dense", "find", "fresh", "frozen", "gated", "lora", "lora_ffn", "masked", "merged",
-    "nothing", "read_recipe", "recipes", "residual", "residual_splits", "sandwich", "sparsify", "splits",
-    "start_routers", "whole_modules", "with_free", "with_multiplicative_bias",
+    "Plan", "Recipe", "copies", "dense", "find", "fresh", "frozen", "gated", "in_latent_space", "lora", "lora_ffn",
+    "masked", "merged", "nothing", "read_recipe", "recipes", "residual", "residual_splits", "sandwich", "sparsify",
+    "splits", "start_routers", "whole_modules", "with_free", "with_multiplicative_bias",
 ]  # fmt: skip

@@ -14,10 +14,11 @@ from moeify.experts.base import Experts
 from moeify.experts.blocks import Blocks, Each, Identity, Zero
 from moeify.experts.constant import Constant
 from moeify.experts.ffn import FFN
+from moeify.experts.latent import Latent
 from moeify.experts.masked import Masked
 from moeify.experts.multiplicative_bias import MultiplicativeBias
 from moeify.experts.scaled import Scaled
-from moeify.find.dense import DenseFFN
+from moeify.find.dense import DenseFFN, narrowed
 from moeify.kernels.stacked import Activation
 from moeify.registry import register
 from moeify.sparsify.split.random import random
@@ -257,6 +258,34 @@ def with_free(
             [experts(dense, num_experts - free), *(group(count).to(like.dtype) for group, count in groups if count)]
         )
     return blocks if scale == 1.0 else Scaled(blocks, scale)
+
+
+@register("experts", "latent")
+def in_latent_space(
+    dense: nn.Module, num_experts: int, *, factor: int = 4, experts: Callable[[nn.Module, int], Experts] = fresh
+) -> Experts:
+    """Experts between a projection of tokens to width D / factor and one back (LatentMoE): `Latent` around `experts`.
+
+    At an equal number of weights per token there may be `factor` times as many experts, of which a token uses `factor`
+    times as many.
+
+    Args:
+        dense: a `DenseFFN` with outputs as wide as its inputs.
+        num_experts: E.
+        factor: divides D.
+        experts: makes the experts, of a network with all hidden units of the dense one that reads D / factor numbers.
+
+    Raises:
+        ValueError: a module that is no `DenseFFN` with O = D; a factor that does not divide D.
+    """
+    if not isinstance(dense, DenseFFN) or dense.width != dense.width_out:
+        raise ValueError("a latent space needs a feed-forward network with outputs as wide as its inputs")
+    if factor < 1 or dense.width % factor:
+        raise ValueError(f"a width of {dense.width} cannot be divided by factor={factor}")
+    latent = dense.width // factor
+    made = experts(narrowed(dense, latent), num_experts)
+    with torch.device(dense.down_weight.device):
+        return Latent(made, dense.width, latent).to(dense.down_weight.dtype)
 
 
 def draw(weight: Tensor, like: Tensor, variance: float | None) -> None:
