@@ -20,7 +20,7 @@ from transformers import TrainerCallback, TrainingArguments
 
 from moeify.ranks import all_reduce, anywhere, broadcast, join
 from moeify.sparsify import Recipe, sparsify
-from moeify.train import RoutingCallback, SparseArguments, SparseTrainer, SparseTrainerMixin
+from moeify.train import BalanceCallback, RoutingCallback, SparseArguments, SparseTrainer, SparseTrainerMixin
 from tiny_models import VOCABULARY, causal_lm, mixtral
 
 # Modules of this folder are not found by the server, which says nothing and lets every rank read all by itself.
@@ -53,6 +53,10 @@ class PlainTrainer(transformers.Trainer):
 
     def __init__(self, *args, sparse=None, **kwargs):
         super().__init__(*args, **kwargs)
+
+
+class SilentPlain(PlainTrainer, Silent):
+    pass
 
 
 class Record(TrainerCallback):
@@ -108,6 +112,12 @@ def train(folder, build, ranks, *callbacks, kind=SparseTrainer, resume=None, spa
 def gradients(rank, ranks, folder, build):
     record, sparse = Record(), SparseArguments(balance=1.0, z=0.1)
     train(folder, build, ranks, record, kind=BalanceOnly, sparse=sparse, learning_rate=0.0)
+    return record.routers
+
+
+def hooked(rank, ranks, folder, build):
+    record, balance = Record(), BalanceCallback(SparseArguments(balance=1.0, z=0.1))
+    train(folder, build, ranks, balance, record, kind=SilentPlain, learning_rate=0.0)
     return record.routers
 
 

@@ -51,6 +51,11 @@ def several() -> bool:
     return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
+def count() -> int:
+    """How many ranks train together, 1 in a single process."""
+    return torch.distributed.get_world_size() if several() else 1
+
+
 def all_reduce(tensor: Tensor) -> Tensor:
     """The sum over all ranks, in place."""
     if several():

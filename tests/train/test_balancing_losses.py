@@ -63,10 +63,10 @@ def test_the_weight_of_a_sparsity_target_follows_the_routers_and_is_resumed(tmp_
         return SparseArguments(balance=0, losses=[(SparsityTarget(k=1, value=1e-3), partial(l1, k=1))])
 
     whole = train(llama(ReLU), tmp_path / "whole", arguments())
-    assert whole.targets[0].value == pytest.approx(1e-3 * 1.2**6)
+    assert whole.sparse.targets[0].value == pytest.approx(1e-3 * 1.2**6)
     train(llama(ReLU), tmp_path / "parts", arguments(), save_strategy="steps", save_steps=3)
     again = train(llama(ReLU), tmp_path / "parts", arguments(), resume=str(tmp_path / "parts" / "checkpoint-3"))
-    assert again.targets[0].value == whole.targets[0].value
+    assert again.sparse.targets[0].value == whole.sparse.targets[0].value
     assert torch.equal(weights(again.model), weights(whole.model))
 
 

@@ -9,16 +9,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from ranks import gradients, llama, on_ranks, padded, resumed, stopped, waited, whole
+from ranks import gradients, hooked, llama, on_ranks, padded, resumed, stopped, waited, whole
 from tiny_models import mixtral
 
 if "forkserver" not in multiprocessing.get_all_start_methods():
     pytest.skip("a rank is forked off a server", allow_module_level=True)
 
 
-@pytest.mark.parametrize("build", [llama, mixtral])
-def test_two_ranks_have_the_balance_gradient_of_one(tmp_path, build):
-    (one,), (first, second) = (on_ranks(ranks, gradients, tmp_path / str(ranks), build) for ranks in (1, 2))
+@pytest.mark.parametrize(("case", "build"), [(gradients, llama), (gradients, mixtral), (hooked, mixtral)])
+def test_two_ranks_have_the_balance_gradient_of_one(tmp_path, case, build):
+    (one,), (first, second) = (on_ranks(ranks, case, tmp_path / str(ranks), build) for ranks in (1, 2))
     assert torch.allclose(torch.tensor(first), torch.tensor(one), rtol=1e-4, atol=1e-7)
     assert first == second
     assert torch.tensor(one[1]).norm() > 1e-3

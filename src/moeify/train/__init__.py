@@ -4,6 +4,8 @@ from moeify.train.activation_checkpointing import keep_decisions
 from moeify.train.adapt_experts import AdaptExperts
 from moeify.train.adapter_gates import train_gates
 from moeify.train.arguments import SparseArguments
+from moeify.train.balance_callback import BalanceCallback
+from moeify.train.balance_hook import BalanceHook, balance_hook
 from moeify.train.calibrate import ExpertTokens, calibrate_all_experts, tokens_per_expert
 from moeify.train.callbacks import ExpertDropout, KSchedule, ProgressLine, SaveOnSignal
 from moeify.train.dense_gradient import dense_router_gradient
@@ -18,9 +20,10 @@ from moeify.train.super_classes import confusion, super_classes
 from moeify.train.trainer import SparseTrainer, SparseTrainerMixin
 
 __all__ = [
-    "AdaptExperts", "ExpertDropout", "ExpertTokens", "FineTuning", "KSchedule", "ProgressLine", "Relevance",
-    "RoutingCallback", "SaveOnSignal", "SparseArguments", "SparseTrainer", "SparseTrainerMixin", "StepLoss",
-    "Trainable", "average_gate", "calibrate_all_experts", "confusion", "dense_router_gradient", "expert_relevance",
-    "finetune", "freeze", "join_experts", "keep_decisions", "lora_experts", "selection_ratio", "super_classes",
-    "tokens_per_expert", "train_experts", "train_gates", "trainable", "unfreeze",
+    "AdaptExperts", "BalanceCallback", "BalanceHook", "ExpertDropout", "ExpertTokens", "FineTuning", "KSchedule",
+    "ProgressLine", "Relevance", "RoutingCallback", "SaveOnSignal", "SparseArguments", "SparseTrainer",
+    "SparseTrainerMixin", "StepLoss", "Trainable", "average_gate", "balance_hook", "calibrate_all_experts",
+    "confusion", "dense_router_gradient", "expert_relevance", "finetune", "freeze", "join_experts", "keep_decisions",
+    "lora_experts", "selection_ratio", "super_classes", "tokens_per_expert", "train_experts", "train_gates",
+    "trainable", "unfreeze",
 ]  # fmt: skip

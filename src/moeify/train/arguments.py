@@ -9,7 +9,7 @@ from typing import Literal, get_args
 
 from torch import Tensor
 
-from moeify.balance import Rule
+from moeify.balance import Rule, SparsityTarget
 from moeify.routing import Routing
 from moeify.schedule import Schedule
 
@@ -53,6 +53,16 @@ class SparseArguments:
                 raise ValueError(f"{name}={weight} would reward imbalance; weights of losses are at least 0")
         if self.scope not in get_args(Scope):
             raise ValueError(f"scope={self.scope!r} is not known; choose from {', '.join(get_args(Scope))}")
+
+    @property
+    def watches(self) -> bool:
+        """Whether a balancing loss or a controller needs the routers' decisions."""
+        return self.balance != 0 or self.z != 0 or bool(self.losses) or self.controller is not None
+
+    @property
+    def targets(self) -> list[SparsityTarget]:
+        """The loss weights that adapt to the routing."""
+        return [weight for weight, _ in self.losses if isinstance(weight, SparsityTarget)]
 
     def describe(self) -> str:
         """One line that names the balancing losses and the controller."""

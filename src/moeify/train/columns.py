@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from torch import nn
@@ -23,10 +24,14 @@ class Columns(_Trainer):
 
     def training_step(self, model: nn.Module, inputs: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
         """Forward and backward, which may repeat the forward, with the columns that routers look up."""
-        with split_router_inputs(self.model, inputs) as rest:
+        with self._without_columns(inputs) as rest:
             return super().training_step(model, rest, *args, **kwargs)
 
     def prediction_step(self, model: nn.Module, inputs: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
         """Forward, or generation, with the columns that routers look up."""
-        with split_router_inputs(self.model, inputs) as rest:
+        with self._without_columns(inputs) as rest:
             return super().prediction_step(model, rest, *args, **kwargs)
+
+    def _without_columns(self, inputs: Any) -> AbstractContextManager[Any]:
+        """The other columns of a batch; a list of prompts, from which a trainer of TRL generates, has none to pass."""
+        return split_router_inputs(self.model, inputs) if isinstance(inputs, Mapping) else nullcontext(inputs)

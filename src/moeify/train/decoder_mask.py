@@ -13,13 +13,13 @@ IGNORED = -100
 """The label of positions without a loss, as in `torch.nn.functional.cross_entropy`."""
 
 
-def with_decoder_mask(model: nn.Module, batch: Mapping[str, Any]) -> Mapping[str, Any]:
+def with_decoder_mask(model: nn.Module, batch: Any) -> Any:
     """A batch of an encoder-decoder with the `decoder_attention_mask` that its labels imply, so no padding is routed.
 
     A causal decoder computes the same for all real positions with and without it. Other batches are handed back.
     """
-    labels = batch.get("labels")
-    if batch.get("decoder_attention_mask") is not None or not isinstance(labels, Tensor) or labels.dim() != 2:
+    labels = batch.get("labels") if isinstance(batch, Mapping) else None
+    if not isinstance(labels, Tensor) or labels.dim() != 2 or batch.get("decoder_attention_mask") is not None:
         return batch
     unwrapped: Any = model
     if hasattr(unwrapped, "get_base_model"):  # of PEFT

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from moeify import losses
 from moeify.ranks import all_reduce
 from moeify.routing import Assignment, Routing
-from moeify.train.arguments import Loss, Scope
+from moeify.train.arguments import Loss, Scope, SparseArguments, at
 
 Decisions = Sequence[tuple[str, Routing]]
 UNITS = ("attention_mask", "decoder_attention_mask", "input_ids", "labels", "rows")
@@ -116,6 +116,33 @@ class StepLoss:
         self._this_step = {}
         return self._total
 
+    def weighted(
+        self, sparse: SparseArguments, step: int, decisions: Decisions, sizes: Mapping[str, int]
+    ) -> Float[Tensor, ""] | None:
+        """This micro-batch's part of the sum of all balancing losses with their weights, None where all of these are 0.
+
+        Args:
+            sparse: the losses and their weights; those that adapt to the routing observe it.
+            step: optimizer steps done, of which weights may be schedules.
+            decisions: of this micro-batch.
+            sizes: of this micro-batch, as `count_decisions` returns them.
+
+        Raises:
+            ValueError: as of `balance` and `z`.
+        """
+        parts = []
+        if (weight := at(sparse.balance, step)) != 0:
+            parts.append(weight * self.balance(decisions, sizes))
+        if (weight := at(sparse.z, step)) != 0:
+            parts.append(weight * self.z(decisions, sizes))
+        for scheduled, loss in sparse.losses:
+            if (weight := at(scheduled, step)) != 0:
+                parts.append(weight * self.further(loss, decisions, sizes))
+        for target in sparse.targets:
+            for _, routing in decisions:
+                target.observe(routing)
+        return torch.stack([part.to(parts[0].device) for part in parts]).sum() if parts else None
+
     def balance(self, decisions: Decisions, sizes: Mapping[str, int]) -> Float[Tensor, ""]:
         """This micro-batch's part of the mean over layers of E · Σ_j f_j · P_j; 1.0 per step is perfect.
 
@@ -175,6 +202,11 @@ class StepLoss:
     def _part(self, made: int, sizes: Mapping[str, int]) -> float:
         """The share of the step's decisions that were made in this micro-batch."""
         unit = next((unit for unit in UNITS if sizes[unit] == made), "rows")
+        if not self._total[unit]:
+            raise ValueError(
+                f"the model was called with {unit}, which the micro-batches that were counted before the step lack; "
+                "count what the model is called with, by `begin` or by the trainer's `model_inputs`"
+            )
         return sizes[unit] / self._total[unit]
 
     @staticmethod

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from contextlib import ExitStack, suppress
 from pathlib import Path
@@ -22,6 +21,7 @@ from moeify.ranks import all_reduce
 from moeify.record import observe
 from moeify.routing import Routing
 from moeify.train import run_log
+from moeify.train.calling import calling
 from moeify.train.metrics import MAX_KEYS, Tally
 
 
@@ -134,16 +134,10 @@ def _tokens(inputs: dict[str, Any]) -> Int[Tensor, ""] | int:
 
 
 def _call_first(callback: TrainerCallback) -> None:
-    """Put a callback before those of `report_to`, which transformers calls before all that a trainer was given.
-
-    No argument of a callback refers to the list of callbacks, so it is found through the calling frame.
-    """
-    frame = sys._getframe(1)
-    while frame is not None:
-        handler = frame.f_locals.get("self")
-        if isinstance(handler, CallbackHandler) and callback in handler.callbacks:
-            handler.callbacks.remove(callback)
-            handler.callbacks.insert(0, callback)
-            return
-        frame = frame.f_back
-    notify("moeify: RoutingCallback is not called by a trainer of transformers; its figures are in metrics.jsonl alone")
+    """Put a callback before those of `report_to`, which transformers calls before all that a trainer was given."""
+    handler = calling(CallbackHandler)
+    if handler is None or callback not in handler.callbacks:
+        notify("moeify: no trainer of transformers calls RoutingCallback; its figures are in metrics.jsonl alone")
+        return
+    handler.callbacks.remove(callback)
+    handler.callbacks.insert(0, callback)

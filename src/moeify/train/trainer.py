@@ -16,7 +16,7 @@ from transformers import TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from moeify import ranks
-from moeify.balance import Control, SparsityTarget, control
+from moeify.balance import Control, control
 from moeify.layers import sparse_layers
 from moeify.notices import notify
 from moeify.ranks import OnAnotherRank
@@ -24,7 +24,7 @@ from moeify.record import observe
 from moeify.routers import begin_step
 from moeify.train import empty, run_log
 from moeify.train.activation_checkpointing import enable
-from moeify.train.arguments import SparseArguments, at
+from moeify.train.arguments import SparseArguments
 from moeify.train.callbacks import ExpertDropout, ProgressLine, SaveOnSignal
 from moeify.train.checkpoint.saving import Saving, bare
 from moeify.train.columns import Columns
@@ -84,17 +84,6 @@ class SparseTrainerMixin(Columns, Saving):
             self.remove_callback(PrinterCallback)
             self.add_callback(self._line)
 
-    @property
-    def watches(self) -> bool:
-        """Whether a balancing loss or a controller needs the routers' decisions."""
-        sparse = self.sparse
-        return sparse.balance != 0 or sparse.z != 0 or bool(sparse.losses) or sparse.controller is not None
-
-    @property
-    def targets(self) -> list[SparsityTarget]:
-        """The loss weights that adapt to the routing."""
-        return [weight for weight, _ in self.sparse.losses if isinstance(weight, SparsityTarget)]
-
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """Train, or resume from a checkpoint: True for the newest valid one, or the path of one.
 
@@ -134,11 +123,19 @@ class SparseTrainerMixin(Columns, Saving):
         """Fetch the micro-batches of a step, and count its tokens over all ranks."""
         batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
         batches = [with_decoder_mask(self.model, batch) for batch in batches]
-        self._batches, self._losses = batches, []
-        total = self._step_loss.begin(batches, device, copies=self.get_tp_size())
-        self._tokens += total["attention_mask"] or total["input_ids"] or total["rows"]
+        self.begin_step(batches)
         transformers.set_seed(_mix(self.args.seed, self.state.global_step, self.args.process_index))
         return batches, items
+
+    def begin_step(self, batches: list[Any]) -> None:
+        """Count what the micro-batches of a step hold, before the first of them is computed."""
+        self._batches, self._losses = [self.model_inputs(batch) for batch in batches], []
+        total = self._step_loss.begin(self._batches, self.args.device, copies=self.get_tp_size())
+        self._tokens += total["attention_mask"] or total["input_ids"] or total["rows"]
+
+    def model_inputs(self, inputs: Any) -> Any:
+        """What the model is called with for a micro-batch, for trainers whose batches hold something else."""
+        return inputs
 
     def compute_loss(
         self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
@@ -146,18 +143,17 @@ class SparseTrainerMixin(Columns, Saving):
         """The trainer's own loss, plus this micro-batch's part of the balance loss when training."""
         inputs = with_decoder_mask(self.model, inputs)
         if not isinstance(model, DistributedDataParallel) or not model.training:
-            loss, outputs = self._loss(model, inputs, num_items_in_batch)
-        else:  # before backward, in which the others would wait for a rank that failed
-            with ranks.failing_together(self.args.device):
-                loss, outputs = self._loss(model, inputs, num_items_in_batch)
-        return (loss, outputs) if return_outputs else loss
+            return self._loss(model, inputs, return_outputs, num_items_in_batch)
+        with ranks.failing_together(self.args.device):  # before backward, where others would wait for it
+            return self._loss(model, inputs, return_outputs, num_items_in_batch)
 
-    def _loss(self, model: nn.Module, inputs: Any, num_items_in_batch: Any) -> tuple[Tensor, Any]:
+    def _loss(self, model: nn.Module, inputs: Any, return_outputs: bool, num_items_in_batch: Any) -> Any:
         self._watch.forget()
-        sizes, padding = count_decisions(inputs), empty.is_padding(inputs)
-        loss, outputs = super().compute_loss(
-            model, empty.as_real(inputs) if padding else inputs, True, num_items_in_batch
+        sizes, padding = count_decisions(self.model_inputs(inputs)), empty.is_padding(inputs)
+        computed = super().compute_loss(
+            model, empty.as_real(inputs) if padding else inputs, return_outputs, num_items_in_batch
         )
+        loss, outputs = computed if return_outputs else (computed, None)
         if padding or not (torch.isfinite(loss).all() or empty.has_labels(inputs)):
             self._notify_once("all padding" if padding else "without a label to predict", training=model.training)
             loss = empty.zero(loss)
@@ -165,7 +161,7 @@ class SparseTrainerMixin(Columns, Saving):
         if extra is not None:
             loss = loss + extra.to(loss.device) * self._divisor(num_items_in_batch)
             self._extra = extra.detach().to(loss.device)
-        return loss, outputs
+        return (loss, outputs) if return_outputs else loss
 
     def _notify_once(self, what: str, *, training: bool) -> None:
         place = f"a micro-batch of step {self.state.global_step + 1}" if training else "an evaluation batch"
@@ -178,25 +174,15 @@ class SparseTrainerMixin(Columns, Saving):
 
         One of padding adds nothing, and does not count.
         """
-        if not self.watches and not self._watch.seen:
+        if not self.sparse.watches and not self._watch.seen:
             return None
         decisions = self._watch.take()
         self._step_loss.add(decisions, counts=counts)
         self._tally.add(decisions, counts=counts)
         if not counts:
             return None
-        step, parts = self.state.global_step, []
-        if (weight := at(self.sparse.balance, step)) != 0:
-            parts.append(weight * self._step_loss.balance(decisions, sizes))
-        if (weight := at(self.sparse.z, step)) != 0:
-            parts.append(weight * self._step_loss.z(decisions, sizes))
-        for scheduled, loss in self.sparse.losses:
-            if (weight := at(scheduled, step)) != 0:
-                parts.append(weight * self._step_loss.further(loss, decisions, sizes))
-        for target in self.targets:
-            for _, routing in decisions:
-                target.observe(routing)
-        return sum(parts) * (self.accelerator.num_processes // self.get_tp_size()) if parts else None
+        extra = self._step_loss.weighted(self.sparse, self.state.global_step, decisions, sizes)
+        return None if extra is None else extra * (self.accelerator.num_processes // self.get_tp_size())
 
     def _divisor(self, num_items_in_batch: Any) -> int:
         """What `training_step` will divide the loss by: the number of micro-batches, or 1 if it counts tokens."""
@@ -262,7 +248,7 @@ class SparseTrainerMixin(Columns, Saving):
             if self.sparse.balance != 0 or self.sparse.z != 0:
                 require_learning_routers(self.model)
             self._hooks = observe(self.model, self._watch.observe)
-        elif self.watches:
+        elif self.sparse.watches:
             raise ValueError(
                 f"{type(self.model).__name__} is dense, there is nothing to balance; make it sparse with "
                 "moeify.sparsify, or train it as it is with SparseArguments(balance=0)"
@@ -308,7 +294,7 @@ class _Steps(TrainerCallback):
     def on_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         self.trainer._step_loss.end()
         self.trainer._tally.end_step()
-        for target in self.trainer.targets:
+        for target in self.trainer.sparse.targets:
             target.step()
 
 

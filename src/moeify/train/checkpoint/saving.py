@@ -86,7 +86,7 @@ class Saving(_Trainer):
             state.save_optimizer(bare(self.optimizer), self.model, folder)
             state.write_json(folder / "scheduler.json", self.lr_scheduler.state_dict())
             write_tensors(folder / "sparse.safetensors", self._step_loss.assigned)
-            state.save_balance(self._control, self.targets, folder)
+            state.save_balance(self._control, self.sparse.targets, folder)
             if (scaler := getattr(self.accelerator, "scaler", None)) is not None:
                 state.write_json(folder / "scaler.json", scaler.state_dict())
         kept = self.state.stateful_callbacks
@@ -171,7 +171,7 @@ class Saving(_Trainer):
         state.load_optimizer(bare(self.optimizer), self.model, folder)
         self.lr_scheduler.load_state_dict(read_json(folder / "scheduler.json"))
         self._step_loss.assigned = read_tensors(folder / "sparse.safetensors")
-        state.load_balance(self._control, self.targets, folder)
+        state.load_balance(self._control, self.sparse.targets, folder)
 
     def _load_scaler(self, checkpoint: str | None) -> None:
         if checkpoint is not None and (file := Path(checkpoint) / "scaler.json").is_file():
