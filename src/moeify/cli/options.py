@@ -69,7 +69,20 @@ Minutes = Annotated[
 Batch = Annotated[int, typer.Option(min=1, help="Samples per step (of lm: blocks of tokens)")]
 Accumulate = Annotated[int, typer.Option(min=1, help="Micro-batches that each step's samples are cut into")]
 Length = Annotated[int, typer.Option(min=2, help="Tokens per sample")]
-LearningRate = Annotated[float, typer.Option(min=0, help="Peak learning rate")]
+LearningRate = Annotated[
+    float | None, typer.Option(min=0, help="Peak learning rate", show_default="0.0012; 1e-5 with --finetune")
+]
+FineTuneBy = Annotated[
+    str | None,
+    typer.Option(
+        "--finetune",
+        help="Fine-tune a model that is sparse already: all, base, attention, dropout, flan, esft or esft_lora",
+        show_default="make the model sparse",
+    ),
+]
+Threshold = Annotated[
+    float, typer.Option(min=0, max=1, help="Share of the relevance that the experts chosen by esft have")
+]
 WeightDecay = Annotated[float, typer.Option(min=0, help="Weight decay of AdamW")]
 Balance = Annotated[
     float | None,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,6 +10,7 @@ from moeify.cli import config
 from moeify.cli import options as o
 
 if TYPE_CHECKING:
+    from moeify.cli.finetune import FineTune
     from moeify.cli.job import Job
 
 
@@ -20,13 +21,15 @@ class Train:
     Without arguments: a small byte-level Llama, sparse with 8 experts of which each token uses 2, learns the text that
     came with Python and torch. Other tasks have a small model and data of their own; --help lists them. The run's
     folder then holds the sparse model, metrics.jsonl, summary.json, pictures and report.html. Ctrl-C saves; --resume
-    goes on.
+    goes on. With --finetune a model that is sparse already is fine-tuned as it is, without a dense baseline.
     """
 
     config: o.Config = None
     task: o.Task = "lm"
     settings: o.TaskSettings = None
     model: o.Model = None
+    finetune: o.FineTuneBy = None
+    threshold: o.Threshold = 0.2
     data: o.Data = None
     recipe: o.RecipeNameOrNone = None
     experts: o.NumExperts = None
@@ -37,7 +40,7 @@ class Train:
     batch: o.Batch = 16
     accumulate: o.Accumulate = 1
     length: o.Length = 128
-    learning_rate: o.LearningRate = 1.2e-3
+    learning_rate: o.LearningRate = None
     weight_decay: o.WeightDecay = 0.1
     balance: o.Balance = None
     losses: o.Losses = None
@@ -90,7 +93,7 @@ class Train:
             steps=self.steps,
             batch=self.batch,
             accumulate=self.accumulate,
-            learning_rate=self.learning_rate,
+            learning_rate=self._learning_rate,
             weight_decay=self.weight_decay,
             seed=self.seed,
             evaluations=min(self.evaluations, self.steps),
@@ -114,9 +117,34 @@ class Train:
             resume=self.resume,
         )
 
+    @property
+    def _learning_rate(self) -> float:
+        default = 1.2e-3 if self.finetune is None else 1e-5
+        return default if self.learning_rate is None else self.learning_rate
+
+    def finetuning(self) -> FineTune:
+        """The fine-tuning that the options describe.
+
+        Raises:
+            ValueError: no model, or options that are those of a comparison.
+        """
+        from moeify.cli.finetune import FineTune
+
+        if self.model is None:
+            raise ValueError("--finetune is for a model that is sparse already; name it by --model")
+        for name in ("recipe", "experts", "k", "minutes", "balance", "losses", "controller", "dropout"):
+            if getattr(self, name) is not None:
+                raise ValueError(f"--{name} does not go with --finetune, which leaves the layers as they are")
+        job = replace(self, recipe="mixtral").job()
+        assert self.finetune is not None
+        return FineTune(
+            way=self.finetune, threshold=self.threshold, model=self.model, output=self.output, settings=job.settings,
+            task=job.task, data=self.data, resume=self.resume,
+        )  # fmt: skip
+
     def run(self) -> None:
         """Run the job, or print its options."""
-        job = self.job()
+        job = self.job() if self.finetune is None else self.finetuning()
         if self.print_config:
             print(config.written(self), end="")
         else:

@@ -18,8 +18,8 @@ from transformers.trainer_callback import ExportableState, PrinterCallback
 
 from moeify.evaluate.objective import NextToken, Objective, Samples
 from moeify.flops import Count, count
+from moeify.layers import sparse_layers
 from moeify.modes import in_evaluation
-from moeify.origin import Origin
 from moeify.progress import with_progress
 from moeify.routers.lookup import split_router_inputs
 from moeify.train import SparseArguments, SparseTrainer
@@ -191,7 +191,7 @@ def make_trainer(
     objective: Objective,
 ) -> SparseTrainer:
     """The trainer of one run; a dense model has no balancing losses."""
-    is_sparse = Origin.of(model).recipe is not None
+    is_sparse = bool(sparse_layers(model))
     options: dict[str, Any] = {
         "output_dir": str(folder),
         "max_steps": settings.steps,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -15,7 +16,7 @@ from moeify.data.text import read_texts
 from moeify.data.tokenizer import ByteTokenizer
 from moeify.evaluate.objective import NextToken
 from moeify.tasks.base import Setup, Shape, Task
-from moeify.tasks.models import load_dense, load_tokenizer, sample, save_tokenizer
+from moeify.tasks.models import load_dense, sample, save_tokenizer, saved_tokenizer
 
 PROMPTS = ("def ", "The ", "import ")
 """What the trained models continue in the report."""
@@ -34,7 +35,7 @@ class LanguageModel(Task):
 
     def prepare(self, model: str | None, data: str | None) -> Setup:
         """Read the texts, and cut them into blocks."""
-        tokenizer: Any = ByteTokenizer() if model is None else load_tokenizer(model)
+        tokenizer: Any = ByteTokenizer() if model is None else saved_tokenizer(Path(model))
         corpus = build_corpus() if data is None else read_texts(data, field=self.text)
         train, validation = blocks(corpus, tokenizer, self.length)
         facts = {"training tokens available": f"{train.length * len(train):,}"}
