@@ -54,6 +54,7 @@ from moeify.routers import (
     NoisyTopK,
     PerGroup,
     Phatgoose,
+    ProductKeys,
     ReLU,
     Replay,
     Residual,
@@ -120,6 +121,7 @@ ROUTERS = {
     "ple": partial(Extraction, D, E, tasks=3),
     "bounded union": partial(SparseMultiGate, D, E, gates=2, k=2, union=3),
     "sparsemixer": partial(SparseMixer, D, E, k=3, epsilon=1.0),
+    "product keys": partial(ProductKeys, D, E, heads=2, k=2, dimensions=3, init_std=1.0),
     "frozen": partial(Frozen, D, E, k=3),
     "default vector": partial(DefaultVector, D, E),
     "expert threshold": partial(ExpertThreshold, D, E),
@@ -213,6 +215,7 @@ SEES |= dict.fromkeys(
     "batch",
 )
 OUTSIDE = {"mole": ["decisions_are_computed_in_fp32"]}  # its logits are those of experts, which compute in bf16
+OUTSIDE["product keys"] = ["a_decision_is_a_map_to_sorted_rows_and_back"]  # two heads may choose one expert
 
 
 @pytest.mark.parametrize("name", sorted(ROUTERS.keys() - {"replay"}))  # its decisions are for the recorded tokens

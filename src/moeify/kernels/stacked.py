@@ -118,6 +118,12 @@ def relu2(x: Tensor) -> Tensor:
     return F.relu(x).square()
 
 
+@register("act", "gelu")
+def gelu(x: Tensor) -> Tensor:
+    """x · Φ(x)."""
+    return F.gelu(x)
+
+
 def gelu_tanh(x: Tensor) -> Tensor:
     """GELU with the tanh approximation."""
     return F.gelu(x, approximate="tanh")

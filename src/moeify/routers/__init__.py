@@ -23,6 +23,7 @@ from moeify.routers.multi_gate import MultiGate, SparseMultiGate
 from moeify.routers.nllb import Conditional, FinalMask
 from moeify.routers.noisy import NoisyTopK
 from moeify.routers.phatgoose import Phatgoose
+from moeify.routers.product_keys import ProductKeys
 from moeify.routers.replay import Replay
 from moeify.routers.residual import Residual
 from moeify.routers.shared_routing import ReusedRouting, SharedRouting
@@ -63,6 +64,7 @@ __all__ = [
     "NoisyTopK",
     "PerGroup",
     "Phatgoose",
+    "ProductKeys",
     "ReLU",
     "Replay",
     "Residual",
