@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from command_line import moeify
 from moeify.backends import order
 from moeify.registry import lookup, names
 
@@ -30,6 +31,18 @@ def test_every_block_of_python_runs_in_the_order_of_its_page(page, tmp_path, mon
     namespace = {"__name__": "__main__"}
     for number, block in enumerate(python_blocks(page), 1):
         exec(compile(block, f"{page.name}, block {number}", "exec"), namespace)
+
+
+TRAIN = re.findall(r"^moeify train (.*?)(?: *#.*)?$", text(DOCS / "guide" / "tasks.md"), re.MULTILINE)
+
+
+@pytest.mark.parametrize("arguments", TRAIN)
+def test_every_command_of_the_tasks_is_one_that_could_run(arguments, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    yaml = re.findall(r"```yaml\n(.*?)```", text(DOCS / "guide" / "tasks.md"), re.DOTALL)
+    (tmp_path / "job.yaml").write_text(yaml[0])
+    ended = moeify("train", *arguments.split(), "--print-config")
+    assert (ended.code, ended.err) == (0, "")
 
 
 @pytest.mark.parametrize("package", PACKAGES)

@@ -124,3 +124,22 @@ def test_folders_of_parts_are_above_those_of_classes(tmp_path):
         read_class_folders(tmp_path, (".png",))
     with pytest.raises(FileNotFoundError, match="there is no folder"):
         read_class_folders(tmp_path / "nowhere", (".wav",))
+
+
+def test_a_saved_data_set_has_classes_by_name_and_images_as_they_are(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    features = datasets.Features({"image": datasets.Image(), "kind": datasets.ClassLabel(names=["cat", "dog"])})
+    rows = [{"image": {"bytes": b"not decoded %d" % i, "path": None}, "kind": i % 2} for i in range(4)]
+    parts = {part: datasets.Dataset.from_list(rows, features=features) for part in ("train", "validation", "test")}
+    datasets.DatasetDict(parts).save_to_disk(str(tmp_path / "set"))
+    found = read_records(tmp_path / "set", Columns(("kind", "image")))
+    assert [row["kind"] for row in found.train] == ["cat", "dog"] * 2
+    assert found.validation[3]["image"]["bytes"] == b"not decoded 3"
+
+
+def test_a_name_that_is_no_file_is_asked_for_at_the_hub(monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    parts = {part: datasets.Dataset.from_list([{"a": part}]) for part in ("train", "validation", "test")}
+    monkeypatch.setattr(datasets, "load_dataset", lambda *name: datasets.DatasetDict(parts))
+    found = read_records("some/set:small", Columns(("a",)))
+    assert (found.train, found.validation) == ([{"a": "train"}], [{"a": "validation"}])

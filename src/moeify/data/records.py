@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from moeify.data.fields import Columns
+from moeify.data.hub import hub_splits, is_name, is_saved, plain_rows, saved_splits
 from moeify.data.rows import is_data, read_table
 from moeify.data.text import PARTS
 
@@ -34,30 +35,47 @@ class Records:
 
 
 def read_records(source: str | Path, columns: Columns, *, key: Callable[[Row], object] = repr) -> Records:
-    """Read a table, or a folder with a table named `train*` and, if there is one, one named `validation*` or like it.
+    """Read a table, a folder of tables, or a data set of the library datasets.
 
-    Tables are JSON, CSV or parquet, see `moeify.data.rows`. A table named `test*` is never read. Where nothing is held
+    A folder has a table named `train*` and, if there is one, one named `validation*` or like it; or is what
+    `save_to_disk` of the library datasets wrote. A data set of the hub is `org/name` or `org/name:config`. Tables are
+    JSON, CSV or parquet, see `moeify.data.rows`. A table or split named `test*` is never read. Where nothing is held
     out, a tenth of the keys is.
 
     Args:
-        source: a file or folder.
+        source: a file, a folder, or a name.
         columns: what to read.
         key: rows with equal keys are in the same part.
 
     Raises:
-        FileNotFoundError: there is no such file or folder.
+        FileNotFoundError: there is no such source.
+        ImportError: a data set without the library that reads it.
         ValueError: a folder without a table to train on; a table that is empty, or that cannot be read.
     """
     path = Path(source)
-    if not path.exists():
-        raise FileNotFoundError(f"there is no file or folder {source}")
-    parts = _tables(path) if path.is_dir() else {"train": [path], "validation": []}
-    train, validation = ([row for table in parts[part] for row in read_table(table, columns)] for part in PARTS_READ)
+    if path.is_dir() and is_saved(path):
+        train, validation = _of_splits(saved_splits(path), columns, source)
+    elif path.exists():
+        parts = _tables(path) if path.is_dir() else {"train": [path], "validation": []}
+        train, validation = ([row for each in parts[part] for row in read_table(each, columns)] for part in PARTS_READ)
+    elif is_name(str(source)) and not (path.parent.exists() or is_data(path)):
+        train, validation = _of_splits(hub_splits(str(source)), columns, source)
+    else:
+        raise FileNotFoundError(f"there is no file or folder {source} (a data set of the hub is written org/name)")
     if not train:
         raise ValueError(f"{source} is empty: there is no row to train on")
     if not validation:
         train, validation = hold_out(train, key)
     return Records(train, validation, path if path.is_dir() else path.parent)
+
+
+def _of_splits(splits: Mapping[str, Any], columns: Columns, source: object) -> tuple[list[Row], list[Row]]:
+    found: dict[str, list[Row]] = {part: [] for part in PARTS_READ}
+    for split, rows in splits.items():
+        if (part := PARTS.get(split)) is not None:
+            for row in plain_rows(rows):
+                found[part].append({name: row[name] for name in columns.among(row, f"{source}, {split}")})
+    return found["train"], found["validation"]
 
 
 def read_class_folders(source: str | Path, endings: Sequence[str]) -> Records:

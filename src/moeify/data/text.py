@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from moeify.data.fields import NoTextField
+from moeify.data.hub import SAVED, hub_splits, is_name, is_saved, saved_splits
 from moeify.data.rows import Document, documents, format_of, is_data, read_file
 from moeify.progress import Progress
 
@@ -24,9 +25,6 @@ PARTS = {"train": "train"} | dict.fromkeys(
     ("validation", "valid", "val", "dev", "eval", "evaluation", "heldout"), "validation"
 )
 """The part that a file or split named like this belongs to; `test` and all others belong to none."""
-
-SAVED = ("state.json", "dataset_dict.json")
-"""Files that `save_to_disk` of the library datasets writes into the folder of a data set."""
 
 
 @dataclass(frozen=True)
@@ -101,12 +99,14 @@ def read_texts(source: str | Path, *, field: str = "text") -> Texts:
             than 256 MiB and fifty times its size; the message names the file and the row.
     """
     path = Path(source)
-    if path.is_dir():
-        texts = _read_saved(path, field) if _is_saved(path) else _read_folder(path, field)
+    if path.is_dir() and is_saved(path):
+        texts = _read_splits(saved_splits(path), str(path), path.resolve().name, field)
+    elif path.is_dir():
+        texts = _read_folder(path, field)
     elif path.is_file():
         texts = _read_alone(path, field)
-    elif re.fullmatch(r"[\w.-]+/[\w.-]+(:[\w.-]+)?", str(source)) and not (path.parent.exists() or is_data(path)):
-        texts = _read_hub(str(source), field)
+    elif is_name(str(source)) and not (path.parent.exists() or is_data(path)):
+        texts = _read_splits(hub_splits(str(source)), str(source), str(source).partition(":")[0], field)
     else:
         raise FileNotFoundError(f"no file or folder {source} (a data set of the hub is written org/name)")
     if not texts.train:
@@ -140,7 +140,7 @@ def _read_alone(path: Path, field: str) -> Texts:
 def _read_folder(folder: Path, field: str) -> Texts:
     files = [path for path in sorted(folder.rglob("*")) if path.is_file() and not _hidden(path.relative_to(folder))]
     for path in files:
-        if path.name in SAVED and path.parent != folder and _is_saved(path.parent):
+        if path.name in SAVED and path.parent != folder and is_saved(path.parent):
             raise ValueError(f"{path.parent} is a data set that save_to_disk wrote; read it by itself, not in {folder}")
     split = _split_folders(folder)
     parts: dict[str, list[Path]] = {"train": [], "validation": []}
@@ -197,40 +197,6 @@ def _hidden(relative: Path) -> bool:
 def _binary(path: Path) -> bool:
     with path.open("rb") as file:
         return not is_data(path) and b"\0" in file.read(8000)
-
-
-def _is_saved(folder: Path) -> bool:
-    return (folder / "dataset_dict.json").is_file() or all(
-        (folder / name).is_file() for name in ("state.json", "dataset_info.json")
-    )
-
-
-def _read_saved(folder: Path, field: str) -> Texts:
-    loaded = _datasets(folder).load_from_disk(str(folder))
-    splits = loaded if isinstance(loaded, dict) else {"train": loaded}
-    return _read_splits(splits, str(folder), folder.resolve().name, field)
-
-
-def _read_hub(source: str, field: str) -> Texts:
-    datasets = _datasets(source)
-    name, _, config = source.partition(":")
-    try:
-        splits = {str(split): rows for split, rows in datasets.load_dataset(name, config or None).items()}
-    except Exception as error:  # offline, not found, not readable: datasets has a class for each
-        reason = str(error).partition("\n")[0]
-        raise FileNotFoundError(f"no file or folder {source}, and the hub did not give it: {reason}") from error
-    return _read_splits(splits, source, name, field)
-
-
-def _datasets(source: object) -> Any:
-    try:
-        import datasets
-    except ImportError as error:
-        raise ImportError(
-            f"{source} is not a file or folder of texts; a data set of the hub, or one that save_to_disk wrote, needs "
-            "datasets: pip install 'moeify[data]'"
-        ) from error
-    return datasets
 
 
 def _read_splits(splits: Mapping[str, Any], source: str, name: str, field: str) -> Texts:

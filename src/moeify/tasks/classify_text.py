@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -115,8 +116,9 @@ def excerpts(name: str, text: bytes, length: int, most: int) -> list[Row]:
 
 def facts(classes: Classes, train: Sequence[Row], validation: Sequence[Row]) -> dict[str, str]:
     """The sizes of a set with classes, for the report."""
+    often = Counter(str(row["label"]) for row in validation).most_common(1)[0][1]
     return {
-        "classes": f"{len(classes.names)}",
+        "classes": f"{len(classes.names)}; the most frequent one is {often / len(validation):.1%} of those held out",
         "samples": f"{len(train):,} to train on, {len(validation):,} held out",
     }
 
