@@ -57,6 +57,12 @@ def test_parquet_reads_like_json_lines(tmp_path):
     assert read_texts(tmp_path / "rows.parquet") == read_texts(jsonl(tmp_path / "rows.jsonl", ROWS))
 
 
+def test_a_language_is_the_domain_of_rows_without_one(tmp_path):
+    rows = [{"text": "a", "language": "fr"}, {"text": "b", "language": "de", "domain": "law"}, {"text": "c"}]
+    found = read_texts(jsonl(tmp_path / "notes.jsonl", rows))
+    assert set(found.train) | set(found.validation) == {"fr", "law", "notes"}
+
+
 def test_a_folder_of_sources_has_a_domain_per_subfolder(tmp_path):
     for name in ("a/one.py", "a/deep/two.py", "b/three.c", "b/.git/config", "four.md", "a/__init__.py"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)

@@ -105,7 +105,7 @@ def documents(
     Args:
         rows: mappings from field to value, or why a row has none, each with the share of all that is read with it.
         source: the name of the rows in messages.
-        domain: of rows whose field `domain` is missing or empty.
+        domain: of rows whose fields `domain` and `language` are missing or empty.
         field: the text.
         on_skipped: called with the reason if bad rows were skipped.
         on_progress: called with the share of the rows that has been read, 0 to 1.
@@ -139,9 +139,9 @@ def documents(
 
 
 def _document(row: Mapping[str, Any], source: object, number: int, domain: str, field: str) -> Document:
-    own = row.get("domain")
+    own = next((row[name] for name in ("domain", "language") if row.get(name) not in (None, "")), domain)
     here = f"{source}, row {number}"
-    domain = domain if own is None or own == "" else _unicode(str(own), here)
+    domain = _unicode(str(own), here)
     return domain, _unicode(_text_of(row, here, field), here)
 
 

@@ -81,12 +81,12 @@ def read_texts(source: str | Path, *, field: str = "text") -> Texts:
 
     Files are text, `.jsonl` or `.ndjson`, `.json`, `.csv` or `.tsv`, plain or `.gz`, and `.parquet`; a folder may be
     what `save_to_disk` of the library datasets wrote. Rows have a text, or messages, which are joined (`user: ...`),
-    and may have a `domain`. Without one the domain is the subfolder, else the name of the source. A folder with data
-    files named `train*`, or with the folders `train` and `validation`, is a data set: `validation*`, `valid*`, `val*`,
-    `dev*` and `eval*` are held out, and other files are not read. Every other folder is read in full,
-    without hidden and binary files, and without `.json` that holds no text; a warning names what was skipped. One bad
-    row in a thousand is skipped too, and counted. Where nothing is held out, see `held_out`. Steps of more than ten
-    seconds print the time that is left.
+    and may have a `domain`, or a `language` in its place. Without one the domain is the subfolder, else the name of
+    the source. A folder with data files named `train*`, or with the folders `train` and `validation`, is a data set:
+    `validation*`, `valid*`, `val*`, `dev*` and `eval*` are held out, and other files are not read. Every other folder
+    is read in full, without hidden and binary files, and without `.json` that holds no text; a warning names what was
+    skipped. One bad row in a thousand is skipped too, and counted. Where nothing is held out, see `held_out`. Steps of
+    more than ten seconds print the time that is left.
 
     Args:
         source: what to read.

@@ -1,4 +1,4 @@
-"""Panel: what experts specialise in: domain, language, modality, position, phase or single tokens."""
+"""Panel: what experts specialise in: domain or language, modality, script, position, phase or single tokens."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from moeify.inspect.trace import LayerTrace, Trace
 
 _LAYERS = 16
 _SAYS = {
-    "script": "script, which tells many languages apart, or kind of character",
+    "domain": "domain of the text, or its language where the rows of the data name one",
+    "script": "script of the token's letters, such as Latin or Cyrillic, or its kind of character",
     "token": "token itself, one of the 32 most frequent",
 }
 
@@ -121,8 +122,8 @@ def _advice(name: str, bits: dict[str, Bits], shown: list[tuple[LayerTrace, Grou
         )  # fmt: skip
     return Advice(
         level="fine", finding=finding,
-        action=f"Read specialisation by domain with care: a part of it may be {_SAYS.get(name, name)}. A cache of "
-        "experts can use it as a hint.",
+        action=f"Read specialisation by domain with care: a part of it may be the {_SAYS.get(name, name)}. A "
+        "cache of experts can use it as a hint.",
         gain="none by itself; in three models experts follow the type of token more than its topic, 1.6 to 2.3 times "
         "at most",
         source="J. S. Lopez 2026, doi 10.5281/zenodo.19457411: OLMoE, Qwen1.5-MoE, DeepSeekMoE-16B",
