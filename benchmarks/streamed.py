@@ -1,12 +1,14 @@
 """Trace a model that is larger than the memory it may use: a checkpoint of random weights, read while it runs.
 
-Writes a checkpoint of Qwen3-30B-A3B's shape, shard by shard, 1.2 GB of bf16 per layer, and traces it by
-`moeify.inspect.stream` in a process that the system gives no more than the limit, beside what libraries reserved when
-they were imported and never touched (RLIMIT_DATA, which counts mapped files as well). Its peak of resident memory is
-measured. The checkpoint is deleted afterwards; 10 layers need 14 GB on disk, the real model's 48 62 GB. Linux only.
+Writes a checkpoint of Qwen3-30B-A3B's shape, shard by shard, 1.2 GB of bf16 per layer. A process that the system gives
+no more than the limit, beside what libraries reserved when they were imported and never touched (RLIMIT_DATA, which
+counts mapped files as well), traces it by `moeify.inspect.stream` and writes the page of the trace. Its peak of
+resident memory is measured. The checkpoint is deleted afterwards; 10 layers need 14 GB on disk, the real model's 48
+62 GB, with widths divided by 8 1.3 GB. Linux only.
 
     python benchmarks/streamed.py
     python benchmarks/streamed.py --layers 48 --tokens 8192
+    python benchmarks/streamed.py --layers 48 --narrow 8 --tokens 512 --gib 1
     python benchmarks/streamed.py --layers 1 --tokens 64 --out /tmp/streamed.csv
 """
 
@@ -29,6 +31,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from moeify.inspect import capture, stream
+from moeify.inspect import report as page
 
 WIDTH, HIDDEN, EXPERTS, K, HEADS, GROUPS, HEAD_WIDTH, VOCABULARY = 2048, 768, 128, 8, 32, 4, 128, 151_936
 LENGTH = 512
@@ -38,17 +41,18 @@ FIELDS = [
 ]  # fmt: skip
 
 
-def write(folder: Path, layers: int) -> int:
-    """Write the checkpoint, one file per layer, and return its bytes."""
+def write(folder: Path, layers: int, narrow: int) -> int:
+    """Write the checkpoint, one file per layer, and return its bytes; widths are divided by `narrow`."""
+    width, hidden = WIDTH // narrow, HIDDEN // narrow
     config = transformers.Qwen3MoeConfig(
-        vocab_size=VOCABULARY, hidden_size=WIDTH, intermediate_size=6144, moe_intermediate_size=HIDDEN,
+        vocab_size=VOCABULARY, hidden_size=width, intermediate_size=6144, moe_intermediate_size=hidden,
         num_hidden_layers=layers, num_attention_heads=HEADS, num_key_value_heads=GROUPS, head_dim=HEAD_WIDTH,
         num_experts=EXPERTS, num_experts_per_tok=K, norm_topk_prob=True, tie_word_embeddings=False,
         architectures=["Qwen3MoeForCausalLM"], dtype="bfloat16", bos_token_id=1, eos_token_id=2,
     )  # fmt: skip
     config.save_pretrained(folder)
-    first = {"model.embed_tokens.weight": (VOCABULARY, WIDTH), "model.norm.weight": (WIDTH,)}
-    shards = [first, *(layer(i) for i in range(layers)), {"lm_head.weight": (VOCABULARY, WIDTH)}]
+    first = {"model.embed_tokens.weight": (VOCABULARY, width), "model.norm.weight": (width,)}
+    shards = [first, *(layer(i, width, hidden) for i in range(layers)), {"lm_head.weight": (VOCABULARY, width)}]
     files: dict[str, str] = {}
     for number, shapes in enumerate(shards):
         file = f"model-{number:05}-of-{len(shards):05}.safetensors"
@@ -59,18 +63,18 @@ def write(folder: Path, layers: int) -> int:
     return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
 
 
-def layer(number: int) -> dict[str, tuple[int, ...]]:
+def layer(number: int, width: int, hidden: int) -> dict[str, tuple[int, ...]]:
     """The tensors of a layer, as they are called on the hub, and their shapes."""
     attention = {
-        "q_proj": (HEADS * HEAD_WIDTH, WIDTH), "k_proj": (GROUPS * HEAD_WIDTH, WIDTH),
-        "v_proj": (GROUPS * HEAD_WIDTH, WIDTH), "o_proj": (WIDTH, HEADS * HEAD_WIDTH),
+        "q_proj": (HEADS * HEAD_WIDTH, width), "k_proj": (GROUPS * HEAD_WIDTH, width),
+        "v_proj": (GROUPS * HEAD_WIDTH, width), "o_proj": (width, HEADS * HEAD_WIDTH),
         "q_norm": (HEAD_WIDTH,), "k_norm": (HEAD_WIDTH,),
     }  # fmt: skip
-    expert = {"gate_proj": (HIDDEN, WIDTH), "up_proj": (HIDDEN, WIDTH), "down_proj": (WIDTH, HIDDEN)}
+    expert = {"gate_proj": (hidden, width), "up_proj": (hidden, width), "down_proj": (width, hidden)}
     parts = {
         **{f"self_attn.{name}": shape for name, shape in attention.items()},
-        **dict.fromkeys(("input_layernorm", "post_attention_layernorm"), (WIDTH,)),
-        "mlp.gate": (EXPERTS, WIDTH),
+        **dict.fromkeys(("input_layernorm", "post_attention_layernorm"), (width,)),
+        "mlp.gate": (EXPERTS, width),
         **{f"mlp.experts.{e}.{name}": shape for e in range(EXPERTS) for name, shape in expert.items()},
     }
     return {f"model.layers.{number}.{name}.weight": shape for name, shape in parts.items()}
@@ -92,6 +96,7 @@ def trace(folder: Path, tokens: int, dtype: str, gib: float) -> None:
     ids = torch.randint(VOCABULARY, (-(-tokens // LENGTH), min(tokens, LENGTH)))
     found = capture(model, [{"input_ids": ids, "use_cache": False}])
     assert all(layer.experts.shape == (ids.numel(), K) for layer in found)
+    page(found, file=folder / "inspect.html")
     peak = resident("VmHWM") / 2**10
     print(json.dumps({"opened": opened - begun, "traced": time.perf_counter() - opened, "peak": peak}))
 
@@ -99,6 +104,7 @@ def trace(folder: Path, tokens: int, dtype: str, gib: float) -> None:
 def main() -> None:
     options = parser(__doc__, rounds=1, file="streamed-cpu.csv")
     options.add_argument("--layers", type=int, default=10)
+    options.add_argument("--narrow", type=int, default=1, help="divide the widths of the model (1)")
     options.add_argument("--tokens", type=int, default=2048)
     options.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     options.add_argument("--gib", type=float, default=4.0, help="the limit of memory (4 GiB)")
@@ -111,15 +117,16 @@ def main() -> None:
         return
     chosen.folder.mkdir(parents=True)
     try:
-        size = write(chosen.folder, chosen.layers)
+        size = write(chosen.folder, chosen.layers, chosen.narrow)
         run = subprocess.run([sys.executable, *sys.argv, "--trace"], stdout=subprocess.PIPE, text=True, check=True)
     finally:
         shutil.rmtree(chosen.folder)
     *said, last = run.stdout.splitlines()
     print(*said, sep="\n")
     found = json.loads(last)
+    model = "Qwen3-30B-A3B" if chosen.narrow == 1 else f"Qwen3-30B-A3B, widths / {chosen.narrow}"
     row = {
-        "model": "Qwen3-30B-A3B", "layers": str(chosen.layers), "experts": str(EXPERTS),
+        "model": model, "layers": str(chosen.layers), "experts": str(EXPERTS),
         "checkpoint_gb": f"{size / 1e9:.1f}", "tokens": str(chosen.tokens), "dtype": chosen.dtype,
         "limit_gib": f"{chosen.gib:g}", "peak_resident_gib": f"{found['peak']:.2f}",
         "seconds_to_open": f"{found['opened']:.1f}", "seconds_to_trace": f"{found['traced']:.0f}",
