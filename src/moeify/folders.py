@@ -182,3 +182,8 @@ def _refuse_folder(path: Path) -> None:
 
 def _files(folder: Path) -> set[str]:
     return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+
+
+def model_folder(run: Path) -> Path:
+    """The folder of the model of a run of `moeify train`; any other folder itself."""
+    return run / "model" if (run / "model" / "config.json").is_file() else run

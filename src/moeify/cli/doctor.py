@@ -68,10 +68,11 @@ def _diagnose_log(run: Path) -> Diagnosis:
 
 
 def _diagnose(model: Path, data: str | None, tokens: int, length: int, batch: int) -> Diagnosis:
+    from moeify.folders import model_folder
     from moeify.inspect import diagnose
     from moeify.tasks.models import load_model, saved_tokenizer
 
-    folder = model / "model" if (model / "model" / "config.json").is_file() else model
+    folder = model_folder(model)
     sparse = load_model(folder)
     return diagnose(sparse, _batches(data, saved_tokenizer(folder), tokens, length, batch))
 

@@ -41,9 +41,10 @@ def export(
 ) -> None:
     """Write a sparse model for another program, which does not need moeify."""
     from moeify import export
+    from moeify.folders import model_folder
     from moeify.tasks.models import load_model
 
-    folder = model / "model" if (model / "model" / "config.json").is_file() else model
+    folder = model_folder(model)
     source, tokenizer = load_model(folder), _tokenizer(folder)
     output = folder.parent / f"{folder.name}-{to}" if output is None else output
     done = export.write(source, output, to, tokenizer=tokenizer, exporter=_exporter(to, as_class, weights, probe))

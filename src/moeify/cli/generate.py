@@ -16,9 +16,10 @@ def generate(
     seed: Annotated[int, typer.Option(help="Seed of the sampling")] = 0,
 ) -> None:
     """Continue a prompt with a saved sparse model."""
+    from moeify.folders import model_folder
     from moeify.store import load
     from moeify.tasks.models import sample, saved_tokenizer
 
-    folder = model / "model" if (model / "model" / "config.json").is_file() else model
+    folder = model_folder(model)
     sparse = load(folder)
     print(sample(sparse, saved_tokenizer(folder), prompt, tokens=tokens, temperature=temperature, seed=seed))

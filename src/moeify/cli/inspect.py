@@ -32,7 +32,9 @@ def inspect(
     as_json: Annotated[bool, typer.Option("--json", help="Print numbers and advice as JSON")] = False,
 ) -> None:
     """Show which experts a model uses for what, and what to do about it, in one HTML file that works offline."""
-    folder = source / "model" if (source / "model" / "config.json").is_file() else source
+    from moeify.folders import model_folder
+
+    folder = model_folder(source)
     if (folder / "config.json").is_file() and stream:
         made = _of_streamed(folder, source, data, blocks, generate)
     elif (folder / "config.json").is_file():

@@ -71,12 +71,14 @@ def trace(
     k: K = None,
 ) -> None:
     """Record which experts a model sends every token to, or convert the trace of another program."""
+    from moeify.folders import model_folder
     from moeify.inspect.capture import capture
     from moeify.inspect.formats import format_to_write, read_trace, recognised, write_trace
 
     format_to_write(output, format)  # a model would run long before it turns out that there is none
     path = Path(source)
-    if path.is_file() or (path.is_dir() and not _holds_model(path) and recognised(path) is not None):
+    holds_model = (model_folder(path) / "config.json").is_file()
+    if path.is_file() or (path.is_dir() and not holds_model and recognised(path) is not None):
         found = read_trace(path, num_experts=experts, k=k)
     else:
         model = _streamed(source, architecture) if stream else load_source(source, architecture, device)
@@ -89,45 +91,35 @@ def trace(
     print(f"moeify: {_described(found)}\nmoeify: in {output}, {output.stat().st_size / 2**20:,.1f} MiB")
 
 
-def _holds_model(folder: Path) -> bool:
-    return (folder / "config.json").is_file() or (folder / "model" / "config.json").is_file()
-
-
-def _folder(source: str) -> Path:
-    return Path(source) / "model" if (Path(source) / "model" / "config.json").is_file() else Path(source)
-
-
 def load_source(source: str, architecture: str | None = None, device: str | None = None) -> Any:
-    """A model that moeify saved, or any of transformers, in the class that its config names."""
+    """A model in a folder or of the hub, in the class that its config names."""
     import torch
-    import transformers
 
-    from moeify.files import read_json
-    from moeify.store import load
-    from moeify.tasks.models import load_dense
+    from moeify.folders import model_folder
+    from moeify.tasks.models import architecture_of, load_dense, load_model
 
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    config = _folder(source) / "config.json"
-    if config.is_file() and "moeify" in read_json(config):
-        return load(_folder(source)).to(device)
-    name = str(_folder(source)) if config.is_file() else source
-    if architecture is None:
-        named = (getattr(load_dense(name, "AutoConfig"), "architectures", None) or [""])[0]
-        architecture = named if hasattr(transformers, named) else "AutoModelForCausalLM"
-    return load_dense(name, architecture, dtype="auto").to(device)
+    folder = model_folder(Path(source))
+    if (folder / "config.json").is_file():
+        model = load_model(folder, architecture)
+    else:
+        model = load_dense(source, architecture or architecture_of(source), dtype="auto")
+    return model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
 def _streamed(source: str, architecture: str | None) -> Any:
+    from moeify.folders import model_folder
     from moeify.inspect.streamed import stream
 
-    return stream(_folder(source) if _folder(source).is_dir() else source, architecture=architecture)
+    folder = model_folder(Path(source))
+    return stream(folder if folder.is_dir() else source, architecture=architecture)
 
 
 def _tokenizer(source: str) -> Any:
+    from moeify.folders import model_folder
     from moeify.tasks.models import saved_tokenizer
 
     try:
-        return saved_tokenizer(_folder(source))
+        return saved_tokenizer(model_folder(Path(source)))
     except ValueError as error:
         raise ValueError(f"{error}; give other inputs than text by --probe") from None
 

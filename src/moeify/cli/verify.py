@@ -13,7 +13,8 @@ def verify(
 ) -> None:
     """Check that the files of a saved model are unchanged since they were saved."""
     from moeify import store
+    from moeify.folders import model_folder
 
-    folder = model / "model" if (model / "model" / "config.json").is_file() else model
+    folder = model_folder(model)
     store.verify(folder)
     print(f"every file of {folder} is what was saved")

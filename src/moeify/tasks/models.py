@@ -30,16 +30,27 @@ def load_dense(model: str, architecture: str = "AutoModelForCausalLM", **options
         raise ValueError(f"no model {model!r} could be loaded: {_first_line(error)}") from None
 
 
-def load_model(folder: Path) -> Any:
-    """The model of a folder: one that `moeify.save` wrote, or a language model of transformers.
+def load_model(folder: Path, architecture: str | None = None) -> Any:
+    """The model of a folder: one that `moeify.save` wrote, or one of transformers in the class that its config names.
+
+    Args:
+        folder: see above.
+        architecture: another class of transformers.
 
     Raises:
         ValueError: it cannot be read.
     """
     config = folder / "config.json"
     if config.is_file() and "moeify" not in read_json(config):
-        return load_dense(str(folder), dtype="auto", local_files_only=True)
+        architecture = architecture or architecture_of(str(folder))
+        return load_dense(str(folder), architecture, dtype="auto", local_files_only=True)
     return load(folder)
+
+
+def architecture_of(model: str) -> str:
+    """The class of transformers that the config of a local or hub model names, else `AutoModelForCausalLM`."""
+    named = (getattr(load_dense(model, "AutoConfig"), "architectures", None) or [""])[0]
+    return named if hasattr(transformers, named) else "AutoModelForCausalLM"
 
 
 def load_tokenizer(model: str) -> Any:
