@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import re
+from contextlib import contextmanager
 
 import pytest
 import torch
 
 import moeify
 from moe_families import build, inputs
+from moeify.files import open_tensors
 from moeify.inspect import capture, stream
 from moeify.sparsify import Recipe, sparsify
+from moeify.store import reading
 from moeify.store.converted import Converted
 from tiny_models import causal_lm, mixtral
 
@@ -48,6 +51,24 @@ def test_a_streamed_model_decides_as_the_one_in_memory(tmp_path, read, family, o
     layers = [p for name, p in streamed.named_parameters() if re.search(r"(layers|block|blocks)\.\d", name)]
     assert layers
     assert all(p.is_meta for p in layers)
+
+
+def test_one_file_at_a_time_is_mapped_to_open_a_model(tmp_path, monkeypatch):
+    model, most, now = build("mixtral"), [], set()
+    model.save_pretrained(tmp_path, max_shard_size="20KB")
+
+    @contextmanager
+    def counted(file):
+        with open_tensors(file) as tensors:
+            now.add(file)
+            most.append(len(now))
+            yield tensors
+        now.remove(file)
+
+    monkeypatch.setattr(reading, "open_tensors", counted)
+    stream(tmp_path)
+    assert len(most) > 4
+    assert max(most) == 1
 
 
 def test_only_experts_that_a_token_is_sent_to_are_read(tmp_path, read):

@@ -24,7 +24,7 @@ from moeify.meta import move_parameters, parameters_on_meta
 from moeify.progress import Progress
 from moeify.store.build import build
 from moeify.store.converted import Converted
-from moeify.store.reading import open_weights
+from moeify.store.reading import read_headers
 from moeify.store.saved import open_saved
 
 
@@ -51,8 +51,7 @@ def stream(folder: str | Path, *, dtype: torch.dtype | None = None, architecture
         source = Converted(model, saved.weights, saved.description.get("ties", {}))
     else:
         model = _on_meta(folder, dtype, architecture)
-        with open_weights(folder) as weights:
-            source = Converted(model, weights)
+        source = Converted(model, read_headers(folder))
     model.requires_grad_(False)
     _Streamed(model.eval(), source)
     return model

@@ -86,18 +86,37 @@ def open_weights(folder: Path) -> Generator[Weights]:
         yield weights
 
 
+def read_headers(folder: Path) -> Weights:
+    """The weights of a folder without open files, of which one at a time was mapped: names, shapes, dtypes and files.
+
+    Raises:
+        FileNotFoundError: no weights in the folder.
+        ValueError: files that are damaged, changed since they were saved, or outside the folder.
+        OSError: a file cannot be read, or an interrupted save cannot be finished.
+    """
+    finish(folder)
+    saved, weights = hashes_of(folder), Weights(folder, {}, {}, {}, {})
+    for file in weight_files(folder, saved):
+        with open_tensors(unchanged(file, saved)) as tensors:
+            _add_headers(weights, file, tensors)
+    return weights
+
+
 @contextmanager
 def _opened(folder: Path, saved: Mapping[str, Any] | None) -> Generator[Weights]:
     weights = Weights(folder, {}, {}, {}, {})
     with ExitStack() as closing:
         for file in weight_files(folder, saved):
-            tensors = closing.enter_context(open_tensors(unchanged(file, saved)))
-            weights.opened[file] = tensors
-            for name in tensors.keys():  # noqa: SIM118
-                header = tensors.get_slice(name)
-                weights.shapes[name], weights.dtypes[name] = tuple(header.get_shape()), dtype_of(header.get_dtype())
-                weights.files[name] = file
+            weights.opened[file] = closing.enter_context(open_tensors(unchanged(file, saved)))
+            _add_headers(weights, file, weights.opened[file])
         yield weights
+
+
+def _add_headers(weights: Weights, file: Path, tensors: Any) -> None:
+    for name in tensors.keys():  # noqa: SIM118 (it is no dictionary)
+        header = tensors.get_slice(name)
+        weights.shapes[name], weights.dtypes[name] = tuple(header.get_shape()), dtype_of(header.get_dtype())
+        weights.files[name] = file
 
 
 def weight_files(folder: Path, saved: Mapping[str, Any] | None = None) -> list[Path]:
