@@ -20,7 +20,7 @@ def test_a_run_is_shown_with_its_log_and_its_advice(trained, text, tmp_path):
     for title in ("Load", "Coloured text", "Causal score", "Time axis: training"):
         assert f"<h2>{title}</h2>" in page
     assert f"open {tmp_path / 'page.html'}" in ended.out
-    assert "experts 8" in ended.out
+    assert "experts per layer 8, experts per token 2" in ended.out
 
 
 def test_numbers_and_advice_come_as_json(trained, text, tmp_path):

@@ -1,6 +1,7 @@
 """Measurements on models: what experts see, how alike they are, outliers, and what masking one does."""
 
 import math
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -193,6 +194,11 @@ def test_the_advice_tells_harmless_experts_from_needed_and_from_unclear_ones():
     assert "too wide" in causal(effects(1.0, wild, wild, some), 3).advice.action
     assert "guesses" in causal(effects(5.2, some, some, some), 3).advice.finding
     assert "too wide" in causal(effects(1.0, *[[0.1]] * 3), 3).advice.action
+    even = effects(1.0, none, some, some)
+    assert (
+        "all loads are equal"
+        in causal(replace(even, masked=[replace(m, load=1.0) for m in even.masked]), 3).advice.finding
+    )
 
 
 def test_experts_to_mask_are_of_large_and_small_load():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -15,6 +17,7 @@ from moeify.inspect.panels.panel import Advice, NotMeasured, Panel, Table
 _RESAMPLES = 1000
 _RISE, _CHANGE = 0.005, 0.01
 """Below half a percent of the loss, or one of the outputs' norm, an expert is called harmless."""
+_AGREE = {True: "; here they agree.", False: ": the two disagree here."}
 _GUESS, _UNITS = 0.98, 4
 
 
@@ -98,9 +101,8 @@ def _advice(effects: Effects, means: Tensor, interval: tuple[Tensor, Tensor], lo
     )  # fmt: skip
     finding = (
         f"Without expert {masked[best].expert} in {masked[best].layer} {effect}. Of {count} masked experts {harmless} "
-        f"cost less than {limit:.2g}, {needed} cost more, {count - harmless - needed} are unclear; the load ranks "
-        f"experts as their effect does to {rank:.2f} (Spearman)."
-    )
+        f"cost less than {limit:.2g}, {needed} cost more, {count - harmless - needed} are unclear; "
+    ) + ("all loads are equal." if math.isnan(rank) else f"loads and effects have a rank correlation of {rank:.2f}.")
     if measure.chance is not None and whole > _GUESS * measure.chance:
         return Advice(
             level="unknown", finding=f"{finding} But the model guesses: chance is {measure.chance:.4f}.",
@@ -124,6 +126,6 @@ def _advice(effects: Effects, means: Tensor, interval: tuple[Tensor, Tensor], lo
         )  # fmt: skip
     return Advice(
         level="fine", finding=finding,
-        action="Prune by effect, not by load: " + ("the two disagree here." if not rank > 0.7 else "here they agree."),
+        action="Prune by effect, not by load" + ("." if math.isnan(rank) else _AGREE[rank > 0.7]),
         gain="none in size: most experts that were masked are needed", source="measured here",
     )  # fmt: skip
