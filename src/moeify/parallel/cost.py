@@ -118,8 +118,11 @@ class Step:
 
     def rank_rows(self, layout: Layout) -> Float[Tensor, "S L ranks slots"]:
         """Rows of a micro-batch that each expert gets, by the rank that holds it."""
-        rows = self.workload.shares * (self._tokens(layout) * self.shape.k * max(layout.ep // layout.tp, 1))
-        return rows.unflatten(-1, (layout.ep, -1))
+        return self.rows(layout, self.workload.shares).unflatten(-1, (layout.ep, -1))
+
+    def rows(self, layout: Layout, shares: Float[Tensor, "S L E"]) -> Float[Tensor, "S L E"]:
+        """Rows of a micro-batch of all ranks that share experts."""
+        return shares * (self._tokens(layout) * self.shape.k * max(layout.ep // layout.tp, 1))
 
     def _tokens(self, layout: Layout) -> int:
         return layout.micro_batch * self.length
@@ -130,9 +133,9 @@ class Step:
         key = layout.tp, layout.ep, tokens  # all that it depends on; many layouts share it
         if key in self._layers:
             return self._layers[key]
-        experts, exchanged = self._layer(layout, self.rank_rows(layout))
+        experts, exchanged = self.layer_seconds(layout, self.rank_rows(layout))
         calm = replace(self, workload=Workload.balanced(shape.num_experts))
-        calm_experts, calm_exchanged = calm._layer(layout, calm.rank_rows(layout))
+        calm_experts, calm_exchanged = calm.layer_seconds(layout, calm.rank_rows(layout))
         skew = experts.mean() + exchanged.mean() - calm_experts.mean() - calm_exchanged.mean()
         seen = self.length / 2  # a causal token attends to half of its sequence
         products, attention = device.flops * device.products, device.flops * device.attention
@@ -147,10 +150,10 @@ class Step:
         }
         return self._layers[key]
 
-    def _layer(
+    def layer_seconds(
         self, layout: Layout, rows: Float[Tensor, "S L ranks slots"]
     ) -> tuple[Float[Tensor, "S L"], Float[Tensor, "S L"]]:
-        """Seconds of the experts and of both exchanges of one layer, forward, on the fullest rank."""
+        """Seconds of the experts and of both exchanges of a layer, forward, on the fullest rank."""
         device, width = self.cluster.device, self.shape.width
         sliced = layout.tp if layout.ep == 1 else 1
         work = ExpertWork.of(
