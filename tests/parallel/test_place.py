@@ -140,11 +140,14 @@ def test_rebalancing_is_never_slower_than_leaving_experts_alone(name, spare):
 
 @pytest.mark.data
 @pytest.mark.parametrize("model", ["qwen", "gemma"])
-@pytest.mark.parametrize(("ep", "spare"), [(8, 0), (8, 1), (32, 1)])
-def test_rebalancing_is_never_slower_on_a_real_trace(model, ep, spare):
-    trace = read_trace(data_file(f"routing-traces/{model}.route.csv.gz"))
-    some = trace.only(list(trace.layers)[::6])
-    assert replay(Workload.traced(some, snapshots=60).shares, spare, ep=ep, nodes=4).speedup >= 1
+def test_rebalancing_is_never_slower_on_a_real_trace(model):
+    try:
+        trace = read_trace(data_file(f"routing-traces/{model}.route.csv.gz"))
+    except FileNotFoundError as missing:
+        pytest.skip(str(missing))
+    some = Workload.traced(trace.only(list(trace.layers)[::8]), snapshots=60).shares
+    for ep, spare in ((8, 0), (8, 1), (32, 1)):
+        assert replay(some, spare, ep=ep, nodes=4).speedup >= 1
 
 
 def test_a_training_that_ends_soon_moves_nothing():

@@ -4,6 +4,7 @@ from moeify.parallel.cluster import DEVICES, Cluster, Device, Link
 from moeify.parallel.cost import Cost, Step
 from moeify.parallel.grouped import ExpertWork, GroupedCost
 from moeify.parallel.layout import TARGETS, Layout, Target
+from moeify.parallel.measure import measure
 from moeify.parallel.place import Placement, permuted, replicated
 from moeify.parallel.plan import Choice, Plan, plan
 from moeify.parallel.rebalance import Move, Placed, Rebalancer
@@ -14,5 +15,5 @@ from moeify.parallel.workload import Workload
 __all__ = [
     "DEVICES", "TARGETS", "Choice", "Cluster", "Cost", "Device", "ExpertWork", "GroupedCost", "Layout", "Link",
     "ModelShape", "Move", "Placed", "Placement", "Plan", "Rebalancer", "Simulation", "Step", "Target", "Workload",
-    "permuted", "plan", "replicated", "simulate",
+    "measure", "permuted", "plan", "replicated", "simulate",
 ]  # fmt: skip
