@@ -14,6 +14,7 @@ from moeify.cli import (
     doctor,
     export,
     generate,
+    init,
     inspect,
     plan,
     recipes,
@@ -44,6 +45,7 @@ app.command("doctor")(doctor.doctor)
 app.command("watch")(watch.watch)
 app.command("trace")(trace.trace)
 app.command("plan")(plan.plan)
+app.command("init")(init.init)
 
 (UsageError,) = typer.BadParameter.__bases__  # of click, or of the copy of it that newer versions of typer bring
 
