@@ -14,7 +14,7 @@ from command_line import moeify
 from moeify.balance import Proportional, Sign
 from moeify.cli import app
 from moeify.cli.job import Job
-from moeify.cli.options import choose_balance, choose_controller, choose_recipe
+from moeify.cli.options import choose_balance, choose_controller, choose_losses, choose_recipe
 from moeify.cli.train import Train
 from moeify.evaluate.run import Settings
 from moeify.losses import supervision
@@ -75,7 +75,11 @@ def test_a_setting_has_the_same_default_on_the_command_line_and_in_python(lower)
     def defaults(options):
         return {field.name: field.default for field in fields(options) if field.default is not MISSING}
 
-    here, there = defaults(Train) | {"balance": choose_balance("mixtral", None, None)[0]}, defaults(lower)
+    chosen = {
+        "balance": choose_balance("mixtral", None, None)[0], "learning_rate": Train()._learning_rate,
+        "losses": tuple(choose_losses(None)),
+    }  # fmt: skip
+    here, there = defaults(Train) | chosen, defaults(lower)
     both = here.keys() & there.keys()
     assert len(both) >= 4
     assert {name: here[name] for name in both} == {name: there[name] for name in both}
@@ -97,8 +101,8 @@ def test_every_option_reaches_the_job():
         "task": "classify-text", "settings": ["label=intent"], "recipe": "olmoe", "experts": 16, "k": 4,
         "controller": "sign", "losses": ["supervision=0.3"],
     }  # fmt: skip
-    of_a_call = {"config", "print_config"}
-    assert changed.keys() | others.keys() | of_a_call == {field.name for field in fields(Train)}
+    elsewhere = {"config", "print_config", "finetune", "threshold"}  # tests/cli/test_config.py, test_finetune.py
+    assert changed.keys() | others.keys() | elsewhere == {field.name for field in fields(Train)}
     job = Train(**changed, **others).job()
     assert changed.items() <= values(job).items()
     assert (job.task.name, job.task.label, job.task.text) == ("classify-text", "intent", "text")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 import torch
@@ -115,6 +116,7 @@ def test_soft_moe_trains_without_a_table_of_experts(tmp_path):
         "--evaluations", 1, "--output", tmp_path / "run",
     )  # fmt: skip
     assert (ended.code, ended.err) == (0, "")
+    assert re.search(r"^step 2/2  loss [\d.]+  [\d,]+ samples/s$", ended.out, re.MULTILINE)
     assert "no table of experts: no sparse layer sends its tokens to experts of their own" in ended.out
     assert not (tmp_path / "run" / "experts.png").exists()
 

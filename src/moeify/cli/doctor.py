@@ -25,7 +25,10 @@ def doctor(
     ] = None,
     log: Annotated[
         Path | None,
-        typer.Option(help="A run, or its metrics.jsonl or trainer_state.json: say what the log of the training shows"),
+        typer.Option(
+            help="A run, or its metrics.jsonl or trainer_state.json: say what the log of the training shows",
+            show_default="no log",
+        ),
     ] = None,
     data: Annotated[
         str | None,

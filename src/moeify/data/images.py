@@ -39,7 +39,7 @@ def image_of(value: Any, folder: Path, where: str) -> UInt8[Tensor, "C H W"]:
     if hasattr(value, "convert"):
         return _pixels(value)
     try:
-        return _array(torch.tensor(value))
+        return _array(value if isinstance(value, Tensor) else torch.tensor(value))
     except (TypeError, ValueError, RuntimeError):
         raise ValueError(
             f"{where}: an image is bytes, a path or an array (H, W), (H, W, 3) or (3, H, W), not {value!r:.60}"

@@ -218,5 +218,6 @@ def line(logs: dict[str, float]) -> str:
         "balance": "balance {:.3f}",
         "dead_experts_worst": "dead {:.0f}",
         "tokens_per_second": "{:,.0f} tokens/s",
+        "samples_per_second": "{:,.0f} samples/s",
     }
     return "  ".join(form.format(logs[name]) for name, form in shown.items() if name in logs)

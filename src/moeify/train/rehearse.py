@@ -23,6 +23,7 @@ _KEPT = (
     "_tally",
     "_tokens",
     "_since",
+    "_speed",
     "current_gradient_accumulation_steps",
 )
 

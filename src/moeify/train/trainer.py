@@ -73,7 +73,7 @@ class SparseTrainerMixin(Columns, Saving):
         self._losses: list[Tensor] = []
         self.written = []
         self._said: set[tuple[str, bool]] = set()
-        self._tokens, self._since = 0.0, time.perf_counter()
+        self._tokens, self._since, self._speed = 0.0, time.perf_counter(), "tokens_per_second"
         self._stopper, self._line = SaveOnSignal(), ProgressLine()
         self.add_callback(_Steps(self))
         self.add_callback(self._stopper)
@@ -131,7 +131,9 @@ class SparseTrainerMixin(Columns, Saving):
         """Count what the micro-batches of a step hold, before the first of them is computed."""
         self._batches, self._losses = [self.model_inputs(batch) for batch in batches], []
         total = self._step_loss.begin(self._batches, self.args.device, copies=self.get_tp_size())
-        self._tokens += total["attention_mask"] or total["input_ids"] or total["rows"]
+        tokens = total["attention_mask"] or total["input_ids"]
+        self._speed = "tokens_per_second" if tokens else "samples_per_second"  # images and sounds have no tokens
+        self._tokens += tokens or total["rows"]
 
     def model_inputs(self, inputs: Any) -> Any:
         """What the model is called with for a micro-batch, for trainers whose batches hold something else."""
@@ -234,7 +236,7 @@ class SparseTrainerMixin(Columns, Saving):
         if "loss" in logs:
             now = time.perf_counter()
             speed, self._tokens, self._since = self._tokens / max(now - self._since, 1e-9), 0.0, now
-            logs |= {"tokens_per_second": speed}
+            logs |= {self._speed: speed}
             logs |= run_log.report(self._tally, logs, self.state, str(self.args.output_dir))
         super().log(logs, *args, **kwargs)
 
