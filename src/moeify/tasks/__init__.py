@@ -31,6 +31,8 @@ TASKS = {
     "lm": Entry("lm", "LanguageModel", "predict the next token of a text (perplexity)"),
     "classify-text": Entry("classify_text", "ClassifyText", "name the class of a text (accuracy)"),
     "classify-image": Entry("classify_image", "ClassifyImage", "name the class of an image (accuracy)"),
+    "classify-audio": Entry("classify_audio", "ClassifyAudio", "name the class of a sound (accuracy)"),
+    "contrastive": Entry("contrastive", "Contrastive", "match pictures and captions (recall@1 and @5)"),
 }  # fmt: skip
 """Every task by its name on the command line."""
 
