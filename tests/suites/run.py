@@ -1,9 +1,11 @@
 """Run the test suites of transformers and PEFT with moeify's experts: what passes without them must pass with them.
 
     python tests/suites/run.py                                  clones both at the installed versions
+    python tests/suites/run.py --only common                    the package index in the place of a clone of 1.3 GB
     python tests/suites/run.py --peft FOLDER --only peft        a repository on this disk
     python tests/suites/run.py --peft FOLDER --only peft --offline tests/test_target_parameters.py
 
+`common` are the tests that transformers runs on every model, from its source distribution (`families.py`).
 Every suite runs twice, without moeify and with the plugin `behind.py`, which says how many calls of experts it
 computed; exits with 1 if a test passes only without it. Paths of tests take the place of those listed here, and other
 options are pytest's. `--offline` lets tiny random models stand in for some of the hub's (`offline.py`), and refuses
@@ -14,10 +16,13 @@ from __future__ import annotations
 
 import argparse
 import os
+import shutil
 import subprocess
 import sys
+import tarfile
 import tempfile
 from collections import Counter
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from xml.etree import ElementTree
@@ -25,6 +30,7 @@ from xml.etree import ElementTree
 FAMILIES = ["mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "deepseek_v3", "gpt_oss", "granitemoe", "phimoe", "glm4_moe"]
 SUITES = {
     "transformers": [f"tests/models/{family}/test_modeling_{family}.py" for family in FAMILIES],
+    "common": ["tests/test_families.py"],
     "peft": ["tests/test_target_parameters.py", "tests/test_custom_models.py", "tests/test_arrow.py"],
 }
 BEHIND = Path(__file__).parent
@@ -35,6 +41,22 @@ def repository(library: str, folder: Path) -> Path:
     url, tag = f"https://github.com/huggingface/{library}", f"v{version(library)}"
     subprocess.run(["git", "clone", "--quiet", "--depth", "1", "--branch", tag, url, str(folder)], check=True)
     return folder
+
+
+def source_distribution(folder: Path) -> Path:
+    """The common tests of the installed transformers as the package index has them, with the families beside them."""
+    pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-binary", ":all:"]
+    subprocess.run([*pip, "--dest", str(folder), f"transformers=={version('transformers')}"], check=True)
+    with tarfile.open(next(folder.glob("*.tar.gz"))) as archive:
+        archive.extractall(folder, [m for m in archive if "/tests/" in m.name], filter="data")
+    where = next(path.parent for path in folder.glob("*/tests"))
+    for name, mixin in (("exporters/test_export", "Export"), ("generation/test_utils", "Generation")):
+        (where / "tests" / name).parent.mkdir()  # the distribution leaves these two out
+        (where / "tests" / f"{name}.py").write_text(f"class {mixin}TesterMixin:\n    pass\n", encoding="utf-8")
+    for package in ("", "exporters", "generation"):
+        (where / "tests" / package / "__init__.py").touch()
+    shutil.copy(BEHIND / "families.py", where / "tests" / "test_families.py")
+    return where
 
 
 def outcomes(where: Path, files: list[str], options: list[str], plugins: list[str]) -> dict[str, str]:
@@ -71,15 +93,17 @@ def compare(library: str, where: Path, options: list[str], *, offline: bool) -> 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", choices=SUITES, nargs="+", default=list(SUITES))
-    for library in SUITES:
+    parser.add_argument("--only", choices=SUITES, nargs="+", default=["transformers", "peft"])
+    for library in ("transformers", "peft"):
         parser.add_argument(f"--{library}", type=Path, help="a clone of its repository; by default one is made")
     parser.add_argument("--offline", action="store_true", help="ask the hub for nothing")
     given, options = parser.parse_known_args()
     broken = 0
     with tempfile.TemporaryDirectory() as folder:
         for library in given.only:
-            where = getattr(given, library) or repository(library, Path(folder) / library)
+            (into := Path(folder) / library).mkdir()
+            fetched = source_distribution if library == "common" else partial(repository, library)
+            where = getattr(given, library, None) or fetched(into)
             broken += compare(library, where.resolve(), options, offline=given.offline)
     sys.exit(bool(broken))
 
