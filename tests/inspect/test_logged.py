@@ -70,7 +70,7 @@ def test_a_dense_log_and_too_few_rows_are_unknown():
     assert "no figures of experts" in dense.unknown["collapse"]
     few = diagnose_log(log(count=3, layers=lambda s: {"a": layer([30] * 8)}))
     assert "90 rows per expert of a" in few.unknown["dead_experts"]
-    assert "no two validation losses" in diagnose_log(log(eval_loss=lambda s: None)).unknown["scaled_loss"]
+    assert "no two validation losses" in diagnose_log(log(eval_loss=lambda s: None)).unchecked["scaled_loss"]
     assert "router_grad_norm" in diagnose_log(log(router_grad_norm=lambda s: None)).unchecked["detached_router"]
 
 

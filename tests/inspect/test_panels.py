@@ -89,8 +89,8 @@ def test_where_every_token_has_all_experts_only_their_weights_are_shown():
 
 
 def test_tokens_are_quoted_and_their_numbers_are_not():
-    tokens = Tokens(1, ids=torch.tensor([0]), vocabulary={0: " ", 1: "\n\u202e"})
-    assert [quoted(tokens, i) for i in range(3)] == ["‘ ’", r"‘\n\u202e’", "id 2"]
+    tokens = Tokens(1, ids=torch.tensor([0]), vocabulary={0: " ", 1: "\n\u202e", 2: "\ufffd"})
+    assert [quoted(tokens, i) for i in range(4)] == ["‘ ’", r"‘\n\u202e’", "id 2", "id 3"]
 
 
 def test_drops_count_rows_and_tokens_that_lost_all_of_theirs():

@@ -153,7 +153,7 @@ def scaled_loss(log: TrainingLog) -> Iterator[Finding]:
         near = [(abs(at - step), loss) for at, loss in losses if math.isfinite(loss)]
         ratios += [min(near)[1] / value] if near and math.isfinite(value) and value > 0 else []
     if len(ratios) < 2:
-        raise Unknown("the log has no two validation losses to compare the training loss with")
+        raise NotGiven("the log has no two validation losses to compare the training loss with")
     middle = sorted(ratios)[len(ratios) // 2]
     if middle >= 1.9 and abs(middle - round(middle)) <= 0.1:
         yield Finding(

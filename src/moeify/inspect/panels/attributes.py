@@ -59,9 +59,12 @@ def script_of(text: str) -> str:
 
 
 def quoted(tokens: Tokens, number: int) -> str:
-    """The text of a token in quotation marks, control characters as escapes; its number where the text is unknown."""
+    """The text of a token in quotation marks, control characters as escapes; its number where that tells nothing.
+
+    Tokens that are parts of a character, such as single bytes, all have the text "\ufffd".
+    """
     text = tokens.vocabulary.get(number)
-    return f"id {number}" if text is None else f"‘{visible(repr(text)[1:-1])}’"
+    return f"id {number}" if text is None or set(text) == {"\ufffd"} else f"‘{visible(repr(text)[1:-1])}’"
 
 
 def _scripts(tokens: Tokens) -> Groups:
