@@ -81,8 +81,8 @@ class Placed:
         return float((inside + outside).sum()) * self.layout.efsdp, (seconds + latency).amax(-1)
 
     def _reducing(self, placement: Placement) -> Float[Tensor, "L"]:
-        """Seconds of the all-reduce of gradients of experts that have several slots, on the busiest rank."""
-        several = (placement.replicas > 1).gather(1, placement.experts).unflatten(1, (placement.ranks, -1))
+        """Seconds of the all-reduce of gradients of experts that lie on several ranks, on the busiest rank."""
+        several = placement.presence().sum(1).gt(1).gather(1, placement.experts).unflatten(1, (placement.ranks, -1))
         sent = several.sum(-1).amax(-1) * 2 * GRADIENT * self.step.shape.expert_parameters / self.layout.efsdp
         cluster = self.step.cluster
         link = cluster.intra if placement.ranks <= cluster.devices_per_node else cluster.inter
