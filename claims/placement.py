@@ -6,9 +6,10 @@ counts, slot by slot, on 60 random cases of 8 to 256 experts, 4 to 32 ranks and 
 of synthetic routing, on described H100: with a `Rebalancer`, moves included, none takes longer than with experts left
 where they are. The routing that turns at every decision is made to mislead. One replay has 512 devices.
 
-The thresholds of the `Rebalancer` were chosen on these kinds of routing, with other seeds: (2) is a check, no prediction.
+The thresholds of the `Rebalancer` were chosen on these kinds of routing, with other seeds: (2) is a check, and no
+prediction.
 
-    python claims/placement.py --eplb FILE      eplb.py of deepseek-ai/EPLB; 1 minute; rows in claims/results/placement.csv
+    python claims/placement.py --eplb eplb.py      a minute on one core; rows in claims/results/placement.csv
 """
 
 from __future__ import annotations
@@ -99,7 +100,8 @@ def replay(shares: Float[Tensor, "S L E"], nodes: int, ep: int, spare: int) -> S
     _, layers, experts = shares.shape
     shape = ModelShape(
         name="as Qwen3-30B-A3B", width=2048, blocks=layers, sparse_layers=layers, num_experts=experts, k=8.0,
-        hidden=768.0, dense_parameters=9e8, embedding=6e8, dense_flops=1.8e9, head_flops=6e8, attention_flops=8e5, vocabulary=150000,
+        hidden=768.0, dense_parameters=9e8, embedding=6e8, dense_flops=1.8e9, head_flops=6e8, attention_flops=8e5,
+        vocabulary=150000,
     )  # fmt: skip
     cluster = Cluster(
         nodes=nodes, devices_per_node=8, device=DEVICES["h100"], intra=Link(bandwidth=350e9, latency=1e-5),

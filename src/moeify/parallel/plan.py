@@ -103,9 +103,10 @@ class Plan:
             )
         if self.wall == "memory":
             first = self.too_large[0]
+            less = 100 * (1 - first.cost.step / best.cost.step)
             lines.append(
-                f"memory rules out {first.layout}: {100 * (1 - first.cost.step / best.cost.step):.0f} % faster, "
-                f"but {first.cost.memory / 1e9:.1f} GB"
+                f"memory rules out {first.layout}, which would take {less:.0f} % less time, but "
+                f"{first.cost.memory / 1e9:.1f} GB"
             )
         return "\n".join(lines)
 
