@@ -69,6 +69,6 @@ def test_every_link_to_a_file_leads_somewhere(page):
 
 def test_everything_with_a_name_is_on_a_page_of_methods():
     pages = "\n".join(text(page) for page in (DOCS / "methods").glob("*.md"))
-    for kind in ("router", "score", "experts", "shared", "controller", "split"):
+    for kind in ("router", "score", "experts", "shared", "memory", "controller", "split"):
         ours = {name for name in names(kind) if lookup(kind, name).__module__.startswith("moeify.")}
         assert not {name for name in ours if not re.search(rf"\b{name}\b", pages)}

@@ -15,6 +15,7 @@ from fractions import Fraction
 
 from torch import Tensor, nn
 
+from moeify.engram import Engram
 from moeify.hf.names import FLAT_WEIGHTS, HEADS, QUERY_WIDTH, VALUE_WIDTH, number
 from moeify.layers import sparse_layers
 from moeify.multihead import MultiHead
@@ -166,7 +167,12 @@ def _matrices(module: nn.Module, in_experts: bool) -> Iterator[Tensor]:
 
 
 def _used(module: nn.Module, parameter: Tensor) -> Fraction:
-    """The share of a parameter that tokens use: LongCat stacks an up projection, but no down one, for zero experts."""
+    """The share of a parameter that tokens use: a row of each table of an Engram.
+
+    LongCat stacks an up projection, but no down one, for zero experts.
+    """
+    if isinstance(module, Engram) and parameter is module.table:
+        return Fraction(module.tables, len(parameter))
     down = module._parameters.get("down_proj")
     working = 0 if down is None or down.dim() < 3 else len(down)
     return Fraction(working, len(parameter)) if 0 < working < len(parameter) else Fraction(1)

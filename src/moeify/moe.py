@@ -24,6 +24,7 @@ class MoE(nn.Module):
         router: decides which expert reads which token.
         experts: the experts.
         shared: a module that reads every token beside the experts, such as a shared expert.
+        memory: a module that also reads the context, such as an `Engram`, which looks token ids up.
         backend: how the layer is computed, see `moeify.backends`.
         context: what the model was called with; `sparsify` gives the layers of one stack the same one.
         name: the layer's name in its model, for messages.
@@ -43,6 +44,7 @@ class MoE(nn.Module):
         experts: Experts,
         shared: nn.Module | None = None,
         *,
+        memory: nn.Module | None = None,
         backend: str = "auto",
         context: Context | None = None,
         name: str = "",
@@ -50,6 +52,7 @@ class MoE(nn.Module):
         super().__init__()
         self.replace(router=router, experts=experts)
         self.shared = shared
+        self.memory = memory
         self.backend = backend
         self.context = Context() if context is None else context
         self.name = name
@@ -86,7 +89,7 @@ class MoE(nn.Module):
         _attach(self.router, self.experts)  # copies of routers hold no experts
 
     def forward(self, x: Float[Tensor, "... D"], *others: Any, **named: Any) -> Any:
-        """Route the tokens, run their experts, and add the shared module's output.
+        """Route the tokens, run their experts, and add the outputs of the shared module and of the memory.
 
         Args:
             x: the tokens.
@@ -100,7 +103,8 @@ class MoE(nn.Module):
         if others or named:
             raise TypeError(f"{self.name or 'a sparse layer'} takes only its tokens, and was given more arguments")
         y = backends.run(self.backend, x, routing, self.experts)
-        return y if self.shared is None else y + self.shared(x)
+        y = y if self.shared is None else y + self.shared(x)
+        return y if self.memory is None else y + self.memory(x, self.context)
 
     @property
     def weight(self) -> Tensor:

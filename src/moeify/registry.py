@@ -14,7 +14,7 @@ from types import NoneType
 from typing import Any
 
 _BY_NAME: dict[str, dict[str, Callable]] = {}
-_LEADING = {"router": 2, "experts": 2, "shared": 2, "after": 2, "where": 1}
+_LEADING = {"router": 2, "experts": 2, "shared": 2, "memory": 2, "after": 2, "where": 1}
 """The number of leading arguments that parts of each kind are called with, which a file therefore cannot set."""
 _FORMER_NAMES = {
     "router": {"once": "shared_routing", "given": "input_weights"},

@@ -106,6 +106,8 @@ def _layer_index(name: str) -> int:
 
 
 def _sparse_layer(layer: MoE, hidden_act: str) -> tuple[dict[str, Any], dict[str, Tensor], tuple[str, ...]]:
+    if layer.memory is not None:
+        raise Unsupported("it has a memory of n-grams (memory), which no other program supports")
     choice, shared = token_choice_of(layer.router), shared_of(layer.shared)
     if not isinstance(layer.experts, Experts):
         raise Unsupported(f"its experts are wrapped in a {type(layer.experts).__name__}; export them without it")

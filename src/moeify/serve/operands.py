@@ -209,7 +209,7 @@ _Choice = tuple[Experts, Tensor, Tensor | None, dict[str, Any]]
 
 def _ours(moe: nn.Module) -> _Choice | None:
     """The parts of a `moeify.MoE` with token-choice top-k routing, None for any other module."""
-    if not isinstance(moe, MoE):
+    if not isinstance(moe, MoE) or moe.memory is not None:
         return None
     r = moe.router
     if type(r) is not TopK or r.per != "token" or r.expert_groups or r.score.__name__ not in steps.SCORES:

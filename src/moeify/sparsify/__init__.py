@@ -13,6 +13,7 @@ from moeify.sparsify.make import (
     with_free,
     with_multiplicative_bias,
 )
+from moeify.sparsify.memory import engram
 from moeify.sparsify.named import read_recipe, recipes
 from moeify.sparsify.plan import Plan, find
 from moeify.sparsify.recipe import Recipe
@@ -21,7 +22,7 @@ from moeify.sparsify.shared import dense, frozen, gated, nothing
 from moeify.sparsify.whole import whole_modules
 
 __all__ = [
-    "Plan", "Recipe", "copies", "dense", "find", "fresh", "frozen", "gated", "in_latent_space", "lora", "lora_ffn",
-    "masked", "merged", "nothing", "read_recipe", "recipes", "residual", "residual_splits", "sandwich", "sparsify",
-    "splits", "start_routers", "whole_modules", "with_free", "with_multiplicative_bias",
+    "Plan", "Recipe", "copies", "dense", "engram", "find", "fresh", "frozen", "gated", "in_latent_space", "lora",
+    "lora_ffn", "masked", "merged", "nothing", "read_recipe", "recipes", "residual", "residual_splits", "sandwich",
+    "sparsify", "splits", "start_routers", "whole_modules", "with_free", "with_multiplicative_bias",
 ]  # fmt: skip

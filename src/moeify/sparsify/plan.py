@@ -192,7 +192,8 @@ def _layer(site: Site, recipe: Recipe, context: Context, previous: MoE | None, d
     with torch.device(like.device):
         experts = recipe.experts(dense, recipe.num_experts).to(dtype)
         shared = beside(recipe.shared, recipe.num_experts)(dense, width)
-    layer = MoE(router, experts, shared, context=context, name=site.name)
+        memory = recipe.memory(dense, width)
+    layer = MoE(router, experts, shared, memory=memory, context=context, name=site.name)
     return layer.train(site.training)
 
 
@@ -223,6 +224,11 @@ def _refuse(sites: list[Site], layers: list[MoE], recipe: Recipe) -> None:
     if _is_whole(recipe) and layers[0].shared is not None:
         raise ValueError(
             "a shared module would not get the further arguments of whole modules as experts; use shared=nothing"
+        )
+    if layers[0].memory is not None and (_is_whole(recipe) or any(site.heads > 1 for site in sites)):
+        raise ValueError(
+            "a memory looks up the ids of whole tokens beside a feed-forward network; use memory=nothing with whole "
+            "modules as experts and with sub-tokens"
         )
     if _is_copy(recipe) and layers[0].shared is not None:
         raise ValueError(

@@ -30,6 +30,7 @@ class Recipe:
         decoder_router: makes the routers of decoders, where those of encoders look at later tokens; None for `router`.
         experts: makes experts from the dense module: `copies`, `splits`, `fresh`.
         shared: makes the module that runs beside the experts: `nothing`, `dense`, `frozen`, `gated`.
+        memory: makes the module that looks tokens up beside the experts: `nothing`, `engram`.
         after: makes the module that follows the block around a sparse layer: `nothing`, `sandwich`.
 
     Raises:
@@ -42,6 +43,7 @@ class Recipe:
     decoder_router: Callable[[int, int], Router] | None = None
     experts: Callable[[nn.Module, int], Experts] = copies
     shared: Callable[[nn.Module, int], nn.Module | None] = nothing
+    memory: Callable[[nn.Module, int], nn.Module | None] = nothing
     after: Callable[[nn.Module, int], nn.Module | None] = nothing
 
     def __post_init__(self) -> None:

@@ -37,7 +37,7 @@ def standalone_layers(model: nn.Module) -> list[dict[str, Any]] | None:
 def _settings(model: nn.Module, site: dict[str, Any]) -> dict[str, Any] | None:
     layer = model.get_submodule(site["name"])
     layer = layer[0] if isinstance(layer, nn.Sequential) and site.get("after") else layer
-    if not isinstance(layer, MoE) or "up" not in site or type(layer.experts) is not FFN:
+    if not isinstance(layer, MoE) or layer.memory is not None or "up" not in site or type(layer.experts) is not FFN:
         return None
     experts, router = layer.experts, _router_settings(layer.router)
     if router is None or not isinstance(experts.activation, Plain | Glu):
