@@ -5,44 +5,56 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from moeify.registry import register
 from moeify.routing import Assignment
 
+Count = int | torch.SymInt | Int[Tensor, "*B"] | Float[Tensor, "*B"]
+"""A number of tokens or slots: an integer, the open size of a graph, or one per group."""
+
 
 @register("capacity", "tokens")
-def per_token(factor: float, tokens: int, num_experts: int, k: int) -> int:
+def per_token(factor: float, tokens: Count, num_experts: int, k: int) -> Count:
     """floor(factor · T / E), at least 4: second choices are not counted (Switch and ST-MoE in Mesh TensorFlow).
 
     flaxformer, which trained later models of these authors, rounds to the nearest number.
     """
-    return max(4, math.floor(factor * tokens / num_experts))
+    slots = _floor(factor * tokens / num_experts)
+    return slots.clamp_min(4) if isinstance(slots, Tensor) else torch.sym_max(4, slots)
 
 
 @register("capacity", "choices")
-def per_choice(factor: float, tokens: int, num_experts: int, k: int) -> int:
+def per_choice(factor: float, tokens: Count, num_experts: int, k: int) -> Count:
     """ceil(factor · k · T / E): every choice is counted (Megatron-Core)."""
-    return math.ceil(factor * k * tokens / num_experts)
+    return _ceil(factor * k * tokens / num_experts)
 
 
 @register("capacity", "choices_by_4")
-def per_choice_by_4(factor: float, tokens: int, num_experts: int, k: int) -> int:
+def per_choice_by_4(factor: float, tokens: Count, num_experts: int, k: int) -> Count:
     """ceil(factor · k · T / E), rounded up to a multiple of 4 (V-MoE): far more than the factor for few tokens."""
-    return 4 * math.ceil(per_choice(factor, tokens, num_experts, k) / 4)
+    return 4 * _ceil(per_choice(factor, tokens, num_experts, k) / 4)
 
 
 @register("capacity", "double")
-def double(factor: float, tokens: int, num_experts: int, k: int) -> int:
+def double(factor: float, tokens: Count, num_experts: int, k: int) -> Count:
     """factor · 2 · ceil(T / E), for any k (fairseq's top-2, NLLB)."""
-    return math.ceil(factor * 2 * math.ceil(tokens / num_experts))
+    return _ceil(factor * 2 * _ceil(tokens / num_experts))
 
 
-Slots = Callable[[float, int, int, int], int]
+def _floor(value: Any) -> Any:
+    return value.floor().long() if isinstance(value, Tensor) else math.floor(value)
+
+
+def _ceil(value: Any) -> Any:
+    return value.ceil().long() if isinstance(value, Tensor) else math.ceil(value)
+
+
+Slots = Callable[[float, Any, int, int], Any]
 Priority = Literal["position", "choice", "batch", "score"]
 Overflow = Literal["zero", "renormalize", "next"]
 Per = Literal["batch", "sequence", "prefix"] | int
@@ -50,7 +62,7 @@ Per = Literal["batch", "sequence", "prefix"] | int
 
 def limit(
     routing: Assignment,
-    slots: int | Sequence[int],
+    slots: Count | Sequence[int],
     *,
     priority: Priority = "position",
     overflow: Overflow = "zero",
@@ -61,8 +73,8 @@ def limit(
     Args:
         routing: a decision with one weight per row.
         slots: capacity of each expert in rows, see `per_token`, `per_choice` and `double` for the usual formulas; per
-            sequence or group of these it may be one number for each, for those that are longer have more; per prefix
-            it is one number for every length, from 1 on.
+            sequence or group of these it may be one number for each, as a list or tensor, for those that are longer
+            have more; per prefix it is one number for every length, from 1 on.
         priority: which rows are kept: the earliest tokens (`position`), all first choices before any second choice and
             then the earliest (`choice`; GShard), all first choices before any second and then the tokens with the
             largest weight of their own (`batch`; V-MoE's batch priority), or the largest weights (`score`).
@@ -80,9 +92,9 @@ def limit(
         ValueError: fewer than one slot, or sequence in a group; several weights per row; `next` without all scores, or
             not per batch; a sequence that is not known, not per batch; per prefix by a priority other than position.
     """
-    each = [slots] if isinstance(slots, int) else list(slots)
-    if min(each) < 1:
-        raise ValueError(f"a capacity of {min(each)} slots drops every token; give each expert at least one slot")
+    each = list(slots) if isinstance(slots, Sequence) else [slots]
+    if fewest := [number for number in each if isinstance(number, int) and number < 1]:
+        raise ValueError(f"a capacity of {fewest[0]} slots drops every token; give each expert at least one slot")
     if routing.has_gate_axis:
         raise ValueError(
             f"a capacity needs one weight per row to say which rows matter, and this router gave "
@@ -103,9 +115,9 @@ def limit(
         kept = _place(routing.expert, turns) < each[0]
     else:
         group, tokens = group_of_rows(routing, per)
-        place = _place(routing.expert * len(tokens) + group, turns)
-        free = torch.tensor(each, device=group.device)
-        kept = place < (free[_position_of_rows(routing)] if per == "prefix" else free.expand(len(tokens))[group])
+        place = _place(routing.expert * tokens.shape[0] + group, turns)
+        free = slots if isinstance(slots, Tensor) else torch.tensor(each, device=group.device)
+        kept = place < (free[_position_of_rows(routing)] if per == "prefix" else free.expand(tokens.shape[0])[group])
     served = routing.only(kept)
     return served if overflow == "zero" else served.with_weight_sums_of(routing)
 
@@ -142,10 +154,14 @@ def group_of_rows(routing: Assignment, per: Per) -> tuple[Int[Tensor, "R"], Int[
     Raises:
         ValueError: the decision does not hold the sequence of every token that it routed.
     """
-    if routing.sequence_id is None or len(routing.sequence_id) != routing.tokens:
+    if routing.sequence_id is None or routing.sequence_id.shape[0] != routing.tokens:
         raise ValueError("a capacity per sequence needs a decision that knows the sequence of every token it routed")
     sequences = per if isinstance(per, int) else 1
-    _, group, tokens = (routing.sequence_id // sequences).unique(return_inverse=True, return_counts=True)
+    group = routing.sequence_id // sequences
+    if torch.compiler.is_exporting():  # the number of groups must follow from shapes, so some have no token
+        groups = torch.arange(routing.shape[0], device=group.device)
+        return group[_decision_of_rows(routing)], (group.unsqueeze(1) == groups).sum(0)
+    _, group, tokens = group.unique(return_inverse=True, return_counts=True)
     return group[_decision_of_rows(routing)], tokens
 
 
@@ -153,14 +169,14 @@ def _position_of_rows(routing: Assignment) -> Int[Tensor, "R"]:
     """The position, from 0, of the token of each row among the tokens of its sequence."""
     sequence = routing.sequence_id
     assert sequence is not None  # `group_of_rows` requires it
-    order = torch.arange(len(sequence), device=sequence.device)
+    order = torch.arange(sequence.shape[0], device=sequence.device)
     return _place(sequence, order)[_decision_of_rows(routing)]
 
 
 def _place(expert: Int[Tensor, "R"], turns: Int[Tensor, "R"]) -> Int[Tensor, "R"]:
     """Each row's place in the queue of its expert (or sequence), 0 for the first that gets a slot."""
     served = turns[expert[turns].argsort(stable=True)]
-    queue = torch.arange(len(served), device=served.device)
+    queue = torch.arange(served.shape[0], device=served.device)
     first = torch.searchsorted(expert[served], expert[served])
     return torch.empty_like(served).scatter(0, served, queue - first)
 
@@ -201,6 +217,9 @@ def _reassign(routing: Assignment, slots: int, turns: Int[Tensor, "R"]) -> Assig
 
 def _decision_of_rows(routing: Assignment) -> Int[Tensor, "R"]:
     """Which of the routed tokens each row reads."""
+    if torch.compiler.is_exporting() and routing.choices is not None:  # every routed token has rows
+        has_rows = routing.source.new_zeros(math.prod(routing.shape)).index_fill(0, routing.source, 1)
+        return (has_rows.cumsum(0) - 1)[routing.source]
     if routing.tokens == math.prod(routing.shape):
         return routing.source
     positions, token = routing.source.unique(return_inverse=True)

@@ -182,8 +182,8 @@ class Assignment(Routing):
     def tokens(self) -> int:
         """The number of tokens that were routed."""
         if self.choices is not None:
-            return len(self.choices.indices)
-        return math.prod(self.shape) if self.sequence_id is None else len(self.sequence_id)
+            return self.choices.indices.shape[0]
+        return math.prod(self.shape) if self.sequence_id is None else self.sequence_id.shape[0]
 
     @property
     def num_rows(self) -> int:

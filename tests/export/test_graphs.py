@@ -10,15 +10,16 @@ from torch.export import Dim
 from transformers import LlamaConfig, LlamaForCausalLM, ViTConfig, ViTForImageClassification
 
 from moeify import MoE, Recipe, export, sparsify
+from moeify.capacity import per_choice_by_4, per_token
 from moeify.experts import FFN
-from moeify.routers import Capacity, MultiGate, Soft, TopK
+from moeify.routers import Capacity, ExpertChoice, MultiGate, Soft, TopK
 from moeify.serve import serve_with
 from moeify.sparsify import copies, fresh
 
 TOP_2 = partial(TopK, k=2)
 
 
-def language_model():
+def language_model(router=TOP_2):
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=64,
@@ -28,7 +29,7 @@ def language_model():
         num_attention_heads=2,
         use_cache=False,
     )
-    return sparsify(LlamaForCausalLM(config), Recipe(router=TOP_2, num_experts=4), verbose=False).eval()
+    return sparsify(LlamaForCausalLM(config), Recipe(router=router, num_experts=4), verbose=False).eval()
 
 
 def image_model(router=TOP_2, experts=copies):
@@ -54,6 +55,27 @@ class Recommender(nn.Module):
         return self.heads(self.moe(features)).squeeze(-1)
 
 
+class Layer(nn.Module):
+    """A sparse layer alone, for sequences without padding."""
+
+    def __init__(self, router):
+        super().__init__()
+        torch.manual_seed(0)
+        self.moe = MoE(router(8, 4), FFN(4, 8, 16))
+
+    def forward(self, x):
+        return self.moe(x)
+
+
+def capacity(width, experts, k=2, **options):
+    return Capacity(TopK(width, experts, k=k, normalize=k > 1), eval_factor=0.5, **options)
+
+
+def layer(router):
+    sizes = {0: Dim.AUTO, 1: Dim.AUTO}
+    return partial(Layer, router), {"x": torch.randn(3, 10, 8)}, {"x": torch.randn(17, 7, 8)}, sizes
+
+
 def texts(batch, length, padding):
     mask = torch.ones(batch, length, dtype=torch.int64)
     mask[0, :padding] = 0
@@ -66,6 +88,11 @@ CASES = {
               {0: Dim("b", max=64)}),
     "soft": (partial(image_model, partial(Soft, slots=2), fresh), {"pixel_values": torch.randn(2, 3, 8, 8)},
              {"pixel_values": torch.randn(5, 3, 8, 8)}, {0: Dim("b", max=64)}),
+    "capacity": layer(partial(capacity, k=1, capacity=per_token)),
+    "capacity of groups": layer(partial(capacity, capacity=per_choice_by_4, priority="batch", per=8)),
+    "capacity of texts": (partial(language_model, partial(capacity, per="prefix")), texts(2, 12, 5), texts(3, 9, 1),
+                          {0: Dim.AUTO, 1: Dim.AUTO}),
+    "expert choice": layer(ExpertChoice),
     "tasks": (Recommender, {"features": torch.randn(6, 8)}, {"features": torch.randn(9, 8)}, {0: Dim("b", max=64)}),
 }  # fmt: skip
 
@@ -96,10 +123,20 @@ def test_another_program_computes_the_graph(case, to, tmp_path):
     assert export.verify(tmp_path / "out").difference == done.verification.difference
 
 
-def test_a_capacity_is_refused_until_it_is_off(tmp_path):
-    model = image_model(lambda width, experts: Capacity(TopK(width, experts, k=2), factor=1.0), fresh)
-    with pytest.raises(ValueError, match=r"has a capacity.*serve_with"):
+def test_a_capacity_that_moves_rows_is_refused_until_it_is_off(tmp_path):
+    model = image_model(partial(capacity, overflow="next"), fresh)
+    with pytest.raises(ValueError, match=r"offers rows that were dropped to other experts.*serve_with"):
         export.write(model, tmp_path / "out", "onnx")
     assert not list(tmp_path.iterdir())
     serve_with(model, capacity=math.inf)
     assert export.OnnxFolder().supports(model) is None
+
+
+def test_a_size_computed_from_values_is_refused_by_the_name_of_its_module(tmp_path):
+    class Counting(TopK):
+        def forward(self, x, context):
+            return super().forward(x[: int((x > 0).sum()) or 1], context)
+
+    model = nn.Sequential(MoE(Counting(8, 4, k=2), FFN(4, 8, 16)))
+    reason = export.OnnxFolder(torch.randn(6, 8)).supports(model)
+    assert reason == "0.router (Counting) computes sizes from the values of its input, which a graph cannot"

@@ -48,12 +48,17 @@ class Calls:
         with in_float32(model), by_definition(model):
             return cls(inputs, tuple(Probe(kwargs=each).run(model).cpu() for each in inputs))
 
-    def difference(self, run: Callable[[Inputs], Tensor]) -> float:
-        """The largest absolute difference between these outputs and another program's, where tokens are real."""
-        return max(
-            _difference(run(inputs), output, inputs.get("attention_mask"))
+    def compare(self, run: Callable[[Inputs], Tensor]) -> tuple[float, float]:
+        """The largest absolute difference from another program's outputs, and how often the largest output is the same.
+
+        Args:
+            run: gives the program's output for inputs; positions of padding are not compared.
+        """
+        found = [
+            _compare(run(inputs), output, inputs.get("attention_mask"))
             for inputs, output in zip(self.inputs, self.outputs, strict=True)
-        )
+        ]
+        return max(gap for gap, _ in found), sum(share for _, share in found) / len(found)
 
     @property
     def size(self) -> float:
@@ -108,10 +113,11 @@ def _drawn(name: str, value: Tensor, generator: torch.Generator) -> Tensor:
     return torch.randint(int(value.max()) + 1, shape, generator=generator).to(value.dtype)
 
 
-def _difference(found: Tensor, expected: Tensor, mask: Tensor | None) -> float:
+def _compare(found: Tensor, expected: Tensor, mask: Tensor | None) -> tuple[float, float]:
     if found.shape != expected.shape:
         raise ValueError(f"the export gives {tuple(found.shape)} where the model gives {tuple(expected.shape)}")
+    if mask is not None and expected.shape[:2] == mask.shape:
+        found, expected = found[mask.bool()], expected[mask.bool()]
     gap = (found.float() - expected).abs()
-    if mask is not None and gap.shape[:2] == mask.shape:
-        gap = gap[mask.bool()]
-    return gap.max().item() if torch.isfinite(gap).all() else float("inf")
+    agreement = (found.argmax(-1) == expected.argmax(-1)).float().mean().item()
+    return gap.max().item() if torch.isfinite(gap).all() else float("inf"), agreement

@@ -30,11 +30,13 @@ class Verification:
     Attributes:
         program: name and version.
         difference: the largest absolute difference of logits, None if the program did not compute any.
+        agreement: the share of positions at which the largest logit is the same one, None if there are no positions.
         note: a further remark.
     """
 
     program: str
     difference: float | None
+    agreement: float | None = None
     note: str = ""
 
     def __str__(self) -> str:
@@ -42,6 +44,8 @@ class Verification:
         found = {None: "logits not compared", 0.0: "logits bitwise equal"}.get(
             self.difference, f"logits differ by {self.difference} at most"
         )
+        if self.difference and self.agreement is not None:
+            found += f"; the same most likely token or class at {self.agreement:.1%} of the positions"
         return f"{self.program}: {found}" + (f"; {self.note}" if self.note else "")
 
 

@@ -116,13 +116,13 @@ class GgufFile(Exporter):
             import llama_cpp
         except ImportError:
             note = "names were compared; to compare logits too, pip install llama-cpp-python"
-            return Verification(f"gguf {_version('gguf')}", None, note)
+            return Verification(f"gguf {_version('gguf')}", None, note=note)
         logits = _run(llama_cpp, path, probe)
-        difference, agreement = probe.difference(logits), probe.agreement(logits)
+        difference = probe.difference(logits)
         if difference > (_ROUNDING * max(1.0, probe.size) if kind == "f32" else torch.finfo(torch.float32).max):
             raise ValueError(f"llama.cpp gives other logits than the model, by {difference:.3g}")
-        note = f"the same most likely token at {agreement:.1%} of the positions"
-        return Verification(f"llama-cpp-python {_version('llama_cpp_python')}", difference, note)
+        program = f"llama-cpp-python {_version('llama_cpp_python')}"
+        return Verification(program, difference, probe.agreement(logits))
 
 
 def _add(writer: Any, key: str, value: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import traceback
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -68,24 +69,59 @@ class GraphExporter(Exporter, ABC):
         return [f"one graph of {type(model).__name__}, in fp32, without a cache"]
 
     def _traced(self, model: nn.Module, trace: Callable[[nn.Module, Inputs], Any]) -> Any:
-        _refuse_capacity(model)
-        inputs = self.probe_of(model).inputs[0]
         try:
-            with in_evaluation(model), in_float32(model), _without_cache(model):
-                return trace(model, inputs)
+            return traced(model, self.probe_of(model).inputs[0], trace)
         except ImportError as error:
             raise ImportError(f"this export needs moeify[{self.extra}] and transformers 5.24: {error}") from None
-        except Exception as error:  # any error: torch.export or the target lacks an operator
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise Unsupported(f"a step of it has no graph that serves every input: {reason}") from error
 
     def verify(self, folder: Path, probe: Calls) -> Verification:
         """Run the graph on both calls."""
-        program, run = self.runner(folder)
-        difference = probe.difference(run)
-        if difference > _ROUNDING * max(1.0, probe.size):
-            raise ValueError(f"{program} gives other outputs than the model, by {difference:.3g}")
-        return Verification(program, difference)
+        return _compared(*self.runner(folder), probe)
+
+
+def traced(model: nn.Module, inputs: Inputs, trace: Callable[[nn.Module, Inputs], Any]) -> Any:
+    """What `trace` makes of a model in evaluation, in fp32 and without a cache.
+
+    Raises:
+        Unsupported: a step of the model has no graph that serves every input.
+    """
+    _refuse_reassignment(model)
+    try:
+        with in_evaluation(model), in_float32(model), _without_cache(model):
+            return trace(model, inputs)
+    except ImportError:
+        raise
+    except Exception as error:  # any error: torch.export or the target lacks an operator
+        raise Unsupported(_reason(model, error)) from error
+
+
+def check_program(model: nn.Module, probe: Any = None) -> Verification:
+    """Trace a model by `torch.export`, and compare the program with it on an input of another size, too.
+
+    Args:
+        model: any; not changed.
+        probe: an input of the model, as a tensor, a tuple or a dict by name; None guesses one.
+
+    Raises:
+        Unsupported: a step of the model has no program that serves every input.
+        ValueError: the program computes something else.
+    """
+    calls = Calls.of(model, probe)
+    program = traced(model, calls.inputs[0], _program).module()
+
+    def run(inputs: Inputs) -> torch.Tensor:
+        with torch.no_grad():
+            found = program(**inputs)
+        return getattr(found, "logits", found)
+
+    return _compared(f"torch {torch.__version__}", run, calls)
+
+
+def _compared(program: str, run: Callable[[Inputs], torch.Tensor], probe: Calls) -> Verification:
+    difference, agreement = probe.compare(run)
+    if difference > _ROUNDING * max(1.0, probe.size):
+        raise ValueError(f"{program} gives other outputs than the model, by {difference:.3g}")
+    return Verification(program, difference, agreement)
 
 
 def _program(model: nn.Module, inputs: Inputs) -> torch.export.ExportedProgram:
@@ -99,13 +135,25 @@ def main_output(names: list[str], values: list[Any]) -> torch.Tensor:
     return torch.as_tensor(values[names.index("logits") if "logits" in names else 0])
 
 
-def _refuse_capacity(model: nn.Module) -> None:
+def _refuse_reassignment(model: nn.Module) -> None:
     for name, part in model.named_modules():
-        if isinstance(part, Capacity) and not math.isinf(part.eval_factor):
+        if isinstance(part, Capacity) and part.overflow == "next" and not math.isinf(part.eval_factor):
             raise Unsupported(
-                f"{name} has a capacity, whose slots change with the number of tokens; switch it off by "
-                "moeify.serve.serve_with(model, capacity=math.inf)"
+                f"{name} offers rows that were dropped to other experts (overflow='next') in rounds, whose number "
+                "depends on the tokens; switch the capacity off by moeify.serve.serve_with(model, capacity=math.inf)"
             )
+
+
+def _reason(model: nn.Module, error: Exception) -> str:
+    """Why a model has no graph, in one sentence."""
+    said = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    if "data-dependent" not in said:
+        return f"a step of it has no graph that serves every input: {said}"
+    names = {module: name for name, module in model.named_modules()}
+    owners = [frame.f_locals.get("self") for frame, _ in traceback.walk_tb(error.__traceback__)]
+    inside = next((owner for owner in reversed(owners) if isinstance(owner, nn.Module) and owner in names), model)
+    part = f"{names[inside]} ({type(inside).__name__})"
+    return f"{part} computes sizes from the values of its input, which a graph cannot"
 
 
 @contextmanager

@@ -71,12 +71,14 @@ class HfFolder(Exporter):
         wrong = {kind: sorted(names) for kind, names in report.items() if names}
         if wrong:
             raise ValueError(f"transformers reads {folder} with faults: {wrong}")
-        difference = probe.difference(logits_of(model.eval(), probe.ids))
+        logits = logits_of(model.eval(), probe.ids)
+        difference = probe.difference(logits)
         if difference > _ROUNDING * max(1.0, probe.size):
             raise ValueError(
                 f"{type(model).__name__} of transformers gives other logits than the model, by {difference:.3g}"
             )
-        return Verification(f"transformers {transformers.__version__}, {type(model).__name__}", difference)
+        program = f"transformers {transformers.__version__}, {type(model).__name__}"
+        return Verification(program, difference, probe.agreement(logits))
 
 
 def write_hf_folder(found: Match[Family], model: Any, folder: Path, max_shard_size: str = "5GB") -> list[str]:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from moeify.export.exporter import Exporter, Verification
 from moeify.export.families import SPARSE, Family
 from moeify.export.hf_folder import HfFolder, write_hf_folder
-from moeify.export.layer_rules import SharedWidth, SomeShared
+from moeify.export.layer_rules import AllSparse, SharedWidth, SomeShared
 from moeify.export.match import Match, best_match
 from moeify.export.probe import Probe
 from moeify.export.read import spec_of
@@ -25,8 +25,12 @@ _OTHERWISE: Mapping[str, Mapping[str, Rule]] = {
         "qkv_bias": Always(True),
         "normalize": Always(False),
         "shared": SomeShared(SharedWidth("shared_expert_intermediate_size", "gated"), "gated"),
+        "sparse_layers": AllSparse(),
+        "tied": Always(False),
     },
-    **{name: {} for name in ("mixtral", "qwen3_moe", "olmoe", "dots1", "glm4_moe", "deepseek_v3")},
+    "glm4_moe": {"tied": Always(False)},
+    "deepseek_v3": {"tied": Always(False)},
+    **{name: {} for name in ("mixtral", "qwen3_moe", "olmoe", "dots1")},
 }
 """The classes that mlx-lm has, and the traits that it computes differently from transformers."""
 
@@ -41,8 +45,7 @@ class MlxFolder(Exporter):
         Raises:
             Unsupported: no class that mlx-lm has computes what the model does.
         """
-        rows = [replace(SPARSE[name], differs={**SPARSE[name].differs, **rules}) for name, rules in _OTHERWISE.items()]
-        return best_match(spec_of(model), rows, "mlx-lm")
+        return best_match(spec_of(model), [_family(name, rules) for name, rules in _OTHERWISE.items()], "mlx-lm")
 
     def write(self, model: Any, folder: Path) -> list[str]:
         """Write what `HfFolder` writes."""
@@ -57,10 +60,17 @@ class MlxFolder(Exporter):
             raise ImportError("to compare with MLX, pip install mlx-lm, and on Linux 'mlx[cpu]'") from None
         by_transformers = HfFolder().verify(folder, probe)
         model, _ = load_model(folder)
-        difference = probe.difference(_logits(model, probe))
+        logits = _logits(model, probe)
+        difference = probe.difference(logits)
         if difference > _ROUNDING * max(1.0, probe.size):
             raise ValueError(f"MLX gives other logits than the model, by {difference:.3g}")
-        return Verification(f"mlx-lm {mlx_lm.__version__}", difference, str(by_transformers))
+        return Verification(f"mlx-lm {mlx_lm.__version__}", difference, probe.agreement(logits), str(by_transformers))
+
+
+def _family(name: str, rules: Mapping[str, Rule]) -> Family:
+    family = SPARSE[name]
+    untied = {"tie_word_embeddings": False} if "tied" in rules else {}
+    return replace(family, differs={**family.differs, **rules}, settings={**family.settings, **untied})
 
 
 def _logits(model: Any, probe: Probe) -> Tensor:

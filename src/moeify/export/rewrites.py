@@ -108,7 +108,7 @@ def reordered(rows: Tensor, head_dim: int, pairs: str) -> Tensor:
 def _tied(spec: ModelSpec, wanted: bool) -> ModelSpec | None:
     if wanted:
         return None
-    head = {"lm_head.weight": spec.tensors["model.embed_tokens.weight"]}
+    head = {"lm_head.weight": spec.tensors["model.embed_tokens.weight"].clone()}
     return spec.rewritten("the embeddings are written twice, also as the output projection", head, tied=False)
 
 

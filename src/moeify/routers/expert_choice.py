@@ -66,7 +66,7 @@ class ExpertChoice(Router):
         by_sequence = best_first.gather(0, sequence[best_first].argsort(dim=0, stable=True))  # within each, by score
         sequence = sequence.sort().values
         first, end = torch.searchsorted(sequence, sequence), torch.searchsorted(sequence, sequence, right=True)
-        place = torch.arange(len(sequence), device=sequence.device) - first
+        place = torch.arange(sequence.shape[0], device=sequence.device) - first
         taken = (place < self.slots(end - first)).unsqueeze(1).expand_as(scores)
         return torch.zeros_like(taken).scatter(0, by_sequence, taken)
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
-from jaxtyping import Float
+import torch
+from jaxtyping import Float, Int
 from torch import Tensor
 
-from moeify.capacity import Overflow, Per, Priority, Slots, group_of_rows, limit, per_choice
+from moeify.capacity import Count, Overflow, Per, Priority, Slots, group_of_rows, limit, per_choice
 from moeify.context import Context
 from moeify.registry import register
 from moeify.routers.base import Router
@@ -65,24 +66,35 @@ class Capacity(Router):
         if math.isinf(factor):
             return routing
         if self.per == "batch":
-            slots = self._slots(routing, factor, routing.tokens, len(routing.source))
+            slots = self._slots(routing, factor, routing.tokens, routing.num_rows)
         elif self.per == "prefix":
             slots = self._slots_of_prefixes(routing, factor)
         else:
             group, tokens = group_of_rows(routing, self.per)
-            rows = group.bincount(minlength=len(tokens))
-            slots = [self._slots(routing, factor, *each) for each in zip(tokens.tolist(), rows.tolist(), strict=True)]
+            slots = self._slots_of_groups(routing, factor, group, tokens)
         return limit(routing, slots, priority=self.priority, overflow=self.overflow, per=self.per)
 
-    def _slots(self, routing: Assignment, factor: float, tokens: int, rows: int) -> int:
+    def _slots(self, routing: Assignment, factor: float, tokens: Count, rows: int | torch.SymInt) -> Count:
         """The capacity of an expert, from the numbers of tokens and rows."""
-        k = max(1, round(rows / tokens))  # on average, where the number varies
+        k = max(1, round(rows / tokens)) if routing.choices is None else routing.choices.k  # on average, if it varies
         return self.capacity(factor, tokens, len(routing.counts), k)
 
-    def _slots_of_prefixes(self, routing: Assignment, factor: float) -> list[int]:
+    def _slots_of_groups(
+        self, routing: Assignment, factor: float, group: Int[Tensor, "R"], tokens: Int[Tensor, "B"]
+    ) -> Count | list[Count]:
+        """The capacity of an expert in every group."""
+        if torch.compiler.is_exporting():  # the formula for all groups at once, as their number is open
+            return self._slots(routing, factor, tokens.double(), routing.num_rows)
+        rows = group.bincount(minlength=len(tokens))
+        return [self._slots(routing, factor, *each) for each in zip(tokens.tolist(), rows.tolist(), strict=True)]
+
+    def _slots_of_prefixes(self, routing: Assignment, factor: float) -> Count | list[Count]:
         """The capacity of an expert for the first token of a sequence, the first two, ..."""
         if routing.choices is None:
             raise ValueError("a capacity per prefix needs a router that gives every token the same number of experts")
+        if torch.compiler.is_exporting():
+            lengths = torch.arange(1, routing.shape[1] + 1, dtype=torch.float64, device=routing.counts.device)
+            return self._slots(routing, factor, lengths, routing.num_rows)
         longest = int(group_of_rows(routing, "sequence")[1].max())
         return [self.capacity(factor, n, len(routing.counts), routing.choices.k) for n in range(1, longest + 1)]
 
