@@ -13,6 +13,7 @@ from torch import nn
 from moeify.store.modelling_file import auto_map
 from moeify.store.standalone import Sparse
 from moeify.store.standalone_layers import standalone_layers
+from moeify.store.vllm import vllm_fields
 
 MODEL_TYPE = "moeify"
 _OF_MOEIFY = ("moeify", "recipe", "model", "ties", "buffers", "sites", "quantization", "sparse_layers")
@@ -59,7 +60,10 @@ def fold(model: nn.Module, description: dict[str, Any]) -> dict[str, Any]:
     }
     of_moeify = description | {"model": identify(architecture)}
     dtype = str(getattr(model, "dtype", "float32")).removeprefix("torch.")
-    return for_transformers | of_moeify | {"sparse_layers": standalone_layers(model)} | dense | {"dtype": dtype}
+    sparse = of_moeify | {"sparse_layers": standalone_layers(model)}
+    own = architecture.config_class().to_dict()  # a class with such fields of its own keeps them
+    for_vllm = {name: value for name, value in vllm_fields(model).items() if "num_experts_per_tok" not in own}
+    return for_transformers | sparse | dense | for_vllm | {"dtype": dtype}
 
 
 def unfold(description: dict[str, Any]) -> dict[str, Any]:

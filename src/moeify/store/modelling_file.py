@@ -80,6 +80,7 @@ Written by moeify {version}, and complete without it:
 """
 
 import sys
+from contextlib import ExitStack
 
 import torch
 import transformers

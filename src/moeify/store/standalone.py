@@ -5,6 +5,7 @@ Parameters have the same names and shapes as in the layers of moeify.
 """
 
 import sys
+from contextlib import ExitStack
 
 import torch
 from torch import nn
@@ -40,10 +41,14 @@ class Router(nn.Module):
         self.bias = nn.Parameter(torch.zeros(num_experts)) if bias else None
         self.register_buffer("selection_bias", torch.zeros(num_experts) if selection_bias else None)
 
-    def forward(self, x):
-        """The selected experts (T, k) of tokens (T, D), and their top-k weights."""
-        with torch.autocast(x.device.type, enabled=False):
-            logits = F.linear(x.float(), self.weight.float(), None if self.bias is None else self.bias.float())
+    def forward(self, hidden_states):
+        """The logits (T, E) of tokens (T, D), the weights of their selected experts (T, k), and these experts."""
+        with ExitStack() as exact:
+            for device in ("cpu", "cuda"):
+                if torch.is_autocast_enabled(device):
+                    exact.enter_context(torch.autocast(device, enabled=False))
+            bias = None if self.bias is None else self.bias.float()
+            logits = F.linear(hidden_states.float(), self.weight.float(), bias)
         scores = self.score(logits)
         choice = scores if self.select == "score" else logits
         if self.selection_bias is not None:
@@ -54,7 +59,7 @@ class Router(nn.Module):
         weights = scores.gather(-1, experts)
         if self.normalize:
             weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
-        return experts, weights * self.scale
+        return logits, weights * self.scale, experts
 
 
 def best_groups(choice, count, keep, reduce):
@@ -79,8 +84,18 @@ class Experts(nn.Module):
             self.register_parameter(name, nn.Parameter(weight))
             self.register_parameter(f"{name}_bias", nn.Parameter(torch.zeros(num_experts, shape[0])) if bias else None)
 
-    def forward(self, x, expert):
-        """`down(act(up x))` of one expert for tokens (T, D)."""
+    def forward(self, hidden_states, top_k_index, top_k_weights):
+        """`Σ g_e · expert_e(x)` of tokens (T, D) over their experts (T, k) and weights (T, k)."""
+        y = 0
+        for expert in range(self.down_proj.shape[0]):
+            token, rank = torch.where(top_k_index == expert)
+            rows = self.network(hidden_states[token], expert)
+            weighted = rows.float() * top_k_weights[token, rank, None]
+            y = y + weighted.new_zeros(len(hidden_states), rows.shape[-1]).index_add(0, token, weighted)
+        return y.to(hidden_states.dtype)
+
+    def network(self, x, expert):
+        """`down(act(up x))` of one expert."""
         hidden = self.activate(self.project(self.up, x, expert))
         return self.project("down_proj", F.dropout(hidden, self.dropout, self.training), expert)
 
@@ -129,24 +144,21 @@ class GatedDense(nn.Module):
 
 
 class MoE(nn.Module):
-    """`Σ g_e · expert_e(x)` over the selected experts of a token, plus the shared expert."""
+    """`Σ g_e · expert_e(x)` over the selected experts of a token, plus the shared expert.
+
+    The router returns, and the experts take, what those of transformers do, so that vLLM can run its own for them.
+    """
 
     def __init__(self, router, experts, shared=None):
         super().__init__()
         self.router, self.experts, self.shared = router, experts, shared
 
-    def forward(self, x):
+    def forward(self, hidden_states):
         """Outputs (..., O) of tokens (..., D); padding is computed like any token."""
-        tokens = x.reshape(-1, x.shape[-1])
-        chosen, weights = self.router(tokens)
-        y = 0
-        for expert in range(self.router.num_experts):
-            token, rank = torch.where(chosen == expert)
-            rows = self.experts(tokens[token], expert)
-            weighted = rows.float() * weights[token, rank, None]
-            y = y + weighted.new_zeros(len(tokens), rows.shape[-1]).index_add(0, token, weighted)
-        y = y.to(x.dtype).view(*x.shape[:-1], -1)
-        return y if self.shared is None else y + self.shared(x)
+        tokens = hidden_states.reshape(-1, hidden_states.shape[-1])
+        _, weights, chosen = self.router(tokens)
+        y = self.experts(tokens, chosen, weights).view(*hidden_states.shape[:-1], -1)
+        return y if self.shared is None else y + self.shared(hidden_states)
 
 
 class Sparse:
