@@ -9,7 +9,7 @@ import pytest
 from export_models import sparse
 from moeify import export
 from moeify.export import compatibility, families
-from moeify.export.table import compatibilities, row, table
+from moeify.export.table import compatibilities, graphs, read_results, row, table
 from moeify.sparsify import recipes
 
 PAGE = Path(__file__).parents[2] / "docs" / "guide" / "export.md"
@@ -40,15 +40,36 @@ def test_the_table_of_the_guide_is_the_compatibility_of_the_recipes():
     of_base = dict(zip(heads.split(" | "), cells.split(" | "), strict=True))
     for base in ("llama", "qwen3"):
         assert (
-            row("deepseek", compatibilities("deepseek", [base]))
+            row("deepseek", compatibilities("deepseek", [base]), read_results(PAGE))
             == f"| `deepseek` | {of_base[families.DENSE[base].title]} |"
         )
 
 
 def test_recipes_that_no_program_can_hold_have_a_row_with_the_reason():
-    lines = table(["soft"], ["llama"]).splitlines()
+    lines = table(["soft"], ["llama"], {}).splitlines()
     assert lines[-1] == f"| `soft` | {compatibility(recipes['soft'], 'llama')['transformers'].reason} |"
     assert lines[-1] in PAGE.read_text(encoding="utf-8").splitlines()
+
+
+def test_a_cell_that_was_not_run_is_in_italics():
+    found = compatibilities("mixtral", ["llama"])
+    passed = {("mixtral", "llama", to): {"result": "passed"} for to in ("transformers", "mlx")}
+    assert row("mixtral", found, {}) == "| `mixtral` | *Mixtral*, *llama+*, *mlx* |"
+    assert row("mixtral", found, passed) == "| `mixtral` | Mixtral, *llama+*, mlx |"
+
+
+def test_a_graph_has_its_difference_or_the_reason_or_was_not_run():
+    ran = {"result": "passed", "difference": "3.1e-06", "kind": "capacity off, exact"}
+    refused = {"result": "refused", "reason": "it cannot"}
+    results = {("soft", "llama", "torch"): ran, ("soft", "vit", "torch"): refused}
+    last = graphs(["soft"], results).splitlines()[-1]
+    assert last.startswith("| `soft` | texts 3e-06†, images (it cannot) | not run | not run | refused: its layers are")
+
+
+def test_no_export_of_the_table_failed_in_its_program():
+    results = read_results(PAGE)
+    assert len(results) > 200
+    assert not [key for key, row in results.items() if row["result"] == "failed"]
 
 
 def test_the_guide_explains_every_trait():

@@ -13,6 +13,7 @@ from moeify.export.families import DENSE
 from moeify.export.gguf_file import GgufFile
 from moeify.export.hf_folder import HfFolder
 from moeify.export.match import Match
+from moeify.export.mlx import MlxFolder
 from moeify.export.model_spec import Unsupported
 from moeify.registry import suggest
 from moeify.routers import Capacity
@@ -59,7 +60,7 @@ class Compatibility:
 
 
 def compatibility(recipe: Recipe, base: str) -> dict[str, Compatibility]:
-    """Whether transformers and llama.cpp can hold what a recipe makes of a base family, by exporter.
+    """Whether transformers, llama.cpp and MLX can hold what a recipe makes of a base family, by exporter.
 
     A tiny model of the family is made sparse. Selection biases and default vectors get random values, as after
     training. For a given model, `supports` also sees its own settings, such as a sliding window.
@@ -71,7 +72,7 @@ def compatibility(recipe: Recipe, base: str) -> dict[str, Compatibility]:
     Raises:
         ValueError: an unknown family, or one that the recipe finds nothing in.
     """
-    model = _sparse(recipe, base)
+    model = tiny_model(recipe, base)
     found = _compatibilities(model)
     limits = [part for part in model.modules() if isinstance(part, Capacity)]
     for limit in limits:
@@ -83,10 +84,11 @@ def compatibility(recipe: Recipe, base: str) -> dict[str, Compatibility]:
 
 
 def _compatibilities(model: nn.Module) -> dict[str, Compatibility]:
-    return {"transformers": _compatibility(HfFolder(), model), "gguf": _compatibility(GgufFile(), model)}
+    programs = {"transformers": HfFolder(), "gguf": GgufFile(), "mlx": MlxFolder()}
+    return {to: _compatibility(exporter, model) for to, exporter in programs.items()}
 
 
-def _compatibility(exporter: HfFolder | GgufFile, model: nn.Module) -> Compatibility:
+def _compatibility(exporter: HfFolder | GgufFile | MlxFolder, model: nn.Module) -> Compatibility:
     try:
         found: Match[Any] = exporter.match(model)
     except Unsupported as error:
@@ -94,14 +96,25 @@ def _compatibility(exporter: HfFolder | GgufFile, model: nn.Module) -> Compatibi
     return Compatibility(found.family.title, found.rewrites)
 
 
-def _sparse(recipe: Recipe, base: str) -> nn.Module:
+def tiny_model(recipe: Recipe, base: str, *, layers: int = 4) -> nn.Module:
+    """A tiny sparse model of a base family, whose selection biases and default vectors are random, as after training.
+
+    Args:
+        recipe: of the sparse model.
+        base: a `model_type` of the table `families.DENSE`.
+        layers: of the model.
+
+    Raises:
+        ValueError: an unknown family, or one that the recipe finds nothing in.
+    """
     from transformers import AutoConfig, AutoModelForCausalLM
 
     if base not in DENSE:
         raise ValueError(f"no family of dense models is called {base!r}; {suggest(base, [*DENSE])}")
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        config = AutoConfig.for_model(base, **{**_SIZES, **_SIZES_OF.get(base, {})})
+        sizes = {**_SIZES, **_SIZES_OF.get(base, {}), "num_hidden_layers": layers}
+        config = AutoConfig.for_model(base, **sizes)
         model = sparsify(AutoModelForCausalLM.from_config(config), recipe, verbose=False, allow_noncausal=True)
         for name, buffer in model.named_buffers():
             if name.endswith(("selection_bias", ".default")):

@@ -1,0 +1,152 @@
+"""Exports a tiny model of every recipe and family to every program that can hold it, and compares their outputs.
+
+A row is one export: how the program computes the model (`exact`, or after rewrites), the program with its version, the
+largest difference of logits, and at how many positions the most likely token is the same. `refused` has the reason. The
+rows of a combination replace earlier ones. Programs that are not installed are left out:
+
+    pip install 'moeify[gguf,onnx,openvino]' llama-cpp-python mlx-lm 'mlx[cpu]'
+    python benchmarks/exports.py --to transformers gguf mlx
+    python benchmarks/exports.py --to torch onnx openvino --recipe mixtral switch
+
+Weights are drawn so large that every part of a model shows in its logits. Graphs are traced from the model itself, so
+one family of language models stands for all, and models of images have a row of their own (`vit`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import datetime
+import math
+import subprocess
+import tempfile
+import warnings
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from moeify import export, sparsify
+from moeify.export.compatibility import tiny_model
+from moeify.export.families import DENSE
+from moeify.export.graph import check_program
+from moeify.routers import Capacity
+from moeify.sparsify import recipes
+
+FILE = Path(__file__).parent / "results" / "exports.csv"
+KEY = ("recipe", "base", "to")
+FOUND = ("result", "kind", "as", "program", "difference", "largest_logit", "same_top_token", "reason")
+COLUMNS = (*KEY, *FOUND, "date", "commit")
+LIBRARIES = {"gguf": "llama_cpp", "mlx": "mlx_lm", "onnx": "onnxruntime", "openvino": "openvino"}
+GRAPHS = {"torch": None, "onnx": export.OnnxFolder(), "openvino": export.OpenVinoFolder()}
+CLASSES = {"transformers": export.HfFolder(), "gguf": export.GgufFile("f32"), "mlx": export.MlxFolder()}
+
+
+def models(recipe: str, base: str, to: str) -> Iterator[tuple[str, nn.Module]]:
+    """The tiny model with its capacity, if it has one, and without: what is written in the column `kind` for each."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = (
+            _of_images(recipe) if base == "vit" else tiny_model(recipes[recipe], base, layers=2 if to in GRAPHS else 4)
+        )
+        _widen(model)
+    yield "", model
+    limits = [part for part in model.modules() if isinstance(part, Capacity)]
+    for limit in limits:
+        limit.eval_factor = math.inf
+    if limits:
+        yield "capacity off, ", model
+
+
+def _of_images(recipe: str) -> nn.Module:
+    from transformers import ViTConfig, ViTForImageClassification
+
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = ViTConfig(**sizes, image_size=32, patch_size=8, num_labels=10)
+    return sparsify(ViTForImageClassification(config), recipes[recipe], verbose=False).eval()
+
+
+@torch.no_grad()
+def _widen(model: nn.Module) -> None:
+    """Larger weights; biases that are all zero stay so, as a rewrite may rely on it."""
+    for name, parameter in model.named_parameters():
+        if not name.endswith("bias") or parameter.any():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+
+
+def row(recipe: str, base: str, to: str) -> dict[str, Any] | None:
+    """The result of one export; None where the table of the guide says that no class fits, and why."""
+    exporter, reason = {**CLASSES, **GRAPHS}[to], None
+    for kind, model in models(recipe, base, to):
+        if to in CLASSES and exporter.supports(model):
+            continue
+        try:
+            return _exported(model, to, exporter, kind)
+        except ValueError as error:
+            reason = reason or str(error).splitlines()[0]
+    return reason and {"result": "refused" if to in GRAPHS else "failed", "reason": reason}
+
+
+def _exported(model: nn.Module, to: str, exporter: Any, kind: str) -> dict[str, Any]:
+    found = None if to in GRAPHS else exporter.match(model)
+    done = check_program(model) if to == "torch" else _verification(model, to, exporter)
+    return {
+        "result": "passed",
+        "kind": kind + ("rewrites" if found is not None and found.rewrites else "exact"),
+        "as": "graph" if found is None else found.family.title,
+        "program": done.program.split(",")[0],
+        "difference": f"{done.difference:.2g}",
+        "largest_logit": f"{(GRAPHS['onnx'] if to == 'torch' else exporter).probe_of(model).size:.3g}",
+        "same_top_token": f"{done.agreement:.4g}",
+    }
+
+
+def _verification(model: nn.Module, to: str, exporter: export.Exporter) -> export.Verification:
+    with tempfile.TemporaryDirectory() as folder:
+        return export.write(model, Path(folder) / "out", to, exporter=exporter).verification
+
+
+def main() -> None:
+    """Run the exports that are asked for, and write each row when it is there."""
+    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("--to", nargs="+", default=[*CLASSES, *GRAPHS], choices=[*CLASSES, *GRAPHS])
+    options.add_argument("--recipe", nargs="+", default=[*recipes], choices=[*recipes])
+    options.add_argument("--base", nargs="+", choices=[*DENSE, "vit"], help="default: all; for graphs llama")
+    options.add_argument("--new", action="store_true", help="only rows that the file lacks")
+    options.add_argument("--out", type=Path, default=FILE)
+    chosen = options.parse_args()
+    warnings.simplefilter("ignore")
+    rows = {}
+    if chosen.out.exists():
+        with chosen.out.open(newline="") as lines:
+            rows = {tuple(each[name] for name in KEY): each for each in csv.DictReader(lines)}
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    for to in (to for to in chosen.to if find_spec(LIBRARIES.get(to, "torch"))):
+        for recipe in chosen.recipe:
+            for base in chosen.base or (["llama"] if to in GRAPHS else DENSE):
+                if chosen.new and (recipe, base, to) in rows:
+                    continue
+                try:
+                    found = row(recipe, base, to)
+                except ValueError:  # the recipe finds nothing in this family
+                    found = None
+                if found is None:
+                    continue
+                dated = {"date": datetime.date.today().isoformat(), "commit": commit}
+                rows[recipe, base, to] = dict(zip(KEY, (recipe, base, to), strict=True)) | found | dated
+                print(*(value for value in rows[recipe, base, to].values()), sep="  ", flush=True)
+                _write(chosen.out, rows)
+
+
+def _write(file: Path, rows: dict[tuple[str, ...], dict[str, Any]]) -> None:
+    with file.open("w", newline="") as out:
+        writer = csv.DictWriter(out, COLUMNS, restval="")
+        writer.writeheader()
+        writer.writerows(rows[key] for key in sorted(rows))
+
+
+if __name__ == "__main__":
+    main()
