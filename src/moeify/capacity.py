@@ -8,14 +8,14 @@ from dataclasses import replace
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from torch import Tensor
 
 from moeify.registry import register
 from moeify.routing import Assignment
 
-Count = int | torch.SymInt | Int[Tensor, "*B"] | Float[Tensor, "*B"]
-"""A number of tokens or slots: an integer, the open size of a graph, or one per group."""
+Count = Any
+"""A number of tokens or slots: an integer, the open size of a graph, or a tensor with one for each group."""
 
 
 @register("capacity", "tokens")
@@ -62,7 +62,7 @@ Per = Literal["batch", "sequence", "prefix"] | int
 
 def limit(
     routing: Assignment,
-    slots: Count | Sequence[int],
+    slots: Count,
     *,
     priority: Priority = "position",
     overflow: Overflow = "zero",

@@ -74,21 +74,21 @@ class Capacity(Router):
             slots = self._slots_of_groups(routing, factor, group, tokens)
         return limit(routing, slots, priority=self.priority, overflow=self.overflow, per=self.per)
 
-    def _slots(self, routing: Assignment, factor: float, tokens: Count, rows: int | torch.SymInt) -> Count:
+    def _slots(self, routing: Assignment, factor: float, tokens: Count, rows: Count) -> Count:
         """The capacity of an expert, from the numbers of tokens and rows."""
         k = max(1, round(rows / tokens)) if routing.choices is None else routing.choices.k  # on average, if it varies
         return self.capacity(factor, tokens, len(routing.counts), k)
 
     def _slots_of_groups(
         self, routing: Assignment, factor: float, group: Int[Tensor, "R"], tokens: Int[Tensor, "B"]
-    ) -> Count | list[Count]:
+    ) -> Count:
         """The capacity of an expert in every group."""
         if torch.compiler.is_exporting():  # the formula for all groups at once, as their number is open
             return self._slots(routing, factor, tokens.double(), routing.num_rows)
         rows = group.bincount(minlength=len(tokens))
         return [self._slots(routing, factor, *each) for each in zip(tokens.tolist(), rows.tolist(), strict=True)]
 
-    def _slots_of_prefixes(self, routing: Assignment, factor: float) -> Count | list[Count]:
+    def _slots_of_prefixes(self, routing: Assignment, factor: float) -> Count:
         """The capacity of an expert for the first token of a sequence, the first two, ..."""
         if routing.choices is None:
             raise ValueError("a capacity per prefix needs a router that gives every token the same number of experts")
