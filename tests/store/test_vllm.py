@@ -21,15 +21,16 @@ from moeify.store.modelling_file import NAME
 from moeify.store.vllm import AS_WRITTEN, FUSED, OWN_ROUTER, vllm_routing
 from tiny_models import causal_lm
 
+made = partial(Recipe, num_experts=4, experts=fresh)
 GROUPS = ExpertGroups(count=2, keep=1, reduce="max")
 CASES = {
-    "softmax": (Recipe(num_experts=4), FUSED),
-    "sigmoid": (Recipe(num_experts=4, router=partial(TopK, k=2, score=sigmoid, scale=2.0)), FUSED),
-    "groups": (Recipe(num_experts=4, router=partial(TopK, k=1, expert_groups=GROUPS, normalize=False)), FUSED),
-    "shared": (Recipe(num_experts=4, shared=dense), FUSED),
-    "gated": (Recipe(num_experts=4, shared=gated), FUSED),
-    "bias": (Recipe(num_experts=4, router=partial(TopK, k=2, selection_bias=True)), OWN_ROUTER),
-    "score": (Recipe(num_experts=4, router=partial(TopK, k=2, score=sqrt_softplus)), OWN_ROUTER),
+    "softmax": (made(), FUSED),
+    "sigmoid": (made(router=partial(TopK, k=2, score=sigmoid, scale=2.0)), FUSED),
+    "groups": (made(router=partial(TopK, k=1, expert_groups=GROUPS, normalize=False)), FUSED),
+    "shared": (made(shared=dense), FUSED),
+    "gated": (made(shared=gated), FUSED),
+    "bias": (made(router=partial(TopK, k=2, selection_bias=True)), OWN_ROUTER),
+    "score": (made(router=partial(TopK, k=2, score=sqrt_softplus)), OWN_ROUTER),
 }
 
 
@@ -51,13 +52,13 @@ def test_vllm_replaces_routers_and_experts_that_it_computes(case, tmp_path):
 def test_vllm_leaves_layers_that_its_experts_would_compute_differently(tmp_path):
     top_2_of_groups = partial(TopK, k=1, expert_groups=ExpertGroups(count=2, keep=1, reduce="top2"))
     for model in (
-        sparse(Recipe(num_experts=4), hidden_act="gelu"),
-        sparse(Recipe(num_experts=4, router=top_2_of_groups)),
+        sparse(made(), hidden_act="gelu"),
+        sparse(made(router=top_2_of_groups)),
     ):
         assert vllm_routing(model) == AS_WRITTEN
     save(model, tmp_path / "saved")
     assert "num_experts" not in json.loads((tmp_path / "saved" / "config.json").read_text())
-    assert vllm_routing(sparse(Recipe(num_experts=4, router=Soft, experts=fresh))).startswith("refused: its layers are")
+    assert vllm_routing(sparse(made(router=Soft))).startswith("refused: its layers are")
 
 
 @pytest.fixture(scope="module")
