@@ -143,7 +143,7 @@ def main() -> None:
 
 def _write(file: Path, rows: dict[tuple[str, ...], dict[str, Any]]) -> None:
     with file.open("w", newline="") as out:
-        writer = csv.DictWriter(out, COLUMNS, restval="")
+        writer = csv.DictWriter(out, COLUMNS, restval="", lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows[key] for key in sorted(rows))
 

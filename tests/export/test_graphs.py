@@ -19,7 +19,7 @@ from moeify.sparsify import copies, fresh
 TOP_2 = partial(TopK, k=2)
 
 
-def language_model(router=TOP_2):
+def language_model():
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=64,
@@ -29,7 +29,7 @@ def language_model(router=TOP_2):
         num_attention_heads=2,
         use_cache=False,
     )
-    return sparsify(LlamaForCausalLM(config), Recipe(router=router, num_experts=4), verbose=False).eval()
+    return sparsify(LlamaForCausalLM(config), Recipe(router=TOP_2, num_experts=4), verbose=False).eval()
 
 
 def image_model(router=TOP_2, experts=copies):
@@ -56,14 +56,16 @@ class Recommender(nn.Module):
 
 
 class Layer(nn.Module):
-    """A sparse layer alone, for sequences without padding."""
+    """A sparse layer alone."""
 
     def __init__(self, router):
         super().__init__()
         torch.manual_seed(0)
         self.moe = MoE(router(8, 4), FFN(4, 8, 16))
 
-    def forward(self, x):
+    def forward(self, x, attention_mask=None):
+        if attention_mask is not None:
+            self.moe.context.mask(attention_mask.bool())
         return self.moe(x)
 
 
@@ -71,9 +73,12 @@ def capacity(width, experts, k=2, **options):
     return Capacity(TopK(width, experts, k=k, normalize=k > 1), eval_factor=0.5, **options)
 
 
-def layer(router):
-    sizes = {0: Dim.AUTO, 1: Dim.AUTO}
-    return partial(Layer, router), {"x": torch.randn(3, 10, 8)}, {"x": torch.randn(17, 7, 8)}, sizes
+def layer(router, padding=False):
+    first, second = ({"x": torch.randn(*size, 8)} for size in ((3, 10), (17, 7)))
+    for inputs in (first, second) if padding else ():
+        inputs["attention_mask"] = torch.ones(inputs["x"].shape[:2], dtype=torch.int64)
+        inputs["attention_mask"][0, 2:5] = 0
+    return partial(Layer, router), first, second, {0: Dim.AUTO, 1: Dim.AUTO}
 
 
 def texts(batch, length, padding):
@@ -90,8 +95,7 @@ CASES = {
              {"pixel_values": torch.randn(5, 3, 8, 8)}, {0: Dim("b", max=64)}),
     "capacity": layer(partial(capacity, k=1, capacity=per_token)),
     "capacity of groups": layer(partial(capacity, capacity=per_choice_by_4, priority="batch", per=8)),
-    "capacity of texts": (partial(language_model, partial(capacity, per="prefix")), texts(2, 12, 5), texts(3, 9, 1),
-                          {0: Dim.AUTO, 1: Dim.AUTO}),
+    "capacity of texts": layer(partial(capacity, per="prefix"), padding=True),
     "expert choice": layer(ExpertChoice),
     "tasks": (Recommender, {"features": torch.randn(6, 8)}, {"features": torch.randn(9, 8)}, {0: Dim("b", max=64)}),
 }  # fmt: skip
