@@ -13,7 +13,7 @@ from torch import nn
 from moeify.store.modelling_file import auto_map
 from moeify.store.standalone import Sparse
 from moeify.store.standalone_layers import standalone_layers
-from moeify.store.vllm import vllm_fields
+from moeify.store.vllm import FIELDS, vllm_fields
 
 MODEL_TYPE = "moeify"
 _OF_MOEIFY = ("moeify", "recipe", "model", "ties", "buffers", "sites", "quantization", "sparse_layers")
@@ -52,7 +52,10 @@ def fold(model: nn.Module, description: dict[str, Any]) -> dict[str, Any]:
     architecture = architecture_of(model)
     if architecture is None or "sites" not in description or "quantization" in description:
         return description
-    dense = {key: value for key, value in description["model"]["config"].items() if key not in _OF_TRANSFORMERS}
+    has_own = hasattr(architecture.config_class, "num_experts_per_tok")  # of experts, as that of DeepSeek-V3
+    added = _OF_TRANSFORMERS if has_own else (*_OF_TRANSFORMERS, *FIELDS)
+    dense = {key: value for key, value in description["model"]["config"].items() if key not in added}
+    for_vllm = {} if has_own else vllm_fields(model)
     for_transformers = {
         "model_type": MODEL_TYPE,
         "architectures": [f"Sparse{architecture.__name__}"],
@@ -61,8 +64,6 @@ def fold(model: nn.Module, description: dict[str, Any]) -> dict[str, Any]:
     of_moeify = description | {"model": identify(architecture)}
     dtype = str(getattr(model, "dtype", "float32")).removeprefix("torch.")
     sparse = of_moeify | {"sparse_layers": standalone_layers(model)}
-    own = architecture.config_class().to_dict()  # a class with such fields of its own keeps them
-    for_vllm = {name: value for name, value in vllm_fields(model).items() if "num_experts_per_tok" not in own}
     return for_transformers | sparse | dense | for_vllm | {"dtype": dtype}
 
 

@@ -18,6 +18,12 @@ from moeify.kernels.stacked import Glu
 from moeify.layers import moe_layers
 from moeify.store.standalone_layers import standalone_layers
 
+FIELDS = (
+    "num_experts", "num_experts_per_tok", "moe_intermediate_size", "norm_topk_prob", "routed_scaling_factor", "n_group",
+    "topk_group",
+)  # fmt: skip
+"""The fields of a config that vLLM reads."""
+
 FUSED, OWN_ROUTER, AS_WRITTEN = "fused", "own router, fused experts", "as written"
 
 
