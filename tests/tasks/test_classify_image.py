@@ -167,3 +167,11 @@ def test_what_does_not_fit_is_refused_in_one_line(tmp_path):
     setup = prepare(data, image="images", label="digit")
     with pytest.raises(ValueError, match="router looks up 'input_ids', and the samples of classify-image have pixel_v"):
         require_inputs(read_recipe("hash"), setup, "classify-image")
+
+
+def test_a_model_that_does_not_tell_its_size_is_given_one(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    transformers.ResNetConfig(num_channels=1).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="does not tell the size of its images; give it by --set size=PIXELS"):
+        pixels_of(str(tmp_path))
+    assert pixels_of(str(tmp_path), 24).size == 24

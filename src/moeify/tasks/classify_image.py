@@ -41,7 +41,8 @@ class ClassifyImage(Task):
             `super_class`; without it the report groups by class, where there are few.
         super_classes: find that many super-classes in what a dense model confuses after a short training.
         validation: held-out images; without it, those that the data hold out, or a tenth.
-        size: pixels of a side for the small model; 0 for those of the first image, 64 at most.
+        size: pixels of a side; 0 for what a named model reads, and for the small model for those of the first image, 64
+            at most.
         patch: pixels of a side of a patch; 0 for an eighth of the image.
     """
 
@@ -110,7 +111,7 @@ class ClassifyImage(Task):
 
     def _pixels(self, model: str | None, images: Images) -> Pixels:
         if model is not None and not is_plain(model):
-            return pixels_of(model)
+            return pixels_of(model, self.size)
         channels, *sides = images.image(images.train[0]).shape
         return Pixels(self.size or min(64, *sides), channels)
 

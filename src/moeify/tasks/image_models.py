@@ -112,8 +112,12 @@ class PlainClassifier(nn.Module):
         return ImageClassifierOutput(loss=loss, logits=logits)
 
 
-def pixels_of(model: str) -> Pixels:
+def pixels_of(model: str, size: int = 0) -> Pixels:
     """What a model of transformers or timm reads, from its preprocessor's configuration, or else from its own.
+
+    Args:
+        model: a local or hub model.
+        size: pixels of a side; 0 for those of the configuration.
 
     Raises:
         ValueError: neither gives the size of an image.
@@ -129,15 +133,13 @@ def pixels_of(model: str) -> Pixels:
         raise ValueError(f"no model {model!r} could be loaded: {str(error).partition(chr(10))[0]}") from None
     timm = getattr(config, "pretrained_cfg", None) or {}
     channels, height, *_ = (*timm.get("input_size", ()), None, None)[:2]
-    given = written.get("crop_size") or written.get("size") or height or getattr(config, "image_size", None)
+    given = size or written.get("crop_size") or written.get("size") or height or getattr(config, "image_size", None)
     if isinstance(given, Mapping):
         given = given.get("height") or given.get("shortest_edge")
     if isinstance(given, tuple | list):
         given = given[0]
     if given is None:
-        raise ValueError(
-            f"{model} does not tell the size of its images; add a {PREPROCESSOR} with a size to its folder"
-        )
+        raise ValueError(f"{model} does not tell the size of its images; give it by --set size=PIXELS")
     mean = written.get("image_mean") or timm.get("mean") or (0.5,)
     std = written.get("image_std") or timm.get("std") or (0.5,)
     return Pixels(int(given), channels or getattr(config, "num_channels", 3), tuple(mean), tuple(std), written)
