@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+from contextlib import nullcontext
 from statistics import fmean
 
 import torch
@@ -40,9 +41,10 @@ def main() -> None:
     unseen = {domain: of_domain(unseen_part, domain)[:128] for domain in DOMAINS}
     for seed in options.seeds:
         torch.manual_seed(seed)
-        base = train(model(), torch.cat(list(learnt.values())), BASE, seed, BASE_RATE)
+        base = train(model(), torch.cat(list(learnt.values())), BASE, seed, BASE_RATE, nullcontext())
         branches: dict[str, nn.Module] = {
-            domain: train(copy.deepcopy(base), ids, BRANCH, seed + 100, RATE) for domain, ids in learnt.items()
+            domain: train(copy.deepcopy(base), ids, BRANCH, seed + 100, RATE, nullcontext())
+            for domain, ids in learnt.items()
         }
         merged = average(list(branches.values()))
         sample = {domain: list(ids[:CALIBRATION].split(BATCH)) for domain, ids in learnt.items()}
