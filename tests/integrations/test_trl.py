@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
 import tokenizers
 import torch
@@ -181,3 +184,11 @@ def test_trls_own_balance_loss_depends_on_the_cut_and_is_lost_to_label_smoothing
         sft(tmp_path, mixtral, sparse=SparseArguments(balance=w), label_smoothing_factor=0.1) for w in (1.0, 0.0)
     ]
     assert relative(*smoothed) > 1e-3
+
+
+def test_the_block_of_the_docs_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    page = Path(__file__).parents[2] / "docs" / "guide" / "trainers.md"
+    (block,) = re.findall(r"^```py\n(.*?)^```", page.read_text("utf-8"), re.MULTILINE | re.DOTALL)
+    exec(block, {"model": mixtral(), "data": texts(), "tokenizer": tokenizer()})
+    assert list((tmp_path / "runs" / "sft").glob("checkpoint-*"))

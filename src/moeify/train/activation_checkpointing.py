@@ -125,7 +125,6 @@ def enable(model: nn.Module, kwargs: dict[str, Any] | None = None) -> None:
         )
     kwargs = {"use_reentrant": False, "context_fn": keep_decisions} | kwargs
     options = {name: kwargs.pop(name) for name in ("every_n_layers", "offload") if name in kwargs}
-    names = "activation_checkpointing_enable", "gradient_checkpointing_enable"  # the second is its older name,
-    replaced = [name for name in names if name in vars(model)]  # which LLaMA-Factory replaces by its own
-    turn_on: Callable[..., None] = next(getattr(model, name) for name in (*replaced, *names) if hasattr(model, name))
+    names = "activation_checkpointing_enable", "gradient_checkpointing_enable"  # the second is its older name
+    turn_on: Callable[..., None] = next(getattr(model, name) for name in names if hasattr(model, name))
     turn_on(kwargs, **options)
