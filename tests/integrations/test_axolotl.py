@@ -46,7 +46,8 @@ def trainer(model, folder):
 
 
 def test_a_dense_model_becomes_sparse_balanced_saved_and_reported(tmp_path, manager):
-    keys = settings(tmp_path, moe_recipe="mixtral", moe_balance=0.02, moe_report=True)
+    controller = {"name": "sign", "rate": 0.001}
+    keys = settings(tmp_path, moe_recipe="matched", moe_balance=0.02, moe_controller=controller, moe_report=True)
     model = causal_lm("llama")
     manager.post_model_build(keys, model)
     assert len(sparse_layers(model)) == 2
@@ -55,6 +56,7 @@ def test_a_dense_model_becomes_sparse_balanced_saved_and_reported(tmp_path, mana
         run.add_callback(callback)
     run.train()
     assert "max_vio" in run.state.log_history[0]
+    assert model.model.layers[0].mlp.router.selection_bias.abs().max() > 0
     manager.post_train(keys, model)
     assert (tmp_path / "inspect.html").stat().st_size > 10_000
     ids = torch.arange(3, 11).view(1, 8)

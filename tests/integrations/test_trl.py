@@ -161,6 +161,8 @@ def test_a_callback_balances_a_trainer_of_trl_as_the_mixin_does(tmp_path):
     expected = sft(tmp_path, mixtral)
     for layout in ({"cut": 2}, packed | {"gradient_accumulation_steps": 6}):
         assert same(expected, sft(tmp_path, mixtral, callback, kind=trl.SFTTrainer, **layout)), layout
+    expected = dpo(tmp_path, mixtral)
+    assert same(expected, dpo(tmp_path, mixtral, callback, kind=trl.DPOTrainer, cut=4))
     with pytest.raises(TypeError, match="those of TRL are in"):
         trl.GRPOTrainer(
             mixtral(), reward_funcs=lambda completions, **kwargs: [1.0] * len(completions), train_dataset=pairs(),

@@ -1,9 +1,9 @@
 """A plugin of Axolotl: makes the model sparse, balances its experts in every trainer, and draws their routing.
 
     plugins: [moeify.integrations.axolotl.Moeify]
-    moe_recipe: mixtral          # a recipe's name or file; leave it out for a model that is sparse already
+    moe_recipe: matched          # a recipe's name or file; leave it out for a model that is sparse already
     moe_balance: 0.01            # or {balance: 0.01, z: 0.001, scope: sequence}
-    moe_controller: {name: sign, rate: 0.001}
+    moe_controller: {name: sign, rate: 0.001}     # for routers with a selection bias
     moe_report: true             # metrics.jsonl while it trains, inspect.html afterwards
 
 Checked with Axolotl 0.19, whose package pins older versions of transformers than moeify supports: install it with
