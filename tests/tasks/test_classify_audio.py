@@ -73,10 +73,12 @@ def test_the_features_of_a_model_are_those_of_its_extractor(tmp_path):
     from transformers import Wav2Vec2FeatureExtractor
 
     extractor = Wav2Vec2FeatureExtractor(sampling_rate=16000)
-    sound = Sound(torch.randn(800), 8000)
-    given = Features(extractor).of(lambda: sound)["input_values"]
-    expected = extractor(sound.at(16000).wave.numpy(), sampling_rate=16000)["input_values"][0]
-    torch.testing.assert_close(given, torch.as_tensor(expected))
+    for length in (800, 1000, 400):
+        sound = Sound(torch.randn(length), 8000)
+        given = Features(extractor, seconds=0.1).of(lambda sound=sound: sound)["input_values"]
+        one_length = {"padding": "max_length", "max_length": 1600, "truncation": True}
+        expected = extractor(sound.at(16000).wave.numpy(), sampling_rate=16000, **one_length)["input_values"][0]
+        torch.testing.assert_close(given, torch.as_tensor(expected))
 
 
 def test_the_training_sounds_are_standardised(tmp_path):

@@ -78,8 +78,19 @@ class Train:
             raise ValueError(f"{self.batch} samples per step cannot be cut into {self.accumulate} equal micro-batches")
         if self.device not in (None, "cpu", "cuda"):
             raise ValueError(f"--device must be cpu or cuda, got {self.device!r}")
+        task = find_task(self.task).of(
+            o.read_pairs("--set", self.settings),
+            length=self.length,
+            shape=Shape(self.width, self.layers, self.heads, self.hidden),
+        )
         name = self.recipe or ("mixtral" if self.model else "matched")
-        balance, controller = o.choose_balance(name, self.balance, self.controller)
+        if (recipe := task.recipe(self.experts)) is not None:
+            if self.recipe or self.k:
+                raise ValueError(f"the task {task.name} has recipes of its own and takes no --recipe or --k; see --set")
+            balance, controller = self.balance or 0.0, o.choose_controller(self.controller)
+        else:
+            recipe = o.choose_recipe(name, self.experts, self.k)
+            balance, controller = o.choose_balance(name, self.balance, self.controller)
         sparse = SparseArguments(
             balance=balance,
             scope=self.scope,  # type: ignore[arg-type]
@@ -104,13 +115,9 @@ class Train:
         )
         return Job(
             output=self.output,
-            recipe=o.choose_recipe(name, self.experts, self.k),
+            recipe=recipe,
             settings=settings,
-            task=find_task(self.task).of(
-                o.read_pairs("--set", self.settings),
-                length=self.length,
-                shape=Shape(self.width, self.layers, self.heads, self.hidden),
-            ),
+            task=task,
             model=self.model,
             data=self.data,
             seeds=self.seeds,

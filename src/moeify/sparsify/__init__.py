@@ -15,6 +15,7 @@ from moeify.sparsify.make import (
 )
 from moeify.sparsify.memory import engram
 from moeify.sparsify.named import read_recipe, recipes
+from moeify.sparsify.narrow import extraction_of_streams, narrow, narrow_of_streams
 from moeify.sparsify.plan import Plan, find
 from moeify.sparsify.recipe import Recipe
 from moeify.sparsify.residual import residual, residual_splits, start_routers
@@ -22,7 +23,8 @@ from moeify.sparsify.shared import dense, frozen, gated, nothing
 from moeify.sparsify.whole import whole_modules
 
 __all__ = [
-    "Plan", "Recipe", "copies", "dense", "engram", "find", "fresh", "frozen", "gated", "in_latent_space", "lora",
-    "lora_ffn", "masked", "merged", "nothing", "read_recipe", "recipes", "residual", "residual_splits", "sandwich",
-    "sparsify", "splits", "start_routers", "whole_modules", "with_free", "with_multiplicative_bias",
+    "Plan", "Recipe", "copies", "dense", "engram", "extraction_of_streams", "find", "fresh", "frozen", "gated",
+    "in_latent_space", "lora", "lora_ffn", "masked", "merged", "narrow", "narrow_of_streams", "nothing", "read_recipe",
+    "recipes", "residual", "residual_splits", "sandwich", "sparsify", "splits", "start_routers", "whole_modules",
+    "with_free", "with_multiplicative_bias",
 ]  # fmt: skip

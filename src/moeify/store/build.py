@@ -62,7 +62,15 @@ def apply_on_meta(plan: Plan) -> None:
 def _dense(path: Path, description: dict[str, Any]) -> nn.Module:
     import transformers
 
+    from moeify import models
+
     saved = str(description.get("class"))
+    own = getattr(models, saved.rpartition(".")[2], None) if saved.startswith("moeify.models.") else None
+    if own is not None:
+        try:
+            return own(**description["settings"])
+        except (TypeError, ValueError, KeyError, RuntimeError) as error:
+            raise ValueError(f"{path} is damaged: no {own.__name__} can be built of it ({error})") from error
     name = saved.removeprefix("transformers.")
     architecture = getattr(transformers, name, None) if "config" in description else None
     known = isinstance(architecture, type) and issubclass(architecture, transformers.PreTrainedModel)

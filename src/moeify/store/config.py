@@ -29,6 +29,11 @@ def architecture_of(model: nn.Module) -> Any:
     return next((each for each in own if getattr(transformers, each.__name__, None) is each), None)
 
 
+def is_own_class(made: type) -> bool:
+    """Whether a class is one of `moeify.models`, which are built by their settings."""
+    return made.__module__.startswith("moeify.models.")
+
+
 def identify(architecture: Any) -> dict[str, str]:
     """The entries of a config that identify a class of transformers."""
     return {"class": f"transformers.{architecture.__name__}", "model_type": architecture.config_class.model_type}
@@ -38,7 +43,8 @@ def describe(model: nn.Module) -> dict[str, Any]:
     """The class of a model's dense model, and its config if it has one."""
     config: Any = getattr(model, "config", None)
     if config is None:
-        return {"class": f"{type(model).__module__}.{type(model).__qualname__}"}
+        described: dict[str, Any] = {"class": f"{type(model).__module__}.{type(model).__qualname__}"}
+        return described | ({"settings": model.settings} if is_own_class(type(model)) else {})
     added = _OF_MOEIFY + _OF_TRANSFORMERS if isinstance(model, Sparse) else ()
     values = {key: value for key, value in config.to_dict().items() if key not in (*added, "_name_or_path")}
     architecture = architecture_of(model)

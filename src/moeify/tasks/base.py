@@ -109,6 +109,10 @@ class Task(ABC):
             ValueError: data or a model that do not fit the task.
         """
 
+    def recipe(self, num_experts: int | None) -> Recipe | None:
+        """The task's own recipe, for a number of experts; None if every recipe fits."""
+        return None
+
     @classmethod
     def settings(cls) -> dict[str, Any]:
         """The settings that only this task has, by name, with their defaults."""

@@ -46,7 +46,7 @@ class ClassifyAudio(Task):
         group: the field by which the report groups samples; without it the class, where there are few.
         validation: a file or folder of held-out sounds; without it, those that the data hold out, or a tenth.
         rate: samples per second of bytes without a header.
-        seconds: the length of a sound for the small model; longer ones are cut, shorter ones padded.
+        seconds: the length of a sound for the small model, and for others without one; longer ones are cut.
         bins: frequency bins of the small model.
     """
 
@@ -69,7 +69,7 @@ class ClassifyAudio(Task):
         def built() -> nn.Module:
             return small_ast(self.shape, extractor, classes) if model is None else load_audio_classifier(model, classes)
 
-        features = Features(extractor)
+        features = Features(extractor, self.seconds)
         length = pieces(built(), features.of(train[0]["audio"]))
         parts = [self._samples(rows, features, classes, source, length) for rows in (train, validation)]
         objective = OfSounds()
@@ -143,14 +143,20 @@ class Features:
 
     Args:
         extractor: of transformers; sounds are resampled to its rate.
+        seconds: the length of all sounds, where the extractor has none of its own.
     """
 
-    def __init__(self, extractor: Any) -> None:
+    def __init__(self, extractor: Any, seconds: float = 1.0) -> None:
         self.extractor, self.rate = extractor, int(extractor.sampling_rate)
+        has_length = hasattr(extractor, "max_length") or hasattr(extractor, "n_samples")  # AST; Whisper
+        length = {"padding": "max_length", "max_length": round(seconds * self.rate), "truncation": True}
+        self.options: dict[str, Any] = {} if has_length else length
 
     def of(self, read: Callable[[], Sound]) -> dict[str, Tensor]:
         """The inputs by name, without the dimension of the batch, of a sound that `read` returns."""
-        made = self.extractor(read().at(self.rate).wave.numpy(), sampling_rate=self.rate, return_tensors="pt")
+        made = self.extractor(
+            read().at(self.rate).wave.numpy(), sampling_rate=self.rate, return_tensors="pt", **self.options
+        )
         return {name: tensor[0] for name, tensor in made.items()}
 
 
