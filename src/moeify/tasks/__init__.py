@@ -33,6 +33,7 @@ TASKS = {
     "classify-image": Entry("classify_image", "ClassifyImage", "name the class of an image (accuracy)"),
     "classify-audio": Entry("classify_audio", "ClassifyAudio", "name the class of a sound (accuracy)"),
     "contrastive": Entry("contrastive", "Contrastive", "match pictures and captions (recall@1 and @5)"),
+    "seq2seq": Entry("seq2seq", "Seq2Seq", "translate a text (chrF, token accuracy)"),
     "multitask": Entry("multitask", "ManyTasks", "predict columns of a table (AUC)"),
 }  # fmt: skip
 """Every task by its name on the command line."""
