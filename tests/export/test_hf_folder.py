@@ -101,7 +101,7 @@ def test_every_field_of_a_dense_model_is_carried_over(base, tmp_path):
 def test_a_field_that_no_class_has_is_refused(base, flip):
     flips = {flip: 1 if flip == "max_window_layers" else True, "use_sliding_window": True, "sliding_window": 4}
     model = sparse(base, router(), **flips)
-    assert export.supports(model)["transformers"]
+    assert export.find_exporter("transformers").supports(model)
 
 
 @pytest.mark.parametrize("family", families.SPARSE)
@@ -204,15 +204,15 @@ def test_a_capacity_that_is_off_in_evaluation_is_no_hindrance(tmp_path):
 
 def test_a_model_of_no_class_of_the_table_is_refused():
     model = sparsify(encoder(), Recipe(num_experts=4), verbose=False)
-    reasons = export.supports(model)
     for to in ("transformers", "gguf", "mlx"):
-        assert "no causal language model that can be exported" in reasons[to]
+        assert "no causal language model that can be exported" in export.find_exporter(to).supports(model)
 
 
 def test_layers_that_differ_are_refused():
     model = sparse()
     model.model.layers[1].mlp.router.k = 1
-    assert "k is 2 in model.layers.0.mlp and 1 in model.layers.1.mlp" in export.supports(model)["transformers"]
+    reason = export.find_exporter("transformers").supports(model)
+    assert "k is 2 in model.layers.0.mlp and 1 in model.layers.1.mlp" in reason
 
 
 def test_nothing_is_left_of_an_export_that_fails_or_would_overwrite(tmp_path, monkeypatch):
@@ -236,3 +236,9 @@ def test_a_class_may_be_asked_for(tmp_path):
         export.write(model, tmp_path / "other", exporter=HfFolder("mixtral"))
     with pytest.raises(ValueError, match="did you mean 'mixtral'"):
         export.write(model, tmp_path / "other", exporter=HfFolder("mixtrl"))
+
+
+def test_every_exporter_is_asked(monkeypatch):
+    asked = {name: export.find_exporter(name) for name in ("transformers", "mlx")}
+    monkeypatch.setattr("moeify.export.exporter._EXPORTERS", asked)
+    assert export.supports(sparse()) == {"transformers": None, "mlx": None}

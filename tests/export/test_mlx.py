@@ -42,4 +42,4 @@ def test_a_base_of_positions_that_mlx_does_not_find_is_found_by_the_comparison(t
 
 
 def test_what_mlx_lacks_is_refused():
-    assert "Mixtral, selection bias" in export.supports(sparse("llama", "matched"))["mlx"]
+    assert "Mixtral, selection bias" in export.find_exporter("mlx").supports(sparse("llama", "matched"))

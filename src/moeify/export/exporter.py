@@ -121,7 +121,10 @@ def find_exporter(name: str) -> Exporter:
 
 
 def supports(model: nn.Module) -> dict[str, str | None]:
-    """For every exporter, the reason why it cannot express a model, None if it can."""
+    """For every exporter, the reason why it cannot express a model, None if it can.
+
+    Exporters of graphs trace the model, which takes seconds; `find_exporter(name).supports(model)` asks one exporter.
+    """
     return {name: exporter.supports(model) for name, exporter in _EXPORTERS.items()}
 
 
