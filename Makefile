@@ -19,6 +19,7 @@ nightly: $(VENV)/.test
 	$(BIN)/python tests/nightly/saves.py --kills $(KILLS)
 	$(BIN)/python tests/nightly/kernels.py --cases $(CASES)
 	$(BIN)/python -m pytest tests/nightly/families.py
+	$(BIN)/python -m pytest tests -m nightly
 
 check: $(VENV)/.dev
 	$(BIN)/ruff check .

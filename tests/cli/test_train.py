@@ -13,6 +13,7 @@ from command_line import TINY, WORDS, moeify
 from moeify.routers import Cluster
 from moeify.sparsify import recipes
 from moeify.store import load
+from nights import layouts, nightly
 
 
 def strict(text):
@@ -83,7 +84,10 @@ def for_text(recipe):
     return router.causal and not isinstance(router, Cluster)
 
 
-@pytest.mark.parametrize("recipe", [name for name, recipe in recipes.items() if for_text(recipe)])
+@pytest.mark.parametrize(
+    "recipe",
+    [nightly(name) if name in layouts() else name for name, recipe in recipes.items() if for_text(recipe)],
+)
 def test_every_named_recipe_for_decoders_trains(tmp_path, text, recipe):
     options = ["--steps", 2, "--recipe", recipe, *(["--balance", 0] if recipe == "hash" else [])]
     ended = moeify("train", *TINY, *options, "--data", text, "--output", tmp_path / "run")

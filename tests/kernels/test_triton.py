@@ -14,6 +14,7 @@ import torch
 from torch.nn import functional as F
 
 from moeify.kernels.stacked import SWIGLU, ClampedGlu, Plain
+from nights import nightly
 
 triton = pytest.importorskip("triton")
 if triton.knobs.runtime.interpret:
@@ -154,13 +155,13 @@ def test_products_run_on_matrix_units_and_nothing_is_spilled(layer, gpu, tmp_pat
     fits(binaries, gpu, GPUS[gpu][2])
 
 
-@pytest.mark.parametrize("gpu", ["A100", "H100"])
+@pytest.mark.parametrize("gpu", [nightly("A100"), "H100"])
 @pytest.mark.parametrize(("dtype", "widths"), [(torch.float32, ROUND), (torch.float32, ODD), (torch.bfloat16, ODD)])
 def test_neither_fp32_nor_odd_widths_spill(dtype, widths, gpu, tmp_path):
     fits(compiled(lambda: run_layer(*LAYERS["swiglu"], dtype, widths), gpu, tmp_path), gpu, GPUS[gpu][2])
 
 
-@pytest.mark.parametrize("gpu", ["A100", "H100"])
+@pytest.mark.parametrize("gpu", [nightly("A100"), "H100"])
 @pytest.mark.parametrize("tokens", [64, 256])
 def test_few_rows_per_expert_have_lower_tiles(tokens, gpu, tmp_path):
     matrix = "mma.sync" if tokens == 64 else GPUS[gpu][2]  # 16 rows are too few for Hopper's own instruction
@@ -168,7 +169,7 @@ def test_few_rows_per_expert_have_lower_tiles(tokens, gpu, tmp_path):
     fits([b for b in binaries if b.kernel != "_product_tn"], gpu, matrix)
 
 
-@pytest.mark.parametrize("gpu", ["A100", "H100"])
+@pytest.mark.parametrize("gpu", [nightly("A100"), "H100"])
 def test_adapters_of_low_rank_run_on_matrix_units(gpu, tmp_path):
     def adapter(width: int = 2048, rank: int = 16, rows: int = 4096, num_experts: int = 16) -> None:
         from moeify.kernels.triton.linear import _backward, _forward
@@ -184,7 +185,7 @@ def test_adapters_of_low_rank_run_on_matrix_units(gpu, tmp_path):
     fits(compiled(adapter, gpu, tmp_path), gpu, "mma.")  # sums of 16 rows are too few for Hopper's own instruction
 
 
-@pytest.mark.parametrize("gpu", ["A100", "H100"])
+@pytest.mark.parametrize("gpu", [nightly("A100"), "H100"])
 @pytest.mark.parametrize("bits", [16, 8, 4])
 def test_a_decoder_keeps_all_in_registers(bits, gpu, tmp_path):
     fits(compiled(lambda: decode(bits), gpu, tmp_path), gpu, "")

@@ -14,12 +14,14 @@ from moeify.data.corpus import build_corpus
 from moeify.data.tokenizer import ByteTokenizer
 from moeify.routers import Replay, Router, TopK, begin_step
 from moeify.sparsify import fresh, recipes
+from nights import layouts, nightly
 from plain_models import told
 from test_matrix import ROUTERS, D, E
 
 LENGTH, BATCH, STEPS = 32, 8, 24
 MASK = ByteTokenizer.pad_token_id
 RECIPES = [f"recipe {name}" for name in recipes]
+LAYOUTS = [f"recipe {name}" for name in layouts()]
 CASES = [f"router {name}" for name in ROUTERS] + RECIPES
 
 
@@ -121,13 +123,13 @@ def gain(case: str, text: Tensor, unseen: Tensor) -> float:
     return (before - loss(model, unseen)).item()
 
 
-@pytest.mark.parametrize("case", RECIPES)
+@pytest.mark.parametrize("case", [nightly(case) if case in LAYOUTS else case for case in RECIPES])
 def test_the_loss_falls_on_real_text(case, text):
     seen = learn(build(case), text[0][:16])
     assert fmean(seen[-4:]) < fmean(seen[:4]) - 0.5
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", [nightly(case) if case in RECIPES else case for case in CASES])
 def test_sparse_layers_that_learn_alone_lower_the_loss_of_unseen_text(case, text):
     assert gain(case, *text) > 0.05
 

@@ -1,0 +1,19 @@
+"""Tests that `make nightly` runs, and `make test` leaves out for their time."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from moeify.catalogue import catalogue
+
+
+def nightly(*values: Any) -> Any:
+    """A case that only `make nightly` runs."""
+    return pytest.param(*values, marks=pytest.mark.nightly)
+
+
+def layouts() -> list[str]:
+    """The recipes that are settings of one router, each compared with its family's block in test_family_recipes."""
+    return [name for name, entry in catalogue().items() if entry.page == "families"]
