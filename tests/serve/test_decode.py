@@ -12,7 +12,7 @@ from torch import nn
 from moeify.find import every
 from moeify.kernels.cpu import cpp
 from moeify.record import record
-from moeify.routers.topk import ExpertGroups, TopK
+from moeify.routers import ExpertGroups, TopK
 from moeify.serve import fast_decode, plain_decode
 from moeify.sparsify import Recipe, dense, fresh, sparsify
 

@@ -89,7 +89,7 @@ Balance = Annotated[
     typer.Option(
         min=0,
         help="Weight of the balance loss; 0 turns it off",
-        show_default="0.01; 0 where a controller balances matched, and for soft and hash",
+        show_default="0.01; 0 where a controller balances matched, and for soft, hash and peer",
     ),
 ]
 Losses = Annotated[
@@ -211,7 +211,7 @@ def choose_balance(recipe: str, balance: float | None, controller: str | None) -
     """The weight of the balance loss and the controller.
 
     By default `matched` has a controller and no loss, and recipes whose routers learn no scores of tokens (`soft`,
-    `hash`) have neither.
+    `hash`, `peer`) have neither.
 
     Raises:
         ValueError: a controller that is not known.
@@ -227,12 +227,12 @@ def choose_balance(recipe: str, balance: float | None, controller: str | None) -
 
 def learns_scores(recipe: str) -> bool:
     """Whether the router of a recipe has scores that a balance loss can act on."""
-    from moeify.routers import Lookup, Soft
+    from moeify.routers import Lookup, ProductKeys, Soft
     from moeify.sparsify import read_recipe
 
     read = read_recipe(recipe)
     router = read.router(8, read.num_experts)
-    return not (isinstance(router, Soft) or (isinstance(router, Lookup) and router.weight is None))
+    return not (isinstance(router, Soft | ProductKeys) or (isinstance(router, Lookup) and router.weight is None))
 
 
 def choose_controller(text: str | None) -> Rule | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -35,7 +34,7 @@ class LanguageModel(Task):
 
     def prepare(self, model: str | None, data: str | None) -> Setup:
         """Read the texts, and cut them into blocks."""
-        tokenizer: Any = ByteTokenizer() if model is None else saved_tokenizer(Path(model))
+        tokenizer: Any = ByteTokenizer() if model is None else saved_tokenizer(model)
         corpus = build_corpus() if data is None else read_texts(data, field=self.text)
         train, validation = blocks(corpus, tokenizer, self.length)
         facts = {"training tokens available": f"{train.length * len(train):,}"}

@@ -10,6 +10,7 @@ import transformers
 from safetensors import SafetensorError
 
 from moeify.data.tokenizer import ByteTokenizer, Tokenizer
+from moeify.engram import Engram
 from moeify.files import read_json, write_json
 from moeify.modes import in_evaluation
 from moeify.store import load
@@ -77,9 +78,13 @@ def save_tokenizer(tokenizer: Any, folder: Path) -> None:
         tokenizer.save_pretrained(folder)
 
 
-def saved_tokenizer(folder: Path) -> Any:
-    """The tokenizer in the folder of a saved model."""
-    return ByteTokenizer() if (folder / "tokenizer.moeify.json").is_file() else load_tokenizer(str(folder))
+def saved_tokenizer(model: str | Path) -> Any:
+    """The tokenizer in the folder of a saved model, or of a hub model.
+
+    Raises:
+        ValueError: there is none.
+    """
+    return ByteTokenizer() if (Path(model) / "tokenizer.moeify.json").is_file() else load_tokenizer(str(model))
 
 
 def sample(
@@ -102,10 +107,12 @@ def sample(
     torch.manual_seed(seed)
     device = next(model.parameters()).device
     prompt_ids = torch.tensor([ids], device=device)
+    cached = not any(isinstance(part, Engram) for part in model.modules())  # which reads the ids of the whole text
     how = {"do_sample": True, "temperature": temperature, "top_k": 40} if temperature else {"do_sample": False}
     with in_evaluation(model), torch.no_grad():
         out = model.generate(
             input_ids=prompt_ids, attention_mask=torch.ones_like(prompt_ids), max_new_tokens=tokens,
+            use_cache=cached,
             pad_token_id=getattr(tokenizer, "pad_token_id", None) or getattr(tokenizer, "eos_token_id", None), **how,
         )  # fmt: skip
     return str(tokenizer.decode(out[0].tolist()))

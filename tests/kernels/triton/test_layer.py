@@ -29,6 +29,7 @@ pytestmark = pytest.mark.usefixtures("uninitialised_memory_is_nan")
 REFUSED = {
     "soft": "it needs an Assignment",
     "default vector": "this router adds a default output to every token",
+    "weighted inputs": "it weights expert outputs",
     **dict.fromkeys(("mmoe", "cgc", "ple", "bounded union"), "it needs one weight per row"),
 }
 
