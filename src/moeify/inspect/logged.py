@@ -13,9 +13,10 @@ import torch
 
 from moeify.files import read_json
 from moeify.inspect.faults.capacity_drops import dropped
-from moeify.inspect.faults.collapse import Collapsed, blind, plain
+from moeify.inspect.faults.collapse import Collapsed
 from moeify.inspect.faults.dead_experts import dead
 from moeify.inspect.faults.finding import Finding, NotGiven, Unknown
+from moeify.inspect.faults.not_finite import FIX
 from moeify.inspect.faults.observed import ROWS
 from moeify.statistics import DEAD, load
 
@@ -137,16 +138,15 @@ def not_finite(log: TrainingLog) -> Iterator[Finding]:
         yield Finding(
             cause="the training is no longer finite",
             evidence=f"the {'loss' if losses else 'gradient norm'} is {value} at step {step}",
-            fix="go back to the last checkpoint that is finite; lower the learning rate, clip gradients, use bf16 "
-            "for fp16",
+            fix=FIX,
         )
 
 
 def scaled_loss(log: TrainingLog) -> Iterator[Finding]:
-    """The training loss is a multiple of the validation loss all along: micro-batches are summed, not averaged.
+    """The training loss is 2, 3, ... times the validation loss: micro-batches are summed, not averaged.
 
-    A model that has not seen the training data twice has about the same loss on both. The median ratio must be 1.9 or
-    more, and within a tenth of a whole number.
+    A model that has not seen the training data twice has about the same loss on both. The median ratio of two
+    evaluations or more must be within a tenth of a whole number, and 1.9 or more.
     """
     losses, ratios = log.values("loss"), []
     for step, value in log.values("eval_loss"):
@@ -193,14 +193,14 @@ def blind_collapse(log: TrainingLog) -> Iterator[Finding]:
         if found.balance is None:
             raise Unknown("the log has no balance loss")
         if found.is_hidden:
-            yield blind(found, f", since step {window.since}")
+            yield found.finding(f", since step {window.since}")
 
 
 def collapse(log: TrainingLog) -> Iterator[Finding]:
     """At the end half the experts or fewer are in use, and the balance loss, where it is logged, shows it."""
     for found, window in _collapsed(log):
         if not found.is_hidden:
-            yield plain(found, f", since step {window.since}")
+            yield found.finding(f", since step {window.since}")
 
 
 def _collapsed(log: TrainingLog) -> Iterator[tuple[Collapsed, Window]]:

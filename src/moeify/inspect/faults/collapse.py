@@ -31,11 +31,26 @@ class Collapsed:
         """Whether the balance loss shows less than a tenth of the imbalance, E · Σ_j f_j² - 1."""
         return self.balance is not None and self.balance - 1 <= 0.1 * (1 / self.in_use - 1)
 
-    def __str__(self) -> str:
-        """How many experts are in use."""
-        if self.experts is None:
-            return f"{self.in_use:.0%} of the experts in use"
-        return f"{self.in_use * self.experts:.1f} of {self.experts} experts in use"
+    def finding(self, since: str = "") -> Finding:
+        """What to report.
+
+        Args:
+            since: when it began, in words.
+        """
+        used = f"{self.in_use * self.experts:.1f} of {self.experts}" if self.experts else f"{self.in_use:.0%} of the"
+        balance = "" if self.balance is None else f"balance loss {self.balance:.2f} (1 is even), and "
+        cause = "the routing has collapsed onto a few experts"
+        fix = (
+            "raise the weight of the balance loss (SparseArguments(balance=1e-2)) or use a controller; lower the "
+            "learning rate of the router"
+        )
+        if self.is_hidden:
+            cause = "the routing has collapsed, and the balance loss does not show it: the scores are uniform"
+            fix = (
+                "watch MaxVio and dead experts in the place of the loss; balance by a selection bias "
+                "(SparseArguments(controller=Sign())), which counts rows; initialise the router with a larger std"
+            )
+        return Finding(layer=self.name, cause=cause, evidence=f"{balance}{used} experts in use{since}", fix=fix)
 
 
 def blind_collapse(seen: Observed) -> Iterator[Finding]:
@@ -49,23 +64,7 @@ def blind_collapse(seen: Observed) -> Iterator[Finding]:
         if found.balance is None:
             raise Unknown("the routers keep no scores, so their balance loss is not known")
         if found.is_hidden:
-            yield blind(found)
-
-
-def blind(found: Collapsed, since: str = "") -> Finding:
-    """The finding about a collapse that the balance loss does not show.
-
-    Args:
-        found: the layer.
-        since: when it began, in words.
-    """
-    return Finding(
-        layer=found.name,
-        cause="the routing has collapsed, and the balance loss does not show it: the scores are uniform",
-        evidence=f"balance loss {found.balance:.2f} (1 is even), and {found}{since}",
-        fix="watch MaxVio and dead experts in the place of the loss; balance by a selection bias "
-        "(SparseArguments(controller=Sign())), which counts rows; initialise the router with a larger std",
-    )
+            yield found.finding()
 
 
 def collapse(seen: Observed) -> Iterator[Finding]:
@@ -75,24 +74,7 @@ def collapse(seen: Observed) -> Iterator[Finding]:
     """
     for found in _collapsed(seen):
         if not found.is_hidden:
-            yield plain(found)
-
-
-def plain(found: Collapsed, since: str = "") -> Finding:
-    """The finding about a collapse that the balance loss shows, or that has none.
-
-    Args:
-        found: the layer.
-        since: when it began, in words.
-    """
-    balance = "" if found.balance is None else f"; balance loss {found.balance:.2f} (1 is even)"
-    return Finding(
-        layer=found.name,
-        cause="the routing has collapsed onto a few experts",
-        evidence=f"{found}{since}{balance}",
-        fix="raise the weight of the balance loss (SparseArguments(balance=1e-2)) or use a controller; lower "
-        "the learning rate of the router",
-    )
+            yield found.finding()
 
 
 def _collapsed(seen: Observed) -> Iterator[Collapsed]:

@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from moeify.inspect.faults.finding import Finding
 from moeify.inspect.faults.observed import Observed
 
+FIX = "go back to the last checkpoint that is finite; lower the learning rate, clip gradients, use bf16 for fp16"
+
 
 def not_finite(seen: Observed) -> Iterator[Finding]:
     """A parameter holds NaN or infinity: one such value spreads to later layers and invalidates all measurements."""
@@ -15,6 +17,5 @@ def not_finite(seen: Observed) -> Iterator[Finding]:
             layer=name,
             cause="weights are NaN or infinite",
             evidence=f"{count} of {seen.model.get_parameter(name).numel()} values are not finite",
-            fix="go back to the last checkpoint that is finite; lower the learning rate, clip gradients, use bf16 "
-            "for fp16",
+            fix=FIX,
         )
