@@ -55,11 +55,12 @@ class Engram(nn.Module):
                 "divide the dimensions, and ngrams >= 2"
             )
         self.ngrams, self.heads, self.pad, self.key = ngrams, heads, pad, key
-        sizes = torch.tensor(_primes(rows, heads * (ngrams - 1)))
+        primes = _primes(rows, self.tables)
+        sizes = torch.tensor(primes)
         self.register_buffer("multipliers", 2 * torch.randint(2**62 // vocabulary, (ngrams,)) + 1)
         self.register_buffer("sizes", sizes)
         self.register_buffer("starts", sizes.cumsum(0) - sizes)
-        self.table = nn.Parameter(torch.randn(int(sum(_primes(rows, len(sizes)))), dimensions // heads) * 0.02)
+        self.table = nn.Parameter(torch.randn(sum(primes), dimensions // heads) * 0.02)
         self.keys, self.values = (nn.Linear(dimensions * (ngrams - 1), width, bias=False) for _ in range(2))
         self.norm_key, self.norm_query, self.norm_value = (nn.RMSNorm(width, eps=eps) for _ in range(3))
         self.conv = nn.Parameter(torch.empty(kernel, width).uniform_(-1, 1) / math.sqrt(kernel))
