@@ -67,7 +67,6 @@ def test_layouts_use_every_device_once_and_every_sequence_once(name, nodes, sequ
     for layout in found:
         assert layout.world == 8 * nodes
         assert layout.sequences == sequences
-        assert layout.efsdp * layout.ep == layout.fsdp * layout.tp
         assert SHAPE.num_experts % layout.ep == 0
 
 
@@ -78,7 +77,7 @@ def test_transformers_takes_every_layout_that_is_planned_for_it():
         values = json.loads(EMIT["transformers"](layout, SHAPE, 2048))["distributed_config"]
         made = DistributedConfig(**values)
         assert made.dp_size * made.tp_size * made.pp_size == 8
-        assert made.efsdp_size == layout.efsdp
+        assert made.efsdp_size == layout.efsdp * layout.etp
 
 
 def test_a_layout_that_transformers_refuses_is_refused_here():
@@ -128,6 +127,12 @@ def test_skew_never_makes_a_step_faster_and_costs_nothing_without_expert_paralle
     assert steps[0] <= steps[1] * (1 + 1e-9)
     alone = [step(workload=Workload.skewed(64, s)).price(Layout(fsdp=8)).step for s in (0.0, skew)]
     assert alone[1] <= alone[0] * 1.05
+
+
+@pytest.mark.parametrize(("tp", "ep"), [(1, 1), (2, 1), (8, 1), (1, 8), (2, 2), (2, 8), (4, 2)])
+def test_the_ranks_of_a_replica_keep_the_optimizer_state_of_every_parameter_once(tp, ep):
+    held = step().price(Layout(fsdp=8 // tp, tp=tp, ep=ep)).bytes["optimizer"]
+    assert 8 * held == pytest.approx(12 * SHAPE.parameters)
 
 
 def test_sharding_saves_memory_and_the_fullest_rank_sets_its_activations():

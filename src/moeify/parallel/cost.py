@@ -155,9 +155,8 @@ class Step:
     ) -> tuple[Float[Tensor, "S L"], Float[Tensor, "S L"]]:
         """Seconds of the experts and of both exchanges of a layer, forward, on the fullest rank."""
         device, width = self.cluster.device, self.shape.width
-        sliced = layout.tp if layout.ep == 1 else 1
         work = ExpertWork.of(
-            rows.ceil(), width=width, hidden=max(round(self.shape.hidden / sliced), 1), experts=rows.shape[-1]
+            rows.ceil(), width=width, hidden=max(round(self.shape.hidden / layout.etp), 1), experts=rows.shape[-1]
         )
         experts = device.experts.seconds(work, device.flops, device.bandwidth).amax(-1)
         received = rows.sum(-1).amax(-1) * width * 2
@@ -188,26 +187,23 @@ class Step:
         """Parameters of one rank before fsdp shards them: outside experts, and of experts."""
         shape = self.shape
         dense = (shape.dense_parameters / layout.pp + shape.embedding / min(layout.pp, 2)) / layout.tp
-        sliced = layout.tp if layout.ep == 1 else 1
         sparse = max(sparse for _, sparse in self._stages(layout))
-        return dense, sparse * shape.num_experts * shape.expert_parameters / layout.ep / sliced
+        return dense, sparse * shape.num_experts * shape.expert_parameters / (layout.ep * layout.etp)
+
+    def _owned(self, layout: Layout) -> float:
+        """Parameters of one rank whose optimizer state it keeps."""
+        dense, experts = self._held(layout)
+        return dense / layout.fsdp + experts / layout.efsdp
 
     def _weights(self, layout: Layout, compute: float) -> float:
         """Seconds of gathering parameters and reducing gradients that compute does not hide."""
         dense, experts = self._held(layout)
-        data, expert_data = layout.fsdp, layout.efsdp if layout.ep > 1 else layout.fsdp
-        strides = layout.tp, layout.ep if layout.ep > 1 else layout.tp
-        gathers = sum(
-            gather(self.cluster, 2 * held, group, stride)
-            for held, group, stride in zip((dense, experts), (data, expert_data), strides, strict=True)
+        shards = (dense, layout.fsdp, layout.tp), (experts, layout.efsdp, layout.ep * layout.etp)
+        gathers, reduces = (
+            sum(gather(self.cluster, size * held, group, stride) for held, group, stride in shards)
+            for size in (2, GRADIENT)
         )
-        reduces = sum(
-            gather(self.cluster, GRADIENT * held, group, stride)
-            for held, group, stride in zip((dense, experts), (data, expert_data), strides, strict=True)
-        )
-        replicas = reduce(
-            self.cluster, GRADIENT * (dense / data + experts / expert_data), layout.dp, layout.tp * layout.fsdp
-        )
+        replicas = reduce(self.cluster, GRADIENT * self._owned(layout), layout.dp, layout.tp * layout.fsdp)
         if not self.target.shards_parameters:
             return gathers + reduces + replicas
         hidden = layout.accumulation * (2 * gathers + reduces)
@@ -218,16 +214,14 @@ class Step:
 
         Unsharded gradients are added to by the products that compute them, as Megatron's are.
         """
-        dense, experts = self._held(layout)
-        owned = dense / layout.fsdp + experts / (layout.efsdp if layout.ep > 1 else layout.fsdp)
+        owned = self._owned(layout)
         added = layout.accumulation * owned * 2 * GRADIENT if self.target.shards_parameters else 0.0
         moved = owned * OPTIMIZER + added
         return moved / (self.cluster.device.bandwidth * self.cluster.device.streaming)
 
     def _bytes(self, layout: Layout) -> dict[str, float]:
         shape, tokens = self.shape, self._tokens(layout)
-        dense, experts = self._held(layout)
-        owned = dense / layout.fsdp + experts / (layout.efsdp if layout.ep > 1 else layout.fsdp)
+        (dense, experts), owned = self._held(layout), self._owned(layout)
         stages, width = self._stages(layout), shape.width
         fullest = float(self.rank_rows(layout).sum(-1).amax())
         per_row = 2 * (2 * width + 3 * shape.hidden) + 4 * shape.hidden

@@ -36,7 +36,7 @@ def torchtitan(layout: Layout, shape: ModelShape, length: int) -> str:
             "data_parallel_replicate_degree": layout.dp, "data_parallel_shard_degree": layout.fsdp,
             "tensor_parallel_degree": layout.tp, "pipeline_parallel_degree": layout.pp,
             "pipeline_parallel_microbatch_size": layout.micro_batch, "expert_parallel_degree": layout.ep,
-            "expert_tensor_parallel_degree": 1 if layout.ep > 1 else layout.tp,
+            "expert_tensor_parallel_degree": layout.etp,
         },
         "activation_checkpoint": {"mode": "full" if layout.recompute else "none"},
     }  # fmt: skip
@@ -50,7 +50,7 @@ def megatron(layout: Layout, shape: ModelShape, length: int) -> str:
     """Command-line flags, one a line."""
     flags = {
         "tensor-model-parallel-size": layout.tp, "pipeline-model-parallel-size": layout.pp,
-        "expert-model-parallel-size": layout.ep, "expert-tensor-parallel-size": 1 if layout.ep > 1 else layout.tp,
+        "expert-model-parallel-size": layout.ep, "expert-tensor-parallel-size": layout.etp,
         "num-experts": shape.num_experts, "moe-router-topk": round(shape.k), "moe-token-dispatcher-type": "alltoall",
         "seq-length": length, "micro-batch-size": layout.micro_batch, "global-batch-size": layout.sequences,
     }  # fmt: skip

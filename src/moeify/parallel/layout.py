@@ -41,9 +41,14 @@ class Layout:
         return self.dp * self.fsdp * self.tp * self.pp
 
     @property
+    def etp(self) -> int:
+        """Ranks that split every expert: all of tp, or none if experts are spread over ranks."""
+        return self.tp if self.ep == 1 else 1
+
+    @property
     def efsdp(self) -> int:
-        """Ranks of a replica that hold the same experts."""
-        return self.fsdp * self.tp // self.ep
+        """Ranks of a replica that hold the same experts, or the same slices of them."""
+        return self.fsdp * self.tp // (self.ep * self.etp)
 
     @property
     def sequences(self) -> int:
