@@ -119,12 +119,12 @@ def test_stages_split_the_compute_and_wait_for_each_other():
     assert split["bubble"] > whole["bubble"] == 0
 
 
-@given(st.floats(0.0, 1.5), st.floats(0.1, 1.0))
+@given(st.floats(0.0, 1.5))
 @settings(max_examples=20, deadline=None)
-def test_skew_never_makes_a_step_faster_and_costs_nothing_without_expert_parallelism_but_tiles(skew, more):
+def test_skew_never_makes_a_step_faster_and_costs_nothing_without_expert_parallelism_but_tiles(skew):
     layout = Layout(fsdp=8, ep=8)
-    steps = [step(workload=Workload.skewed(64, s, layers=4)).price(layout).step for s in (0.0, skew, skew + more)]
-    assert steps[0] <= steps[1] * (1 + 1e-9)
+    balanced, skewed = (step(workload=Workload.skewed(64, s, layers=4)).price(layout).step for s in (0.0, skew))
+    assert balanced <= skewed * (1 + 1e-9)
     alone = [step(workload=Workload.skewed(64, s)).price(Layout(fsdp=8)).step for s in (0.0, skew)]
     assert alone[1] <= alone[0] * 1.05
 
