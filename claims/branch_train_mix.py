@@ -13,19 +13,19 @@ from __future__ import annotations
 
 import argparse
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from statistics import fmean, stdev
 
 import torch
 import transformers
 from common.text import text_by_domain
+from common.training import average, drawn, held_out, of_domain, train
 from results import append
 from torch import Tensor, nn
 
-from moeify import losses, merge_models, record
+from moeify import merge_models, record
 from moeify.compose import route_all_to
 from moeify.data import ByteTokenizer
-from moeify.data.blocks import Blocks
 from moeify.flops import count
 from moeify.origin import Origin
 from moeify.train.freeze import freeze
@@ -33,24 +33,7 @@ from moeify.train.freeze import freeze
 DOMAINS = ("novel", "math", "code_python", "docs_fr")
 CAP, LENGTH, BATCH = 900_000, 128, 16
 BASE, BRANCH, MIX = 1000, 120, 100
-BASE_RATE, RATE, BALANCE = 2e-3, 1e-3, 1e-2
-
-Batches = Callable[[torch.Generator], Tensor]
-
-
-def of_domain(data: Blocks, domain: str) -> Tensor:
-    """All blocks of a domain, (blocks, LENGTH)."""
-    return data.input_ids[data.domain == data.domains.index(domain)].long()
-
-
-def drawn(*domains: Tensor) -> Batches:
-    """Batches with as many blocks of each domain, at random."""
-
-    def draw(dice: torch.Generator) -> Tensor:
-        share = BATCH // len(domains)
-        return torch.cat([ids[torch.randint(len(ids), (share,), generator=dice)] for ids in domains])
-
-    return draw
+BASE_RATE, RATE = 2e-3, 1e-3
 
 
 def dense() -> nn.Module:
@@ -59,35 +42,6 @@ def dense() -> nn.Module:
         num_attention_heads=2, num_key_value_heads=2, tie_word_embeddings=True,
     )  # fmt: skip
     return transformers.LlamaForCausalLM(config)
-
-
-def train(model: nn.Module, batches: Batches, steps: int, seed: int, rate: float = RATE) -> nn.Module:
-    """AdamW with a short warm-up and a linear decay to nothing; returns the model."""
-    dice = torch.Generator().manual_seed(seed)
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=rate, weight_decay=0.1)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, steps, pct_start=0.05, anneal_strategy="linear")
-    model.train()
-    for _ in range(steps):
-        _loss(model, batches(dice)).backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
-    return model
-
-
-def _loss(model: nn.Module, ids: Tensor) -> Tensor:
-    if Origin.of(model).recipe is None:
-        return model(input_ids=ids, labels=ids).loss
-    with record(model) as decisions:
-        task = model(input_ids=ids, labels=ids).loss
-    return task + BALANCE * torch.stack([losses.balance(routing) for routing in decisions.values()]).mean()
-
-
-@torch.no_grad()
-def held_out(model: nn.Module, ids: Tensor) -> float:
-    model.eval()
-    return fmean(model(input_ids=part, labels=part).loss.item() for part in ids.split(32))
 
 
 @torch.no_grad()
@@ -101,23 +55,15 @@ def own_share(model: nn.Module, unseen: dict[str, Tensor]) -> float:
     return fmean(shares)
 
 
-def average(models: list[nn.Module]) -> nn.Module:
-    mean = copy.deepcopy(models[0])
-    with torch.no_grad():
-        for target, *values in zip(mean.parameters(), *(m.parameters() for m in models), strict=True):
-            target.copy_(torch.stack(values).mean(0))
-    return mean
-
-
 def arms(seed: int, learnt: dict[str, Tensor]) -> Iterator[tuple[str, nn.Module, int]]:
     """Every arm: its name, its model, and the steps that were trained for it after the base."""
     torch.manual_seed(seed)
-    everything = drawn(*learnt.values())
+    everything = drawn(*learnt.values(), batch=BATCH)
     base = train(dense(), everything, BASE, seed, BASE_RATE)
     yield "base", base, 0
     branches = {}
     for domain, ids in learnt.items():
-        branches[domain] = train(copy.deepcopy(base), drawn(ids), BRANCH, seed + 100)
+        branches[domain] = train(copy.deepcopy(base), drawn(ids, batch=BATCH), BRANCH, seed + 100, RATE)
         yield f"branch {domain}", branches[domain], BRANCH
     apart = BRANCH * len(DOMAINS)
     yield "mean of the branches", average(list(branches.values())), apart
@@ -129,13 +75,13 @@ def arms(seed: int, learnt: dict[str, Tensor]) -> Iterator[tuple[str, nn.Module,
         yield f"merged, rest {rest}, router from examples", model, apart
         routed = copy.deepcopy(model)
         freeze(routed, "base", "experts", verbose=False)
-        yield f"merged, rest {rest}, router trained", train(routed, everything, MIX, seed + 200), apart + MIX
-    whole = train(merge_models(branches, router_init=examples, verbose=False), everything, MIX, seed + 200)
+        yield f"merged, rest {rest}, router trained", train(routed, everything, MIX, seed + 200, RATE), apart + MIX
+    whole = train(merge_models(branches, router_init=examples, verbose=False), everything, MIX, seed + 200, RATE)
     yield "merged, rest mean, all trained", whole, apart + MIX
 
     ratio = count(whole, LENGTH).flops / count(base, LENGTH).flops
     for name, steps in (("tokens", apart + MIX), ("FLOPs", apart + round(MIX * ratio))):
-        yield f"dense, equal {name}", train(copy.deepcopy(base), everything, steps, seed + 300), steps
+        yield f"dense, equal {name}", train(copy.deepcopy(base), everything, steps, seed + 300, RATE), steps
 
 
 def main() -> None:

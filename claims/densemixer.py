@@ -21,17 +21,18 @@ from __future__ import annotations
 
 import argparse
 import copy
-import math
-from contextlib import AbstractContextManager, nullcontext
-from statistics import fmean, stdev
+from contextlib import nullcontext
+from statistics import fmean
 
 import torch
 import transformers
+from common.statistics import paired
 from common.text import text_by_domain
+from common.training import drawn, held_out, of_domain, train
 from results import append
 from torch import Tensor, nn
 
-from moeify import Recipe, losses, record, sparsify
+from moeify import Recipe, record, sparsify
 from moeify.data import ByteTokenizer
 from moeify.flops import count
 from moeify.layers import sparse_layers
@@ -42,9 +43,7 @@ from moeify.train.freeze import freeze
 LEARNT, NEW = ("novel", "docs_fr", "math"), "code_python"
 CAP, LENGTH, BATCH = 300_000, 64, 8
 BASE, TUNE = 300, 80
-BASE_RATE, RATE, BALANCE = 2e-3, 5e-4, 1e-2
-T_95 = {2: 12.71, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571}
-"""The 97.5 % quantile of Student's t for this many seeds."""
+BASE_RATE, RATE = 2e-3, 5e-4
 
 
 def model() -> nn.Module:
@@ -53,37 +52,6 @@ def model() -> nn.Module:
         num_attention_heads=2, num_key_value_heads=2, tie_word_embeddings=True,
     )  # fmt: skip
     return sparsify(transformers.LlamaForCausalLM(config), Recipe(num_experts=8, experts=fresh), verbose=False)
-
-
-def train(
-    sparse: nn.Module, ids: Tensor, steps: int, seed: int, rate: float, way: AbstractContextManager[None]
-) -> nn.Module:
-    """AdamW with a short warm-up and a linear decay to nothing; returns the model."""
-    dice = torch.Generator().manual_seed(seed)
-    learning = [p for p in sparse.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(learning, lr=rate, weight_decay=0.1)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, steps, pct_start=0.05, anneal_strategy="linear")
-    sparse.train()
-    with way:
-        for _ in range(steps):
-            loss(sparse, ids[torch.randint(len(ids), (BATCH,), generator=dice)]).backward()
-            nn.utils.clip_grad_norm_(learning, 1.0)
-            optimizer.step()
-            schedule.step()
-            optimizer.zero_grad()
-    return sparse
-
-
-def loss(sparse: nn.Module, ids: Tensor) -> Tensor:
-    with record(sparse) as decisions:
-        task = sparse(input_ids=ids, labels=ids).loss
-    return task + BALANCE * torch.stack([losses.balance(routing) for routing in decisions.values()]).mean()
-
-
-@torch.no_grad()
-def held_out(sparse: nn.Module, ids: Tensor) -> float:
-    sparse.eval()
-    return fmean(sparse(input_ids=part, labels=part).loss.item() for part in ids.split(32))
 
 
 @torch.no_grad()
@@ -116,13 +84,6 @@ def step_costs(sparse: nn.Module) -> float:
     return 1 + (size.dense_flops - size.flops) / (3 * size.flops)
 
 
-def told(name: str, differences: list[float]) -> str:
-    n = len(differences)
-    half = T_95[n] * stdev(differences) / math.sqrt(n) if n > 1 else math.inf
-    mean = fmean(differences)
-    return f"{name}: {mean:+.4f}, 95 % interval {mean - half:+.4f} to {mean + half:+.4f}"
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
@@ -130,14 +91,12 @@ def main() -> None:
     torch.set_num_threads(1)
     learnt, unseen = text_by_domain((*LEARNT, NEW), CAP, LENGTH)
 
-    def of(part: object, *domains: str) -> Tensor:
-        return torch.cat([part.input_ids[part.domain == part.domains.index(d)].long() for d in domains])  # type: ignore[attr-defined]
-
-    old, new, test = of(learnt, *LEARNT), of(learnt, NEW), of(unseen, NEW)[:256]
+    old = torch.cat([of_domain(learnt, domain) for domain in LEARNT])
+    new, test = of_domain(learnt, NEW), of_domain(unseen, NEW)[:256]
     ends: dict[str, list[float]] = {}
     for seed in options.seeds:
         torch.manual_seed(seed)
-        base = train(model(), old, BASE, seed, BASE_RATE, nullcontext())
+        base = train(model(), drawn(old, batch=BATCH), BASE, seed, BASE_RATE)
         turned, longer = cosine(copy.deepcopy(base), new[:BATCH]), round(TUNE * step_costs(base))
         usual: list[Tensor] = []
         for arm, steps in (
@@ -150,7 +109,8 @@ def main() -> None:
             way = dense_router_gradient(tuned) if arm == "DenseMixer" else nullcontext()
             order = seed + (200 if "other" in arm else 100)
             if steps:
-                tuned = train(tuned, new, steps, order, RATE, way)
+                with way:
+                    train(tuned, drawn(new, batch=BATCH), steps, order, RATE)
             found, chosen = held_out(tuned, test), choices(tuned, test[:32])
             usual = chosen if arm == "as ever" else usual
             ends.setdefault(arm, []).append(found)
@@ -162,9 +122,9 @@ def main() -> None:
             })  # fmt: skip
             print(f"seed {seed}  {arm:30} {found:.4f}  {moved}  cosine {turned:.3f}", flush=True)
     ever, longer_ever, mixer = ends["as ever"], ends["as ever, FLOPs of DenseMixer"], ends["DenseMixer"]
-    for name, other in (("tokens", ever), ("FLOPs", longer_ever)):
-        print(told(f"DenseMixer - as ever, equal {name}", [a - b for a, b in zip(mixer, other, strict=True)]))
-    print(told("frozen router - as ever", [a - b for a, b in zip(ends["frozen router"], ever, strict=True)]))
+    print("DenseMixer - as ever, equal tokens:", paired(mixer, ever))
+    print("DenseMixer - as ever, equal FLOPs:", paired(mixer, longer_ever))
+    print("frozen router - as ever:", paired(ends["frozen router"], ever))
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ from dataclasses import dataclass
 from statistics import fmean
 
 import torch
+from common.statistics import rank_correlation
 from jaxtyping import Float
 from results import append
 from torch import Tensor
@@ -93,11 +94,6 @@ def predicted(cost: GroupedCost, works: list[ExpertWork]) -> Float[Tensor, "N"]:
 
 def error(ours: Float[Tensor, "N"], real: Float[Tensor, "N"]) -> float:
     return float((ours / real - 1).abs().mean())
-
-
-def rank_correlation(a: Float[Tensor, "N"], b: Float[Tensor, "N"]) -> float:
-    ranks = [x.argsort().argsort().double() for x in (a, b)]
-    return float(torch.corrcoef(torch.stack(ranks))[0, 1])
 
 
 def three_terms(works: list[ExpertWork], real: Float[Tensor, "N"], fitted: Tensor) -> Float[Tensor, "N"]:

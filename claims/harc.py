@@ -15,13 +15,12 @@ from __future__ import annotations
 
 import argparse
 import copy
-from contextlib import nullcontext
 from statistics import fmean
 
 import torch
-from branch_train_mix import average, held_out, of_domain
 from common.text import text_by_domain
-from densemixer import BASE_RATE, BATCH, CAP, LENGTH, choices, differing, model, train
+from common.training import average, drawn, held_out, of_domain, train
+from densemixer import BASE_RATE, BATCH, CAP, LENGTH, choices, differing, model
 from results import append
 from torch import Tensor, nn
 
@@ -41,9 +40,10 @@ def main() -> None:
     unseen = {domain: of_domain(unseen_part, domain)[:128] for domain in DOMAINS}
     for seed in options.seeds:
         torch.manual_seed(seed)
-        base = train(model(), torch.cat(list(learnt.values())), BASE, seed, BASE_RATE, nullcontext())
+        everything = drawn(torch.cat(list(learnt.values())), batch=BATCH)
+        base = train(model(), everything, BASE, seed, BASE_RATE)
         branches: dict[str, nn.Module] = {
-            domain: train(copy.deepcopy(base), ids, BRANCH, seed + 100, RATE, nullcontext())
+            domain: train(copy.deepcopy(base), drawn(ids, batch=BATCH), BRANCH, seed + 100, RATE)
             for domain, ids in learnt.items()
         }
         merged = average(list(branches.values()))

@@ -24,6 +24,7 @@ from pathlib import Path
 from statistics import median
 
 import torch
+from common.statistics import rank_correlation
 from results import append
 
 from moeify.parallel import DEVICES, TARGETS, Cluster, Device, Layout, Link, ModelShape, Step, Workload
@@ -113,8 +114,7 @@ def main() -> None:
             "speedup_predicted": f"{times[0] / times[1]:.2f}", "right": agrees,
         })  # fmt: skip
         print(*rows[-1].values())
-    ranks = [torch.tensor(x).argsort().argsort().double() for x in (ours, real)]
-    correlation = float(torch.corrcoef(torch.stack(ranks))[0, 1])
+    correlation = rank_correlation(torch.tensor(ours), torch.tensor(real))
     result = "reproduced" if right >= 10 and hard else "failed"
     print(f"{right} of {len(rows)} winners right, rank correlation of {len(real)} times {correlation:.3f}: {result}")
     for row in rows:

@@ -1,0 +1,73 @@
+"""Training and held-out loss of the byte-level language models that claims compare."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from statistics import fmean
+
+import torch
+from torch import Tensor, nn
+
+from moeify import losses, record
+from moeify.data.blocks import Blocks
+from moeify.layers import sparse_layers
+
+BALANCE = 1e-2
+
+Batches = Callable[[torch.Generator], Tensor]
+
+
+def of_domain(data: Blocks, domain: str) -> Tensor:
+    """All blocks of a domain, (blocks, length)."""
+    return data.input_ids[data.domain == data.domains.index(domain)].long()
+
+
+def drawn(*domains: Tensor, batch: int) -> Batches:
+    """Batches with as many blocks of each domain, at random."""
+
+    def draw(dice: torch.Generator) -> Tensor:
+        share = batch // len(domains)
+        return torch.cat([ids[torch.randint(len(ids), (share,), generator=dice)] for ids in domains])
+
+    return draw
+
+
+def train(model: nn.Module, batches: Batches, steps: int, seed: int, rate: float) -> nn.Module:
+    """AdamW with a short warm-up and a linear decay to nothing; returns the model."""
+    dice = torch.Generator().manual_seed(seed)
+    learning = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(learning, lr=rate, weight_decay=0.1)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, steps, pct_start=0.05, anneal_strategy="linear")
+    model.train()
+    for _ in range(steps):
+        _loss(model, batches(dice)).backward()
+        nn.utils.clip_grad_norm_(learning, 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+    return model
+
+
+def _loss(model: nn.Module, ids: Tensor) -> Tensor:
+    if not sparse_layers(model):
+        return model(input_ids=ids, labels=ids).loss
+    with record(model) as decisions:
+        task = model(input_ids=ids, labels=ids).loss
+    return task + BALANCE * torch.stack([losses.balance(routing) for routing in decisions.values()]).mean()
+
+
+@torch.no_grad()
+def held_out(model: nn.Module, ids: Tensor) -> float:
+    """Nats per byte."""
+    model.eval()
+    return fmean(model(input_ids=part, labels=part).loss.item() for part in ids.split(32))
+
+
+def average(models: list[nn.Module]) -> nn.Module:
+    """A model whose parameters are the means of those of the models."""
+    mean = copy.deepcopy(models[0])
+    with torch.no_grad():
+        for target, *values in zip(mean.parameters(), *(m.parameters() for m in models), strict=True):
+            target.copy_(torch.stack(values).mean(0))
+    return mean
