@@ -21,6 +21,7 @@ from pathlib import Path
 from types import ModuleType
 
 import torch
+from common.published import parse
 from jaxtyping import Float
 from results import append
 from torch import Tensor
@@ -115,11 +116,8 @@ def replay(shares: Float[Tensor, "S L E"], nodes: int, ep: int, spare: int) -> S
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--eplb", type=Path, help="eplb.py of deepseek-ai/EPLB")
     parser.add_argument("--seed", type=int, default=7)
-    options = parser.parse_args()
-    if options.eplb is None:
-        parser.error("name eplb.py of deepseek-ai/EPLB by --eplb")
+    options = parse(parser, "eplb", "eplb.py of deepseek-ai/EPLB")
     torch.set_num_threads(1)
     same, cases = equal(load(options.eplb))
     print(f"EPLB: {same} of {cases} placements are equal")

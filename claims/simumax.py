@@ -31,6 +31,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import transformers
+from common.published import parse
 from results import append
 
 from moeify.data.claim_files import data_file
@@ -121,10 +122,7 @@ def price(model: ModelShape, cluster: Cluster, workload: Workload, layout: str, 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--simumax", type=Path, help="a checkout of MooreThreads/SimuMax")
-    folder = parser.parse_args().simumax
-    if folder is None:
-        parser.error("name the checkout of MooreThreads/SimuMax by --simumax")
+    folder = parse(parser, "simumax", "a checkout of MooreThreads/SimuMax").simumax
     found = clusters(folder)
     models = {name: shape(folder, name) for name in ("deepseekv2", "deepseekv3")}
     published = json.loads((folder / "docs/b200/b200_release_v1.2_summary.json").read_text())["rows"]

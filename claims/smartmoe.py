@@ -24,6 +24,7 @@ from pathlib import Path
 from statistics import median
 
 import torch
+from common.published import parse
 from common.statistics import rank_correlation
 from results import append
 
@@ -90,10 +91,7 @@ def predicted(run: Run) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--artifact", type=Path, help="a checkout of thu-pacman/SmartMoE-AE")
-    folder = parser.parse_args().artifact
-    if folder is None:
-        parser.error("name the checkout of thu-pacman/SmartMoE-AE by --artifact")
+    folder = parse(parser, "artifact", "a checkout of thu-pacman/SmartMoE-AE").artifact
     runs = {
         s: [read(f) for f in sorted((folder / "logs/fig8").glob(f"*/*/{s}/*.log"))] for s in ("fastmoe", "smartmoe")
     }

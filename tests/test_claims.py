@@ -37,6 +37,16 @@ def test_peers_that_are_missing_are_said_to_be_and_nothing_is_kept(monkeypatch, 
     assert sorted((CLAIMS / "results").glob("*")) == before
 
 
+@pytest.mark.parametrize("name", ["placement", "simumax", "smartmoe"])
+def test_a_claim_without_the_copy_that_it_compares_with_ends_well_and_keeps_nothing(name, monkeypatch, capsys):
+    before = sorted((CLAIMS / "results").glob("*"))
+    with pytest.raises(SystemExit) as end:
+        run(CLAIMS / f"{name}.py", monkeypatch)
+    assert end.value.code == 0
+    assert capsys.readouterr().out.startswith("not run (peer missing): name ")
+    assert sorted((CLAIMS / "results").glob("*")) == before
+
+
 def test_our_side_of_the_comparison_runs_without_peers(monkeypatch):
     monkeypatch.syspath_prepend(str(CLAIMS))
     ours = runpy.run_path(str(CLAIMS / "peers" / "ours.py"))
