@@ -18,6 +18,7 @@ import copy
 from statistics import fmean
 
 import torch
+from common.statistics import paired
 from common.text import text_by_domain
 from common.training import average, drawn, held_out, of_domain, train
 from densemixer import BASE_RATE, BATCH, CAP, LENGTH, choices, differing, model
@@ -38,6 +39,7 @@ def main() -> None:
     learnt_part, unseen_part = text_by_domain(DOMAINS, CAP, LENGTH)
     learnt = {domain: of_domain(learnt_part, domain) for domain in DOMAINS}
     unseen = {domain: of_domain(unseen_part, domain)[:128] for domain in DOMAINS}
+    ends: dict[str, list[float]] = {}
     for seed in options.seeds:
         torch.manual_seed(seed)
         everything = drawn(torch.cat(list(learnt.values())), batch=BATCH)
@@ -50,13 +52,15 @@ def main() -> None:
         sample = {domain: list(ids[:CALIBRATION].split(BATCH)) for domain, ids in learnt.items()}
         calibrated = calibrate_routers(copy.deepcopy(merged), branches, sample)
         for arm, found in (("base", base), ("merged", merged), ("merged, routers calibrated", calibrated)):
-            report(seed, arm, dict.fromkeys(DOMAINS, found), branches, unseen)
+            ends.setdefault(arm, []).append(report(seed, arm, dict.fromkeys(DOMAINS, found), branches, unseen))
         report(seed, "branch of the domain", branches, branches, unseen)
+    print("calibrated - merged:", paired(ends["merged, routers calibrated"], ends["merged"]))
 
 
 def report(
     seed: int, arm: str, models: dict[str, nn.Module], branches: dict[str, nn.Module], unseen: dict[str, Tensor]
-) -> None:
+) -> float:
+    """Add the row of an arm, and return its mean loss."""
     losses = {domain: held_out(models[domain], ids) for domain, ids in unseen.items()}
     misrouted = fmean(
         differing(choices(models[domain], ids[:32]), choices(branches[domain], ids[:32]))
@@ -68,6 +72,7 @@ def report(
         "hardware": "AMD EPYC (AVX2), 2 cores", "result": "run",
     })  # fmt: skip
     print(f"seed {seed}  {arm:28} {fmean(losses.values()):.4f}  misrouted {misrouted:.4f}", flush=True)
+    return fmean(losses.values())
 
 
 if __name__ == "__main__":
