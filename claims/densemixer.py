@@ -87,6 +87,7 @@ def step_costs(sparse: nn.Module) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
+    parser.add_argument("--hardware", default="unknown", help="the name of the hardware in the rows")
     options = parser.parse_args()
     torch.set_num_threads(1)
     learnt, unseen = text_by_domain((*LEARNT, NEW), CAP, LENGTH)
@@ -118,7 +119,7 @@ def main() -> None:
             append("densemixer", {
                 "arm": arm, "seed": seed, "steps": steps, "tokens": steps * BATCH * LENGTH, "loss": f"{found:.4f}",
                 "choices_unlike_as_ever": moved, "cosine_of_gradients": f"{turned:.4f}",
-                "cost_of_a_step": f"{step_costs(base):.4f}", "hardware": "AMD EPYC (AVX2), 2 cores", "result": "run",
+                "cost_of_a_step": f"{step_costs(base):.4f}", "hardware": options.hardware, "result": "run",
             })  # fmt: skip
             print(f"seed {seed}  {arm:30} {found:.4f}  {moved}  cosine {turned:.3f}", flush=True)
     ever, longer_ever, mixer = ends["as ever"], ends["as ever, FLOPs of DenseMixer"], ends["DenseMixer"]

@@ -34,6 +34,7 @@ BASE, BRANCH, RATE, CALIBRATION = 200, 150, 2e-3, 16
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--hardware", default="unknown", help="the name of the hardware in the rows")
     options = parser.parse_args()
     torch.set_num_threads(1)
     learnt_part, unseen_part = text_by_domain(DOMAINS, CAP, LENGTH)
@@ -52,14 +53,16 @@ def main() -> None:
         sample = {domain: list(ids[:CALIBRATION].split(BATCH)) for domain, ids in learnt.items()}
         calibrated = calibrate_routers(copy.deepcopy(merged), branches, sample)
         for arm, found in (("base", base), ("merged", merged), ("merged, routers calibrated", calibrated)):
-            ends.setdefault(arm, []).append(report(seed, arm, dict.fromkeys(DOMAINS, found), branches, unseen))
-        report(seed, "branch of the domain", branches, branches, unseen)
+            everywhere = dict.fromkeys(DOMAINS, found)
+            ends.setdefault(arm, []).append(report(seed, arm, everywhere, branches, unseen, options.hardware))
+        report(seed, "branch of the domain", branches, branches, unseen, options.hardware)
     print("calibrated - merged:", paired(ends["merged, routers calibrated"], ends["merged"]))
 
 
 def report(
-    seed: int, arm: str, models: dict[str, nn.Module], branches: dict[str, nn.Module], unseen: dict[str, Tensor]
-) -> float:
+    seed: int, arm: str, models: dict[str, nn.Module], branches: dict[str, nn.Module], unseen: dict[str, Tensor],
+    hardware: str,
+) -> float:  # fmt: skip
     """Add the row of an arm, and return its mean loss."""
     losses = {domain: held_out(models[domain], ids) for domain, ids in unseen.items()}
     misrouted = fmean(
@@ -69,7 +72,7 @@ def report(
     append("harc", {
         "arm": arm, "seed": seed, **{f"loss_{domain}": f"{loss:.4f}" for domain, loss in losses.items()},
         "loss_mean": f"{fmean(losses.values()):.4f}", "misrouted": f"{misrouted:.4f}",
-        "hardware": "AMD EPYC (AVX2), 2 cores", "result": "run",
+        "hardware": hardware, "result": "run",
     })  # fmt: skip
     print(f"seed {seed}  {arm:28} {fmean(losses.values()):.4f}  misrouted {misrouted:.4f}", flush=True)
     return fmean(losses.values())
