@@ -12,7 +12,8 @@ Predicted before the first run: failed. At equal tokens within 0.005 nats per by
 FLOPs higher by 0.005 to 0.03; the frozen router as good as the trained one within 0.01. The routers' gradient at the
 start points elsewhere (cosine below 0.9), and still the final choices differ from those of fine-tuning as ever no more
 than another order of the data makes them differ. (A first run, of a model twice as wide, was stopped before any
-fine-tuning ended: it took too long on a busy machine. It had shown the cosine, 0.78, and nothing else.)
+fine-tuning ended: it took too long on a busy machine. The model was shrunk after that run had shown two numbers, the
+cosine, 0.78, and the loss of the model before fine-tuning.)
 
     python claims/densemixer.py   5 seeds, under a minute each on a free core; appends to claims/results/densemixer.csv
 """
