@@ -65,6 +65,14 @@ class Gradients(TrainerCallback):
         self.steps.append({name: torch.zeros_like(p) if p.grad is None else p.grad.clone() for name, p in named})
 
 
+class Logs(TrainerCallback):
+    def __init__(self):
+        self.entries = []
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        self.entries.append(dict(logs))
+
+
 def same(one, other, tolerance=2e-5):
     assert one.keys() == other.keys()
     return all((one[name] - other[name]).norm() <= tolerance * one[name].norm() for name in one)
@@ -172,20 +180,25 @@ def test_a_callback_balances_a_trainer_of_trl_as_the_mixin_does(tmp_path):
 
 
 def test_trls_own_balance_loss_depends_on_the_cut_and_is_lost_to_label_smoothing(tmp_path):
-    def own(**options):
+    def own(*callbacks, **options):
         with_and_without = (
-            sft(tmp_path, mixtral, kind=trl.SFTTrainer, router_aux_loss_coef=weight, **options) for weight in (1.0, 0.0)
+            sft(tmp_path, mixtral, *callbacks, kind=trl.SFTTrainer, router_aux_loss_coef=weight, **options)
+            for weight in (1.0, 0.0)
         )
         return minus(*with_and_without)
+
+    def ours(**options):
+        return minus(
+            *(sft(tmp_path, mixtral, sparse=SparseArguments(balance=weight), **options) for weight in (1.0, 0.0))
+        )
 
     whole = own()
     assert relative(whole, own(cut=2)) > 0.2
     assert relative(whole, own(cut=8)) > 0.8
-    assert sum(part.norm() for part in own(label_smoothing_factor=0.1).values()) == 0
-    smoothed = [
-        sft(tmp_path, mixtral, sparse=SparseArguments(balance=w), label_smoothing_factor=0.1) for w in (1.0, 0.0)
-    ]
-    assert relative(*smoothed) > 1e-3
+    logs = Logs()
+    assert sum(part.norm() for part in own(logs, label_smoothing_factor=0.1).values()) == 0
+    assert any(entry.get("aux_loss", 0) > 1 for entry in logs.entries)
+    assert same(ours(), ours(label_smoothing_factor=0.1))
 
 
 def test_the_block_of_the_docs_runs(tmp_path, monkeypatch):

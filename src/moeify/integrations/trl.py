@@ -3,7 +3,7 @@
     trainer = SparseSFTTrainer(model, SFTConfig(...), train_dataset=data, sparse=SparseArguments(balance=1e-2))
 
 Checked with TRL 1.16: the gradient of the balance loss is the same for any number of micro-batches, packed, padded or
-padding-free. TRL's own, `router_aux_loss_coef`, is turned off; docs/guide/training.md says how it differs.
+padding-free. TRL's own, `router_aux_loss_coef`, is turned off; docs/guide/trainers.md says how it differs.
 """
 
 from __future__ import annotations
