@@ -59,5 +59,6 @@ def test_a_run_leaves_a_model_that_loads_and_scores_of_both(name, tmp_path):
     found = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert found["facts"]["task"] == name
     assert found["scores"]
+    assert found["experts"]
     for run in found["runs"]:
         assert run["scores"].keys() == found["scores"].keys()

@@ -131,7 +131,7 @@ class FineTune:
         return model, SparseArguments(balance=0.0), chosen
 
     def _samples(self, setup: Setup) -> Iterator[dict[str, Any]]:
-        """Batches evenly from all training samples, without what only a loss needs."""
+        """Batches of samples that are taken evenly from all training samples."""
         step = max(1, len(setup.train) * setup.train.length // SAMPLED)
         indices = range(0, len(setup.train), step)
         for start in range(0, len(indices), self.settings.batch):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -95,6 +96,7 @@ def expert_load(
 
     handles = observe(model, add)
     device = next(model.parameters()).device
+    takes_labels = "labels" in inspect.signature(model.forward).parameters
     members: dict[str, list[int]] = {}
     for i in range(len(samples)):
         members.setdefault(samples.domain_of(i), []).append(i)
@@ -104,7 +106,8 @@ def expert_load(
                 chunks = _chunks(indices[:: max(1, len(indices) // per_domain)][:per_domain], batch)
                 for chosen in with_progress(chunks, f"expert load in {domain}, batches"):
                     given = on_device(collate([samples[i] for i in chosen]), device)
-                    given.pop("labels", None)
+                    if not takes_labels:  # of which an encoder-decoder makes what its decoder reads
+                        given.pop("labels", None)
                     with reading(model, given) as inputs:
                         model(**inputs)
     finally:
