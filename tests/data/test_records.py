@@ -63,6 +63,12 @@ def test_without_a_validation_part_a_tenth_of_the_keys_is_held_out(tmp_path):
     assert read_records(tmp_path, Columns(), key=lambda row: row["path"]) == records
 
 
+def test_rows_of_another_source_are_all_held_out_even_if_there_is_one(tmp_path):
+    path, other = table(tmp_path / "all.csv"), table(tmp_path / "other.csv", ROWS[:1])
+    records = read_records(path, Columns(), validation=other)
+    assert (records.train, records.validation) == (ROWS, ROWS[:1])
+
+
 def test_folders_without_a_table_to_train_on_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"has no table named train\*; it has no table"):
         read_records(tmp_path, Columns())

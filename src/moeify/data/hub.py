@@ -7,6 +7,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from moeify.data.rows import is_data
+
 SAVED = ("state.json", "dataset_dict.json")
 """Files that `save_to_disk` writes into the folder of a data set."""
 
@@ -21,6 +23,27 @@ def is_saved(folder: Path) -> bool:
 def is_name(source: str) -> bool:
     """Whether a source is written as a data set of the hub, `org/name` or `org/name:config`."""
     return re.fullmatch(r"[\w.-]+/[\w.-]+(:[\w.-]+)?", source) is not None
+
+
+def named_splits(source: str | Path) -> dict[str, Any] | None:
+    """The splits of a data set by name; None for any other file or folder.
+
+    Args:
+        source: a folder that `save_to_disk` wrote; or `org/name` or `org/name:config` of the hub, unless there is a
+            folder `org`, or the name ends as that of a data file.
+
+    Raises:
+        FileNotFoundError: there is no such file, folder or data set.
+        ImportError: datasets is not installed.
+    """
+    path = Path(source)
+    if path.is_dir() and is_saved(path):
+        return saved_splits(path)
+    if path.exists():
+        return None
+    if is_name(str(source)) and not (path.parent.exists() or is_data(path)):
+        return hub_splits(str(source))
+    raise FileNotFoundError(f"there is no file or folder {source} (a data set of the hub is written org/name)")
 
 
 def saved_splits(folder: Path) -> dict[str, Any]:

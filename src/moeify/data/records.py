@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from moeify.data.fields import Columns
-from moeify.data.hub import hub_splits, is_name, is_saved, plain_rows, saved_splits
+from moeify.data.hub import named_splits, plain_rows
 from moeify.data.rows import is_data, read_table
 from moeify.data.text import PARTS
 
@@ -34,7 +34,9 @@ class Records:
     folder: Path
 
 
-def read_records(source: str | Path, columns: Columns, *, key: Callable[[Row], object] = repr) -> Records:
+def read_records(
+    source: str | Path, columns: Columns, *, validation: str | Path | None = None, key: Callable[[Row], object] = repr
+) -> Records:
     """Read a table, a folder of tables, or a data set of the library datasets.
 
     A folder has a table named `train*` and, if there is one, one named `validation*` or like it; or is what
@@ -45,6 +47,7 @@ def read_records(source: str | Path, columns: Columns, *, key: Callable[[Row], o
     Args:
         source: a file, a folder, or a name.
         columns: what to read.
+        validation: another source, whose rows are all held out; those of `source` are then all to train on.
         key: rows with equal keys are in the same part.
 
     Raises:
@@ -52,21 +55,26 @@ def read_records(source: str | Path, columns: Columns, *, key: Callable[[Row], o
         ImportError: a data set without the library that reads it.
         ValueError: a folder without a table to train on; a table that is empty, or that cannot be read.
     """
+    train, held_out = _parts(source, columns)
+    if validation is not None:
+        train, held_out = [*train, *held_out], [row for part in _parts(validation, columns) for row in part]
+    elif not held_out:
+        train, held_out = hold_out(train, key)
     path = Path(source)
-    if path.is_dir() and is_saved(path):
-        train, validation = _of_splits(saved_splits(path), columns, source)
-    elif path.exists():
-        parts = _tables(path) if path.is_dir() else {"train": [path], "validation": []}
-        train, validation = ([row for each in parts[part] for row in read_table(each, columns)] for part in PARTS_READ)
-    elif is_name(str(source)) and not (path.parent.exists() or is_data(path)):
-        train, validation = _of_splits(hub_splits(str(source)), columns, source)
+    return Records(train, held_out, path if path.is_dir() else path.parent)
+
+
+def _parts(source: str | Path, columns: Columns) -> tuple[list[Row], list[Row]]:
+    """The rows to train on, at least one, and those that the source holds out."""
+    path = Path(source)
+    if (splits := named_splits(source)) is not None:
+        train, held_out = _of_splits(splits, columns, source)
     else:
-        raise FileNotFoundError(f"there is no file or folder {source} (a data set of the hub is written org/name)")
+        parts = _tables(path) if path.is_dir() else {"train": [path], "validation": []}
+        train, held_out = ([row for each in parts[part] for row in read_table(each, columns)] for part in PARTS_READ)
     if not train:
         raise ValueError(f"{source} is empty: there is no row to train on")
-    if not validation:
-        train, validation = hold_out(train, key)
-    return Records(train, validation, path if path.is_dir() else path.parent)
+    return train, held_out
 
 
 def _of_splits(splits: Mapping[str, Any], columns: Columns, source: object) -> tuple[list[Row], list[Row]]:

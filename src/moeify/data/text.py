@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from moeify.data.fields import NoTextField
-from moeify.data.hub import SAVED, hub_splits, is_name, is_saved, saved_splits
+from moeify.data.hub import SAVED, is_saved, named_splits
 from moeify.data.rows import Document, documents, format_of, is_data, read_file
 from moeify.progress import Progress
 
@@ -99,16 +99,11 @@ def read_texts(source: str | Path, *, field: str = "text") -> Texts:
             than 256 MiB and fifty times its size; the message names the file and the row.
     """
     path = Path(source)
-    if path.is_dir() and is_saved(path):
-        texts = _read_splits(saved_splits(path), str(path), path.resolve().name, field)
-    elif path.is_dir():
-        texts = _read_folder(path, field)
-    elif path.is_file():
-        texts = _read_alone(path, field)
-    elif is_name(str(source)) and not (path.parent.exists() or is_data(path)):
-        texts = _read_splits(hub_splits(str(source)), str(source), str(source).partition(":")[0], field)
+    if (splits := named_splits(source)) is not None:
+        name = path.resolve().name if path.is_dir() else str(source).partition(":")[0]
+        texts = _read_splits(splits, str(source), name, field)
     else:
-        raise FileNotFoundError(f"no file or folder {source} (a data set of the hub is written org/name)")
+        texts = _read_folder(path, field) if path.is_dir() else _read_alone(path, field)
     if not texts.train:
         reasons = "".join(f"; {name} was not read: {why}" for name, why in texts.skipped.items())
         raise ValueError(f"{source} is empty: there is no text to train on{reasons}")

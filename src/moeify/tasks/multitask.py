@@ -111,11 +111,8 @@ class ManyTasks(Task):
     def _rows(self, data: str | None) -> tuple[Sequence[Row], Sequence[Row]]:
         if data is None:
             return two_tasks(TRAIN, seed=1), two_tasks(HELD_OUT, seed=2)
-        read = read_records(data, Columns())
-        if self.validation is None:
-            return read.train, read.validation
-        apart = read_records(self.validation, Columns())
-        return read.train + read.validation, apart.train + apart.validation
+        read = read_records(data, Columns(), validation=self.validation)
+        return read.train, read.validation
 
 
 def mmoe(num_experts: int, tasks: int, private: int) -> Recipe:

@@ -28,19 +28,17 @@ def read_parts(
         ValueError: rows that cannot be read, or that lack a field; the message names file and row.
     """
     others = others or {}
-    columns = Columns(
-        tuple(dict.fromkeys(field.split(".")[0] for field in needed.values())),
-        tuple(dict.fromkeys(field.split(".")[0] for field in others.values())),
-    )
-    read = read_records(data, columns)
-    train, held_out = read.train, read.validation
-    if validation is not None:
-        apart = read_records(validation, columns)
-        train, held_out = train + held_out, apart.train + apart.validation
+    read = read_records(data, Columns(_columns(needed), _columns(others)), validation=validation)
+    held_out = f"{validation or data}, held-out row"
     return (
-        [_by_role(row, needed, others, f"{data}, row {n}") for n, row in enumerate(train, 1)],
-        [_by_role(row, needed, others, f"{validation or data}, held-out row {n}") for n, row in enumerate(held_out, 1)],
+        [_by_role(row, needed, others, f"{data}, training row {n}") for n, row in enumerate(read.train, 1)],
+        [_by_role(row, needed, others, f"{held_out} {n}") for n, row in enumerate(read.validation, 1)],
     )
+
+
+def _columns(fields: Mapping[str, str]) -> tuple[str, ...]:
+    """The columns that fields are in."""
+    return tuple(dict.fromkeys(field.split(".")[0] for field in fields.values()))
 
 
 def _by_role(row: Row, needed: Mapping[str, str], others: Mapping[str, str], where: str) -> Row:
