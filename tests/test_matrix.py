@@ -223,6 +223,14 @@ def test_every_router_keeps_the_laws(name):
     check_router(lambda *sizes: ROUTERS[name](), sees=SEES.get(name, "token"), without=OUTSIDE.get(name, ()))
 
 
+@pytest.mark.parametrize("name", ROUTERS)
+def test_a_router_tells_whether_its_decisions_keep_scores(name):
+    layer = MoE(ROUTERS[name](), EXPERTS["swiglu"]())
+    layer.context.call.inputs["input_ids"] = IDS
+    routing = layer.router(torch.randn(3, 4, D), layer.context)
+    assert layer.router.keeps_scores == (routing.scores is not None)
+
+
 @pytest.mark.parametrize("name", ["expert choice", "soft", "cluster", "uniform"])
 def test_routers_of_every_kind_compile_into_one_graph(name):
     others = {law.__name__ for law in LAWS}

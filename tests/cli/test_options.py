@@ -116,6 +116,7 @@ def test_matched_has_a_controller_in_the_place_of_a_loss_unless_told_otherwise()
     assert choose_balance("matched", 0.002, None) == (0.002, None)
     assert choose_balance("matched", None, "sign") == (0.01, Sign())
     assert choose_balance("olmoe", None, None) == (0.01, None)
+    assert [choose_balance(name, None, None) for name in ("soft", "hash", "peer")] == [(0.0, None)] * 3
     assert Train().job().settings.sparse.describe() == "balance: controller Proportional(rate=0.03, real=None, k=None)"
     assert Train().job().recipe.router(8, 4).selection_bias is not None
 

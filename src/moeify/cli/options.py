@@ -210,29 +210,21 @@ def _with_k(router: Any, k: int) -> Any:
 def choose_balance(recipe: str, balance: float | None, controller: str | None) -> tuple[float | Schedule, Rule | None]:
     """The weight of the balance loss and the controller.
 
-    By default `matched` has a controller and no loss, and recipes whose routers learn no scores of tokens (`soft`,
-    `hash`, `peer`) have neither.
+    By default `matched` has a controller and no loss, and recipes whose routers keep no scores (`soft`, `hash`, `peer`)
+    have neither.
 
     Raises:
         ValueError: a controller that is not known.
     """
     from moeify.balance import Proportional
+    from moeify.sparsify import read_recipe
     from moeify.train import SparseArguments
 
     if recipe == "matched" and balance is None and controller is None:
         return 0.0, Proportional(rate=0.03)
-    usual = SparseArguments().balance if learns_scores(recipe) else 0.0
-    return usual if balance is None else balance, choose_controller(controller)
-
-
-def learns_scores(recipe: str) -> bool:
-    """Whether the router of a recipe has scores that a balance loss can act on."""
-    from moeify.routers import Lookup, ProductKeys, Soft
-    from moeify.sparsify import read_recipe
-
     read = read_recipe(recipe)
-    router = read.router(8, read.num_experts)
-    return not (isinstance(router, Soft | ProductKeys) or (isinstance(router, Lookup) and router.weight is None))
+    usual = SparseArguments().balance if read.router(8, read.num_experts).keeps_scores else 0.0
+    return usual if balance is None else balance, choose_controller(controller)
 
 
 def choose_controller(text: str | None) -> Rule | None:

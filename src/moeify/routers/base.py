@@ -82,6 +82,11 @@ class Router(nn.Module, ABC):
         """FLOPs per token beside the router's matrices: 0 where a row is a copy of its token."""
         return 0
 
+    @property
+    def keeps_scores(self) -> bool:
+        """Whether its decisions keep scores of all experts, on which balance losses act; by default as those inside."""
+        return all(part.keeps_scores for part in self.children() if isinstance(part, Router))
+
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in vars(self).items() if name != "_experts"}
 

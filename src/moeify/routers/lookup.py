@@ -73,6 +73,11 @@ class Lookup(Router):
         topk_weights = self.scale * topk_weights / topk_weights.sum(-1, keepdim=True)
         return tokens.assign(indices, topk_weights, self.num_experts, Evidence(logits=logits, scores=scores))
 
+    @property
+    def keeps_scores(self) -> bool:
+        """Whether the weights are learned."""
+        return self.weight is not None
+
 
 def balanced_table(size: int, num_experts: int, k: int) -> Int[Tensor, "size k"]:
     """k different experts for every key, drawn at random, so that among any first n keys all are equally frequent."""

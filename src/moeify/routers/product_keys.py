@@ -76,6 +76,11 @@ class ProductKeys(Router):
         scores, best = k_best(pairs, self.k_per_head)
         return scores, experts.gather(-1, best)
 
+    @property
+    def keeps_scores(self) -> bool:
+        """False: they would be T · E numbers."""
+        return False
+
     def extra_repr(self) -> str:
         """Experts, heads and experts per head."""
         return f"experts={self.num_experts}, heads={self.heads}, k={self.k_per_head}"

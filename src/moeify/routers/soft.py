@@ -60,6 +60,11 @@ class Soft(Router):
         return 1.0 if tokens is None else self.num_experts * self.slots / tokens
 
     @property
+    def keeps_scores(self) -> bool:
+        """False: every token is in all slots, so there is nothing to balance."""
+        return False
+
+    @property
     def mixing_flops(self) -> int:
         """A token is added to every slot, and every slot to it."""
         return 2 * 2 * self.queries.numel()

@@ -44,6 +44,11 @@ class Uniform(Router):
         indices = torch.arange(self.num_experts, device=x.device).expand(len(tokens.x), -1)
         return tokens.assign(indices, self.weights.expand(len(tokens.x), -1), self.num_experts)
 
+    @property
+    def keeps_scores(self) -> bool:
+        """False: the weights are fixed."""
+        return False
+
     def extra_repr(self) -> str:
         """The weights."""
         return f"weights={[round(weight, 3) for weight in self.weights.tolist()]}"
