@@ -107,6 +107,8 @@ def test_mobile_v_moe_learns_super_classes_in_one_line(tmp_path):
     )  # fmt: skip
     assert (ended.code, ended.err) == (0, "")
     assert "supervision (weight 0.3)" in ended.out
+    assert "forward FLOPs per patch " in ended.out
+    assert "per token" not in ended.out
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["facts"]["super-classes"] == "2"
 
 

@@ -20,6 +20,7 @@ from moeify.flops import count
 from moeify.folders import RUN_LOCK, locked
 from moeify.sparsify import Recipe
 from moeify.sparsify.convert import convert
+from moeify.sparsify.report import Report
 from moeify.store import load_weights
 from moeify.store.hashes import saving
 from moeify.store.weights import write_weights
@@ -225,7 +226,7 @@ def versus(
         sparse = copy.deepcopy(dense)
         report = convert(sparse, recipe, probe=probe)
         if seed == settings.seed:
-            replace(report, before=count(dense, train.length), after=count(sparse, train.length)).show()
+            _show(report, sparse, dense, work)
             pace = _pace(sparse, dense, work, folder, settings, resume=resume, log=log)
             settings = settings if pace is None else _fitted(settings, pace, log)
         for name, model in (("sparse", sparse), ("dense", dense)):
@@ -248,6 +249,12 @@ class _Work:
     train: Samples
     validation: Samples
     objective: Objective
+
+
+def _show(report: Report, sparse: nn.Module, dense: nn.Module, work: _Work) -> None:
+    """Print what was made sparse, with the FLOPs at the length of the samples."""
+    length = work.train.length
+    replace(report, before=count(dense, length), after=count(sparse, length)).show(piece=work.objective.units.piece)
 
 
 def _trained(name: str, model: nn.Module, work: _Work, place: Path, settings: Settings, *, resume: bool) -> Run:

@@ -36,8 +36,13 @@ class Report:
     difference: float | None
     left: dict[str, str] = field(default_factory=dict)
 
-    def show(self, console: Console | None = None) -> None:
-        """Print the table."""
+    def show(self, console: Console | None = None, *, piece: str = "token") -> None:
+        """Print the table.
+
+        Args:
+            console: where to; by default the terminal.
+            piece: what the experts receive one by one.
+        """
         console = Console() if console is None else console
         layers = Table(title="sparse layers", title_justify="left")
         for heading in ("stack", "layers", "experts", "router", "shared"):
@@ -57,8 +62,8 @@ class Report:
             totals.add_column(heading, justify="right" if heading else "left")
         for row, name in (
             ("parameters", "parameters"),
-            ("parameters used per token", "active_parameters"),
-            ("forward FLOPs per token", "flops"),
+            (f"parameters used per {piece}", "active_parameters"),
+            (f"forward FLOPs per {piece}", "flops"),
         ):
             totals.add_row(row, *(f"{getattr(c, name):,.0f}" for c in (self.before, self.after)))
         console.print(totals)

@@ -148,7 +148,7 @@ class ImagesAndTexts(Objective):
         tokenizer: pads the captions.
     """
 
-    units: ClassVar[Units] = Units("patch or letter", "patches and letters", "nats per pair")
+    units: ClassVar[Units] = Units("patch or token", "patches and tokens", "nats per pair")
 
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
