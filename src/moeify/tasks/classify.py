@@ -66,7 +66,7 @@ class Classes:
         return {"num_labels": len(self.names), "id2label": id2label, "label2id": self._numbers}
 
 
-class Labelled(Dataset[dict[str, Any]]):
+class LabelledSamples(Dataset[dict[str, Any]]):
     """Samples with `labels`; their inputs are made when they are read.
 
     Args:
@@ -138,7 +138,7 @@ class Classification(Objective):
 
 @torch.no_grad()
 def predictions(
-    model: nn.Module, samples: Labelled, objective: Objective, classes: Classes, describe: Callable[[int], str]
+    model: nn.Module, samples: LabelledSamples, objective: Objective, classes: Classes, describe: Callable[[int], str]
 ) -> list[str]:
     """What a model predicts for a few samples, evenly taken, one line each."""
     chosen = range(0, len(samples), max(1, len(samples) // SHOWN))[:SHOWN]

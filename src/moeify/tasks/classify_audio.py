@@ -17,7 +17,7 @@ from moeify.data.records import inside, read_class_folders
 from moeify.data.synthetic import melodies
 from moeify.evaluate.objective import Units
 from moeify.tasks.base import Setup, Shape, Task
-from moeify.tasks.classify import Classes, Classification, Labelled, groups, predictions
+from moeify.tasks.classify import Classes, Classification, LabelledSamples, groups, predictions
 from moeify.tasks.classify_text import facts
 from moeify.tasks.models import load_dense
 from moeify.tasks.pieces import pieces
@@ -118,11 +118,13 @@ class ClassifyAudio(Task):
             return lambda: decode_wav(value, f"a sound in {folder}")
         return lambda: decode_pcm16(value, self.rate)
 
-    def _samples(self, rows: Sequence[Row], features: Features, classes: Classes, source: str, length: int) -> Labelled:
+    def _samples(
+        self, rows: Sequence[Row], features: Features, classes: Classes, source: str, length: int
+    ) -> LabelledSamples:
         labels = [classes.number(row["label"], source) for row in rows]
         domains = groups(labels, classes, [row.get("group") for row in rows], Path(source).name)
         made = [cache(partial(features.of, row["audio"])) for row in rows]
-        return Labelled(made, labels, domains, length, lambda read: read())
+        return LabelledSamples(made, labels, domains, length, lambda read: read())
 
     def _small_extractor(self, rows: Sequence[Row]) -> ASTFeatureExtractor:
         """Log-mel features of 25 ms every 10 ms at 16 kHz, standardised by some of the training sounds."""

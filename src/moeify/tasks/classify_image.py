@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from moeify.evaluate.objective import Units
 from moeify.tasks.base import Setup, Task
-from moeify.tasks.classify import Classes, Classification, Labelled, groups, predictions
+from moeify.tasks.classify import Classes, Classification, LabelledSamples, groups, predictions
 from moeify.tasks.classify_text import facts
 from moeify.tasks.confused import confused_classes
 from moeify.tasks.image_models import Pixels, is_plain, load_image_classifier, pixels_of, small_vit
@@ -75,7 +75,7 @@ class ClassifyImage(Task):
         def inputs(row: Row) -> dict[str, Tensor]:
             return {"pixel_values": pixels(images.image(row))}
 
-        def samples(rows: Sequence[Row], of_class: Sequence[int] | None = None) -> Labelled:
+        def samples(rows: Sequence[Row], of_class: Sequence[int] | None = None) -> LabelledSamples:
             labels = [classes.number(row["label"], source) for row in rows]
             given = [row.get("group") for row in rows]
             numbers = None if supers is None else [supers.number(group, source) for group in given]
@@ -83,7 +83,7 @@ class ClassifyImage(Task):
                 numbers = [of_class[label] for label in labels]
                 given = [f"super-class {number}" for number in numbers]
             domains = groups(labels, classes, given, Path(source).name)
-            return Labelled(rows, labels, domains, length, inputs, numbers)
+            return LabelledSamples(rows, labels, domains, length, inputs, numbers)
 
         probe = torch.stack([inputs(row)["pixel_values"] for row in images.train[:2]])
         length, objective = pieces(build(), {"pixel_values": probe[0]}), OfImages()

@@ -17,7 +17,7 @@ from moeify.data.corpus import build_corpus
 from moeify.data.text import read_texts
 from moeify.data.tokenizer import ByteTokenizer
 from moeify.tasks.base import Setup, Shape, Task
-from moeify.tasks.classify import Classes, Classification, Labelled, groups, predictions
+from moeify.tasks.classify import Classes, Classification, LabelledSamples, groups, predictions
 from moeify.tasks.models import load_dense, load_tokenizer, save_tokenizer
 from moeify.tasks.rows import Row, read_parts, value_of
 
@@ -84,11 +84,11 @@ class ClassifyText(Task):
             data, self.validation, {"text": self.text, "label": self.label}, {"group": self.group or "domain"}
         )
 
-    def _samples(self, rows: Sequence[Row], tokenizer: Any, classes: Classes, source: str) -> Labelled:
+    def _samples(self, rows: Sequence[Row], tokenizer: Any, classes: Classes, source: str) -> LabelledSamples:
         ids = [tokens(tokenizer, value_of(row["text"], source), self.length) for row in rows]
         labels = [classes.number(row["label"], source) for row in rows]
         domains = groups(labels, classes, [row.get("group") for row in rows], Path(source).name)
-        return Labelled(ids, labels, domains, round(fmean(map(len, ids))), lambda each: {"input_ids": each})
+        return LabelledSamples(ids, labels, domains, round(fmean(map(len, ids))), lambda each: {"input_ids": each})
 
 
 def tokens(tokenizer: Any, text: str, length: int) -> list[int]:

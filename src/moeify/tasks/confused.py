@@ -11,14 +11,16 @@ from torch.utils.data import DataLoader
 from moeify.evaluate.objective import Batch, Objective
 from moeify.modes import in_evaluation
 from moeify.progress import with_progress
-from moeify.tasks.classify import Labelled
+from moeify.tasks.classify import LabelledSamples
 from moeify.train.super_classes import confusion, super_classes
 
 STEPS, BATCH, READ = 300, 32, 4000
 """Of the short training, and how many samples the model then classifies."""
 
 
-def confused_classes(build: Callable[[], nn.Module], samples: Labelled, objective: Objective, number: int) -> list[int]:
+def confused_classes(
+    build: Callable[[], nn.Module], samples: LabelledSamples, objective: Objective, number: int
+) -> list[int]:
     """The super-class of every class: classes that a dense model confuses are together (arXiv 2309.04354, section 3).
 
     The same call gives the same super-classes. Held-out samples are not used.
@@ -54,6 +56,6 @@ def confused_classes(build: Callable[[], nn.Module], samples: Labelled, objectiv
     return super_classes(confusion(torch.tensor(predicted), labels, classes), number).tolist()
 
 
-def _endless(samples: Labelled, objective: Objective) -> Iterator[Batch]:
+def _endless(samples: LabelledSamples, objective: Objective) -> Iterator[Batch]:
     while True:
         yield from DataLoader(samples, BATCH, shuffle=True, collate_fn=objective.collate)
