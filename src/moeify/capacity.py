@@ -46,15 +46,16 @@ def double(factor: float, tokens: Count, num_experts: int, k: int) -> Count:
     return _ceil(factor * 2 * _ceil(tokens / num_experts))
 
 
-def _floor(value: Any) -> Any:
+def _floor(value: Count) -> Count:
     return value.floor().long() if isinstance(value, Tensor) else math.floor(value)
 
 
-def _ceil(value: Any) -> Any:
+def _ceil(value: Count) -> Count:
     return value.ceil().long() if isinstance(value, Tensor) else math.ceil(value)
 
 
-Slots = Callable[[float, Any, int, int], Any]
+Slots = Callable[[float, Count, int, int], Count]
+"""The capacity of an expert, from a factor, the number of tokens, E and k."""
 Priority = Literal["position", "choice", "batch", "score"]
 Overflow = Literal["zero", "renormalize", "next"]
 Per = Literal["batch", "sequence", "prefix"] | int
@@ -93,8 +94,8 @@ def limit(
             not per batch; a sequence that is not known, not per batch; per prefix by a priority other than position.
     """
     each = list(slots) if isinstance(slots, Sequence) else [slots]
-    if fewest := [number for number in each if isinstance(number, int) and number < 1]:
-        raise ValueError(f"a capacity of {fewest[0]} slots drops every token; give each expert at least one slot")
+    if (fewest := min((number for number in each if isinstance(number, int)), default=1)) < 1:
+        raise ValueError(f"a capacity of {fewest} slots drops every token; give each expert at least one slot")
     if routing.has_gate_axis:
         raise ValueError(
             f"a capacity needs one weight per row to say which rows matter, and this router gave "
