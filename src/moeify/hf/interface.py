@@ -1,7 +1,7 @@
 """The experts interface of transformers: compute its experts by moeify, and layers of moeify by its functions.
 
 Its functions map `(experts, tokens, index, weights)` to tokens, whatever the model. Ours can be put in their place, and
-theirs can run our layers.
+theirs can run moeify's layers.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def _without_last(routing: Assignment) -> Assignment:
 
 
 class HfExperts(Experts):
-    """The experts of a model of transformers, with the interface of our own experts.
+    """The experts of a model of transformers, with the interface of moeify's experts.
 
     Args:
         experts: experts behind transformers' interface: `gate_up_proj` or `up_proj`, and `down_proj`, stacked.
@@ -138,7 +138,7 @@ def _activation(experts: Any) -> Activation | None:
 
 
 def use_transformers_backends() -> list[str]:
-    """Register transformers' experts functions as backends of our layers, and return their names.
+    """Register transformers' experts functions as backends of moeify's layers, and return their names.
 
     `transformers/grouped_mm` is torch's grouped matrix product; `transformers/batched_mm` gathers a copy of the weights
     for every row, which suits decoding and little else. `auto` takes neither.

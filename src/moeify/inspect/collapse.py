@@ -76,7 +76,7 @@ def weight_cosine(experts: nn.Module) -> Float[Tensor, "E E"]:
     """Cosine of all weights of two experts; 1 right after upcycling by copies.
 
     Args:
-        experts: experts with stacked weights (E, ...), ours or those of transformers, or an `Each` of equal modules.
+        experts: of stacked weights (E, ...), moeify's or those of transformers, or an `Each` of equal modules.
 
     Raises:
         ValueError: experts of different sizes, or weights that are not stacked.

@@ -91,7 +91,7 @@ def diagnose(
     faults: Sequence[str] | None = None,
     progress: Progress = lambda fault: None,
 ) -> Diagnosis:
-    """Look for every known fault of a sparse model, ours or one of transformers; `moeify.inspect.FAULTS` lists them.
+    """Look for every known fault of a model, moeify's or one of transformers; `moeify.inspect.FAULTS` lists them.
 
     The model runs over the batches in evaluation, one loss is differentiated, and with a trainer some of its steps are
     rehearsed: forward and backward, without its optimizer. Weights, gradients, modes and random numbers are as before.

@@ -122,7 +122,7 @@ def report(
     """A report on the routing of a model or a trace: all panels that the data allow, each with advice.
 
     Args:
-        source: a model with sparse layers, ours or of transformers, or a trace.
+        source: a model with sparse layers, moeify's or of transformers, or a trace.
         data: batches for the model, see `moeify.inspect.capture.capture`; images as `pixel_values`.
         file: the HTML file to write; None for no file.
         title: of the page; by default the name of the model.

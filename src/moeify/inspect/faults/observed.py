@@ -44,7 +44,7 @@ class Observed:
     """Measurements of a model, which the checks of a diagnosis read.
 
     Args:
-        model: a sparse model, ours or one of transformers; None if there is only a trace.
+        model: a sparse model, moeify's or one of transformers; None if there is only a trace.
         batches: what it is called with.
         training: how it is trained, if that is to be checked.
         trace: its decisions, if they were recorded already.

@@ -31,7 +31,7 @@ class Training:
 
 
 def training_of(trainer: Any) -> Training:
-    """The training of a trainer of transformers, ours or any other, or of a function that runs one step.
+    """The training of a trainer of transformers, moeify's or any other, or of a function that runs one step.
 
     Args:
         trainer: a trainer; or a function of a list of micro-batches that runs their forward and backward passes.

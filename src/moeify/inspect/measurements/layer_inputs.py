@@ -130,7 +130,7 @@ def parameters_of(layer: SparseLayer, expert: int) -> list[Tensor]:
 
 
 def experts_of(layer: SparseLayer) -> Experts:
-    """The experts of a layer, ours or those of transformers, called with rows sorted by expert.
+    """The experts of a layer, moeify's or those of transformers, called with rows sorted by expert.
 
     Raises:
         ValueError: experts of transformers that cannot be called so.
