@@ -16,6 +16,7 @@ from fractions import Fraction
 from torch import Tensor, nn
 
 from moeify.engram import Engram
+from moeify.experts.slices import slices_of
 from moeify.hf.names import FLAT_WEIGHTS, HEADS, QUERY_WIDTH, VALUE_WIDTH, number
 from moeify.layers import sparse_layers
 from moeify.multihead import MultiHead
@@ -30,7 +31,7 @@ class Count:
     DeepSeek-V3). `active_parameters` is with it; without it they are `flops / 2`, but for norms and biases.
 
     Attributes:
-        parameters: all parameters; tied ones count once.
+        parameters: all parameters; tied ones, and experts that are trained apart from their stack, count once.
         active_parameters: parameters that one token uses: rows per token / E of the experts' and all others.
         flops: FLOPs of one token's forward pass.
         dense_flops: the same if every expert ran.
@@ -77,12 +78,12 @@ def count(model: nn.Module, tokens: int | None = None) -> Count:
         ValueError: an MoE block of transformers whose number of experts per token is unknown.
     """
     passes = _passes(model)
-    shares = _shares(model, passes, tokens)
+    shares, slices = _shares(model, passes, tokens), slices_of(model)
     held: dict[Tensor, Fraction] = {}
     flops, dense_flops = Fraction(0), Fraction(0)
     for module in model.modules():
         share, times = shares.get(module, _Share()), passes.get(module, 1)
-        for parameter in module.parameters(recurse=False):
+        for parameter in (p for p in module.parameters(recurse=False) if p not in slices):
             active = min(share.rows * times, Fraction(1)) * _used(module, parameter)
             held[parameter] = max(active, held.get(parameter, Fraction(0)))
         work = 2 * sum(matrix.numel() * _used(module, matrix) for matrix in _matrices(module, module in shares))

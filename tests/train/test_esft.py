@@ -18,6 +18,7 @@ from transformers import (
 
 from moeify import MoE, Recipe, sparsify
 from moeify.experts import Each
+from moeify.flops import count
 from moeify.layers import sparse_layers
 from moeify.routers import TopK
 from moeify.sparsify import fresh
@@ -82,6 +83,14 @@ def test_only_the_chosen_experts_change_and_have_optimizer_states(family):
     assert sum(state["exp_avg"].numel() for state in optimizer.state.values()) == of_chosen
     assert table["experts"].trained == table.total.trained == of_chosen
     assert table["experts"].parameters == sum(before[name].numel() for name in expected)
+
+
+@families
+def test_slices_are_counted_with_their_stack_and_not_again(family):
+    model = MODELS[family]()
+    before = count(model, tokens=16)
+    train_experts(model, expert_relevance(model, [tokens(4)]).choose(0.4), verbose=False)
+    assert count(model, tokens=16) == before
 
 
 def test_gradients_are_those_of_the_whole_stack():

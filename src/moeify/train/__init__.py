@@ -1,5 +1,6 @@
 """Train sparse models: losses, controllers and checkpoints for the Transformers trainer."""
 
+from moeify.experts.slices import join_experts
 from moeify.train.activation_checkpointing import keep_decisions
 from moeify.train.adapt_experts import AdaptExperts
 from moeify.train.adapter_gates import train_gates
@@ -10,7 +11,6 @@ from moeify.train.calibrate import ExpertTokens, calibrate_all_experts, tokens_p
 from moeify.train.callbacks import ExpertDropout, KSchedule, ProgressLine, SaveOnSignal
 from moeify.train.dense_gradient import dense_router_gradient
 from moeify.train.esft import lora_experts, train_experts
-from moeify.train.expert_slices import join_experts
 from moeify.train.finetune import FineTuning, finetune
 from moeify.train.freeze import Trainable, freeze, trainable, unfreeze
 from moeify.train.loss import StepLoss

@@ -9,9 +9,9 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
+from moeify.experts.slices import slice_parameter
 from moeify.hf.blocks import unwrapped
 from moeify.layers import SparseLayer, sparse_layers
-from moeify.train.expert_slices import slice_parameter
 from moeify.train.freeze import Trainable, trainable
 
 Chosen = Mapping[str, Sequence[int]]

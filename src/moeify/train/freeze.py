@@ -10,8 +10,8 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
+from moeify.experts.slices import slices_of
 from moeify.layers import sparse_layers
-from moeify.train.expert_slices import slices_of
 
 BASE = ("attention", "embeddings", "norms", "rest")
 """The parts outside the sparse layers; papers call them non-MoE or non-expert parameters."""
