@@ -3,8 +3,9 @@
 SmartMoE (USENIX ATC 2023) publishes logs of 200 iterations of GPT models with top-2 experts in every layer, on 16 and
 32 A100 ("inky") and 32 and 64 V100 ("pinky"): FastMoE, which puts one expert on every device (pure expert parallelism),
 against the layout that SmartMoE chose, a pipeline with fewer devices per expert group; each under a gate without
-capacity and under capacities of 1.2, 2.4 and 4.8 times the mean. In 11 of the 12 settings SmartMoE's layout is faster,
-so saying so always would score 11; the one that counts is pinky with 32 devices and capacity 1.2, where it is slower.
+capacity and under a capacity of 1.2 times the mean, on A100 also of 2.4 and 4.8. In 11 of the 12 settings SmartMoE's
+layout is faster, so saying so always would score 11; the one that counts is pinky with 32 devices and capacity 1.2,
+where it is slower.
 
 Decided before the first run: at least 10 of 12 winners right, and that one setting among them; the rank correlation
 over all 24 times is reported. The authors do not describe the clusters; described here are 8 devices a node with NVLink

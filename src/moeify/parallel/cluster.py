@@ -1,4 +1,4 @@
-"""A cluster in eleven numbers: how many devices, how fast each is, and how fast they speak to each other."""
+"""A cluster of accelerators in numbers: how many there are, how fast each is, and how fast the links between them."""
 
 from __future__ import annotations
 
