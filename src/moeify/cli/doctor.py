@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from moeify.cli import options as o
+
 if TYPE_CHECKING:
     from moeify.inspect import Diagnosis
 
@@ -30,13 +32,7 @@ def doctor(
             show_default="no log",
         ),
     ] = None,
-    data: Annotated[
-        str | None,
-        typer.Option(
-            help="Text to run it on: a file, a folder or a hub data set",
-            show_default="the text that came with Python and torch",
-        ),
-    ] = None,
+    data: o.Text = None,
     tokens: Annotated[int, typer.Option(min=1, help="How many tokens to run it on, at most")] = 16384,
     length: Annotated[int, typer.Option(min=2, help="Tokens per block")] = 256,
     batch: Annotated[int, typer.Option(min=1, help="Blocks per batch")] = 8,

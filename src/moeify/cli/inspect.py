@@ -19,10 +19,7 @@ _LENGTH, _BATCH = 128, 8
 
 def inspect(
     source: Annotated[Path, typer.Argument(help="The folder of a model or of a run of moeify train, or a trace")],
-    data: Annotated[
-        str | None,
-        typer.Option(help="Text for the model to read", show_default="the text that came with Python and torch"),
-    ] = None,
+    data: o.Text = None,
     probe: Probe = None,
     output: Annotated[Path | None, typer.Option(help="The HTML file", show_default="inspect.html beside it")] = None,
     blocks: Annotated[int, typer.Option(min=1, help="Blocks of 128 tokens that are read of each domain")] = 16,

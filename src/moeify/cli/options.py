@@ -39,6 +39,13 @@ Data = Annotated[
         show_default="data that need no download; for lm the text that came with Python and torch",
     ),
 ]
+Text = Annotated[
+    str | None,
+    typer.Option(
+        help="Text for the model to read: a file, a folder or a hub data set",
+        show_default="the text that came with Python and torch",
+    ),
+]
 RecipeName = Annotated[str, typer.Option("--recipe", help=_RECIPE)]
 RecipeNameOrNone = Annotated[
     str | None, typer.Option("--recipe", help=_RECIPE, show_default="matched; mixtral for a --model")

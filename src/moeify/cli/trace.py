@@ -16,12 +16,6 @@ if TYPE_CHECKING:
 Source = Annotated[
     str, typer.Argument(help="A saved sparse model, the folder of a run, an MoE of transformers; or a trace")
 ]
-Data = Annotated[
-    str | None,
-    typer.Option(
-        help="Text for the model to read, as of moeify train", show_default="the text that came with Python and torch"
-    ),
-]
 Probe = Annotated[
     str | None,
     typer.Option(
@@ -55,7 +49,7 @@ K = Annotated[
 def trace(
     source: Source,
     output: Annotated[Path, typer.Option(help="The file to write; its ending tells the format")],
-    data: Data = None,
+    data: o.Text = None,
     probe: Probe = None,
     tokens: Annotated[int, typer.Option(min=1, help="About how many tokens of text to read")] = 8192,
     length: Annotated[int, typer.Option(min=2, help="Tokens per excerpt")] = 128,

@@ -105,7 +105,7 @@ class ClassifyImage(Task):
             save=pixels.save,
             probe={"pixel_values": probe},
             answers=lambda trained: predictions(
-                trained, validation, objective, classes, lambda i: f"image {i}, {classes.names[validation.labels[i]]}"
+                trained, validation, objective, classes, lambda i: f"held-out image {i + 1}"
             ),
         )
 
