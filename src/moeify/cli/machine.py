@@ -28,6 +28,7 @@ _EXTRAS = {
     "gpu": ("triton",),
     "images": ("PIL",),
     "report": ("matplotlib",),
+    "translation": ("sacrebleu",),
 }
 
 
