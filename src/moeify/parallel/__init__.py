@@ -1,7 +1,11 @@
-"""Sparse training on many devices: what a step costs there, which layout is fastest, and where experts should lie."""
+"""Sparse training on many devices: what a step costs there, which layout is fastest, and where experts should lie.
+
+`distribute` puts a model on the ranks of a run as a layout says, by the engine of transformers.
+"""
 
 from moeify.parallel.cluster import DEVICES, Cluster, Device, Link
 from moeify.parallel.cost import Cost, Step
+from moeify.parallel.distribute import CannotBeParallel, distribute, expert_plan
 from moeify.parallel.grouped import ExpertWork, GroupedCost
 from moeify.parallel.layout import TARGETS, Layout, Target
 from moeify.parallel.measure import measure
@@ -13,7 +17,7 @@ from moeify.parallel.simulate import Simulation, simulate
 from moeify.parallel.workload import Workload
 
 __all__ = [
-    "DEVICES", "TARGETS", "Choice", "Cluster", "Cost", "Device", "ExpertWork", "GroupedCost", "Layout", "Link",
-    "ModelShape", "Move", "Placed", "Placement", "Plan", "Rebalancer", "Simulation", "Step", "Target", "Workload",
-    "measure", "permuted", "plan", "replicated", "simulate",
+    "DEVICES", "TARGETS", "CannotBeParallel", "Choice", "Cluster", "Cost", "Device", "ExpertWork", "GroupedCost",
+    "Layout", "Link", "ModelShape", "Move", "Placed", "Placement", "Plan", "Rebalancer", "Simulation", "Step", "Target",
+    "Workload", "distribute", "expert_plan", "measure", "permuted", "plan", "replicated", "simulate",
 ]  # fmt: skip
