@@ -21,18 +21,34 @@ _SIZES = (1, 4, 32, 128)  # smallest dimensions of a product at which the librar
 _MARGIN = 1.1  # speed-up that oneDNN needs, so that two runs on one machine rarely select differently
 
 
-def multiply(left: Float[Tensor, "M K"], right: Float[Tensor, "K N"], out: Float[Tensor, "M N"]) -> None:
-    """Write `left @ right` into `out`; one dtype, any strides.
+def product(left: Float[Tensor, "M K"], right: Float[Tensor, "K N"]) -> Float[Tensor, "M N"]:
+    """`left @ right`; one dtype, any strides.
 
     Raises:
         ValueError: `MOEIFY_FP32_GEMM` names no library.
     """
-    if left.is_cpu and left.dtype == torch.float32 and left.numel():
-        size = min(*left.shape, right.shape[1])
-        if takes_onednn(size, left_transposed=left.stride(1) != 1, right_transposed=right.stride(1) != 1):
-            out.copy_(linear(left, right.t()))
-            return
-    torch.mm(left, right, out=out)
+    return linear(left, right.t()) if _goes_to_onednn(left, right) else left @ right
+
+
+def multiply(left: Float[Tensor, "M K"], right: Float[Tensor, "K N"], out: Float[Tensor, "M N"]) -> None:
+    """Write `left @ right` into `out`; one dtype, any strides.
+
+    oneDNN writes into memory of its own, so that a product without a place to go is cheaper by `product`.
+
+    Raises:
+        ValueError: `MOEIFY_FP32_GEMM` names no library.
+    """
+    if _goes_to_onednn(left, right):
+        out.copy_(linear(left, right.t()))
+    else:
+        torch.mm(left, right, out=out)
+
+
+def _goes_to_onednn(left: Tensor, right: Tensor) -> bool:
+    if not (left.is_cpu and left.dtype == torch.float32 and left.numel()):
+        return False
+    size = min(*left.shape, right.shape[1])
+    return takes_onednn(size, left_transposed=left.stride(1) != 1, right_transposed=right.stride(1) != 1)
 
 
 def linear(rows: Float[Tensor, "R D"], weight: Tensor) -> Float[Tensor, "R O"]:

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from moeify.kernels.cpu import cpp
 from moeify.kernels.cpu.cpp.products import Run, max_rows, multiply_runs, multiply_runs_tn
-from moeify.kernels.cpu.onednn import linear, multiply, takes_onednn
+from moeify.kernels.cpu.onednn import linear, multiply, product, takes_onednn
 
 Matrices = Tensor | Sequence[Tensor]  # (E, O, D), or E packed matrices
 Block = list[Run]  # adjacent runs of rows, sorted by expert
@@ -71,6 +71,9 @@ def multiply_rows(
         out = multiply_runs(rows, weight, block)
     elif rows.is_cpu and isinstance(weight, Tensor) and group_obstacle(rows, weight, len(rows) // len(block)) is None:
         out = _in_one_call(rows, weight, block)
+    elif len(block) == 1:
+        matrix = weight[block[0][0]]
+        out = linear(rows, matrix) if matrix.is_mkldnn else product(rows, matrix.to(rows.dtype).t())
     else:
         out = rows.new_empty(len(rows), weight[0].shape[0])
         for expert, part, output in _by_expert(block, rows, out):
