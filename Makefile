@@ -37,7 +37,7 @@ bench: $(VENV)/.bench
 
 gpu: $(VENV)/.test
 	$(BIN)/python -m pip install --quiet --editable '.[gpu]'
-	$(BIN)/python -m pytest tests/test_gpu.py tests/kernels/triton
+	$(BIN)/python -m pytest tests/test_gpu.py tests/kernels/triton -m 'nightly or not nightly'
 	$(BIN)/python benchmarks/gpu.py
 	$(BIN)/python benchmarks/run.py --device cuda --tokens 1 16 256 4096 32768
 
