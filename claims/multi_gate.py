@@ -34,22 +34,33 @@ SHARED = 126
 RHO = (1.0, 0.5, 0.0)
 RATES = (1e-3, 5e-3)
 ROWS = {"learnt": 10_000, "choice": 2_000, "held out": 5_000}
-BATCH = 256
+BATCH, NOISE = 256, 0.1
 
 
 def regressions(rho: float, seed: int) -> dict[str, tuple[Tensor, Tensor]]:
-    """Inputs (rows, 100) and labels (rows, 2) by part: w x + Σ sin(α_i w x + β_i) + noise, with |w| = 0.3."""
+    """Inputs (rows, 100) and labels (rows, 2) by part: w x + Σ sin(α_i w x + β_i) + noise, with |w| = 0.3.
+
+    α and β are drawn until labels have ten times the variance of their noise; where slopes cancel, they have less.
+    """
     dice = torch.Generator().manual_seed(1000 + seed)
     u, v = torch.linalg.qr(torch.randn(WIDTH, 2, generator=dice)).Q.T
     weights = 0.3 * torch.stack([u, rho * u + math.sqrt(1 - rho**2) * v])
-    alpha, beta = torch.randn(2, 5, generator=dice)
+    while True:
+        alpha, beta = torch.randn(2, 5, generator=dice)
+        line = 0.3 * torch.randn(10_000, generator=dice)
+        if clean(line, alpha, beta).var() >= 10 * NOISE**2:
+            break
     parts = {}
     for part, rows in ROWS.items():
         x = torch.randn(rows, WIDTH, generator=dice)
-        line = x @ weights.T
-        waves = torch.sin(alpha * line.unsqueeze(-1) + beta).sum(-1)
-        parts[part] = x, line + waves + 0.1 * torch.randn(rows, TASKS, generator=dice)
+        labels = clean(x @ weights.T, alpha, beta)
+        parts[part] = x, labels + NOISE * torch.randn(rows, TASKS, generator=dice)
     return parts
+
+
+def clean(line: Tensor, alpha: Tensor, beta: Tensor) -> Tensor:
+    """Labels without noise of w x."""
+    return line + torch.sin(alpha * line.unsqueeze(-1) + beta).sum(-1)
 
 
 class Net(nn.Module):
