@@ -110,9 +110,10 @@ def load_sharded(
             raise ValueError(f"{folder} cannot be read: {reason}")
     if optimizer is not None and not (folder / f"{OPTIMIZER}.json").is_file():
         raise FileNotFoundError(f"{folder} holds the model only; pass no optimizer, and begin with a new one")
+    weights = state.fitting(model, folder)
     if optimizer is not None:
-        state.refuse_frozen(model, folder)
-    state.load_model(model, folder)
+        state.require_fitting(optimizer, model, folder)
+    state.assign(model, weights)
     if optimizer is not None:
         state.load_optimizer(optimizer, model, folder)
     if optimizer is not None and scheduler is not None:

@@ -64,15 +64,20 @@ def load_model(model: nn.Module, folder: Path) -> None:
         ValueError: damaged weights, or those of another model.
     """
     if is_sharded(model) or (folder / MODEL).is_dir():
-        _load_pieces(model, folder)
+        assign(model, fitting(model, folder))
     elif saves_adapters(model):
         load_adapters(model, folder)
     else:
         load_weights(model, folder)
 
 
-def _load_pieces(model: nn.Module, folder: Path) -> None:
-    """Read of every tensor what this rank holds, by name and index."""
+def fitting(model: nn.Module, folder: Path) -> Stored:
+    """The weights of a checkpoint, sharded or not, whose names, shapes and dtypes are those of a model.
+
+    Raises:
+        FileNotFoundError: no weights in the folder.
+        ValueError: damaged weights, or those of another model; the message names them.
+    """
     if not (folder / MODEL).is_dir() and (folder / ADAPTERS).exists():
         raise ValueError(
             f"{folder} holds the adapters of a model that was not sharded, and this one is: resume it without FSDP, or "
@@ -81,19 +86,23 @@ def _load_pieces(model: nn.Module, folder: Path) -> None:
     stored, own = Stored.of_model(folder), persistent(model)
     shapes = {name: stored.shape(name) for name in stored.pieces}
     refuse_unlike(Weights(folder, shapes, stored.dtypes, {}, {}), model, own, ties_to_stored(own, shapes))
-    sharded = {name for name, tensor in own.items() if isinstance(tensor, DTensor)}
-    if cast := [
-        f"{name} is {stored.dtypes[name]}"
-        for name in sorted(sharded & shapes.keys())
-        if stored.dtypes[name] != own[name].dtype
-    ]:
-        raise ValueError(
-            f"{folder} is of another dtype than this {type(model).__name__}: {', '.join(cast[:3])}, the model "
-            f"needs {own[cast[0].split()[0]].dtype}; cast the model before it is sharded"
-        )
-    for name in shapes.keys() - sharded:
-        own[name].data = own[name].data.to(stored.dtypes[name])
-    stored.read_into({name: own[name] for name in shapes})
+    cast = [
+        f"{name} is {stored.dtypes[name]}, the model needs {own[name].dtype}"
+        for name in sorted(shapes)
+        if isinstance(own[name], nn.Parameter) and stored.dtypes[name] != own[name].dtype
+    ]
+    if cast:
+        raise ValueError(f"{folder} holds parameters of another dtype: {'; '.join(cast[:3])}; cast the model first")
+    return stored
+
+
+def assign(model: nn.Module, stored: Stored) -> None:
+    """Fill what this rank holds of the tensors of a model, by name and index, with weights that are `fitting`."""
+    own = persistent(model)
+    for name in stored.pieces:
+        if not isinstance(own[name], nn.Parameter):  # a controller may have made it fp32
+            own[name].data = own[name].data.to(stored.dtypes[name])
+    stored.read_into({name: own[name] for name in stored.pieces})
 
 
 def save_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, folder: Path) -> None:
@@ -153,23 +162,8 @@ def load_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, folder: P
     Raises:
         ValueError: the optimizer holds other parameters than when it was saved, or groups some whose settings differ.
     """
-    saved = read_json(folder / f"{OPTIMIZER}.json")
+    saved, stored, order, groups = _fitting(optimizer, model, folder)
     own = dict(model.named_parameters())
-    names = {id(parameter): name for name, parameter in own.items()}
-    settings = {name: group for group in saved["groups"] for name in group["params"]}
-    order = [names[id(p)] for group in optimizer.param_groups for p in group["params"]]
-    stored = Stored.of_optimizer(folder)
-    if settings.keys() != set(order) or not {key.rpartition("|")[0] for key in stored.pieces} <= set(order):
-        raise ValueError(_OTHER_PARAMETERS.format(folder))
-    groups, start = [], 0
-    for live in optimizer.param_groups:
-        theirs = [settings[names[id(p)]] for p in live["params"]]
-        alike = theirs[0] if theirs else live
-        if any(_without(other, "params") != _without(alike, "params") for other in theirs):
-            raise ValueError(_OTHER_PARAMETERS.format(folder))
-        stop = start + len(live["params"])
-        groups.append({k: _as(v, live.get(k)) for k, v in alike.items()} | {"params": list(range(start, stop))})
-        start = stop
     tensors = {key: _room(own[key.rpartition("|")[0]], stored, key) for key in stored.pieces}
     stored.read_into(tensors)
     state: dict[str, dict[str, Any]] = saved["state"]
@@ -178,6 +172,33 @@ def load_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, folder: P
         state.setdefault(name, {})[kind] = tensor
     place = {name: i for i, name in enumerate(order)}
     optimizer.load_state_dict({"state": {place[name]: s for name, s in state.items()}, "param_groups": groups})
+
+
+def require_fitting(optimizer: torch.optim.Optimizer, model: nn.Module, folder: Path) -> None:
+    """Raise what `load_optimizer` would, before anything is assigned."""
+    _fitting(optimizer, model, folder)
+
+
+def _fitting(
+    optimizer: torch.optim.Optimizer, model: nn.Module, folder: Path
+) -> tuple[dict[str, Any], Stored, list[str], list[dict[str, Any]]]:
+    """The saved numbers, the saved tensors, the order of parameters, and the groups that an optimizer is to have."""
+    saved = read_json(folder / f"{OPTIMIZER}.json")
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    settings = {name: group for group in saved["groups"] for name in group["params"]}
+    order = [names[id(p)] for group in optimizer.param_groups for p in group["params"]]
+    stored = Stored.of_optimizer(folder)
+    if settings.keys() != set(order) or not {key.rpartition("|")[0] for key in stored.pieces} <= set(order):
+        raise ValueError(_OTHER_PARAMETERS.format(folder))
+    groups, start = [], 0
+    for live in optimizer.param_groups:
+        theirs = [_without(settings[names[id(p)]], "params") for p in live["params"]] or [_without(live, "params")]
+        if any(other != theirs[0] for other in theirs):
+            raise ValueError(_OTHER_PARAMETERS.format(folder))
+        stop = start + len(live["params"])
+        groups.append({k: _as(v, live.get(k)) for k, v in theirs[0].items()} | {"params": list(range(start, stop))})
+        start = stop
+    return saved, stored, order, groups
 
 
 def _room(parameter: nn.Parameter, stored: Stored, key: str) -> Tensor:

@@ -108,13 +108,13 @@ class Stored:
         Args:
             expected: `described` of what was saved.
         """
-        for name, (shape, dtype) in sorted(expected.items()):
+        for name, (shape, dtype) in sorted(expected.items(), key=lambda each: ("expert" not in each[0], each[0])):
             if name not in self.pieces:
                 return f"{name} is in none of its files"
             if dtype != str(self.dtypes[name]):
                 return f"{name} is {self.dtypes[name]} in its files and {dtype} in its manifest"
-            if (gap := _gap(self.pieces[name], tuple(shape))) is not None:
-                return f"{name}{gap}"
+            if (gap := _gap(name, self.pieces[name], tuple(shape))) is not None:
+                return gap
         strange = sorted(self.pieces.keys() - expected.keys())
         return f"{strange[0]} is not in its manifest" if strange else None
 
@@ -160,21 +160,22 @@ def _overlap(piece: Piece, start: Sequence[int], shape: Sequence[int]) -> list[t
     return common if all(first < end for first, end in common) else None
 
 
-def _gap(pieces: Sequence[Piece], shape: tuple[int, ...]) -> str | None:
-    """How pieces do not make up a tensor of a shape, to be said after its name; None if they do."""
+def _gap(name: str, pieces: Sequence[Piece], shape: tuple[int, ...]) -> str | None:
+    """How pieces do not make up a tensor of a shape, None if they do."""
     for piece in pieces:
         if len(piece.shape) != len(shape) or any(end > size for end, size in zip(piece.stop, shape, strict=True)):
-            return f"{_index(piece)} in {piece.file.name} lies outside of its shape {shape}"
+            return f"{piece.file.name} holds {name}{_index(piece)}, which lies outside of its shape {shape}"
     if twice := next((a for a, b in itertools.combinations(pieces, 2) if _overlap(a, b.start, b.shape)), None):
-        return f"{_index(twice)} in {twice.file.name} is in another of its files too"
+        return f"{name}{_index(twice)} is in {twice.file.name} and in another file"
     if sum(math.prod(piece.shape) for piece in pieces) == math.prod(shape):
         return None
     held = {i for piece in pieces for i in range(piece.start[0], piece.stop[0])}
     lacking = [i for i in range(shape[0]) if i not in held]
     if not lacking:
-        return f" of shape {shape} is not whole in its files"
+        return f"{name} of shape {shape} is not whole in its files"
     end = next((i for i in range(lacking[0], shape[0]) if i in held), shape[0])
-    return f"[{lacking[0]}:{end}] of its first {shape[0]} is in none of its files"
+    what = f", of experts {lacking[0]} to {end - 1}," if "expert" in name and len(shape) > 2 else ""
+    return f"{name}[{lacking[0]}:{end}]{what} is in none of its files"
 
 
 def _index(piece: Piece) -> str:
