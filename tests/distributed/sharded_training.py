@@ -21,7 +21,7 @@ class Experts(nn.Module):
 
     def forward(self, x, gate):
         up, down = _whole(self.up), _whole(self.down)
-        return torch.einsum("te,teh,ehd->td", gate, torch.einsum("td,edh->teh", x, up).relu(), down)
+        return torch.einsum("te,tef,efd->td", gate, torch.einsum("td,edf->tef", x, up).relu(), down).clone()
 
 
 def _whole(weight):
@@ -120,7 +120,7 @@ def train(model, optimizer, first, last, rank=0, ranks=1):
 
 def digest(model, optimizer):
     """SHA-256 of every whole tensor of model and optimizer, and of the settings of every parameter."""
-    tensors = {name: tensor for name, tensor in model.state_dict().items()}
+    tensors = dict(model.state_dict())
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     settings = {}
     for group in optimizer.param_groups:
@@ -130,7 +130,11 @@ def digest(model, optimizer):
             tensors |= {f"{name}|{key}": value for key, value in optimizer.state[parameter].items()}
     found = hashlib.sha256(repr(sorted(settings.items())).encode())
     for name in sorted(tensors):
-        tensor = tensors[name]
-        whole = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-        found.update(f"{name}{whole.dtype}{tuple(whole.shape)}".encode() + whole.detach().numpy().tobytes())
+        tensor = whole(tensors[name])
+        found.update(f"{name}{tensor.dtype}{tuple(tensor.shape)}".encode() + tensor.numpy().tobytes())
     return found.hexdigest()
+
+
+def whole(tensor):
+    """All of a tensor, on every rank."""
+    return tensor.detach().full_tensor() if hasattr(tensor, "full_tensor") else tensor.detach()

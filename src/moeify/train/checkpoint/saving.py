@@ -32,7 +32,7 @@ from moeify.train.checkpoint.folder import (
 )  # fmt: skip
 from moeify.train.checkpoint.sharded import parts_of
 from moeify.train.checkpoint.shards import is_sharded
-from moeify.train.checkpoint.together import write_together
+from moeify.train.checkpoint.together import group_of_checkpoints, warn_of_shared_store, write_together
 from moeify.train.run_log import LOG
 
 _Trainer: Any = object  # at run time the mixin is combined with a trainer of transformers
@@ -90,7 +90,7 @@ class Saving(_Trainer):
 
     def _save_together(self, final: Path) -> None:
         """Save by all ranks, in the background if asked for; the next save learns how it ended."""
-        background, group = self.sparse.background_save, ranks.beside(self.args.ddp_timeout)
+        background, group = self.sparse.background_save, group_of_checkpoints(self.args.ddp_timeout)
         tensors, numbers = None, None
         if not self.args.save_only_model:
             tensors, numbers = state.optimizer_state(bare(self.optimizer), self.model)
@@ -174,6 +174,7 @@ class Saving(_Trainer):
     def _begin_run(self, resume_from_checkpoint: str | bool | None) -> str | None:
         """The checkpoint to resume from, if any; later ones and those of other runs are moved aside."""
         output = Path(self.args.output_dir)
+        warn_of_shared_store()
         if self.is_world_process_zero():
             recover(output)
         checkpoint = self._checkpoint_to_resume(resume_from_checkpoint) if resume_from_checkpoint else None

@@ -16,9 +16,9 @@ from moeify.balance import Control
 from moeify.files import read_json, read_tensors, write_tensors
 from moeify.train.balance_hook import BalanceHook
 from moeify.train.checkpoint import state
-from moeify.train.checkpoint.folder import checkpoints, fault, newest, recover, step_of
+from moeify.train.checkpoint.folder import checkpoints, fault, newest, recover, rotate, step_of
 from moeify.train.checkpoint.shards import MODEL, OPTIMIZER, writable
-from moeify.train.checkpoint.together import write_together
+from moeify.train.checkpoint.together import group_of_checkpoints, warn_of_shared_store, write_together
 
 NUMBERS = "trainer_state.json"
 
@@ -33,6 +33,7 @@ def save_sharded(
     balance: BalanceHook | None = None,
     numbers: Mapping[str, Any] | None = None,
     background: bool = False,
+    keep: int | None = None,
 ) -> Future[None]:
     """Save a checkpoint by all ranks, each of which writes its part; `load_sharded` reads it on any number of ranks.
 
@@ -53,6 +54,8 @@ def save_sharded(
         balance: the loads of the last step, and the loss weights that adapt.
         numbers: what else the training needs, as JSON: the step, the seed, the place in the data.
         background: return once the state is copied to the CPU. The next save waits for this one.
+        keep: how many of the newest `checkpoint-N` beside this one stay, itself included; None for all. Older ones are
+            deleted once this one is complete.
 
     Returns:
         Done when the checkpoint is complete; its `result()` raises what the background met.
@@ -62,7 +65,7 @@ def save_sharded(
         ValueError: a parameter that is not sharded differs between ranks.
         TypeError: a state of the optimizer, or one of `numbers`, that neither tensors nor JSON hold.
     """
-    model, group = _bare(model), ranks.beside()
+    model, group = _bare(model), group_of_checkpoints()
     tensors, of_groups = (None, {}) if optimizer is None else state.optimizer_state(optimizer, model)
     parts = parts_of(model, tensors, group=group, copy=background)
 
@@ -74,7 +77,13 @@ def save_sharded(
             write_tensors(folder / state.SPARSE, {} if balance is None else balance.loads)
             state.save_balance(control, [] if balance is None else balance.sparse.targets, folder)
 
-    return write_together(Path(folder), parts, write_others, group=group, background=background)
+    folder = Path(folder)
+
+    def rotate_others() -> None:
+        before = [path for path in checkpoints(folder.parent) if path != folder]
+        rotate([*reversed(before), folder], keep, None)
+
+    return write_together(folder, parts, write_others, rotate_others, group=group, background=background)
 
 
 def load_sharded(
@@ -105,7 +114,7 @@ def load_sharded(
         FileNotFoundError: there is no optimizer in it, and one was passed.
     """
     folder, model = Path(folder), _bare(model)
-    with ranks.saying_together(ranks.beside()):
+    with ranks.saying_together(group_of_checkpoints()):
         if ranks.rank() == 0 and (reason := fault(folder)) is not None:
             raise ValueError(f"{folder} cannot be read: {reason}")
     if optimizer is not None and not (folder / f"{OPTIMIZER}.json").is_file():
@@ -133,12 +142,13 @@ def newest_checkpoint(output: str | Path) -> Path | None:
     Raises:
         FileNotFoundError: there are checkpoints, and none is valid; the message names the reasons.
     """
-    output, step = Path(output), -1
-    with ranks.saying_together(ranks.beside()):
+    warn_of_shared_store()
+    output, step, group = Path(output), -1, group_of_checkpoints()
+    with ranks.saying_together(group):
         if ranks.rank() == 0:
             recover(output)
             step = step_of(newest(output)) if checkpoints(output) else -1
-    step = ranks.gather(step, ranks.beside())[0]
+    step = ranks.gather(step, group)[0]
     return None if step < 0 else output / f"checkpoint-{step}"
 
 

@@ -39,7 +39,8 @@ def boxes(tensor: Tensor) -> list[Box]:
     """
     if not isinstance(tensor, DTensor):
         return [(tensor.detach(), (0,) * tensor.dim())]
-    here = tensor.detach().to_local()
+    with torch.no_grad():
+        here = tensor.to_local()
     if not here.numel():
         return []
     runs = [_runs(tensor, dim) for dim in range(tensor.dim())]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Callable, Generator, Mapping
 from concurrent.futures import Future
@@ -23,7 +24,13 @@ Parts = Mapping[str, Mapping[str, Tensor]]
 
 
 def write_together(
-    final: Path, parts: Parts, write_others: Callable[[Path], None], *, group: Any = None, background: bool = False
+    final: Path,
+    parts: Parts,
+    write_others: Callable[[Path], None],
+    then: Callable[[], None] = lambda: None,
+    *,
+    group: Any = None,
+    background: bool = False,
 ) -> Future[None]:
     """Write a checkpoint by all ranks; it has its final name once everything of all of them is on disk.
 
@@ -33,7 +40,8 @@ def write_together(
         final: its folder, which all ranks see.
         parts: the tensors of each folder of shards, from `moeify.train.checkpoint.shards.writable`.
         write_others: writes all other files into a folder; called on the first rank, and never in the background.
-        group: of all ranks; in the background, `moeify.ranks.beside`, for training needs the other one meanwhile.
+        then: called on the first rank once the checkpoint has its name.
+        group: of all ranks; `group_of_checkpoints()`, where in the background.
         background: write the shards in a thread; `parts` must be copies. The next save waits for it.
 
     Returns:
@@ -43,7 +51,6 @@ def write_together(
         OSError: there is no room, or a rank could not write.
         RuntimeError: anything else went wrong on another rank.
     """
-    wait_for_the_last()
     with _removed_on_error(final), ranks.saying_together(group):
         if ranks.rank() == 0:
             require_space(begun(final).parent, sum(map(size_of, parts.values())))
@@ -51,9 +58,9 @@ def write_together(
     done = Future[None]()
     if background:
         _RUNNING.append(done)
-        Thread(target=_finish, args=(done, final, parts, group), name="moeify-checkpoint").start()
+        Thread(target=_finish, args=(done, final, parts, then, group), name="moeify-checkpoint").start()
     else:
-        _write(final, parts, group)
+        _write(final, parts, then, group)
         done.set_result(None)
     return done
 
@@ -62,15 +69,22 @@ _RUNNING: list[Future[None]] = []
 """The save in the background, if there is one."""
 
 
-def wait_for_the_last() -> None:
-    """Wait until a save in the background is done, however it ends."""
+def group_of_checkpoints(timeout: float | None = None) -> Any:
+    """The group of all ranks over which checkpoints are written and read, once a save in the background has left it.
+
+    All ranks call it together.
+
+    Args:
+        timeout: seconds, as of `moeify.ranks.beside`.
+    """
     while _RUNNING:
         _RUNNING.pop().exception()
+    return ranks.beside(timeout)
 
 
-def _finish(done: Future[None], final: Path, parts: Parts, group: Any) -> None:
+def _finish(done: Future[None], final: Path, parts: Parts, then: Callable[[], None], group: Any) -> None:
     try:
-        _write(final, parts, group)
+        _write(final, parts, then, group)
     except BaseException as error:  # it is raised where the future is waited for
         if ranks.rank() == 0:
             notify(f"moeify: {final.name} could not be saved ({error}); earlier checkpoints are untouched")
@@ -79,7 +93,7 @@ def _finish(done: Future[None], final: Path, parts: Parts, group: Any) -> None:
         done.set_result(None)
 
 
-def _write(final: Path, parts: Parts, group: Any) -> None:
+def _write(final: Path, parts: Parts, then: Callable[[], None], group: Any) -> None:
     folder = temporary(final)
     with _removed_on_error(final):
         for part, tensors in parts.items():
@@ -98,6 +112,7 @@ def _write(final: Path, parts: Parts, group: Any) -> None:
                 }
                 seal(folder, known, tensors=tensors)
                 commit(folder, final)
+                then()
 
 
 @contextmanager
@@ -108,3 +123,13 @@ def _removed_on_error(final: Path) -> Generator[None]:
         if ranks.rank() == 0:
             shutil.rmtree(temporary(final), ignore_errors=True)
         raise
+
+
+def warn_of_shared_store() -> None:
+    """Print how torchrun is to be called, where ranks that it starts anew would read the addresses of dead ones."""
+    restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS") or 0)
+    if restarts and ranks.rank() == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        notify(
+            f"moeify: torchrun may restart ranks {restarts} times, and they may then wait for dead ones; call it with "
+            "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in its environment and --standalone or --rdzv-backend c10d"
+        )
