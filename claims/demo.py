@@ -41,7 +41,8 @@ def main() -> None:
             **{name: f"{found[name]:.4f}" for name in ("sparse", "dense", "difference", "spread")},
             "clear": found["is_clear"],
         })  # fmt: skip
-        print(f"at equal {axis}: {found['difference']:+.4f} ± {found['spread']:.4f} over {found['seeds']} seeds")
+        noise = "" if found["is_clear"] else ", too noisy to tell"
+        print(f"at equal {axis}: {found['difference']:+.4f} ± {found['spread']:.4f} over {found['seeds']} seeds{noise}")
 
 
 if __name__ == "__main__":
