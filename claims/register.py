@@ -75,6 +75,11 @@ def faults(found: Sequence[Passage], known: Mapping[str, Sequence[Figure]]) -> I
         figures = [figure for name in ids for figure in known[name]]
         if match(passage.numbers, figures) is None:
             yield f"{at} {passage.about} is {_said(figures)}; the text has {_printed(passage.numbers)}"
+    for name, figures in known.items():
+        facts = [dict(figure.facts) for figure in figures]
+        missing = {fact for fact in ("date", "hardware") for each in facts if not each.get(fact)}
+        if missing:
+            yield f"{name} does not say its {' and '.join(sorted(missing))}"
     for name in sorted(known.keys() - used):
         yield f"{name} has sources, and no text uses it"
 

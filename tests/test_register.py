@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
+FACTS = (("date", "2026-11-29"), ("hardware", "a CPU"))
 RESULTS = {"reproduced", "in part", "failed", "run", "not run"}
 
 
@@ -24,9 +25,9 @@ def wrong(register):
     from figures.texts import passages
 
     known = {
-        "gain": [Figure(-0.0342, "x.csv", "", "", "lower", ()), Figure(0.0011, "x.csv", "", "", "lower", ())],
-        "speed": [Figure(1.288, "x.csv", "", "", "higher", ())],
-        "size": [Figure(12.46, "x.csv", "", "", "", ())],
+        "gain": [Figure(-0.0342, "x.csv", "", "", "lower", FACTS), Figure(0.0011, "x.csv", "", "", "lower", FACTS)],
+        "speed": [Figure(1.288, "x.csv", "", "", "higher", FACTS)],
+        "size": [Figure(12.46, "x.csv", "", "", "", FACTS)],
     }
 
     def of(text: str) -> list[str]:
@@ -108,9 +109,18 @@ def test_figures_rounded_to_the_less_flattering_side_pass(wrong, text):
 def test_an_id_that_no_text_uses_is_found(register):
     from figures.rows import Figure
 
-    assert list(register.faults([], {"lost": [Figure(1.0, "", "", "", "", ())]})) == [
+    assert list(register.faults([], {"lost": [Figure(1.0, "", "", "", "", FACTS)]})) == [
         "lost has sources, and no text uses it"
     ]
+
+
+def test_a_figure_without_date_or_hardware_is_found(register):
+    from figures.rows import Figure
+    from figures.texts import passages
+
+    figure = Figure(1.5, "x.csv", "", "", "", (("date", "2026-11-29"),))
+    found = register.faults(list(passages("page.md", "1.5 times <!-- claim: speed -->")), {"speed": [figure]})
+    assert list(found) == ["speed does not say its hardware"]
 
 
 def test_the_register_says_where_a_figure_comes_from(register):
@@ -136,7 +146,16 @@ def test_rows_and_quotes_that_are_not_there_are_errors(register):
     with pytest.raises(ValueError, match="cannot be paired"):
         rows.where(arm="copies").minus(rows.where(arm="dense", seed=0), "loss_at_end")
     with pytest.raises(ValueError, match="does not have the words"):
-        quoted("docs/log.md", "what nobody has written 12 %")
+        quoted("docs/log.md", "what nobody has written 12 %", "a CPU")
+
+
+def test_a_later_run_of_a_seed_replaces_the_one_before(register):
+    from figures.rows import Rows
+
+    runs = [("a", 0, 1.0), ("a", 1, 2.0), ("b", 0, 2.0), ("b", 1, 2.0), ("a", 0, 3.0)]
+    rows = Rows("x.csv", tuple({"arm": arm, "seed": str(seed), "loss": str(loss)} for arm, seed, loss in runs))
+    assert rows.where(arm="a").minus(rows.where(arm="b"), "loss").values == (1.0, 0.0)
+    assert rows.last("arm", "seed").values("loss") == [3.0, 2.0, 2.0, 2.0]
 
 
 def test_every_claim_has_a_row_and_every_row_a_result(register):

@@ -13,6 +13,15 @@ from typing import Literal
 from figures.texts import ROOT, numbers_of
 
 Better = Literal["lower", "higher", ""]
+HARDWARE = {
+    "claims/results/branch_train_mix.csv": "AMD EPYC (Zen 4), 2 cores",
+    "claims/results/independent.csv": "a CPU, not noted further",
+    "claims/results/makemoe.csv": "AMD EPYC (Zen 4), 2 cores",
+    "claims/results/mocle.csv": "AMD EPYC (Zen 4), 2 cores",
+    "claims/results/phatgoose.csv": "AMD EPYC (Zen 4), 2 cores",
+    "claims/results/upcycling.csv": "AMD EPYC (Zen 4), 2 cores",
+}
+"""Of tables without such a column, from docs/log.md."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +75,7 @@ class Rows:
 
     def figure(self, value: float, take: str, better: Better = "") -> Figure:
         """A figure that was computed of these rows; `take` says of what and how."""
-        return Figure(value, self.file, self.key or "all", take, better, _facts(self.rows))
+        return Figure(value, self.file, self.key or "all", take, better, _facts(self.file, self.rows))
 
     def one(self, column: str, better: Better = "", scale: float = 1.0) -> Figure:
         """The value of the only row.
@@ -83,15 +92,17 @@ class Rows:
         return self.figure(scale * how(self.values(column)), f"{how.__name__} of {column}", better)
 
     def minus(self, other: Rows, column: str, by: str = "seed") -> Differences:
-        """Differences to other rows, paired by seed.
+        """Differences to other rows, paired by seed; of several runs of a seed the last counts.
 
         Raises:
-            ValueError: not every row has one partner.
+            ValueError: a seed has no partner.
         """
-        ours, theirs = ({row[by]: float(row[column]) for row in side.rows} for side in (self, other))
-        if ours.keys() != theirs.keys() or len(ours) != len(self.rows):
+        newest = (tuple({row[by]: row for row in side.rows}.values()) for side in (self, other))
+        one, two = (Rows(side.file, rows, side.key) for side, rows in zip((self, other), newest, strict=True))
+        ours, theirs = ({row[by]: float(row[column]) for row in side.rows} for side in (one, two))
+        if ours.keys() != theirs.keys():
             raise ValueError(f"{self.file}: {self.key} and {other.key} cannot be paired by {by}")
-        both = Rows(self.file, self.rows + other.rows, f"{self.key} less {other.key}")
+        both = Rows(self.file, one.rows + two.rows, f"{self.key} less {other.key}")
         return Differences(both, tuple(ours[seed] - theirs[seed] for seed in ours), f"{column} paired by {by}")
 
 
@@ -127,8 +138,15 @@ def table(file: str) -> Rows:
         return Rows(file, tuple(csv.DictReader(lines)))
 
 
-def quoted(file: str, quote: str, only: Sequence[int] | None = None, hardware: str = "") -> list[Figure]:
+def quoted(file: str, quote: str, hardware: str, only: Sequence[int] | None = None, date: str = "") -> list[Figure]:
     """The numbers in the words of a text, all or some; for what was measured and noted, and has no table.
+
+    Args:
+        file: with the words.
+        quote: the words.
+        hardware: that they were measured on.
+        only: which of the numbers, all by default.
+        date: of the measurement, by default that of the heading above the words.
 
     Raises:
         ValueError: the text does not have these words.
@@ -138,16 +156,16 @@ def quoted(file: str, quote: str, only: Sequence[int] | None = None, hardware: s
     if words is None:
         raise ValueError(f"{file} does not have the words: {quote}")
     dates = re.findall(r"^## (\d{4}-\d\d-\d\d)", text[: words.start()], re.MULTILINE)
-    facts = {"date": dates[-1] if dates else "", "hardware": hardware}
+    facts = {"date": date or (dates[-1] if dates else ""), "hardware": hardware}
     numbers = [number.value for number in numbers_of(quote)]
     chosen = numbers if only is None else [numbers[i] for i in only]
     kept = tuple((name, value) for name, value in facts.items() if value)
     return [Figure(value, file, quote, "quoted", "", kept) for value in chosen]
 
 
-def _facts(rows: Sequence[dict[str, str]]) -> tuple[tuple[str, str], ...]:
+def _facts(file: str, rows: Sequence[dict[str, str]]) -> tuple[tuple[str, str], ...]:
     columns = {"date": "date", "commit": "commit", "hardware": "hardware", "device": "hardware", "seed": "seeds"}
-    found: dict[str, str] = {}
+    found = {"hardware": HARDWARE[file]} if file in HARDWARE else {}
     for column, name in columns.items():
         values = dict.fromkeys(row[column] for row in rows if row.get(column))
         if values:

@@ -7,6 +7,7 @@ from statistics import fmean
 from figures.rows import Better, Figure, Rows, quoted, table
 
 LOG = "docs/log.md"
+XEON, NOT_NOTED = "Intel Xeon (Emerald Rapids), 2 shared cores", "a CPU, not noted further"
 FAMILIES = ("Mixtral", "Qwen3-MoE", "OLMoE", "DeepSeek-V3", "GPT-OSS", "moeify")
 T_95_OF_3 = 4.303
 
@@ -42,7 +43,7 @@ def _demo() -> dict[str, list[Figure]]:
         "demo.before": at(before, "tokens")[2:],
         "demo.step": [now.where(at_equal="tokens").one("step_ratio", "lower")],
         "demo.quartiles": quoted(
-            LOG, "with the quartiles of the pairs for a ratio the difference is -0.033 and -0.013"
+            LOG, "with the quartiles of the pairs for a ratio the difference is -0.033 and -0.013", XEON
         ),
         "demo.busiest": [controlled.figure(1 + worst, "1 + largest of max_vio_by_layer", "lower")],
         "demo_balance": [
@@ -113,7 +114,7 @@ def _composition() -> dict[str, list[Figure]]:
 
 
 def _planning() -> dict[str, list[Figure]]:
-    layers = table("claims/results/h100_layers.csv")
+    layers = table("claims/results/h100_layers.csv").last("seed")
     errors = []
     for devices in (2, 4, 8, 16, 32):
         predicted, measured = (fmean(layers.values(f"ratio{which}_{devices}")) for which in ("_predicted", ""))
@@ -128,7 +129,7 @@ def _planning() -> dict[str, list[Figure]]:
         return rows.figure(100 * error, f"largest of |{column} / real_ms - 1|", better)
 
     pairs = table("claims/results/smartmoe.csv")
-    moves = table("claims/results/placement.csv")
+    moves = table("claims/results/placement.csv").last("routing", "devices", "ep", "spare")
     equal = moves.where(eplb_equal="60 of 60")
     if len(equal.rows) != len(moves.rows):
         raise ValueError("a placement of claims/results/placement.csv is not EPLB's")
@@ -154,7 +155,9 @@ def _planning() -> dict[str, list[Figure]]:
             layers.figure(-worst, f"largest size of {what}", "lower"),
         ],
         "h100_layers.error": [layers.over(fmean, "error", "lower", 100)],
-        "simumax.winners": quoted(LOG, "EP8 ahead per sequence in all 6 pairs, and EP4 x PP2 ahead in all 3 on A100"),
+        "simumax.winners": quoted(
+            LOG, "EP8 ahead per sequence in all 6 pairs, and EP4 x PP2 ahead in all 3 on A100", "none"
+        ),
         "simumax.first": [largest("96dbf32", "ours_ms", "lower"), largest("96dbf32", "simumax_ms")],
         "simumax.corrected": [largest("fa4a581", "ours_ms", "lower")],
         "simumax.errors": [largest("96dbf32", "ours_ms", "lower"), largest("fa4a581", "ours_ms", "lower")],
@@ -290,10 +293,14 @@ def _noted() -> dict[str, list[Figure]]:
         "kernels": "2,000 of 2,000 random problems of the C++ kernels on 4 instruction sets",
     }
     return {
-        **{f"trl.{row}": quoted(LOG, words_of, percents[row]) for row, words_of in rows.items()},
-        **{f"reliability.{kind}": quoted(LOG, words[kind]) for kind in kinds},
-        "trl": quoted(LOG, rows["8"], (1,)),
-        "sounds": quoted(LOG, "an accuracy of 0.693 (sparse, `matched`) and 0.700 (dense)"),
-        "auction": quoted(LOG, "a median of 5 ms, and 18 ms where all tokens share a mean"),
-        "h200": quoted("benchmarks/gpu_roofline.py", "reached on one: 4.3 TB/s, 790 TFLOP/s", (1, 0), "NVIDIA H200"),
+        **{f"trl.{row}": quoted(LOG, words_of, NOT_NOTED, percents[row]) for row, words_of in rows.items()},
+        **{f"reliability.{kind}": quoted(LOG, words[kind], NOT_NOTED) for kind in kinds},
+        "trl": quoted(LOG, rows["8"], NOT_NOTED, (1,)),
+        "sounds": quoted(LOG, "an accuracy of 0.693 (sparse, `matched`) and 0.700 (dense)", NOT_NOTED),
+        "auction": quoted(
+            LOG, "a median of 5 ms, and 18 ms where all tokens share a mean", "AMD EPYC (Zen 5), 2 cores"
+        ),
+        "h200": quoted(
+            "benchmarks/gpu_roofline.py", "reached on one: 4.3 TB/s, 790 TFLOP/s", "NVIDIA H200", (1, 0), "2026-11-24"
+        ),
     }
