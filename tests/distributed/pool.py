@@ -8,6 +8,7 @@ thrown away, and the next case gets new ones.
 
 from __future__ import annotations
 
+import atexit
 import gc
 import importlib
 import importlib.util
@@ -126,6 +127,7 @@ class Pool:
             self.server = context.Process(target=_serve, args=(orders, sorted(self.loaded)))
             self.server.start()
             orders.close()
+            atexit.register(self.close)  # else an interpreter that ends by an error waits for the server for ever
         if ranks not in self.worlds:
             self.starts += 1
             self.orders.send(("start", (ranks, f"{self.folder}/{self.starts}")))
