@@ -24,6 +24,14 @@ class Each(Experts):
         self.experts = nn.ModuleList(modules)
         self.num_experts = len(self.experts)
 
+    def part(self, first: int, last: int) -> Each:
+        """The experts `first` to `last - 1` alone: the modules themselves, under the names that they have here."""
+        part = Each([])
+        for name, expert in list(self.experts.named_children())[first:last]:
+            part.experts.add_module(name, expert)
+        part.num_experts = last - first
+        return part.train(self.training)
+
     def forward(self, rows: Float[Tensor, "R D"], counts: Int[Tensor, "E"]) -> Float[Tensor, "R O"]:
         """Call every expert, also those without rows, so that all stay in the autograd graph.
 
@@ -58,6 +66,19 @@ class Blocks(Experts):
         work = torch.cat([_size(group) * group.costs for group in cast(Iterable[Experts], self.banks)])
         return work / work.max().clamp_min(1)
 
+    def part(self, first: int, last: int) -> Blocks:
+        """The experts `first` to `last - 1` alone: groups, or parts of them, under the names that they have here."""
+        part, before = Blocks([]), 0
+        for name, group in self.banks.named_children():
+            size = cast(Experts, group).num_experts
+            begin, end = max(first - before, 0), min(last - before, size)
+            if begin < end:
+                part.banks.add_module(name, group if end - begin == size else cast(Experts, group).part(begin, end))
+                part._sizes.append(end - begin)
+            before += size
+        part.num_experts = last - first
+        return part.train(self.training)
+
     def forward(self, rows: Float[Tensor, "R D"], counts: Int[Tensor, "E"]) -> Float[Tensor, "R O"]:
         """Give every group the rows of its experts."""
         by_group = counts.split(self._sizes)
@@ -82,6 +103,10 @@ class Identity(Experts):
         """Zero."""
         return torch.zeros(self.num_experts)
 
+    def part(self, first: int, last: int) -> Identity:
+        """As many of them."""
+        return Identity(last - first)
+
     def forward(self, rows: Float[Tensor, "R D"], counts: Int[Tensor, "E"]) -> Float[Tensor, "R D"]:
         """Return the rows."""
         return rows
@@ -104,6 +129,10 @@ class Zero(Experts):
     def costs(self) -> Float[Tensor, "E"]:
         """Zero."""
         return torch.zeros(self.num_experts)
+
+    def part(self, first: int, last: int) -> Zero:
+        """As many of them."""
+        return Zero(last - first, self.width_out)
 
     def forward(self, rows: Float[Tensor, "R D"], counts: Int[Tensor, "E"]) -> Float[Tensor, "R O"]:
         """Return zeros."""

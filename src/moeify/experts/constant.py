@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from moeify.experts.base import Experts
+from moeify.experts.base import Experts, cut
 from moeify.exportable import repeat_for_rows
 from moeify.kernels import grouped_linear
 
@@ -33,6 +33,10 @@ class Constant(Experts):
     def costs(self) -> Float[Tensor, "E"]:
         """A cost of zero."""
         return torch.zeros(self.num_experts)
+
+    def part(self, first: int, last: int) -> Constant:
+        """The experts `first` to `last - 1` alone."""
+        return cut(self, first, last)
 
     def forward(self, rows: Float[Tensor, "R D"], counts: Int[Tensor, "E"]) -> Float[Tensor, "R D"]:
         """Mix every row with the vector of its expert."""

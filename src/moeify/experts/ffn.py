@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from moeify.experts.base import Experts, hold_activation
+from moeify.experts.base import Experts, cut, hold_activation
 from moeify.kernels import grouped_linear
 from moeify.kernels.stacked import SWIGLU, Activation, Stacked
 
@@ -79,6 +79,10 @@ class FFN(Experts):
         if (self.training and self.dropout.p > 0) or "act" in self._modules:
             return None
         return Stacked(*self.up, *self.down, self.activation)
+
+    def part(self, first: int, last: int) -> FFN:
+        """The experts `first` to `last - 1` alone."""
+        return cut(self, first, last)
 
     def common_modules(self) -> tuple[nn.Module, ...]:
         """The activation, if it has trainable parameters, which all experts share."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from moeify.experts.base import Experts
+from moeify.experts.base import Experts, cut
 
 
 class Latent(Experts):
@@ -34,6 +34,10 @@ class Latent(Experts):
     def costs(self) -> Float[Tensor, "E"]:
         """The cost of a row at each wrapped expert, relative to the most expensive."""
         return self.experts.costs
+
+    def part(self, first: int, last: int) -> Latent:
+        """The experts `first` to `last - 1` alone."""
+        return cut(self, first, last)
 
     def common_modules(self) -> tuple[nn.Module, ...]:
         """The two projections."""

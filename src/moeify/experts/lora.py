@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from moeify.experts.base import Experts, hold_activation
+from moeify.experts.base import Experts, cut, hold_activation
 from moeify.exportable import repeat_for_rows
 from moeify.kernels import grouped_linear
 from moeify.kernels.stacked import Activation
@@ -62,6 +62,12 @@ class LoRA(Experts):
         self.register_buffer("scale", torch.full((num_experts,), float(scale)))
         self.dropout = nn.Dropout(dropout)
 
+    def part(self, first: int, last: int) -> LoRA:
+        """The experts `first` to `last - 1` alone, with their names."""
+        part = cut(self, first, last)
+        part.names = self.names[first:last]
+        return part
+
     def forward(self, rows: Float[Tensor, "R D"], counts: Int[Tensor, "E"]) -> Float[Tensor, "R O"]:
         """`s_j · B_j A_j x`, each row by its own expert."""
         low = grouped_linear(self.dropout(rows), self.lora_A, counts)
@@ -98,6 +104,10 @@ class LoRAFFN(Experts):
         self.up, self.down, self.activation = up, down, activation
         hold_activation(self, activation)
         self.up_lora, self.down_lora = up_lora, down_lora
+
+    def part(self, first: int, last: int) -> LoRAFFN:
+        """The experts `first` to `last - 1` alone, around the same network."""
+        return cut(self, first, last)
 
     def common_modules(self) -> tuple[nn.Module, ...]:
         """Both projections of the network."""

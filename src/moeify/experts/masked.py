@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from moeify.experts.base import Experts
+from moeify.experts.base import Experts, cut
 
 
 class Masked(Experts):
@@ -34,6 +34,10 @@ class Masked(Experts):
     def costs(self) -> Float[Tensor, "E"]:
         """The cost of a row at each masked expert, relative to the most expensive."""
         return self.experts.costs
+
+    def part(self, first: int, last: int) -> Masked:
+        """The experts `first` to `last - 1` alone."""
+        return cut(self, first, last)
 
     def forward(self, rows: Float[Tensor, "R D"], counts: Int[Tensor, "E"]) -> Float[Tensor, "R O"]:
         """Run the experts, and mask their outputs in training."""

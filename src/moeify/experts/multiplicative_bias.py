@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from moeify.experts.base import Experts
+from moeify.experts.base import Experts, cut
 from moeify.experts.ffn import FFN
 
 
@@ -26,6 +26,10 @@ class MultiplicativeBias(Experts):
         self.multiplicative_bias = nn.Parameter(
             torch.ones(experts.num_experts, experts.hidden, device=like.device, dtype=like.dtype)
         )
+
+    def part(self, first: int, last: int) -> MultiplicativeBias:
+        """The experts `first` to `last - 1` alone."""
+        return cut(self, first, last)
 
     def forward(self, rows: Float[Tensor, "R D"], counts: Int[Tensor, "E"]) -> Float[Tensor, "R O"]:
         """Multiply between the halves of the experts."""

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from moeify.experts.base import Experts
+from moeify.experts.base import Experts, cut
 
 
 class OfInputs(Experts):
@@ -37,6 +37,10 @@ class OfInputs(Experts):
     def costs(self) -> Float[Tensor, "E"]:
         """The cost of a row at each wrapped expert, relative to the most expensive."""
         return self.experts.costs
+
+    def part(self, first: int, last: int) -> OfInputs:
+        """The experts `first` to `last - 1` alone."""
+        return cut(self, first, last)
 
     def forward(self, rows: Float[Tensor, "R D"], counts: Int[Tensor, "E"]) -> Float[Tensor, "R O"]:
         """Run every expert on its input."""

@@ -9,7 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from moeify.experts.base import Experts
+from moeify.experts.base import Experts, cut
 from moeify.kernels.cpu.huge_pages import in_huge_pages
 from moeify.kernels.stacked import Activation, Stacked
 
@@ -150,6 +150,10 @@ class Quantized(Experts):
         self.num_experts, self.hidden, self.activation = num_experts, hidden, activation
         self.up = Weights(num_experts, activation.projections * hidden, width, bits, group_size, up_bias)
         self.down = Weights(num_experts, width_out or width, hidden, bits, group_size, down_bias)
+
+    def part(self, first: int, last: int) -> Quantized:
+        """The experts `first` to `last - 1` alone."""
+        return cut(self, first, last)
 
     def forward(self, rows: Float[Tensor, "R D"], counts: Int[Tensor, "E"]) -> Float[Tensor, "R O"]:
         """`down(activation(up(rows)))` with the dequantised weights."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from moeify.experts.base import Experts
+from moeify.experts.base import Experts, cut
 
 
 class Scaled(Experts):
@@ -28,6 +28,10 @@ class Scaled(Experts):
     def costs(self) -> Float[Tensor, "E"]:
         """The cost of a row at each scaled expert, relative to the most expensive."""
         return self.experts.costs
+
+    def part(self, first: int, last: int) -> Scaled:
+        """The experts `first` to `last - 1` alone."""
+        return cut(self, first, last)
 
     def forward(self, rows: Float[Tensor, "R D"], counts: Int[Tensor, "E"]) -> Float[Tensor, "R O"]:
         """Run the experts on the scaled rows."""

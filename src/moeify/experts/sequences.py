@@ -35,6 +35,17 @@ class Sequences(Experts):
         """
         raise ValueError("whole modules run on sequences, not on rows; only a MoE layer of their model calls them")
 
+    def part(self, first: int, last: int) -> Sequences:
+        """Refuse to be divided.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError(
+            "whole modules as experts read sequences with all further arguments, which do not travel between "
+            "processes; keep them whole in every process (ep=1), under DDP or FSDP"
+        )
+
     def mixed(self, x: Float[Tensor, "B N D"], routing: Routing, others: tuple, named: dict[str, Any]) -> Any:
         """Call every expert on its sequences, and add up its outputs, a tensor or a structure of them, by its weights.
 

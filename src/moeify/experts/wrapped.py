@@ -25,6 +25,17 @@ class Wrapped(Experts):
             inside = inside.base_layer
         self.num_experts = inside.num_experts
 
+    def part(self, first: int, last: int) -> Wrapped:
+        """Refuse to be divided.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError(
+            f"experts inside {type(self.module).__name__}, a module around them, cannot be divided among processes; "
+            "merge the adapter first, or put adapters around the parallel experts"
+        )
+
     def forward(self, rows: Float[Tensor, "R D"], counts: Int[Tensor, "E"]) -> Float[Tensor, "R O"]:
         """Call the module."""
         return self.module(rows, counts)

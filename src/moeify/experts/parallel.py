@@ -1,0 +1,233 @@
+"""Expert parallelism: every process holds some of the experts, and rows travel to their expert and back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, distributed, nn
+from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
+
+from moeify.experts.base import Experts
+from moeify.experts.latent import Latent
+
+SHARE = 4
+"""The most rows that a process receives at once, in units of what it received if all experts had equally many."""
+
+
+class Parallel(Experts):
+    """Experts of which every process of a group holds E / ranks, one range after the other (GShard, arXiv 2006.16668).
+
+    Rows go to the process of their expert, are computed there, and return: two exchanges forward, two backward, and one
+    of counts, whose sizes are read on the host once. Any router works; what it decides of one batch it decides of the
+    batch of this process. All processes must call the layer equally often, forward and backward, be it without rows.
+
+    A process never receives more than `limit` rows at once. Where more are sent to it, all processes exchange and
+    compute in several rounds, and training computes each round again in the backward pass, so that memory is bounded
+    even where all tokens choose one expert.
+
+    Gradients of the weights are means over the group, as those that DDP and FSDP average: reduce them over the other
+    processes that hold the same experts only. Parameters that all experts share, such as those of an activation, are
+    in every process, and their gradient is summed over the group by itself.
+
+    Args:
+        experts: all E experts, the same in every process; what this process holds is copied.
+        group: the processes; by default all.
+        limit: rows that a process may receive at once, the same in every process; by default `SHARE` times what it
+            received if all experts had equally many. A process that sends to another sends at least one row.
+
+    Attributes:
+        experts: those of this process.
+        stacks: of each tensor that was cut, by its name in `experts`: its first size before.
+
+    Raises:
+        ValueError: experts that cannot be divided, or not evenly; a limit below 1.
+    """
+
+    def __init__(self, experts: Experts, group: Any = None, *, limit: int | None = None) -> None:
+        super().__init__()
+        self.group = distributed.group.WORLD if group is None else group
+        self.rank, self.ranks = distributed.get_rank(self.group), distributed.get_world_size(self.group)
+        self.num_experts, self.limit = experts.num_experts, limit
+        if self.num_experts % self.ranks:
+            raise ValueError(
+                f"{self.num_experts} experts cannot be divided evenly among {self.ranks} processes; choose a group "
+                f"whose size divides {self.num_experts}"
+            )
+        if limit is not None and limit < 1:
+            raise ValueError(f"limit={limit} lets no row arrive; choose limit >= 1, or None")
+        held = self.num_experts // self.ranks
+        self._costs = experts.costs
+        self.experts = experts if self.ranks == 1 else experts.part(self.rank * held, (self.rank + 1) * held)
+        whole = dict(_tensors(experts))
+        cut = [name for name, tensor in _tensors(self.experts) if tensor.shape != whole[name].shape]
+        self.stacks = {name: len(whole[name]) for name in cut}
+
+    @property
+    def costs(self) -> Float[Tensor, "E"]:
+        """The cost of a row at each of all E experts, relative to the most expensive."""
+        return self._costs
+
+    def common_parameters(self) -> set[nn.Parameter]:
+        """The parameters that every row passes, whichever expert it is sent to; every process has them."""
+        modules = [m for part in self.experts.modules() if isinstance(part, Experts) for m in part.common_modules()]
+        return {parameter for module in modules for parameter in module.parameters()}
+
+    @torch.compiler.disable
+    def forward(self, rows: Float[Tensor, "R D"], counts: Int[Tensor, "E"]) -> Float[Tensor, "R O"]:
+        """Send every row to its expert, wherever it is, and return its output."""
+        if self.ranks == 1:
+            with self._local_weights():
+                return self.experts(rows, counts)
+        table = counts.new_empty(self.ranks, self.num_experts)
+        distributed.all_gather(list(table.unbind()), counts.contiguous(), group=self.group)
+        plan = table.cpu().view(self.ranks, self.ranks, -1)  # (from, to, local expert): the layer's one synchronisation
+        sent = plan.sum(-1)
+        limit = self.limit or SHARE * -(-int(plan.sum()) // self.ranks)
+        if int(sent.sum(0).max()) <= limit:
+            return self._round(rows, plan)
+        each = max(1, limit // self.ranks)
+        end = plan.cumsum(-1)
+        parts: list[list[Tensor]] = [[] for _ in range(self.ranks)]
+        mine = rows.split(sent[self.rank].tolist())
+        for first in range(0, int(sent.max()), each):
+            now = end.clamp(max=first + each) - (end - plan).clamp(min=first)  # what lies in [first, first + each)
+            now = now.clamp(min=0)
+            chosen = torch.cat([part[first : first + each] for part in mine])
+            if torch.is_grad_enabled():
+                y = checkpoint(self._round, chosen, now, use_reentrant=False)
+            else:
+                y = self._round(chosen, now)
+            for to, part in enumerate(y.split(now[self.rank].sum(-1).tolist())):
+                parts[to].append(part)
+        return torch.cat([part for to in parts for part in to])
+
+    def _round(self, rows: Float[Tensor, "r D"], plan: Int[Tensor, "ranks ranks held"]) -> Float[Tensor, "r O"]:
+        """Exchange rows, compute those that arrived, and exchange their outputs."""
+        send, theirs = plan[self.rank].sum(-1).tolist(), plan[:, self.rank]
+        receive = theirs.sum(-1).tolist()
+        got = _Exchange.apply(rows, receive, send, self.group, float(self.ranks))  # by process, then by expert
+        if theirs.shape[1] > 1:
+            expert = torch.arange(theirs.shape[1]).repeat(self.ranks).repeat_interleave(theirs.flatten())
+            order = expert.argsort(stable=True).to(rows.device, non_blocking=True)
+            y = self._compute(got[order], theirs)
+            y = torch.empty_like(y).index_copy(0, order, y)
+        else:
+            y = self._compute(got, theirs)
+        return _Exchange.apply(y, send, receive, self.group, 1 / self.ranks)
+
+    def _compute(self, rows: Float[Tensor, "r D"], theirs: Int[Tensor, "ranks held"]) -> Float[Tensor, "r O"]:
+        with self._local_weights():
+            y = self.experts(rows, theirs.sum(0).to(rows.device, non_blocking=True))
+        if not torch.is_grad_enabled():
+            return y
+        # Experts without rows, or without weights, may cut the graph, and the others would wait for this process.
+        y = _Joined.apply(y, rows)
+        return y if y.requires_grad else y.requires_grad_()
+
+    @contextmanager
+    def _local_weights(self) -> Iterator[None]:
+        """Let the experts see their part of distributed weights as tensors, and sum the gradients of shared ones."""
+        common = self.common_parameters() if self.ranks > 1 else set()
+        hidden = []
+        for module in self.experts.modules():
+            for name, tensor in (*module._parameters.items(), *module._buffers.items()):
+                if tensor is not None and (tensor in common or hasattr(tensor, "to_local")):
+                    value: Any = tensor
+                    local = value.to_local() if hasattr(value, "to_local") else value
+                    module.__dict__[name] = _Summed.apply(local, self.group) if tensor in common else local
+                    hidden.append((module, name))
+        try:
+            yield
+        finally:
+            for module, name in hidden:
+                del module.__dict__[name]
+
+    def extra_repr(self) -> str:
+        """Which experts this process holds."""
+        held = self.num_experts // self.ranks
+        return f"experts {self.rank * held} to {(self.rank + 1) * held - 1} of {self.num_experts}"
+
+
+def spread(experts: Experts, group: Any = None, *, limit: int | None = None) -> Experts:
+    """The same experts divided among processes; of `Latent` those inside, so that rows travel at the latent width.
+
+    Args:
+        experts: all E experts, the same in every process.
+        group: the processes; by default all.
+        limit: as of `Parallel`.
+
+    Raises:
+        ValueError: as of `Parallel`.
+    """
+    if isinstance(experts, Latent):
+        experts.experts = spread(experts.experts, group, limit=limit)
+        return experts
+    return Parallel(experts, group, limit=limit)
+
+
+def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    yield from module.named_parameters(remove_duplicate=False)
+    yield from module.named_buffers(remove_duplicate=False)
+
+
+class _Exchange(torch.autograd.Function):
+    """Send rows to and receive rows from every process; the gradient goes the other way, times a constant.
+
+    Synchronous: processes that ran the functional collectives of torch 2.13 sometimes abort when they exit.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, rows: Tensor, receive: list[int], send: list[int], group: Any, gradient_scale: float
+    ) -> Tensor:
+        ctx.back = send, receive, group, gradient_scale
+        return _exchange(rows, receive, send, group)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> Any:  # pyrefly: ignore[bad-override]
+        receive, send, group, scale = ctx.back
+        return _exchange(gradient, receive, send, group).mul_(scale), None, None, None, None
+
+
+def _exchange(rows: Tensor, receive: list[int], send: list[int], group: Any) -> Tensor:
+    got = rows.new_empty(sum(receive), *rows.shape[1:])
+    distributed.all_to_all_single(got, rows.contiguous(), receive, send, group=group)
+    return got
+
+
+class _Joined(torch.autograd.Function):
+    """The outputs, with the rows in their graph in any case; what it saves makes all processes repeat a round here."""
+
+    @staticmethod
+    def forward(ctx: Any, outputs: Tensor, rows: Tensor) -> Tensor:
+        ctx.save_for_backward(rows[:0])
+        ctx.size = len(rows)
+        return outputs.view_as(outputs)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> Any:  # pyrefly: ignore[bad-override]
+        (none,) = ctx.saved_tensors
+        return gradient, none.new_zeros(1, *none.shape[1:]).expand(ctx.size, *none.shape[1:])
+
+
+class _Summed(torch.autograd.Function):
+    """A tensor that every process has, whose gradient is the sum of those of all."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, group: Any) -> Tensor:
+        ctx.group = group
+        return tensor.view_as(tensor)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> Any:  # pyrefly: ignore[bad-override]
+        total = gradient.clone(memory_format=torch.contiguous_format)
+        distributed.all_reduce(total, group=ctx.group)
+        return total, None
