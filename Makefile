@@ -37,12 +37,13 @@ bench: $(VENV)/.bench
 
 gpu: $(VENV)/.test
 	$(BIN)/python -m pip install --quiet --editable '.[gpu]'
-	$(BIN)/python -m pytest tests/test_gpu.py tests/kernels/triton
+	$(BIN)/python -m pytest tests/test_gpu.py tests/kernels/triton -m 'nightly or not nightly'
 	$(BIN)/python benchmarks/gpu.py
 	$(BIN)/python benchmarks/run.py --device cuda --tokens 1 16 256 4096 32768
 
+# FULL=1 runs every claim with all of its seeds; claims/runs.toml says what each takes.
 claims: $(VENV)/.test
-	for claim in claims/*.py; do $(BIN)/python $$claim || exit 1; done
+	$(BIN)/moeify reproduce --all $(if $(FULL),--full)
 
 # The tests of transformers and PEFT themselves, without moeify and with it behind their experts; needs a network.
 suites: $(VENV)/.suites

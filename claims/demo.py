@@ -3,7 +3,7 @@
 Time is what a step costs both, measured by turns: by the clock on the wall, or of the CPU where work of others makes
 that unsteady. `clear` says whether the sign of the difference is beyond the noise of the seeds and of this cost.
 
-python claims/demo.py --seed 31             runs `moeify compare` first, about 8 minutes on two idle cores
+python claims/demo.py --seed 31             runs `moeify compare` in runs/claim-demo-31, 8 minutes on two idle cores
 python claims/demo.py --run runs/compare    takes the results of a run that is there
 """
 
@@ -22,14 +22,15 @@ from moeify.evaluate.pace import Pace
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--run", type=Path, default=Path("runs/claim-demo"))
+    parser.add_argument("--run", type=Path, help="the folder of a comparison that is there")
     parser.add_argument("--seed", type=int, default=0, help="the first of the three seeds")
     parser.add_argument("--hardware", default="unknown", help="the name of the hardware in the rows")
     options = parser.parse_args()
-    if not (options.run / "summary.json").is_file():
-        compare = [sys.executable, "-m", "moeify", "compare", "--output", str(options.run), "--seed", str(options.seed)]
+    run = options.run or Path(f"runs/claim-demo-{options.seed}")
+    if options.run is None:
+        compare = [sys.executable, "-m", "moeify", "compare", "--output", str(run), "--seed", str(options.seed)]
         subprocess.run(compare, check=True)
-    summary = json.loads((options.run / "summary.json").read_text())
+    summary = json.loads((run / "summary.json").read_text())
     facts, clock = summary["facts"], summary["pace"].pop("clock")
     pace = Pace.from_dict(summary["pace"])
     for axis, found in summary["at_equal"].items():
@@ -40,7 +41,8 @@ def main() -> None:
             **{name: f"{found[name]:.4f}" for name in ("sparse", "dense", "difference", "spread")},
             "clear": found["is_clear"],
         })  # fmt: skip
-        print(f"at equal {axis}: {found['difference']:+.4f} ± {found['spread']:.4f} over {found['seeds']} seeds")
+        noise = "" if found["is_clear"] else ", too noisy to tell"
+        print(f"at equal {axis}: {found['difference']:+.4f} ± {found['spread']:.4f} over {found['seeds']} seeds{noise}")
 
 
 if __name__ == "__main__":

@@ -12,7 +12,9 @@ from typing import Any
 import torch
 import transformers
 
-RESULTS = Path(__file__).parent / "results"
+from moeify import env
+
+RESULTS = env.CLAIM_RESULTS.path or Path(__file__).parent / "results"
 
 
 def append(claim: str, values: dict[str, Any]) -> None:
@@ -23,12 +25,12 @@ def append(claim: str, values: dict[str, Any]) -> None:
     """
     row = {
         "date": datetime.date.today().isoformat(),
-        "commit": subprocess.check_output(["git", "rev-parse", "--short", "HEAD"], text=True).strip(),
+        "commit": _commit(),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     } | values
-    RESULTS.mkdir(exist_ok=True)
+    RESULTS.mkdir(parents=True, exist_ok=True)
     file = RESULTS / f"{claim}.csv"
     columns = list(row)
     if file.exists():
@@ -42,3 +44,14 @@ def append(claim: str, values: dict[str, Any]) -> None:
         if is_new:
             writer.writeheader()
         writer.writerow(row)
+
+
+def _commit() -> str:
+    """Of the checkout that this file is in; `unknown` in a copy without its history."""
+    try:
+        said = subprocess.run(
+            ["git", "rev-parse", "--short", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True
+        )
+    except FileNotFoundError:
+        return "unknown"
+    return said.stdout.strip() or "unknown"

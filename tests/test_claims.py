@@ -1,5 +1,8 @@
 """Every claim tells how it is run, without running."""
 
+import csv
+import json
+import re
 import runpy
 import sys
 from pathlib import Path
@@ -7,7 +10,7 @@ from pathlib import Path
 import pytest
 
 CLAIMS = Path(__file__).parents[1] / "claims"
-SCRIPTS = sorted(path for path in CLAIMS.glob("*.py") if path.stem != "results")
+SCRIPTS = sorted(path for path in CLAIMS.glob("*.py") if path.stem not in ("results", "register"))
 
 
 def run(claim: Path, monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
@@ -57,3 +60,32 @@ def test_our_side_of_the_comparison_runs_without_peers(monkeypatch):
         assert answers["top-2/grad router"].count_nonzero()
     answers = ours["against_deepctr"](ours["multi_task_inputs"]())
     assert all(value.isfinite().all() and value.count_nonzero() for value in answers.values())
+
+
+def test_what_is_compared_at_equal_time_is_measured_by_turns():
+    """`moeify.evaluate.pace` times both arms alternately, by the CPU where the wall clock is unsteady."""
+    equal_time = [
+        claim for claim in SCRIPTS if re.search(r"equal (CPU |wall-clock )?(time|seconds)|at_equal", claim.read_text())
+    ]
+    assert [claim.stem for claim in equal_time] == ["demo"]
+    assert all("moeify.evaluate.pace" in claim.read_text() for claim in equal_time)
+
+
+@pytest.mark.parametrize("is_clear", [True, False])
+def test_the_demo_says_where_time_is_too_noisy_to_tell(is_clear, tmp_path, monkeypatch, capsys):
+    cost = {"wall": [1.0, 1.0], "cpu": [1.0, 1.0]}
+    found = {"sparse": 1.7, "dense": 1.8, "difference": -0.1, "spread": 0.2, "seeds": 3, "is_clear": is_clear}
+    summary = {
+        "facts": {"threads": 1, "corpus sha256": "0" * 64, "steps": 4, "balance": "none"}, "runs": [{"seed": 31}],
+        "pace": {"clock": "CPU", "sparse": cost, "dense": cost, "evaluation": 0.0, "on_cpu": True},
+        "at_equal": {"seconds": found},
+    }  # fmt: skip
+    (tmp_path / "summary.json").write_text(json.dumps(summary))
+    monkeypatch.setenv("MOEIFY_CLAIM_RESULTS", str(tmp_path / "rows"))
+    monkeypatch.delitem(sys.modules, "results", raising=False)
+    run(CLAIMS / "demo.py", monkeypatch, "--run", str(tmp_path))
+    assert ("too noisy to tell" in capsys.readouterr().out) != is_clear
+    with (tmp_path / "rows" / "demo.csv").open(newline="") as lines:
+        (row,) = csv.DictReader(lines)
+    assert (row["clock"], row["step_ratio"], row["clear"]) == ("CPU", "1.000", str(is_clear))
+    monkeypatch.delitem(sys.modules, "results", raising=False)

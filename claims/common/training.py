@@ -33,28 +33,44 @@ def drawn(*domains: Tensor, batch: int) -> Batches:
     return draw
 
 
-def train(model: nn.Module, batches: Batches, steps: int, seed: int, rate: float) -> nn.Module:
-    """AdamW with a short warm-up and a linear decay to nothing; returns the model."""
+def train(
+    model: nn.Module, batches: Batches, steps: int, seed: int, rate: float, *, z: float = 0.0, clip: float = 1.0
+) -> nn.Module:
+    """AdamW with a short warm-up and a linear decay to nothing; returns the model, also where its loss is not finite.
+
+    Args:
+        model: learns.
+        batches: of token ids.
+        steps: of the optimizer.
+        seed: of the batches.
+        rate: the highest learning rate.
+        z: weight of the z-loss of sparse layers.
+        clip: the largest norm of the gradient.
+    """
     dice = torch.Generator().manual_seed(seed)
     learning = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(learning, lr=rate, weight_decay=0.1)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, steps, pct_start=0.05, anneal_strategy="linear")
     model.train()
     for _ in range(steps):
-        _loss(model, batches(dice)).backward()
-        nn.utils.clip_grad_norm_(learning, 1.0)
+        loss = _loss(model, batches(dice), z)
+        if not loss.isfinite():
+            break
+        loss.backward()
+        nn.utils.clip_grad_norm_(learning, clip)
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
     return model
 
 
-def _loss(model: nn.Module, ids: Tensor) -> Tensor:
+def _loss(model: nn.Module, ids: Tensor, z: float = 0.0) -> Tensor:
     if not sparse_layers(model):
         return model(input_ids=ids, labels=ids).loss
     with record(model) as decisions:
         task = model(input_ids=ids, labels=ids).loss
-    return task + BALANCE * torch.stack([losses.balance(routing) for routing in decisions.values()]).mean()
+    loss = task + BALANCE * torch.stack([losses.balance(routing) for routing in decisions.values()]).mean()
+    return loss if z == 0 else loss + z * torch.stack([losses.z(routing) for routing in decisions.values()]).mean()
 
 
 @torch.no_grad()

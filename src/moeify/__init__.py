@@ -89,6 +89,16 @@ def _register_experts(module: Any) -> None:
     module.ALL_EXPERTS_FUNCTIONS.register("moeify", moeify_experts)
 
 
+def _register_expert_parallelism(module: Any) -> None:
+    from torch import distributed
+
+    if not distributed.is_available():
+        return
+    from moeify.hf.expert_parallel import RowsToExperts
+
+    module.EPImplementationInterface.register("moeify", RowsToExperts)
+
+
 def _register_models(module: Any) -> None:
     from moeify.store.modelling import register
 
@@ -96,4 +106,5 @@ def _register_models(module: Any) -> None:
 
 
 on_import("transformers.integrations.moe", _register_experts)
+on_import("transformers.distributed.expert_parallel", _register_expert_parallelism)
 on_import("transformers.models.auto.configuration_auto", _register_models)

@@ -94,8 +94,9 @@ def limit(
             not per batch; a sequence that is not known, not per batch; per prefix by a priority other than position.
     """
     each = list(slots) if isinstance(slots, Sequence) else [slots]
-    if (fewest := min((number for number in each if isinstance(number, int)), default=1)) < 1:
-        raise ValueError(f"a capacity of {fewest} slots drops every token; give each expert at least one slot")
+    numbers = [number for number in each if isinstance(number, int)]
+    if numbers and min(numbers) < 1:
+        raise ValueError(f"a capacity of {min(numbers)} slots drops every token; give each expert at least one slot")
     if routing.has_gate_axis:
         raise ValueError(
             f"a capacity needs one weight per row to say which rows matter, and this router gave "

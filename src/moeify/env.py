@@ -65,6 +65,12 @@ CACHE = Variable(
     allowed=(),
 )
 CHECK = Variable("MOEIFY_CHECK", "compare the output of every backend with the definition, `compose`", "0")
+CLAIM_RESULTS = Variable(
+    "MOEIFY_CLAIM_RESULTS",
+    "the folder to which claims append their rows; `moeify reproduce` sets it",
+    "`claims/results`",
+    allowed=(),
+)
 CPP = Variable(
     "MOEIFY_CPP",
     "the C++ kernels: `1` for the best instruction set of the processor, `0` for none, or an instruction set by name",
@@ -89,7 +95,7 @@ PACK = Variable(
 TRACEBACK = Variable("MOEIFY_TRACEBACK", "show where an error of the command line came from", "0")
 TRITON = Variable("MOEIFY_TRITON", "let `auto` take the Triton kernels, which no GPU has run yet", "0")
 
-VARIABLES = (AUTOTUNE, CACHE, CHECK, CPP, DATA, FP32_GEMM, PACK, TRACEBACK, TRITON)
+VARIABLES = (AUTOTUNE, CACHE, CHECK, CLAIM_RESULTS, CPP, DATA, FP32_GEMM, PACK, TRACEBACK, TRITON)
 """Every variable that moeify reads; the guide's page on the environment lists the same."""
 
 

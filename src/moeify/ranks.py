@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Generator
 from contextlib import contextmanager
 from datetime import timedelta
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,14 +31,16 @@ def join(timeout: float, backend: str | None = None) -> None:
 
 
 def wait_at_most(timeout: float) -> None:
-    """Set how long the collectives of an initialised process group wait for a rank, in seconds.
+    """Set how long the collectives of all process groups that exist wait for a rank, in seconds.
 
     Raises:
         ValueError: a timeout that is not positive.
     """
     limit = _limit(timeout)
     if several():
-        torch.distributed.distributed_c10d._set_pg_timeout(limit)
+        c10d = torch.distributed.distributed_c10d
+        for group in list(c10d._world.pg_map):  # those of meshes beside that of all ranks
+            c10d._set_pg_timeout(limit, group)
 
 
 def _limit(timeout: float) -> timedelta:
@@ -54,6 +57,46 @@ def several() -> bool:
 def count() -> int:
     """How many ranks train together, 1 in a single process."""
     return torch.distributed.get_world_size() if several() else 1
+
+
+def rank() -> int:
+    """The number of this rank, 0 in a single process."""
+    return torch.distributed.get_rank() if several() else 0
+
+
+def beside(timeout: float | None = None) -> Any:
+    """A group of all ranks over gloo, for what they do beside their training; None in a single process.
+
+    All ranks call it together. It is made once, with the timeout of the first call.
+
+    Args:
+        timeout: seconds that its collectives wait for a rank; by default those of gloo.
+    """
+    if not several():
+        return None
+    world = torch.distributed.group.WORLD
+    if not _BESIDE or _BESIDE[0] is not world:
+        limit = None if timeout is None else _limit(timeout)
+        _BESIDE[:] = [world, torch.distributed.new_group(backend="gloo", timeout=limit)]
+    return _BESIDE[1]
+
+
+_BESIDE: list[Any] = []
+"""The process group of all ranks, and the group that was made beside it."""
+
+
+def gather(value: Any, group: Any = None) -> list[Any]:
+    """The values of all ranks, in their order, on every rank.
+
+    Args:
+        value: strings, numbers and collections of them.
+        group: of all ranks; that of the training by default.
+    """
+    if not several():
+        return [value]
+    values: list[Any] = [None] * torch.distributed.get_world_size(group)
+    torch.distributed.all_gather_object(values, value, group=group)
+    return values
 
 
 def all_reduce(tensor: Tensor) -> Tensor:
@@ -107,3 +150,31 @@ def failing_together(device: torch.device | str = "cpu") -> Generator[None]:
         raise raised
     if ranks_nonfinite:
         raise OnAnotherRank("another rank met a value")
+
+
+@contextmanager
+def saying_together(group: Any = None) -> Generator[None]:
+    """Context manager that raises on all ranks what some of them raised inside, in the words of those.
+
+    Collectives inside must come after all that may raise on one rank only, or raise on all of them.
+
+    Args:
+        group: of all ranks; that of the training by default.
+
+    Raises:
+        OSError: ranks raised nothing else.
+        RuntimeError: on the ranks that did not raise, where others raised another error than OSError.
+    """
+    raised: Exception | None = None
+    try:
+        yield
+    except Exception as error:
+        raised = error
+    told = gather((raised is not None, isinstance(raised, OSError), str(raised)), group)
+    failed = [(number, of_system, text) for number, (fails, of_system, text) in enumerate(told) if fails]
+    if not failed:
+        return
+    said = "; ".join(f"rank {number}: {text}" if len(told) > 1 else text for number, _, text in failed)
+    if all(of_system for _, of_system, _ in failed):
+        raise OSError(said) from raised
+    raise raised or RuntimeError(said)

@@ -37,10 +37,11 @@ LAYERS = {"swiglu": (SWIGLU, False, False), "gpt-oss": (ClampedGlu(), True, True
 ROUND, ODD = (2048, 768), (1000, 750)  # D and H
 
 
-def test_the_interpreter_computes_what_the_definitions_say():
+@pytest.mark.parametrize("marks", ["not nightly", nightly("nightly")])
+def test_the_interpreter_computes_what_the_definitions_say(marks):
     pytest.importorskip("triton", minversion="3.9", reason="older interpreters do not know numpy 2.4")
     environment = os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, "-m", "pytest", "tests/kernels/triton", "-q", "-p", "no:cacheprovider"]
+    command = [sys.executable, "-m", "pytest", "tests/kernels/triton", "-q", "-p", "no:cacheprovider", "-m", marks]
     run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout[-4000:]
 
@@ -147,7 +148,14 @@ def fits(binaries: list[Binary], gpu: str, matrix: str) -> None:
 
 @pytest.mark.parametrize(
     ("layer", "gpu"),
-    [*((layer, gpu) for layer in LAYERS for gpu in ("A100", "H100")), ("swiglu", "B200"), ("swiglu", "RTX 5090")],
+    [
+        ("swiglu", "H100"),
+        ("gpt-oss", "H100"),
+        nightly("gelu", "H100"),
+        *(nightly(layer, "A100") for layer in LAYERS),
+        nightly("swiglu", "B200"),
+        nightly("swiglu", "RTX 5090"),
+    ],
 )
 def test_products_run_on_matrix_units_and_nothing_is_spilled(layer, gpu, tmp_path):
     binaries = compiled(lambda: run_layer(*LAYERS[layer], torch.bfloat16), gpu, tmp_path)
@@ -156,13 +164,15 @@ def test_products_run_on_matrix_units_and_nothing_is_spilled(layer, gpu, tmp_pat
 
 
 @pytest.mark.parametrize("gpu", [nightly("A100"), "H100"])
-@pytest.mark.parametrize(("dtype", "widths"), [(torch.float32, ROUND), (torch.float32, ODD), (torch.bfloat16, ODD)])
+@pytest.mark.parametrize(
+    ("dtype", "widths"), [nightly(torch.float32, ROUND), (torch.float32, ODD), nightly(torch.bfloat16, ODD)]
+)
 def test_neither_fp32_nor_odd_widths_spill(dtype, widths, gpu, tmp_path):
     fits(compiled(lambda: run_layer(*LAYERS["swiglu"], dtype, widths), gpu, tmp_path), gpu, GPUS[gpu][2])
 
 
 @pytest.mark.parametrize("gpu", [nightly("A100"), "H100"])
-@pytest.mark.parametrize("tokens", [64, 256])
+@pytest.mark.parametrize("tokens", [64, nightly(256)])
 def test_few_rows_per_expert_have_lower_tiles(tokens, gpu, tmp_path):
     matrix = "mma.sync" if tokens == 64 else GPUS[gpu][2]  # 16 rows are too few for Hopper's own instruction
     binaries = compiled(lambda: run_layer(*LAYERS["swiglu"], torch.bfloat16, tokens=tokens), gpu, tmp_path)

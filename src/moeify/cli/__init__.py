@@ -18,6 +18,7 @@ from moeify.cli import (
     inspect,
     plan,
     recipes,
+    reproduce,
     sparsify,
     threads,
     trace,
@@ -46,6 +47,9 @@ app.command("watch")(watch.watch)
 app.command("trace")(trace.trace)
 app.command("plan")(plan.plan)
 app.command("init")(init.init)
+app.command("reproduce", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(
+    reproduce.reproduce
+)
 
 (UsageError,) = typer.BadParameter.__bases__  # of click, or of the copy of it that newer versions of typer bring
 

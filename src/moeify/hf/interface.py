@@ -61,9 +61,29 @@ def moeify_experts(
     Rows without an expert are removed, so their number is read: one synchronisation with an accelerator.
     """
     ours = HfExperts(experts)
-    no_expert = ours.num_experts
-    routing = _without_last(assign(top_k_index.clamp(max=no_expert), top_k_weights, no_expert + 1))
+    routing = rows_of_choices(top_k_index, top_k_weights, ours.num_experts)
     return backends.run("auto", hidden_states, routing, ours).to(hidden_states.dtype)
+
+
+def rows_of_choices(
+    top_k_index: Int[Tensor, "T K"],
+    top_k_weights: Float[Tensor, "T K"],
+    num_experts: int,
+    positions: Int[Tensor, "real"] | None = None,
+) -> Assignment:
+    """The rows of what tokens chose, sorted by expert; an index of E or more means no expert.
+
+    Args:
+        top_k_index: the chosen experts of all tokens.
+        top_k_weights: their weights.
+        num_experts: E.
+        positions: of the tokens that count, all if not given.
+    """
+    tokens = len(top_k_index)
+    if positions is not None:
+        top_k_index, top_k_weights = top_k_index[positions], top_k_weights[positions]
+    index = top_k_index.clamp(max=num_experts)
+    return _without_last(assign(index, top_k_weights, num_experts + 1, shape=(tokens,), positions=positions))
 
 
 def _without_last(routing: Assignment) -> Assignment:

@@ -1,7 +1,12 @@
-"""Sparse training on many devices: what a step costs there, which layout is fastest, where experts lie, and `shard`."""
+"""Sparse training on many devices: what a step costs there, which layout is fastest, and where experts should lie.
+
+`distribute` puts a model on the ranks of a run as a layout says, by the engine of transformers; `shard` does so for loops
+of one's own.
+"""
 
 from moeify.parallel.cluster import DEVICES, Cluster, Device, Link
 from moeify.parallel.cost import Cost, Step
+from moeify.parallel.distribute import CannotBeParallel, distribute, expert_plan
 from moeify.parallel.grouped import ExpertWork, GroupedCost
 from moeify.parallel.layout import TARGETS, Layout, Target
 from moeify.parallel.measure import measure
@@ -14,7 +19,8 @@ from moeify.parallel.simulate import Simulation, simulate
 from moeify.parallel.workload import Workload
 
 __all__ = [
-    "DEVICES", "TARGETS", "Choice", "Cluster", "Cost", "Device", "ExpertWork", "GroupedCost", "Layout", "Link",
-    "ModelShape", "Move", "Placed", "Placement", "Plan", "Rebalancer", "Simulation", "Step", "Target", "Workload",
-    "clip_grad_norm_", "measure", "names_in_one_process", "permuted", "plan", "replicated", "shard", "simulate",
+    "DEVICES", "TARGETS", "CannotBeParallel", "Choice", "Cluster", "Cost", "Device", "ExpertWork", "GroupedCost",
+    "Layout", "Link", "ModelShape", "Move", "Placed", "Placement", "Plan", "Rebalancer", "Simulation", "Step", "Target",
+    "Workload", "clip_grad_norm_", "distribute", "expert_plan", "measure", "names_in_one_process", "permuted", "plan",
+    "replicated", "shard", "simulate",
 ]  # fmt: skip

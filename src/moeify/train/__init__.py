@@ -9,6 +9,7 @@ from moeify.train.balance_callback import BalanceCallback
 from moeify.train.balance_hook import BalanceHook, balance_hook
 from moeify.train.calibrate import ExpertTokens, calibrate_all_experts, tokens_per_expert
 from moeify.train.callbacks import ExpertDropout, KSchedule, ProgressLine, SaveOnSignal
+from moeify.train.checkpoint.sharded import load_sharded, newest_checkpoint, save_sharded
 from moeify.train.dense_gradient import dense_router_gradient
 from moeify.train.esft import lora_experts, train_experts
 from moeify.train.finetune import FineTuning, finetune
@@ -24,6 +25,6 @@ __all__ = [
     "ProgressLine", "Relevance", "RoutingCallback", "SaveOnSignal", "SparseArguments", "SparseTrainer",
     "SparseTrainerMixin", "StepLoss", "Trainable", "average_gate", "balance_hook", "calibrate_all_experts",
     "confusion", "dense_router_gradient", "expert_relevance", "finetune", "freeze", "join_experts", "keep_decisions",
-    "lora_experts", "selection_ratio", "super_classes", "tokens_per_expert", "train_experts", "train_gates",
-    "trainable", "unfreeze",
+    "load_sharded", "lora_experts", "newest_checkpoint", "save_sharded", "selection_ratio", "super_classes",
+    "tokens_per_expert", "train_experts", "train_gates", "trainable", "unfreeze",
 ]  # fmt: skip

@@ -32,6 +32,8 @@ class SparseArguments:
             micro-batches and ranks by their tokens.
         controller: a rule of `moeify.balance` that moves the routers' selection biases after every step.
         dropout: the expert dropout, or its schedule; None leaves the experts as they are.
+        background_save: write checkpoints while training goes on, from a copy in the memory of the CPU; the next one
+            waits until that is done. Each rank writes a part of them, as for models that are sharded.
         progress: show one line of progress in a terminal, and a few lines elsewhere, in the place of the Trainer's bar.
 
     Raises:
@@ -44,6 +46,7 @@ class SparseArguments:
     losses: Sequence[tuple[float | Schedule, Loss]] = ()
     controller: Rule | None = None
     dropout: float | Schedule | None = None
+    background_save: bool = False
     progress: bool = True
 
     def __post_init__(self) -> None:

@@ -75,6 +75,15 @@ class BalanceHook:
         ]
         self.found_own_loss = disable_own_loss(model)
 
+    @property
+    def loads(self) -> dict[str, Float[Tensor, "E"]]:
+        """The rows that the last step assigned to the experts of each layer, which a checkpoint holds."""
+        return self._step_loss.assigned
+
+    @loads.setter
+    def loads(self, loads: dict[str, Float[Tensor, "E"]]) -> None:
+        self._step_loss.assigned = loads
+
     def begin(
         self, batches: Sequence[Mapping[str, Any]], device: torch.device | str = "cpu", *, copies: int = 1
     ) -> None:

@@ -297,7 +297,9 @@ def loop_over_segments(x, routing, experts):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("counts", [[512] * 8, [4096 - 7, 1, 1, 1, 1, 1, 1, 1], [1024, 0, 1024, 0, 1024, 0, 1024, 0]])
-def test_a_forward_pass_holds_no_more_than_one_expert_at_a_time_would(counts, dtype):
+@pytest.mark.parametrize("library", ["onednn", "blas"])
+def test_a_forward_pass_holds_no_more_than_one_expert_at_a_time_would(library, counts, dtype, monkeypatch):
+    monkeypatch.setenv("MOEIFY_FP32_GEMM", library)
     experts, x, routing = ffn(8, 32, 64, dtype), torch.randn(2048, 32, dtype=dtype), routing_of(counts, 2048)
     peaks = []
     for way in (lambda *call: backends.run("onednn", *call), loop_over_segments):

@@ -218,6 +218,7 @@ def layer_with(router):
     return layer
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("router", [name for name in ROUTERS if name not in REFUSED])
 def test_every_router(router):
     fast = layer_with(router)

@@ -8,6 +8,13 @@
       balance.safetensors                the state of the controllers of expert load
       MANIFEST.json                      bytes and SHA-256 of every file
 
+Of a model that is sharded over ranks, each rank writes what it holds, under the same names:
+
+    checkpoint-120/
+      model/shard-00001-*.safetensors    in the place of model*.safetensors
+      optimizer/shard-00001-*            in the place of optimizer.safetensors
+      MANIFEST.json                      also the shape and dtype of every tensor
+
 A checkpoint is written to `checkpoint-120.tmp`, synced to disk, and renamed; only a complete one has its final name.
 One to be deleted or replaced is renamed to `checkpoint-120.trash` first.
 """
@@ -19,16 +26,20 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from moeify.files import fingerprint, read_json, sync, write_text
 from moeify.notices import notify
+from moeify.train.checkpoint.shards import MODEL, OPTIMIZER
+from moeify.train.checkpoint.stored import Stored
 
 MANIFEST = "MANIFEST.json"
 TEMPORARY, TRASH = ".tmp", ".trash"
 _NAME = re.compile(r"checkpoint-\d{1,15}", re.ASCII)
+_WEIGHTS = re.compile(r"(adapter_)?model.*\.safetensors$")
 
 
 @contextmanager
@@ -38,15 +49,32 @@ def writing(final: Path) -> Generator[Path]:
     An exception inside removes what was written. A checkpoint that already has the final name is moved aside, and
     deleted once the new one is in its place: one of the two is complete at any time, and `recover` finds it.
     """
-    folder, old = final.with_name(final.name + TEMPORARY), final.with_name(final.name + TRASH)
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
+    folder = begun(final)
     try:
         yield folder
-        _seal(folder)
+        seal(folder)
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise
+    commit(folder, final)
+
+
+def begun(final: Path) -> Path:
+    """An empty folder for a checkpoint that is to get a final name."""
+    folder = temporary(final)
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    return folder
+
+
+def temporary(final: Path) -> Path:
+    """Where a checkpoint lies until it is complete."""
+    return final.with_name(final.name + TEMPORARY)
+
+
+def commit(folder: Path, final: Path) -> None:
+    """Give a sealed folder its final name."""
+    old = final.with_name(final.name + TRASH)
     if final.exists():
         shutil.rmtree(old, ignore_errors=True)
         os.rename(final, old)
@@ -97,12 +125,28 @@ def set_aside(output: Path, after: int, *files: str) -> Path | None:
     return aside
 
 
-def _seal(folder: Path) -> None:
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    for path in files:
-        sync(path)
-    listed = {path.relative_to(folder).as_posix(): fingerprint(path) for path in files}
-    write_text(folder / MANIFEST, json.dumps({"format": 1, "files": listed}, indent=1))
+def seal(folder: Path, known: Mapping[str, dict[str, Any]] | None = None, **more: Any) -> None:
+    """Sync all files of a folder to disk, and write the manifest.
+
+    Args:
+        folder: of a checkpoint.
+        known: fingerprints of files that other ranks have synced, by their path in the folder.
+        more: further entries of the manifest.
+
+    Raises:
+        OSError: the disk is full, or a file of another rank is not there.
+    """
+    known, files = known or {}, {}
+    inside = sorted(folder.rglob("*"))
+    for path in inside:
+        name = path.relative_to(folder).as_posix()
+        if name not in known:
+            sync(path)
+        if path.is_file():
+            files[name] = known.get(name) or fingerprint(path)
+    if absent := sorted(known.keys() - files.keys()):
+        raise OSError(f"{absent[0]} was written by another rank and is not in {folder}; save where all ranks see it")
+    write_text(folder / MANIFEST, json.dumps({"format": 1, "files": files} | more, indent=1))
 
 
 def discard(folder: Path) -> None:
@@ -144,16 +188,28 @@ def _fault(folder: Path) -> str | None:
                 return f"{name} has {what} {found[what]} instead of {expected[what]}"
     there = {path.relative_to(folder).as_posix() for path in folder.rglob("*.safetensors")}
     strange = sorted((there | {name for name in _STATE if (folder / name).exists()}) - listed.keys())
-    return f"{strange[0]} is not in its manifest" if strange else None
+    return f"{strange[0]} is not in its manifest" if strange else _fault_of_shards(folder, manifest)
+
+
+def _fault_of_shards(folder: Path, manifest: dict[str, Any]) -> str | None:
+    """What of the tensors in a manifest is in no shard, or the other way round."""
+    parts = {name.partition("/")[0] for name in manifest["files"] if name.endswith(".safetensors") and "/" in name}
+    tensors = manifest.get("tensors", {})
+    for part in sorted(parts & {MODEL, OPTIMIZER} | tensors.keys()):
+        stored = Stored.of(sorted((folder / part).glob("*.safetensors")))
+        if (reason := stored.fault(tensors.get(part, {}))) is not None:
+            return reason
+    return None
 
 
 def _lacking(listed: set[str]) -> str | None:
     """A file that every checkpoint has, and that a manifest does not list."""
     if "trainer_state.json" not in listed:
         return "trainer_state.json"
-    if not any(re.match(r"(adapter_)?model.*\.safetensors$", name.rpartition("/")[2]) for name in listed):
+    sharded = any(name.startswith(f"{MODEL}/") for name in listed)
+    if not sharded and not any(re.match(_WEIGHTS, name.rpartition("/")[2]) for name in listed):
         return "the weights"
-    optimizer = set(_STATE) - {"scaler.json"}
+    optimizer = set(_STATE) - {"scaler.json"} - ({"optimizer.safetensors"} if sharded else set())
     return next(iter(sorted(optimizer - listed)), None) if optimizer & listed else None
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Generator
+from concurrent.futures import Future
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,9 @@ from moeify.train.checkpoint.folder import (
     step_of,
     writing,
 )  # fmt: skip
+from moeify.train.checkpoint.sharded import parts_of
+from moeify.train.checkpoint.shards import is_sharded
+from moeify.train.checkpoint.together import group_of_checkpoints, warn_of_shared_store, write_together
 from moeify.train.run_log import LOG
 
 _Trainer: Any = object  # at run time the mixin is combined with a trainer of transformers
@@ -44,6 +48,7 @@ class Saving(_Trainer):
     failures = 0
     saved: Path | None = None
     written: list[Path]
+    _running: tuple[Path, Future[None]] | None = None
 
     def _checkpoint_folder(self, step: int, trial: Any = None) -> Path:
         return Path(self._get_output_dir(trial)) / f"checkpoint-{step}"
@@ -55,6 +60,7 @@ class Saving(_Trainer):
             OSError: the third failure in a row.
         """
         self._refuse_sharded()
+        self._await_save()
         if self.hp_search_backend is None and trial is None:
             self.store_flos()
         final = self._checkpoint_folder(self.state.global_step, trial)
@@ -62,30 +68,83 @@ class Saving(_Trainer):
             best = self._checkpoint_folder(self.state.best_global_step, trial)
             if best == final or best.is_dir():
                 self.state.best_model_checkpoint = str(best)
-        if self.args.should_save and final != self.saved:
-            try:
-                with writing(final) as folder:
-                    self._write(folder)
-                self.failures, self.saved = 0, final
-                self.written = [path for path in self.written if path != final] + [final]
-            except OSError as error:
-                self.failures += 1
-                notify(f"moeify: {final.name} could not be saved ({error}); earlier checkpoints are untouched")
-            rotate(self.written, self.args.save_total_limit, self.state.best_model_checkpoint)
+        if final != self.saved:
+            if self.sparse.background_save or is_sharded(self.model):
+                self._save_together(final)
+            elif self.args.should_save:
+                self._save_alone(final)
         if ranks.anywhere(self.failures == 3, self.args.device):
             raise OSError("no checkpoint could be saved three times in a row; make room, or choose another output_dir")
         self.accelerator.wait_for_everyone()
         if self.args.push_to_hub:
+            self._await_save()
             self._push_from_checkpoint(str(final))
+
+    def _save_alone(self, final: Path) -> None:
+        try:
+            with writing(final) as folder:
+                self._write(folder)
+            self._saved(final)
+        except OSError as error:
+            self._failed(final, error)
+
+    def _save_together(self, final: Path) -> None:
+        """Save by all ranks, in the background if asked for; the next save learns how it ended."""
+        background, group = self.sparse.background_save, group_of_checkpoints(self.args.ddp_timeout)
+        tensors, numbers = None, None
+        if not self.args.save_only_model:
+            tensors, numbers = state.optimizer_state(bare(self.optimizer), self.model)
+        parts = parts_of(self.model, tensors, group=group, copy=background)
+
+        def write_others(folder: Path) -> None:
+            if hasattr(config := getattr(self.model, "config", None), "save_pretrained"):
+                config.save_pretrained(folder)
+            if numbers is not None:
+                state.write_json(folder / f"{state.OPTIMIZER}.json", numbers)
+            self._write_others(folder)
+
+        try:
+            self._running = final, write_together(final, parts, write_others, group=group, background=background)
+        except OSError as error:
+            self._failed(final, error)
+        if not background:
+            self._await_save()
+
+    def _await_save(self) -> None:
+        """Wait for the save that runs in the background, if one does."""
+        if self._running is None:
+            return
+        (final, done), self._running = self._running, None
+        try:
+            done.result()
+            self._saved(final)
+        except OSError as error:
+            self._failed(final, error)
+
+    def _saved(self, final: Path) -> None:
+        self.failures, self.saved = 0, final
+        self.written = [path for path in self.written if path != final] + [final]
+        if self.args.should_save:
+            rotate(self.written, self.args.save_total_limit, self.state.best_model_checkpoint)
+
+    def _failed(self, final: Path, error: OSError) -> None:
+        self.failures += 1
+        if self.args.should_save:
+            notify(f"moeify: {final.name} could not be saved ({error}); earlier checkpoints are untouched")
 
     def _write(self, folder: Path) -> None:
         state.save_weights(self.model, folder)
+        if not self.args.save_only_model:
+            state.save_optimizer(bare(self.optimizer), self.model, folder)
+        self._write_others(folder)
+
+    def _write_others(self, folder: Path) -> None:
+        """Write all but the tensors of model and optimizer."""
         if self.processing_class is not None:
             self.processing_class.save_pretrained(folder)
         if not self.args.save_only_model:
-            state.save_optimizer(bare(self.optimizer), self.model, folder)
-            state.write_json(folder / "scheduler.json", self.lr_scheduler.state_dict())
-            write_tensors(folder / "sparse.safetensors", self._step_loss.assigned)
+            state.write_json(folder / state.SCHEDULER, self.lr_scheduler.state_dict())
+            write_tensors(folder / state.SPARSE, self._step_loss.assigned)
             state.save_balance(self._control, self.sparse.targets, folder)
             if (scaler := getattr(self.accelerator, "scaler", None)) is not None:
                 state.write_json(folder / "scaler.json", scaler.state_dict())
@@ -107,11 +166,15 @@ class Saving(_Trainer):
             with ranks.failing_together(self.args.device):
                 if self.is_world_process_zero() and self.hp_search_backend is None:
                     held.enter_context(locked(Path(self.args.output_dir), RUN_LOCK, "is training"))
-            yield
+            try:
+                yield
+            finally:
+                self._await_save()
 
     def _begin_run(self, resume_from_checkpoint: str | bool | None) -> str | None:
         """The checkpoint to resume from, if any; later ones and those of other runs are moved aside."""
         output = Path(self.args.output_dir)
+        warn_of_shared_store()
         if self.is_world_process_zero():
             recover(output)
         checkpoint = self._checkpoint_to_resume(resume_from_checkpoint) if resume_from_checkpoint else None
@@ -134,8 +197,9 @@ class Saving(_Trainer):
         """The checkpoint to resume from; the first rank chooses for all."""
         folder = Path(self.args.output_dir if isinstance(where, bool) else where)
         if not isinstance(where, bool) and not checkpoints(folder):
-            if (reason := fault(folder)) is not None:
-                raise FileNotFoundError(f"cannot go on from {folder}: {reason}")
+            with ranks.failing_together(self.args.device):
+                if self.is_world_process_zero() and (reason := fault(folder)) is not None:
+                    raise FileNotFoundError(f"cannot go on from {folder}: {reason}")
             return folder
         choice = torch.tensor(-1, device=self.args.device)
         failure: FileNotFoundError | None = None
@@ -156,6 +220,7 @@ class Saving(_Trainer):
 
     def _load_best_model(self) -> None:
         """Restore the best model of the run, experts included."""
+        self._await_save()
         best = Path(self.state.best_model_checkpoint)
         if (reason := fault(best)) is not None:
             raise ValueError(f"the best model cannot be loaded from {best}: {reason}")
@@ -165,12 +230,12 @@ class Saving(_Trainer):
         if checkpoint is None:
             return
         folder = Path(checkpoint)
-        if not (folder / "scheduler.json").is_file():
+        if not (folder / state.SCHEDULER).is_file():
             notify(f"moeify: {folder.name} holds the model only (save_only_model), optimizer and schedule begin anew")
             return
         state.load_optimizer(bare(self.optimizer), self.model, folder)
-        self.lr_scheduler.load_state_dict(read_json(folder / "scheduler.json"))
-        self._step_loss.assigned = read_tensors(folder / "sparse.safetensors")
+        state.load_scheduler(self.lr_scheduler, bare(self.optimizer), self.model, folder)
+        self._step_loss.assigned = read_tensors(folder / state.SPARSE)
         state.load_balance(self._control, self.sparse.targets, folder)
 
     def _load_scaler(self, checkpoint: str | None) -> None:
@@ -200,11 +265,11 @@ class Saving(_Trainer):
         return None
 
     def _refuse_sharded(self) -> None:
-        sharded = getattr(self, "is_distributed_loading_by_transformers", False)
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled or sharded:
+        plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
+        if self.is_deepspeed_enabled or (self.is_fsdp_enabled and getattr(plugin, "fsdp_version", 1) != 2):
             raise ValueError(
-                "checkpoints of models that are sharded over ranks (FSDP, DeepSpeed, DistributedConfig) are not "
-                "supported; pass save_strategy='no' and save the model with torch.distributed.checkpoint"
+                "checkpoints of DeepSpeed and of the first FSDP are not supported, whose parameters have other names; "
+                "use FSDP2 (fsdp_config={'version': 2}) or DistributedConfig, or pass save_strategy='no'"
             )
 
 

@@ -1,0 +1,306 @@
+"""Where every registered figure comes from: for each id its figures, in the order in which texts name them."""
+
+from __future__ import annotations
+
+from statistics import fmean
+
+from figures.rows import Better, Figure, Rows, quoted, table
+
+LOG = "docs/log.md"
+XEON, NOT_NOTED = "Intel Xeon (Emerald Rapids), 2 shared cores", "a CPU, not noted further"
+FAMILIES = ("Mixtral", "Qwen3-MoE", "OLMoE", "DeepSeek-V3", "GPT-OSS", "moeify")
+T_95_OF_3 = 4.303
+
+
+def sources() -> dict[str, list[Figure]]:
+    """All ids with their figures, computed anew from the rows."""
+    return {
+        **_demo(), **_conversion(), **_composition(), **_planning(), **_training(), **_independent(),
+        **_benchmarks(), **_diagnosis(), **_noted(),
+    }  # fmt: skip
+
+
+def _demo() -> dict[str, list[Figure]]:
+    now, before = (table("claims/results/demo.csv").where(first_seed=seed) for seed in (31, 0))
+
+    def at(rows: Rows, axis: str) -> list[Figure]:
+        row = rows.where(at_equal=axis)
+        return [
+            row.one("sparse", "lower"), row.one("dense"), row.one("difference", "lower"), row.one("spread", "lower"),
+        ]  # fmt: skip
+
+    load = table("claims/results/demo_balance.csv")
+    controlled, weak = load.where(arm="proportional 0.03"), load.where(arm="loss 0.002")
+    worst, worst_of_loss = (
+        max(float(value) for row in arm.rows for value in row["max_vio_by_layer"].split()) for arm in (controlled, weak)
+    )
+    price = controlled.minus(weak, "validation_loss")
+    return {
+        "demo.tokens": at(now, "tokens"),
+        "demo.flops": at(now, "flops"),
+        "demo.cpu": at(now, "seconds"),
+        "demo.gains": [figure for axis in ("tokens", "flops", "seconds") for figure in at(now, axis)[2:]],
+        "demo.before": at(before, "tokens")[2:],
+        "demo.step": [now.where(at_equal="tokens").one("step_ratio", "lower")],
+        "demo.quartiles": quoted(
+            LOG, "with the quartiles of the pairs for a ratio the difference is -0.033 and -0.013", XEON
+        ),
+        "demo.busiest": [controlled.figure(1 + worst, "1 + largest of max_vio_by_layer", "lower")],
+        "demo_balance": [
+            controlled.figure(worst, "largest of max_vio_by_layer", "lower"),
+            weak.figure(worst_of_loss, "largest of max_vio_by_layer"),
+            price.mean("lower"),
+            price.spread(),
+        ],
+    }
+
+
+def _conversion() -> dict[str, list[Figure]]:
+    upcycled = table("claims/results/upcycling.csv")
+    gain = upcycled.where(arm="copies").minus(upcycled.where(arm="dense"), "loss_at_end")
+    halves = table("claims/results/splits.csv").where(running=2, weight="1.000")
+    sparse = table("claims/results/over_sparsity.csv")
+
+    def against_random(method: str) -> Figure:
+        return halves.where(method=method).minus(halves.where(method="random"), "loss_after").mean("lower")
+
+    def arm(k: int, experts: int) -> Rows:
+        return sparse.where(k=k, experts=experts)
+
+    return {
+        "upcycling": [gain.mean("lower"), gain.spread()],
+        "splits": [
+            against_random(method)
+            for method in (
+                "coactivated", "residual by gradients", "independent by gradients", "clustered", "inner by gradients",
+            )
+        ],
+        "over_sparsity": [
+            arm(4, 64).minus(arm(1, 1), "validation_loss").mean("lower"),
+            arm(1, 64).minus(arm(1, 16), "validation_loss").behind(),
+        ],
+    }  # fmt: skip
+
+
+def _composition() -> dict[str, list[Figure]]:
+    mixed = table("claims/results/branch_train_mix.csv")
+    behind = mixed.where(arm="merged, rest mean, all trained").minus(
+        mixed.where(arm="dense, equal tokens"), "loss_mean"
+    )
+    cluster = table("claims/results/mocle.csv")
+    one = cluster.where(arm="one adapter", rate="0.01")
+    at_paper, at_one = (
+        cluster.where(arm=arm, rate="0.003").minus(one, "loss_seen") for arm in ("MoCLE", "MoCLE, temperature 1")
+    )
+    gates = table("claims/results/phatgoose.csv")
+    settings = [
+        gates.where(base=base, collection=collection)
+        for base in ("stories260k", "own")
+        for collection in ("text-domains", "instruct-mix")
+    ]
+    ahead = [
+        -fmean(rows.where(arm="PHATGOOSE, k=2").minus(rows.where(arm="Arrow, k=3"), column).values)
+        for rows in settings
+        for column in ("loss_own", "loss_mixed")
+    ]
+    what = "mean of Arrow less PHATGOOSE by seed, of loss_own and loss_mixed in all settings"
+    return {
+        "branch_train_mix": [behind.mean("lower"), behind.spread()],
+        "mocle": [at_paper.mean("lower"), at_paper.spread(), at_one.behind(), at_one.spread()],
+        "phatgoose": [
+            gates.figure(min(ahead), f"least {what}", "higher"), gates.figure(max(ahead), f"largest {what}", "higher"),
+        ],
+    }  # fmt: skip
+
+
+def _planning() -> dict[str, list[Figure]]:
+    layers = table("claims/results/h100_layers.csv").last("seed")
+    errors = []
+    for devices in (2, 4, 8, 16, 32):
+        predicted, measured = (fmean(layers.values(f"ratio{which}_{devices}")) for which in ("_predicted", ""))
+        errors.append((100 * (predicted / measured - 1), measured))
+    what = "mean of ratio_predicted over mean of ratio, less 1"
+    worst, best = min(errors)[0], max(errors)[0]
+    steps = table("claims/results/simumax.csv").where(routing="balanced")
+
+    def largest(commit: str, column: str, better: Better = "") -> Figure:
+        rows = steps.where(commit=commit)
+        error = max(abs(float(row[column]) / float(row["real_ms"]) - 1) for row in rows.rows)
+        return rows.figure(100 * error, f"largest of |{column} / real_ms - 1|", better)
+
+    pairs = table("claims/results/smartmoe.csv")
+    moves = table("claims/results/placement.csv").last("routing", "devices", "ep", "spare")
+    equal = moves.where(eplb_equal="60 of 60")
+    if len(equal.rows) != len(moves.rows):
+        raise ValueError("a placement of claims/results/placement.csv is not EPLB's")
+    traces = [row for row in moves.rows if row["routing"] in ("qwen", "gemma")]
+    on_8, on_32 = (
+        Rows(moves.file, tuple(row for row in traces if row["ep"] == ep), f"routing of traces, ep={ep}")
+        for ep in ("8", "32")
+    )
+    return {
+        "h100_layers": [
+            layers.over(fmean, "error", "lower", 100), layers.over(fmean, "rank", "higher"),
+        ],
+        "h100_layers.three_terms": [
+            layers.over(fmean, "error_three_terms", "higher", 100), layers.over(fmean, "rank_three_terms", "lower"),
+        ],
+        "h100_layers.skew": [
+            layers.figure(worst, f"lowest {what}"), layers.figure(best, f"highest {what}"),
+            layers.figure(min(m for _, m in errors), "least mean of ratio"),
+            layers.figure(max(m for _, m in errors), "largest mean of ratio"),
+        ],
+        "h100_layers.skew_sizes": [
+            layers.figure(-best, f"least size of {what}", "lower"),
+            layers.figure(-worst, f"largest size of {what}", "lower"),
+        ],
+        "h100_layers.error": [layers.over(fmean, "error", "lower", 100)],
+        "simumax.winners": quoted(
+            LOG, "EP8 ahead per sequence in all 6 pairs, and EP4 x PP2 ahead in all 3 on A100", "none"
+        ),
+        "simumax.first": [largest("96dbf32", "ours_ms", "lower"), largest("96dbf32", "simumax_ms")],
+        "simumax.corrected": [largest("fa4a581", "ours_ms", "lower")],
+        "simumax.errors": [largest("96dbf32", "ours_ms", "lower"), largest("fa4a581", "ours_ms", "lower")],
+        "smartmoe": [
+            pairs.figure(len(pairs.where(right="True").rows), "rows that are right", "higher"),
+            pairs.figure(len(pairs.rows), "rows"),
+        ],
+        "placement.equal": [
+            moves.figure(float(moves.rows[0]["eplb_equal"].split(" of ")[i]), "eplb_equal", better)
+            for i, better in ((0, "higher"), (1, ""))
+        ],
+        "placement.speedup": [moves.over(min, "speedup", "higher"), moves.over(max, "speedup", "higher")],
+        "placement.traces": [
+            on_8.over(min, "speedup", "higher"), on_8.over(max, "speedup", "higher"),
+            on_32.over(min, "speedup", "higher"), on_32.over(max, "speedup", "higher"),
+        ],
+        "placement.lasting": [moves.where(routing="lasting", spare=1).one("speedup", "higher")],
+    }  # fmt: skip
+
+
+def _training() -> dict[str, list[Figure]]:
+    dense = table("claims/results/densemixer.csv")
+    arm = {name: dense.where(arm=name) for name in ("DenseMixer", "as ever", "as ever, FLOPs of DenseMixer")}
+    tokens = arm["DenseMixer"].minus(arm["as ever"], "loss")
+    flops = arm["DenseMixer"].minus(arm["as ever, FLOPs of DenseMixer"], "loss")
+    merged = table("claims/results/harc.csv")
+    calibrated = merged.where(arm="merged, routers calibrated").minus(merged.where(arm="merged"), "loss_mean")
+    cost = merged.where(arm="merged").minus(merged.where(arm="branch of the domain"), "loss_mean")
+    make = table("claims/results/makemoe.csv").last("seed")
+    return {
+        "densemixer": [
+            tokens.mean("lower"), *tokens.ends(T_95_OF_3), flops.mean("lower"), *flops.ends(T_95_OF_3),
+        ],
+        "harc": [calibrated.mean("lower"), *calibrated.ends(T_95_OF_3), cost.behind()],
+        "makemoe": [make.one("validation_loss", "lower"), make.one("reported")],
+    }  # fmt: skip
+
+
+def _independent() -> dict[str, list[Figure]]:
+    now = table("claims/results/independent.csv").where(commit="288853b")
+    agree, differ = now.where(result="agrees"), now.where(result="differs, explained")
+    if len(agree.rows) + len(differ.rows) != len(now.rows):
+        raise ValueError("a quantity of claims/results/independent.csv neither agrees nor is explained")
+    return {
+        "independent": [
+            agree.figure(len(agree.rows), "rows", "higher"),
+            agree.over(max, "tolerance", "lower"),
+            differ.figure(len(differ.rows), "rows"),
+        ]
+    }
+
+
+def _benchmarks() -> dict[str, list[Figure]]:
+    layer = table("benchmarks/results/layer-cpu.csv").where(commit="06ebc7b", implementation="moeify")
+    forward, both = (layer.where(**{"pass": which}) for which in ("forward", "forward+backward"))
+    steps = table("benchmarks/results/train-cpu.csv").where(commit="06ebc7b", implementation="moeify")
+    decode = table("benchmarks/results/decode-cpu.csv").where(commit="97aaea0", what="decode")
+    scaling = table("benchmarks/results/scaling-cpu.csv").where(commit="06ebc7b", implementation="moeify")
+    waits = table("benchmarks/results/load-cpu.csv").where(waiting="command line")
+    traced = table("benchmarks/results/streamed-cpu.csv")
+    ten, all_layers = traced.where(layers=10), traced.where(layers=48)
+
+    def speed(implementation: str, bits: int, better: Better) -> Figure:
+        return decode.where(implementation=implementation, bits=bits).one("tok_per_s", better)
+
+    return {
+        "layer-cpu.forward": [
+            forward.over(min, "speedup_over_best_peer", "higher"),
+            forward.over(max, "speedup_over_best_peer", "higher"),
+        ],
+        "layer-cpu.both": [
+            both.over(min, "speedup_over_best_peer", "higher"), both.over(max, "speedup_over_best_peer", "higher"),
+        ],
+        "train-cpu": [
+            steps.over(min, "speedup_over_best_peer", "higher"), steps.over(max, "speedup_over_best_peer", "higher"),
+        ],
+        "scaling-cpu": [scaling.where(experts=128, tokens=1024).one("times_fewest", "lower")],
+        "decode-cpu.moeify": [speed("moeify", bits, "higher") for bits in (16, 8, 4)],
+        "decode-cpu.peers": [
+            *(speed("llama.cpp", bits, "lower") for bits in (16, 8, 4)),
+            speed("transformers/grouped_mm", 16, "lower"),
+        ],
+        "load-cpu": [
+            waits.where(load="idle").one("over_openmp", "higher"),
+            waits.where(load="one busy process").one("over_openmp", "higher"),
+        ],
+        "streamed-cpu": [
+            ten.one("checkpoint_gb"), ten.one("limit_gib", "lower"), ten.one("peak_resident_gib", "lower"),
+            all_layers.one("checkpoint_gb"), all_layers.one("limit_gib", "lower"),
+        ],
+    }  # fmt: skip
+
+
+def _diagnosis() -> dict[str, list[Figure]]:
+    runs = table("benchmarks/results/diagnosis.csv")
+
+    def of(rows: Rows) -> list[Figure]:
+        kinds = {"broken": [r for r in rows.rows if r["fault"] not in ("healthy", "unknown")]}
+        kinds |= {kind: [r for r in rows.rows if r["fault"] == kind] for kind in ("healthy", "unknown")}
+        found = []
+        sides: list[tuple[str, Better]] = [("right", "higher"), ("moewatch_right", "lower")]
+        for column, better in sides:
+            for kind, chosen in kinds.items():
+                part = Rows(rows.file, tuple(chosen), f"{rows.key}, {kind}".lstrip(", "))
+                right = sum(row[column] == "True" for row in chosen)
+                found += [part.figure(right, f"rows with {column}", better)]
+                found += [part.figure(len(chosen), "rows")]
+        return found
+
+    return {f"diagnosis.{family}": of(runs.where(family=family)) for family in FAMILIES} | {"diagnosis.all": of(runs)}
+
+
+def _noted() -> dict[str, list[Figure]]:
+    """Figures that have no table: the log has them as they were measured."""
+    rows = {
+        "2": "2 micro-batches 35 %, moeify's 0.0001 %",
+        "8": "8 micro-batches 123 %, moeify's 0.0001 %",
+        "packed": "packed into 6 micro-batches 91 %, moeify's 0.0001 %",
+        "one": "packed or padding-free in one micro-batch 0.00004 %",
+        "dpo": "DPO in 2 and 8 micro-batches 27 % and 75 %, moeify's below 0.0001 %",
+        "grpo": "GRPO in 8 micro-batches 161 %, moeify's below 0.0001 %",
+        "smoothing": "no gradient at all under label smoothing, moeify's 0.0001 % off",
+    }
+    percents = {
+        "2": (1, 2), "8": (1, 2), "packed": (1, 2), "one": (0,), "dpo": (2, 3, 4), "grpo": (1, 2), "smoothing": (0,),
+    }  # fmt: skip
+    kinds = ("saves", "kills", "rank", "interrupts", "kernels")
+    words = {
+        "saves": "150 of 150 random kills of saves left a complete model, 32 of them between commit and the end",
+        "kills": "500 of 500 random kills in 123 training runs were resumed bit for bit",
+        "rank": "with a timeout of 3 s an error came 8.5 s after the ranks had started",
+        "interrupts": "404 of 404 interrupts of `sparsify` left the model as it was",
+        "kernels": "2,000 of 2,000 random problems of the C++ kernels on 4 instruction sets",
+    }
+    return {
+        **{f"trl.{row}": quoted(LOG, words_of, NOT_NOTED, percents[row]) for row, words_of in rows.items()},
+        **{f"reliability.{kind}": quoted(LOG, words[kind], NOT_NOTED) for kind in kinds},
+        "trl": quoted(LOG, rows["8"], NOT_NOTED, (1,)),
+        "sounds": quoted(LOG, "an accuracy of 0.693 (sparse, `matched`) and 0.700 (dense)", NOT_NOTED),
+        "auction": quoted(
+            LOG, "a median of 5 ms, and 18 ms where all tokens share a mean", "AMD EPYC (Zen 5), 2 cores"
+        ),
+        "h200": quoted(
+            "benchmarks/gpu_roofline.py", "reached on one: 4.3 TB/s, 790 TFLOP/s", "NVIDIA H200", (1, 0), "2026-11-24"
+        ),
+    }

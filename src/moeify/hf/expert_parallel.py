@@ -1,0 +1,158 @@
+"""Expert parallelism of transformers with moeify's dispatch: `DistributedConfig(ep_implementation="moeify")`.
+
+Imported once transformers' own `expert_parallel` is, which needs torch.distributed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Replicate, Shard
+from transformers.distributed.expert_parallel import AllToAllEP
+
+from moeify.context import Context
+from moeify.experts import Experts
+from moeify.hf.interface import rows_of_choices
+
+
+class Exchange(torch.autograd.Function):
+    """An all-to-all of rows with a size for every rank; its gradient is the same exchange with the sizes swapped.
+
+    It waits for the rows. The functional collectives of torch return before, and on gloo a process that ends with one
+    in its graph sometimes aborts.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, receive: list[int], send: list[int], group: dist.ProcessGroup) -> Tensor:
+        """The rows that this rank receives, those of rank 0 first."""
+        ctx.back = send, receive, group
+        got = rows.new_empty((sum(receive), *rows.shape[1:]))
+        dist.all_to_all_single(got, rows.contiguous(), receive, send, group=group)
+        return got
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
+        """Every row's gradient, where the row came from."""
+        return Exchange.apply(gradients[0], *ctx.back), None, None, None  # pyrefly: ignore[bad-return]
+
+
+class RowsToExperts(AllToAllEP):
+    """Sends every rank's rows to the ranks of their experts, and their outputs back; registered as `moeify`.
+
+    Experts of moeify are called with rows sorted by expert and their counts, so whatever their router decided holds:
+    padding and rows that a capacity dropped are not sent. Experts of transformers are called with tokens, index and
+    weights; a padded token of a model that `moeify.parallel.distribute` placed is not sent either, and its output is 0.
+    Ranks of one tensor-parallel group hold the same tokens, and each sends its part of the rows.
+
+    Experts of moeify keep the number of all experts in `num_experts`, which routers and statistics read.
+
+    Attributes:
+        context: which tokens are real, for experts of transformers.
+    """
+
+    def __init__(self, experts: nn.Module, ep_mesh: DeviceMesh, tp_mesh: DeviceMesh) -> None:
+        super().__init__(experts, ep_mesh, tp_mesh)
+        self.context: Context | None = None
+        self.experts = experts
+        held: Any = experts.num_experts
+        self.num_local_experts, self.num_experts = held, int(held * ep_mesh.size())
+        if isinstance(experts, Experts):
+            experts.num_experts = self.num_experts
+            experts.register_forward_pre_hook(_as_three)
+        setattr(experts, _KEY, self)
+
+    def __call__(
+        self,
+        hidden_states: Float[Tensor, "T D"],
+        top_k_index: Int[Tensor, "T K"],
+        top_k_weights: Float[Tensor, "T K"] | None,
+    ) -> Float[Tensor, "T D"]:
+        """The weighted outputs of the tokens of this rank; without weights, those of rows by their counts."""
+        if top_k_weights is None:
+            return self._exchanged(hidden_states, top_k_index)
+        positions = None if self.context is None else self.context.real(len(top_k_index))
+        routing = rows_of_choices(top_k_index, top_k_weights, self.num_experts, positions)
+        outputs = self._exchanged(routing.dispatch(hidden_states), routing.counts)
+        return routing.combine(outputs).to(hidden_states.dtype)
+
+    def _exchanged(self, rows: Float[Tensor, "R D"], counts: Int[Tensor, "E"]) -> Float[Tensor, "R O"]:
+        """The outputs of rows sorted by expert, in the same order."""
+        if self.tp_mesh.size() == 1:
+            return self._of_rank(rows, counts)
+        total, part = len(rows), -(-len(rows) // self.tp_mesh.size())
+        first = min(part * self.tp_mesh.get_local_rank(), total)
+        edges = torch.cat([counts.new_zeros(1), counts.cumsum(0)]).clamp(first, min(first + part, total))
+        shared = DTensor.from_local(rows, self.tp_mesh, [Replicate()], run_check=False)
+        mine = shared.redistribute(self.tp_mesh, [Shard(0)]).to_local()
+        outputs = self._of_rank(mine, edges.diff()).contiguous()
+        width = outputs.shape[-1]
+        whole = DTensor.from_local(
+            outputs, self.tp_mesh, [Shard(0)], shape=torch.Size((total, width)), stride=(width, 1)
+        )
+        return whole.full_tensor()
+
+    def _of_rank(self, rows: Float[Tensor, "R D"], counts: Int[Tensor, "E"]) -> Float[Tensor, "R O"]:
+        """The outputs of rows that this rank alone sends."""
+        group, ranks = self.ep_mesh.get_group(), self.ep_mesh.size()
+        sent = counts.view(ranks, self.num_local_experts)
+        theirs = torch.empty_like(sent)
+        dist.all_to_all_single(theirs, sent.contiguous(), group=group)
+        send, receive = torch.stack([sent.sum(1), theirs.sum(1)]).tolist()  # the layer's one synchronisation
+        got = Exchange.apply(rows, receive, send, group)
+        expert = torch.arange(self.num_local_experts, device=rows.device).repeat(ranks)
+        expert = expert.repeat_interleave(theirs.flatten(), output_size=sum(receive))
+        return Exchange.apply(self._local(got, expert, theirs.sum(0)), send, receive, group)  # pyrefly: ignore
+
+    def _local(
+        self, rows: Float[Tensor, "R D"], expert: Int[Tensor, "R"], counts: Int[Tensor, "local"]
+    ) -> Float[Tensor, "R O"]:
+        """The outputs of this rank's experts; one row that is not kept where there is none, to stay in the graph."""
+        none = len(rows) == 0
+        if none:
+            rows, expert = rows.sum(0, keepdim=True), expert.new_zeros(1)
+            counts = torch.cat([counts.new_ones(1), counts[1:]])
+        if isinstance(self.experts, Experts):
+            order = expert.argsort(stable=True)
+            first = self.ep_mesh.get_local_rank() * self.num_local_experts
+            with _local_buffers(self.experts, self.num_experts, first):
+                sorted_outputs = self.experts_forward(rows[order], counts)
+            outputs = torch.empty_like(sorted_outputs).index_copy(0, order, sorted_outputs)
+        else:
+            outputs = self.experts_forward(rows, expert.unsqueeze(-1), rows.new_ones(len(rows), 1))
+        return outputs[:0] if none else outputs
+
+
+_KEY = "_moeify_expert_parallel"
+
+
+def implementation_of(experts: nn.Module) -> RowsToExperts | None:
+    """How the experts of a module get their rows, None where they are not parallel, or not by moeify."""
+    return getattr(experts, _KEY, None)
+
+
+def _as_three(module: nn.Module, args: tuple) -> tuple:
+    """Experts of moeify are called with two arguments, and what transformers puts into them takes three."""
+    return (*args, None) if len(args) == 2 else args
+
+
+@contextmanager
+def _local_buffers(experts: nn.Module, num_experts: int, first: int) -> Generator[None]:
+    """Give experts the part of their buffers (E, ...) that belongs to those of this rank."""
+    whole = {
+        name: buffer
+        for name, buffer in experts._buffers.items()
+        if buffer is not None and buffer.dim() > 0 and len(buffer) == num_experts
+    }
+    local = len(next(iter(experts.parameters(recurse=False))))
+    experts._buffers.update({name: buffer[first : first + local] for name, buffer in whole.items()})
+    try:
+        yield
+    finally:
+        experts._buffers.update(whole)
