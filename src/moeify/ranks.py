@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from datetime import timedelta
 from typing import Any
 
 import torch
 from torch import Tensor
+
+_BEYOND: ContextVar[Callable[[Tensor], object] | None] = ContextVar("beyond", default=None)
 
 
 class OnAnotherRank(FloatingPointError):
@@ -31,16 +34,14 @@ def join(timeout: float, backend: str | None = None) -> None:
 
 
 def wait_at_most(timeout: float) -> None:
-    """Set how long the collectives of all process groups that exist wait for a rank, in seconds.
+    """Set how long the collectives of an initialised process group wait for a rank, in seconds.
 
     Raises:
         ValueError: a timeout that is not positive.
     """
     limit = _limit(timeout)
     if several():
-        c10d = torch.distributed.distributed_c10d
-        for group in list(c10d._world.pg_map):  # those of meshes beside that of all ranks
-            c10d._set_pg_timeout(limit, group)
+        torch.distributed.distributed_c10d._set_pg_timeout(limit)
 
 
 def _limit(timeout: float) -> timedelta:
@@ -103,7 +104,23 @@ def all_reduce(tensor: Tensor) -> Tensor:
     """The sum over all ranks, in place."""
     if several():
         torch.distributed.all_reduce(tensor)
+    if (add := _BEYOND.get()) is not None:
+        add(tensor)
     return tensor
+
+
+@contextmanager
+def summed_beyond(add: Callable[[Tensor], object]) -> Generator[None]:
+    """Context manager in which `all_reduce` also sums over processes outside the process group, such as replicas.
+
+    Args:
+        add: sums a tensor over them in place.
+    """
+    token = _BEYOND.set(add)
+    try:
+        yield
+    finally:
+        _BEYOND.reset(token)
 
 
 def broadcast(tensor: Tensor) -> Tensor:

@@ -75,6 +75,7 @@ class Control:
     seen: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     postponed: Counter[str] = field(default_factory=Counter)
     handles: list[Any] = field(default_factory=list)
+    gathered: bool = False
 
     def observe(self, name: str, routing: Routing) -> None:
         """Add the observation of one layer in one training forward pass."""
@@ -103,16 +104,28 @@ class Control:
         return True
 
     @torch.no_grad()
+    def gather(self) -> None:
+        """Sum the loads of the step over all ranks ahead of `step`, which then needs no other rank and cannot fail."""
+        if not self.gathered:
+            for name in sorted(self.seen):
+                for value in self.seen[name].values():
+                    ranks.all_reduce(value)
+        self.gathered = True
+
+    @torch.no_grad()
     def step(self, *_: Any) -> None:
         """Move every bias by the loads of all ranks, and reset them."""
+        self.gather()
         for name in sorted(self.seen):
-            seen = self.seen[name]
-            for value in seen.values():
-                ranks.all_reduce(value)
             bias = self.biases[name].exact()
-            bias.copy_(self.rule.move(bias, seen, self.memory.setdefault(name, {})))
+            bias.copy_(self.rule.move(bias, self.seen[name], self.memory.setdefault(name, {})))
+        self.forget()
+
+    def forget(self) -> None:
+        """Drop the loads of a step that the optimizer does not take; no bias moves."""
         self.seen.clear()
         self.postponed.clear()
+        self.gathered = False
 
     def remove(self) -> None:
         """Stop observing and moving."""

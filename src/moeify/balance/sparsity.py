@@ -35,6 +35,7 @@ class SparsityTarget:
     factor: float = 1.2
     value: float = 1e-8
     _seen: Tensor = field(default_factory=lambda: torch.zeros(2), repr=False)
+    _gathered: bool = field(default=False, repr=False)
 
     def __post_init__(self) -> None:
         if not (self.k > 0 and self.factor > 1 and self.value > 0):
@@ -56,10 +57,22 @@ class SparsityTarget:
         seen = torch.stack([routing.counts.sum().float(), routing.counts.new_tensor(len(decisions)).float()])
         self._seen = self._seen.to(seen.device) + seen
 
+    def gather(self) -> None:
+        """Sum the counts over all ranks ahead of `step`, which then needs no other rank and cannot fail."""
+        if not self._gathered:
+            ranks.all_reduce(self._seen)
+        self._gathered = True
+
+    def forget(self) -> None:
+        """Drop the counts of a step that the optimizer does not take; the weight stays."""
+        self._seen = torch.zeros_like(self._seen)
+        self._gathered = False
+
     def step(self) -> None:
         """Move the weight by the counts of all ranks, and reset them; without counts it stays."""
-        rows, tokens = ranks.all_reduce(self._seen).tolist()
-        self._seen = torch.zeros_like(self._seen)
+        self.gather()
+        rows, tokens = self._seen.tolist()
+        self.forget()
         if rows > self.k * tokens:
             self.value *= self.factor
         elif rows < self.k * tokens:

@@ -118,6 +118,22 @@ class BalanceHook:
                 "wired; hook the module that the loop calls, and call begin() before each step"
             )
 
+    def gather(self) -> None:
+        """Sum the loads of the step over all ranks ahead of `end`, which then needs no other rank.
+
+        Raises:
+            ValueError: as of `check`.
+        """
+        self.check()
+        self._step_loss.gather()
+        for target in self.sparse.targets:
+            target.gather()
+
+    def forget(self) -> None:
+        """Drop the loads of a step that the optimizer does not take; those of the step before stay the next one's f."""
+        for target in self.sparse.targets:
+            target.forget()
+
     def end(self) -> None:
         """The optimizer has stepped: the loads of this step are the f of the next.
 
@@ -129,6 +145,15 @@ class BalanceHook:
         for target in self.sparse.targets:
             target.step()
         self.step += 1
+
+    @property
+    def loads(self) -> dict[str, Float[Tensor, "E"]]:
+        """The rows assigned to every expert of every layer in the step before, of which f is made; may be set."""
+        return self._step_loss.assigned
+
+    @loads.setter
+    def loads(self, assigned: dict[str, Float[Tensor, "E"]]) -> None:
+        self._step_loss.assigned = assigned
 
     def remove(self) -> None:
         """Leave the model as it was, but for its own balance loss, which stays off."""

@@ -99,6 +99,7 @@ class StepLoss:
     assigned: dict[str, Float[Tensor, "E"]] = field(default_factory=dict)
     _this_step: dict[str, Float[Tensor, "E"]] = field(default_factory=dict)
     _total: dict[str, float] = field(default_factory=dict)
+    _gathered: bool = False
 
     def begin(
         self, batches: Sequence[Mapping[str, Any]], device: torch.device | str = "cpu", *, copies: int = 1
@@ -113,7 +114,7 @@ class StepLoss:
         sizes = [count_decisions(batch) for batch in batches]
         here = torch.tensor([sum(size[unit] for size in sizes) for unit in UNITS], dtype=torch.float32, device=device)
         self._total = dict(zip(UNITS, (all_reduce(here) / copies).tolist(), strict=True))
-        self._this_step = {}
+        self._this_step, self._gathered = {}, False
         return self._total
 
     def weighted(
@@ -188,10 +189,16 @@ class StepLoss:
                 rows = routing.assigned.float() * counts
                 self._this_step[name] = self._this_step[name] + rows if name in self._this_step else rows
 
+    def gather(self) -> None:
+        """Sum the rows assigned to the experts over all ranks ahead of `end`, which then needs no other rank."""
+        if not self._gathered:
+            self._this_step = {name: all_reduce(rows) for name, rows in sorted(self._this_step.items())}
+        self._gathered = True
+
     def end(self) -> None:
         """The optimizer has stepped: the rows assigned to the experts, over all ranks, are the next step's f."""
-        self.assigned = {name: all_reduce(rows) for name, rows in sorted(self._this_step.items())}
-        self._this_step = {}
+        self.gather()
+        self.assigned, self._this_step, self._gathered = self._this_step, {}, False
 
     def _of_layer(self, name: str, routing: Assignment) -> Float[Tensor, ""]:
         if self.scope == "global":

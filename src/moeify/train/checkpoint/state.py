@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -236,10 +236,15 @@ def _without(group: dict[str, Any], key: str) -> dict[str, Any]:
 
 def save_balance(control: Control | None, targets: Sequence[SparsityTarget], folder: Path) -> None:
     """Write the state of controllers between steps, without the biases, which the model holds."""
+    write_tensors(folder / BALANCE, balance_state(control, targets))
+
+
+def balance_state(control: Control | None, targets: Sequence[SparsityTarget]) -> dict[str, Tensor]:
+    """The state of controllers between steps, without the biases, which the model holds."""
     memory = {} if control is None else control.memory
     tensors = {f"{layer}|{key}": value.cpu() for layer, kept in memory.items() for key, value in kept.items()}
     weights = torch.tensor([target.value for target in targets], dtype=torch.float64)
-    write_tensors(folder / BALANCE, tensors | {"weights": weights})
+    return tensors | {"weights": weights}
 
 
 def load_balance(control: Control | None, targets: Sequence[SparsityTarget], folder: Path) -> None:
@@ -248,11 +253,27 @@ def load_balance(control: Control | None, targets: Sequence[SparsityTarget], fol
     Raises:
         ValueError: the run was saved with another number of loss weights that adapt.
     """
-    tensors = read_tensors(folder / BALANCE)
-    weights = tensors.pop("weights").tolist()
+    set_balance_state(control, targets, read_tensors(folder / BALANCE), f"the checkpoint {folder}")
+
+
+def set_balance_state(
+    control: Control | None, targets: Sequence[SparsityTarget], tensors: Mapping[str, Tensor], source: str
+) -> None:
+    """Give controllers the state that `balance_state` returned.
+
+    Args:
+        control: whose memory is replaced, if any.
+        targets: whose weights are set.
+        tensors: the state.
+        source: where it comes from, for the error.
+
+    Raises:
+        ValueError: it is that of another number of loss weights that adapt.
+    """
+    weights = tensors["weights"].tolist()
     if len(weights) != len(targets):
         raise ValueError(
-            f"the checkpoint {folder} holds {len(weights)} adaptive loss weights, and this run has {len(targets)}; "
+            f"{source} holds {len(weights)} adaptive loss weights, and this run has {len(targets)}; "
             "give SparseArguments(losses=...) the SparsityTargets that the run began with"
         )
     for target, value in zip(targets, weights, strict=True):
@@ -260,6 +281,8 @@ def load_balance(control: Control | None, targets: Sequence[SparsityTarget], fol
     if control is not None:
         control.memory = {}
         for name, value in tensors.items():
+            if name == "weights":
+                continue
             layer, _, key = name.rpartition("|")
             control.memory.setdefault(layer, {})[key] = value
 
