@@ -17,6 +17,8 @@ CASES  ?= 2000
 nightly: $(VENV)/.test
 	$(BIN)/python tests/nightly/kills.py --kills $(KILLS)
 	$(BIN)/python tests/nightly/saves.py --kills $(KILLS)
+	$(BIN)/python -m pip install --quiet --editable '.[torchft]'
+	$(BIN)/python tests/nightly/replicas.py --kills 20
 	$(BIN)/python tests/nightly/kernels.py --cases $(CASES)
 	$(BIN)/python -m pytest tests/nightly/families.py
 	$(BIN)/python -m pytest tests -m nightly
