@@ -121,3 +121,9 @@ def test_equal_tensors_give_equal_bytes(tmp_path):
 def test_json_options_are_those_of_the_standard_library(tmp_path):
     write_json(tmp_path / "x.json", {"b": 1, "a": 2}, indent=None, sort_keys=True)
     assert (tmp_path / "x.json").read_text() == json.dumps({"a": 2, "b": 1}) + "\n"
+
+
+def test_tensors_are_readable_by_those_who_can_read_other_files(tmp_path):
+    write_text(tmp_path / "text", "")
+    write_tensors(tmp_path / "tensors", {"a": torch.zeros(1)})
+    assert (tmp_path / "tensors").stat().st_mode == (tmp_path / "text").stat().st_mode

@@ -163,10 +163,13 @@ def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], header: Mappi
 
     ready = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
     with replacing(path) as new:
+        new.touch()
+        permissions = new.stat().st_mode  # safetensors 0.8 writes files that only their owner reads
         try:
             save_file(ready, new, metadata=dict(header or {"format": "pt"}))
         except SafetensorError as error:
             raise OSError(f"{path} could not be written: {error}") from None
+        new.chmod(permissions)
 
 
 @contextmanager

@@ -25,6 +25,7 @@ def test_a_run_is_exported_with_its_tokenizer_and_the_comparison_is_shown(tmp_pa
     assert ended.code == 0, ended.err
     assert ended.out.splitlines()[0] == f"{tmp_path / 'out'}: Mixtral (MixtralForCausalLM)"
     assert "MixtralForCausalLM: logits bitwise equal" in ended.out
+    assert len({file.stat().st_mode for file in (tmp_path / "out").iterdir()}) == 1  # a server's account reads all
     assert AutoTokenizer.from_pretrained(tmp_path / "out")("def class")["input_ids"]
     assert type(AutoModelForCausalLM.from_pretrained(tmp_path / "out")).__name__ == "MixtralForCausalLM"
     opened = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model")

@@ -238,7 +238,10 @@ def test_a_class_may_be_asked_for(tmp_path):
         export.write(model, tmp_path / "other", exporter=HfFolder("mixtrl"))
 
 
-def test_every_exporter_is_asked(monkeypatch):
-    asked = {name: export.find_exporter(name) for name in ("transformers", "mlx")}
-    monkeypatch.setattr("moeify.export.exporter._EXPORTERS", asked)
-    assert export.supports(sparse()) == {"transformers": None, "mlx": None}
+def test_every_exporter_is_asked_and_graphs_are_traced_once(monkeypatch):
+    traces = []
+    monkeypatch.setattr("moeify.export.graph._program", lambda *call: traces.append(call))
+    answers = export.supports(sparse())
+    assert list(answers) == export.exporters()
+    assert not any(answers.values())
+    assert len(traces) == 1

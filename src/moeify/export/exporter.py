@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 import shutil
-import tempfile
+import uuid
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,6 +59,11 @@ class Exporter(ABC):
         Raises:
             Unsupported: the target cannot express the model.
         """
+
+    @property
+    def question(self) -> Hashable:
+        """What `supports` asks of a model: exporters with equal questions give the same answer."""
+        return self
 
     def supports(self, model: nn.Module) -> str | None:
         """The reason why the target cannot express a model, None if it can."""
@@ -123,9 +128,13 @@ def find_exporter(name: str) -> Exporter:
 def supports(model: nn.Module) -> dict[str, str | None]:
     """For every exporter, the reason why it cannot express a model, None if it can.
 
-    Exporters of graphs trace the model, which takes seconds; `find_exporter(name).supports(model)` asks one exporter.
+    For graphs the model is traced once, which takes seconds; `find_exporter(name).supports(model)` asks one exporter.
     """
-    return {name: exporter.supports(model) for name, exporter in _EXPORTERS.items()}
+    answers: dict[Hashable, str | None] = {}
+    for exporter in _EXPORTERS.values():
+        if exporter.question not in answers:
+            answers[exporter.question] = exporter.supports(model)
+    return {name: answers[exporter.question] for name, exporter in _EXPORTERS.items()}
 
 
 @dataclass(frozen=True)
@@ -183,6 +192,7 @@ def write(
         verification = exporter.verify(new, probe)
         record = {"moeify": __version__, "to": to, "notes": notes, "verification": str(verification)}
         write_json(new / RECORD, {**record, "probe": probe.to_dict()}, indent=None)
+        _share(new)
     return Export(folder, notes, verification)
 
 
@@ -202,10 +212,10 @@ def verify(folder: str | Path) -> Verification:
 def _aside(folder: Path) -> Iterator[Path]:
     """A temporary folder beside `folder` that is renamed to it at the end, or deleted after an error."""
     folder.parent.mkdir(parents=True, exist_ok=True)
-    new = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    new = folder.parent / f".{folder.name}.{uuid.uuid4().hex[:12]}"
+    new.mkdir()
     try:
         yield new
-        new.chmod(0o777 & ~_umask())
         if folder.exists():
             folder.rmdir()
         os.replace(new, folder)
@@ -214,7 +224,8 @@ def _aside(folder: Path) -> Iterator[Path]:
         raise
 
 
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+def _share(folder: Path) -> None:
+    """Give every file the permissions of a new one; safetensors 0.8 writes files that only their owner reads."""
+    permissions = (folder / RECORD).stat().st_mode
+    for file in folder.iterdir():
+        file.chmod(permissions)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import traceback
+import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
+from io import StringIO
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -55,6 +58,11 @@ class GraphExporter(Exporter, ABC):
         """The inverse of `Calls.to_dict`."""
         return Calls.from_dict(values)
 
+    @property
+    def question(self) -> Hashable:
+        """The same for all exporters of graphs with the same probe."""
+        return GraphExporter, id(self.probe)
+
     def match(self, model: nn.Module) -> torch.export.ExportedProgram:
         """The model as a program of `torch.export`, from which the graph is made.
 
@@ -70,7 +78,8 @@ class GraphExporter(Exporter, ABC):
 
     def _traced(self, model: nn.Module, trace: Callable[[nn.Module, Inputs], Any]) -> Any:
         try:
-            return traced(model, self.probe_of(model).inputs[0], trace)
+            with _quiet():
+                return traced(model, self.probe_of(model).inputs[0], trace)
         except ImportError as error:
             raise ImportError(f"this export needs moeify[{self.extra}] and transformers 5.24: {error}") from None
 
@@ -154,6 +163,26 @@ def _reason(model: nn.Module, error: Exception) -> str:
     inside = next((owner for owner in reversed(owners) if isinstance(owner, nn.Module) and owner in names), model)
     part = f"{names[inside]} ({type(inside).__name__})"
     return f"{part} computes sizes from the values of its input, which a graph cannot"
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Context manager without what torch and the exporters of transformers print about their own steps."""
+    from transformers.utils import logging as of_transformers
+
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "onnxscript")]
+    before = [logger.level for logger in loggers], of_transformers.get_verbosity()
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        of_transformers.set_verbosity_error()
+        with warnings.catch_warnings(), redirect_stdout(StringIO()):
+            warnings.simplefilter("ignore", FutureWarning)
+            yield
+    finally:
+        for logger, level in zip(loggers, before[0], strict=True):
+            logger.setLevel(level)
+        of_transformers.set_verbosity(before[1])
 
 
 @contextmanager
