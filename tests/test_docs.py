@@ -13,7 +13,12 @@ from moeify.registry import lookup, names
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 PACKAGES = ["moeify", "moeify.sparsify", "moeify.routers", "moeify.experts", "moeify.train"]
-PAGES = [page for page in [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))] if "```python" in page.read_text("utf-8")]
+OTHERWISE = {"anywhere"}  # runs with its commands, in tests/export/test_anywhere_page.py
+PAGES = [
+    page
+    for page in [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))]
+    if "```python" in page.read_text("utf-8") and page.stem not in OTHERWISE
+]
 
 
 def text(page: Path) -> str:
