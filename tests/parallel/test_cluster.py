@@ -79,3 +79,14 @@ def test_collectives_take_the_slower_way_out_of_a_node():
     assert gather(found, 1e9, 16) == pytest.approx(max(1e9 * 7 / 8 / 100e9, 1e9 / 2 / 80e9) + 3e-5 + 5e-5)
     assert reduce(found, 1e9, 8) == 2 * gather(found, 1e9, 8)
     assert gather(found, 1e9, 1) == 0
+
+
+def test_processes_that_share_cores_have_their_part_of_one_each():
+    whole = cluster(nodes=1)
+    part = whole.shared(2)
+    assert part.device.flops == whole.device.flops / 4
+    assert part.device.bandwidth == whole.device.bandwidth / 4
+    assert part.intra == Link(bandwidth=25e9, latency=4e-5)
+    assert part.device.experts.launch == 4 * whole.device.experts.launch
+    assert part.device.experts.products == whole.device.experts.products
+    assert whole.shared(8) == whole == whole.shared(64)

@@ -1,7 +1,9 @@
 """A machine is measured, alone and with others."""
 
+import itertools
 import multiprocessing
 import os
+import time
 
 import pytest
 import torch
@@ -40,3 +42,11 @@ def test_two_ranks_agree_on_what_they_measured():
     assert (size, nodes) == (2, 2)
     assert 1e6 < bandwidth < 1e12
     assert 0 < latency < 1
+
+
+def test_a_machine_can_be_measured_in_cpu_time():
+    """In which a process that sleeps takes none."""
+    ticks = itertools.count()
+    slow = measure("cpu", size=128, clock=lambda: 1e-3 * next(ticks))
+    assert slow.device.flops == pytest.approx(2 * 128**3 / 1e-3)
+    assert 1e8 < measure("cpu", size=128, clock=time.process_time).device.flops < 1e14

@@ -144,6 +144,25 @@ class Cluster:
         """The cluster with another number of nodes."""
         return replace(self, nodes=nodes)
 
+    def shared(self, cores: float) -> Self:
+        """The cluster if its devices are processes that share some cores, each of which was measured as one device.
+
+        Every device then has the same part of a core, at most one: products, memory and links are so much slower, for
+        on one machine they all take time of its cores.
+
+        Args:
+            cores: of the machine.
+        """
+        part = min(cores / self.size, 1.0)
+        launch, per_expert, tile = (
+            getattr(self.device.experts, name) / part for name in ("launch", "per_expert", "tile")
+        )
+        experts = replace(self.device.experts, launch=launch, per_expert=per_expert, tile=tile)
+        flops, bandwidth = self.device.flops * part, self.device.bandwidth * part
+        intra, inter = (Link(bandwidth=x.bandwidth * part, latency=x.latency / part) for x in (self.intra, self.inter))
+        device = replace(self.device, flops=flops, bandwidth=bandwidth, experts=experts)
+        return replace(self, device=device, intra=intra, inter=inter)
+
     def across(self, group: int, stride: int = 1) -> tuple[int, int]:
         """How many ranks of a group of ranks at equal distances are on one node, and on how many nodes they are.
 
