@@ -10,13 +10,14 @@ LOG = "docs/log.md"
 XEON, NOT_NOTED = "Intel Xeon (Emerald Rapids), 2 shared cores", "a CPU, not noted further"
 FAMILIES = ("Mixtral", "Qwen3-MoE", "OLMoE", "DeepSeek-V3", "GPT-OSS", "moeify")
 T_95_OF_3 = 4.303
+LOW = ("0.3", "0.2", "0.1", "0.05")
 
 
 def sources() -> dict[str, list[Figure]]:
     """All ids with their figures, computed anew from the rows."""
     return {
         **_demo(), **_conversion(), **_composition(), **_planning(), **_training(), **_independent(),
-        **_benchmarks(), **_diagnosis(), **_noted(),
+        **_designed(), **_benchmarks(), **_diagnosis(), **_noted(),
     }  # fmt: skip
 
 
@@ -207,6 +208,43 @@ def _independent() -> dict[str, list[Figure]]:
             agree.over(max, "tolerance", "lower"),
             differ.figure(len(differ.rows), "rows"),
         ]
+    }
+
+
+def _designed() -> dict[str, list[Figure]]:
+    """Claims of claims/designs.md."""
+    gates = table("claims/results/multi_gate.csv")
+
+    def rise(arm: str) -> Figure:
+        rows = gates.where(arm=arm)
+        means = [fmean(rows.where(rho=rho).values("error")) for rho in ("0.0", "1.0")]
+        return rows.figure(100 * (means[0] / means[1] - 1), "mean of error at rho=0.0 over that at rho=1.0, less 1")
+
+    unrelated = gates.where(rho="0.0")
+    apart = unrelated.where(arm="MMoE").minus(unrelated.where(arm="shared bottom"), "error")
+
+    digits = table("claims/results/batch_priority.csv")
+    low = {
+        which: [
+            fmean(digits.where(priority=which, factor=factor, seed=seed).values("accuracy")[-1] for factor in LOW)
+            for seed in range(3)
+        ]
+        for which in ("arrival", "batch")
+    }
+    by_seed = [batch - arrival for batch, arrival in zip(low["batch"], low["arrival"], strict=True)]
+    full = [digits.where(priority="batch", factor="4.0", seed=seed).values("accuracy")[-1] for seed in range(3)]
+
+    switch = table("claims/results/switch_scaling.csv")
+    more = [switch.where(experts=e).minus(switch.where(experts=1), "loss") for e in (2, 4, 8, 16, 32)]
+    return {
+        "multi_gate": [rise("shared bottom"), rise("MMoE"), apart.mean("lower"), *apart.ends(T_95_OF_3)],
+        "batch_priority": [
+            digits.figure(fmean(by_seed), "mean of batch less arrival of accuracy at factors up to 0.3", "higher"),
+            *(digits.figure(ahead, f"the same of seed {seed}", "higher") for seed, ahead in enumerate(by_seed)),
+            digits.figure(min(full), "least accuracy at factor 4.0"),
+            digits.figure(max(full), "largest accuracy at factor 4.0"),
+        ],
+        "switch_scaling": [difference.mean("lower") for difference in more],
     }
 
 
