@@ -1,7 +1,7 @@
 """Sparse training on many devices: what a step costs there, which layout is fastest, and where experts should lie.
 
-`distribute` puts a model on the ranks of a run as a layout says, by the engine of transformers; `shard` does so for loops
-of one's own.
+`distribute` puts a model on the ranks of a run as a layout says, by the engine of transformers; `shard` does so for
+loops of one's own.
 """
 
 from moeify.parallel.cluster import DEVICES, Cluster, Device, Link
