@@ -110,3 +110,39 @@ def test_without_a_kernel_few_rows_go_to_the_library(monkeypatch):
     near(
         out, torch.cat([rows[:2].double() @ weight[0].T.double(), rows[2:].double() @ weight[1].T.double()]), out.dtype
     )
+
+
+@pytest.mark.parametrize("setting", ["0", "1"])
+@pytest.mark.parametrize("dtype", ROUNDING)
+@pytest.mark.parametrize("counts", [[200], [0, 129, 1], [64, 700, 63]])
+def test_many_rows_are_shared_between_library_and_kernel_and_products_are_those_of_the_definition(
+    setting, dtype, counts, monkeypatch
+):
+    monkeypatch.setenv("MOEIFY_CPP", setting)
+    monkeypatch.setenv("MOEIFY_FP32_GEMM", "onednn")
+    monkeypatch.setattr(segments, "max_rows", lambda *a: 40)
+    weight, rows = stack(len(counts), 384, 384, dtype, setting == "1"), torch.randn(sum(counts), 384).to(dtype)
+    left, expert = torch.randn(sum(counts), 384).to(dtype), torch.repeat_interleave(torch.tensor(counts))
+    (block,) = blocks(counts)
+    exact = torch.cat([r.double() @ w.T.double() for r, w in zip(rows.split(counts), weight, strict=True)])
+    near(multiply_rows(rows, weight, None, block), exact, dtype)
+    products = [a.T.double() @ b.double() for a, b in zip(left.split(counts), rows.split(counts), strict=True)]
+    for add in (False, True):
+        sums = torch.ones_like(weight)
+        multiply_rows_tn(left, rows, sums, block, add=add)
+        for e in expert.unique().tolist():
+            near(sums[e], products[e] + add, dtype)
+
+
+@pytest.mark.parametrize("most", [0, 40])
+def test_a_library_that_compiles_meets_few_numbers_of_rows(most, monkeypatch):
+    monkeypatch.setattr(segments, "is_compiled", lambda *a, **k: True)
+    met = set()
+    for count in range(1, 4096):
+        few, many = segments._by_kernel([(0, 7, 7 + count)], most, torch.empty(0))
+        runs = sorted(few + many, key=lambda run: run[1])
+        assert [runs[0][1], runs[-1][2]] == [7, 7 + count]
+        assert all(before[2] == after[1] for before, after in zip(runs, runs[1:], strict=False))
+        assert all(last - first <= most for _, first, last in few)
+        met |= {last - first for _, first, last in many}
+    assert len(met) < 300  # and oneDNN keeps the kernels of 1024 shapes

@@ -21,30 +21,30 @@ _SIZES = (1, 4, 32, 128)  # smallest dimensions of a product at which the librar
 _MARGIN = 1.1  # speed-up that oneDNN needs, so that two runs on one machine rarely select differently
 
 
-def product(left: Float[Tensor, "M K"], right: Float[Tensor, "K N"]) -> Float[Tensor, "M N"]:
-    """`left @ right`; one dtype, any strides.
-
-    Raises:
-        ValueError: `MOEIFY_FP32_GEMM` names no library.
-    """
-    return linear(left, right.t()) if _goes_to_onednn(left, right) else left @ right
-
-
 def multiply(left: Float[Tensor, "M K"], right: Float[Tensor, "K N"], out: Float[Tensor, "M N"]) -> None:
-    """Write `left @ right` into `out`; one dtype, any strides.
-
-    oneDNN writes into memory of its own, so that a product without a place to go is cheaper by `product`.
+    """Write `left @ right` into `out`; one dtype, any strides, or a transposed matrix of `packed` on the right.
 
     Raises:
         ValueError: `MOEIFY_FP32_GEMM` names no library.
     """
-    if _goes_to_onednn(left, right):
+    if _by_onednn(left, right):
         out.copy_(linear(left, right.t()))
     else:
         torch.mm(left, right, out=out)
 
 
-def _goes_to_onednn(left: Tensor, right: Tensor) -> bool:
+def product(left: Float[Tensor, "M K"], right: Float[Tensor, "K N"]) -> Float[Tensor, "M N"]:
+    """`left @ right` in new memory; operands as of `multiply`.
+
+    Raises:
+        ValueError: `MOEIFY_FP32_GEMM` names no library.
+    """
+    return linear(left, right.t()) if _by_onednn(left, right) else left @ right
+
+
+def _by_onednn(left: Float[Tensor, "M K"], right: Float[Tensor, "K N"]) -> bool:
+    if right.is_mkldnn:
+        return True
     if not (left.is_cpu and left.dtype == torch.float32 and left.numel()):
         return False
     size = min(*left.shape, right.shape[1])
@@ -105,6 +105,19 @@ def takes_onednn(size: int, *, left_transposed: bool = False, right_transposed: 
         return False
     like = next((like for like in _SIZES if size <= 2 * like), _SIZES[-1])
     return onednn_is_faster(like, left_transposed, right_transposed, torch.get_num_threads())
+
+
+def is_compiled(rows: Tensor, size: int, **transposed: bool) -> bool:
+    """Whether a product of these rows is computed by oneDNN, which compiles a kernel for every shape.
+
+    Args:
+        rows: the left matrix.
+        size: the smallest dimension of the product.
+        transposed: as of `takes_onednn`.
+    """
+    if not (rows.is_cpu and available()):
+        return False
+    return takes_onednn(size, **transposed) if rows.dtype == torch.float32 else rows.dtype.itemsize == 2
 
 
 @cache

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from moeify.kernels.cpu import cpp
 from moeify.kernels.cpu.cpp.products import Run, max_rows, multiply_runs, multiply_runs_tn
-from moeify.kernels.cpu.onednn import linear, multiply, product, takes_onednn
+from moeify.kernels.cpu.onednn import is_compiled, multiply, product, takes_onednn
 
 Matrices = Tensor | Sequence[Tensor]  # (E, O, D), or E packed matrices
 Block = list[Run]  # adjacent runs of rows, sorted by expert
@@ -67,23 +67,21 @@ def multiply_rows(
         block: the rows of each expert.
     """
     layout = "nt" if isinstance(weight, Tensor) and weight.stride(2) == 1 else "nn"
-    if isinstance(weight, Tensor) and _fit_cpp(rows, weight, block, layout):
-        out = multiply_runs(rows, weight, block)
+    few, many = _by_kernel(block, _most_rows(rows, weight, layout), rows, right_transposed=layout == "nt")
+    if isinstance(weight, Tensor) and not many:
+        out = multiply_runs(rows, weight, few)
     elif rows.is_cpu and isinstance(weight, Tensor) and group_obstacle(rows, weight, len(rows) // len(block)) is None:
         out = _in_one_call(rows, weight, block)
-    elif len(block) == 1:
-        matrix = weight[block[0][0]]
-        out = linear(rows, matrix) if matrix.is_mkldnn else product(rows, matrix.to(rows.dtype).t())
+    elif many == block and len(block) == 1:
+        out = product(rows, _matrix(weight, block[0][0], rows.dtype).t())
     else:
         out = rows.new_empty(len(rows), weight[0].shape[0])
-        for expert, part, output in _by_expert(block, rows, out):
-            matrix = weight[expert]
-            if matrix.is_mkldnn:
-                output.copy_(linear(part, matrix))
-            else:
-                multiply(part, matrix.to(rows.dtype).t(), output)
+        for expert, part, output in _by_run(block, many, rows, out):
+            multiply(part, _matrix(weight, expert, rows.dtype).t(), output)
+        if few and isinstance(weight, Tensor):
+            multiply_runs(rows, weight, few, start=block[0][1], out=out)
     if bias is not None:
-        for expert, output in _by_expert(block, out):
+        for expert, output in _by_run(block, block, out):
             output.add_(bias[expert])
     return out
 
@@ -105,35 +103,69 @@ def multiply_rows_tn(
         block: the rows of each expert.
         add: accumulate into the matrices instead of overwriting them.
     """
-    if _fit_cpp(left, into, block, "tn") and right.stride(-1) == 1:
-        multiply_runs_tn(left, right, into, block, add=add)
-        return
-    for expert, a, b in _by_expert(block, left, right):
-        if into.dtype != left.dtype or add:
-            product = a.t() @ b
-            into[expert].add_(product) if add else into[expert].copy_(product)
+    most = _most_rows(left, into, "tn") if right.stride(-1) == 1 else 0
+    few, many = _by_kernel(block, most, left, left_transposed=True)
+    begun: set[int] = set()  # experts of which some rows are summed up
+    for expert, a, b in _by_run(block, many, left, right):
+        if add or expert in begun:
+            into[expert].add_(product(a.t(), b))
+        elif into.dtype != left.dtype:
+            into[expert].copy_(product(a.t(), b))
         else:
             multiply(a.t(), b, into[expert])
+        begun.add(expert)
+    for adds in (False, True):
+        if runs := [run for run in few if (add or run[0] in begun) == adds]:
+            multiply_runs_tn(left, right, into, runs, start=block[0][1], add=adds)
 
 
-def _fit_cpp(rows: Float[Tensor, "B D"], weight: Float[Tensor, "E O D"], block: Block, layout: str) -> bool:
-    """Whether the C++ kernel is available, supports the tensors, and is fastest for this number of rows."""
-    return (
-        weight.is_cpu
+def _by_kernel(block: Block, most: int, rows: Float[Tensor, "B _"], **transposed: bool) -> tuple[Block, Block]:
+    """The runs of at most so many rows, for the C++ kernel, and the others, for a library.
+
+    oneDNN compiles a kernel for every number of rows that it has not seen, which takes as long as hundreds of rows do,
+    and an expert rarely has the same number twice. So it gets most of an expert's rows, in a number that repeats.
+    """
+    few, many = [], []
+    for expert, first, last in block:
+        count = last - first
+        splits = most < count and is_compiled(rows, count, **transposed)
+        rest = first if count <= most else last - count % _step(count) if splits else last
+        if rest > first:
+            many.append((expert, first, rest))
+        if last > rest:
+            (few if last - rest <= most else many).append((expert, rest, last))
+    return few, many
+
+
+def _step(count: int) -> int:
+    """A number of rows: 64, or between a sixteenth and an eighth of many rows."""
+    return max(64, 1 << max(0, count.bit_length() - 4))
+
+
+def _most_rows(rows: Float[Tensor, "B D"], weight: Matrices, layout: str) -> int:
+    """Rows of an expert up to which the C++ kernel is fastest; 0 where it is unavailable or lacks these tensors."""
+    fits = (
+        isinstance(weight, Tensor)
+        and weight.is_cpu
         and weight.numel() >= WORTH_COMPILING
         and rows.dtype == weight.dtype
         and rows.dtype in (torch.float32, torch.bfloat16)
         and rows.stride(-1) == 1
         and 1 in weight.stride()[1:]
         and cpp.why_not() is None
-        and len(rows) <= max_rows(layout, rows.dtype) * len(block)
     )
+    return max_rows(layout, rows.dtype) if fits else 0
+
+
+def _matrix(weight: Matrices, expert: int, dtype: torch.dtype) -> Float[Tensor, "O D"]:
+    matrix = weight[expert]
+    return matrix if matrix.is_mkldnn else matrix.to(dtype)
 
 
 def group_obstacle(rows: Float[Tensor, "B D"], weight: Float[Tensor, "E O D"], rows_each: int) -> str | None:
     """The reason why `torch.nn.functional.grouped_mm` is not used on a CPU, None if it is."""
-    if rows.dtype != weight.dtype or rows.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        return "grouped_mm wants one dtype of fp32, bf16 and fp16"
+    if rows.dtype != torch.float32 or weight.dtype != torch.float32:
+        return "grouped_mm wants fp32"  # in 16 bits it calls oneDNN, which compiles a kernel for each number of rows
     if not (_aligned(rows) and _aligned(weight) and weight.shape[1] * weight.element_size() % 16 == 0):
         return "grouped_mm wants rows aligned to 16 bytes"
     if rows.dtype == torch.float32 and takes_onednn(rows_each, right_transposed=weight.stride(2) == 1):
@@ -155,7 +187,8 @@ def _in_one_call(rows: Float[Tensor, "B D"], weight: Float[Tensor, "E O D"], blo
     return F.grouped_mm(rows, weight[low:high].transpose(1, 2), offs=offsets)
 
 
-def _by_expert(block: Block, *rows: Tensor) -> Iterator[tuple[Any, ...]]:
-    """Iterate over the experts of a block, each with its slice of every tensor in `rows`."""
-    sizes = [last - first for _, first, last in block]
-    return zip((run[0] for run in block), *(tensor.split(sizes) for tensor in rows), strict=True)
+def _by_run(block: Block, runs: Block, *rows: Tensor) -> Iterator[tuple[Any, ...]]:
+    """Iterate over runs of a block, each with its expert and its slice of every tensor of `rows`, which hold the block."""
+    start = block[0][1]
+    for expert, first, last in runs:
+        yield expert, *(tensor[first - start : last - start] for tensor in rows)

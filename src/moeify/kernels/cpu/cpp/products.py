@@ -46,23 +46,31 @@ class _Products(ctypes.Structure):
 
 
 def multiply_runs(
-    rows: Float[Tensor, "B D"], weight: Float[Tensor, "E O D"], runs: Sequence[Run]
+    rows: Float[Tensor, "B D"],
+    weight: Float[Tensor, "E O D"],
+    runs: Sequence[Run],
+    *,
+    start: int | None = None,
+    out: Float[Tensor, "B O"] | None = None,
 ) -> Float[Tensor, "B O"]:
     """Every row times the transposed matrix of its expert.
 
     Args:
         rows: contiguous rows, in fp32 or bf16.
         weight: in the dtype of the rows; O or D has stride one.
-        runs: the rows of each expert; row numbers count from the first row of the first run.
+        runs: the rows of each expert; outputs of other rows are left as they are.
+        start: the number that `runs` give the first of `rows`; by default the first row of the first run.
+        out: contiguous memory for the outputs, in the dtype of the rows; new memory by default.
 
     Raises:
         Unavailable: the C++ kernels are not available.
     """
-    out = rows.new_empty(len(rows), weight.shape[1])
+    out = rows.new_empty(len(rows), weight.shape[1]) if out is None else out
+    start = runs[0][1] if start is None else start
     if weight.stride(2) == 1:
-        _call("nt", rows, None, out, weight, runs)
+        _call("nt", rows, None, out, weight, runs, start)
     else:
-        _call("nn", rows, None, out, weight.transpose(1, 2), runs)
+        _call("nn", rows, None, out, weight.transpose(1, 2), runs, start)
     return out
 
 
@@ -73,6 +81,7 @@ def multiply_runs_tn(
     runs: Sequence[Run],
     *,
     add: bool,
+    start: int | None = None,
 ) -> None:
     """Write the sum of outer products of each expert's rows to its matrix, or accumulate it.
 
@@ -80,16 +89,18 @@ def multiply_runs_tn(
         left: contiguous rows, in fp32 or bf16.
         right: contiguous rows, in the same dtype.
         into: in the dtype of the rows; O or D has stride one.
-        runs: the rows of each expert; row numbers count from the first row of the first run.
+        runs: the rows of each expert; matrices of other experts are left as they are.
         add: accumulate into the matrices instead of overwriting them.
+        start: the number that `runs` give the first of the rows; by default the first row of the first run.
 
     Raises:
         Unavailable: the C++ kernels are not available.
     """
+    start = runs[0][1] if start is None else start
     if into.stride(2) == 1:
-        _call("tn", left, right, None, into, runs, add)
+        _call("tn", left, right, None, into, runs, start, add)
     else:
-        _call("tn", right, left, None, into.transpose(1, 2), runs, add)
+        _call("tn", right, left, None, into.transpose(1, 2), runs, start, add)
 
 
 def _call(
@@ -99,9 +110,9 @@ def _call(
     out: Tensor | None,
     weight: Tensor,
     runs: Sequence[Run],
+    start: int,
     add: bool = False,
 ) -> None:
-    start = runs[0][1]
     flat = [number for expert, first, last in runs for number in (expert, first - start, last - first)]
     numbers = (c_int64 * len(flat))(*flat)
     call = _Products(
