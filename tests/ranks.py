@@ -90,10 +90,10 @@ def llama():
     return sparsify(causal_lm("llama"), Recipe(num_experts=4), verbose=False)
 
 
-def train(folder, build, ranks, *callbacks, kind=SparseTrainer, resume=None, sparse=None, **arguments):
+def train(folder, build, ranks, *callbacks, kind=SparseTrainer, resume=None, sparse=None, data_size=32, **arguments):
     generator = torch.Generator().manual_seed(0)
     data = []
-    for length in torch.randint(5, 13, (32,), generator=generator).tolist():
+    for length in torch.randint(5, 13, (data_size,), generator=generator).tolist():
         ids = torch.randint(3, VOCABULARY, (12,), generator=generator)
         mask = (torch.arange(12) < length).long()
         data.append({"input_ids": ids * mask, "attention_mask": mask, "labels": ids.where(mask.bool(), -100)})

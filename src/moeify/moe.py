@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Generator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, Self
 
 import torch
@@ -112,7 +115,7 @@ class MoE(nn.Module):
         return self.shared.weight  # pyrefly: ignore[missing-attribute]
 
     def _require_finite(self, routing: Routing) -> None:
-        if torch.compiler.is_compiling() or routing.logits is None:
+        if torch.compiler.is_compiling() or routing.logits is None or _PASSES.get():
             return
         free = routing.logits.device.type == "cpu" or env.CHECK.is_on
         if free and not torch.isfinite(routing.logits.detach()).all():
@@ -126,6 +129,23 @@ class MoE(nn.Module):
     def extra_repr(self) -> str:
         """How the layer is computed."""
         return f"backend={self.backend!r}"
+
+
+_PASSES: ContextVar[bool] = ContextVar("nonfinite values pass", default=False)
+
+
+@contextmanager
+def passing_nonfinite() -> Generator[None]:
+    """Context manager in which layers raise nothing at values that are not finite.
+
+    For models that are sharded over ranks: one that raised in its forward pass would let the others wait in theirs.
+    Whoever calls the model then checks its loss and gradients on all ranks.
+    """
+    before = _PASSES.set(True)
+    try:
+        yield
+    finally:
+        _PASSES.reset(before)
 
 
 def _attach(router: nn.Module, experts: nn.Module) -> None:

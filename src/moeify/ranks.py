@@ -34,14 +34,16 @@ def join(timeout: float, backend: str | None = None) -> None:
 
 
 def wait_at_most(timeout: float) -> None:
-    """Set how long the collectives of an initialised process group wait for a rank, in seconds.
+    """Set how long the collectives of all process groups that exist wait for a rank, in seconds.
 
     Raises:
         ValueError: a timeout that is not positive.
     """
     limit = _limit(timeout)
     if several():
-        torch.distributed.distributed_c10d._set_pg_timeout(limit)
+        c10d = torch.distributed.distributed_c10d
+        for group in list(c10d._world.pg_map):  # those of meshes beside that of all ranks
+            c10d._set_pg_timeout(limit, group)
 
 
 def _limit(timeout: float) -> timedelta:

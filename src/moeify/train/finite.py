@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from moeify.ranks import all_reduce
+from moeify.moe import passing_nonfinite
+from moeify.ranks import all_reduce, anywhere
 from moeify.routers.lookup import split_router_inputs
 
 
@@ -28,21 +30,40 @@ def is_finite(losses: Sequence[Tensor], model: nn.Module, *, gradients: bool = T
     return not bool(all_reduce(bad))
 
 
-def find_nonfinite(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> str:
+def find_nonfinite(model: nn.Module, batches: Iterable[Mapping[str, Any]], *, sharded: bool = False) -> str:
     """Name what is not finite: the first module in a forward pass, or else the first parameter with such a gradient.
 
     Runs the batches through the model once more; call it once the training has failed.
+
+    Args:
+        model: the model.
+        batches: of this rank in the failed step.
+        sharded: over ranks, which then all call this, with equally many batches, and look at the same things.
     """
-    for name, parameter in model.named_parameters():
-        if not torch.isfinite(_local(parameter.detach())).all():
-            return f"the weights of {name}"
+
+    def of_any_rank(found: str | None) -> str | None:
+        if sharded and anywhere(found is not None, device) and found is None:
+            return "a value of another rank, which names it,"
+        return found
+
+    device = next(model.parameters()).device
+    weights = ((name, p.detach()) for name, p in model.named_parameters())
+    if found := of_any_rank(_first(weights, "the weights of")):
+        return found
     for batch in batches:
-        if name := _first_module(model, batch):
-            return f"the output of {name}"
-    for name, parameter in model.named_parameters():
-        if parameter.grad is not None and not torch.isfinite(_local(parameter.grad)).all():
-            return f"the gradient of {name}"
-    return "the norm of all gradients, though each of them is finite"
+        with passing_nonfinite() if sharded else nullcontext():
+            name = _first_module(model, batch)
+        if found := of_any_rank(f"the output of {name}" if name else None):
+            return found
+    gradients = ((name, p.grad) for name, p in model.named_parameters())
+    found = of_any_rank(_first(gradients, "the gradient of"))
+    return found or "the norm of all gradients, though each of them is finite"
+
+
+def _first(tensors: Iterable[tuple[str, Tensor | None]], what: str) -> str | None:
+    bad = (name for name, tensor in tensors if tensor is not None and not torch.isfinite(_local(tensor)).all())
+    name = next(bad, None)
+    return None if name is None else f"{what} {name}"
 
 
 def _norms(gradients: Iterable[Tensor | None]) -> list[Tensor]:

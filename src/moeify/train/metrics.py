@@ -27,17 +27,19 @@ class Tally:
 
     def __init__(self) -> None:
         self.experts: dict[str, int] = {}
+        self._copies = 1
         self._step: dict[str, Float[Tensor, "S"]] = {}
         self._steps: dict[str, Float[Tensor, "S"]] = {}
         self._violation: dict[str, Float[Tensor, "2"]] = {}
 
-    def begin(self, experts: Mapping[str, int]) -> None:
+    def begin(self, experts: Mapping[str, int], *, copies: int = 1) -> None:
         """Reset all sums for these layers, in this order, also on ranks that do not run some of them in a step.
 
         Args:
             experts: E of every layer.
+            copies: ranks that receive the same batches, as in tensor parallelism.
         """
-        self.experts = dict(experts)
+        self.experts, self._copies = dict(experts), copies
         self._step, self._steps, self._violation = {}, {}, {}
 
     @torch.no_grad()
@@ -60,7 +62,8 @@ class Tally:
         sizes = [3 * experts + 4 for experts in self.experts.values()]
         nothing = (torch.zeros(size, device=device) for size in sizes)
         parts = [self._step.get(name, zeros).to(device) for name, zeros in zip(self.experts, nothing, strict=True)]
-        for (name, experts), sums in zip(self.experts.items(), all_reduce(torch.cat(parts)).split(sizes), strict=True):
+        total = all_reduce(torch.cat(parts)) / self._copies
+        for (name, experts), sums in zip(self.experts.items(), total.split(sizes), strict=True):
             _add(self._steps, name, sums)
             _add(self._violation, name, _violation(sums[:experts]))
         self._step = {}

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -12,12 +13,14 @@ import transformers
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.hooks import RemovableHandle
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from transformers.trainer_utils import SaveStrategy
 
 from moeify import ranks
 from moeify.balance import Control, control
 from moeify.layers import sparse_layers
+from moeify.moe import passing_nonfinite
 from moeify.notices import notify
 from moeify.ranks import OnAnotherRank
 from moeify.record import observe
@@ -59,7 +62,8 @@ class SparseTrainerMixin(Columns, Saving):
         self.sparse = SparseArguments() if sparse is None else sparse
         model = args[0] if args else kwargs.get("model")
         self._own_loss_off = isinstance(model, nn.Module) and disable_own_loss(model)  # before a trainer relies on it
-        super().__init__(*args, **kwargs)
+        with _saving_sharded(model, args[1] if len(args) > 1 else kwargs.get("args")):
+            super().__init__(*args, **kwargs)
         if getattr(self, "aux_loss_enabled", False):  # trainers of TRL request the balance loss of the model
             self.aux_loss_enabled, self._own_loss_off = False, True
         if self.args.n_gpu > 1:
@@ -144,6 +148,9 @@ class SparseTrainerMixin(Columns, Saving):
     ) -> Any:
         """The trainer's own loss, plus this micro-batch's part of the balance loss when training."""
         inputs = with_decoder_mask(self.model, inputs)
+        if self._is_sharded:  # where ranks wait for each other inside; what is not finite, all find after backward
+            with passing_nonfinite():
+                return self._loss(model, inputs, return_outputs, num_items_in_batch)
         if not isinstance(model, DistributedDataParallel) or not model.training:
             return self._loss(model, inputs, return_outputs, num_items_in_batch)
         with ranks.failing_together(self.args.device):  # before backward, where others would wait for it
@@ -214,7 +221,8 @@ class SparseTrainerMixin(Columns, Saving):
             found = f"{error} that is not finite in step {step + 1}"
         else:
             batches = [empty.as_real(batch) for batch in self._batches]
-            where = find_nonfinite(self.accelerator.unwrap_model(model), self._prepare_input(batches))
+            whole = self.accelerator.unwrap_model(model)
+            where = find_nonfinite(whole, self._prepare_input(batches), sharded=self._is_sharded)
             found = f"{where} is not finite in step {step + 1}"
             found = found if error is None else f"{error}; first, {found}"
         try:
@@ -245,7 +253,7 @@ class SparseTrainerMixin(Columns, Saving):
         self._begin_checkpointing()
         self._unhook()
         layers = sparse_layers(self.model)
-        self._tally.begin({name: layer.num_experts for name, layer in layers.items()})
+        self._tally.begin({name: layer.num_experts for name, layer in layers.items()}, copies=self.get_tp_size())
         if layers:
             if self.sparse.balance != 0 or self.sparse.z != 0:
                 require_learning_routers(self.model)
@@ -261,6 +269,11 @@ class SparseTrainerMixin(Columns, Saving):
             own = "; the model's own balance loss is turned off, it would count twice" if self._own_loss_off else ""
             notify(f"moeify: {self.sparse.describe()}{own}")
         self._since = time.perf_counter()
+
+    @property
+    def _is_sharded(self) -> bool:
+        """Whether ranks hold parts of the parameters (FSDP2, `DistributedConfig`)."""
+        return any(hasattr(parameter, "to_local") for parameter in self.model.parameters())
 
     def _unhook(self) -> None:
         for handle in self._hooks:
@@ -298,6 +311,19 @@ class _Steps(TrainerCallback):
         self.trainer._tally.end_step()
         for target in self.trainer.sparse.targets:
             target.step()
+
+
+@contextmanager
+def _saving_sharded(model: Any, args: TrainingArguments | None) -> Generator[None]:
+    """Let a trainer of transformers be made, which refuses to save models that are sharded before it gets them."""
+    if args is None or not getattr(model, "is_distributed_loading_by_transformers", False):
+        yield
+        return
+    asked, args.save_strategy = args.save_strategy, SaveStrategy.NO
+    try:
+        yield
+    finally:
+        args.save_strategy = asked
 
 
 def _mix(seed: int, step: int, rank: int) -> int:
