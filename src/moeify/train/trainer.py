@@ -30,6 +30,7 @@ from moeify.train.activation_checkpointing import enable
 from moeify.train.arguments import SparseArguments
 from moeify.train.callbacks import ExpertDropout, ProgressLine, SaveOnSignal
 from moeify.train.checkpoint.saving import Saving, bare
+from moeify.train.checkpoint.shards import is_sharded
 from moeify.train.columns import Columns
 from moeify.train.decoder_mask import with_decoder_mask
 from moeify.train.finite import find_nonfinite, is_finite
@@ -148,7 +149,9 @@ class SparseTrainerMixin(Columns, Saving):
     ) -> Any:
         """The trainer's own loss, plus this micro-batch's part of the balance loss when training."""
         inputs = with_decoder_mask(self.model, inputs)
-        if self._is_sharded:  # where ranks wait for each other inside; what is not finite, all find after backward
+        if is_sharded(
+            self.model
+        ):  # where ranks wait for each other inside; what is not finite, all find after backward
             with passing_nonfinite():
                 return self._loss(model, inputs, return_outputs, num_items_in_batch)
         if not isinstance(model, DistributedDataParallel) or not model.training:
@@ -222,7 +225,7 @@ class SparseTrainerMixin(Columns, Saving):
         else:
             batches = [empty.as_real(batch) for batch in self._batches]
             whole = self.accelerator.unwrap_model(model)
-            where = find_nonfinite(whole, self._prepare_input(batches), sharded=self._is_sharded)
+            where = find_nonfinite(whole, self._prepare_input(batches), sharded=is_sharded(self.model))
             found = f"{where} is not finite in step {step + 1}"
             found = found if error is None else f"{error}; first, {found}"
         try:
@@ -269,11 +272,6 @@ class SparseTrainerMixin(Columns, Saving):
             own = "; the model's own balance loss is turned off, it would count twice" if self._own_loss_off else ""
             notify(f"moeify: {self.sparse.describe()}{own}")
         self._since = time.perf_counter()
-
-    @property
-    def _is_sharded(self) -> bool:
-        """Whether ranks hold parts of the parameters (FSDP2, `DistributedConfig`)."""
-        return any(hasattr(parameter, "to_local") for parameter in self.model.parameters())
 
     def _unhook(self) -> None:
         for handle in self._hooks:
