@@ -11,9 +11,10 @@ import torch
 from distributed.trained import BUILD, _forget_accelerate, whole
 from moeify.balance import Sign
 from moeify.parallel import distribute
+from moeify.store import load
 from moeify.train import SparseArguments
 from nights import nightly
-from ranks import train
+from ranks import llama, train
 
 SAVED = 3
 
@@ -70,3 +71,18 @@ def test_a_run_goes_on_bit_for_bit_on_its_ranks_and_within_rounding_on_others(
             assert all(torch.equal(weights[key], value) for key, value in end.items())
         found, wanted = ([float.fromhex(each[step][0]) for step in sorted(again)] for each in (again, losses))
         assert found == pytest.approx(wanted, abs=1e-5, rel=0)
+
+
+def finished(rank, ranks, folder, sizes):
+    """Case: the weights of a model that is trained and saved as a whole."""
+    _forget_accelerate()
+    made = train(folder, lambda: distribute(llama(), sizes), 1, per_device_train_batch_size=2, max_steps=1)
+    made.save_model()
+    return {key: whole(value) for key, value in made.model.state_dict().items()}
+
+
+def test_a_sharded_model_is_saved_as_a_whole_by_the_first_rank(ranks, tmp_path):
+    weights = ranks(2, finished, tmp_path, TWO)[1]
+    saved = load(tmp_path).state_dict()
+    assert saved.keys() == weights.keys()
+    assert all(torch.equal(weights[key], value) for key, value in saved.items())

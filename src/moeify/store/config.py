@@ -6,6 +6,7 @@ like. The config of a model that transformers cannot build has the keys of moeif
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 from torch import nn
@@ -24,9 +25,16 @@ def architecture_of(model: nn.Module) -> Any:
     """The dense class of transformers of a dense or sparse model; None if the model is not of transformers."""
     import transformers
 
-    candidates = type(model).__mro__ if isinstance(model, Sparse) else (type(model),)
+    made = class_of(model)
+    candidates = made.__mro__ if isinstance(model, Sparse) else (made,)
     own = [each for each in candidates if each.__module__.startswith("transformers.")]
     return next((each for each in own if getattr(transformers, each.__name__, None) is each), None)
+
+
+def class_of(model: nn.Module) -> type:
+    """The class of a model, without the one that FSDP2 puts in front of it."""
+    wrapper = getattr(sys.modules.get("torch.distributed.fsdp"), "FSDPModule", ())
+    return next(each for each in type(model).__mro__ if not issubclass(each, wrapper))
 
 
 def is_own_class(made: type) -> bool:
@@ -42,14 +50,15 @@ def identify(architecture: Any) -> dict[str, str]:
 def describe(model: nn.Module) -> dict[str, Any]:
     """The class of a model's dense model, and its config if it has one."""
     config: Any = getattr(model, "config", None)
+    made = class_of(model)
     if config is None:
-        described: dict[str, Any] = {"class": f"{type(model).__module__}.{type(model).__qualname__}"}
-        return described | ({"settings": model.settings} if is_own_class(type(model)) else {})
+        described: dict[str, Any] = {"class": f"{made.__module__}.{made.__qualname__}"}
+        return described | ({"settings": model.settings} if is_own_class(made) else {})
     added = _OF_MOEIFY + _OF_TRANSFORMERS if isinstance(model, Sparse) else ()
     values = {key: value for key, value in config.to_dict().items() if key not in (*added, "_name_or_path")}
     architecture = architecture_of(model)
     if architecture is None:
-        return {"class": f"transformers.{type(model).__name__}", "config": values}
+        return {"class": f"transformers.{made.__name__}", "config": values}
     return {**identify(architecture), "config": values}
 
 

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from moeify import ranks
 from moeify.compress.quantize import quantization_of
 from moeify.files import write_json, write_text
 from moeify.origin import Origin
@@ -19,7 +20,7 @@ from moeify.store.hashes import saving
 from moeify.store.modelling_file import write_modelling_file
 from moeify.store.peft import has_adapters
 from moeify.store.reading import CONFIG, INDEX, WEIGHTS, weight_files
-from moeify.store.weights import persistent, ties_of, write_weights
+from moeify.store.weights import gathered, persistent, ties_of, write_weights
 from moeify.version import __version__
 
 
@@ -34,6 +35,9 @@ def save(
     Output is deterministic: the same model is saved as the same bytes. An existing model in the folder is replaced
     atomically: after an interruption, `load` reads either the old or the new model; both are on disk until the save is
     complete. Files that `save` did not write are kept.
+
+    If ranks hold parts of the model (FSDP2, expert parallelism), all of them must call it together, and the first one
+    writes the whole model, which its memory must hold.
 
     Args:
         model: a model returned by `sparsify`, `quantize_experts` or `fast_decode`.
@@ -56,7 +60,12 @@ def save(
     quantization = quantization_of(model)
     if origin.recipe is None and not quantization:
         raise ValueError(f"this {type(model).__name__} was not made by moeify.sparsify, so its recipe is not known")
-    tensors = {name: value for name, value in model.state_dict(keep_vars=True).items() if isinstance(value, Tensor)}
+    kept = persistent(model)
+    tensors = gathered(kept)
+    if ranks.rank() > 0 and any(
+        tensors[name] is not kept[name] for name in kept
+    ):  # the first rank writes what is gathered
+        return
     description: dict[str, Any] = {
         "moeify": __version__,
         "recipe": origin.recipe and origin.recipe.to_dict(),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Generator
 from concurrent.futures import Future
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -257,10 +257,12 @@ class Saving(_Trainer):
             return None
         if Origin.of(self.model).recipe is None:
             return super()._save(output_dir, state_dict)
-        if self.args.should_save:
+        sharded = is_sharded(self.model)
+        if sharded or self.args.should_save:
             folder = Path(self.args.output_dir if output_dir is None else output_dir)
-            save(self.model, folder)
-            if self.processing_class is not None:
+            with ranks.failing_together(self.args.device) if sharded else nullcontext():
+                save(self.model, folder)
+            if self.processing_class is not None and self.args.should_save:
                 self.processing_class.save_pretrained(folder)
         return None
 
