@@ -1,5 +1,7 @@
 """The C++ kernel's products of few rows against their definition, at every level of this processor."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -142,7 +144,7 @@ def test_a_library_that_compiles_meets_few_numbers_of_rows(most, monkeypatch):
         few, many = segments._by_kernel([(0, 7, 7 + count)], most, torch.empty(0))
         runs = sorted(few + many, key=lambda run: run[1])
         assert [runs[0][1], runs[-1][2]] == [7, 7 + count]
-        assert all(before[2] == after[1] for before, after in zip(runs, runs[1:], strict=False))
+        assert all(before[2] == after[1] for before, after in pairwise(runs))
         assert all(last - first <= most for _, first, last in few)
         met |= {last - first for _, first, last in many}
     assert len(met) < 300  # and oneDNN keeps the kernels of 1024 shapes

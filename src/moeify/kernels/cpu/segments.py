@@ -188,7 +188,7 @@ def _in_one_call(rows: Float[Tensor, "B D"], weight: Float[Tensor, "E O D"], blo
 
 
 def _by_run(block: Block, runs: Block, *rows: Tensor) -> Iterator[tuple[Any, ...]]:
-    """Iterate over runs of a block, each with its expert and its slice of every tensor of `rows`, which hold the block."""
+    """Iterate over runs of a block, each with its expert and its slice of every tensor of `rows`."""
     start = block[0][1]
     for expert, first, last in runs:
         yield expert, *(tensor[first - start : last - start] for tensor in rows)
