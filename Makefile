@@ -11,14 +11,16 @@ demo: $(VENV)/.test
 test: $(VENV)/.test $(VENV)/.interpreter
 	$(BIN)/python -m pytest tests --numprocesses 2 --dist worksteal
 
-# make nightly KILLS=40 CASES=200 takes some minutes in the place of some hours.
+# make nightly KILLS=40 CASES=200 takes some minutes in the place of some hours; a release has RANK_KILLS=500.
 KILLS  ?= 500
 CASES  ?= 2000
+RANK_KILLS ?= 50
 nightly: $(VENV)/.test
 	$(BIN)/python tests/nightly/kills.py --kills $(KILLS)
 	$(BIN)/python tests/nightly/saves.py --kills $(KILLS)
 	$(BIN)/python -m pip install --quiet --editable '.[torchft]'
 	$(BIN)/python tests/nightly/replicas.py --kills 20
+	$(BIN)/python tests/nightly/sharded.py --kills $(RANK_KILLS) --restarts 9 --exits 100
 	$(BIN)/python tests/nightly/kernels.py --cases $(CASES)
 	$(BIN)/python -m pytest tests/nightly/families.py
 	$(BIN)/python -m pytest tests -m nightly

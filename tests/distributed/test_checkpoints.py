@@ -23,7 +23,7 @@ from moeify.train import load_sharded, newest_checkpoint, save_sharded
 from moeify.train.checkpoint.folder import MANIFEST, fault
 from nights import nightly
 
-STEPS = 20
+STEPS, LAST = 20, 12
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -297,7 +297,7 @@ def killed(rank, ranks, ep, folder, who, after, background):
     model, optimizer = build(ranks, ep)
     step = 0 if newest is None else load_sharded(newest, model, optimizer)["step"]
     losses = {}
-    while step < STEPS:
+    while step < LAST:
         losses[step] = train(model, optimizer, step, step + 1, rank, ranks)
         step += 1
         name, numbers = folder / f"checkpoint-{step}", {"step": step}
@@ -308,16 +308,16 @@ def killed(rank, ranks, ep, folder, who, after, background):
     return losses, digest(model, optimizer)
 
 
-@pytest.mark.parametrize("background", [False, True])
-def test_ranks_killed_at_any_moment_go_on_bit_for_bit(ranks, tmp_path, background):
+@pytest.mark.parametrize(("background", "killed_ranks"), [(False, [0, 1]), (True, [1]), nightly(True, [0, 1] * 5)])
+def test_ranks_killed_at_any_moment_go_on_bit_for_bit(ranks, tmp_path, background, killed_ranks):
     losses, end = ranks(2, killed, 2, tmp_path / "whole", None, 0, False)[0]
-    for who in (0, 1, 0):
+    for who in killed_ranks:
         with pytest.raises(RankFailed, match=f"rank {who} of 2: the process died"):
             ranks(2, killed, 2, tmp_path / "killed", who, random.SystemRandom().uniform(0.05, 0.6), background)
     again, last = ranks(2, killed, 2, tmp_path / "killed", None, 0, background)[0]
     assert last == end
     assert again == {step: losses[step] for step in again}
-    assert sorted(path.name for path in (tmp_path / "killed").iterdir()) == ["checkpoint-19", "checkpoint-20"]
+    assert sorted(path.name for path in (tmp_path / "killed").iterdir()) == [f"checkpoint-{step}" for step in (LAST - 1, LAST)]
 
 
 def replace(folder):
