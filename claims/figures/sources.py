@@ -166,6 +166,11 @@ def _planning() -> dict[str, list[Figure]]:
             pairs.figure(len(pairs.where(right="True").rows), "rows that are right", "higher"),
             pairs.figure(len(pairs.rows), "rows"),
         ],
+        "virtual_devices": [
+            run.figure(float(run.rows[0]["correlation"]), "correlation", "higher")
+            for world in (2, 4, 8)
+            for run in _runs(table("claims/results/virtual_devices.csv").where(world=world))
+        ],
         "placement.equal": [
             moves.figure(float(moves.rows[0]["eplb_equal"].split(" of ")[i]), "eplb_equal", better)
             for i, better in ((0, "higher"), (1, ""))
@@ -177,6 +182,12 @@ def _planning() -> dict[str, list[Figure]]:
         ],
         "placement.lasting": [moves.where(routing="lasting", spare=1).one("speedup", "higher")],
     }  # fmt: skip
+
+
+def _runs(rows: Rows) -> list[Rows]:
+    """The rows of every run, which all have its correlation."""
+    found = dict.fromkeys(row["correlation"] for row in rows.rows)
+    return [rows.where(correlation=value) for value in found]
 
 
 def _training() -> dict[str, list[Figure]]:
