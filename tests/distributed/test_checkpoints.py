@@ -317,7 +317,9 @@ def test_ranks_killed_at_any_moment_go_on_bit_for_bit(ranks, tmp_path, backgroun
     again, last = ranks(2, killed, 2, tmp_path / "killed", None, 0, background)[0]
     assert last == end
     assert again == {step: losses[step] for step in again}
-    assert sorted(path.name for path in (tmp_path / "killed").iterdir()) == [f"checkpoint-{step}" for step in (LAST - 1, LAST)]
+    assert sorted(path.name for path in (tmp_path / "killed").iterdir()) == [
+        f"checkpoint-{step}" for step in (LAST - 1, LAST)
+    ]
 
 
 def replace(folder):

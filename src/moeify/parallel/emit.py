@@ -1,7 +1,7 @@
 """A layout in the words of the program that runs it.
 
-Names are those of transformers 5.24 (`DistributedConfig`, `TrainingArguments`), torchtitan 0.2.2 (`JobConfig`; later
-versions keep those of `[parallelism]` in Python) and Megatron-LM of August 2026 (`d98e8a6`).
+Names are those of transformers 5.24 (`DistributedConfig`, `TrainingArguments`), torchtitan 0.2.2 (`JobConfig`; 0.3
+takes those of `[parallelism]` as flags) and Megatron-LM of August 2026 (`d98e8a6`).
 """
 
 from __future__ import annotations

@@ -95,15 +95,15 @@ class Target(ABC):
 
 
 class Transformers(Target):
-    """`DistributedConfig` of transformers 5.24: FSDP2, tensor and expert parallelism; a pipeline only by itself."""
+    """`DistributedConfig` of transformers 5.24: FSDP2, tensor and expert parallelism; its pipeline has no backward."""
 
     name = "transformers"
     shards_parameters = True
 
     def refuse_here(self, layout: Layout) -> str | None:
-        """`DistributedConfig._validate_mesh_config`, and that a dispatch of tokens excludes a pipeline."""
-        if layout.pp > 1 and (layout.dp * layout.fsdp > 1 or layout.ep > 1):
-            return "transformers has no pipeline beside FSDP or expert parallelism"
+        """A pipeline, and what `DistributedConfig._validate_mesh_config` refuses."""
+        if layout.pp > 1:
+            return "the pipeline of transformers computes forward passes only, and training needs the backward pass"
         if layout.ep > 1 and layout.ep % layout.tp:
             return f"ep={layout.ep} is not a multiple of tp={layout.tp}, as transformers needs"
         return None
