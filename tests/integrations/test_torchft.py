@@ -183,6 +183,16 @@ def test_another_model_is_refused_and_nothing_is_overwritten():
     assert not any(tensor.any() for tensor in live.values())
 
 
+def test_a_replica_with_another_optimizer_or_schedule_is_refused(replica):
+    one, other = replica(), replica()
+    state = one.state()
+    with pytest.raises(ValueError, match="only one of two replicas has a scheduler"):
+        other._heal(healing.State(state.tensors, state.numbers | {"schedule": {}}))
+    other.optimizer.param_groups[0]["params"].pop()
+    with pytest.raises(ValueError, match="groups other parameters"):
+        other._heal(state)
+
+
 def test_an_expert_without_a_token_on_one_replica_gets_the_gradient_of_the_others():
     from moeify.integrations.sums import sum_gradients
 

@@ -322,6 +322,8 @@ class Replica:
         for name, tensor in state.tensors.items():
             kind, _, rest = name.partition("|")
             parts[kind][rest] = tensor
+        if ("schedule" in state.numbers) != (self.scheduler is not None):
+            raise ValueError("only one of two replicas has a scheduler; start all of them with the same one, or none")
         overwrite(_values(self.model), parts["model"])
         set_optimizer(self.optimizer, self.model, parts["optimizer"], state.numbers["groups"])
         set_balance_state(self._control, self._targets, parts["balance"], _SOURCE)
