@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -76,6 +77,12 @@ class Parallel(Experts):
         """The parameters that every row passes, whichever expert it is sent to; every process has them."""
         modules = [m for part in self.experts.modules() if isinstance(part, Experts) for m in part.common_modules()]
         return {parameter for module in modules for parameter in module.parameters()}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Parallel:
+        memo[id(self.group)] = self.group  # a group of processes cannot be copied
+        copied = memo[id(self)] = self.__class__.__new__(self.__class__)
+        copied.__dict__ = copy.deepcopy(self.__dict__, memo)
+        return copied
 
     @torch.compiler.disable
     def forward(self, rows: Float[Tensor, "R D"], counts: Int[Tensor, "E"]) -> Float[Tensor, "R O"]:
