@@ -33,7 +33,7 @@ from typing import Any
 import torch
 from torch import distributed as dist
 
-COLLECTIVE = 30.0
+COLLECTIVE = 60.0
 """Seconds that a collective waits for a rank."""
 CASE = 120.0
 """Seconds that cases may take, the start of their ranks included."""
