@@ -39,7 +39,7 @@ CASE = 120.0
 """Seconds that cases may take, the start of their ranks included."""
 REST = 1.0
 """Seconds that ranks have to tell that they failed too, once one of them has."""
-PRELOAD = ("torch.distributed.fsdp", "torch.distributed.tensor.debug", "moeify.sparsify")
+PRELOAD = ("torch.distributed.fsdp", "torch.distributed.tensor.debug", "moeify.train")
 
 
 class RankFailed(AssertionError):
@@ -97,7 +97,7 @@ class Pool:
                     errors[line] = error
                     end = min(end, time.monotonic() + REST)
         if errors:
-            self._end(ranks)
+            self.end(ranks)
             raise RankFailed("\n".join(f"rank {r} of {ranks}: {errors[x]}" for r, x in enumerate(lines) if x in errors))
         return [list(of_case) for of_case in zip(*(answers[line] for line in lines), strict=True)]
 
@@ -106,9 +106,15 @@ class Pool:
         if not set(modules) <= self.loaded:
             self.loaded |= set(modules)
             for ranks in list(self.worlds):
-                self._end(ranks)
+                self.end(ranks)
             if self.server is not None:
                 self.orders.send(("import", modules))
+
+    def end(self, ranks: int) -> None:
+        """End the world of so many ranks, for example after a case that changes what others find there."""
+        for line in self.worlds.pop(ranks):
+            line.close()
+        self.orders.send(("end", ranks))
 
     def close(self) -> None:
         """End all ranks and the server."""
@@ -138,11 +144,6 @@ class Pool:
                 theirs.close()
                 self.worlds[ranks].append(ours)
         return self.worlds[ranks]
-
-    def _end(self, ranks: int) -> None:
-        for line in self.worlds.pop(ranks):
-            line.close()
-        self.orders.send(("end", ranks))
 
 
 def _serve(orders: Connection, modules: Sequence[str]) -> None:

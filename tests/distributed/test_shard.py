@@ -1,7 +1,10 @@
 """`shard`: balance over all processes, norms, dtypes, names, what it refuses, and programs that torchrun starts."""
 
+import contextlib
+import io
 import os
 import re
+import runpy
 import subprocess
 import sys
 from functools import partial
@@ -9,8 +12,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import distributed as dist
 from torch import nn
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
+from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
 
 from distributed.parity import Net, part_of
@@ -83,9 +87,8 @@ def test_controllers_and_balance_losses_are_those_of_one_process(ranks):
     for rule in RULES:
         expected = {n: t.detach() for n, t in balanced(Balanced(), rule, range(4), batches_of(1), 4).items()}
         assert any(t.abs().max() > 1e-3 for n, t in expected.items() if n.endswith("selection_bias"))
-        cases = {size: [(balance_on_ranks, rule, expected, ep) for ep in (1, 2)] for size in (2, 4)}
-        for size, of_size in cases.items():
-            for worst in [worst for answers in ranks.each(size, of_size) for worst in answers]:
+        for size, ep in ((2, 1), (2, 2), (4, 2)):
+            for worst in ranks(size, balance_on_ranks, rule, expected, ep):
                 assert max(worst.values()) < 1e-6, (rule, size, worst)  # losses and biases are fp32
 
 
@@ -150,7 +153,6 @@ def alike(rank, ranks):
     net = nn.Sequential(nn.Linear(D, D), MoE(TopK(D, E), FFN(E, D, 6)))
     shard(net, ep=2)
     held = {name: p.full_tensor() for name, p in net.named_parameters()}
-    isinstance(net, FSDPModule)
     return held, sorted(names_in_one_process(net).values()), all(isinstance(p, DTensor) for p in net.parameters())
 
 
@@ -190,30 +192,36 @@ def test_what_cannot_be_placed_is_refused_with_the_way_out(ranks):
     assert "ep=1" in said["sequences"]
     assert "choose ep so that groups" in said["groups"]
     assert "choose ep so that groups" in ranks(4, refusal, "some")[0]
-    with pytest.raises(ValueError, match="no process group.*torchrun"):
+    with pytest.raises(ValueError, match=r"no process group.*torchrun"):
         shard(nn.Sequential(MoE(TopK(D, E), FFN(E, D, 6))))
 
 
-def torchrun(processes):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    settings = os.environ | {
-        "PYTHONPATH": os.pathsep.join(sys.path),
-        "OMP_NUM_THREADS": "1",
-        "GLOO_SOCKET_IFNAME": "lo",
-    }
-    done = subprocess.run([*command, str(EXAMPLE)], env=settings, capture_output=True, text=True, timeout=300)
-    return done.returncode, re.findall(r"step.*", done.stdout), done.stderr
+def example(rank, ranks):
+    """Case: what the example prints; its group is the one of the pool."""
+    dist.init_process_group = dist.destroy_process_group = lambda *settings: None
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        runpy.run_path(str(EXAMPLE), run_name="__main__")
+    return printed.getvalue()
 
 
-def test_the_example_prints_on_two_processes_what_it_prints_on_one():
-    one = subprocess.run([sys.executable, str(EXAMPLE)], capture_output=True, text=True, timeout=300, check=True)
-    code, steps, errors = torchrun(2)
-    assert code == 0, errors
-    numbers = [[float(n) for n in re.findall(r"\d+\.\d+", text)] for text in ("".join(steps), one.stdout)]
-    assert len(numbers[0]) == 12
-    assert numbers[0] == pytest.approx(numbers[1], abs=3e-6)
+def numbers(text):
+    return [float(number) for number in re.findall(r"\d+\.\d+", text)]
+
+
+def test_the_example_prints_on_two_processes_what_it_prints_on_one(ranks, capsys):
+    runpy.run_path(str(EXAMPLE), run_name="__main__")
+    first, second = ranks(2, example)
+    ranks.end(2)
+    assert len(numbers(first)) == 12
+    assert numbers(first) == pytest.approx(numbers(capsys.readouterr().out), abs=3e-6)
+    assert not second
 
 
 @pytest.mark.nightly
 def test_forty_short_runs_exit_cleanly():
-    assert [torchrun(2)[0] for _ in range(40)] == [0] * 40
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(EXAMPLE)]
+    settings = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    run = partial(subprocess.run, command, env=settings, capture_output=True, text=True, timeout=600)
+    ended = [run() for _ in range(40)]
+    assert not [done.stderr for done in ended if done.returncode or len(numbers(done.stdout)) != 12]

@@ -76,6 +76,7 @@ def shard(
     if ep > 1:
         for layer in layers.values():
             layer.replace(experts=spread(layer.experts, sparse.get_group("ep"), limit=limit))
+        _require_shape(_parallels(model), sparse["ep"])
         for parallel in _parallels(model):
             _distribute(parallel, sparse["ep"])
             alike: DeviceMesh = sparse[names[:-1]] if len(names) > 2 else sparse["shard"]
@@ -89,6 +90,11 @@ def shard(
         if any(True for _ in module.parameters()):
             fully_shard(module, mesh=rest, mp_policy=policy)
     fully_shard(model, mesh=rest, mp_policy=policy)
+    if ranks.anywhere(any(next(parallel.parameters(), None) is None for parallel in _parallels(model)), device):
+        # By default FSDP gathers the unit before the present one, which is another where a process has no parameters.
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                module.set_modules_to_backward_prefetch([module])
     return model
 
 
@@ -178,6 +184,21 @@ def _parallels(model: nn.Module) -> list[Parallel]:
     return [module for module in model.modules() if isinstance(module, Parallel)]
 
 
+def _require_shape(parallels: list[Parallel], mesh: DeviceMesh) -> None:
+    """Raise in all processes if one of them holds part of a stack that is not in all of its group."""
+    reasons = [
+        f"the {size} experts in the stack {name} lie in some of {mesh.size()} processes only, and a sharded stack lies "
+        "in all of them; choose ep so that groups of experts stay whole, or are divided by all"
+        for parallel in parallels
+        for name, tensor in (*parallel.experts.named_parameters(), *parallel.experts.named_buffers())
+        if (size := parallel.stacks.get(name)) is not None and len(tensor) * mesh.size() != size
+    ]
+    found: list[list[str]] = [[] for _ in range(ranks.count())]
+    distributed.all_gather_object(found, reasons)
+    if said := [reason for reasons in found for reason in reasons]:
+        raise ValueError(said[0])
+
+
 def _distribute(parallel: Parallel, mesh: DeviceMesh) -> None:
     """Turn all but what one process alone has into DTensors: checkpoints and norms then know its shape and copies."""
     from torch.distributed.tensor import DTensor, Replicate, Shard
@@ -190,12 +211,6 @@ def _distribute(parallel: Parallel, mesh: DeviceMesh) -> None:
                 full = f"{module_name}.{name}".lstrip(".")
                 if tensor is None or (full not in parallel.stacks and tensor not in common):
                     continue
-                if tensor not in common and len(tensor) * mesh.size() != parallel.stacks[full]:
-                    raise ValueError(
-                        f"the {parallel.stacks[full]} experts in the stack {full} lie in some of {mesh.size()} "
-                        "processes only, and a sharded stack lies in all; choose ep so that groups of experts stay "
-                        "whole, or are divided by all"
-                    )
                 whole = DTensor.from_local(
                     tensor.detach(), mesh, [Replicate() if tensor in common else Shard(0)], run_check=False
                 )
