@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from statistics import fmean
+from statistics import fmean, stdev
 
 from figures.rows import Better, Figure, Rows, quoted, table
 
@@ -247,7 +247,21 @@ def _designed() -> dict[str, list[Figure]]:
 
     switch = table("claims/results/switch_scaling.csv")
     more = [switch.where(experts=e).minus(switch.where(experts=1), "loss") for e in (2, 4, 8, 16, 32)]
+    rates = table("claims/results/z_loss.csv")
+    stable = {z: rates.where(z=z, stable="True") for z in ("0.0", "0.001", "0.01")}
+    best = {z: [min(rates.where(z=z, seed=seed).values("loss")) for seed in range(3)] for z in stable}
+    costs = {z: [a - b for a, b in zip(best[z], best["0.0"], strict=True)] for z in ("0.001", "0.01")}
+    half = T_95_OF_3 * stdev(costs["0.001"]) / 3**0.5
+    sizes = {z: fmean(rates.where(z=z, rate="0.004").values("squared_logsumexp")) for z in stable}
+    what = "least loss of a seed less that without z-loss, mean over seeds, z="
     return {
+        "z_loss": [
+            *(rows.figure(len(rows.rows), "rows that are stable") for rows in stable.values()),
+            rates.figure(fmean(costs["0.001"]), f"{what}0.001", "lower"),
+            rates.figure(half, f"half the 95 % interval of the {what}0.001", "lower"),
+            rates.figure(fmean(costs["0.01"]), f"{what}0.01", "lower"),
+            rates.figure(sizes["0.001"] / sizes["0.0"], "squared_logsumexp at rate=0.004, z=0.001 over z=0.0", "lower"),
+        ],
         "multi_gate": [rise("shared bottom"), rise("MMoE"), apart.mean("lower"), *apart.ends(T_95_OF_3)],
         "batch_priority": [
             digits.figure(fmean(by_seed), "mean of batch less arrival of accuracy at factors up to 0.3", "higher"),
