@@ -12,6 +12,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, ViTConfig, ViTForImageCl
 from moeify import MoE, Recipe, export, sparsify
 from moeify.capacity import per_choice_by_4, per_token
 from moeify.experts import FFN
+from moeify.export.graph import traced
+from moeify.export.model_spec import Unsupported
 from moeify.routers import Capacity, ExpertChoice, MultiGate, Soft, TopK
 from moeify.serve import serve_with
 from moeify.sparsify import copies, fresh
@@ -145,3 +147,18 @@ def test_a_size_computed_from_values_is_refused_by_the_name_of_its_module(tmp_pa
     model = nn.Sequential(MoE(Counting(8, 4, k=2), FFN(4, 8, 16)))
     reason = export.OnnxFolder(torch.randn(6, 8)).supports(model)
     assert reason == "0.router (Counting) computes sizes from the values of its input, which a graph cannot"
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        "Check 'false' failed\nSummary:\n-- No conversion rule found for operations: aten.linalg_qr.default",
+        "No ONNX function found for <OpOverload(op='aten.linalg_qr', overload='default')>. Failure message: none",
+    ],
+)
+def test_an_operator_that_the_program_lacks_is_named(said):
+    def trace(*call):
+        raise RuntimeError("Failed to convert, step 3/3") from ValueError(said)
+
+    with pytest.raises(Unsupported, match=r"^it computes with aten.linalg_qr, for which the program has no operator$"):
+        traced(nn.Linear(1, 1), {}, trace)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import re
 import traceback
 import warnings
 from abc import ABC, abstractmethod
@@ -26,6 +27,8 @@ from moeify.modes import in_evaluation
 from moeify.routers import Capacity
 
 _ROUNDING = 1e-4
+_MISSING = re.compile(r"No conversion rule found for operations: (.+)|No ONNX function found for .*?op='([^']+)'")
+"""What OpenVINO and torch.onnx say about operations that they lack."""
 
 
 @dataclass(frozen=True)
@@ -155,6 +158,8 @@ def _refuse_reassignment(model: nn.Module) -> None:
 
 def _reason(model: nn.Module, error: Exception) -> str:
     """Why a model has no graph, in one sentence."""
+    if missing := _missing(error):
+        return f"it computes with {missing}, for which the program has no operator"
     said = (str(error).strip().splitlines() or [type(error).__name__])[0]
     if "data-dependent" not in said:
         return f"a step of it has no graph that serves every input: {said}"
@@ -163,6 +168,15 @@ def _reason(model: nn.Module, error: Exception) -> str:
     inside = next((owner for owner in reversed(owners) if isinstance(owner, nn.Module) and owner in names), model)
     part = f"{names[inside]} ({type(inside).__name__})"
     return f"{part} computes sizes from the values of its input, which a graph cannot"
+
+
+def _missing(error: BaseException | None) -> str | None:
+    """The operations that ONNX or OpenVINO lacks, None if the error, and those that caused it, name none."""
+    while error is not None:
+        if found := _MISSING.search(str(error)):
+            return (found[1] or found[2]).replace(".default", "")
+        error = error.__cause__
+    return None
 
 
 @contextmanager
