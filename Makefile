@@ -33,11 +33,10 @@ check: $(VENV)/.dev
 	$(BIN)/codespell
 
 # LLAMA=<folder of llama-bench and llama-quantize> measures llama.cpp too; benchmarks/README.md says how to build them.
+# BUDGET minutes for all; the same command then measures what it had no time for.
+BUDGET ?= 55
 bench: $(VENV)/.bench
-	$(BIN)/python benchmarks/run.py --device cpu
-	for table in startup scaling train_step peak roofline callback; do $(BIN)/python benchmarks/$$table.py || exit 1; done
-	$(BIN)/python benchmarks/load.py --threads 2
-	$(BIN)/python benchmarks/decode.py $(if $(LLAMA),--llama $(LLAMA))
+	$(BIN)/python benchmarks/all.py --minutes $(BUDGET) $(if $(LLAMA),--llama $(LLAMA))
 
 gpu: $(VENV)/.test
 	$(BIN)/python -m pip install --quiet --editable '.[gpu]'

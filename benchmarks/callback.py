@@ -17,7 +17,7 @@ from statistics import median
 
 import torch
 import transformers
-from measure import HEAD, in_turn, parser, ratios, report, start, summary
+from measure import HEAD, in_turn, parser, points, ratios, report, start, summary
 from torch import nn
 from transformers import TrainerCallback, TrainingArguments
 
@@ -99,7 +99,8 @@ def main() -> None:
     options.add_argument("--models", nargs="+", default=list(CONFIGS), choices=list(CONFIGS))
     chosen = options.parse_args()
     begin = start(chosen)
-    report(chosen.out, FIELDS, [begin | measured(name, chosen.rounds) for name in chosen.models])
+    for what in points(chosen, begin, [{"model": name} for name in chosen.models]):
+        report(chosen.out, FIELDS, [begin | measured(what["model"], chosen.rounds)])
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 import transformers
-from measure import HEAD, in_turn, milliseconds, parser, quartiles, ratios, report, start, summary
+from measure import HEAD, in_turn, milliseconds, parser, points, quartiles, ratios, report, start, summary
 from torch import nn
 from transformers import DynamicCache
 
@@ -242,8 +242,8 @@ def main() -> None:
     chosen = options.parse_args()
     os.environ["OMP_NUM_THREADS"] = str(chosen.threads)
     begin = start(chosen)
-    for name in chosen.models:
-        report(chosen.out, FIELDS, [begin | {"model": name} | row for row in rows_of(*measure(name, chosen))])
+    for what in points(chosen, begin, [{"model": name} for name in chosen.models]):
+        report(chosen.out, FIELDS, [begin | what | row for row in rows_of(*measure(what["model"], chosen))])
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ core busy. Ratios are taken round by round.
 
 from __future__ import annotations
 
+import argparse
 import os
 import subprocess
 import sys
@@ -107,6 +108,12 @@ def main() -> None:
     options.add_argument("--steps", type=int, default=5, help="training steps that are timed together")
     chosen = options.parse_args()
     head = measure.start(chosen)
+    for _ in measure.points(chosen, head, [{}]):
+        compare(chosen, head)
+
+
+def compare(chosen: argparse.Namespace, head: dict[str, str]) -> None:
+    """Both ways in turn, under every load."""
     command = Train()
     with ExitStack() as stack:
         processes = {name: stack.enter_context(worker(program, chosen.threads)) for name, program in PROGRAMS.items()}

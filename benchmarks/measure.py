@@ -5,11 +5,12 @@ from __future__ import annotations
 import argparse
 import csv
 import datetime
+import math
 import random
 import statistics
 import subprocess
 import time
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from functools import cache
 from pathlib import Path
 from typing import TypeVar
@@ -32,6 +33,31 @@ ENOUGH = 60  # seconds after which no further round starts, if there were three
 OTHERS = Others()
 
 
+class Allowance:
+    """How long a program may take, and the point that it is at.
+
+    Attributes:
+        end: when no further point starts, on the monotonic clock.
+        of_point: when the current point starts no further round.
+    """
+
+    def __init__(self) -> None:
+        self.end = self.of_point = math.inf
+
+    def begin(self, minutes: float | None) -> None:
+        """The program begins; None is without end."""
+        self.end = self.of_point = math.inf if minutes is None else time.monotonic() + 60 * minutes
+
+    def begin_point(self, left: int) -> bool:
+        """The first of so many points begins, with an equal part of the time; False if there is none."""
+        now = time.monotonic()
+        self.of_point = now + (self.end - now) / left
+        return now < self.end
+
+
+ALLOWANCE = Allowance()
+
+
 def parser(
     description: str | None, *, rounds: int, file: str | None = None, picture: str | None = None
 ) -> argparse.ArgumentParser:
@@ -47,6 +73,8 @@ def parser(
     options.add_argument("--rounds", type=int, default=rounds, help=f"how often all is measured in turn ({rounds})")
     options.add_argument("--threads", type=int, default=1)
     options.add_argument("--hardware", help="the name of the hardware in the rows")
+    options.add_argument("--minutes", type=float, help="start nothing further after so long; fewer rounds, if need be")
+    options.add_argument("--resume", action="store_true", help="leave out what --out holds of this commit and machine")
     options.add_argument("--out", type=Path, default=file and RESULTS / file, help="CSV file to append rows to")
     if picture:
         options.add_argument("--picture", type=Path, default=IMAGES / picture, help="what the rows look like")
@@ -56,6 +84,7 @@ def parser(
 def start(chosen: argparse.Namespace, device: str | None = None) -> dict[str, str]:
     """Set the number of threads, and say what every row begins with: when, by what and on what it was measured."""
     torch.set_num_threads(chosen.threads)
+    ALLOWANCE.begin(chosen.minutes)
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
     return {
         "date": datetime.date.today().isoformat(),
@@ -66,6 +95,32 @@ def start(chosen: argparse.Namespace, device: str | None = None) -> dict[str, st
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }
+
+
+def points(
+    chosen: argparse.Namespace, begin: dict[str, str], all_points: Sequence[dict[str, str]]
+) -> Iterator[dict[str, str]]:
+    """The points that are to be measured, one after another, each with its part of the time that is left.
+
+    With `--resume`, points are left out whose rows were measured at this commit on this machine in the same way.
+
+    Args:
+        chosen: the options.
+        begin: what every row begins with.
+        all_points: each as the columns by which its rows differ from those of the others.
+    """
+    file = chosen.out
+    rows = list(csv.DictReader(file.read_text().splitlines())) if chosen.resume and file.exists() else []
+    same = [name for name in begin if name not in ("date", "governor", "load_average")]
+    have = [row for row in rows if all(row.get(name) == begin[name] for name in same)]
+    todo = [point for point in all_points if not any(point.items() <= row.items() for row in have)]
+    if len(todo) < len(all_points):
+        print(f"{len(all_points) - len(todo)} of {len(all_points)} points are in {file} already")
+    for number, point in enumerate(todo):
+        if not ALLOWANCE.begin_point(len(todo) - number):
+            print(f"the time is up, {len(todo) - number} of {len(all_points)} points are left; --resume measures them")
+            return
+        yield point
 
 
 def hardware(device: str) -> str:
@@ -118,12 +173,13 @@ def in_turn(ways: dict[Key, Callable[[int], float]], rounds: int) -> dict[Key, l
     """What every way measures in every round; a way is called with the number of the round.
 
     Each round has an order of its own, as what ran before leaves its mark on the caches. Three rounds are enough where
-    they take longer than `ENOUGH`.
+    they take longer than `ENOUGH`, and one where the time that the program may take is up.
     """
     measured: dict[Key, list[float]] = {name: [] for name in ways}
     begun = time.monotonic()
     for turn in range(rounds):
-        if turn >= 3 and time.monotonic() - begun > ENOUGH:
+        now = time.monotonic()
+        if (turn >= 3 and now - begun > ENOUGH) or (turn >= 1 and now > ALLOWANCE.of_point):
             break
         for name, way in random.Random(turn).sample(list(ways.items()), len(ways)):
             measured[name].append(way(turn))

@@ -19,7 +19,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from measure import HEAD, in_turn, least, parser, ratios, report, start, summary
+from measure import HEAD, in_turn, least, parser, points, ratios, report, start, summary
 from run import BLOCKS, DTYPES, Block, Case
 from torch import Tensor
 from torch.nn import functional as F
@@ -122,13 +122,14 @@ def main() -> None:
     context = multiprocessing.get_context("forkserver")  # forks off a process that has loaded all and run nothing
     context.set_forkserver_preload(["run"])
     with context.Pool(1, maxtasksperchild=1) as pool:
-        for block in chosen.blocks:
-            for which in chosen.passes:
-                task = partial(peak, block, chosen.tokens, which != "forward", chosen.threads)
-                measured = {way: lambda turn, way=way, task=task: pool.apply(task, (way,)) for way in WAYS[which]}
-                peaks = in_turn(measured, chosen.rounds)
-                what = {"block": block, "pass": which, "weights_mib": f"{weights(block):.4g}"}
-                report(chosen.out, FIELDS, [begin | what | row for row in rows_of(peaks)])
+        wanted = [{"block": block, "pass": which} for block in chosen.blocks for which in chosen.passes]
+        for what in points(chosen, begin, wanted):
+            block, which = what.values()
+            task = partial(peak, block, chosen.tokens, which != "forward", chosen.threads)
+            measured = {way: lambda turn, way=way, task=task: pool.apply(task, (way,)) for way in WAYS[which]}
+            peaks = in_turn(measured, chosen.rounds)
+            more = {"weights_mib": f"{weights(block):.4g}"}
+            report(chosen.out, FIELDS, [begin | what | more | row for row in rows_of(peaks)])
 
 
 if __name__ == "__main__":

@@ -13,13 +13,14 @@ allow.
 
 from __future__ import annotations
 
+import argparse
 import statistics
 from collections.abc import Callable
 from functools import partial
 
 import torch
 from decode import MODELS, Bandwidth, build, bytes_per_step, decode, twin
-from measure import HEAD, in_turn, latest, limits, parser, quartiles, ratios, report, start, summary
+from measure import HEAD, in_turn, latest, limits, parser, points, quartiles, ratios, report, start, summary
 from pictures import draw_roofline
 from torch import nn
 
@@ -127,6 +128,14 @@ def main() -> None:
     options.add_argument("--batches", nargs="+", type=int, default=[1, 4, 16, 64, 256])
     chosen = options.parse_args()
     begin = start(chosen)
+    for _ in points(chosen, begin, [{}]):  # one: all models and batches take turns
+        measure(chosen, begin)
+    if chosen.out.exists():
+        draw_roofline(latest(chosen.out, POINT), chosen.picture)
+
+
+def measure(chosen: argparse.Namespace, begin: dict[str, str]) -> None:
+    """All models and batches in turn."""
     models = {name: build(name) for name in chosen.models}
     tasks: dict[Way, Callable[[int], float]] = {("memory", "read", 0): Bandwidth()}
     for name, model in models.items():
@@ -137,7 +146,6 @@ def main() -> None:
         (name, batch): limits_of(model, batch, bandwidth) for name, model in models.items() for batch in chosen.batches
     }
     report(chosen.out, FIELDS, [begin | row for row in rows_of(speeds, beside)])
-    draw_roofline(latest(chosen.out, POINT), chosen.picture)
 
 
 if __name__ == "__main__":

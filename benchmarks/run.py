@@ -23,6 +23,7 @@ from measure import (
     in_turn,
     least,
     parser,
+    points,
     quartiles,
     ratios,
     report,
@@ -203,21 +204,24 @@ def main() -> None:
     options.add_argument("--backward", action=argparse.BooleanOptionalAction, default=None, help="default: both")
     chosen = options.parse_args()
     begin = start(chosen, hardware(chosen.device))
-    file = chosen.out or RESULTS / f"layer-{chosen.device}.csv"
+    chosen.out = chosen.out or RESULTS / f"layer-{chosen.device}.csv"
     passes = [False, True] if chosen.backward is None else [chosen.backward]
     bits = (8, 4) if chosen.device == "cpu" and False in passes else ()
-    for block in chosen.blocks:
-        for dtype in chosen.dtypes:
-            blocks = blocks_of(BLOCKS[block], DTYPES[dtype], chosen.device, bits)
-            for tokens in chosen.tokens:
-                for backward in passes:
-                    case = Case(blocks, tokens, backward=backward)
-                    what = {
-                        "block": block, "dtype": dtype, "tokens": str(tokens),
-                        "pass": "forward+backward" if backward else "forward",
-                    }  # fmt: skip
-                    rows = rows_of(in_turn(timers(case), chosen.rounds), case.limit)
-                    report(file, FIELDS, [begin | what | row for row in rows])
+    names = {False: "forward", True: "forward+backward"}
+    wanted = [
+        {"block": block, "dtype": dtype, "tokens": str(tokens), "pass": names[backward]}
+        for block in chosen.blocks
+        for dtype in chosen.dtypes
+        for tokens in chosen.tokens
+        for backward in passes
+    ]
+    blocks, made = [], None
+    for what in points(chosen, begin, wanted):
+        if (which := (what["block"], what["dtype"])) != made:
+            blocks, made = blocks_of(BLOCKS[which[0]], DTYPES[which[1]], chosen.device, bits), which
+        case = Case(blocks, int(what["tokens"]), backward=what["pass"] == names[True])
+        rows = rows_of(in_turn(timers(case), chosen.rounds), case.limit)
+        report(chosen.out, FIELDS, [begin | what | row for row in rows])
 
 
 if __name__ == "__main__":

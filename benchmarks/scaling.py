@@ -12,7 +12,21 @@ experts, and the limit: the larger of (bytes of the chosen experts / bandwidth) 
 from __future__ import annotations
 
 import torch
-from measure import HEAD, at_best, in_turn, latest, least, parser, quartiles, ratios, report, start, summary, timed
+from measure import (
+    HEAD,
+    at_best,
+    in_turn,
+    latest,
+    least,
+    parser,
+    points,
+    quartiles,
+    ratios,
+    report,
+    start,
+    summary,
+    timed,
+)
 from pictures import draw_scaling
 from run import Block, Case, Sizes, blocks_of, timers
 from torch import Tensor
@@ -91,14 +105,16 @@ def main() -> None:
     options.add_argument("--tokens", nargs="+", type=int, default=[1, 64, 1024, 4096])
     chosen = options.parse_args()
     begin = start(chosen) | {"dtype": str(DTYPE).removeprefix("torch.")}
-    layers = {num_experts: blocks_of(sizes(num_experts), DTYPE) for num_experts in chosen.experts}
-    dense = [Dense() for _ in range(SETS)]
-    for tokens in chosen.tokens:
-        times, cases = measure(layers, dense, tokens, chosen.rounds)
+    layers, dense = {}, []
+    for what in points(chosen, begin, [{"tokens": str(tokens)} for tokens in chosen.tokens]):
+        layers = layers or {num_experts: blocks_of(sizes(num_experts), DTYPE) for num_experts in chosen.experts}
+        dense = dense or [Dense() for _ in range(SETS)]
+        times, cases = measure(layers, dense, int(what["tokens"]), chosen.rounds)
         limits_ms = {case.num_experts: case.limit("moeify") for case in cases}
         limits_ms[1] = at_best(dense[0].nbytes, cases[0].flops, DTYPE)
-        report(chosen.out, FIELDS, [begin | {"tokens": str(tokens)} | row for row in rows_of(times, limits_ms)])
-    draw_scaling(latest(chosen.out, POINT), chosen.picture)
+        report(chosen.out, FIELDS, [begin | what | row for row in rows_of(times, limits_ms)])
+    if chosen.out.exists():
+        draw_scaling(latest(chosen.out, POINT), chosen.picture)
 
 
 if __name__ == "__main__":

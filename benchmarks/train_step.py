@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 import transformers
-from measure import HEAD, at_best, in_turn, least, parser, quartiles, ratios, report, start, summary, timed
+from measure import HEAD, at_best, in_turn, least, parser, points, quartiles, ratios, report, start, summary, timed
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -203,7 +203,8 @@ def main() -> None:
     options.add_argument("--modes", nargs="+", default=list(MODES), choices=list(MODES))
     chosen = options.parse_args()
     begin = start(chosen)
-    for mode in chosen.modes:
+    for what in points(chosen, begin, [{"mode": mode} for mode in chosen.modes]):
+        mode = what["mode"]
         dtype, autocast = MODES[mode]
         found = contenders(mode)
         for training, implementation in found.values():
@@ -216,7 +217,7 @@ def main() -> None:
             name: at_best(0, count(training.model).training_flops * SEQUENCES * LENGTH, multiplied)
             for (name, _), (training, _) in found.items()
         }
-        report(chosen.out, FIELDS, [begin | {"mode": mode} | row for row in rows_of(times, split, limits_ms)])
+        report(chosen.out, FIELDS, [begin | what | row for row in rows_of(times, split, limits_ms)])
 
 
 if __name__ == "__main__":

@@ -134,6 +134,81 @@ def test_long_rounds_end_after_three(benchmarks, monkeypatch):
     assert measure.in_turn({"slow": float}, 7) == {"slow": [0.0, 1.0, 2.0]}
 
 
+def test_a_program_goes_on_with_what_its_file_lacks_and_ends_in_time(benchmarks, monkeypatch, tmp_path, capsys):
+    measure, now = benchmarks("measure"), [0.0]
+    monkeypatch.setattr(measure.time, "monotonic", lambda: now[0])
+    chosen = measure.parser("", rounds=1).parse_args(
+        ["--minutes", "2", "--resume", "--out", str(tmp_path / "rows.csv")]
+    )
+    begin, columns = measure.start(chosen), [*measure.HEAD, "tokens", "pass"]
+    wanted = [{"tokens": str(tokens), "pass": "forward"} for tokens in range(5)]
+    other = begin | {"commit": "another"}
+    measure.report(
+        chosen.out, columns, [begin | wanted[1], other | wanted[0], begin | wanted[2] | {"pass": "backward"}]
+    )
+    asked = []
+    for point in measure.points(chosen, begin, wanted):
+        asked.append(point["tokens"])
+        assert measure.ALLOWANCE.of_point == now[0] + (120 - now[0]) / (4 - len(asked) + 1)
+        now[0] += 50
+        assert len(measure.in_turn({"slow": float}, 7)["slow"]) == 1
+    assert asked == ["0", "2", "3"]
+    said = capsys.readouterr().out
+    assert "1 of 5 points are in" in said
+    assert "the time is up, 1 of 5 points are left" in said
+    measure.ALLOWANCE.begin(None)
+
+
+def test_one_command_runs_all_programs_and_names_those_that_failed(benchmarks, monkeypatch, tmp_path):
+    everything, ran = benchmarks("all"), []
+
+    def run(words):
+        ran.append(words)
+        return subprocess.CompletedProcess(words, returncode=int("peak.py" in words[1]))
+
+    monkeypatch.setattr(everything.subprocess, "run", run)
+    monkeypatch.setattr(sys, "argv", ["all.py", "--minutes", "1", "--results", str(tmp_path)])
+    with pytest.raises(SystemExit, match="failed: peak"):
+        everything.main()
+    assert [Path(words[1]).stem for words in ran] == list(everything.PROGRAMS)
+    assert all(Path(words[1]).is_file() and "--resume" in words for words in ran)
+    assert sum(float(words[words.index("--minutes") + 1]) for words in ran) > 1  # what one leaves, the next has
+
+
+def test_a_stopwatch_charges_the_innermost_part(benchmarks, monkeypatch):
+    price, now = benchmarks("price"), [0.0]
+    monkeypatch.setattr(price.time, "process_time", lambda: now[0])
+    watch = price.Stopwatch()
+
+    def spend(seconds):
+        now[0] += seconds
+
+    inner = watch.wrapped("products", lambda: spend(2))
+    watch.wrapped("layer", lambda: (spend(1), inner(), spend(4)))()
+    watch.enter("layer")
+    watch.enter("router")
+    spend(8)
+    watch.leave("layer")  # and what was entered inside
+    watch.leave("products")  # which was not entered
+    spend(16)
+    watch.charge()
+    assert watch.spent == {"trainer": 16, "layer": 5, "products": 2, "router": 8}
+
+
+def test_the_steps_of_both_models_are_taken_apart_into_known_parts(benchmarks, monkeypatch):
+    price = benchmarks("price")
+    monkeypatch.setattr(price, "LAYERS", 1)
+    shape = {"width": 16, "hidden": 32, "heads": 2, "vocabulary": 31, "sequences": 2, "length": 8}
+    both = price.arms(shape, 1)
+    assert all(arm.whole(0) > 0 for arm in both.values())
+    parts = {name: [arm.parts(0)] for name, arm in both.items()}
+    assert set(parts["sparse"][0]) == set(price.PARTS)
+    assert {"products", "activation", "model", "optimizer"} <= set(parts["dense"][0]) <= set(price.PARTS) - {"router"}
+    step, *rows = price.rows_of({"sparse": [30.0], "dense": [20.0]}, parts)
+    assert step["sparse_over_dense"] == "1.500"
+    assert sum(float(row["sparse_ms"]) for row in rows) == pytest.approx(30, rel=0.02)
+
+
 def stat(of_all, steal=0):
     return f"cpu  {of_all} 0 0 999 999 0 0 {steal} 0 0\ncpu0 1 0 0 0 0 0 0 0 0 0\n"
 

@@ -1,0 +1,61 @@
+"""Run all benchmarks of a CPU, one after another, within a time, and go on later where it was too short.
+
+Each program gets its part of the minutes that are left, and leaves to the next what it does not need. Where its part is
+short it measures fewer rounds, one at least, and then fewer points. What has rows of this commit and machine is left
+out, so the same command measures the rest; `--again` measures all. A program that fails does not stop the others.
+
+    python benchmarks/all.py
+    python benchmarks/all.py --minutes 5 --results /tmp/results
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+PROGRAMS = {
+    "startup": 1, "price": 6, "train_step": 5, "load": 2, "peak": 4, "callback": 5, "scaling": 6, "roofline": 5,
+    "decode": 8, "run": 14,
+}  # fmt: skip
+"""Programs and their parts of the time, that with the most points last."""
+FILES = {"run": "layer-cpu", "train_step": "train-cpu"}
+OPTIONS = {"run": ["--device", "cpu"], "load": ["--threads", "2"]}
+
+
+def main() -> None:
+    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("--minutes", type=float, default=55, help="for all of them (55)")
+    options.add_argument("--programs", nargs="+", default=list(PROGRAMS), choices=list(PROGRAMS))
+    options.add_argument("--again", action="store_true", help="measure also what has rows of this commit and machine")
+    options.add_argument("--hardware", help="the name of the hardware in the rows")
+    options.add_argument("--llama", type=Path, help="folder of llama-bench and llama-quantize, for decode.py")
+    options.add_argument("--results", type=Path, help="another folder for rows and pictures")
+    chosen = options.parse_args()
+    end, failed = time.monotonic() + 60 * chosen.minutes, []
+    for number, name in enumerate(chosen.programs):
+        left = max(0.0, end - time.monotonic()) / 60
+        minutes = left * PROGRAMS[name] / sum(PROGRAMS[each] for each in chosen.programs[number:])
+        print(f"{name}.py, {minutes:.1f} of {left:.1f} minutes", flush=True)
+        if subprocess.run(command(name, minutes, chosen)).returncode:
+            failed.append(name)
+    if failed:
+        raise SystemExit(f"failed: {', '.join(failed)}; their errors are above")
+
+
+def command(name: str, minutes: float, chosen: argparse.Namespace) -> list[str]:
+    """The command of one program."""
+    words = [sys.executable, str(Path(__file__).with_name(f"{name}.py")), "--minutes", f"{minutes:.3f}"]
+    words += OPTIONS.get(name, []) + ([] if chosen.again else ["--resume"])
+    words += ["--hardware", chosen.hardware] if chosen.hardware else []
+    words += ["--llama", str(chosen.llama)] if chosen.llama and name == "decode" else []
+    if chosen.results:
+        words += ["--out", str(chosen.results / f"{FILES.get(name, f'{name}-cpu')}.csv")]
+        words += ["--picture", str(chosen.results / f"cpu-{name}.png")] if name in ("scaling", "roofline") else []
+    return words
+
+
+if __name__ == "__main__":
+    main()
