@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -36,7 +36,7 @@ class Parallel(Experts):
     in every process, and their gradient is summed over the group by itself.
 
     Args:
-        experts: all E experts, the same in every process; what this process holds is copied.
+        experts: all E experts, the same in every process; what this process holds of stacked tensors is copied.
         group: the processes; by default all.
         limit: rows that a process may receive at once, the same in every process; by default `SHARE` times what it
             received if all experts had equally many. A process that sends to another sends at least one row.
@@ -137,7 +137,7 @@ class Parallel(Experts):
         return y if y.requires_grad else y.requires_grad_()
 
     @contextmanager
-    def _local_weights(self) -> Iterator[None]:
+    def _local_weights(self) -> Generator[None]:
         """Let the experts see their part of distributed weights as tensors, and sum the gradients of shared ones."""
         common = self.common_parameters() if self.ranks > 1 else set()
         hidden = []
