@@ -353,6 +353,10 @@ def _noted() -> dict[str, list[Figure]]:
         "numbers of all replicas with equal SHA-256 after every step that they shared, 18 of them cost a step and none "
         "cost more, and the others went on after a median of 1.12 s",
         "repeated": "The losses of all steps were within 6e-7",
+        "resumed": "differ by 1.4e-6 at most",
+        "ranks": "32 of 32 random kills of one rank",
+        "restarts": "3 of 3 kills of a rank under",
+        "exits": "28 of 28 runs ended",
     }
     words = {
         "saves": "150 of 150 random kills of saves left a complete model, 32 of them between commit and the end",
