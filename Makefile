@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 
-.PHONY: demo test nightly check bench gpu claims suites docs compatibility clean
+.PHONY: demo test nightly check bench wheels wheel gpu claims suites docs compatibility clean
 
 demo: $(VENV)/.test
 	$(BIN)/moeify train --minutes 6 --output runs/demo --resume
@@ -37,6 +37,16 @@ check: $(VENV)/.dev
 BUDGET ?= 55
 bench: $(VENV)/.bench
 	$(BIN)/python benchmarks/all.py --minutes $(BUDGET) $(if $(LLAMA),--llama $(LLAMA))
+
+# Wheels with the C++ kernels, into dist/: by cibuildwheel where there is Docker, else of this machine's platform.
+wheels: $(VENV)/.wheels
+	if docker info > /dev/null 2>&1; then $(BIN)/cibuildwheel --output-dir dist; else $(MAKE) wheel; fi
+
+wheel: $(VENV)/.wheels
+	rm -rf dist/raw
+	HATCH_BUILD_HOOK_ENABLE_CUSTOM=1 $(BIN)/python -m pip wheel --no-deps --wheel-dir dist/raw .
+	PATH=$(abspath $(BIN)):$$PATH $(BIN)/auditwheel repair --wheel-dir dist dist/raw/*.whl
+	rm -rf dist/raw
 
 gpu: $(VENV)/.test
 	$(BIN)/python -m pip install --quiet --editable '.[gpu]'

@@ -26,7 +26,7 @@ from moeify import assign
 from moeify.backends import compose, find_backend
 from moeify.experts import FFN, ClampedGlu, Glu, Plain, quantize
 from moeify.kernels.cpu import cpp
-from moeify.kernels.cpu.cpp import build, products, steps
+from moeify.kernels.cpu.cpp import compiler, products, steps
 from moeify.kernels.stacked import KNOWN
 
 SANITIZED = "MOEIFY_TEST_SANITIZED"
@@ -174,7 +174,7 @@ def main() -> None:
     if extra is not None:
         sys.exit(subprocess.run([sys.executable, *sys.argv], env={**os.environ, **extra}).returncode)
     if SANITIZED in os.environ:
-        build._FLAGS[build._FLAGS.index("-O3")] = "-O1"  # with the sanitizers, -O3 compiles for many minutes
+        compiler.FLAGS[compiler.FLAGS.index("-O3")] = "-O1"  # with the sanitizers, -O3 compiles for many minutes
     if reason := cpp.why_not():
         raise SystemExit(f"there is no kernel here: {reason}")
     began, seen = time.monotonic(), fuzz(chosen.cases, chosen.seed, chosen.levels)

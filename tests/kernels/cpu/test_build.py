@@ -2,11 +2,12 @@
 
 import os
 import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
 
-from moeify.kernels.cpu.cpp import build
+from moeify.kernels.cpu.cpp import build, compiler, library
 
 pytestmark = pytest.mark.skipif(os.name == "nt" or not shutil.which("c++"), reason="needs a C++ compiler")
 COMPILER = """#!/bin/sh
@@ -25,7 +26,7 @@ def compiled(tmp_path, monkeypatch):
         runs.append(made)
         made.write_bytes(b"a library")
 
-    monkeypatch.setattr(build, "_compile", compile_)
+    monkeypatch.setattr(build, "compile_", compile_)
 
     def get() -> tuple[Path, int]:
         return build._compiled("portable", ["c++"]), len(runs)
@@ -104,7 +105,7 @@ def test_whatever_goes_wrong_is_a_reason_and_not_a_crash(compiled, fresh, monkey
     def fail(command, made):
         raise error
 
-    monkeypatch.setattr(build, "_compile", fail)
+    monkeypatch.setattr(build, "compile_", fail)
     assert fresh("portable", "c++") == f"it could not be compiled by c++: {error}"
 
 
@@ -142,3 +143,58 @@ def test_a_compiler_may_print_what_is_not_utf_8(tmp_path, monkeypatch, status):
     finally:
         build._load.cache_clear()
     assert "it could not be compiled" in outcome
+
+
+@pytest.fixture
+def wheel(compiled, fresh, tmp_path, monkeypatch):
+    """The folder of a wheel's libraries, and the libraries that are loaded."""
+    loaded = []
+    monkeypatch.setattr(build, "PREBUILT", tmp_path / "prebuilt")
+    monkeypatch.setattr(build.ctypes, "CDLL", lambda path: loaded.append(Path(path)) or path)
+    build.PREBUILT.mkdir()
+    return build.PREBUILT / f"{build.name('portable')}.so", loaded
+
+
+@pytest.mark.usefixtures("compiled")
+def test_a_library_of_the_wheel_goes_before_the_compiler_unless_cxx_names_one(wheel, fresh):
+    file, loaded = wheel
+    file.write_bytes(b"a library")
+    fresh("portable", None)
+    fresh("portable", "c++")
+    assert loaded[0] == file
+    assert loaded[1].parent == build.env.cache_folder() / "cpp"
+
+
+def test_a_library_of_other_sources_is_not_that_of_this_version(wheel, fresh):
+    file, loaded = wheel
+    file.with_name("layer-portable-0123456789abcdef.so").write_bytes(b"a library")
+    fresh("portable", None)
+    assert loaded[0].parent != file.parent
+
+
+def test_a_library_that_the_system_cannot_load_is_compiled_and_said(wheel, fresh, monkeypatch, caplog):
+    file, loaded = wheel
+    file.write_bytes(b"a library")
+
+    def load(path):
+        if Path(path) == file:
+            raise OSError("libgomp.so.1: cannot open shared object file")
+        loaded.append(Path(path))
+
+    monkeypatch.setattr(build.ctypes, "CDLL", load)
+    fresh("portable", None)
+    assert len(loaded) == 1
+    assert "libgomp.so.1" in caplog.text
+
+
+def test_the_libraries_are_tied_to_no_version_of_torch():
+    if reason := build.why_not():
+        pytest.skip(reason)
+    if shutil.which("ldd"):
+        needed = subprocess.run(["ldd", library()._name], capture_output=True, text=True).stdout
+        assert "libc" in needed
+        assert "torch" not in needed
+        assert "c10" not in needed
+    included = [line for path in compiler.SOURCES for line in path.read_text().splitlines() if "#include" in line]
+    assert included
+    assert not any("torch" in line for line in included)

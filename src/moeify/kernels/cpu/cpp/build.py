@@ -1,4 +1,4 @@
-"""Compile the C++ kernels at first use with the system's compiler, cache them on disk, and load them."""
+"""Load the C++ kernels: those of the wheel, or those of the cache, or compiled now by the system's compiler."""
 
 from __future__ import annotations
 
@@ -9,28 +9,15 @@ import logging
 import os
 import platform
 import shutil
-import subprocess
 import tempfile
 import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
 
 from moeify import env
 from moeify.files import sync
-
-LEVELS: dict[str, list[str]] = {
-    "avx512_bf16": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512bf16", "-mfma"],
-    "avx512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma"],
-    "avx2": ["-mavx2", "-mfma"],
-    "neon": [],
-    "portable": [],
-}
-"""The supported instruction sets, fastest first, and their compiler flags."""
-
-_FLAGS = ["-O3", "-std=c++17", "-fPIC", "-fno-math-errno", "-w"]
-_SOURCES = sorted(path for path in Path(__file__).parent.iterdir() if path.suffix in (".cpp", ".h"))
+from moeify.kernels.cpu.cpp.compiler import FLAGS, LEVELS, PREBUILT, compile_, name, run, short_hash
 
 _UNFINISHED = "compiling-"
 _OWN_FOLDER = "set MOEIFY_CACHE to a folder of your own"
@@ -65,8 +52,10 @@ def why_not() -> str | None:
 
 
 def explain() -> str:
-    """The instruction set of the kernels on this machine, or why there are none; compiles them if needed."""
-    return f"none: {reason}" if (reason := why_not()) else _level()
+    """The instruction set of the kernels on this machine and where they are from, or why there are none."""
+    if reason := why_not():
+        return f"none: {reason}"
+    return f"{level()}, {'from the wheel' if Path(library()._name).parent == PREBUILT else 'compiled here'}"
 
 
 def library() -> ctypes.CDLL:
@@ -76,13 +65,19 @@ def library() -> ctypes.CDLL:
         Unavailable: the kernels are disabled, the processor lacks the level, there is no compiler, or it fails.
         ValueError: `MOEIFY_CPP` has any other value.
     """
-    outcome = _load(_level(), os.environ.get("CXX"))
+    outcome = _load(level(), os.environ.get("CXX"))
     if isinstance(outcome, str):
         raise Unavailable(outcome)
     return outcome
 
 
-def _level() -> str:
+def level() -> str:
+    """The instruction set that `MOEIFY_CPP` asks for.
+
+    Raises:
+        Unavailable: the kernels are disabled, or the processor lacks it.
+        ValueError: `MOEIFY_CPP` has any other value.
+    """
     setting = env.CPP.value
     if setting == "0":
         raise Unavailable("it is switched off by MOEIFY_CPP=0")
@@ -94,6 +89,8 @@ def _level() -> str:
 @functools.cache
 def _load(level: str, chosen: str | None) -> ctypes.CDLL | str:
     """The library for one instruction set, or the reason why there is none; tried once per process."""
+    if not chosen and (prebuilt := _prebuilt(level)):
+        return prebuilt
     compiler = next(
         (path for name in ([chosen] if chosen else ["c++", "g++", "clang++"]) if (path := _find(name))), None
     )
@@ -110,6 +107,16 @@ def _load(level: str, chosen: str | None) -> ctypes.CDLL | str:
         return f"it could not be {how}: {_end_of_output(error)}"
 
 
+def _prebuilt(level: str) -> ctypes.CDLL | None:
+    """The library that the wheel brings, None if it has none of these sources, or one that this system cannot load."""
+    file = PREBUILT / f"{name(level)}.so"
+    try:
+        return ctypes.CDLL(str(file)) if file.exists() else None
+    except OSError as error:
+        logging.getLogger(__name__).warning("%s cannot be loaded, so the kernels are compiled: %s", file, error)
+        return None
+
+
 def _find(command: str) -> list[str] | None:
     """The words of a command, None if its program is not found."""
     words = command.split()
@@ -118,14 +125,14 @@ def _find(command: str) -> list[str] | None:
 
 def _compiled(level: str, compiler: list[str]) -> Path:
     """The compiled library; the file is replaced atomically, so that several processes may compile it concurrently."""
-    folder, version = _folder(), _short_hash(repr((_run([*compiler, "--version"]), compiler)).encode())
-    file = folder / f"{_name(level)}-{version}.so"
+    folder, version = _folder(), short_hash(repr((run([*compiler, "--version"]), compiler)).encode())
+    file = folder / f"{name(level)}-{version}.so"
     if not _is_whole(file):
         logging.getLogger(__name__).info("compiling %s; this takes some seconds, once", file)
         _sweep(folder)
         with tempfile.TemporaryDirectory(dir=folder, prefix=_UNFINISHED) as here:
             made, written = Path(here) / file.name, Path(here) / _digest_of(file).name
-            _compile([*compiler, *_FLAGS, *LEVELS[level]], made)
+            compile_([*compiler, *FLAGS, *LEVELS[level]], made)
             made.chmod(0o755)
             written.write_bytes(_digest(made))
             for whole in (made, written):
@@ -138,7 +145,7 @@ def _compiled(level: str, compiler: list[str]) -> Path:
 
 def _cached(level: str) -> Path | None:
     """A library that any compiler wrote to the cache, None if there is none; for machines without a compiler."""
-    found = next((file for file in sorted(_folder().glob(f"{_name(level)}-*.so")) if _is_whole(file)), None)
+    found = next((file for file in sorted(_folder().glob(f"{name(level)}-*.so")) if _is_whole(file)), None)
     if found is not None:
         _must_be_trusted(found)
     return found
@@ -149,12 +156,6 @@ def _folder() -> Path:
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     _must_be_trusted(folder)
     return folder
-
-
-def _name(level: str) -> str:
-    """The prefix of the file name: a hash of sources, processor and flags, without the compiler."""
-    content = b"\0".join(path.read_bytes() for path in _SOURCES)
-    return f"layer-{level}-{_short_hash(repr((platform.machine(), LEVELS[level], _FLAGS)).encode() + content)}"
 
 
 def _sweep(folder: Path) -> None:
@@ -178,10 +179,6 @@ def _digest(file: Path) -> bytes:
     return hashlib.sha256(file.read_bytes()).hexdigest().encode()
 
 
-def _short_hash(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()[:16]
-
-
 def _must_be_trusted(path: Path) -> None:
     """Reject a path that another user can write to: a library runs with the permissions of this user.
 
@@ -195,31 +192,6 @@ def _must_be_trusted(path: Path) -> None:
         raise PermissionError(f"{path} belongs to another user, who could run code here; {_OWN_FOLDER}")
     if status.st_mode & 0o022:
         raise PermissionError(f"others may write to {path}, and could run code here; chmod go-w it, or {_OWN_FOLDER}")
-
-
-def _compile(command: list[str], made: Path) -> None:
-    """Compile all translation units in parallel, with OpenMP where the compiler supports it, and link them."""
-    units = {str(path): str(made.with_name(f"{path.stem}.o")) for path in _SOURCES if path.suffix == ".cpp"}
-
-    def unit(source: str) -> None:
-        _with_openmp([*command, "-c", source, "-o", units[source]])
-
-    with ThreadPoolExecutor() as pool:
-        list(pool.map(unit, units))
-    _with_openmp([*command, "-shared", *units.values(), "-o", str(made)])
-
-
-def _with_openmp(command: list[str]) -> None:
-    try:
-        _run([*command, "-fopenmp"])
-    except subprocess.CalledProcessError:
-        _run(command)
-
-
-def _run(command: list[str]) -> str:
-    """The standard output of a command; undecodable bytes are replaced."""
-    done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", errors="replace", check=True)
-    return done.stdout
 
 
 def _end_of_output(error: Exception) -> str:

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from moeify.kernels.cpu.cpp.build import explain, library
+from moeify.kernels.cpu.cpp.build import level, library
 
 Run = tuple[int, int, int]  # an expert, its first row, and the row after its last
 _LAYOUTS = ["nt", "nn", "tn"]
@@ -32,7 +32,7 @@ def max_rows(layout: str, dtype: torch.dtype) -> int:
         dtype: dtype of the rows.
     """
     has_tiles = dtype == torch.bfloat16 and torch.cpu._is_amx_tile_supported()
-    limits = _MAX_ROWS_ELSEWHERE if has_tiles else _MAX_ROWS.get((explain(), dtype), _MAX_ROWS_ELSEWHERE)
+    limits = _MAX_ROWS_ELSEWHERE if has_tiles else _MAX_ROWS.get((level(), dtype), _MAX_ROWS_ELSEWHERE)
     return limits[_LAYOUTS.index(layout)]
 
 
