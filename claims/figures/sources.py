@@ -247,6 +247,10 @@ def _designed() -> dict[str, list[Figure]]:
 
     switch = table("claims/results/switch_scaling.csv")
     more = [switch.where(experts=e).minus(switch.where(experts=1), "loss") for e in (2, 4, 8, 16, 32)]
+    fine = table("claims/results/fine_grained.csv")
+    coarse, shared = fine.where(arm="8, top-2"), fine.where(arm="32, top-8, 1 shared")
+    finer = [fine.where(arm=arm).minus(coarse, "loss") for arm in ("16, top-4", "32, top-8")]
+
     rates = table("claims/results/z_loss.csv")
     stable = {z: rates.where(z=z, stable="True") for z in ("0.0", "0.001", "0.01")}
     best = {z: [min(rates.where(z=z, seed=seed).values("loss")) for seed in range(3)] for z in stable}
@@ -261,6 +265,10 @@ def _designed() -> dict[str, list[Figure]]:
             rates.figure(half, f"half the 95 % interval of the {what}0.001", "lower"),
             rates.figure(fmean(costs["0.01"]), f"{what}0.01", "lower"),
             rates.figure(sizes["0.001"] / sizes["0.0"], "squared_logsumexp at rate=0.004, z=0.001 over z=0.0", "lower"),
+        ],
+        "fine_grained": [
+            *(difference.mean("lower") for difference in finer),
+            shared.minus(fine.where(arm="32, top-8"), "loss").mean("lower"),
         ],
         "multi_gate": [rise("shared bottom"), rise("MMoE"), apart.mean("lower"), *apart.ends(T_95_OF_3)],
         "batch_priority": [
