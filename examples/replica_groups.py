@@ -18,7 +18,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 
-def replica(steps: int = 40) -> None:
+def replica(steps: int = 300) -> None:
     from moeify import Recipe, sparsify
     from moeify.balance import Sign
     from moeify.integrations.torchft import Batches, Replica
