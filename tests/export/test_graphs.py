@@ -12,7 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, ViTConfig, ViTForImageCl
 from moeify import MoE, Recipe, export, sparsify
 from moeify.capacity import per_choice_by_4, per_token
 from moeify.experts import FFN
-from moeify.export.graph import traced
+from moeify.export.graph import check_program, traced
 from moeify.export.model_spec import Unsupported
 from moeify.routers import Capacity, ExpertChoice, MultiGate, Soft, TopK
 from moeify.serve import serve_with
@@ -147,6 +147,10 @@ def test_a_size_computed_from_values_is_refused_by_the_name_of_its_module(tmp_pa
     model = nn.Sequential(MoE(Counting(8, 4, k=2), FFN(4, 8, 16)))
     reason = export.OnnxFolder(torch.randn(6, 8)).supports(model)
     assert reason == "0.router (Counting) computes sizes from the values of its input, which a graph cannot"
+
+
+def test_a_probe_of_one_text_gives_a_graph_for_any_number():
+    assert check_program(Layer(TopK), torch.randn(1, 10, 8)).difference < 1e-5
 
 
 @pytest.mark.parametrize(

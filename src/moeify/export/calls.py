@@ -43,7 +43,7 @@ class Calls:
         probe = find_probe(model) if given is None else as_probe(given)
         if probe is None:
             raise Unsupported(f"no input of this {type(model).__name__} could be guessed; pass one as probe")
-        first = _padded(model, _by_name(model, probe))
+        first = _padded(model, _of_two(_by_name(model, probe)))
         inputs = (first, _of_another_size(first))
         with in_float32(model), by_definition(model):
             return cls(inputs, tuple(Probe(kwargs=each).run(model).cpu() for each in inputs))
@@ -84,6 +84,11 @@ def _by_name(model: nn.Module, probe: Probe) -> Inputs:
     names = [p.name for p in inspect.signature(model.forward).parameters.values()]
     named: Mapping[str, Any] = dict(zip(names, probe.args, strict=False)) | (probe.kwargs or {})
     return {name: value.cpu() for name, value in named.items() if isinstance(value, Tensor)}
+
+
+def _of_two(inputs: Inputs) -> Inputs:
+    """A batch of one twice, since a trace takes a size of 1 for a constant."""
+    return {name: value.repeat_interleave(2, 0) if value.shape[:1] == (1,) else value for name, value in inputs.items()}
 
 
 def _padded(model: nn.Module, inputs: Inputs) -> Inputs:

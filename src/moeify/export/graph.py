@@ -182,21 +182,14 @@ def _missing(error: BaseException | None) -> str | None:
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Context manager without what torch and the exporters of transformers print about their own steps."""
-    from transformers.utils import logging as of_transformers
-
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "onnxscript")]
-    before = [logger.level for logger in loggers], of_transformers.get_verbosity()
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
     try:
-        for logger in loggers:
-            logger.setLevel(logging.ERROR)
-        of_transformers.set_verbosity_error()
         with warnings.catch_warnings(), redirect_stdout(StringIO()):
             warnings.simplefilter("ignore", FutureWarning)
             yield
     finally:
-        for logger, level in zip(loggers, before[0], strict=True):
-            logger.setLevel(level)
-        of_transformers.set_verbosity(before[1])
+        logging.disable(before)
 
 
 @contextmanager
