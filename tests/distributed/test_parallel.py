@@ -10,8 +10,9 @@ from torch import nn
 from distributed.pool import RankFailed
 from moeify import Context, MoE
 from moeify import ranks as everyone
-from moeify.experts import FFN, Blocks, Experts, Identity, Latent, Parallel, Plain, Sequences, cut, spread
+from moeify.experts import FFN, Blocks, Experts, Identity, Latent, Plain, Sequences, cut
 from moeify.experts.slices import slice_parameter
+from moeify.parallel import Parallel, spread
 from moeify.routers import Soft, TopK
 from moeify.testing import check_experts
 from test_matrix import EXPERTS, D, E, learned

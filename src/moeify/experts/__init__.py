@@ -9,7 +9,6 @@ from moeify.experts.lora import LoRA, LoRAFFN
 from moeify.experts.masked import Masked
 from moeify.experts.multiplicative_bias import MultiplicativeBias
 from moeify.experts.of_inputs import OfInputs
-from moeify.experts.parallel import Parallel, spread
 from moeify.experts.quantized import Quantized, quantize
 from moeify.experts.scaled import Scaled
 from moeify.experts.sequences import Sequences
@@ -17,6 +16,6 @@ from moeify.kernels.stacked import ClampedGlu, ClampedSwiGlu, Glu, Plain
 
 __all__ = [
     "FFN", "Blocks", "ClampedGlu", "ClampedSwiGlu", "Constant", "Each", "Experts", "Glu", "Identity", "Latent", "LoRA",
-    "LoRAFFN", "Masked", "MultiplicativeBias", "OfInputs", "Parallel", "Plain", "Quantized", "Scaled", "Sequences",
-    "Zero", "cut", "quantize", "spread",
+    "LoRAFFN", "Masked", "MultiplicativeBias", "OfInputs", "Plain", "Quantized", "Scaled", "Sequences", "Zero", "cut",
+    "quantize",
 ]  # fmt: skip

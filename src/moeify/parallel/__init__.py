@@ -4,6 +4,7 @@
 loops of one's own.
 """
 
+from moeify.experts.parallel import Parallel, spread
 from moeify.parallel.cluster import DEVICES, Cluster, Device, Link
 from moeify.parallel.cost import Cost, Step
 from moeify.parallel.distribute import CannotBeParallel, distribute, expert_plan
@@ -20,7 +21,7 @@ from moeify.parallel.workload import Workload
 
 __all__ = [
     "DEVICES", "TARGETS", "CannotBeParallel", "Choice", "Cluster", "Cost", "Device", "ExpertWork", "GroupedCost",
-    "Layout", "Link", "ModelShape", "Move", "Placed", "Placement", "Plan", "Rebalancer", "Simulation", "Step", "Target",
-    "Workload", "clip_grad_norm_", "distribute", "expert_plan", "measure", "names_in_one_process", "permuted", "plan",
-    "replicated", "shard", "simulate",
+    "Layout", "Link", "ModelShape", "Move", "Parallel", "Placed", "Placement", "Plan", "Rebalancer", "Simulation",
+    "Step", "Target", "Workload", "clip_grad_norm_", "distribute", "expert_plan", "measure", "names_in_one_process",
+    "permuted", "plan", "replicated", "shard", "simulate", "spread",
 ]  # fmt: skip

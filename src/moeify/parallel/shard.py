@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor, distributed, nn
 
 from moeify import ranks
-from moeify.experts import Parallel, spread
+from moeify.experts.parallel import Parallel, spread
 from moeify.moe import MoE
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ def shard(
         policy: dtypes of parameters and reductions; routers keep their own.
         units: (name, module) -> whether its parameters are gathered together, by default the elements of lists of
             modules, such as the layers of a transformer. Experts are always gathered on their own.
-        limit: rows that a process may receive at once, as of `moeify.experts.Parallel`.
+        limit: rows that a process may receive at once, as of `Parallel`.
         broadcast: start from the weights of the first process, as DDP does; without it they must be the same already.
 
     Raises:
