@@ -14,6 +14,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from moeify.experts.base import Experts
+from moeify.experts.exchange import Exchange
 from moeify.experts.latent import Latent
 
 SHARE = 4
@@ -117,7 +118,7 @@ class Parallel(Experts):
         """Exchange rows, compute those that arrived, and exchange their outputs."""
         send, theirs = plan[self.rank].sum(-1).tolist(), plan[:, self.rank]
         receive = theirs.sum(-1).tolist()
-        got = _Exchange.apply(rows, receive, send, self.group, float(self.ranks))  # by process, then by expert
+        got = Exchange.apply(rows, receive, send, self.group, float(self.ranks))  # by process, then by expert
         if theirs.shape[1] > 1:
             expert = torch.arange(theirs.shape[1]).repeat(self.ranks).repeat_interleave(theirs.flatten())
             order = expert.argsort(stable=True).to(rows.device, non_blocking=True)
@@ -125,7 +126,7 @@ class Parallel(Experts):
             y = torch.empty_like(y).index_copy(0, order, y)
         else:
             y = self._compute(got, theirs)
-        return _Exchange.apply(y, send, receive, self.group, 1 / self.ranks)
+        return Exchange.apply(y, send, receive, self.group, 1 / self.ranks)
 
     def _compute(self, rows: Float[Tensor, "r D"], theirs: Int[Tensor, "ranks held"]) -> Float[Tensor, "r O"]:
         with self._local_weights():
@@ -180,32 +181,6 @@ def spread(experts: Experts, group: Any = None, *, limit: int | None = None) -> 
 def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     yield from module.named_parameters(remove_duplicate=False)
     yield from module.named_buffers(remove_duplicate=False)
-
-
-class _Exchange(torch.autograd.Function):
-    """Send rows to and receive rows from every process; the gradient goes the other way, times a constant.
-
-    Synchronous: processes that ran the functional collectives of torch 2.13 sometimes abort when they exit.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, rows: Tensor, receive: list[int], send: list[int], group: Any, gradient_scale: float
-    ) -> Tensor:
-        ctx.back = send, receive, group, gradient_scale
-        return _exchange(rows, receive, send, group)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> Any:  # pyrefly: ignore[bad-override]
-        receive, send, group, scale = ctx.back
-        return _exchange(gradient, receive, send, group).mul_(scale), None, None, None, None
-
-
-def _exchange(rows: Tensor, receive: list[int], send: list[int], group: Any) -> Tensor:
-    got = rows.new_empty(sum(receive), *rows.shape[1:])
-    distributed.all_to_all_single(got, rows.contiguous(), receive, send, group=group)
-    return got
 
 
 class _Joined(torch.autograd.Function):

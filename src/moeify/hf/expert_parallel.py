@@ -19,28 +19,8 @@ from transformers.distributed.expert_parallel import AllToAllEP
 
 from moeify.context import Context
 from moeify.experts import Experts
+from moeify.experts.exchange import Exchange
 from moeify.hf.interface import rows_of_choices
-
-
-class Exchange(torch.autograd.Function):
-    """An all-to-all of rows with a size for every rank; its gradient is the same exchange with the sizes swapped.
-
-    It waits for the rows. The functional collectives of torch return before, and on gloo a process that ends with one
-    in its graph sometimes aborts.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor, receive: list[int], send: list[int], group: dist.ProcessGroup) -> Tensor:
-        """The rows that this rank receives, those of rank 0 first."""
-        ctx.back = send, receive, group
-        got = rows.new_empty((sum(receive), *rows.shape[1:]))
-        dist.all_to_all_single(got, rows.contiguous(), receive, send, group=group)
-        return got
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
-        """Every row's gradient, where the row came from."""
-        return Exchange.apply(gradients[0], *ctx.back), None, None, None  # pyrefly: ignore[bad-return]
 
 
 class RowsToExperts(AllToAllEP):

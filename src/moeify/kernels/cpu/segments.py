@@ -168,7 +168,7 @@ def group_obstacle(rows: Float[Tensor, "B D"], weight: Float[Tensor, "E O D"], r
         return "grouped_mm wants fp32"  # in 16 bits it calls oneDNN, which compiles a kernel for each number of rows
     if not (_aligned(rows) and _aligned(weight) and weight.shape[1] * weight.element_size() % 16 == 0):
         return "grouped_mm wants rows aligned to 16 bytes"
-    if rows.dtype == torch.float32 and takes_onednn(rows_each, right_transposed=weight.stride(2) == 1):
+    if takes_onednn(rows_each, right_transposed=weight.stride(2) == 1):
         return "oneDNN is faster here in fp32"
     return None
 
