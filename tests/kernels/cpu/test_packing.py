@@ -4,7 +4,9 @@ import weakref
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from moeify import Assignment, backends
 from moeify.experts import FFN
 from moeify.kernels.cpu.packing import cached, may_pack, pack, unpack
 
@@ -105,3 +107,32 @@ def test_copies_are_allowed_per_model_and_freed_with_the_permission(monkeypatch)
 
 def test_empty_weights_can_be_copied():
     assert Maker(torch.empty(0, 3, 4))().shape == (0, 3, 4)
+
+
+class OnPacked(TorchDispatchMode):
+    """The operators that are called with packed matrices."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if any(isinstance(value, torch.Tensor) and value.is_mkldnn for value in args):
+            self.seen.add(func.overloadpacket)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("counts", [[64, 64], [70, 130], [128, 0]])
+@torch.no_grad()
+def test_a_packed_matrix_is_multiplied_with_and_never_copied(counts):
+    experts = FFN(2, 8, 16)
+    pack(experts)
+    source = torch.arange(sum(counts))
+    routing = Assignment(
+        counts=torch.tensor(counts), source=source, weight=torch.rand(len(source)), shape=(len(source),)
+    )
+    x = torch.randn(len(source), 8)
+    backends.run("onednn", x, routing, experts)
+    with OnPacked() as packed:
+        backends.run("onednn", x, routing, experts)
+    assert packed.seen == {torch.ops.mkldnn._linear_pointwise}

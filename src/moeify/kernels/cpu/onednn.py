@@ -22,7 +22,7 @@ _MARGIN = 1.1  # speed-up that oneDNN needs, so that two runs on one machine rar
 
 
 def multiply(left: Float[Tensor, "M K"], right: Float[Tensor, "K N"], out: Float[Tensor, "M N"]) -> None:
-    """Write `left @ right` into `out`; one dtype, any strides, or a transposed matrix of `packed` on the right.
+    """Write `left @ right` into `out`; one dtype, any strides.
 
     Raises:
         ValueError: `MOEIFY_FP32_GEMM` names no library.
@@ -43,8 +43,6 @@ def product(left: Float[Tensor, "M K"], right: Float[Tensor, "K N"]) -> Float[Te
 
 
 def _by_onednn(left: Float[Tensor, "M K"], right: Float[Tensor, "K N"]) -> bool:
-    if right.is_mkldnn:
-        return True
     if not (left.is_cpu and left.dtype == torch.float32 and left.numel()):
         return False
     size = min(*left.shape, right.shape[1])

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from moeify.kernels.cpu import cpp
 from moeify.kernels.cpu.cpp.products import Run, max_rows, multiply_runs, multiply_runs_tn
-from moeify.kernels.cpu.onednn import is_compiled, multiply, product, takes_onednn
+from moeify.kernels.cpu.onednn import is_compiled, linear, multiply, product, takes_onednn
 
 Matrices = Tensor | Sequence[Tensor]  # (E, O, D), or E packed matrices
 Block = list[Run]  # adjacent runs of rows, sorted by expert
@@ -73,11 +73,16 @@ def multiply_rows(
     elif rows.is_cpu and isinstance(weight, Tensor) and group_obstacle(rows, weight, len(rows) // len(block)) is None:
         out = _in_one_call(rows, weight, block)
     elif many == block and len(block) == 1:
-        out = product(rows, _matrix(weight, block[0][0], rows.dtype).t())
+        matrix = weight[block[0][0]]
+        out = linear(rows, matrix) if matrix.is_mkldnn else product(rows, matrix.to(rows.dtype).t())
     else:
         out = rows.new_empty(len(rows), weight[0].shape[0])
         for expert, part, output in _by_run(block, many, rows, out):
-            multiply(part, _matrix(weight, expert, rows.dtype).t(), output)
+            matrix = weight[expert]
+            if matrix.is_mkldnn:  # a transposed one would be copied
+                output.copy_(linear(part, matrix))
+            else:
+                multiply(part, matrix.to(rows.dtype).t(), output)
         if few and isinstance(weight, Tensor):
             multiply_runs(rows, weight, few, start=block[0][1], out=out)
     if bias is not None:
@@ -155,11 +160,6 @@ def _most_rows(rows: Float[Tensor, "B D"], weight: Matrices, layout: str) -> int
         and cpp.why_not() is None
     )
     return max_rows(layout, rows.dtype) if fits else 0
-
-
-def _matrix(weight: Matrices, expert: int, dtype: torch.dtype) -> Float[Tensor, "O D"]:
-    matrix = weight[expert]
-    return matrix if matrix.is_mkldnn else matrix.to(dtype)
 
 
 def group_obstacle(rows: Float[Tensor, "B D"], weight: Float[Tensor, "E O D"], rows_each: int) -> str | None:
