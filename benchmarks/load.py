@@ -29,6 +29,8 @@ from moeify import sparsify
 from moeify.cli import threads
 from moeify.cli.train import Train
 from moeify.data.tokenizer import ByteTokenizer
+from moeify.tasks.base import Shape
+from moeify.tasks.lm import small_llama
 
 WORK = "import load; load.work()"
 PROGRAMS = {"OpenMP": WORK, "command line": f"from moeify.cli import threads; threads.prepare(); {WORK}"}
@@ -41,9 +43,8 @@ def work() -> None:
     """Train, in a process of its own: a line says how many steps, and is answered by the tokens per second."""
     torch.manual_seed(0)
     command = Train()
-    job = command.job()
-    dense = job.builder(ByteTokenizer())()
-    model = sparsify(dense, job.recipe, verbose=False).train()
+    shape = Shape(command.width, command.layers, command.heads, command.hidden)
+    model = sparsify(small_llama(shape, command.length), command.job().recipe, verbose=False).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6)
     ids = torch.randint(ByteTokenizer.vocab_size, (command.batch, command.length))
     step(model, optimizer, ids)
