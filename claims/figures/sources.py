@@ -287,6 +287,7 @@ def _benchmarks() -> dict[str, list[Figure]]:
     steps = table("benchmarks/results/train-cpu.csv").where(commit="06ebc7b", implementation="moeify")
     decode = table("benchmarks/results/decode-cpu.csv").where(commit="97aaea0", what="decode")
     scaling = table("benchmarks/results/scaling-cpu.csv").where(commit="06ebc7b", implementation="moeify")
+    price = table("benchmarks/results/price-cpu.csv").where(commit="31599da", part="step")
     waits = table("benchmarks/results/load-cpu.csv").where(waiting="command line")
     traced = table("benchmarks/results/streamed-cpu.csv")
     ten, all_layers = traced.where(layers=10), traced.where(layers=48)
@@ -305,6 +306,7 @@ def _benchmarks() -> dict[str, list[Figure]]:
         "train-cpu": [
             steps.over(min, "speedup_over_best_peer", "higher"), steps.over(max, "speedup_over_best_peer", "higher"),
         ],
+        "price-cpu": [price.where(model=model).one("sparse_over_dense", "lower") for model in ("demo", "52M")],
         "scaling-cpu": [scaling.where(experts=128, tokens=1024).one("times_fewest", "lower")],
         "decode-cpu.moeify": [speed("moeify", bits, "higher") for bits in (16, 8, 4)],
         "decode-cpu.peers": [
