@@ -12,20 +12,15 @@ Reproduced if the mean loss of 32 is below that of 8, and falls from 8 to 16 to 
 
 from __future__ import annotations
 
-import argparse
-import time
 from functools import partial
 from statistics import fmean
 
-import torch
-from common.small import BATCH, LENGTH, llama, text
+from common.small import llama, options, trained
 from common.statistics import paired
-from common.training import drawn, held_out, train
 from results import append
 from torch import nn
 
 from moeify import Recipe, sparsify
-from moeify.flops import count
 from moeify.routers import TopK, sigmoid
 from moeify.sparsify import fresh, nothing
 
@@ -48,30 +43,7 @@ def of_width(dense: nn.Module, width: int, *, hidden: int) -> nn.Module:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=250)
-    parser.add_argument("--rate", type=float, default=1e-3)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--hardware", default="unknown", help="the name of the hardware in the rows")
-    options = parser.parse_args()
-    torch.set_num_threads(1)
-    learnt, unseen = text()
-    ends: dict[str, list[float]] = {arm: [] for arm in ARMS}
-    rows = []
-    for seed in options.seeds:
-        for arm, (finer, shares) in ARMS.items():
-            torch.manual_seed(seed)
-            began = time.process_time()
-            model = train(built(finer, shares), drawn(learnt, batch=BATCH), options.steps, seed, options.rate)
-            ends[arm].append(held_out(model, unseen))
-            counted = count(model)
-            rows.append({
-                "hardware": options.hardware, "arm": arm, "seed": seed, "steps": options.steps,
-                "tokens": options.steps * BATCH * LENGTH, "rate": options.rate, "loss": f"{ends[arm][-1]:.4f}",
-                "parameters": counted.parameters, "flops": counted.flops,
-                "cpu_seconds": f"{time.process_time() - began:.0f}",
-            })  # fmt: skip
-            print(*rows[-1].values(), flush=True)
+    ends, rows = trained("arm", {arm: partial(built, *settings) for arm, settings in ARMS.items()}, options(__doc__))
     coarse, middle, fine, shared = ends.values()
     for arm, losses in ends.items():
         print(f"{arm}: {fmean(losses):.4f}, less the coarsest {paired(losses, coarse)}")

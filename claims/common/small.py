@@ -1,15 +1,23 @@
-"""A small byte-level Llama and the text that came with Python and torch, for claims that need no other data."""
+"""A small byte-level Llama, the text that came with Python and torch, and arms that are trained on it in turn."""
 
 from __future__ import annotations
 
+import argparse
+import time
+from collections.abc import Callable, Hashable, Mapping
+from typing import Any, TypeVar
+
 import torch
 import transformers
+from common.training import drawn, held_out, train
 from torch import Tensor, nn
 
 from moeify.data import ByteTokenizer, blocks
 from moeify.data.corpus import build_corpus
+from moeify.flops import count
 
 LENGTH, BATCH, WIDTH, HIDDEN = 128, 8, 64, 128
+Arm = TypeVar("Arm", bound=Hashable)
 
 
 def text() -> tuple[Tensor, Tensor]:
@@ -26,3 +34,47 @@ def llama(hidden: int = HIDDEN) -> nn.Module:
         max_position_embeddings=LENGTH, tie_word_embeddings=True,
     )  # fmt: skip
     return transformers.LlamaForCausalLM(config)
+
+
+def options(description: str | None) -> argparse.Namespace:
+    """Steps, rate, seeds and hardware from the command line."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=250)
+    parser.add_argument("--rate", type=float, default=1e-3)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--hardware", default="unknown", help="the name of the hardware in the rows")
+    return parser.parse_args()
+
+
+def trained(
+    column: str, arms: Mapping[Arm, Callable[[], nn.Module]], chosen: argparse.Namespace
+) -> tuple[dict[Arm, list[float]], list[dict[str, Any]]]:
+    """Train every arm from every seed on the same blocks, on one thread.
+
+    Args:
+        column: what the arms are called in the rows.
+        arms: how each model is built.
+        chosen: what `options` returned.
+
+    Returns:
+        Of each arm the held-out losses by seed, in nats per byte; and a row for every run.
+    """
+    torch.set_num_threads(1)
+    learnt, unseen = text()
+    losses: dict[Arm, list[float]] = {arm: [] for arm in arms}
+    rows = []
+    for seed in chosen.seeds:
+        for arm, build in arms.items():
+            torch.manual_seed(seed)
+            began = time.process_time()
+            model = train(build(), drawn(learnt, batch=BATCH), chosen.steps, seed, chosen.rate)
+            losses[arm].append(held_out(model, unseen))
+            counted = count(model)
+            rows.append({
+                "hardware": chosen.hardware, column: arm, "seed": seed, "steps": chosen.steps,
+                "tokens": chosen.steps * BATCH * LENGTH, "rate": chosen.rate, "loss": f"{losses[arm][-1]:.4f}",
+                "parameters": counted.parameters, "flops": counted.flops,
+                "cpu_seconds": f"{time.process_time() - began:.0f}",
+            })  # fmt: skip
+            print(*rows[-1].values(), flush=True)
+    return losses, rows
