@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from moeify.integrations.batches import Batches
+from moeify.integrations.replicas.batches import Batches
 
 NUMBERS = [{"x": torch.tensor(i)} for i in range(10)]
 

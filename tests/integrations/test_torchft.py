@@ -25,7 +25,7 @@ from tiny_models import VOCABULARY, causal_lm
 
 pytest.importorskip("torchft", reason="it comes with the extra moeify[torchft]")
 made = pytest.importorskip("moeify.integrations.torchft")
-healing = pytest.importorskip("moeify.integrations.healing")
+healing = pytest.importorskip("moeify.integrations.replicas.healing")
 
 SPARSE = SparseArguments(balance=0.1, controller=Sign(0.01))
 IDS = torch.randint(3, VOCABULARY, (24, 10), generator=torch.Generator().manual_seed(0))
@@ -194,7 +194,7 @@ def test_a_replica_with_another_optimizer_or_schedule_is_refused(replica):
 
 
 def test_an_expert_without_a_token_on_one_replica_gets_the_gradient_of_the_others():
-    from moeify.integrations.sums import sum_gradients
+    from moeify.integrations.replicas.sums import sum_gradients
 
     experts = nn.ModuleList(nn.Linear(2, 2) for _ in range(3))
     experts[0](torch.ones(1, 2)).sum().backward()

@@ -32,8 +32,8 @@ from torch import Tensor, nn
 
 from moeify import ranks
 from moeify.balance import Control, control
-from moeify.integrations.batches import Batch, Batches
-from moeify.integrations.sums import Buffers, sum_gradients
+from moeify.integrations.replicas.batches import Batch, Batches
+from moeify.integrations.replicas.sums import Buffers, sum_gradients
 from moeify.layers import sparse_layers
 from moeify.notices import notify
 from moeify.routers import begin_step
@@ -45,7 +45,7 @@ from moeify.train.finite import find_nonfinite
 try:
     import torchft
 
-    from moeify.integrations.healing import State, Transport, overwrite, set_optimizer
+    from moeify.integrations.replicas.healing import State, Transport, overwrite, set_optimizer
 except ImportError as missing:
     raise ImportError("moeify.integrations.torchft needs torchft: pip install 'moeify[torchft]'") from missing
 
