@@ -21,12 +21,13 @@ from statistics import fmean
 import torch
 from common.small import BATCH, LENGTH, llama, text
 from common.statistics import paired
-from common.training import drawn, held_out, train
+from common.training import balanced, drawn, held_out, train
 from results import append
 from torch import Tensor, nn
 
 from moeify import Recipe, losses, record, sparsify
 from moeify.routers import TopK
+from moeify.routing import Routing
 from moeify.sparsify import fresh
 
 RATES = (1e-3, 4e-3, 1.6e-2, 6.4e-2)
@@ -37,6 +38,10 @@ UNSTABLE = 0.3
 def built() -> nn.Module:
     recipe = Recipe(num_experts=8, router=partial(TopK, k=2), experts=partial(fresh, granularity=2))
     return sparsify(llama(), recipe, verbose=False)
+
+
+def with_z(routing: Routing, weight: float) -> Tensor:
+    return balanced(routing) + weight * losses.z(routing)
 
 
 @torch.no_grad()
@@ -63,7 +68,9 @@ def main() -> None:
                 torch.manual_seed(seed)
                 began = time.process_time()
                 batches = drawn(learnt, batch=BATCH)
-                model = train(built(), batches, options.steps, seed, rate, z=z, clip=math.inf)
+                model = train(
+                    built(), batches, options.steps, seed, rate, balancing=partial(with_z, weight=z), clip=math.inf
+                )
                 loss, size = held_out(model, unseen), squared_logsumexp(model, unseen[:32])
                 found[z, rate, seed] = (loss if math.isfinite(loss) else math.inf), size
                 rows.append({

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 import torch
 import transformers
-from common.training import drawn, held_out, train
+from common.training import Balancing, balanced, drawn, held_out, train
 from torch import Tensor, nn
 
 from moeify.data import ByteTokenizer, blocks
@@ -47,7 +47,12 @@ def options(description: str | None) -> argparse.Namespace:
 
 
 def trained(
-    column: str, arms: Mapping[Arm, Callable[[], nn.Module]], chosen: argparse.Namespace
+    column: str,
+    arms: Mapping[Arm, Callable[[], nn.Module]],
+    chosen: argparse.Namespace,
+    *,
+    balancing: Mapping[Arm, Balancing] | None = None,
+    measure: Callable[[nn.Module, Tensor], Mapping[str, str]] | None = None,
 ) -> tuple[dict[Arm, list[float]], list[dict[str, Any]]]:
     """Train every arm from every seed on the same blocks, on one thread.
 
@@ -55,6 +60,8 @@ def trained(
         column: what the arms are called in the rows.
         arms: how each model is built.
         chosen: what `options` returned.
+        balancing: the loss of the decisions of arms that have another one than `balanced`.
+        measure: further columns of a row, of the trained model and the held-out blocks.
 
     Returns:
         Of each arm the held-out losses by seed, in nats per byte; and a row for every run.
@@ -67,14 +74,17 @@ def trained(
         for arm, build in arms.items():
             torch.manual_seed(seed)
             began = time.process_time()
-            model = train(build(), drawn(learnt, batch=BATCH), chosen.steps, seed, chosen.rate)
+            model = train(
+                build(), drawn(learnt, batch=BATCH), chosen.steps, seed, chosen.rate,
+                balancing=(balancing or {}).get(arm, balanced),
+            )  # fmt: skip
             losses[arm].append(held_out(model, unseen))
             counted = count(model)
             rows.append({
                 "hardware": chosen.hardware, column: arm, "seed": seed, "steps": chosen.steps,
                 "tokens": chosen.steps * BATCH * LENGTH, "rate": chosen.rate, "loss": f"{losses[arm][-1]:.4f}",
                 "parameters": counted.parameters, "flops": counted.flops,
-                "cpu_seconds": f"{time.process_time() - began:.0f}",
+                **(measure(model, unseen) if measure else {}), "cpu_seconds": f"{time.process_time() - began:.0f}",
             })  # fmt: skip
             print(*rows[-1].values(), flush=True)
     return losses, rows

@@ -12,10 +12,18 @@ from torch import Tensor, nn
 from moeify import losses, record
 from moeify.data.blocks import Blocks
 from moeify.layers import sparse_layers
+from moeify.routing import Routing
 
 BALANCE = 1e-2
 
 Batches = Callable[[torch.Generator], Tensor]
+Balancing = Callable[[Routing], Tensor]
+"""What a layer's decision adds to the loss; the mean over layers counts."""
+
+
+def balanced(routing: Routing) -> Tensor:
+    """The balance loss with the weight that claims have."""
+    return BALANCE * losses.balance(routing)
 
 
 def of_domain(data: Blocks, domain: str) -> Tensor:
@@ -34,7 +42,14 @@ def drawn(*domains: Tensor, batch: int) -> Batches:
 
 
 def train(
-    model: nn.Module, batches: Batches, steps: int, seed: int, rate: float, *, z: float = 0.0, clip: float = 1.0
+    model: nn.Module,
+    batches: Batches,
+    steps: int,
+    seed: int,
+    rate: float,
+    *,
+    balancing: Balancing = balanced,
+    clip: float = 1.0,
 ) -> nn.Module:
     """AdamW with a short warm-up and a linear decay to nothing; returns the model, also where its loss is not finite.
 
@@ -44,7 +59,7 @@ def train(
         steps: of the optimizer.
         seed: of the batches.
         rate: the highest learning rate.
-        z: weight of the z-loss of sparse layers.
+        balancing: the loss of the decisions of sparse layers.
         clip: the largest norm of the gradient.
     """
     dice = torch.Generator().manual_seed(seed)
@@ -53,7 +68,7 @@ def train(
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, steps, pct_start=0.05, anneal_strategy="linear")
     model.train()
     for _ in range(steps):
-        loss = _loss(model, batches(dice), z)
+        loss = _loss(model, batches(dice), balancing)
         if not loss.isfinite():
             break
         loss.backward()
@@ -64,13 +79,12 @@ def train(
     return model
 
 
-def _loss(model: nn.Module, ids: Tensor, z: float = 0.0) -> Tensor:
+def _loss(model: nn.Module, ids: Tensor, balancing: Balancing) -> Tensor:
     if not sparse_layers(model):
         return model(input_ids=ids, labels=ids).loss
     with record(model) as decisions:
         task = model(input_ids=ids, labels=ids).loss
-    loss = task + BALANCE * torch.stack([losses.balance(routing) for routing in decisions.values()]).mean()
-    return loss if z == 0 else loss + z * torch.stack([losses.z(routing) for routing in decisions.values()]).mean()
+    return task + torch.stack([balancing(routing) for routing in decisions.values()]).mean()
 
 
 @torch.no_grad()
