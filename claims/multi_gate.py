@@ -21,14 +21,11 @@ from statistics import fmean
 
 import torch
 from common.statistics import paired
+from common.tasks import Towers, gated, layer
 from results import append
 from torch import Tensor, nn
 
-from moeify import MoE
-from moeify.experts import Each
-from moeify.routers import MultiGate
-
-WIDTH, EXPERTS, UNITS, TOWER, TASKS = 100, 8, 16, 8, 2
+WIDTH, EXPERTS, UNITS, TASKS = 100, 8, 16, 2
 SHARED = 126
 """Units of the shared layer, with which it has as many parameters as MMoE."""
 RHO = (1.0, 0.5, 0.0)
@@ -63,36 +60,10 @@ def clean(line: Tensor, alpha: Tensor, beta: Tensor) -> Tensor:
     return line + torch.sin(alpha * line.unsqueeze(-1) + beta).sum(-1)
 
 
-class Net(nn.Module):
-    """Features of both tasks, (rows, 2, width), and a tower for each."""
-
-    def __init__(self, features: nn.Module, width: int) -> None:
-        super().__init__()
-        self.features = features
-        self.towers = nn.ModuleList(
-            nn.Sequential(nn.Linear(width, TOWER), nn.ReLU(), nn.Linear(TOWER, 1)) for _ in range(TASKS)
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        features = self.features(x)
-        if features.dim() == 2:
-            features = features.unsqueeze(1).expand(-1, TASKS, -1)
-        return torch.cat([tower(features[:, task]) for task, tower in enumerate(self.towers)], 1)
-
-
-def layer(units: int) -> nn.Module:
-    return nn.Sequential(nn.Linear(WIDTH, units), nn.ReLU())
-
-
-def gated(private: int) -> Net:
-    router = MultiGate(WIDTH, EXPERTS, gates=TASKS, private=private)
-    return Net(MoE(router, Each(layer(UNITS) for _ in range(EXPERTS))), UNITS)
-
-
-ARMS: dict[str, Callable[[], Net]] = {
-    "shared bottom": lambda: Net(layer(SHARED), SHARED),
-    "MMoE": lambda: gated(0),
-    "CGC": lambda: gated(3),
+ARMS: dict[str, Callable[[], Towers]] = {
+    "shared bottom": lambda: Towers(layer(WIDTH, SHARED), SHARED),
+    "MMoE": lambda: gated(WIDTH, UNITS, experts=EXPERTS, private=0),
+    "CGC": lambda: gated(WIDTH, UNITS, experts=EXPERTS, private=3),
 }
 
 
