@@ -27,19 +27,19 @@ def text() -> tuple[Tensor, Tensor]:
     return learnt.input_ids.long(), held.input_ids[torch.randperm(len(held), generator=dice)[:192]].long()
 
 
-def llama(hidden: int = HIDDEN) -> nn.Module:
-    """Two layers of width 64, from scratch."""
+def llama(hidden: int = HIDDEN, *, width: int = WIDTH) -> nn.Module:
+    """Two layers, of width 64 by default, from scratch."""
     config = transformers.LlamaConfig(
-        vocab_size=258, hidden_size=WIDTH, intermediate_size=hidden, num_hidden_layers=2, num_attention_heads=4,
+        vocab_size=258, hidden_size=width, intermediate_size=hidden, num_hidden_layers=2, num_attention_heads=4,
         max_position_embeddings=LENGTH, tie_word_embeddings=True,
     )  # fmt: skip
     return transformers.LlamaForCausalLM(config)
 
 
-def options(description: str | None) -> argparse.Namespace:
+def options(description: str | None, steps: int = 250) -> argparse.Namespace:
     """Steps, rate, seeds and hardware from the command line."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=250)
+    parser.add_argument("--steps", type=int, default=steps)
     parser.add_argument("--rate", type=float, default=1e-3)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--hardware", default="unknown", help="the name of the hardware in the rows")
@@ -53,6 +53,8 @@ def trained(
     *,
     balancing: Mapping[Arm, Balancing] | None = None,
     measure: Callable[[nn.Module, Tensor], Mapping[str, str]] | None = None,
+    data: tuple[Tensor, Tensor] | None = None,
+    batch: int = BATCH,
 ) -> tuple[dict[Arm, list[float]], list[dict[str, Any]]]:
     """Train every arm from every seed on the same blocks, on one thread.
 
@@ -62,12 +64,14 @@ def trained(
         chosen: what `options` returned.
         balancing: the loss of the decisions of arms that have another one than `balanced`.
         measure: further columns of a row, of the trained model and the held-out blocks.
+        data: blocks to learn from and held-out ones, `text` by default.
+        batch: blocks of a step.
 
     Returns:
         Of each arm the held-out losses by seed, in nats per byte; and a row for every run.
     """
     torch.set_num_threads(1)
-    learnt, unseen = text()
+    learnt, unseen = data or text()
     losses: dict[Arm, list[float]] = {arm: [] for arm in arms}
     rows = []
     for seed in chosen.seeds:
@@ -75,14 +79,14 @@ def trained(
             torch.manual_seed(seed)
             began = time.process_time()
             model = train(
-                build(), drawn(learnt, batch=BATCH), chosen.steps, seed, chosen.rate,
+                build(), drawn(learnt, batch=batch), chosen.steps, seed, chosen.rate,
                 balancing=(balancing or {}).get(arm, balanced),
             )  # fmt: skip
             losses[arm].append(held_out(model, unseen))
             counted = count(model)
             rows.append({
                 "hardware": chosen.hardware, column: arm, "seed": seed, "steps": chosen.steps,
-                "tokens": chosen.steps * BATCH * LENGTH, "rate": chosen.rate, "loss": f"{losses[arm][-1]:.4f}",
+                "tokens": chosen.steps * batch * LENGTH, "rate": chosen.rate, "loss": f"{losses[arm][-1]:.4f}",
                 "parameters": counted.parameters, "flops": counted.flops,
                 **(measure(model, unseen) if measure else {}), "cpu_seconds": f"{time.process_time() - began:.0f}",
             })  # fmt: skip

@@ -1,0 +1,93 @@
+"""Mixtral (arXiv 2401.04088): nearly as good as the dense model of its total size, at the speed of a smaller one.
+
+A small byte-level Llama with top-2 of 8 experts, against dense models with its active and with its total parameters, on
+three domains of text-domains. Reported are the held-out loss and the tokens per second of CPU time that each model
+decodes, the arms by turns; also of models of width 512 that are not trained, whose work is more than its overhead, and
+for 64 sequences at once. Design, prediction and thresholds are in claims/designs.md, written before the first run.
+
+Reproduced if the sparse model is ahead of the dense one of its active size in every seed, and decodes one sequence 1.5
+times as fast as the dense one of its total size (at width 64, the median over seeds).
+
+    python claims/mixtral.py     3 seeds, about 12 minutes on one core; rows in claims/results/mixtral.csv
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from functools import partial
+from statistics import fmean, median
+
+import torch
+from common.small import LENGTH, WIDTH, llama, options, trained
+from common.statistics import paired
+from common.text import text_by_domain
+from results import append
+from torch import nn
+
+from moeify import Recipe, sparsify
+from moeify.routers import TopK
+from moeify.serve.decode import cache_name
+from moeify.sparsify import fresh
+
+DOMAINS = ("novel", "code_python", "drama")
+EXPERTS, K = 8, 2
+ARMS = {"active": K, "sparse": EXPERTS, "total": EXPERTS}
+"""The hidden units of each arm, of all its experts, in multiples of twice the width."""
+WIDE = 512
+PROMPT, TOKENS, ROUNDS = 16, 32, 5
+
+
+def built(arm: str, width: int = WIDTH) -> nn.Module:
+    if arm != "sparse":
+        return llama(2 * width * ARMS[arm], width=width)
+    recipe = Recipe(num_experts=EXPERTS, router=partial(TopK, k=K), experts=fresh)
+    return sparsify(llama(2 * width, width=width), recipe, verbose=False)
+
+
+@torch.no_grad()
+def speeds(models: Mapping[str, nn.Module], batch: int) -> dict[str, float]:
+    """Tokens per second of CPU time that each model decodes, the median of rounds in which the models take turns."""
+    seconds: dict[str, list[float]] = {arm: [] for arm in models}
+    prompt = torch.randint(256, (batch, PROMPT), generator=torch.Generator().manual_seed(0))
+    for _ in range(ROUNDS):
+        for arm, model in models.items():
+            out = model.eval()(input_ids=prompt, use_cache=True)
+            began = time.process_time()
+            for _ in range(TOKENS):
+                token = out.logits[:, -1:].argmax(-1)
+                out = model(input_ids=token, **{cache_name(model): out.past_key_values}, use_cache=True)
+            seconds[arm].append(time.process_time() - began)
+    return {arm: batch * TOKENS / median(values) for arm, values in seconds.items()}
+
+
+def main() -> None:
+    chosen = options(__doc__, steps=300)
+    learnt, unseen = text_by_domain(DOMAINS, 1_500_000, LENGTH)
+    dice = torch.Generator().manual_seed(0)
+    few = unseen.input_ids[torch.randperm(len(unseen), generator=dice)[:192]].long()
+    arms = {arm: partial(built, arm) for arm in ARMS}
+    ends, rows = trained("arm", arms, chosen, data=(learnt.input_ids.long(), few), batch=16)
+    faster = []
+    for seed in chosen.seeds:
+        torch.manual_seed(seed)
+        for width, batch in ((WIDTH, 1), (WIDE, 1), (WIDE, 64)):
+            found = speeds({arm: built(arm, width) for arm in ARMS}, batch)
+            for row in (row for row in rows if row["seed"] == seed):
+                row[f"tokens_per_s_width_{width}_batch_{batch}"] = f"{found[row['arm']]:.1f}"
+            print(f"width {width}, batch {batch}:", ", ".join(f"{arm} {speed:.0f}/s" for arm, speed in found.items()))
+            if width == WIDTH:
+                faster.append(found["sparse"] / found["total"])
+    for arm in ("active", "total"):
+        print(f"sparse less {arm}: {paired(ends['sparse'], ends[arm])}")
+    way = (fmean(ends["active"]) - fmean(ends["sparse"])) / (fmean(ends["active"]) - fmean(ends["total"]))
+    print(f"{way:.2f} of the way from active to total; decodes {median(faster):.2f} times as fast as total")
+    ahead = all(a < b for a, b in zip(ends["sparse"], ends["active"], strict=True))
+    result = "reproduced" if ahead and median(faster) >= 1.5 else "failed"
+    print(result)
+    for row in rows:
+        append("mixtral", row | {"result": result})
+
+
+if __name__ == "__main__":
+    main()
