@@ -60,7 +60,8 @@ AUTOTUNE = Variable(
 )
 CACHE = Variable(
     "MOEIFY_CACHE",
-    "the folder for all that is compiled or tuned on this machine: C++ libraries and tile sizes of Triton kernels",
+    "the folder for all that is compiled or measured on this machine: C++ libraries, which kernel is faster for how "
+    "many rows, and tile sizes of Triton kernels",
     "`$XDG_CACHE_HOME/moeify`, or `~/.cache/moeify`",
     allowed=(),
 )

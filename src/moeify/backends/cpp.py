@@ -24,19 +24,13 @@ from moeify.experts.quantized import Quantized
 from moeify.kernels.constant import constant_result
 from moeify.kernels.cpu import cpp
 from moeify.kernels.cpu.cpp import steps
+from moeify.kernels.cpu.crossover import max_rows
 from moeify.kernels.cpu.packing import cached, may_pack
 from moeify.kernels.cpu.segments import WORTH_COMPILING
 from moeify.kernels.stacked import Activation, ClampedGlu, Glu, Plain, name_of, unsupported_activation
 from moeify.routing import Routing
 
 DTYPES = (torch.float32, torch.bfloat16)
-MAX_ROWS = 256
-"""Rows per expert from which on the products of torch and oneDNN are as fast as the kernel; measured on Zen 4."""
-MAX_ROWS_PACKED = 128
-"""The same if `pack` allows packed weights for oneDNN."""
-MAX_ROWS_AMX = 8
-"""The same in bf16 on processors with matrix tiles (AMX), which the kernel does not use; an estimate."""
-
 _TRANSPOSED = "it reads weights row by row, and these are transposed; moeify.kernels.cpu.packing.pack allows a copy"
 
 
@@ -153,18 +147,7 @@ def chosen(x: Tensor, routing: Routing, experts: Experts) -> bool:
         return experts.up.weight.numel() >= WORTH_COMPILING
     if (stacked := experts.stacked) is None or stacked.up.numel() < WORTH_COMPILING:
         return False
-    return routing.num_rows < _max_rows(x, experts) * experts.num_experts
-
-
-def _max_rows(x: Tensor, experts: Experts) -> int:
-    if x.dtype == torch.bfloat16 and _has_tiles():
-        return MAX_ROWS_AMX
-    return MAX_ROWS_PACKED if may_pack(experts) else MAX_ROWS
-
-
-@constant_result
-def _has_tiles() -> bool:
-    return torch.cpu._is_amx_tile_supported()
+    return routing.num_rows <= max_rows("nt", x.dtype, packs=may_pack(experts)) * experts.num_experts
 
 
 def step_experts(experts: Experts, width: int, dtype: torch.dtype) -> steps.Experts | None:

@@ -19,6 +19,7 @@ from moeify.context import Context
 from moeify.experts import FFN
 from moeify.kernels import explain
 from moeify.kernels.cpu import cpp
+from moeify.kernels.cpu.crossover import max_rows
 from moeify.routers import TopK
 from moeify.version import __version__
 
@@ -46,6 +47,7 @@ def describe_machine() -> None:
     facts.add_row(*threads.describe().split(": ", 1))
     facts.add_row("vector instructions", torch.backends.cpu.get_cpu_capability())
     facts.add_row("C++ kernel", escape(cpp.explain()))
+    facts.add_row("rows per expert for it", f"{_kernel_rows(torch.float32)}, {_kernel_rows(torch.bfloat16)}")
     facts.add_row("GPU", _gpu())
     for extra, packages in _EXTRAS.items():
         missing = [package for package in packages if importlib.util.find_spec(package) is None]
@@ -65,6 +67,10 @@ def describe_machine() -> None:
             refusals.add_row(device, name, escape(reason))
     console.print(kernels)
     console.print(refusals)
+
+
+def _kernel_rows(dtype: torch.dtype) -> str:
+    return f"{str(dtype).removeprefix('torch.')} up to {max_rows('nt', dtype)}"
 
 
 def _version(package: str) -> str:

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moeify.kernels.cpu import cpp, segments
-from moeify.kernels.cpu.cpp.products import max_rows, multiply_runs, multiply_runs_tn
+from moeify.kernels.cpu.cpp.products import multiply_runs, multiply_runs_tn
 from moeify.kernels.cpu.segments import blocks, multiply_rows, multiply_rows_tn
 from strategies import seeds
 
@@ -97,11 +97,6 @@ def test_the_kernel_is_taken_for_few_rows_of_large_stacks(more, monkeypatch):
         out.dtype,
     )
     near(sums[1], out[rows_each:].T.double() @ rows[rows_each:].double(), out.dtype)
-
-
-def test_fewer_rows_are_few_where_the_instructions_are_not_those_of_the_measurement(monkeypatch):
-    monkeypatch.setenv("MOEIFY_CPP", "portable")
-    assert max_rows("nt", torch.float32) == 8
 
 
 def test_without_a_kernel_few_rows_go_to_the_library(monkeypatch):

@@ -1,13 +1,12 @@
 """Matrix products on a CPU by the faster of two libraries: the BLAS that torch is built with, or oneDNN.
 
 In fp32 torch always calls its BLAS, which reaches half of the throughput of some processors; in bf16 and fp16 it calls
-oneDNN itself. Both compute with full precision. A measurement at first use selects one.
+oneDNN itself. Both compute with full precision. A measurement at first use on a processor selects one.
 """
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import cache
 
 import torch
@@ -16,6 +15,7 @@ from torch import Tensor
 
 from moeify import env
 from moeify.kernels.cpu.packing import cached
+from moeify.kernels.cpu.probes import remembered, shortest
 
 _SIZES = (1, 4, 32, 128)  # smallest dimensions of a product at which the libraries are compared
 _MARGIN = 1.1  # speed-up that oneDNN needs, so that two runs on one machine rarely select differently
@@ -58,10 +58,11 @@ def packed(weight: Float[Tensor, "E O D"], dtype: torch.dtype) -> Sequence[Tenso
     """The matrices of a stack in oneDNN's packed layout, twice as fast for few rows; a cached copy."""
     owner = weight if weight._base is None else weight._base
     made = f"onednn {dtype}, transposed: {not weight.is_contiguous()}"
-    return cached(owner, made, [weight], lambda: [_reorder(matrix.to(dtype)) for matrix in weight.detach()])
+    return cached(owner, made, [weight], lambda: [reorder(matrix.to(dtype)) for matrix in weight.detach()])
 
 
-def _reorder(matrix: Float[Tensor, "O D"]) -> Tensor:
+def reorder(matrix: Float[Tensor, "O D"]) -> Tensor:
+    """A copy of one matrix in oneDNN's packed layout, for `linear`."""
     return torch.ops.mkldnn._reorder_linear_weight(matrix.contiguous(), 16)
 
 
@@ -119,9 +120,8 @@ def is_compiled(rows: Tensor, size: int, **transposed: bool) -> bool:
 
 
 @cache
-@torch.inference_mode()
 def onednn_is_faster(size: int, left_transposed: bool, right_transposed: bool, threads: int) -> bool:
-    """Whether oneDNN is faster than the BLAS in fp32 on this machine, measured once per process in milliseconds.
+    """Whether oneDNN is faster than the BLAS in fp32 on this processor; measured once, in milliseconds.
 
     Args:
         size: the smallest dimension of the product: the rows of one expert.
@@ -129,23 +129,18 @@ def onednn_is_faster(size: int, left_transposed: bool, right_transposed: bool, t
         right_transposed: whether the right matrix is transposed.
         threads: threads of torch; results are cached per number of threads.
     """
+    order = f"{'K x M' if left_transposed else 'M x K'} by {'N x K' if right_transposed else 'K x N'}"
+    question = f"oneDNN beats the BLAS: {size} rows, {order} in memory, {threads} threads"
+    return remembered(question, lambda: _onednn_wins(size, left_transposed, right_transposed))
+
+
+def _onednn_wins(size: int, left_transposed: bool, right_transposed: bool) -> bool:
     m, k = (256, size) if left_transposed else (size, 256)
     left = torch.ones(k, m).t() if left_transposed else torch.ones(m, k)  # random values would change the RNG
     right = torch.ones(512, k).t() if right_transposed else torch.ones(k, 512)
     out = torch.empty(m, 512)
-    blas, onednn = _fastest(
+    blas, onednn = shortest(
         lambda: torch.mm(left, right, out=out),
         lambda: out.copy_(linear(left, right.t())),
     )
     return onednn * _MARGIN < blas
-
-
-def _fastest(*ways: Callable[[], object], rounds: int = 9) -> list[float]:
-    """The shortest time of each function, run alternately so that load affects all equally, after a warm-up."""
-    times: list[list[float]] = [[] for _ in ways]
-    for _ in range(rounds + 1):
-        for way, taken in zip(ways, times, strict=True):
-            start = time.perf_counter()
-            way()
-            taken.append(time.perf_counter() - start)
-    return [min(taken[1:]) for taken in times]

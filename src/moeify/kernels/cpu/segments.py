@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from moeify.kernels.cpu import cpp
-from moeify.kernels.cpu.cpp.products import Run, max_rows, multiply_runs, multiply_runs_tn
+from moeify.kernels.cpu.cpp.products import Run, multiply_runs, multiply_runs_tn
+from moeify.kernels.cpu.crossover import max_rows
 from moeify.kernels.cpu.onednn import is_compiled, linear, multiply, product, takes_onednn
 
 Matrices = Tensor | Sequence[Tensor]  # (E, O, D), or E packed matrices

@@ -10,30 +10,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from moeify.kernels.cpu.cpp.build import level, library
+from moeify.kernels.cpu.cpp.build import library
 
 Run = tuple[int, int, int]  # an expert, its first row, and the row after its last
 _LAYOUTS = ["nt", "nn", "tn"]
-_MAX_ROWS = {
-    ("avx512", torch.float32): (256, 256, 256),
-    ("avx512_bf16", torch.float32): (256, 256, 256),
-    ("avx512_bf16", torch.bfloat16): (256, 64, 96),
-}
-_MAX_ROWS_ELSEWHERE = (8, 8, 8)
-
-
-def max_rows(layout: str, dtype: torch.dtype) -> int:
-    """Rows per expert up to which this kernel is faster than the product of torch or oneDNN; measured on Zen 4.
-
-    For other processors it is an estimate, as for bf16 on processors with matrix tiles (AMX).
-
-    Args:
-        layout: "nt" for rows by transposed weights, "nn" for rows by weights, "tn" for sums of outer products.
-        dtype: dtype of the rows.
-    """
-    has_tiles = dtype == torch.bfloat16 and torch.cpu._is_amx_tile_supported()
-    limits = _MAX_ROWS_ELSEWHERE if has_tiles else _MAX_ROWS.get((level(), dtype), _MAX_ROWS_ELSEWHERE)
-    return limits[_LAYOUTS.index(layout)]
 
 
 class _Products(ctypes.Structure):

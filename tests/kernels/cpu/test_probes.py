@@ -1,0 +1,103 @@
+"""Measurements that select a kernel: taken once per processor, kept in the cache, and measured again when damaged."""
+
+import pytest
+import torch
+
+from moeify.files import read_json
+from moeify.kernels.cpu import cpp, crossover, probes
+from moeify.kernels.cpu.crossover import COUNTS, WITHOUT_CLOCK, last_win, max_rows
+from moeify.kernels.cpu.onednn import can_pack
+from moeify.kernels.cpu.probes import remembered
+
+LAYOUTS = [("nt", False), ("nt", True), ("nn", False), ("tn", False)]
+
+
+@pytest.fixture(autouse=True)
+def cache(monkeypatch, tmp_path):
+    cpp.why_not()  # compiles into the cache of all tests
+    monkeypatch.setenv("MOEIFY_CACHE", str(tmp_path / "cache"))
+    measured = crossover._measured
+    measured.cache_clear()
+    yield
+    measured.cache_clear()
+
+
+def test_a_later_process_does_not_measure_again():
+    assert remembered("how many?", lambda: 7) == 7
+    assert remembered("how many?", lambda: pytest.fail("measured again")) == 7
+    assert remembered("another?", lambda: True) is True
+    assert read_json(probes.file())["answers"] == {"another?": True, "how many?": 7}
+
+
+@pytest.mark.parametrize("change", ["processor", "instructions", "limit"])
+def test_a_home_folder_of_several_processors_has_an_answer_for_each(change, monkeypatch):
+    assert remembered("how many?", lambda: 7) == 7
+    if change == "processor":
+        monkeypatch.setattr(probes, "_processor", lambda: {"model name": "another"})
+    elif change == "instructions":
+        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "ANOTHER")
+    else:
+        monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "SSE41")
+    assert remembered("how many?", lambda: 8) == 8
+    assert len(list(probes.file().parent.glob("*.json"))) == 2
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"answers": 3}'])
+def test_a_damaged_file_is_measured_again_and_replaced(content):
+    probes.file().parent.mkdir(parents=True)
+    probes.file().write_text(content)
+    assert remembered("how many?", lambda: 7) == 7
+    assert read_json(probes.file())["answers"] == {"how many?": 7}
+
+
+def test_where_no_file_can_be_written_the_process_measures(monkeypatch, tmp_path):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("MOEIFY_CACHE", str(tmp_path / "file"))
+    assert remembered("how many?", lambda: 7) == 7
+    assert remembered("how many?", lambda: 8) == 8
+
+
+def test_the_kernel_is_used_up_to_where_it_is_first_behind():
+    assert last_win(lambda count: [1.0, 1.0]) == COUNTS[-1]
+    assert last_win(lambda count: [2.0, 1.0]) == 0
+    assert last_win(lambda count: [2.0 if count == 32 else 1.0, 1.0]) == 16
+
+
+@pytest.mark.parametrize(("layout", "packs"), LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_both_ways_of_a_comparison_compute_the_same(layout, packs, dtype):
+    if reason := cpp.why_not():
+        pytest.skip(reason)
+    written, *computed = crossover.ways(layout, dtype, packs and can_pack(dtype), 4)
+    for compute in computed:
+        written.fill_(float("nan"))
+        compute()
+        assert (written == (4 if layout == "tn" else 512 if layout == "nt" else 1024)).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_number_of_rows_is_measured_once_and_without_random_numbers(monkeypatch, dtype):
+    if reason := cpp.why_not():
+        pytest.skip(reason)
+    monkeypatch.setattr(crossover, "COUNTS", (2, 4))
+    before = torch.get_rng_state()
+    assert max_rows("nt", dtype) in (0, 2, 4)
+    assert torch.equal(torch.get_rng_state(), before)
+    monkeypatch.setattr(crossover, "last_win", lambda *_: pytest.fail("measured again"))
+    crossover._measured.cache_clear()
+    max_rows("nt", dtype)
+
+
+@pytest.mark.usefixtures("uninitialised_memory_is_nan")
+def test_where_results_must_repeat_no_clock_decides(monkeypatch):
+    if reason := cpp.why_not():
+        pytest.skip(reason)
+    monkeypatch.setattr(crossover, "_measured", lambda *_: pytest.fail("measured"))
+    assert max_rows("nt", torch.float32) == WITHOUT_CLOCK
+
+
+def test_without_a_kernel_no_rows_are_its_own(monkeypatch):
+    monkeypatch.setenv("MOEIFY_CPP", "0")
+    assert max_rows("nt", torch.float32) == 0
+    monkeypatch.setenv("MOEIFY_CPP", "1")
+    assert max_rows("nt", torch.float16) == 0
