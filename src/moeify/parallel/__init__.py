@@ -8,6 +8,7 @@ from moeify.experts.parallel import Parallel, spread
 from moeify.parallel.cluster import DEVICES, Cluster, Device, Link
 from moeify.parallel.cost import Cost, Step
 from moeify.parallel.distribute import CannotBeParallel, distribute, expert_plan
+from moeify.parallel.fixed import Fixed
 from moeify.parallel.grouped import ExpertWork, GroupedCost
 from moeify.parallel.layout import TARGETS, Layout, Target
 from moeify.parallel.measure import measure
@@ -20,8 +21,8 @@ from moeify.parallel.simulate import Simulation, simulate
 from moeify.parallel.workload import Workload
 
 __all__ = [
-    "DEVICES", "TARGETS", "CannotBeParallel", "Choice", "Cluster", "Cost", "Device", "ExpertWork", "GroupedCost",
-    "Layout", "Link", "ModelShape", "Move", "Parallel", "Placed", "Placement", "Plan", "Rebalancer", "Simulation",
+    "DEVICES", "TARGETS", "CannotBeParallel", "Choice", "Cluster", "Cost", "Device", "ExpertWork", "Fixed",
+    "GroupedCost", "Layout", "Link", "ModelShape", "Move", "Parallel", "Placed", "Placement", "Plan", "Rebalancer", "Simulation",
     "Step", "Target", "Workload", "clip_grad_norm_", "distribute", "expert_plan", "measure", "names_in_one_process",
     "permuted", "plan", "replicated", "shard", "simulate", "spread",
 ]  # fmt: skip

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from moeify.files import read_json, regular, write_json
+from moeify.parallel.fixed import Fixed
 from moeify.parallel.grouped import GroupedCost
 
 
@@ -32,6 +33,7 @@ class Device:
         attention: the same for scores and values.
         streaming: share of `bandwidth` that element-wise work reaches.
         experts: time of the products of experts.
+        fixed: what a micro-batch takes whatever its tokens.
     """
 
     name: str = "device"
@@ -42,6 +44,7 @@ class Device:
     attention: float = 0.6
     streaming: float = 0.8
     experts: GroupedCost = field(default_factory=GroupedCost)
+    fixed: Fixed = field(default_factory=Fixed)
 
     def __post_init__(self) -> None:
         _positive(self, "memory", "flops", "bandwidth", "products", "attention", "streaming")
@@ -160,7 +163,8 @@ class Cluster:
         experts = replace(self.device.experts, launch=launch, per_expert=per_expert, tile=tile)
         flops, bandwidth = self.device.flops * part, self.device.bandwidth * part
         intra, inter = (Link(bandwidth=x.bandwidth * part, latency=x.latency / part) for x in (self.intra, self.inter))
-        device = replace(self.device, flops=flops, bandwidth=bandwidth, experts=experts)
+        fixed = self.device.fixed.slowed(1 / part)
+        device = replace(self.device, flops=flops, bandwidth=bandwidth, experts=experts, fixed=fixed)
         return replace(self, device=device, intra=intra, inter=inter)
 
     def across(self, group: int, stride: int = 1) -> tuple[int, int]:
@@ -183,6 +187,8 @@ def _device(values: Any) -> Device:
     known = DEVICES.get(values.pop("like", ""))
     if "experts" in values:
         values["experts"] = _table(GroupedCost, "device.experts", values["experts"])
+    if "fixed" in values:
+        values["fixed"] = _table(Fixed, "device.fixed", values["fixed"])
     return _table(Device, "device", (vars(known) if known else {}) | values)
 
 

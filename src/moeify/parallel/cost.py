@@ -2,7 +2,7 @@
 
 A step of m micro-batches over p stages takes
 
-    sum of all stages + (m - 1) · slowest stage + shards gathered and reduced + optimizer
+    sum of all stages + (m - 1) · slowest stage + shards gathered and reduced + optimizer + fixed costs
 
 and in every sparse layer all ranks wait for the fullest one, forward and backward. Backward is twice forward.
 """
@@ -113,6 +113,7 @@ class Step:
         spent["messages"] = self._messages(layout)
         spent["weights"] = self._weights(layout, sum(spent[kind] for kind in COMPUTE))
         spent["optimizer"] = self._optimizer(layout)
+        spent["fixed"] = self._fixed(layout)
         tokens = layout.sequences * self.length
         return Cost(seconds=spent, bytes=self._bytes(layout), tokens=tokens, devices=layout.world)
 
@@ -218,6 +219,22 @@ class Step:
         added = layout.accumulation * owned * 2 * GRADIENT if self.target.shards_parameters else 0.0
         moved = owned * OPTIMIZER + added
         return moved / (self.cluster.device.bandwidth * self.cluster.device.streaming)
+
+    def _fixed(self, layout: Layout) -> float:
+        """Seconds of what a processor does for every micro-batch, unit and exchange, whatever their tokens."""
+        fixed, again = self.cluster.device.fixed, layout.recompute
+        blocks, sparse = max(self._stages(layout))
+        each = fixed.micro_batch + (3 + again) * blocks * fixed.block
+        gathers = 0.0
+        if layout.ep > 1:
+            each += 2 * (2 + again) * sparse * fixed.exchange
+        if layout.fsdp > 1 and self.target.shards_parameters:
+            each += 3 * (blocks + 1) * fixed.gather
+        elif layout.fsdp > 1:
+            gathers = 2 * (blocks + 1) * fixed.gather
+        if layout.dp > 1:
+            gathers += (blocks + 1) * fixed.gather
+        return layout.accumulation * each + gathers
 
     def _bytes(self, layout: Layout) -> dict[str, float]:
         shape, tokens = self.shape, self._tokens(layout)

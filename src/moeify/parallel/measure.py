@@ -12,6 +12,7 @@ from torch import Tensor
 
 from moeify.experts import FFN
 from moeify.parallel.cluster import Cluster, Device, Link
+from moeify.parallel.fixed import Fixed
 from moeify.parallel.grouped import ExpertWork, GroupedCost
 from moeify.ranks import all_reduce, several
 
@@ -25,7 +26,8 @@ def measure(
 
     Without a process group it is one device. Under `torchrun`, after `torch.distributed.init_process_group`, links are
     measured by all-to-alls inside each node and between the first ranks of all nodes. FLOP/s and bytes/s are those
-    that were reached, in bf16 on a GPU and in fp32 on a CPU, so that `products` and `streaming` are 1.
+    that were reached, in bf16 on a GPU and in fp32 on a CPU, so that `products` and `streaming` are 1. Fixed costs are
+    measured on a CPU; in front of a GPU, which computes while its host issues what follows, they are taken to be 0.
 
     Args:
         device: where to measure; by default the GPU of this rank, or the CPU.
@@ -51,6 +53,7 @@ def measure(
     here = Device(
         name=torch.cuda.get_device_name(where) if where.type == "cuda" else "cpu", memory=memory, flops=flops,
         bandwidth=bandwidth, products=1.0, attention=1.0, streaming=1.0, experts=experts,
+        fixed=Fixed() if where.type == "cuda" else Fixed.measure(clock),
     )  # fmt: skip
     per_node = int(os.environ.get("LOCAL_WORLD_SIZE", _ranks()))
     if _ranks() % per_node:

@@ -22,6 +22,7 @@ WALLS = {
     "network": ("exchange", "tensor", "weights", "messages"),
     "one hot expert": ("skew",),
     "waiting for stages": ("bubble",),
+    "fixed costs": ("fixed",),
 }
 """What can bind a step, and the kinds of time that it explains."""
 
