@@ -49,7 +49,7 @@ class Fixed:
 
     @classmethod
     def measure(cls, clock: Callable[[], float]) -> Fixed:
-        """The costs of a CPU, by steps of a small model with 8 tokens in this process, and under `shard` in all of them.
+        """The costs of a CPU, by steps of a small model with 8 tokens here, and under `shard` in all processes.
 
         All processes call it together, and get the same answer.
 
