@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor, distributed
 from torch.autograd.function import once_differentiable
 
@@ -37,3 +38,20 @@ def _exchange(rows: Tensor, receive: list[int], send: list[int], group: Any) -> 
     got = rows.new_empty(sum(receive), *rows.shape[1:])
     distributed.all_to_all_single(got, rows.contiguous(), receive, send, group=group)
     return got
+
+
+def by_slot(counts: Int[Tensor, "E"], slots: Int[Tensor, "E"]) -> tuple[Int[Tensor, "R"], Int[Tensor, "E"]]:
+    """The rows in the order of slots, each with an expert, and the rows of every slot; they were sorted by expert.
+
+    Args:
+        counts: rows of every expert.
+        slots: the expert in each slot.
+    """
+    first, per_slot = counts.cumsum(0) - counts, counts[slots]
+    shift = (first[slots] - (per_slot.cumsum(0) - per_slot)).repeat_interleave(per_slot)
+    return shift + torch.arange(len(shift), device=counts.device), per_slot
+
+
+def returned(outputs: Float[Tensor, "R O"], order: Int[Tensor, "R"]) -> Float[Tensor, "R O"]:
+    """Outputs of rows that were taken in an order, in the order that the rows had before."""
+    return torch.empty_like(outputs).index_copy(0, order, outputs)

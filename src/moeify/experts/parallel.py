@@ -14,7 +14,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from moeify.experts.base import Experts
-from moeify.experts.exchange import Exchange
+from moeify.experts.exchange import Exchange, by_slot, returned
 from moeify.experts.latent import Latent
 
 SHARE = 4
@@ -45,6 +45,8 @@ class Parallel(Experts):
     Attributes:
         experts: those of this process.
         stacks: of each tensor that was cut, by its name in `experts`: its first size before.
+        slots: the expert in each of all E slots, E / ranks consecutive ones in every process; None while they lie in
+            their order. `moeify.parallel.move_experts` changes it together with the weights.
 
     Raises:
         ValueError: experts that cannot be divided, or not evenly; a limit below 1.
@@ -68,6 +70,7 @@ class Parallel(Experts):
         whole = dict(_tensors(experts))
         cut = [name for name, tensor in _tensors(self.experts) if tensor.shape != whole[name].shape]
         self.stacks = {name: len(whole[name]) for name in cut}
+        self.slots: Int[Tensor, "E"] | None = None
 
     @property
     def costs(self) -> Float[Tensor, "E"]:
@@ -91,6 +94,13 @@ class Parallel(Experts):
         if self.ranks == 1:
             with self._local_weights():
                 return self.experts(rows, counts)
+        if self.slots is None:
+            return self._exchanged(rows, counts)
+        order, counts = by_slot(counts, self.slots.to(counts.device))
+        return returned(self._exchanged(rows[order], counts), order)
+
+    def _exchanged(self, rows: Float[Tensor, "R D"], counts: Int[Tensor, "slots"]) -> Float[Tensor, "R O"]:
+        """The outputs of rows sorted by slot."""
         table = counts.new_empty(self.ranks, self.num_experts)
         distributed.all_gather(list(table.unbind()), counts.contiguous(), group=self.group)
         plan = table.cpu().view(self.ranks, self.ranks, -1)  # (from, to, local expert): the layer's one synchronisation
@@ -123,7 +133,7 @@ class Parallel(Experts):
             expert = torch.arange(theirs.shape[1]).repeat(self.ranks).repeat_interleave(theirs.flatten())
             order = expert.argsort(stable=True).to(rows.device, non_blocking=True)
             y = self._compute(got[order], theirs)
-            y = torch.empty_like(y).index_copy(0, order, y)
+            y = returned(y, order)
         else:
             y = self._compute(got, theirs)
         return Exchange.apply(y, send, receive, self.group, 1 / self.ranks)
@@ -158,6 +168,9 @@ class Parallel(Experts):
     def extra_repr(self) -> str:
         """Which experts this process holds."""
         held = self.num_experts // self.ranks
+        if self.slots is not None:
+            here = self.slots[self.rank * held : (self.rank + 1) * held].tolist()
+            return f"experts {', '.join(map(str, here))} of {self.num_experts}"
         return f"experts {self.rank * held} to {(self.rank + 1) * held - 1} of {self.num_experts}"
 
 

@@ -19,8 +19,9 @@ from transformers.distributed.expert_parallel import AllToAllEP
 
 from moeify.context import Context
 from moeify.experts import Experts
-from moeify.experts.exchange import Exchange
+from moeify.experts.exchange import Exchange, by_slot, returned
 from moeify.hf.interface import rows_of_choices
+from moeify.hf.names import EXPERT_PARALLEL
 
 
 class RowsToExperts(AllToAllEP):
@@ -35,18 +36,20 @@ class RowsToExperts(AllToAllEP):
 
     Attributes:
         context: which tokens are real, for experts of transformers.
+        slots: the expert in each of all slots, as of `moeify.parallel.Parallel`.
     """
 
     def __init__(self, experts: nn.Module, ep_mesh: DeviceMesh, tp_mesh: DeviceMesh) -> None:
         super().__init__(experts, ep_mesh, tp_mesh)
         self.context: Context | None = None
+        self.slots: Int[Tensor, "E"] | None = None
         self.experts = experts
         held: Any = experts.num_experts
         self.num_local_experts, self.num_experts = held, int(held * ep_mesh.size())
         if isinstance(experts, Experts):
             experts.num_experts = self.num_experts
             experts.register_forward_pre_hook(_as_three)
-        setattr(experts, _KEY, self)
+        setattr(experts, EXPERT_PARALLEL, self)
 
     def __call__(
         self,
@@ -64,6 +67,13 @@ class RowsToExperts(AllToAllEP):
 
     def _exchanged(self, rows: Float[Tensor, "R D"], counts: Int[Tensor, "E"]) -> Float[Tensor, "R O"]:
         """The outputs of rows sorted by expert, in the same order."""
+        if self.slots is None:
+            return self._by_slot(rows, counts)
+        order, counts = by_slot(counts, self.slots.to(counts.device))
+        return returned(self._by_slot(rows[order], counts), order)
+
+    def _by_slot(self, rows: Float[Tensor, "R D"], counts: Int[Tensor, "slots"]) -> Float[Tensor, "R O"]:
+        """The outputs of rows sorted by slot, in the same order."""
         if self.tp_mesh.size() == 1:
             return self._of_rank(rows, counts)
         total, part = len(rows), -(-len(rows) // self.tp_mesh.size())
@@ -101,20 +111,18 @@ class RowsToExperts(AllToAllEP):
         if isinstance(self.experts, Experts):
             order = expert.argsort(stable=True)
             first = self.ep_mesh.get_local_rank() * self.num_local_experts
-            with _local_buffers(self.experts, self.num_experts, first):
+            here = slice(first, first + self.num_local_experts)
+            with _local_buffers(self.experts, self.num_experts, here if self.slots is None else self.slots[here]):
                 sorted_outputs = self.experts_forward(rows[order], counts)
-            outputs = torch.empty_like(sorted_outputs).index_copy(0, order, sorted_outputs)
+            outputs = returned(sorted_outputs, order)
         else:
             outputs = self.experts_forward(rows, expert.unsqueeze(-1), rows.new_ones(len(rows), 1))
         return outputs[:0] if none else outputs
 
 
-_KEY = "_moeify_expert_parallel"
-
-
 def implementation_of(experts: nn.Module) -> RowsToExperts | None:
     """How the experts of a module get their rows, None where they are not parallel, or not by moeify."""
-    return getattr(experts, _KEY, None)
+    return getattr(experts, EXPERT_PARALLEL, None)
 
 
 def _as_three(module: nn.Module, args: tuple) -> tuple:
@@ -123,15 +131,14 @@ def _as_three(module: nn.Module, args: tuple) -> tuple:
 
 
 @contextmanager
-def _local_buffers(experts: nn.Module, num_experts: int, first: int) -> Generator[None]:
+def _local_buffers(experts: nn.Module, num_experts: int, here: slice | Int[Tensor, "local"]) -> Generator[None]:
     """Give experts the part of their buffers (E, ...) that belongs to those of this rank."""
     whole = {
         name: buffer
         for name, buffer in experts._buffers.items()
         if buffer is not None and buffer.dim() > 0 and len(buffer) == num_experts
     }
-    local = len(next(iter(experts.parameters(recurse=False))))
-    experts._buffers.update({name: buffer[first : first + local] for name, buffer in whole.items()})
+    experts._buffers.update({name: buffer[here] for name, buffer in whole.items()})
     try:
         yield
     finally:

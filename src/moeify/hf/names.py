@@ -12,6 +12,9 @@ EXPERT_GROUPS = ("num_group", "topk_group")
 FLAT_WEIGHTS = ("w1", "v1", "w2")
 """Expert weights that DBRX stacks in two dimensions, (E · H, D)."""
 
+EXPERT_PARALLEL = "_moeify_expert_parallel"
+"""The attribute of experts that `DistributedConfig` divided, which holds what sends their rows."""
+
 
 def number(owner: object, names: tuple[str, ...]) -> int | float | None:
     """The first of the attributes that is a number, None if none is."""

@@ -12,9 +12,11 @@ from moeify.parallel.fixed import Fixed
 from moeify.parallel.grouped import ExpertWork, GroupedCost
 from moeify.parallel.layout import TARGETS, Layout, Target
 from moeify.parallel.measure import measure
+from moeify.parallel.moving import move_experts
 from moeify.parallel.place import Placement, permuted, replicated
 from moeify.parallel.plan import Choice, Plan, plan
 from moeify.parallel.rebalance import Move, Placed, Rebalancer
+from moeify.parallel.rebalancing import Rebalancing
 from moeify.parallel.shape import ModelShape
 from moeify.parallel.shard import clip_grad_norm_, names_in_one_process, shard
 from moeify.parallel.simulate import Simulation, simulate
@@ -22,7 +24,7 @@ from moeify.parallel.workload import Workload
 
 __all__ = [
     "DEVICES", "TARGETS", "CannotBeParallel", "Choice", "Cluster", "Cost", "Device", "ExpertWork", "Fixed",
-    "GroupedCost", "Layout", "Link", "ModelShape", "Move", "Parallel", "Placed", "Placement", "Plan", "Rebalancer", "Simulation",
-    "Step", "Target", "Workload", "clip_grad_norm_", "distribute", "expert_plan", "measure", "names_in_one_process",
-    "permuted", "plan", "replicated", "shard", "simulate", "spread",
+    "GroupedCost", "Layout", "Link", "ModelShape", "Move", "Parallel", "Placed", "Placement", "Plan", "Rebalancer",
+    "Rebalancing", "Simulation", "Step", "Target", "Workload", "clip_grad_norm_", "distribute", "expert_plan",
+    "measure", "move_experts", "names_in_one_process", "permuted", "plan", "replicated", "shard", "simulate", "spread",
 ]  # fmt: skip

@@ -15,6 +15,7 @@ from moeify.train.esft import lora_experts, train_experts
 from moeify.train.finetune import FineTuning, finetune
 from moeify.train.freeze import Trainable, freeze, trainable, unfreeze
 from moeify.train.loss import StepLoss
+from moeify.train.rebalance_callback import Rebalance
 from moeify.train.relevance import Relevance, average_gate, expert_relevance, selection_ratio
 from moeify.train.routing_callback import RoutingCallback
 from moeify.train.super_classes import confusion, super_classes
@@ -22,7 +23,7 @@ from moeify.train.trainer import SparseTrainer, SparseTrainerMixin
 
 __all__ = [
     "AdaptExperts", "BalanceCallback", "BalanceHook", "ExpertDropout", "ExpertTokens", "FineTuning", "KSchedule",
-    "ProgressLine", "Relevance", "RoutingCallback", "SaveOnSignal", "SparseArguments", "SparseTrainer",
+    "ProgressLine", "Rebalance", "Relevance", "RoutingCallback", "SaveOnSignal", "SparseArguments", "SparseTrainer",
     "SparseTrainerMixin", "StepLoss", "Trainable", "average_gate", "balance_hook", "calibrate_all_experts",
     "confusion", "dense_router_gradient", "expert_relevance", "finetune", "freeze", "join_experts", "keep_decisions",
     "load_sharded", "lora_experts", "newest_checkpoint", "save_sharded", "selection_ratio", "super_classes",

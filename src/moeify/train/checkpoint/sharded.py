@@ -14,10 +14,12 @@ from torch.nn.parallel import DistributedDataParallel
 from moeify import ranks
 from moeify.balance import Control
 from moeify.files import read_json, read_tensors, write_tensors
+from moeify.parallel.moving import in_order
+from moeify.parallel.shard import names_in_one_process
 from moeify.train.balance_hook import BalanceHook
 from moeify.train.checkpoint import state
 from moeify.train.checkpoint.folder import checkpoints, fault, newest, recover, rotate, step_of
-from moeify.train.checkpoint.shards import MODEL, OPTIMIZER, writable
+from moeify.train.checkpoint.shards import MODEL, OPTIMIZER, is_sharded, writable
 from moeify.train.checkpoint.together import group_of_checkpoints, warn_of_shared_store, write_together
 
 NUMBERS = "trainer_state.json"
@@ -156,8 +158,12 @@ def parts_of(
     model: nn.Module, optimizer: Mapping[str, Tensor] | None, *, group: Any = None, copy: bool = False
 ) -> dict[str, dict[str, Tensor]]:
     """What each rank writes of a model, and of an optimizer's tensors if there is one; see `writable`."""
-    buffers = {name for name, _ in model.named_buffers()}
-    parts = {MODEL: writable(state.model_tensors(model), may_differ=buffers, copy=copy, group=group)}
+    plain = names_in_one_process(model)
+    buffers = {plain[name] for name, _ in model.named_buffers()}
+    weights = state.model_tensors(model)
+    if is_sharded(model):
+        weights, optimizer = in_order(model, weights), None if optimizer is None else in_order(model, optimizer)
+    parts = {MODEL: writable(weights, may_differ=buffers, copy=copy, group=group)}
     if optimizer is not None:
         parts[OPTIMIZER] = writable(optimizer, copy=copy, group=group)
     return parts

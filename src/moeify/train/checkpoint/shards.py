@@ -16,11 +16,12 @@ from typing import Any
 import torch
 from jaxtyping import Shaped
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor.placement_types import _StridedShard
 
 from moeify import ranks
 from moeify.notices import notify
+from moeify.parallel.held import held
 
 MODEL, OPTIMIZER = "model", "optimizer"
 """The folders of a checkpoint that hold shards."""
@@ -51,27 +52,12 @@ def boxes(tensor: Tensor) -> list[Box]:
 
 
 def _runs(tensor: DTensor, dim: int) -> list[tuple[int, int, int]]:
-    """Runs of consecutive indices of a dimension that lie here: the first one here, the first one in the whole, length.
-
-    The placements shard a vector of all indices as they shard the dimension, whatever their kind.
-    """
-    placements = [_of_vector(placement, dim) for placement in tensor.placements]
-    if all(placement.is_replicate() for placement in placements):
+    """Runs of consecutive indices of a dimension that lie here: first one here, first one in the whole, length."""
+    if all(placement.is_replicate() or getattr(placement, "dim", dim) != dim for placement in tensor.placements):
         return [(0, 0, tensor.shape[dim])]
-    indices = torch.arange(tensor.shape[dim], device=tensor.device_mesh.device_type)
-    held = distribute_tensor(indices, tensor.device_mesh, placements, src_data_rank=None).to_local().tolist()
-    starts = [i for i in range(len(held)) if not i or held[i] != held[i - 1] + 1]
-    return [(i, held[i], j - i) for i, j in itertools.pairwise([*starts, len(held)])]
-
-
-def _of_vector(placement: Any, dim: int) -> Any:
-    if isinstance(placement, _StridedShard) and placement.dim == dim:
-        return _StridedShard(0, split_factor=placement.split_factor)
-    if isinstance(placement, Shard) and placement.dim == dim:
-        return Shard(0)
-    if placement.is_partial():
-        raise TypeError("a tensor whose value is a sum over ranks (Partial) cannot be saved; redistribute it first")
-    return Replicate()
+    here = held(tensor, dim)
+    starts = [i for i in range(len(here)) if not i or here[i] != here[i - 1] + 1]
+    return [(i, here[i], j - i) for i, j in itertools.pairwise([*starts, len(here)])]
 
 
 def writable(

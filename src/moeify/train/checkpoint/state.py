@@ -14,6 +14,8 @@ from moeify import files
 from moeify.balance import Control, SparsityTarget
 from moeify.files import read_json, read_tensors, write_tensors
 from moeify.origin import Origin
+from moeify.parallel.moving import to_slots
+from moeify.parallel.shard import names_in_one_process
 from moeify.store import load_weights, save
 from moeify.store.reading import Weights
 from moeify.store.weights import persistent, refuse_unlike, ties_of, ties_to_stored, write_weights
@@ -52,8 +54,24 @@ def save_weights(model: nn.Module, folder: Path) -> None:
 
 def model_tensors(model: nn.Module) -> dict[str, Tensor]:
     """The parameters and persistent buffers of a model by name, sharded or not; tied ones once."""
-    own = persistent(model)
+    own = named_tensors(model)
     return {name: own[name] for name in own.keys() - ties_of(own).keys()}
+
+
+def named_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """The parameters and persistent buffers by the names that they have in one process, tied ones under all names."""
+    plain = names_in_one_process(model)
+    return {plain.get(name, name): tensor for name, tensor in persistent(model).items()}
+
+
+def _named_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    plain = names_in_one_process(model)
+    return {plain[name]: parameter for name, parameter in model.named_parameters()}
+
+
+def _names(model: nn.Module) -> dict[int, str]:
+    """The names of parameters in one process, by their identity."""
+    return {id(parameter): name for name, parameter in _named_parameters(model).items()}
 
 
 def load_model(model: nn.Module, folder: Path) -> None:
@@ -83,7 +101,7 @@ def fitting(model: nn.Module, folder: Path) -> Stored:
             f"{folder} holds the adapters of a model that was not sharded, and this one is: resume it without FSDP, or "
             "begin anew from the adapters"
         )
-    stored, own = Stored.of_model(folder), persistent(model)
+    stored, own = Stored.of_model(folder), named_tensors(model)
     shapes = {name: stored.shape(name) for name in stored.pieces}
     refuse_unlike(Weights(folder, shapes, stored.dtypes, {}, {}), model, own, ties_to_stored(own, shapes))
     cast = [
@@ -98,11 +116,14 @@ def fitting(model: nn.Module, folder: Path) -> Stored:
 
 def assign(model: nn.Module, stored: Stored) -> None:
     """Fill what this rank holds of the tensors of a model, by name and index, with weights that are `fitting`."""
-    own = persistent(model)
+    own = named_tensors(model)
     for name in stored.pieces:
         if not isinstance(own[name], nn.Parameter):  # a controller may have made it fp32
             own[name].data = own[name].data.to(stored.dtypes[name])
-    stored.read_into({name: own[name] for name in stored.pieces})
+    filled = {name: own[name] for name in stored.pieces}
+    stored.read_into(filled)
+    if is_sharded(model):
+        to_slots(model, filled)
 
 
 def save_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, folder: Path) -> None:
@@ -123,7 +144,7 @@ def optimizer_state(optimizer: torch.optim.Optimizer, model: nn.Module) -> tuple
     Raises:
         TypeError: a state that is sharded otherwise than its parameter.
     """
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    names = _names(model)
     tensors: dict[str, Tensor] = {}
     numbers: dict[str, dict[str, Any]] = {}
     for parameter, state in optimizer.state.items():
@@ -151,7 +172,7 @@ def refuse_frozen(model: nn.Module, folder: Path) -> None:
     file = folder / f"{OPTIMIZER}.json"
     if not file.is_file():
         return
-    frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+    frozen = {name for name, parameter in _named_parameters(model).items() if not parameter.requires_grad}
     if any(name in frozen for group in read_json(file)["groups"] for name in group["params"]):
         raise ValueError(_OTHER_PARAMETERS.format(folder))
 
@@ -163,9 +184,11 @@ def load_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, folder: P
         ValueError: the optimizer holds other parameters than when it was saved, or groups some whose settings differ.
     """
     saved, stored, order, groups = _fitting(optimizer, model, folder)
-    own = dict(model.named_parameters())
+    own = _named_parameters(model)
     tensors = {key: _room(own[key.rpartition("|")[0]], stored, key) for key in stored.pieces}
     stored.read_into(tensors)
+    if is_sharded(model):
+        to_slots(model, tensors)
     state: dict[str, dict[str, Any]] = saved["state"]
     for key, tensor in tensors.items():
         name, _, kind = key.rpartition("|")
@@ -184,7 +207,7 @@ def _fitting(
 ) -> tuple[dict[str, Any], Stored, list[str], list[dict[str, Any]]]:
     """The saved numbers, the saved tensors, the order of parameters, and the groups that an optimizer is to have."""
     saved = read_json(folder / f"{OPTIMIZER}.json")
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    names = _names(model)
     settings = {name: group for group in saved["groups"] for name in group["params"]}
     order = [names[id(p)] for group in optimizer.param_groups for p in group["params"]]
     stored = Stored.of_optimizer(folder)
@@ -213,7 +236,7 @@ def load_scheduler(scheduler: Any, optimizer: torch.optim.Optimizer, model: nn.M
     """Read the state of a scheduler back, whose rates are those of the optimizer's groups; groups may be others now."""
     saved = read_json(folder / SCHEDULER)
     group_of = {n: i for i, g in enumerate(read_json(folder / f"{OPTIMIZER}.json")["groups"]) for n in g["params"]}
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    names = _names(model)
     first = [next((group_of[names[id(p)]] for p in group["params"]), 0) for group in optimizer.param_groups]
     scheduler.load_state_dict(_regrouped(saved, first))
 
