@@ -48,7 +48,7 @@ def wait_at_most(timeout: float) -> None:
 
 def _limit(timeout: float) -> timedelta:
     if timeout <= 0:
-        raise ValueError(f"ranks cannot wait for timeout={timeout} seconds; choose a positive number")
+        raise ValueError(f"processes cannot wait for timeout={timeout} seconds; choose a positive number")
     return timedelta(seconds=timeout)
 
 
@@ -164,11 +164,11 @@ def failing_together(device: torch.device | str = "cpu") -> Generator[None]:
     flags = torch.tensor([float(nonfinite), float(raised is not None and not nonfinite)], device=device)
     ranks_nonfinite, ranks_failed = all_reduce(flags).tolist()
     if ranks_failed and (raised is None or nonfinite):
-        raise RuntimeError("another rank raised an error, which it prints; this one stops too") from raised
+        raise RuntimeError("another process raised an error, which it prints; this one stops too") from raised
     if raised is not None:
         raise raised
     if ranks_nonfinite:
-        raise OnAnotherRank("another rank met a value")
+        raise OnAnotherRank("another process met a value")
 
 
 @contextmanager

@@ -201,7 +201,7 @@ def unshared(rank, ranks, folder):
 
 def test_experts_that_each_rank_holds_for_itself_are_not_lost_without_a_word(ranks, tmp_path):
     for (said, _), bias in ranks(2, unshared, tmp_path):
-        assert said.startswith("layers.1.experts.up differ between ranks and are not sharded")
+        assert said.startswith("layers.1.experts.up differ between processes and are not sharded")
         assert bias == [0, 0, 0, 0]
 
 

@@ -103,7 +103,7 @@ def test_experts_of_different_kinds_are_refused_with_a_way_out(ranks):
 
 def test_experts_that_ranks_cannot_share_evenly_are_refused():
     model = sparsify(causal_lm("llama"), Recipe(num_experts=4), verbose=False)
-    with pytest.raises(CannotBeParallel, match=r"model.layers.0.mlp has 4 experts, which 3 ranks cannot share evenly"):
+    with pytest.raises(CannotBeParallel, match=r"model.layers.0.mlp has 4 experts, which 3 processes cannot share"):
         expert_plan(model, 3)
 
 
@@ -115,7 +115,7 @@ def test_ranks_with_different_weights_are_refused(ranks):
 
 def test_an_expert_parameter_that_the_plan_forgot_is_named(ranks):
     for text in ranks(2, equal.forgotten):
-        assert "down_proj of the experts of model.layers.0.mlp lies whole on every rank" in text
+        assert "down_proj of the experts of model.layers.0.mlp lies whole on every process" in text
 
 
 def test_a_placed_layer_knows_the_number_of_all_experts(ranks):

@@ -66,7 +66,7 @@ def test_a_nan_on_one_rank_stops_all_before_the_same_step(ranks, one, tmp_path, 
     assert untouched
     assert also
     if kind == "activation":
-        assert other.startswith("a value of another rank, which names it, is not finite in step 3")
+        assert other.startswith("a value of another process, which names it, is not finite in step 3")
         assert struck.startswith("the output of model.layers.0.self_attn is not finite in step 3")
     else:
         assert other.startswith("the gradient of ")

@@ -34,7 +34,7 @@ def test_a_nan_on_one_rank_stops_all_before_the_same_step(tmp_path, kind):
     other, struck = on_ranks(2, stopped, tmp_path, kind)
     assert "is not finite in step 3" in other
     assert "is not finite in step 3" in struck
-    assert (kind == "activation") == other.startswith("another rank met a value")
+    assert (kind == "activation") == other.startswith("another process met a value")
     assert all(f"weights, which are saved in {tmp_path / 'checkpoint-2'}." in each for each in (other, struck))
     assert (tmp_path / "checkpoint-2" / "MANIFEST.json").is_file()
 

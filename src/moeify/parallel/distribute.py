@@ -56,7 +56,7 @@ def distribute(model: Model, config: DistributedConfig | dict[str, Any]) -> Mode
     from transformers.distributed import DistributedConfig
 
     if find_spec("transformers.distributed.expert_parallel") is None:
-        raise ImportError(f"transformers {__version__} cannot exchange tokens between ranks; install 5.23 or newer")
+        raise ImportError(f"transformers {__version__} cannot exchange tokens between processes; install 5.23 or newer")
     if not isinstance(model, PreTrainedModel):
         raise ValueError(
             f"{type(model).__name__} is not a model of transformers, whose engine this is; shard it with FSDP2 "
@@ -98,8 +98,8 @@ def expert_plan(model: nn.Module, ep_size: int = 1) -> dict[str, str]:
     for layer in sparse_layers(model).values():
         if layer.num_experts % ep_size:
             raise CannotBeParallel(
-                f"{layer.name} has {layer.num_experts} experts, which {ep_size} ranks cannot share evenly; choose an "
-                f"ep_size that divides {layer.num_experts}"
+                f"{layer.name} has {layer.num_experts} experts, which {ep_size} processes cannot share evenly; choose "
+                f"an ep_size that divides {layer.num_experts}"
             )
         if isinstance(layer, MoELayer):
             for name, experts in _stacks(layer):
@@ -131,7 +131,7 @@ def _not_parallel(layer: MoELayer) -> str | None:
     if is_wrapper(experts):
         return f"{type(experts).__name__} is around them; put it on dense layers only, or on the model before sparsify"
     if isinstance(experts, Sequences):
-        return "they are whole modules that read sequences, and ranks exchange rows"
+        return "they are whole modules that read sequences, and processes exchange rows"
     if isinstance(layer.router, Arrow):
         return "Arrow reads the weights of all experts to route"
     if kinds := next((part for part in experts.modules() if isinstance(part, Blocks)), None):
@@ -146,9 +146,7 @@ def _not_parallel(layer: MoELayer) -> str | None:
             return f"{kind} holds {_shown(own)}, which are not one slice for each of {layer.num_experts} experts"
         inside = [name for child in part.children() for name, _ in child.named_parameters()]
         if own and inside:
-            return (
-                f"{kind} holds parameters beside those of modules inside it ({inside[0]}), which ranks would not share"
-            )
+            return f"{kind} holds parameters beside those of modules inside it ({inside[0]}), not shared by processes"
         stacks += bool(own)
     return (
         None if stacks else f"{type(experts).__name__} does not stack them in parameters, they are modules of their own"
@@ -196,8 +194,8 @@ def require_sharded(layers: dict[str, SparseLayer]) -> None:
         for key, p in layer.experts.named_parameters():
             if id(p) not in common and not (isinstance(p, DTensor) and "ep" in (p.device_mesh.mesh_dim_names or ())):
                 raise RuntimeError(
-                    f"{key} of the experts of {name} lies whole on every rank although ep_size is above 1: no rule of "
-                    f"the ep_plan names it; add one, or {INSTEAD}"
+                    f"{key} of the experts of {name} lies whole on every process although ep_size is above 1: no rule "
+                    f"of the ep_plan names it; add one, or {INSTEAD}"
                 )
 
 
@@ -227,7 +225,7 @@ def _require_same_weights(model: nn.Module) -> None:
         names = [name for name, _ in model.named_parameters()]
         where = names[int(different.int().argmax())] if different.any() else "some parameters"
         raise ValueError(
-            f"ranks hold different models: {where} is not the same on all of them; seed every rank alike before "
+            f"processes hold different models: {where} is not the same on all of them; seed every process alike before "
             "the model is made (transformers.set_seed), or load it from one folder"
         )
 

@@ -132,7 +132,7 @@ class Megatron(Target):
         """Its replicas are its data-parallel ranks, over which it shards its optimizer."""
         if layout.dp > 1:
             return (
-                "Megatron's distributed optimizer shards over all data-parallel ranks: dp is 1 and fsdp is their number"
+                "Megatron's distributed optimizer shards over all data-parallel processes: dp is 1, fsdp their number"
             )
         if layout.pp > layout.accumulation:
             return f"{layout.accumulation} micro-batches do not fill {layout.pp} stages"

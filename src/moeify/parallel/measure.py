@@ -57,7 +57,7 @@ def measure(
     )  # fmt: skip
     per_node = int(os.environ.get("LOCAL_WORLD_SIZE", _ranks()))
     if _ranks() % per_node:
-        raise ValueError(f"{_ranks()} ranks are not equally many on nodes of {per_node}; start as many on each")
+        raise ValueError(f"{_ranks()} processes are not equally many on nodes of {per_node}; start as many on each")
     intra, inter = _links(where, per_node, Link(bandwidth=bandwidth, latency=1e-6), clock)
     return Cluster(nodes=_ranks() // per_node, devices_per_node=per_node, device=here, intra=intra, inter=inter)
 

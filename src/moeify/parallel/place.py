@@ -25,7 +25,7 @@ class Placement:
 
     def __post_init__(self) -> None:
         if self.experts.shape[-1] % self.ranks:
-            raise ValueError(f"{self.experts.shape[-1]} slots cannot be shared equally by {self.ranks} ranks")
+            raise ValueError(f"{self.experts.shape[-1]} slots cannot be shared equally by {self.ranks} processes")
         if (self.replicas == 0).any():
             raise ValueError("an expert has no slot; there are as many slots as experts, or more")
 
@@ -125,8 +125,8 @@ def replicated(counts: Num[Tensor, "L E"], slots: int, ranks: int, *, nodes: int
         nodes = groups = 1
     if slots % ranks or ranks % nodes or num_experts % groups or slots < num_experts:
         raise ValueError(
-            f"{slots} slots, {ranks} ranks, {nodes} nodes, {groups} groups and {num_experts} experts do not fit: slots "
-            "are a multiple of ranks and at least the experts, ranks a multiple of nodes, experts of groups"
+            f"{slots} slots, {ranks} processes, {nodes} nodes, {groups} groups and {num_experts} experts do not fit: "
+            "slots are a multiple of processes and at least the experts, processes one of nodes, experts one of groups"
         )
     counts, per_node = counts.float(), num_experts // nodes
     order = _packed(counts.unflatten(1, (groups, -1)).sum(-1), nodes)  # groups, node by node

@@ -138,7 +138,7 @@ class SaveOnSignal(TrainerCallback):
         """Print how to resume."""
         self.restore()
         if self.stopped and state.is_world_process_zero:
-            name = "another rank's signal" if self.received is None else signal.Signals(self.received).name
+            name = "another process's signal" if self.received is None else signal.Signals(self.received).name
             kept = (Path(str(args.output_dir)) / f"checkpoint-{state.global_step}").is_dir()
             saved = f"saved in {args.output_dir}" if kept else "which could not be saved: earlier checkpoints are kept"
             notify(

@@ -43,7 +43,7 @@ def find_nonfinite(model: nn.Module, batches: Iterable[Mapping[str, Any]], *, sh
 
     def of_any_rank(found: str | None) -> str | None:
         if sharded and anywhere(found is not None, device) and found is None:
-            return "a value of another rank, which names it,"
+            return "a value of another process, which names it,"
         return found
 
     device = next(model.parameters()).device

@@ -145,7 +145,7 @@ def seal(folder: Path, known: Mapping[str, dict[str, Any]] | None = None, **more
         if path.is_file():
             files[name] = known.get(name) or fingerprint(path)
     if absent := sorted(known.keys() - files.keys()):
-        raise OSError(f"{absent[0]} was written by another rank and is not in {folder}; save where all ranks see it")
+        raise OSError(f"{absent[0]} was written by another process and is not in {folder}; save where all see it")
     write_text(folder / MANIFEST, json.dumps({"format": 1, "files": files} | more, indent=1))
 
 

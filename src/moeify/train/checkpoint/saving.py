@@ -209,7 +209,7 @@ class Saving(_Trainer):
             except FileNotFoundError as error:
                 failure = error
         if ranks.broadcast(choice) < 0:
-            raise failure or FileNotFoundError(f"the first rank found no checkpoint in {folder} that can be trusted")
+            raise failure or FileNotFoundError(f"the first process found no checkpoint in {folder} that can be trusted")
         return folder / f"checkpoint-{int(choice)}"
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:

@@ -83,14 +83,14 @@ def writable(
     differing = sorted(name for name in set().union(*sums) if len({of_rank.get(name) for of_rank in sums}) > 1)
     if wrong := [name for name in differing if name not in may_differ]:
         raise ValueError(
-            f"{', '.join(wrong[:3])}{f' and {len(wrong) - 3} more' if len(wrong) > 3 else ''} differ between ranks and "
-            "are not sharded: ranks have drifted apart, or each holds experts of its own as plain tensors; "
-            "shard those by torch.distributed.tensor.distribute_tensor, so that each rank's part has its place"
+            f"{', '.join(wrong[:3])}{f' and {len(wrong) - 3} more' if len(wrong) > 3 else ''} differ between processes "
+            "and are not sharded: processes have drifted apart, or each holds experts of its own as plain tensors; "
+            "shard those by torch.distributed.tensor.distribute_tensor, so that each process's part has its place"
         )
     first = ranks.rank() == 0
     if differing and first:
         notify(
-            f"moeify: {', '.join(differing[:3])} differ between ranks, and the checkpoint holds those of the first rank"
+            f"moeify: {', '.join(differing[:3])} differ between processes, and the checkpoint holds those of the first"
         )
     spread = {name for names, _ in told for name in names}
     kept = {name: tensor for name, tensor in tensors.items() if first or name not in differing}

@@ -130,6 +130,6 @@ def warn_of_shared_store() -> None:
     restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS") or 0)
     if restarts and ranks.rank() == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         notify(
-            f"moeify: torchrun may restart ranks {restarts} times, and they may then wait for dead ones; call it with "
-            "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in its environment and --standalone or --rdzv-backend c10d"
+            f"moeify: torchrun may restart processes {restarts} times, and they may then wait for dead ones; call it "
+            "with TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in its environment and --standalone or --rdzv-backend c10d"
         )
