@@ -55,10 +55,13 @@ def whole(tensor):
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
-def difference(rank, ranks, name, sizes):
+def difference(rank, ranks, name, sizes, limit=None):
     """Case: how far the loss is from that of one process, and the worst gradient, relative to its norm."""
     warnings.simplefilter("ignore")
     one, placed = build(name), distribute(build(name), sizes)
+    if limit is not None:
+        for sender in _senders(placed):
+            sender.limit = limit
     replicas = sizes.get("tp_size", 1)
     shares = ranks // replicas
     parts = [{key: value.chunk(shares)[i] for key, value in batch(one, shares).items()} for i in range(shares)]
@@ -71,6 +74,24 @@ def difference(rank, ranks, name, sizes):
     wanted = {key: p.grad for key, p in one.named_parameters()}
     worst = {key: _relative(p.grad, wanted[key]) for key, p in placed.named_parameters()}
     return abs(total.item() / ranks / expected.item() - 1), max(worst.values()), max(worst, key=worst.__getitem__)
+
+
+def _senders(model):
+    from moeify.hf.expert_parallel import implementation_of
+
+    return [sender for module in model.modules() if (sender := implementation_of(module)) is not None]
+
+
+def most_rows(rank, ranks, name, sizes, limit):
+    """Case: what `difference` returns, and the most rows that this rank computes at once."""
+    from moeify.hf.expert_parallel import RowsToExperts
+
+    seen, local = [], RowsToExperts._local
+    RowsToExperts._local = lambda self, rows, *rest: (seen.append(len(rows)), local(self, rows, *rest))[1]
+    try:
+        return *difference(rank, ranks, name, sizes, limit)[:2], max(seen)
+    finally:
+        RowsToExperts._local = local
 
 
 def _relative(found, wanted):

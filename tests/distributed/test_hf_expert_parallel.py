@@ -94,6 +94,16 @@ def test_padding_is_not_sent(ranks, name):
         assert sent == [2 * tokens] * 2  # K rows per token, in each of two layers
 
 
+@pytest.mark.parametrize(("name", "limit"), [("llama", 6), ("mixtral", 6), ("llama", None)])
+def test_a_rank_never_computes_more_rows_than_its_limit_and_gradients_stay(ranks, name, limit):
+    found = ranks(2, equal.most_rows, name, EXPERTS, limit)
+    for loss, gradient, _ in found:
+        assert loss < 1e-6
+        assert gradient < 1e-5
+    most = max(rows for *_, rows in found)
+    assert most > 20 if limit is None else most <= limit
+
+
 def test_experts_of_different_kinds_are_refused_with_a_way_out(ranks):
     for kind, text in ranks(2, equal.refused, "moepp", EXPERTS):
         assert kind == "CannotBeParallel"

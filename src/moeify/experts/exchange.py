@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, distributed
 from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
+
+SHARE = 4
+"""The most rows that a process receives at once, in units of what it received if all experts had equally many."""
+
+Plan = Int[Tensor, "ranks ranks held"]
+"""How many rows every process sends to every other, by the expert there; on the host."""
 
 
 class Exchange(torch.autograd.Function):
@@ -55,3 +63,43 @@ def by_slot(counts: Int[Tensor, "E"], slots: Int[Tensor, "E"]) -> tuple[Int[Tens
 def returned(outputs: Float[Tensor, "R O"], order: Int[Tensor, "R"]) -> Float[Tensor, "R O"]:
     """Outputs of rows that were taken in an order, in the order that the rows had before."""
     return torch.empty_like(outputs).index_copy(0, order, outputs)
+
+
+def planned(counts: Int[Tensor, "slots"], ranks: int, group: Any) -> Plan:
+    """The plan of a layer from the rows that this process sends; the layer's one synchronisation with the host."""
+    table = counts.new_empty(ranks, len(counts))
+    distributed.all_gather(list(table.unbind()), counts.contiguous(), group=group)
+    return table.cpu().view(ranks, ranks, -1)
+
+
+def in_rounds(
+    rows: Float[Tensor, "R D"], plan: Plan, rank: int, limit: int | None, one: Callable[[Tensor, Plan], Tensor]
+) -> Float[Tensor, "R O"]:
+    """Exchange and compute at once if no process then receives more rows than a limit, else in several rounds.
+
+    The backward pass computes every one of several rounds again, so memory is that of one.
+
+    Args:
+        rows: of this process, sorted by slot.
+        plan: of all processes.
+        rank: of this process in the plan.
+        limit: rows that a process may receive at once; by default `SHARE` times what it received if all experts had
+            equally many. A process that sends to another sends at least one row.
+        one: computes one round.
+    """
+    sent = plan.sum(-1)
+    limit = limit or SHARE * -(-int(plan.sum()) // len(plan))
+    if int(sent.sum(0).max()) <= limit:
+        return one(rows, plan)
+    each = max(1, limit // len(plan))
+    end = plan.cumsum(-1)
+    parts: list[list[Tensor]] = [[] for _ in plan]
+    mine = rows.split(sent[rank].tolist())
+    for first in range(0, int(sent.max()), each):
+        now = end.clamp(max=first + each) - (end - plan).clamp(min=first)  # what lies in [first, first + each)
+        now = now.clamp(min=0)
+        chosen = torch.cat([part[first : first + each] for part in mine])
+        y = checkpoint(one, chosen, now, use_reentrant=False) if torch.is_grad_enabled() else one(chosen, now)
+        for to, part in enumerate(y.split(now[rank].sum(-1).tolist())):
+            parts[to].append(part)
+    return torch.cat([part for to in parts for part in to])

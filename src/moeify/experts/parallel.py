@@ -11,14 +11,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, distributed, nn
 from torch.autograd.function import once_differentiable
-from torch.utils.checkpoint import checkpoint
 
 from moeify.experts.base import Experts
-from moeify.experts.exchange import Exchange, by_slot, returned
+from moeify.experts.exchange import Exchange, by_slot, in_rounds, planned, returned
 from moeify.experts.latent import Latent
-
-SHARE = 4
-"""The most rows that a process receives at once, in units of what it received if all experts had equally many."""
 
 
 class Parallel(Experts):
@@ -101,28 +97,8 @@ class Parallel(Experts):
 
     def _exchanged(self, rows: Float[Tensor, "R D"], counts: Int[Tensor, "slots"]) -> Float[Tensor, "R O"]:
         """The outputs of rows sorted by slot."""
-        table = counts.new_empty(self.ranks, self.num_experts)
-        distributed.all_gather(list(table.unbind()), counts.contiguous(), group=self.group)
-        plan = table.cpu().view(self.ranks, self.ranks, -1)  # (from, to, local expert): the layer's one synchronisation
-        sent = plan.sum(-1)
-        limit = self.limit or SHARE * -(-int(plan.sum()) // self.ranks)
-        if int(sent.sum(0).max()) <= limit:
-            return self._round(rows, plan)
-        each = max(1, limit // self.ranks)
-        end = plan.cumsum(-1)
-        parts: list[list[Tensor]] = [[] for _ in range(self.ranks)]
-        mine = rows.split(sent[self.rank].tolist())
-        for first in range(0, int(sent.max()), each):
-            now = end.clamp(max=first + each) - (end - plan).clamp(min=first)  # what lies in [first, first + each)
-            now = now.clamp(min=0)
-            chosen = torch.cat([part[first : first + each] for part in mine])
-            if torch.is_grad_enabled():
-                y = checkpoint(self._round, chosen, now, use_reentrant=False)
-            else:
-                y = self._round(chosen, now)
-            for to, part in enumerate(y.split(now[self.rank].sum(-1).tolist())):
-                parts[to].append(part)
-        return torch.cat([part for to in parts for part in to])
+        plan = planned(counts, self.ranks, self.group)
+        return in_rounds(rows, plan, self.rank, self.limit, self._round)
 
     def _round(self, rows: Float[Tensor, "r D"], plan: Int[Tensor, "ranks ranks held"]) -> Float[Tensor, "r O"]:
         """Exchange rows, compute those that arrived, and exchange their outputs."""

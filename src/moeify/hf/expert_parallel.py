@@ -10,7 +10,6 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -19,7 +18,7 @@ from transformers.distributed.expert_parallel import AllToAllEP
 
 from moeify.context import Context
 from moeify.experts import Experts
-from moeify.experts.exchange import Exchange, by_slot, returned
+from moeify.experts.exchange import Exchange, Plan, by_slot, in_rounds, planned, returned
 from moeify.hf.interface import rows_of_choices
 from moeify.hf.names import EXPERT_PARALLEL
 
@@ -37,12 +36,14 @@ class RowsToExperts(AllToAllEP):
     Attributes:
         context: which tokens are real, for experts of transformers.
         slots: the expert in each of all slots, as of `moeify.parallel.Parallel`.
+        limit: rows that a rank may receive at once, as of `moeify.parallel.Parallel`; None for 4 times its share.
     """
 
     def __init__(self, experts: nn.Module, ep_mesh: DeviceMesh, tp_mesh: DeviceMesh) -> None:
         super().__init__(experts, ep_mesh, tp_mesh)
         self.context: Context | None = None
         self.slots: Int[Tensor, "E"] | None = None
+        self.limit: int | None = None
         self.experts = experts
         held: Any = experts.num_experts
         self.num_local_experts, self.num_experts = held, int(held * ep_mesh.size())
@@ -90,15 +91,20 @@ class RowsToExperts(AllToAllEP):
 
     def _of_rank(self, rows: Float[Tensor, "R D"], counts: Int[Tensor, "E"]) -> Float[Tensor, "R O"]:
         """The outputs of rows that this rank alone sends."""
-        group, ranks = self.ep_mesh.get_group(), self.ep_mesh.size()
-        sent = counts.view(ranks, self.num_local_experts)
-        theirs = torch.empty_like(sent)
-        dist.all_to_all_single(theirs, sent.contiguous(), group=group)
-        send, receive = torch.stack([sent.sum(1), theirs.sum(1)]).tolist()  # the layer's one synchronisation
+        plan = planned(counts, self.ep_mesh.size(), self.ep_mesh.get_group())
+        return in_rounds(rows, plan, self.ep_mesh.get_local_rank(), self.limit, self._round)
+
+    def _round(self, rows: Float[Tensor, "r D"], plan: Plan) -> Float[Tensor, "r O"]:
+        """Exchange rows, compute those that arrived, and exchange their outputs."""
+        rank, group = self.ep_mesh.get_local_rank(), self.ep_mesh.get_group()
+        theirs = plan[:, rank]
+        send, receive = plan[rank].sum(-1).tolist(), theirs.sum(-1).tolist()
         got = Exchange.apply(rows, receive, send, group)
-        expert = torch.arange(self.num_local_experts, device=rows.device).repeat(ranks)
-        expert = expert.repeat_interleave(theirs.flatten(), output_size=sum(receive))
-        return Exchange.apply(self._local(got, expert, theirs.sum(0)), send, receive, group)  # pyrefly: ignore
+        expert = torch.arange(self.num_local_experts).repeat(len(plan)).repeat_interleave(theirs.flatten())
+        expert, per_expert = (t.to(rows.device, non_blocking=True) for t in (expert, theirs.sum(0)))
+        with _local_parameters(self.experts):  # the backward pass repeats a round outside of transformers' forward
+            outputs = self._local(got, expert, per_expert)
+        return Exchange.apply(outputs, send, receive, group)  # pyrefly: ignore
 
     def _local(
         self, rows: Float[Tensor, "R D"], expert: Int[Tensor, "R"], counts: Int[Tensor, "local"]
@@ -128,6 +134,18 @@ def implementation_of(experts: nn.Module) -> RowsToExperts | None:
 def _as_three(module: nn.Module, args: tuple) -> tuple:
     """Experts of moeify are called with two arguments, and what transformers puts into them takes three."""
     return (*args, None) if len(args) == 2 else args
+
+
+@contextmanager
+def _local_parameters(experts: nn.Module) -> Generator[None]:
+    """Let experts see the local parts of parameters that are still distributed."""
+    whole = {name: p for name, p in experts._parameters.items() if isinstance(p, DTensor)}
+    local: Any = {name: p.to_local() for name, p in whole.items()}
+    experts._parameters.update(local)
+    try:
+        yield
+    finally:
+        experts._parameters.update(whole)
 
 
 @contextmanager
