@@ -5,9 +5,19 @@ import os
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from moeify import files
-from moeify.files import open_tensors, read_json, read_tensors, replacing, write_json, write_tensors, write_text
+from moeify.files import (
+    open_tensors,
+    read_json,
+    read_tensors,
+    replacing,
+    share_tensors,
+    write_json,
+    write_tensors,
+    write_text,
+)
 
 TENSORS = {"b": torch.randn(2, 3), "a": torch.arange(4)}
 
@@ -127,3 +137,11 @@ def test_tensors_are_readable_by_those_who_can_read_other_files(tmp_path):
     write_text(tmp_path / "text", "")
     write_tensors(tmp_path / "tensors", {"a": torch.zeros(1)})
     assert (tmp_path / "tensors").stat().st_mode == (tmp_path / "text").stat().st_mode
+
+
+def test_tensors_that_others_wrote_are_shared_too(tmp_path):
+    write_text(tmp_path / "text", "")
+    save_file({"a": torch.zeros(1)}, tmp_path / "a.safetensors")
+    share_tensors(tmp_path)
+    assert len({file.stat().st_mode for file in tmp_path.iterdir()}) == 1
+    assert len([*tmp_path.iterdir()]) == 2

@@ -172,6 +172,20 @@ def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], header: Mappi
         new.chmod(permissions)
 
 
+def share_tensors(folder: str | Path) -> None:
+    """Give the safetensors files in a folder the permissions of a new file.
+
+    safetensors 0.8 writes files that only their owner reads, whatever the umask.
+    """
+    new = Path(folder) / f".{uuid.uuid4().hex[:12]}.tmp"
+    new.touch()
+    permissions = new.stat().st_mode
+    new.unlink()
+    for file in Path(folder).glob("*.safetensors"):
+        if file.stat().st_mode != permissions:
+            file.chmod(permissions)
+
+
 @contextmanager
 def replacing(path: str | Path) -> Generator[Path]:
     """Give a path beside a file to write to; what was written takes the file's place once it is on disk.

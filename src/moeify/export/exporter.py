@@ -16,7 +16,7 @@ from torch import nn
 
 from moeify.export.model_spec import Unsupported
 from moeify.export.probe import Probe
-from moeify.files import read_json, write_json
+from moeify.files import read_json, share_tensors, write_json
 from moeify.registry import suggest
 from moeify.version import __version__
 
@@ -192,7 +192,7 @@ def write(
         verification = exporter.verify(new, probe)
         record = {"moeify": __version__, "to": to, "notes": notes, "verification": str(verification)}
         write_json(new / RECORD, {**record, "probe": probe.to_dict()}, indent=None)
-        _share(new)
+        share_tensors(new)
     return Export(folder, notes, verification)
 
 
@@ -222,10 +222,3 @@ def _aside(folder: Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(new, ignore_errors=True)
         raise
-
-
-def _share(folder: Path) -> None:
-    """Give every file the permissions of a new one; safetensors 0.8 writes files that only their owner reads."""
-    permissions = (folder / RECORD).stat().st_mode
-    for file in folder.iterdir():
-        file.chmod(permissions)

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moeify.files import HASHES
+from moeify.files import HASHES, share_tensors
 from moeify.moe import MoE
 from moeify.origin import Origin
 from moeify.sparsify.plan import Plan, find
@@ -59,6 +59,7 @@ class SparseModel(Sparse):
         model.config.sites, model.config.ties = Origin.of(model).sites, dict(model.all_tied_weights_keys)
         (Path(save_directory) / HASHES).unlink(missing_ok=True)
         super().save_pretrained(save_directory, *args, **kwargs)  # pyrefly: ignore[missing-attribute]
+        share_tensors(save_directory)
         write_modelling_file(save_directory, architecture, is_plain=model.config.sparse_layers is not None)
 
     @classmethod

@@ -69,6 +69,18 @@ def test_peft_opens_the_checkpoint_over_the_same_base(tmp_path, build):
     assert torch.equal(logits(PeftModel.from_pretrained(build(), tmp_path / "final")), logits(run.model))
     assert not list(tmp_path.rglob("*.bin"))
     assert not list(tmp_path.rglob("*.pt"))
+    assert readable_as_new(tmp_path)
+
+
+def readable_as_new(folder):
+    """Whether every file has the permissions of a new one."""
+    (folder / "new").touch()
+    return len({file.stat().st_mode for file in folder.rglob("*") if file.is_file()}) == 1
+
+
+def test_a_finished_model_without_adapters_can_be_read_as_a_new_file(tmp_path):
+    train(tmp_path, hf_model(), 1).save_model(tmp_path / "final")
+    assert readable_as_new(tmp_path)
 
 
 @pytest.mark.parametrize("build", [ours, hf_model])

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moeify.files import read_tensors, write_tensors
+from moeify.files import read_tensors, share_tensors, write_tensors
 from moeify.store.dtypes import fits
 
 WEIGHTS = "adapter_model.safetensors"
@@ -28,10 +28,17 @@ def saves_adapters(model: nn.Module) -> bool:
 
 def save_adapters(model: Any, folder: Path) -> None:
     """Write the adapters, and all other tensors of the model that training changes."""
-    model.save_pretrained(folder)
+    write_adapters(model, folder)
     inside = {tensor.data_ptr() for name in _folders(model, folder) for tensor in _adapter(model, name).values()}
     others = {name: tensor for name, tensor in _trained(model).items() if tensor.data_ptr() not in inside}
     write_tensors(folder / OTHERS, others)
+
+
+def write_adapters(model: Any, folder: Path) -> None:
+    """Write the adapters as PEFT does, for all who may read a new file."""
+    model.save_pretrained(folder)
+    for place in _folders(model, folder).values():
+        share_tensors(place)
 
 
 def load_adapters(model: Any, folder: Path) -> None:

@@ -13,13 +13,13 @@ from torch import nn
 from transformers.trainer_callback import ExportableState
 
 from moeify import ranks
-from moeify.files import read_json, read_tensors, write_tensors
+from moeify.files import read_json, read_tensors, share_tensors, write_tensors
 from moeify.folders import RUN_LOCK, locked, replacing_files
 from moeify.notices import notify
 from moeify.origin import Origin
 from moeify.store import save
 from moeify.train.checkpoint import state
-from moeify.train.checkpoint.adapters import saves_adapters
+from moeify.train.checkpoint.adapters import saves_adapters, write_adapters
 from moeify.train.checkpoint.folder import (
     checkpoints,
     fault,
@@ -253,10 +253,13 @@ class Saving(_Trainer):
         if saves_adapters(self.model):
             if self.args.should_save:
                 with replacing_files(Path(self.args.output_dir if output_dir is None else output_dir)) as stage:
-                    self.model.save_pretrained(stage.new)
-            return None
+                    write_adapters(self.model, stage.new)
+            return
         if Origin.of(self.model).recipe is None:
-            return super()._save(output_dir, state_dict)
+            super()._save(output_dir, state_dict)
+            if self.args.should_save:
+                share_tensors(self.args.output_dir if output_dir is None else output_dir)
+            return
         sharded = is_sharded(self.model)
         if sharded or self.args.should_save:
             folder = Path(self.args.output_dir if output_dir is None else output_dir)
@@ -264,7 +267,6 @@ class Saving(_Trainer):
                 save(self.model, folder)
             if self.processing_class is not None and self.args.should_save:
                 self.processing_class.save_pretrained(folder)
-        return None
 
     def _refuse_sharded(self) -> None:
         plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
