@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from contextlib import contextmanager
 
@@ -69,6 +70,29 @@ def test_one_file_at_a_time_is_mapped_to_open_a_model(tmp_path, monkeypatch):
     stream(tmp_path)
     assert len(most) > 4
     assert max(most) == 1
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no such limit")
+def test_more_files_than_a_process_may_open_are_read(tmp_path):
+    import resource
+
+    ours, theirs = sparsify(causal_lm("llama", num_hidden_layers=16), Recipe(num_experts=4), verbose=False), build(
+        "mixtral", num_hidden_layers=16
+    )
+    moeify.save(ours.eval(), tmp_path / "ours", max_shard_size="4KB")
+    theirs.save_pretrained(tmp_path / "theirs", max_shard_size="5KB")
+    most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    now = len(os.listdir("/dev/fd"))
+    assert min(len([*(tmp_path / name).glob("*.safetensors")]) for name in ("ours", "theirs")) > 64
+    resource.setrlimit(resource.RLIMIT_NOFILE, (now + 32, most[1]))
+    try:
+        loaded, *streamed = moeify.load(tmp_path / "ours"), stream(tmp_path / "ours"), stream(tmp_path / "theirs")
+        for model, same in zip((ours, theirs), streamed, strict=True):
+            with torch.no_grad():
+                assert torch.allclose(*(m(**inputs(model)).logits[:, -1] for m in (same, model)), atol=1e-5)
+        assert torch.equal(loaded(**inputs(ours)).logits, ours(**inputs(ours)).logits)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, most)
 
 
 def test_only_experts_that_a_token_is_sent_to_are_read(tmp_path, read):
