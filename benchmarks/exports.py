@@ -8,8 +8,9 @@ rows of a combination replace earlier ones. Programs that are not installed are 
     python benchmarks/exports.py --to transformers gguf mlx
     python benchmarks/exports.py --to torch onnx openvino --recipe mixtral switch
 
-Weights are drawn so large that every part of a model shows in its logits. Graphs are traced from the model itself, so
-one family of language models stands for all, and models of images have a row of their own (`vit`).
+Weights are drawn so large that every part of a model shows in its logits. Graphs are traced from the model itself, of
+two layers with at most eight experts, so one family of language models stands for all, and models of images have a row
+of their own (`vit`).
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import subprocess
 import tempfile
 import warnings
 from collections.abc import Iterator
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -29,7 +31,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from moeify import export, sparsify
+from moeify import Recipe, export, sparsify
 from moeify.export.compatibility import tiny_model
 from moeify.export.families import DENSE
 from moeify.export.graph import check_program
@@ -49,9 +51,8 @@ def models(recipe: str, base: str, to: str) -> Iterator[tuple[str, nn.Module]]:
     """The tiny model with its capacity, if it has one, and without: what is written in the column `kind` for each."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model = (
-            _of_images(recipe) if base == "vit" else tiny_model(recipes[recipe], base, layers=2 if to in GRAPHS else 4)
-        )
+        made = _with_few_experts(recipes[recipe]) if to in GRAPHS else recipes[recipe]
+        model = _of_images(made) if base == "vit" else tiny_model(made, base, layers=2 if to in GRAPHS else 4)
         _widen(model)
     yield "", model
     limits = [part for part in model.modules() if isinstance(part, Capacity)]
@@ -61,12 +62,22 @@ def models(recipe: str, base: str, to: str) -> Iterator[tuple[str, nn.Module]]:
         yield "capacity off, ", model
 
 
-def _of_images(recipe: str) -> nn.Module:
+def _with_few_experts(recipe: Recipe) -> Recipe:
+    """The recipe with at most 8 experts where it can have so few, since a graph has operators for each of them."""
+    few = replace(recipe, num_experts=min(8, recipe.num_experts))
+    try:
+        tiny_model(few, "llama", layers=2)
+    except ValueError:  # its experts or groups are of another number
+        return recipe
+    return few
+
+
+def _of_images(recipe: Recipe) -> nn.Module:
     from transformers import ViTConfig, ViTForImageClassification
 
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
     config = ViTConfig(**sizes, image_size=32, patch_size=8, num_labels=10)
-    return sparsify(ViTForImageClassification(config), recipes[recipe], verbose=False).eval()
+    return sparsify(ViTForImageClassification(config), recipe, verbose=False).eval()
 
 
 @torch.no_grad()
