@@ -76,8 +76,9 @@ def test_one_file_at_a_time_is_mapped_to_open_a_model(tmp_path, monkeypatch):
 def test_more_files_than_a_process_may_open_are_read(tmp_path):
     import resource
 
-    ours, theirs = sparsify(causal_lm("llama", num_hidden_layers=16), Recipe(num_experts=4), verbose=False), build(
-        "mixtral", num_hidden_layers=16
+    ours, theirs = (
+        sparsify(causal_lm("llama", num_hidden_layers=16), Recipe(num_experts=4), verbose=False),
+        build("mixtral", num_hidden_layers=16),
     )
     moeify.save(ours.eval(), tmp_path / "ours", max_shard_size="4KB")
     theirs.save_pretrained(tmp_path / "theirs", max_shard_size="5KB")

@@ -210,7 +210,7 @@ def test_an_opened_model_is_saved_and_described_as_the_one_that_sparsify_made(tm
         assert path.read_bytes() == (tmp_path / "again" / path.name).read_bytes(), path.name
     assert_same(copy.deepcopy(again), model)
     again.save_pretrained(tmp_path / "saved")
-    assert len({path.stat().st_mode for path in (tmp_path / "saved").iterdir()}) == 1  # others may read the weights, too
+    assert len({path.stat().st_mode for path in (tmp_path / "saved").iterdir()}) == 1  # others may read them
     assert_same(load(tmp_path / "saved"), model)
 
 
