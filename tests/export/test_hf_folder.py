@@ -48,6 +48,8 @@ EXACT, ROUNDED = 0.0, 1e-5
         ("ernie4_5", router(scale=2.0, selection_bias=True, where=every(2)), "Ernie4.5-MoE", 1, EXACT),
         ("stablelm", "phi", "PhiMoE", 0, EXACT),
         ("deepseek_v3", "deepseek", "DeepSeek-V3", 0, ROUNDED),
+        ("deepseek_v3", "deepseek_v2", "DeepSeek-V2", 0, ROUNDED),
+        ("deepseek_v3", router(normalize=False, shared=dense, scale=2.0), "DeepSeek-V2", 0, ROUNDED),
     ],
 )
 def test_a_sparse_model_is_a_class_of_transformers(base, recipe, title, rewrites, at_most, tmp_path):
@@ -174,6 +176,7 @@ GROUPS = ExpertGroups(count=2, keep=1, reduce="max")
         ("llama", "stmoe", "drops rows beyond a capacity"),
         ("llama", "phatgoose", "sparse layer model.layers.0.self_attn.q_proj replaces a single linear layer"),
         ("llama", router(per="sequence"), "decides once per sequence"),
+        ("llama", "deepseek_v2", "groups"),
         ("llama", router(bias=True), "projection of its router has a bias"),
         ("llama", router(expert_groups=GROUPS), "Mixtral, groups"),
         ("llama", router(score=torch.exp), "the score function exp"),

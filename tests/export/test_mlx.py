@@ -32,6 +32,17 @@ def test_mlx_gives_the_same_logits(base, recipe, title, tmp_path):
     assert done.verification.difference < 1e-4
 
 
+YARN = {"rope_type": "yarn", "rope_theta": 50.0, "factor": 4.0, "original_max_position_embeddings": 16,
+        "mscale": 1.0, "mscale_all_dim": 0.7}  # fmt: skip
+
+
+def test_mlx_has_deepseek_v2_with_yarn_only(tmp_path):
+    done = export.write(sparse("deepseek_v3", "deepseek_v2", rope_parameters=YARN), tmp_path / "out", "mlx")
+    assert done.notes == ["DeepSeek-V2 (DeepseekV2ForCausalLM)"]
+    assert done.verification.difference < 1e-4
+    assert "no class of mlx-lm" in export.find_exporter("mlx").supports(sparse("deepseek_v3", "deepseek_v2"))
+
+
 def test_a_base_of_positions_that_mlx_does_not_find_is_found_by_the_comparison(tmp_path):
     export.write(sparse(), tmp_path / "out", "mlx")
     config = json.loads((tmp_path / "out" / "config.json").read_text())

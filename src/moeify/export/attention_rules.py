@@ -92,21 +92,31 @@ class AttentionScale:
 
 @dataclass(frozen=True)
 class Latent:
-    """Multi-head latent attention: its ranks and widths (DeepSeek-V2 and V3)."""
+    """Multi-head latent attention: its ranks and widths (DeepSeek-V2 and V3).
 
-    fields: tuple[str, ...] = (
-        "q_lora_rank", "kv_lora_rank", "qk_rope_head_dim", "v_head_dim", "qk_nope_head_dim", "rope_interleave",
-    )  # fmt: skip
+    Attributes:
+        interleaved: whether the class rotates neighbours in any case, and has no field for it.
+    """
+
+    interleaved: bool = False
+
+    @property
+    def fields(self) -> tuple[str, ...]:
+        """The fields."""
+        sizes = ("q_lora_rank", "kv_lora_rank", "qk_rope_head_dim", "v_head_dim", "qk_nope_head_dim")
+        return sizes if self.interleaved else (*sizes, "rope_interleave")
 
     def read(self, config: Any) -> dict[str, Any]:
         """All of them."""
-        return {name: getattr(config, name) for name in self.fields}
+        return {"rope_interleave": True} | {name: getattr(config, name) for name in self.fields}
 
     def write(self, value: dict[str, Any] | None, traits: Traits) -> dict[str, Any]:
         """All of them."""
         if value is None:
             raise Unsupported("its attention is latent (MLA), the model's is not")
-        return dict(value)
+        if self.interleaved and not value["rope_interleave"]:
+            raise Unsupported("its rotary embeddings pair neighbours, the model's halves (rope_interleave=False)")
+        return {name: value[name] for name in self.fields}
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,16 @@ from types import MappingProxyType
 from typing import Any
 
 from moeify.export.attention_rules import AttentionScale, HeadDim, HeadNorm, Latent, OneWindow, Rope, Windows
-from moeify.export.layer_rules import AllSparse, DenseFirst, DenseListed, EveryFew, Groups, SharedCount, SharedWidth
+from moeify.export.layer_rules import (
+    AllSparse,
+    DenseFirst,
+    DenseListed,
+    EveryFew,
+    GreedyGroups,
+    Groups,
+    SharedCount,
+    SharedWidth,
+)
 from moeify.export.rules import Always, Field, Rule
 
 DECODER: Mapping[str, Rule] = MappingProxyType({
@@ -210,6 +219,12 @@ SPARSE: Mapping[str, Family] = MappingProxyType({family.model_type: family for f
        without_effect=("moe_norm_min",)),
     Family("deepseek_v3", "DeepSeek-V3", {**_DEEPSEEK, **_DEEPSEEK_EXPERTS}, SHARED_EXPERTS,
            without_effect=("pretraining_tp",), settings={"num_mtp_layers": 0}),
+    Family("deepseek_v2", "DeepSeek-V2", {
+        **_BIASES, "latent": Latent(interleaved=True), **_DEEPSEEK_EXPERTS, "ffn_bias": Field("mlp_bias"),
+        "score": Always("softmax"), "normalize": Always(False), "selection_bias": Always(False),
+        "groups": GreedyGroups(),
+    }, {part: name for part, name in SHARED_EXPERTS.items() if part != "selection_bias"},
+       without_effect=("pretraining_tp", "norm_topk_prob")),
     Family("minimax_m2", "MiniMax-M2", {
         "query_key_norm": Always("width"), "score": Always("sigmoid"), "selection_bias": Always(True),
     }, MIXTRAL | {"selection_bias": "mlp.e_score_correction_bias"}),

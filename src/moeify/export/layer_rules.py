@@ -117,6 +117,28 @@ class Groups:
 
 
 @dataclass(frozen=True)
+class GreedyGroups:
+    """Group-limited routing that a field switches on, with groups scored by their best expert (DeepSeek-V2)."""
+
+    groups: Groups = Groups("max")
+    method: str = "topk_method"
+
+    @property
+    def fields(self) -> tuple[str, ...]:
+        """The fields."""
+        return (*self.groups.fields, self.method)
+
+    def read(self, config: Any) -> tuple[int, int, str] | None:
+        """As of `Groups`; None where the method is another."""
+        return self.groups.read(config) if getattr(config, self.method) == "group_limited_greedy" else None
+
+    def write(self, value: tuple[int, int, str] | None, traits: Traits) -> dict[str, Any]:
+        """Both numbers and the method."""
+        method = "greedy" if value is None else "group_limited_greedy"
+        return self.groups.write(value, traits) | {self.method: method}
+
+
+@dataclass(frozen=True)
 class SharedWidth:
     """A field holds the width of the shared expert.
 

@@ -10,16 +10,31 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from moeify.export.attention_rules import Rope
 from moeify.export.exporter import Exporter, Verification
 from moeify.export.families import SPARSE, Family
 from moeify.export.hf_folder import HfFolder, write_hf_folder
 from moeify.export.layer_rules import AllSparse, SharedWidth, SomeShared
 from moeify.export.match import Match, best_match
+from moeify.export.model_spec import Unsupported
 from moeify.export.probe import Probe
 from moeify.export.read import spec_of
-from moeify.export.rules import Always, Rule
+from moeify.export.rules import Always, Rule, Traits
 
 _ROUNDING = 1e-4
+
+
+@dataclass(frozen=True)
+class Yarn(Rope):
+    """Rotary positions with YaRN, the only ones that mlx-lm's DeepSeek-V2 reads."""
+
+    def write(self, value: dict[str, Any], traits: Traits) -> dict[str, Any]:
+        """All parameters."""
+        if value["rope_type"] != "yarn":
+            raise Unsupported(f"mlx-lm's class reads rope scaling 'yarn' only, the model has {value['rope_type']!r}")
+        return super().write(value, traits)
+
+
 _OTHERWISE: Mapping[str, Mapping[str, Rule]] = {
     "qwen2_moe": {
         "qkv_bias": Always(True),
@@ -29,6 +44,7 @@ _OTHERWISE: Mapping[str, Mapping[str, Rule]] = {
         "tied": Always(False),
     },
     "glm4_moe": {"tied": Always(False)},
+    "deepseek_v2": {"tied": Always(False), "rope": Yarn()},
     "deepseek_v3": {"tied": Always(False)},
     **{name: {} for name in ("mixtral", "qwen3_moe", "olmoe", "dots1")},
 }
