@@ -89,3 +89,35 @@ def test_the_demo_says_where_time_is_too_noisy_to_tell(is_clear, tmp_path, monke
         (row,) = csv.DictReader(lines)
     assert (row["clock"], row["step_ratio"], row["clear"]) == ("CPU", "1.000", str(is_clear))
     monkeypatch.delitem(sys.modules, "results", raising=False)
+
+
+@pytest.fixture
+def plots(monkeypatch):
+    monkeypatch.syspath_prepend(str(CLAIMS))
+    from common import plots
+
+    return plots
+
+
+def test_every_claim_with_a_design_that_was_run_shows_its_plot(plots):
+    page = (CLAIMS.parent / "docs/claims.md").read_text("utf-8")
+    assert len(plots.PLOTS) >= 6
+    for claim in plots.PLOTS:
+        assert f"](images/claims/{claim}.svg)" in page
+        assert (plots.IMAGES / f"{claim}.svg").is_file()
+    designed = {path.stem for path in SCRIPTS if "claims/designs.md" in path.read_text("utf-8")}
+    assert {claim for claim in designed if (CLAIMS / "results" / f"{claim}.csv").is_file()} == plots.PLOTS.keys()
+
+
+@pytest.mark.parametrize(("claim", "arms"), [("zero_computation", ["MoE++"]), ("z_loss", ["z 0.001", "z 0.01"])])
+def test_a_plot_shows_every_arm_and_the_unit(claim, arms, plots, tmp_path):
+    drawn = plots.draw(claim, plots.PLOTS[claim], tmp_path).read_text("utf-8")
+    for text in (*arms, plots.PLOTS[claim].unit):
+        assert text in drawn
+
+
+def test_a_plot_is_of_the_arms_and_rows_that_it_names(plots):
+    plot = plots.Plot(value="loss", unit="nats", arm="z", against="0.0", arms=["0.01"], where=(("rate", "0.004"),))
+    rows = plot.rows("z_loss")
+    assert plot.names(rows) == ["0.01"]
+    assert {row["rate"] for row in rows.rows} == {"0.004"}

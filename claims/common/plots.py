@@ -1,0 +1,171 @@
+"""Plots of claims, drawn from their rows into docs/images/claims: arms with the interval over seeds, and every seed.
+
+cd claims && python -m common.plots           all of them; names after it draw some
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from common.statistics import interval
+from figures.rows import Rows, table
+from figures.texts import ROOT
+
+IMAGES = ROOT / "docs/images/claims"
+BLUE, GREY = "#2166ac", "#9aa5b1"
+COLOURS = ("#2166ac", "#d6604d", "#4d9221", "#8073ac", "#b35806")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plot:
+    """What a claim's picture shows.
+
+    Attributes:
+        value: the column, or how its values are called.
+        unit: of the values, on the axis.
+        arm: the column of the arms.
+        arms: which of them are drawn, all by default.
+        against: the arm from which differences are taken, paired by seed; the values themselves if there is none.
+        over: a column along the horizontal axis; then every arm is a line.
+        along: what that column is called.
+        logarithmic: that axis is.
+        where: values of columns that the rows have.
+    """
+
+    value: str
+    unit: str
+    arm: str = "arm"
+    arms: Sequence[str] = ()
+    against: str = ""
+    over: str = ""
+    along: str = ""
+    logarithmic: bool = False
+    where: tuple[tuple[str, str], ...] = ()
+
+    def rows(self, claim: str) -> Rows:
+        """The rows of the claim that are drawn."""
+        return table(f"claims/results/{claim}.csv").where(**dict(self.where))
+
+    def names(self, rows: Rows) -> list[str]:
+        """The arms, in the order in which they were run."""
+        found = [name for name in dict.fromkeys(row[self.arm] for row in rows.rows) if name != self.against]
+        return [name for name in found if not self.arms or name in self.arms]
+
+
+PLOTS = {
+    "batch_priority": Plot(
+        value="accuracy", unit="points of accuracy, less arrival", arm="priority", against="arrival", over="factor",
+        along="capacity factor", logarithmic=True,
+    ),
+    "fine_grained": Plot(value="loss", unit="nats per byte, less 8 experts of top-2", against="8, top-2"),
+    "multi_gate": Plot(
+        value="error", unit="error over variance, less shared", against="shared bottom", over="rho",
+        along="cosine of the tasks",
+    ),
+    "switch_scaling": Plot(value="loss", unit="nats per byte, less the dense model", arm="experts", against="1"),
+    "z_loss": Plot(
+        value="loss", unit="nats per byte", arm="z", over="rate", along="learning rate", logarithmic=True
+    ),
+    "zero_computation": Plot(value="loss", unit="nats per byte, less the 8 alone", against="8 alone"),
+}  # fmt: skip
+
+
+def draw(claim: str, plot: Plot, folder: Path = IMAGES) -> Path:
+    """Draw a claim's picture from its rows.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    rows = plot.rows(claim)
+    names = plot.names(rows)
+    height = 3.2 if plot.over else 0.9 + 0.35 * len(names)
+    figure = Figure(figsize=(6.4, height), layout="constrained")
+    axis = figure.subplots()
+    (_lines if plot.over else _differences if plot.against else _values)(axis, plot, rows, names)
+    for side in ("top", "right"):
+        axis.spines[side].set_visible(False)
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / f"{claim}.svg"
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": claim, "font.family": "sans-serif"}):
+        figure.savefig(file, metadata={"Date": None})
+    return file
+
+
+def _values_of(rows: Rows, column: str) -> list[float]:
+    """By seed; of several runs of a seed the last counts."""
+    return rows.last("seed").values(column)
+
+
+def _differences(axis: Any, plot: Plot, rows: Rows, names: Sequence[str]) -> None:
+    base = _values_of(rows.where(**{plot.arm: plot.against}), plot.value)
+    axis.axvline(0, color=GREY, linewidth=1)
+    for at, name in enumerate(reversed(names)):
+        values = _values_of(rows.where(**{plot.arm: name}), plot.value)
+        _row(axis, at, [a - b for a, b in zip(values, base, strict=True)], interval(values, base))
+    _label(axis, plot, names)
+
+
+def _values(axis: Any, plot: Plot, rows: Rows, names: Sequence[str]) -> None:
+    for at, name in enumerate(reversed(names)):
+        values = _values_of(rows.where(**{plot.arm: name}), plot.value)
+        _row(axis, at, values, interval(values, [0.0] * len(values)))
+    _label(axis, plot, names)
+
+
+def _row(axis: Any, at: int, seeds: Sequence[float], ends: tuple[float, float, float]) -> None:
+    low, mean, high = ends
+    axis.plot([low, high], [at, at], color=BLUE, linewidth=2, solid_capstyle="round")
+    axis.plot(seeds, [at] * len(seeds), "o", color=GREY, markersize=4, alpha=0.8)
+    axis.plot([mean], [at], "D", color=BLUE, markersize=6)
+
+
+def _label(axis: Any, plot: Plot, names: Sequence[str]) -> None:
+    axis.set_yticks(range(len(names)), [f"{plot.arm} {n}" if n.isdigit() else n for n in reversed(names)])
+    axis.set_ylim(-0.6, len(names) - 0.4)
+    axis.set_xlabel(f"{plot.unit}; mean, 95 % interval and seeds", fontsize=9)
+
+
+def _lines(axis: Any, plot: Plot, rows: Rows, names: Sequence[str]) -> None:
+    places = sorted({float(row[plot.over]) for row in rows.rows})
+    if plot.logarithmic:
+        axis.set_xscale("log")
+    axis.set_xticks(places, [f"{place:g}" for place in places])
+    axis.minorticks_off()
+    if plot.against:
+        axis.axhline(0, color=GREY, linewidth=1)
+    for colour, name in zip(COLOURS, names, strict=False):
+        ends = []
+        for place in places:
+            here = Rows(rows.file, tuple(row for row in rows.rows if float(row[plot.over]) == place))
+            values = _values_of(here.where(**{plot.arm: name}), plot.value)
+            base = (
+                _values_of(here.where(**{plot.arm: plot.against}), plot.value) if plot.against else [0.0] * len(values)
+            )
+            ends.append(interval(values, base))
+        means = [mean for _, mean, _ in ends]
+        label = name if plot.arm == "arm" else f"{plot.arm} {name}"
+        axis.errorbar(
+            places, means, [high - mean for _, mean, high in ends],
+            color=colour, capsize=3, marker="o", markersize=4, label=label,
+        )  # fmt: skip
+    axis.set_xlabel(f"{plot.along or plot.over}; mean and 95 % interval over seeds", fontsize=9)
+    axis.set_ylabel(plot.unit, fontsize=9)
+    axis.legend(frameon=False, fontsize=9)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("claims", nargs="*", metavar="NAME")
+    for claim in parser.parse_args().claims or PLOTS:
+        print(draw(claim, PLOTS[claim]).relative_to(ROOT))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,88 @@
+"""Figures of the claims whose designs and predictions are in claims/designs.md."""
+
+from __future__ import annotations
+
+from statistics import fmean, stdev
+
+from figures.rows import T_95_OF_3, Figure, table
+
+LOW = ("0.3", "0.2", "0.1", "0.05")
+
+
+def designed() -> dict[str, list[Figure]]:
+    """By id; `ID.least` is the smallest difference that the seeds of the claim could tell from none."""
+    gates = table("claims/results/multi_gate.csv")
+
+    def rise(arm: str) -> Figure:
+        rows = gates.where(arm=arm)
+        means = [fmean(rows.where(rho=rho).values("error")) for rho in ("0.0", "1.0")]
+        return rows.figure(100 * (means[0] / means[1] - 1), "mean of error at rho=0.0 over that at rho=1.0, less 1")
+
+    unrelated = gates.where(rho="0.0")
+    apart = unrelated.where(arm="MMoE").minus(unrelated.where(arm="shared bottom"), "error")
+
+    digits = table("claims/results/batch_priority.csv")
+    low = {
+        which: [
+            fmean(digits.where(priority=which, factor=factor, seed=seed).values("accuracy")[-1] for factor in LOW)
+            for seed in range(3)
+        ]
+        for which in ("arrival", "batch")
+    }
+    by_seed = [batch - arrival for batch, arrival in zip(low["batch"], low["arrival"], strict=True)]
+    full = [digits.where(priority="batch", factor="4.0", seed=seed).values("accuracy")[-1] for seed in range(3)]
+
+    switch = table("claims/results/switch_scaling.csv")
+    more = [switch.where(experts=e).minus(switch.where(experts=1), "loss") for e in (2, 4, 8, 16, 32)]
+    fine = table("claims/results/fine_grained.csv")
+    coarse, shared = fine.where(arm="8, top-2"), fine.where(arm="32, top-8, 1 shared")
+    finer = [fine.where(arm=arm).minus(coarse, "loss") for arm in ("16, top-4", "32, top-8")]
+
+    rates = table("claims/results/z_loss.csv")
+    stable = {z: rates.where(z=z, stable="True") for z in ("0.0", "0.001", "0.01")}
+    best = {z: [min(rates.where(z=z, seed=seed).values("loss")) for seed in range(3)] for z in stable}
+    costs = {z: [a - b for a, b in zip(best[z], best["0.0"], strict=True)] for z in ("0.001", "0.01")}
+    half = T_95_OF_3 * stdev(costs["0.001"]) / 3**0.5
+    sizes = {z: fmean(rates.where(z=z, rate="0.004").values("squared_logsumexp")) for z in stable}
+    free = table("claims/results/zero_computation.csv")
+    moepp = free.where(arm="MoE++")
+    against_alone = moepp.minus(free.where(arm="8 alone"), "loss")
+    what = "least loss of a seed less that without z-loss, mean over seeds, z="
+    return {
+        "zero_computation": [
+            moepp.figure(100 * (fmean(moepp.values("calls")) / 2 - 1), "mean of calls over 2, less 1", "lower"),
+            against_alone.mean("lower"),
+            *against_alone.ends(),
+            moepp.over(min, "correlation"),
+            moepp.over(max, "correlation"),
+        ],
+        "zero_computation.least": [against_alone.half()],
+        "switch_scaling.least": [max((each.half() for each in more), key=lambda half: half.value)],
+        "fine_grained.least": [max((each.half() for each in finer), key=lambda half: half.value)],
+        "multi_gate.least": [apart.half()],
+        "batch_priority.least": [
+            digits.figure(
+                T_95_OF_3 * stdev(by_seed) / 3**0.5, "half the 95 % interval of batch less arrival at factors up to 0.3"
+            )
+        ],
+        "z_loss.least": [rates.figure(half, f"half the 95 % interval of the {what}0.001", "lower")],
+        "z_loss": [
+            *(rows.figure(len(rows.rows), "rows that are stable") for rows in stable.values()),
+            rates.figure(fmean(costs["0.001"]), f"{what}0.001", "lower"),
+            rates.figure(half, f"half the 95 % interval of the {what}0.001", "lower"),
+            rates.figure(fmean(costs["0.01"]), f"{what}0.01", "lower"),
+            rates.figure(sizes["0.001"] / sizes["0.0"], "squared_logsumexp at rate=0.004, z=0.001 over z=0.0", "lower"),
+        ],
+        "fine_grained": [
+            *(difference.mean("lower") for difference in finer),
+            shared.minus(fine.where(arm="32, top-8"), "loss").mean("lower"),
+        ],
+        "multi_gate": [rise("shared bottom"), rise("MMoE"), apart.mean("lower"), *apart.ends()],
+        "batch_priority": [
+            digits.figure(fmean(by_seed), "mean of batch less arrival of accuracy at factors up to 0.3", "higher"),
+            *(digits.figure(ahead, f"the same of seed {seed}", "higher") for seed, ahead in enumerate(by_seed)),
+            digits.figure(min(full), "least accuracy at factor 4.0"),
+            digits.figure(max(full), "largest accuracy at factor 4.0"),
+        ],
+        "switch_scaling": [difference.mean("lower") for difference in more],
+    }
