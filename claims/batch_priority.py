@@ -17,60 +17,38 @@ import time
 from statistics import fmean
 
 import torch
-import transformers
+from common.images import Images, accuracy, train, vit
 from common.statistics import paired
 from results import append
 from torch import Tensor, nn
 
-from moeify import losses, record, sparsify
+from moeify import losses, sparsify
+from moeify.routing import Routing
 from moeify.serve import serve_with
 from moeify.sparsify import recipes
 
 FACTORS = (4.0, 1.0, 0.5, 0.3, 0.2, 0.1, 0.05)
 PRIORITIES = {"arrival": "choice", "batch": "batch"}
 """`choice` is V-MoE's order without batch priority: first choices before second ones, then the earliest."""
-HELD_OUT, BATCH, RATE, WEIGHT = 500, 64, 2e-3, 0.005
+HELD_OUT, RATE, WEIGHT = 500, 2e-3, 0.005
 
 
-def digits() -> tuple[Tensor, Tensor]:
-    """Images (1797, 1, 8, 8) between -1 and 1, and their labels."""
+def digits() -> Images:
+    """1,797 scans of 8 x 8 pixels."""
     from sklearn.datasets import load_digits
 
     scans = load_digits()
-    return torch.tensor(scans.images, dtype=torch.float32)[:, None] / 8 - 1, torch.tensor(scans.target)
+    return Images(torch.tensor(scans.images, dtype=torch.float32)[:, None] / 8 - 1, torch.tensor(scans.target))
 
 
 def built() -> nn.Module:
-    config = transformers.ViTConfig(
-        image_size=8, patch_size=1, num_channels=1, hidden_size=32, intermediate_size=64, num_hidden_layers=4,
-        num_attention_heads=4, num_labels=10, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
-    )  # fmt: skip
-    return sparsify(transformers.ViTForImageClassification(config), recipes["vmoe"], verbose=False)
+    model = vit(size=8, patch=1, channels=1, width=32, labels=10)
+    return sparsify(model, recipes["vmoe"], verbose=False)
 
 
-def trained(images: Tensor, labels: Tensor, steps: int, seed: int) -> nn.Module:
-    torch.manual_seed(seed)
-    model, dice = built().train(), torch.Generator().manual_seed(seed)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, weight_decay=0.05)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, steps, pct_start=0.1, anneal_strategy="linear")
-    for _ in range(steps):
-        chosen = torch.randint(len(images), (BATCH,), generator=dice)
-        with record(model) as decisions:
-            loss = model(pixel_values=images[chosen], labels=labels[chosen]).loss
-        for routing in decisions.values():
-            loss = loss + WEIGHT * (losses.score_importance(routing) + losses.load_loss(routing)) / len(decisions)
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
-    return model.eval()
-
-
-@torch.no_grad()
-def accuracy(model: nn.Module, images: Tensor, labels: Tensor) -> float:
-    parts = [model(pixel_values=part).logits.argmax(-1) for part in images.split(BATCH)]
-    return (torch.cat(parts) == labels).float().mean().item()
+def balancing(routing: Routing) -> Tensor:
+    """Both losses of V-MoE."""
+    return WEIGHT * (losses.score_importance(routing) + losses.load_loss(routing))
 
 
 def main() -> None:
@@ -80,20 +58,21 @@ def main() -> None:
     parser.add_argument("--hardware", default="unknown", help="the name of the hardware in the rows")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    images, labels = digits()
+    images = digits()
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
     unseen, learnt = order[:HELD_OUT], order[HELD_OUT:]
     low: dict[str, list[float]] = {name: [] for name in PRIORITIES}
     rows = []
     for seed in options.seeds:
         began = time.process_time()
-        model = trained(images[learnt], labels[learnt], options.steps, seed)
+        torch.manual_seed(seed)
+        model = train(built(), images[learnt], options.steps, seed, RATE, balancing=balancing)
         seconds = time.process_time() - began
         for name, priority in PRIORITIES.items():
             found = {}
             for factor in FACTORS:
                 serve_with(model, capacity=factor, priority=priority)
-                found[factor] = 100 * accuracy(model, images[unseen], labels[unseen])
+                found[factor] = accuracy(model, images[unseen])
                 rows.append({
                     "hardware": options.hardware, "seed": seed, "steps": options.steps, "priority": name,
                     "factor": factor, "accuracy": f"{found[factor]:.1f}", "cpu_seconds_of_training": f"{seconds:.0f}",
