@@ -50,6 +50,7 @@ def train(
     *,
     balancing: Balancing = balanced,
     clip: float = 1.0,
+    prepare: Callable[[nn.Module, int], None] = lambda model, step: None,
 ) -> nn.Module:
     """AdamW with a short warm-up and a linear decay to nothing; returns the model, also where its loss is not finite.
 
@@ -61,13 +62,15 @@ def train(
         rate: the highest learning rate.
         balancing: the loss of the decisions of sparse layers.
         clip: the largest norm of the gradient.
+        prepare: called before a step, with its number from 0.
     """
     dice = torch.Generator().manual_seed(seed)
     learning = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(learning, lr=rate, weight_decay=0.1)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, steps, pct_start=0.05, anneal_strategy="linear")
     model.train()
-    for _ in range(steps):
+    for step in range(steps):
+        prepare(model, step)
         loss = _loss(model, batches(dice), balancing)
         if not loss.isfinite():
             break
