@@ -135,7 +135,7 @@ def compared(
     *,
     balancing: Mapping[str, Balancing],
     inputs: Mapping[str, Callable[[Images], Mapping[str, Tensor]]] | None = None,
-    measure: Callable[[nn.Module, Images], Mapping[str, str]] | None = None,
+    measure: Callable[[str, nn.Module, Images], Mapping[str, str]] | None = None,
 ) -> tuple[dict[str, list[float]], list[dict[str, Any]]]:
     """Train every arm from every seed on the same photographs, on one thread.
 
@@ -144,7 +144,7 @@ def compared(
         chosen: what `options` returned.
         balancing: the loss of the decisions of arms that have one.
         inputs: of arms that have further ones in training.
-        measure: further columns of a row, of the trained model and the test photographs.
+        measure: further columns of a row, of an arm's trained model and the test photographs.
 
     Returns:
         Of each arm the accuracy on test photographs by seed, in percent; and a row for every run.
@@ -165,7 +165,7 @@ def compared(
                 "hardware": chosen.hardware, "arm": arm, "seed": seed, "steps": chosen.steps,
                 "images": chosen.steps * BATCH, "rate": chosen.rate, "accuracy": f"{found[arm][-1]:.2f}",
                 "parameters": counted.parameters, "flops": counted.flops,
-                **(measure(model, unseen) if measure else {}), "cpu_seconds": f"{time.process_time() - began:.0f}",
+                **(measure(arm, model, unseen) if measure else {}), "cpu_seconds": f"{time.process_time() - began:.0f}",
             })  # fmt: skip
             print(*rows[-1].values(), flush=True)
     return found, rows
