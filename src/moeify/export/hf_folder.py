@@ -18,9 +18,11 @@ from moeify.export.match import Match, best_match, match
 from moeify.export.model_spec import Unsupported
 from moeify.export.probe import Probe, logits_of
 from moeify.export.read import spec_of
+from moeify.export.switch import SWITCH, is_switch, switch_spec
 from moeify.files import read_json, write_json
 from moeify.registry import suggest
 
+_EMBEDDINGS = ("embed_tokens.weight", "shared.weight")
 _ROUNDING = 1e-4
 """Differences of logits, relative to the largest, that a different order of additions may cause."""
 
@@ -43,14 +45,15 @@ class HfFolder(Exporter):
         Raises:
             Unsupported: no class, or not the requested one, computes what the model does.
         """
-        spec = spec_of(model)
+        classes = {SWITCH.model_type: SWITCH} if is_switch(model) else SPARSE
+        spec = switch_spec(model) if is_switch(model) else spec_of(model)
         if self.model_type is None:
-            found = best_match(spec, SPARSE.values(), "transformers")
-        elif self.model_type in SPARSE:
-            found = match(spec, SPARSE[self.model_type])
+            found = best_match(spec, classes.values(), "transformers")
+        elif self.model_type in classes:
+            found = match(spec, classes[self.model_type])
         else:
             raise Unsupported(
-                f"transformers has no MoE class {self.model_type!r}; {suggest(self.model_type, [*SPARSE])}"
+                f"transformers has no MoE class {self.model_type!r} for it; {suggest(self.model_type, [*classes])}"
             )
         build(found, model)
         return found
@@ -65,7 +68,7 @@ class HfFolder(Exporter):
 
         options = {"dtype": torch.float32, "experts_implementation": "eager", "local_files_only": True}
         with _quiet():
-            model, report = transformers.AutoModelForCausalLM.from_pretrained(
+            model, report = _auto_model(transformers.AutoConfig.from_pretrained(folder)).from_pretrained(
                 folder, output_loading_info=True, **options
             )
         wrong = {kind: sorted(names) for kind, names in report.items() if names}
@@ -110,15 +113,15 @@ def build(found: Match[Family], model: Any) -> Any:
     Raises:
         Unsupported: the class lacks a tensor of the model, or needs one that the model lacks.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
     tensors = found.tensors()
-    dtype = tensors["model.embed_tokens.weight"].dtype
+    dtype = next(tensor for name, tensor in tensors.items() if name.endswith(_EMBEDDINGS)).dtype
     config = AutoConfig.for_model(found.family.model_type, **found.fields, dtype=dtype)
     with torch.device("meta"), _quiet():
-        built = AutoModelForCausalLM.from_config(config)
+        built = _auto_model(config).from_config(config)
     wanted = built.state_dict()
-    if found.spec["tied"]:
+    if found.spec.traits.get("tied"):
         tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
     lost, missing = tensors.keys() - wanted.keys(), wanted.keys() - tensors.keys()
     if lost or missing:
@@ -134,13 +137,20 @@ def build(found: Match[Family], model: Any) -> Any:
     return built.eval()
 
 
+def _auto_model(config: Any) -> Any:
+    import transformers
+
+    return transformers.AutoModelForSeq2SeqLM if config.is_encoder_decoder else transformers.AutoModelForCausalLM
+
+
 def _add_former_fields(path: Path) -> None:
     """Add positions and the number of experts under the names that transformers 4 used, which other programs read.
 
     A program that finds no `rope_theta` uses its own default, and generates fluent text from other logits.
     """
     values = read_json(path)
-    rope = values["rope_parameters"]
+    if (rope := values.get("rope_parameters")) is None:
+        return
     scaling = {key: value for key, value in rope.items() if key not in ("rope_theta", "partial_rotary_factor")}
     former = {
         "rope_theta": rope["rope_theta"],

@@ -67,7 +67,7 @@ class Match(Generic[T]):
             layer: the prefix of the names in a sparse layer.
         """
         tensors = {name: t for name, t in self.spec.tensors.items() if not name.startswith("layers.")}
-        for i in self.spec["sparse_layers"]:
+        for i in self.spec.traits.get("sparse_layers", ()):
             for part, names in self.family.names.items():
                 if (found := self.spec.tensors.get(f"layers.{i}.{part}")) is None:
                     continue

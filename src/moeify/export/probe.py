@@ -35,7 +35,7 @@ class Probe:
     def of(cls, model: Any) -> Probe:
         """The logits of a model in fp32 for random tokens; each layer is computed by its definition."""
         config = model.config
-        length = min(_LENGTH, config.max_position_embeddings)
+        length = min(_LENGTH, getattr(config, "max_position_embeddings", None) or _LENGTH)
         generator = torch.Generator().manual_seed(0)
         ids = torch.randint(config.vocab_size, (_SEQUENCES, length), generator=generator)
         with in_evaluation(model), in_float32(model), by_definition(model):
@@ -75,9 +75,10 @@ class Probe:
 
 @torch.no_grad()
 def logits_of(model: Any, ids: Int[Tensor, "B N"]) -> Float[Tensor, "B N V"]:
-    """A language model's logits, on the CPU in fp32."""
-    device = next(model.parameters()).device
-    return model(input_ids=ids.to(device), use_cache=False).logits.float().cpu()
+    """A language model's logits, on the CPU in fp32; an encoder and its decoder read the same tokens."""
+    ids = ids.to(next(model.parameters()).device)
+    inputs = {"decoder_input_ids": ids} if getattr(model.config, "is_encoder_decoder", False) else {}
+    return model(input_ids=ids, use_cache=False, **inputs).logits.float().cpu()
 
 
 @contextmanager
