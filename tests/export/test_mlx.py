@@ -8,6 +8,7 @@ import pytest
 
 from export_models import router, sparse
 from moeify import export
+from moeify.routers import sigmoid
 from moeify.sparsify.shared import gated
 
 pytest.importorskip("mlx_lm")
@@ -41,6 +42,14 @@ def test_mlx_has_deepseek_v2_with_yarn_only(tmp_path):
     assert done.notes == ["DeepSeek-V2 (DeepseekV2ForCausalLM)"]
     assert done.verification.difference < 1e-4
     assert "no class of mlx-lm" in export.find_exporter("mlx").supports(sparse("deepseek_v3", "deepseek_v2"))
+
+
+@pytest.mark.parametrize(("base", "title"), [("llama", "GLM4-MoE"), ("deepseek_v3", "DeepSeek-V3")])
+def test_classes_that_mlx_cannot_make_without_a_shared_expert_get_one_of_zeros(base, title, tmp_path):
+    done = export.write(sparse(base, router(score=sigmoid, selection_bias=True)), tmp_path / "out", "mlx")
+    assert done.notes[0].startswith(title)
+    assert done.notes[1] == "a shared expert of 32 units is added"
+    assert done.verification.difference < 1e-4
 
 
 def test_a_base_of_positions_that_mlx_does_not_find_is_found_by_the_comparison(tmp_path):

@@ -14,7 +14,7 @@ from moeify.export.attention_rules import Rope
 from moeify.export.exporter import Exporter, Verification
 from moeify.export.families import SPARSE, Family
 from moeify.export.hf_folder import HfFolder, write_hf_folder
-from moeify.export.layer_rules import AllSparse, SharedWidth, SomeShared
+from moeify.export.layer_rules import AllSparse, SharedCount, SharedWidth, SomeShared
 from moeify.export.match import Match, best_match
 from moeify.export.model_spec import Unsupported
 from moeify.export.probe import Probe
@@ -35,6 +35,7 @@ class Yarn(Rope):
         return super().write(value, traits)
 
 
+_SOME_SHARED = SomeShared(SharedCount("n_shared_experts"), "plain")
 _OTHERWISE: Mapping[str, Mapping[str, Rule]] = {
     "qwen2_moe": {
         "qkv_bias": Always(True),
@@ -43,10 +44,11 @@ _OTHERWISE: Mapping[str, Mapping[str, Rule]] = {
         "sparse_layers": AllSparse(),
         "tied": Always(False),
     },
-    "glm4_moe": {"tied": Always(False)},
-    "deepseek_v2": {"tied": Always(False), "rope": Yarn()},
-    "deepseek_v3": {"tied": Always(False)},
-    **{name: {} for name in ("mixtral", "qwen3_moe", "olmoe", "dots1")},
+    "glm4_moe": {"tied": Always(False), "shared": _SOME_SHARED},
+    "deepseek_v2": {"tied": Always(False), "shared": _SOME_SHARED, "rope": Yarn()},
+    "deepseek_v3": {"tied": Always(False), "shared": _SOME_SHARED},
+    "dots1": {"shared": _SOME_SHARED},
+    **{name: {} for name in ("mixtral", "qwen3_moe", "olmoe")},
 }
 """The classes that mlx-lm has, and the traits that it computes differently from transformers."""
 
