@@ -21,6 +21,7 @@ import datetime
 import math
 import subprocess
 import tempfile
+import traceback
 import warnings
 from collections.abc import Iterator
 from dataclasses import replace
@@ -96,9 +97,13 @@ def row(recipe: str, base: str, to: str) -> dict[str, Any] | None:
             continue
         try:
             return _exported(model, to, exporter, kind)
-        except ValueError as error:
-            reason = reason or str(error).splitlines()[0]
-    return reason and {"result": "refused" if to in GRAPHS else "failed", "reason": reason}
+        except Exception as error:  # of a program, too: the others are still to be run
+            if not isinstance(error, ValueError):
+                traceback.print_exc()
+            said = f"{type(error).__name__}: {error}".splitlines()[0]
+            is_refusal = isinstance(error, export.Unsupported) or "cannot be exported" in said
+            reason = reason or {"result": "refused" if is_refusal else "failed", "reason": said.partition(": ")[2]}
+    return reason
 
 
 def _exported(model: nn.Module, to: str, exporter: Any, kind: str) -> dict[str, Any]:

@@ -107,7 +107,7 @@ class Engram(nn.Module):
                 f"an Engram looks up n-grams of token ids, and the model was called without {self.key!r} (images have "
                 "none, nor have calls with embeddings); call it with ids, or use memory=nothing"
             )
-        if ids.dim() != 2 or ids.numel() != x.shape[:-1].numel():
+        if ids.dim() != 2 or ids.numel() != math.prod(x.shape[:-1]):
             raise ValueError(
                 f"{self.key!r} has shape {tuple(ids.shape)}, and the layer was given tokens of shape "
                 f"{tuple(x.shape[:-1])}; name the input with the ids of these tokens by key="
@@ -146,7 +146,7 @@ def _segments(x: Float[Tensor, "... D"], context: Context) -> Int[Tensor, "..."]
     """The document of each token, -1 for padding."""
     shape = x.shape[:-1]
     documents, real = context.documents(shape), context.real(shape)
-    segment = torch.zeros(shape.numel(), dtype=torch.int64, device=x.device) if documents is None else documents
+    segment = torch.zeros(math.prod(shape), dtype=torch.int64, device=x.device) if documents is None else documents
     if real is not None:
         segment = torch.full_like(segment, -1).index_put((real,), segment[real])
     return segment.view(shape)

@@ -303,7 +303,7 @@ class Mixture(Routing):
     @property
     def num_rows(self) -> int:
         """One per slot of every sequence or image."""
-        return self.into.shape[:-2].numel() * self.into.shape[-1]
+        return math.prod(self.into.shape[:-2]) * self.into.shape[-1]
 
     def reads(self) -> Bool[Tensor, "all E"]:
         """Every expert reads every token."""
@@ -311,7 +311,7 @@ class Mixture(Routing):
 
     @property
     def _tokens(self) -> int:
-        return self.into.shape[:-1].numel() if self.source is None else math.prod(self.shape)
+        return math.prod(self.into.shape[:-1]) if self.source is None else math.prod(self.shape)
 
     def fits(self, shape: tuple[int, ...]) -> bool:
         """Whether the tokens have this leading shape; without `source` any will do."""

@@ -1,6 +1,7 @@
 """Sparse models as graphs: of `torch.export`, and in ONNX Runtime and OpenVINO where these are installed."""
 
 import math
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -16,7 +17,7 @@ from moeify.export.graph import check_program, traced
 from moeify.export.model_spec import Unsupported
 from moeify.routers import Capacity, ExpertChoice, MultiGate, Soft, TopK
 from moeify.serve import serve_with
-from moeify.sparsify import copies, fresh
+from moeify.sparsify import copies, fresh, recipes
 
 TOP_2 = partial(TopK, k=2)
 
@@ -147,6 +148,24 @@ def test_a_size_computed_from_values_is_refused_by_the_name_of_its_module(tmp_pa
     model = nn.Sequential(MoE(Counting(8, 4, k=2), FFN(4, 8, 16)))
     reason = export.OnnxFolder(torch.randn(6, 8)).supports(model)
     assert reason == "0.router (Counting) computes sizes from the values of its input, which a graph cannot"
+
+
+def test_a_batch_that_a_step_fixes_is_refused():
+    class Fixed(TopK):
+        def forward(self, x, context):
+            return super().forward(x + x.shape[:-1].numel(), context)
+
+    with pytest.raises(Unsupported, match="a step of it fixes the first size of x to 3"):
+        check_program(Layer(Fixed), torch.randn(3, 10, 8))
+
+
+def test_a_memory_of_n_grams_has_a_program_for_every_batch():
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, use_cache=False
+    )
+    model = sparsify(LlamaForCausalLM(config), replace(recipes["engram"], num_experts=2), verbose=False).eval()
+    assert check_program(model).difference < 1e-5
 
 
 def test_a_probe_of_one_text_gives_a_graph_for_any_number():

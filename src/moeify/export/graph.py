@@ -18,6 +18,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 from torch.export import Dim
+from torch.fx.experimental.symbolic_shapes import is_concrete_int
 
 from moeify.export.calls import Calls, Inputs
 from moeify.export.exporter import Exporter, Verification
@@ -139,7 +140,11 @@ def _compared(program: str, run: Callable[[Inputs], torch.Tensor], probe: Calls)
 def _program(model: nn.Module, inputs: Inputs) -> torch.export.ExportedProgram:
     open_axes = {name: dict.fromkeys(range(min(value.dim(), 2)), Dim.AUTO) for name, value in inputs.items()}
     with torch.no_grad():
-        return torch.export.export(model, (), inputs, dynamic_shapes=open_axes, strict=False)
+        program = torch.export.export(model, (), inputs, dynamic_shapes=open_axes, strict=False)
+    for node in program.graph.find_nodes(op="placeholder"):
+        if node.name in inputs and is_concrete_int(size := node.meta["val"].shape[0]):
+            raise Unsupported(f"a step of it fixes the first size of {node.name} to {size}, that of the trace")
+    return program
 
 
 def main_output(names: list[str], values: list[Any]) -> torch.Tensor:
