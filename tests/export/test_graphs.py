@@ -164,7 +164,7 @@ def test_a_memory_of_n_grams_has_a_program_for_every_batch():
     config = LlamaConfig(
         vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, use_cache=False
     )
-    model = sparsify(LlamaForCausalLM(config), replace(recipes["engram"], num_experts=2), verbose=False).eval()
+    model = sparsify(LlamaForCausalLM(config), replace(recipes["engram"], num_experts=4), verbose=False).eval()
     assert check_program(model).difference < 1e-5
 
 
