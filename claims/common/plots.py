@@ -62,6 +62,7 @@ PLOTS = {
         along="capacity factor", logarithmic=True,
     ),
     "fine_grained": Plot(value="loss", unit="nats per byte, less 8 experts of top-2", against="8, top-2"),
+    "heterogeneous": Plot(value="loss", unit="nats per byte, less equal widths", against="equal widths"),
     "multi_gate": Plot(
         value="error", unit="error over variance, less shared", against="shared bottom", over="rho",
         along="cosine of the tasks",

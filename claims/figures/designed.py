@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from statistics import fmean, stdev
 
-from figures.rows import T_95_OF_3, Figure, table
+from figures.rows import T_95_OF_3, Figure, Rows, table
 
 LOW = ("0.3", "0.2", "0.1", "0.05")
 
@@ -44,11 +44,27 @@ def designed() -> dict[str, list[Figure]]:
     costs = {z: [a - b for a, b in zip(best[z], best["0.0"], strict=True)] for z in ("0.001", "0.01")}
     half = T_95_OF_3 * stdev(costs["0.001"]) / 3**0.5
     sizes = {z: fmean(rates.where(z=z, rate="0.004").values("squared_logsumexp")) for z in stable}
+    widths = table("claims/results/heterogeneous.csv")
+    unequal, penalty = (widths.where(arm=arm) for arm in ("unequal widths", "unequal widths, penalty"))
+    against_equal = penalty.minus(widths.where(arm="equal widths"), "loss")
+
+    def growth(arm: Rows) -> Figure:
+        after, before = (fmean(arm.values(column)) for column in ("running", "running_untrained"))
+        return arm.figure(100 * (after / before - 1), "mean of running over that of running_untrained, less 1", "lower")
+
     free = table("claims/results/zero_computation.csv")
     moepp = free.where(arm="MoE++")
     against_alone = moepp.minus(free.where(arm="8 alone"), "loss")
     what = "least loss of a seed less that without z-loss, mean over seeds, z="
     return {
+        "heterogeneous": [
+            growth(penalty),
+            growth(unequal),
+            growth(widths.where(arm="equal widths")),
+            against_equal.mean("lower"),
+            *against_equal.ends(),
+        ],
+        "heterogeneous.least": [against_equal.half()],
         "zero_computation": [
             moepp.figure(100 * (fmean(moepp.values("calls")) / 2 - 1), "mean of calls over 2, less 1", "lower"),
             against_alone.mean("lower"),
