@@ -81,7 +81,6 @@ def draw(claim: str, plot: Plot, folder: Path = IMAGES) -> Path:
     Raises:
         ImportError: matplotlib is not installed.
     """
-    import matplotlib
     from matplotlib.figure import Figure
 
     rows = plot.rows(claim)
@@ -90,11 +89,17 @@ def draw(claim: str, plot: Plot, folder: Path = IMAGES) -> Path:
     figure = Figure(figsize=(6.4, height), layout="constrained")
     axis = figure.subplots()
     (_lines if plot.over else _differences if plot.against else _values)(axis, plot, rows, names)
+    return save(figure, axis, folder / f"{claim}.svg")
+
+
+def save(figure: Any, axis: Any, file: Path) -> Path:
+    """Write a figure as an SVG file that is the same whenever it is drawn of the same rows."""
+    import matplotlib
+
     for side in ("top", "right"):
         axis.spines[side].set_visible(False)
-    folder.mkdir(parents=True, exist_ok=True)
-    file = folder / f"{claim}.svg"
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": claim, "font.family": "sans-serif"}):
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": file.stem, "font.family": "sans-serif"}):
         figure.savefig(file, metadata={"Date": None})
     return file
 
@@ -164,8 +169,11 @@ def _lines(axis: Any, plot: Plot, rows: Rows, names: Sequence[str]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("claims", nargs="*", metavar="NAME")
+    from common import overview
+
     for claim in parser.parse_args().claims or PLOTS:
         print(draw(claim, PLOTS[claim]).relative_to(ROOT))
+    print(overview.draw(IMAGES).relative_to(ROOT))
 
 
 if __name__ == "__main__":
