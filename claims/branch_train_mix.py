@@ -55,11 +55,11 @@ def own_share(model: nn.Module, unseen: dict[str, Tensor]) -> float:
     return fmean(shares)
 
 
-def arms(seed: int, learnt: dict[str, Tensor]) -> Iterator[tuple[str, nn.Module, int]]:
+def arms(seed: int, learnt: dict[str, Tensor], base_steps: int = BASE) -> Iterator[tuple[str, nn.Module, int]]:
     """Every arm: its name, its model, and the steps that were trained for it after the base."""
     torch.manual_seed(seed)
     everything = drawn(*learnt.values(), batch=BATCH)
-    base = train(dense(), everything, BASE, seed, BASE_RATE)
+    base = train(dense(), everything, base_steps, seed, BASE_RATE)
     yield "base", base, 0
     branches = {}
     for domain, ids in learnt.items():
@@ -87,7 +87,11 @@ def arms(seed: int, learnt: dict[str, Tensor]) -> Iterator[tuple[str, nn.Module,
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument(
+        "--base", type=int, default=BASE, help="steps of the base; rows of others are in a file of their own"
+    )
     options = parser.parse_args()
+    rows = "branch_train_mix" if options.base == BASE else f"branch_train_mix_{options.base}"
     torch.set_num_threads(1)
     train_part, validation = text_by_domain(DOMAINS, CAP, LENGTH)
     learnt = {domain: of_domain(train_part, domain) for domain in DOMAINS}
@@ -98,7 +102,7 @@ def main() -> None:
         mean = fmean(found.values())
         ends.setdefault(arm, []).append(mean)
         counted = count(model)
-        append("branch_train_mix", {
+        append(rows, {
             "arm": arm, "seed": seed, "steps_after_base": steps, "tokens_after_base": steps * BATCH * LENGTH,
             "parameters": counted.parameters, "active_parameters": counted.active_parameters,
             **{f"loss_{domain}": f"{loss:.4f}" for domain, loss in found.items()}, "loss_mean": f"{mean:.4f}",
@@ -108,7 +112,7 @@ def main() -> None:
         print(f"seed {seed}  {arm:42} {mean:.4f}   {told}  {share}", flush=True)
 
     for seed in options.seeds:
-        for arm, model, steps in arms(seed, learnt):
+        for arm, model, steps in arms(seed, learnt, options.base):
             found = {domain: held_out(model, ids) for domain, ids in unseen.items()}
             is_sparse = Origin.of(model).recipe is not None
             report(arm, seed, steps, found, model, f"{own_share(model, unseen):.3f}" if is_sparse else "")

@@ -61,6 +61,9 @@ PLOTS = {
         value="accuracy", unit="points of accuracy, less arrival", arm="priority", against="arrival", over="factor",
         along="capacity factor", logarithmic=True,
     ),
+    "census": Plot(
+        value="auc_income", unit="AUC of income, less the shared layer", against="shared bottom"
+    ),
     "fine_grained": Plot(value="loss", unit="nats per byte, less 8 experts of top-2", against="8, top-2"),
     "heterogeneous": Plot(value="loss", unit="nats per byte, less equal widths", against="equal widths"),
     "multi_gate": Plot(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from statistics import fmean, stdev
 
-from figures.rows import T_95_OF_3, Figure, Rows, table
+from figures.rows import T_95_OF_3, T_95_OF_5, Figure, Rows, table
 
 LOW = ("0.3", "0.2", "0.1", "0.05")
 
@@ -44,6 +44,12 @@ def designed() -> dict[str, list[Figure]]:
     costs = {z: [a - b for a, b in zip(best[z], best["0.0"], strict=True)] for z in ("0.001", "0.01")}
     half = T_95_OF_3 * stdev(costs["0.001"]) / 3**0.5
     sizes = {z: fmean(rates.where(z=z, rate="0.004").values("squared_logsumexp")) for z in stable}
+    people = {arm: table("claims/results/census.csv").where(arm=arm) for arm in ("shared bottom", "MMoE", "PLE")}
+    areas = [
+        people[one].minus(people[other], f"auc_{task}")
+        for task in ("income", "never_married")
+        for one, other in (("MMoE", "shared bottom"), ("PLE", "MMoE"))
+    ]
     widths = table("claims/results/heterogeneous.csv")
     unequal, penalty = (widths.where(arm=arm) for arm in ("unequal widths", "unequal widths, penalty"))
     against_equal = penalty.minus(widths.where(arm="equal widths"), "loss")
@@ -57,6 +63,8 @@ def designed() -> dict[str, list[Figure]]:
     against_alone = moepp.minus(free.where(arm="8 alone"), "loss")
     what = "least loss of a seed less that without z-loss, mean over seeds, z="
     return {
+        "census": [figure for each in areas for figure in (each.mean("higher"), *each.ends(T_95_OF_5))],
+        "census.least": [max((each.half(T_95_OF_5) for each in areas), key=lambda half: half.value)],
         "heterogeneous": [
             growth(penalty),
             growth(unequal),

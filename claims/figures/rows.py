@@ -12,8 +12,8 @@ from typing import Literal
 
 from figures.texts import ROOT, numbers_of
 
-T_95_OF_3 = 4.303
-"""The 97.5 % quantile of Student's t for three seeds."""
+T_95_OF_3, T_95_OF_5 = 4.303, 2.776
+"""The 97.5 % quantiles of Student's t for three and for five seeds."""
 Better = Literal["lower", "higher", ""]
 HARDWARE = {
     "claims/results/branch_train_mix.csv": "AMD EPYC (Zen 4), 2 cores",
