@@ -88,14 +88,18 @@ class Train:
             if self.recipe or self.k:
                 raise ValueError(f"the task {task.name} has recipes of its own and takes no --recipe or --k; see --set")
             balance, controller = self.balance or 0.0, o.choose_controller(self.controller)
+            losses = []
         else:
             recipe = o.choose_recipe(name, self.experts, self.k)
+            task = task.suited_to(recipe)
             balance, controller = o.choose_balance(name, self.balance, self.controller)
+            if (losses := task.losses(recipe)) and self.balance is None:
+                balance = 0.0
         sparse = SparseArguments(
             balance=balance,
             scope=self.scope,  # type: ignore[arg-type]
             z=self.z,
-            losses=o.choose_losses(self.losses),
+            losses=[*losses, *o.choose_losses(self.losses)],
             controller=controller,
             dropout=self.dropout,
             progress=self.progress,

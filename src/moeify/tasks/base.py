@@ -6,14 +6,15 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 from torch import nn
 
 from moeify.evaluate.objective import Objective, Samples
 from moeify.registry import suggest
-from moeify.routers import Cluster, Lookup
+from moeify.routers import Cluster, Labelled, Lookup
 from moeify.sparsify import Recipe
+from moeify.train.arguments import Loss
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,12 @@ def require_inputs(recipe: Recipe, setup: Setup, task: str) -> None:
             )
 
 
+def labels_of(recipe: Recipe) -> set[str]:
+    """The inputs that a recipe's routers keep with their decisions for losses, such as `modality`."""
+    parts = recipe.router(8, recipe.num_experts).modules()
+    return {part.key for part in parts if isinstance(part, Labelled)}
+
+
 @dataclass(frozen=True, kw_only=True)
 class Task(ABC):
     """A kind of data and model that can be trained; its fields are its settings.
@@ -112,6 +119,18 @@ class Task(ABC):
     def recipe(self, num_experts: int | None) -> Recipe | None:
         """The task's own recipe, for a number of experts; None if every recipe fits."""
         return None
+
+    def suited_to(self, recipe: Recipe) -> Self:
+        """The task with the settings that a recipe asks for where the user left them open.
+
+        Raises:
+            ValueError: settings that contradict the recipe.
+        """
+        return self
+
+    def losses(self, recipe: Recipe) -> list[tuple[float, Loss]]:
+        """The losses of routing, with their weights, by which the recipe's paper trained for this task."""
+        return []
 
     @classmethod
     def settings(cls) -> dict[str, Any]:

@@ -1,11 +1,11 @@
-"""The task `contrastive`: find the caption of a picture and the picture of a caption. The small model is a CLIP."""
+"""The task `contrastive`: find the caption of a picture and the picture of a caption, by two towers or by one."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 from jaxtyping import Float
@@ -19,12 +19,17 @@ from moeify.data.synthetic import shapes
 from moeify.data.tokenizer import ByteTokenizer
 from moeify.evaluate.objective import Batch, Judged, Objective, Units
 from moeify.evaluate.run import on_device
+from moeify.models import OneTower
+from moeify.models.one_tower import CAPTION, PICTURE
 from moeify.modes import in_evaluation
-from moeify.tasks.base import Setup, Shape, Task
+from moeify.sparsify import Recipe
+from moeify.tasks.base import Setup, Shape, Task, labels_of
 from moeify.tasks.classify_text import tokens
 from moeify.tasks.models import load_dense, load_tokenizer, save_tokenizer
+from moeify.tasks.modalities import entropies, use_of_experts
 from moeify.tasks.pieces import pieces
 from moeify.tasks.rows import Row, read_parts
+from moeify.train.arguments import Loss
 
 TRAIN, HELD_OUT = 1024, 128
 """Synthetic pictures in either part; no caption is in both."""
@@ -46,6 +51,9 @@ class Contrastive(Task):
         validation: a file or folder of held-out pairs; without it, those that the data hold out, or a tenth.
         size: pixels of a side for the small model.
         patch: pixels of a side of its patches.
+        towers: 2 for a CLIP, 1 for one tower that reads pictures and captions; 0 for 1 where the recipe's routers tell
+            modalities apart, and 2 elsewhere.
+        entropy: weight of LIMoE's entropies with one tower.
     """
 
     name: ClassVar[str] = "contrastive"
@@ -55,31 +63,50 @@ class Contrastive(Task):
     validation: str | None = None
     size: int = 32
     patch: int = 8
+    towers: int = 0
+    entropy: float = 0.04
+
+    def suited_to(self, recipe: Recipe) -> Self:
+        """Take one tower where the recipe's routers tell modalities apart, and two elsewhere."""
+        return self if self.towers else replace(self, towers=1 if "modality" in labels_of(recipe) else 2)
+
+    def losses(self, recipe: Recipe) -> list[tuple[float, Loss]]:
+        """LIMoE's entropies, where routers tell modalities apart and one tower reads both."""
+        if self.towers != 1 or self.entropy == 0 or "modality" not in labels_of(recipe):
+            return []
+        return entropies(self.entropy, recipe.num_experts)
 
     def prepare(self, model: str | None, data: str | None) -> Setup:
         """Read and decode the pictures, and tokenize the captions."""
+        if self.towers not in (0, 1, 2):
+            raise ValueError(f"towers={self.towers} is not known; 1 reads pictures and captions, 2 one each")
+        if self.towers == 1 and model is not None:
+            raise ValueError(
+                f"{model} has a tower for pictures and one for captions, and one tower that reads both is asked for, by "
+                "the recipe or by towers=1; leave out --model, or choose another recipe or --set towers=2"
+            )
         train, validation = self._rows(data)
         source = data or "synthetic shapes with captions"
         tokenizer: Any = ByteTokenizer() if model is None else load_tokenizer(model)
         prepare = self._small_pictures() if model is None else Prepared(load_dense(model, "AutoImageProcessor"))
         length = min(self.length, max(len(tokens(tokenizer, row["caption"], self.length)) for row in train) + 1)
         parts = [self._pairs(rows, tokenizer, prepare, length) for rows in (train, validation)]
-        objective = ImagesAndTexts(tokenizer)
+        objective = ImagesAndTexts(tokenizer, one_tower=self.towers == 1)
 
         def built() -> nn.Module:
             if model is not None:
                 return load_dense(model, "AutoModel", dtype=torch.float32)
-            return small_clip(self.shape, self.size, self.patch, length)
+            return (small_clip if self.towers != 1 else small_tower)(self.shape, self.size, self.patch, length)
 
         probe = objective.collate([parts[0][i] for i in range(2)])
         for part in parts:
-            part.length = pieces(built(), {name: value[0] for name, value in probe.items() if name != "return_loss"})
+            part.length = pieces(built(), {n: v[0] for n, v in probe.items() if n not in ("return_loss", "modality")})
         return Setup(
             train=parts[0],
             validation=parts[1],
             objective=objective,
             build=built,
-            model=model or f"CLIP from scratch {vars(self.shape)}",
+            model=model or f"{'CLIP' if self.towers != 1 else 'one tower'} from scratch {vars(self.shape)}",
             data=source,
             facts={"pairs": f"{len(train):,} to train on, {len(validation):,} held out"},
             save=lambda folder: save_tokenizer(tokenizer, folder),
@@ -146,19 +173,22 @@ class ImagesAndTexts(Objective):
 
     Args:
         tokenizer: pads the captions.
+        one_tower: give the model the modality of every sequence, as `OneTower` takes it.
     """
 
     units: ClassVar[Units] = Units("patch or token", "patches and tokens", "nats per pair")
 
-    def __init__(self, tokenizer: Any) -> None:
-        self.tokenizer = tokenizer
+    def __init__(self, tokenizer: Any, *, one_tower: bool = False) -> None:
+        self.tokenizer, self.one_tower = tokenizer, one_tower
 
     def collate(self, samples: Sequence[Any]) -> Batch:
-        """Pad the captions, and ask for the loss."""
+        """Pad the captions, and ask for the loss, or name the modality of each sequence."""
         texts = self.tokenizer.pad([{"input_ids": sample["input_ids"]} for sample in samples], return_tensors="pt")
         pixels = torch.stack([sample["pixel_values"] for sample in samples])
-        mask = texts["attention_mask"]
-        return {"input_ids": texts["input_ids"], "pixel_values": pixels, "attention_mask": mask, "return_loss": True}
+        batch = {"input_ids": texts["input_ids"], "pixel_values": pixels, "attention_mask": texts["attention_mask"]}
+        if not self.one_tower:
+            return batch | {"return_loss": True}
+        return batch | {"modality": torch.tensor([PICTURE, CAPTION]).repeat_interleave(len(samples))}
 
     def judge(self, model: nn.Module, batch: Batch) -> Judged:
         """Return the mean of both cross-entropies of every pair in nats, and its embeddings and caption."""
@@ -203,14 +233,15 @@ def recall(similarity: Float[Tensor, "T T"], captions: Sequence[Any]) -> dict[st
 
 @torch.no_grad()
 def nearest_captions(model: nn.Module, pairs: Pairs, objective: ImagesAndTexts, captions: Sequence[str]) -> list[str]:
-    """The caption that a model finds nearest to a few pictures, among those of 64 pairs, one line each."""
+    """The caption nearest to a few pictures among those of 64 pairs, and of one tower the use of its experts."""
     step = max(1, len(pairs) // 64)
     chosen = range(0, len(pairs), step)[:64]
     batch = on_device(objective.collate([pairs[i] for i in chosen]), next(model.parameters()).device)
     with in_evaluation(model):
         nearest = model(**batch).logits_per_image.argmax(1).tolist()
     lines = [f"{captions[i]} -> {captions[chosen[j]]}" for i, j in zip(chosen, nearest, strict=True)]
-    return ["\n".join(lines[:SHOWN])]
+    used = use_of_experts(model, batch) if objective.one_tower else []
+    return ["\n".join([*lines[:SHOWN], *used])]
 
 
 class Prepared:
@@ -241,3 +272,8 @@ def small_clip(shape: Shape, size: int, patch: int, length: int) -> nn.Module:
     }  # fmt: skip
     vision = tower | {"image_size": size, "patch_size": patch}
     return CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=shape.width))
+
+
+def small_tower(shape: Shape, size: int, patch: int, length: int) -> nn.Module:
+    """A `OneTower` from scratch that reads bytes."""
+    return OneTower(size=size, patch=patch, vocabulary=ByteTokenizer.vocab_size, length=length, **vars(shape))
