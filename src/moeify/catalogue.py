@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import tomllib
 from dataclasses import dataclass
 from functools import cache
@@ -70,10 +71,18 @@ def name_of(spelling: str) -> str | None:
 
 
 def search(words: str) -> list[str]:
-    """The names of the recipes with these words in their name, title, line, family or source; spelling as `name_of`."""
+    """The names of the recipes with these words in their name, title, line, family or source; spelling as `name_of`.
+
+    The first word may be the beginning of a word, not its end: `ple` does not find what is sampled.
+    """
     wanted = _letters(words)
     texts = {name: (name, e.title, e.line, e.family or "", e.source) for name, e in catalogue().items()}
-    return [name for name, text in texts.items() if any(wanted in _letters(part) for part in text)]
+    return [name for name, text in texts.items() if any(_has(part, wanted) for part in text)]
+
+
+def _has(text: str, wanted: str) -> bool:
+    words = re.findall(r"[a-z0-9]+", text.lower())
+    return any("".join(words[i:]).startswith(wanted) for i in range(len(words)))
 
 
 def _letters(text: str) -> str:

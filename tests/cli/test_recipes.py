@@ -46,9 +46,18 @@ def test_any_spelling_is_found_and_words_are_searched_for():
     listed = moeify("recipes", "adapters").out
     assert {"arrow", "mole"} <= set(listed.split())
     assert "mixtral" not in listed
+    assert moeify("recipes", "sampled top").out.startswith("Phi-3.5-MoE: sampled top-2")
+    assert moeify("recipes", "ampled").code == 2  # words are found by their beginning
     ended = moeify("recipes", "mixtrall")
     assert ended.code == 2
     assert "did you mean 'mixtral'" in ended.err
+
+
+@pytest.mark.parametrize("name", ["MMoE", "ple", "FLAN-MoE", "ESFT"])
+def test_methods_under_other_options_are_named_with_these(name):
+    ended = moeify("recipes", name)
+    assert ended.code == 2
+    assert f"{name} is no recipe; moeify train has it as --" in ended.err
 
 
 def test_json_is_the_catalogue():

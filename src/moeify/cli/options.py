@@ -90,6 +90,14 @@ FineTuneBy = Annotated[
 Threshold = Annotated[
     float, typer.Option(min=0, max=1, help="Share of the relevance that the experts chosen by esft have")
 ]
+Freeze = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="A part of the sparse model that does not learn: router, experts, shared, attention, embeddings, norms, "
+        "rest, or base for the last four; may be repeated",
+        show_default="none; base for low-rank experts of a --model",
+    ),
+]
 WeightDecay = Annotated[float, typer.Option(min=0, help="Weight decay of AdamW")]
 Balance = Annotated[
     float | None,
@@ -212,6 +220,16 @@ def _with_k(router: Any, k: int) -> Any:
     if "router" in options:
         return partial(maker, **options | {"router": _with_k(options["router"], k)})
     return partial(maker, **options | {"k": k})
+
+
+def choose_freeze(recipe: Recipe, model: str | None, parts: list[str] | None) -> tuple[str, ...]:
+    """The parts that do not learn: by default all but low-rank experts and their routers, where a model is given."""
+    from moeify.sparsify import lora, lora_ffn
+
+    if parts is not None:
+        return tuple(parts)
+    experts = recipe.experts.func if isinstance(recipe.experts, partial) else recipe.experts
+    return ("base",) if model is not None and experts in (lora, lora_ffn) else ()
 
 
 def choose_balance(recipe: str, balance: float | None, controller: str | None) -> tuple[float | Schedule, Rule | None]:

@@ -13,6 +13,13 @@ import typer
 from moeify.catalogue import USES, Entry, catalogue, name_of, search
 from moeify.registry import suggest
 
+ELSEWHERE = {
+    "--task multitask --set method=mmoe, cgc or ple": ("mmoe", "cgc", "ple"),
+    "--task instruct --finetune flan": ("flan", "flanmoe"),
+    "--finetune esft": ("esft",),
+}
+"""Methods that `moeify train` has under other options than --recipe, by what they are called."""
+
 
 def recipes(
     name: Annotated[
@@ -34,6 +41,10 @@ def recipes(
 def _found(words: str) -> list[str]:
     if (exact := name_of(words)) is not None:
         return [exact]
+    plain = "".join(filter(str.isalnum, words.lower()))
+    for options, names in ELSEWHERE.items():
+        if plain in names:
+            raise ValueError(f"{words} is no recipe; moeify train has it as {options}")
     if not (found := search(words)):
         raise ValueError(f"no recipe is called or mentions {words!r}; {suggest(words, list(catalogue()))}")
     return found

@@ -41,6 +41,7 @@ class Train:
     accumulate: o.Accumulate = 1
     length: o.Length = 128
     learning_rate: o.LearningRate = None
+    freeze: o.Freeze = None
     weight_decay: o.WeightDecay = 0.1
     balance: o.Balance = None
     losses: o.Losses = None
@@ -116,6 +117,7 @@ class Train:
             pairs=max(1, min(8, self.steps // 50)),
             sparse=sparse,
             device=self.device,
+            freeze=o.choose_freeze(recipe, self.model, self.freeze),
         )
         return Job(
             output=self.output,
@@ -143,7 +145,7 @@ class Train:
 
         if self.model is None:
             raise ValueError("--finetune is for a model that is sparse already; name it by --model")
-        for name in ("recipe", "experts", "k", "minutes", "balance", "losses", "controller", "dropout"):
+        for name in ("recipe", "experts", "k", "minutes", "balance", "losses", "controller", "dropout", "freeze"):
             if getattr(self, name) is not None:
                 raise ValueError(f"--{name} does not go with --finetune, which leaves the layers as they are")
         job = replace(self, recipe="mixtral").job()

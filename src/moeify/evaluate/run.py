@@ -45,6 +45,7 @@ class Settings:
         minutes: take fewer steps where a pair of runs would take longer, by the measured cost of a step.
         pairs: how often a comparison measures the cost of a step of both models; 0 uses the seconds of the runs.
         sparse: how experts are kept balanced.
+        freeze: parts of the sparse model that do not learn, as of `moeify.train.freeze`; the dense model learns whole.
         device: where to train: `cpu`, `cuda`, or None for the best there is.
         extra: further arguments of transformers' `TrainingArguments`.
     """
@@ -60,6 +61,7 @@ class Settings:
     minutes: float | None = None
     pairs: int = 8
     sparse: SparseArguments = field(default_factory=SparseArguments)
+    freeze: tuple[str, ...] = ()
     device: str | None = None
     extra: dict[str, Any] = field(default_factory=dict)
 

@@ -25,6 +25,7 @@ from moeify.store import load_weights
 from moeify.store.hashes import saving
 from moeify.store.weights import write_weights
 from moeify.train.checkpoint.folder import checkpoints, recover
+from moeify.train.freeze import freeze
 
 Axis = Literal["tokens", "flops", "seconds"]
 
@@ -225,6 +226,8 @@ def versus(
         dense = build()
         sparse = copy.deepcopy(dense)
         report = convert(sparse, recipe, probe=probe)
+        if settings.freeze:
+            freeze(sparse, *settings.freeze, verbose=seed == settings.seed)
         if seed == settings.seed:
             _show(report, sparse, dense, work)
             pace = _pace(sparse, dense, work, folder, settings, resume=resume, log=log)

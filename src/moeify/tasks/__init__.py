@@ -34,6 +34,7 @@ TASKS = {
     "classify-audio": Entry("classify_audio", "ClassifyAudio", "name the class of a sound (accuracy)"),
     "contrastive": Entry("contrastive", "Contrastive", "match pictures and captions (recall@1 and @5)"),
     "seq2seq": Entry("seq2seq", "Seq2Seq", "translate a text (chrF, token accuracy)"),
+    "instruct": Entry("instruct", "Instruct", "answer an instruction (perplexity, exact match)"),
     "multitask": Entry("multitask", "ManyTasks", "predict columns of a table (AUC)"),
 }  # fmt: skip
 """Every task by its name on the command line."""

@@ -76,9 +76,10 @@ def require_inputs(recipe: Recipe, setup: Setup, task: str) -> None:
     given = setup.train[0]
     for part in recipe.router(8, recipe.num_experts).modules():
         if isinstance(part, Lookup | Cluster) and part.key not in given:
+            clustered = "; --task instruct finds clusters of instructions" if isinstance(part, Cluster) else ""
             raise ValueError(
                 f"this recipe's router looks up {part.key!r}, and the samples of {task} have {', '.join(given)}; "
-                "choose another recipe"
+                f"choose another recipe{clustered}"
             )
 
 

@@ -25,8 +25,8 @@ from moeify.modes import in_evaluation
 from moeify.sparsify import Recipe
 from moeify.tasks.base import Setup, Shape, Task, labels_of
 from moeify.tasks.classify_text import tokens
-from moeify.tasks.models import load_dense, load_tokenizer, save_tokenizer
 from moeify.tasks.modalities import entropies, use_of_experts
+from moeify.tasks.models import load_dense, load_tokenizer, save_tokenizer
 from moeify.tasks.pieces import pieces
 from moeify.tasks.rows import Row, read_parts
 from moeify.train.arguments import Loss
@@ -82,8 +82,8 @@ class Contrastive(Task):
             raise ValueError(f"towers={self.towers} is not known; 1 reads pictures and captions, 2 one each")
         if self.towers == 1 and model is not None:
             raise ValueError(
-                f"{model} has a tower for pictures and one for captions, and one tower that reads both is asked for, by "
-                "the recipe or by towers=1; leave out --model, or choose another recipe or --set towers=2"
+                f"{model} has a tower for pictures and one for captions, and one that reads both is asked for, by the "
+                "recipe or by towers=1; leave out --model, or choose another recipe or --set towers=2"
             )
         train, validation = self._rows(data)
         source = data or "synthetic shapes with captions"
