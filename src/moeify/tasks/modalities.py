@@ -83,12 +83,13 @@ def use_of_experts(model: nn.Module, batch: Batch) -> list[str]:
         model(**batch)
     lines = []
     for name, routing in decisions.items():
-        if not isinstance(routing, Assignment) or routing.choices is None or routing.evidence.label is None:
+        labels = routing.evidence.label
+        if not isinstance(routing, Assignment) or routing.choices is None or labels is None:
             continue
-        placed = _placed(routing, batch["attention_mask"])
+        placed = _placed(routing, len(labels), batch["attention_mask"])
         found = []
         for modality, label in MODALITIES.items():
-            of = routing.evidence.label == label
+            of = labels == label
             load = routing.choices.indices[of].flatten().bincount(minlength=len(routing.counts)).double()
             used = torch.distributions.Categorical(load).entropy().exp()
             dropped = 1 - placed[of].double().mean()
@@ -97,10 +98,10 @@ def use_of_experts(model: nn.Module, batch: Batch) -> list[str]:
     return lines
 
 
-def _placed(routing: Assignment, caption_mask: Tensor) -> Bool[Tensor, "T"]:
+def _placed(routing: Assignment, tokens: int, caption_mask: Tensor) -> Bool[Tensor, "T"]:
     """Which of the real tokens an expert took."""
     pairs, longest = len(caption_mask), routing.shape[1]
-    patches = (len(routing.evidence.label) - int(caption_mask.sum())) // pairs
+    patches = (tokens - int(caption_mask.sum())) // pairs
     pictures = F.pad(caption_mask.new_ones(pairs, patches), (0, longest - patches))
     real = torch.cat([pictures, F.pad(caption_mask, (0, longest - caption_mask.shape[1]))]).bool().flatten()
     taken = real.new_zeros(len(real)).index_fill(0, routing.source, True)
