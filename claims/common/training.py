@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from moeify import losses, record
 from moeify.data.blocks import Blocks
+from moeify.engram import Engram
 from moeify.layers import sparse_layers
 from moeify.routing import Routing
 
@@ -59,15 +60,20 @@ def train(
         batches: of token ids.
         steps: of the optimizer.
         seed: of the batches.
-        rate: the highest learning rate.
+        rate: the highest learning rate; that of an Engram's tables, which do not decay, is five times as high, as its
+            authors have it.
         balancing: the loss of the decisions of sparse layers.
         clip: the largest norm of the gradient.
         prepare: called before a step, with its number from 0.
     """
     dice = torch.Generator().manual_seed(seed)
     learning = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(learning, lr=rate, weight_decay=0.1)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, steps, pct_start=0.05, anneal_strategy="linear")
+    tables = [memory.table for memory in model.modules() if isinstance(memory, Engram)]
+    groups = [{"params": [p for p in learning if not any(p is table for table in tables)]}]
+    groups += [{"params": tables, "lr": 5 * rate, "weight_decay": 0.0}] if tables else []
+    optimizer = torch.optim.AdamW(groups, lr=rate, weight_decay=0.1)
+    rates = [group["lr"] for group in optimizer.param_groups]
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rates, steps, pct_start=0.05, anneal_strategy="linear")
     model.train()
     for step in range(steps):
         prepare(model, step)
