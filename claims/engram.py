@@ -1,11 +1,11 @@
-"""Engram (arXiv 2601.07372, section 3): of equal parameters and FLOPs, a fifth is better spent on n-grams than on experts.
+"""Engram (arXiv 2601.07372, section 3): at equal size and cost, n-grams in place of some experts lower the loss.
 
 A small byte-level Llama, whose sparse layers have experts of width 64, top-2, and tables of 2- and 3-grams beside them,
 from experts alone to tables alone, on the text that came with Python and torch. Experts without tables are wider by as
 many FLOPs as the memory's projections cost. Design, prediction and thresholds are in claims/designs.md, written before
 the first run.
 
-Reproduced if the arm with the lowest mean loss lies between experts alone and tables alone, ahead of both in every seed,
+Reproduced if the arm of the lowest mean loss lies between experts alone and tables alone, ahead of both in every seed,
 by 0.005 nats per byte or more in the mean: the U of the paper's figure 3.
 
     python claims/engram.py     3 seeds, about 11 minutes on one core; rows in claims/results/engram.csv
@@ -55,7 +55,7 @@ def beside_memory(experts: int, rows: int) -> nn.Module:
 
 @cache
 def rows_for(experts: int) -> int:
-    """Rows of each table for as many parameters as experts alone have; the prime numbers from there on are a little more."""
+    """Rows of each table at least, for as many parameters as experts alone have."""
     left = count(built(ALONE)).parameters - count(beside_memory(experts, 2)).parameters
     return left // (LAYERS * TABLES * DIMENSIONS // HEADS)
 
@@ -65,9 +65,7 @@ def main() -> None:
     ends, rows = trained("experts' share", arms, options(__doc__))
     alone, *between, tables = ends.values()
     for arm, losses in ends.items():
-        print(
-            f"{arm}: {fmean(losses):.4f}, less experts alone {paired(losses, alone)}, less tables {paired(losses, tables)}"
-        )
+        print(f"{arm}: {fmean(losses):.4f}, less experts {paired(losses, alone)}, less tables {paired(losses, tables)}")
     best = min(between, key=fmean)
     ahead = all(
         all(a < b for a, b in zip(best, end, strict=True)) and fmean(end) - fmean(best) >= 0.005

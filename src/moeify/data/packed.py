@@ -1,0 +1,64 @@
+"""Documents packed into full rows whose tokens see their own document only."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from moeify.data.tokenizer import Tokenizer
+
+
+class Packed(Dataset[dict[str, Tensor]]):
+    """Rows of `length` tokens, cut from documents that were laid end to end, without padding.
+
+    A document that does not fit goes on in the next row, as a document of its own. `position_ids` start again with
+    every document, by which attention of transformers, routers, losses and memories keep documents apart; the model is
+    to be called without a cache and without an attention mask, with which transformers does not look for documents. The
+    first token of a document is not predicted from the one before.
+
+    Args:
+        documents: the token ids of each.
+        length: tokens of a row.
+
+    Raises:
+        ValueError: too few tokens for a row, or a length below 2.
+    """
+
+    def __init__(self, documents: Iterable[Int[Tensor, "_"]], length: int) -> None:
+        if length < 2:
+            raise ValueError(f"a row of {length} tokens predicts none; choose a length of 2 or more")
+        whole = [ids for ids in documents if len(ids)]
+        tokens = sum(map(len, whole))
+        if tokens < length:
+            raise ValueError(f"the documents have {tokens} tokens, too few for a row of {length}; give more documents")
+        rows = tokens // length
+        numbers = torch.arange(len(whole)).repeat_interleave(torch.tensor(list(map(len, whole))))
+        self.length = length
+        self.input_ids = torch.cat(whole)[: rows * length].view(rows, length)
+        self._document = numbers[: rows * length].view(rows, length)
+
+    def __len__(self) -> int:
+        return len(self.input_ids)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        """Return `input_ids`, `position_ids` and `labels` (length,), int64; the model is to shift the labels."""
+        ids, document = self.input_ids[index].long(), self._document[index]
+        place = torch.arange(self.length)
+        starts = document.diff(prepend=document[:1] - 1) != 0
+        positions = place - torch.where(starts, place, 0).cummax(0).values
+        return {"input_ids": ids, "position_ids": positions, "labels": ids.masked_fill(starts, -100)}
+
+
+def packed(texts: Iterable[str], tokenizer: Tokenizer, length: int) -> Packed:
+    """Encode texts, each ending in the tokenizer's end of text if it has one, and pack them into rows.
+
+    Raises:
+        ValueError: too few tokens for a row.
+    """
+    eos = getattr(tokenizer, "eos_token_id", None)
+    end = [] if eos is None else [eos]
+    return Packed((torch.tensor(tokenizer.encode(text) + end, dtype=torch.int32) for text in texts), length)
