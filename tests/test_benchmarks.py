@@ -1,5 +1,6 @@
 """The benchmarks: the one of a GPU goes through all its steps on a CPU, and rows of the others hold what they say."""
 
+import argparse
 import csv
 import importlib
 import os
@@ -403,3 +404,28 @@ def test_rows_of_the_diagnosis_are_of_six_families_and_reach_what_is_promised():
     assert {row["fault"] for row in broken} == FAULTS.keys()
     assert len({row["family"] for row in broken}) == 6
     assert sum(row["right"] == "True" for row in broken) >= 0.95 * len(broken)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_ways_of_fine_tuning_train_what_they_say(benchmarks):
+    tune = benchmarks("tune_memory")
+    sizes = argparse.Namespace(layers=1, experts=4, width=16, hidden=8, threads=1, threshold=0.2)
+    experts, numbers = zip(*(tune.tuned(sizes, way)[1:] for way in tune.WAYS), strict=True)
+    assert numbers[0] == sum(p.numel() for p in tune.model(sizes).parameters())
+    assert experts[0] == experts[2] == 4
+    assert experts[1] == experts[3] < 4
+    assert numbers[1] == experts[1] * 3 * 16 * 8
+    assert numbers[3] * 4 == numbers[2] * experts[3]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_long_rows_are_packed_and_a_sparse_layer_has_the_active_size_of_the_dense_one(benchmarks):
+    long_text = benchmarks("long_text")
+    sparse, dense = long_text.layer("sparse"), long_text.layer("dense")
+    router = sparse.router.weight.numel()
+    assert count(sparse).flops - 2 * router == count(dense).flops
+    row = long_text.rows("validation", 4096)[0]
+    assert (row["position_ids"] == 0).sum() > 1
+    peak, seconds = long_text.used("layer", "sparse", 4096, 1)
+    assert peak > 4096 * long_text.WIDTH * 4 / 2**20  # more than the tokens
+    assert seconds > 0
