@@ -30,6 +30,7 @@ AT_MOST = {
     "mobile_vmoe": "one decision per image", "mocle": "one decision per sample",
 }  # fmt: skip
 ON_AVERAGE = {"longcat": "zero experts are free", "moepp": "zero and copy experts are free"}
+ON_AVERAGE["zaya"] = "the expert that skips is free"
 NOT_CAUSAL = {"base", "sbase", "limoe", "mobile_vmoe", "soft", "vmoe"}
 BATCH, LENGTH = 2, 12
 

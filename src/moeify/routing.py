@@ -36,6 +36,7 @@ class Evidence:
         affinity: the affinity of every expert for every token (CompeteSMoE).
         rows: the router's rows for the experts in use, with a gradient (DynMoE).
         unserved: the sum of the tokens without an expert (DynMoE).
+        state: what the router of the next layer reads of this one (ZAYA).
     """
 
     logits: Float[Tensor, "L E"] | None = None
@@ -46,6 +47,7 @@ class Evidence:
     affinity: Float[Tensor, "L E"] | None = None
     rows: Float[Tensor, "U D"] | None = None
     unserved: Float[Tensor, "D"] | None = None
+    state: Float[Tensor, "L S"] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,8 +17,8 @@ from transformers import AutoConfig
 from moeify import MoE
 from moeify.experts import FFN, ClampedSwiGlu, Glu
 from moeify.find import DenseFFN
-from moeify.routers import ExpertGroups, Lookup, TopK, WeightedInputs
-from moeify.sparsify import Recipe, fresh, recipes
+from moeify.routers import CappedSigmoid, ExpertGroups, Lookup, Router, TopK, sigmoid
+from moeify.sparsify import Recipe, dense, fresh, nothing, recipes
 
 WIDTH, HIDDEN = 16, 24
 
@@ -92,6 +92,31 @@ BLOCKS = [
     of("ernie", "ernie4_5_moe", "Ernie4_5_MoeSparseMoeBlock"),
     of("flex_olmo", "flex_olmo", "FlexOlmoSparseMoeBlock"),
     of("jamba", "jamba", "JambaSparseMoeBlock"),
+    of("glm4", "afmoe", "AfmoeSparseMoeBlock"),
+    of("glm5", "axk2", "AXK2MoE"),
+    of("glm5", "hy_v4", "HYV4MoE"),
+    of("glm5", "glm4v_moe", "Glm4vMoeTextMoE", model_type="glm4v_moe_text"),
+    of("granite", "aria", "AriaTextMoELayer", model_type="aria_text"),
+    of("qwen3", "mellum", "MellumSparseMoeBlock"),
+    of("qwen3", "qwen3_vl_moe", "Qwen3VLMoeTextSparseMoeBlock", model_type="qwen3_vl_moe_text"),
+    of("qwen3_next", "qwen4_exp", "Qwen4ExpTextSparseMoeBlock", model_type="qwen4_exp_text"),
+    of("minimax_m2", "mimo_v2_flash", "MiMoV2FlashMoE"),
+    of("mixtral", "minimax", "MiniMaxSparseMoeBlock"),
+    of("glm5", "laguna", "LagunaSparseMoeBlock", moe_routed_scaling_factor=2.5),
+    also(
+        of("glm5", "laguna", "LagunaSparseMoeBlock", moe_routed_scaling_factor=2.5, moe_router_logit_softcapping=0.3),
+        router=partial(TopK, k=4, score=CappedSigmoid(0.3), selection_bias=True, scale=2.5),
+    ),
+    also(of("minimax_m2", "flint", "FlintSparseMoeBlock"), router=partial(TopK, k=4, score=sigmoid), shared=dense),
+    also(
+        of("glm4", "kolibri1", "Kolibri1SparseMoeBlock"),
+        router=partial(TopK, k=4, score=sigmoid, select="logit", selection_bias=True),
+    ),
+    also(of("gemma4", "gemma4", "Gemma4TextRouter", model_type="gemma4_text"), shared=nothing),
+    also(
+        of("gemma4", "diffusion_gemma", "DiffusionGemmaTextRouter", model_type="diffusion_gemma_text"), shared=nothing
+    ),
+    of("jetmoe", "jetmoe", "JetMoeMoE", activation_function="silu"),
 ]
 
 
@@ -105,7 +130,10 @@ def layer(recipe: Recipe) -> tuple[MoE, TopK]:
         [nn.Linear(WIDTH, HIDDEN, bias=False) for _ in range(2)], nn.Linear(HIDDEN, WIDTH, bias=False), Glu(F.silu)
     )
     moe = MoE(recipe.router(WIDTH, recipe.num_experts), recipe.experts(dense, recipe.num_experts))
-    return moe, moe.router.router if isinstance(moe.router, WeightedInputs) else moe.router
+    router = moe.router
+    while isinstance(inside := getattr(router, "router", None), Router):
+        router = inside
+    return moe, router
 
 
 def block(native: Native, experts: FFN, router: TopK) -> nn.Module:
@@ -118,8 +146,9 @@ def block(native: Native, experts: FFN, router: TopK) -> nn.Module:
         "shared_expert_intermediate_size",
     ]
     counts = ["num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"]
-    ks = ["num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k"]
+    ks = ["num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "top_k_experts"]
     fields = {"hidden_size": WIDTH, "num_attention_heads": 2, "hidden_act": "silu", "norm_topk_prob": router.normalize}
+    fields["hidden_activation"] = "silu"
     fields |= dict.fromkeys(sizes, experts.hidden) | dict.fromkeys(counts, experts.num_experts)
     fields |= dict.fromkeys(ks, router.k) | dict.fromkeys(["n_group", "num_expert_group"], groups.count)
     fields |= {"topk_group": groups.keep} | dict.fromkeys(
@@ -130,6 +159,11 @@ def block(native: Native, experts: FFN, router: TopK) -> nn.Module:
     config._experts_implementation = "eager"
     module = importlib.import_module(f"transformers.models.{native.module}.modeling_{native.module}")
     made = getattr(module, native.name)(config, *native.arguments)
+    if native.name.endswith("TextRouter"):
+        experts_class = getattr(module, native.name.replace("Router", "Experts"))
+        made = GemmaLayer(made, experts_class(config))
+    if native.module == "jetmoe":
+        made = JetMoeLayer(made)
     if native.module.startswith("granite"):
         made = GraniteLayer(made, getattr(module, native.name.removesuffix("MoE") + "MLP")(config))
     for tensor in made.parameters():
@@ -151,11 +185,37 @@ class GraniteLayer(nn.Module):
         return self.routed(x) + self.shared_mlp(x)
 
 
+class GemmaLayer(nn.Module):
+    """A router and experts that read the same tokens; their decoder layer normalises those of the experts."""
+
+    def __init__(self, router: nn.Module, experts: nn.Module) -> None:
+        super().__init__()
+        self.router, self.experts = router, experts
+
+    def forward(self, x: Tensor) -> Tensor:
+        _, weights, chosen = self.router(x.flatten(0, 1))
+        return self.experts(x.flatten(0, 1), chosen, weights)
+
+
+class JetMoeLayer(nn.Module):
+    """A block with the names that others have; its vector lies where others have a shared expert."""
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.block, self.router, self.experts, self.shared_expert = block, block.router, nn.Module(), nn.Module()
+        self.experts.gate_up_proj = block.input_linear.weight
+        self.experts.down_proj = block.output_linear.weight
+        self.shared_expert.bias = block.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.block(x)
+
+
 def same(moe: MoE, router: nn.Module, theirs: nn.Module) -> Iterator[tuple[Tensor, Tensor, bool]]:
     """Our parameters with theirs, and whether theirs are transposed."""
     gate = theirs.gate if hasattr(theirs, "gate") else theirs.router
     by_shape = {p.shape: p for p in gate.parameters() if p.requires_grad}
-    for ours in router.parameters():
+    for ours in moe.router.parameters():
         yield ours, by_shape[ours.shape], False
     for name, ours in moe.experts.named_parameters():
         other = getattr(theirs.experts, name)

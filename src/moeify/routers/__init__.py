@@ -4,11 +4,14 @@ from moeify.routers.all_experts import AllExperts
 from moeify.routers.arrow import Arrow
 from moeify.routers.balanced_assignment import BalancedAssignment
 from moeify.routers.base import Router, Tokens, begin_step, project, real_tokens
+from moeify.routers.capped_score import CappedSigmoid
 from moeify.routers.competition import Compete
 from moeify.routers.cosine import Cosine
 from moeify.routers.default_vector import DefaultVector
+from moeify.routers.depth_averaged import DepthAveraged
 from moeify.routers.expert_choice import ExpertChoice
 from moeify.routers.expert_groups import ExpertGroups, GroupLimit, PerGroup
+from moeify.routers.expert_scale import ExpertScale
 from moeify.routers.expert_threshold import ExpertThreshold
 from moeify.routers.extraction import Extraction
 from moeify.routers.frozen import Frozen
@@ -22,6 +25,7 @@ from moeify.routers.mole import MoLE
 from moeify.routers.multi_gate import MultiGate, SparseMultiGate
 from moeify.routers.nllb import Conditional, FinalMask
 from moeify.routers.noisy import NoisyTopK
+from moeify.routers.normalized_input import NormalizedInput
 from moeify.routers.phatgoose import Phatgoose
 from moeify.routers.product_keys import ProductKeys
 from moeify.routers.replay import Replay
@@ -43,13 +47,16 @@ __all__ = [
     "Arrow",
     "BalancedAssignment",
     "Capacity",
+    "CappedSigmoid",
     "Cluster",
     "Compete",
     "Conditional",
     "Cosine",
     "DefaultVector",
+    "DepthAveraged",
     "ExpertChoice",
     "ExpertGroups",
+    "ExpertScale",
     "ExpertThreshold",
     "Extraction",
     "FinalMask",
@@ -62,6 +69,7 @@ __all__ = [
     "MoLE",
     "MultiGate",
     "NoisyTopK",
+    "NormalizedInput",
     "PerGroup",
     "Phatgoose",
     "ProductKeys",

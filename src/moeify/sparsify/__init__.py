@@ -19,11 +19,11 @@ from moeify.sparsify.narrow import extraction_of_streams, narrow, narrow_of_stre
 from moeify.sparsify.plan import Plan, find
 from moeify.sparsify.recipe import Recipe
 from moeify.sparsify.residual import residual, residual_splits, start_routers
-from moeify.sparsify.shared import dense, frozen, gated, nothing
+from moeify.sparsify.shared import bias, dense, frozen, gated, nothing
 from moeify.sparsify.whole import whole_modules
 
 __all__ = [
-    "Plan", "Recipe", "copies", "dense", "engram", "extraction_of_streams", "find", "fresh", "frozen", "gated",
+    "Plan", "Recipe", "bias", "copies", "dense", "engram", "extraction_of_streams", "find", "fresh", "frozen", "gated",
     "in_latent_space", "lora", "lora_ffn", "masked", "merged", "narrow", "narrow_of_streams", "nothing", "read_recipe",
     "recipes", "residual", "residual_splits", "sandwich", "sparsify", "splits", "start_routers", "whole_modules",
     "with_free", "with_multiplicative_bias",

@@ -37,6 +37,25 @@ def gated(dense: nn.Module, width: int) -> nn.Module:
     return GatedShared(_in_its_memory(dense), width).to(weight.device, weight.dtype)
 
 
+@register("shared", "bias")
+def bias(dense: nn.Module, width: int) -> nn.Module:
+    """A learned vector that every token gets, 0 at first (JetMoE)."""
+    weight = next(dense.parameters())
+    return Bias(getattr(dense, "width_out", width)).to(weight.device, weight.dtype)
+
+
+class Bias(nn.Module):
+    """The same vector for every token."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.bias = nn.Parameter(torch.zeros(width))
+
+    def forward(self, x: Float[Tensor, "... D"]) -> Float[Tensor, "... O"]:
+        """Give every token the vector."""
+        return x.new_zeros(*x.shape[:-1], 1) + self.bias
+
+
 def _in_its_memory(dense: nn.Module) -> nn.Module:
     """A copy whose parameters are its own, but share the memory of the dense network that it replaces.
 
