@@ -1,12 +1,14 @@
 """Our routers against implementations that others wrote: decisions, outputs and gradients for the same weights.
 
 google-research/vmoe (JAX), the code of V-MoE and Soft MoE, lucidrains' soft-moe-pytorch and st-moe-pytorch, and PLE
-of deepctr-torch. Peers run in an environment of their own; inputs and answers travel as .npz. Random draws are handed
+of deepctr-torch, and Engram of its authors. Peers run in an environment of their own; inputs and answers travel as .npz. Random draws are handed
 to both sides. What is known to differ is measured too, with the reason; any other difference is a failure.
 
     python -m venv peers && peers/bin/pip install jax flax clu soft-moe-pytorch st-moe-pytorch deepctr-torch
     git clone https://github.com/google-research/vmoe
-    python claims/independent.py --python peers/bin/python --vmoe vmoe     appends to claims/results/independent.csv
+    git clone https://github.com/deepseek-ai/Engram
+    python claims/independent.py --python peers/bin/python --vmoe vmoe --engram Engram
+                                                                           appends to claims/results/independent.csv
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
+from peers.our_engram import against_engram, engram_inputs
 from peers.ours import Values, against_deepctr, against_lucidrains, against_vmoe, inputs, multi_task_inputs
 from results import append
 
@@ -90,6 +93,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--python", help="an interpreter that has the peers' packages")
     parser.add_argument("--vmoe", help="a checkout of google-research/vmoe")
+    parser.add_argument("--engram", help="a checkout of deepseek-ai/Engram, whose demo needs sympy and transformers")
     options = parser.parse_args()
     given, failed = inputs(), 0
     if options.vmoe is not None and Path(options.vmoe).exists() and has(options.python, "jax", "flax"):
@@ -108,6 +112,12 @@ def main() -> None:
         failed += judge("deepctr", str(theirs["version"]), against_deepctr(given), theirs)
     else:
         print("deepctr: not run (peer missing)")
+    if options.engram is not None and Path(options.engram, "engram_demo_v1.py").is_file():
+        given = engram_inputs()
+        theirs = ask("engram", "engram_authors.py", options.python or sys.executable, given, options.engram)
+        failed += judge("deepseek-ai/Engram", str(theirs["version"]), against_engram(given), theirs)
+    else:
+        print("engram: not run (peer missing)")
     if failed:
         sys.exit(f"{failed} comparisons disagree")
 
