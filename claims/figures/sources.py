@@ -217,7 +217,10 @@ def _independent() -> dict[str, list[Figure]]:
             agree.figure(len(agree.rows), "rows", "higher"),
             agree.over(max, "tolerance", "lower"),
             differ.figure(len(differ.rows), "rows"),
-        ]
+        ],
+        "independent.engram": [
+            table("claims/results/independent.csv").where(peer="deepseek-ai/Engram").over(max, "difference", "lower")
+        ],
     }
 
 

@@ -1,4 +1,4 @@
-"""What the Engram of its authors answers to the inputs of `claims/independent.py`, from a checkout of deepseek-ai/Engram.
+"""What the Engram of its authors, deepseek-ai/Engram, answers to the inputs of `claims/independent.py`.
 
 python engram_authors.py INPUTS.npz ANSWERS.npz CHECKOUT
 
