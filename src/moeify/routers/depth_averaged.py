@@ -39,6 +39,12 @@ class DepthAveraged(Router):
     """
 
     settable_k = True
+    down: nn.Parameter
+    down_bias: nn.Parameter
+    first: nn.Parameter
+    first_bias: nn.Parameter
+    second: nn.Parameter
+    second_bias: nn.Parameter
 
     def __init__(
         self, width: int, num_experts: int, *, k: int = 1, state: int = 256, zero_experts: int = 1, eps: float = 1e-5,

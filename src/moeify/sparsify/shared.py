@@ -40,8 +40,8 @@ def gated(dense: nn.Module, width: int) -> nn.Module:
 @register("shared", "bias")
 def bias(dense: nn.Module, width: int) -> nn.Module:
     """A learned vector that every token gets, 0 at first (JetMoE)."""
-    weight = next(dense.parameters())
-    return Bias(getattr(dense, "width_out", width)).to(weight.device, weight.dtype)
+    weight, out = next(dense.parameters()), getattr(dense, "width_out", width)
+    return Bias(out if isinstance(out, int) else width).to(weight.device, weight.dtype)
 
 
 class Bias(nn.Module):
