@@ -212,3 +212,24 @@ def test_switch_transformers_whose_experts_are_modules():
     name = next(iter(sparse_layers(model)))
     train_experts(model, {name: [2]}, verbose=False)
     assert {n.split("expert_")[1][0] for n, p in model.named_parameters() if p.requires_grad} == {"2"}
+
+
+@families
+def test_fused_optimizers_change_the_chosen_experts_alone(family):
+    pytest.importorskip("peft")
+    model, base, ids = MODELS[family](), MODELS[family](), tokens(2)
+    chosen = expert_relevance(model, [ids]).choose(0.4)
+    expected = {name: experts for name, experts in stacks(model, chosen).items() if not name.endswith("bias")}
+    adapted = lora_experts(model, chosen, rank=2)
+    learning = [p for p in adapted.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(learning, lr=0.1, fused=True)
+    for _ in range(2):  # of two forward passes and one backward, as of DPO
+        loss = adapted(input_ids=ids, labels=ids).loss + adapted(input_ids=ids + 1, labels=ids).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    with torch.no_grad():
+        logits = adapted(input_ids=ids).logits
+    merged = adapted.merge_and_unload()
+    assert changed(copied(base), merged.state_dict()) == expected
+    torch.testing.assert_close(merged(input_ids=ids).logits, logits)

@@ -2,12 +2,14 @@
 
 The experts of a layer are stacked in one tensor (E, ., .), which is trained whole or not at all. Here the slice of each
 chosen expert is a parameter that shares memory with the stack, so only the chosen ones have gradients and optimizer
-states, and nothing has to be copied back. The model keeps its tensors' names in state dicts and saved files.
+states, and nothing has to be copied back. A slice that is not contiguous there has memory of its own, from which the
+stack is filled before it is read: torch's fused optimizers take every parameter to be contiguous, and would write to
+other experts. The model keeps its tensors' names in state dicts and saved files.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -32,15 +34,22 @@ class ExpertSlices(nn.Module):
         self.hooks: list[RemovableHandle] = []
 
     def right_inverse(self, stack: Tensor) -> tuple[Tensor, ...]:
-        """The stack, and the slices as views of it."""
-        return stack.detach(), *(of_expert(stack.detach()) for of_expert in self.slices)
+        """The stack, and the slices: views of it where they are contiguous, copies where they are not."""
+        return stack.detach(), *(of_expert(stack.detach()).contiguous() for of_expert in self.slices)
 
     def forward(self, stack: Tensor, *slices: Tensor) -> Tensor:
-        """The stack itself; if its dtype or device has changed, the slices are made views of it again."""
-        for part, view in zip(slices, self.right_inverse(stack)[1:], strict=True):
-            if part.data_ptr() != view.data_ptr():
-                part.data = view
+        """The stack itself, with the values that the slices have now."""
+        self.fill(stack, slices)
         return _GradientOfSlices.apply(self.slices, stack, *slices)
+
+    def fill(self, stack: Tensor, slices: Iterable[Tensor]) -> None:
+        """Write copies into the stack; if its dtype or device has changed, make the others views of it again."""
+        for part, of_expert in zip(slices, self.slices, strict=True):
+            view = of_expert(stack.data)  # of data, as a forward pass before this one may still be in the graph
+            if not view.is_contiguous():
+                view.copy_(part.data)
+            elif part.data_ptr() != view.data_ptr():
+                part.data = view
 
 
 class _GradientOfSlices(torch.autograd.Function):
@@ -52,7 +61,11 @@ class _GradientOfSlices(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = gradients
-        return None, None, *(of_expert(gradient).clone() for of_expert in ctx.of_experts)
+        return None, None, *(_copied(of_expert(gradient)) for of_expert in ctx.of_experts)
+
+
+def _copied(gradient: Tensor) -> Tensor:
+    return gradient.clone(memory_format=torch.contiguous_format)
 
 
 def slice_parameter(module: nn.Module, name: str, slices: Sequence[Slice]) -> None:
@@ -65,7 +78,9 @@ def slice_parameter(module: nn.Module, name: str, slices: Sequence[Slice]) -> No
 
     def write_stack(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
         parts = {key: state.pop(key) for key in [key for key in state if key.startswith(prefix + inside)]}
-        state[prefix + name] = parts[prefix + inside + _STACK]
+        stack, *slices = parts.values()
+        step.fill(stack, slices)
+        state[prefix + name] = stack
 
     def read_stack(module: nn.Module, state: dict[str, Any], prefix: str, *others: Any) -> None:
         if prefix + name in state:
@@ -83,7 +98,8 @@ def join_experts(model: nn.Module) -> None:
     Saving does not need it. Call it before code that reads parameters by name, such as an exporter.
     """
     for module, name, step in list(_sliced(model)):
-        stack = _originals(module, name)[_STACK]
+        stack, *slices = _originals(module, name).values()
+        step.fill(stack, slices)
         for hook in step.hooks:
             hook.remove()
         parametrize.remove_parametrizations(module, name, leave_parametrized=True)
