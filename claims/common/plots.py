@@ -56,6 +56,7 @@ class Plot:
         return [name for name in found if not self.arms or name in self.arms]
 
 
+MEMORY = ("0.79", "0.55", "0.31", "0.08")  # the share of experts among idle parameters, where there are both
 PLOTS = {
     "batch_priority": Plot(
         value="accuracy", unit="points of accuracy, less arrival", arm="priority", against="arrival", over="factor",
@@ -64,6 +65,7 @@ PLOTS = {
     "census": Plot(
         value="auc_income", unit="AUC of income, less the shared layer", against="shared bottom"
     ),
+    "engram": Plot(value="loss", unit="nats per byte, less tables alone", arm="share", against="0.00", arms=MEMORY),
     "fine_grained": Plot(value="loss", unit="nats per byte, less 8 experts of top-2", against="8, top-2"),
     "heterogeneous": Plot(value="loss", unit="nats per byte, less equal widths", against="equal widths"),
     "multi_gate": Plot(

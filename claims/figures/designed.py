@@ -61,6 +61,9 @@ def designed() -> dict[str, list[Figure]]:
     free = table("claims/results/zero_computation.csv")
     moepp = free.where(arm="MoE++")
     against_alone = moepp.minus(free.where(arm="8 alone"), "loss")
+    memory = table("claims/results/engram.csv")
+    fewer = {arm: memory.where(share="0.31").minus(memory.where(share=arm), "loss") for arm in ("1.00", "0.00")}
+    fifth = memory.where(share="0.79").minus(memory.where(share="1.00"), "loss")
     what = "least loss of a seed less that without z-loss, mean over seeds, z="
     return {
         "census": [figure for each in areas for figure in (each.mean("higher"), *each.ends(T_95_OF_5))],
@@ -81,6 +84,13 @@ def designed() -> dict[str, list[Figure]]:
             moepp.over(max, "correlation"),
         ],
         "zero_computation.least": [against_alone.half()],
+        "engram": [
+            fewer["1.00"].mean("lower"),
+            fewer["0.00"].mean("lower"),
+            *fewer["0.00"].ends(),
+            fifth.mean("lower"),
+        ],
+        "engram.least": [max((each.half() for each in fewer.values()), key=lambda half: half.value)],
         "switch_scaling.least": [max((each.half() for each in more), key=lambda half: half.value)],
         "fine_grained.least": [max((each.half() for each in finer), key=lambda half: half.value)],
         "multi_gate.least": [apart.half()],

@@ -230,6 +230,7 @@ def _benchmarks() -> dict[str, list[Figure]]:
     steps = table("benchmarks/results/train-cpu.csv").where(commit="06ebc7b", implementation="moeify")
     decode = table("benchmarks/results/decode-cpu.csv").where(commit="97aaea0", what="decode")
     scaling = table("benchmarks/results/scaling-cpu.csv").where(commit="06ebc7b", implementation="moeify")
+    long_text = table("benchmarks/results/long-text-cpu.csv")
     price = table("benchmarks/results/price-cpu.csv").where(commit="31599da", part="step")
     waits = table("benchmarks/results/load-cpu.csv").where(waiting="command line")
     traced = table("benchmarks/results/streamed-cpu.csv")
@@ -249,6 +250,14 @@ def _benchmarks() -> dict[str, list[Figure]]:
         "train-cpu": [
             steps.over(min, "speedup_over_best_peer", "higher"), steps.over(max, "speedup_over_best_peer", "higher"),
         ],
+        **{
+            f"long-text-cpu.{tokens}": [
+                long_text.where(what=what, model=model, tokens=tokens).one("peak_mib", "lower")
+                for what in ("layer", "step")
+                for model in ("sparse", "dense")
+            ]
+            for tokens in (4096, 8192, 16384)
+        },
         "price-cpu": [price.where(model=model).one("sparse_over_dense", "lower") for model in ("demo", "52M")],
         "scaling-cpu": [scaling.where(experts=128, tokens=1024).one("times_fewest", "lower")],
         "decode-cpu.moeify": [speed("moeify", bits, "higher") for bits in (16, 8, 4)],
