@@ -35,7 +35,8 @@ def test_there_are_claims():
 
 def test_peers_that_are_missing_are_said_to_be_and_nothing_is_kept(monkeypatch, capsys):
     before = sorted((CLAIMS / "results").glob("*"))
-    run(CLAIMS / "independent.py", monkeypatch, "--python", "nowhere/python", "--vmoe", "nowhere", "--engram", "nowhere")
+    nowhere = ("--python", "nowhere/python", "--vmoe", "nowhere", "--engram", "nowhere")
+    run(CLAIMS / "independent.py", monkeypatch, *nowhere)
     assert capsys.readouterr().out.count("not run (peer missing)") == 4
     assert sorted((CLAIMS / "results").glob("*")) == before
 

@@ -230,6 +230,8 @@ def _benchmarks() -> dict[str, list[Figure]]:
     steps = table("benchmarks/results/train-cpu.csv").where(commit="06ebc7b", implementation="moeify")
     decode = table("benchmarks/results/decode-cpu.csv").where(commit="97aaea0", what="decode")
     scaling = table("benchmarks/results/scaling-cpu.csv").where(commit="06ebc7b", implementation="moeify")
+    tuned = table("benchmarks/results/tune-memory-cpu.csv")
+    tunings = {"esft": "ESFT", "lora": "LoRA of all experts", "esft_lora": "LoRA of ESFT's experts"}
     long_text = table("benchmarks/results/long-text-cpu.csv")
     price = table("benchmarks/results/price-cpu.csv").where(commit="31599da", part="step")
     waits = table("benchmarks/results/load-cpu.csv").where(waiting="command line")
@@ -250,6 +252,10 @@ def _benchmarks() -> dict[str, list[Figure]]:
         "train-cpu": [
             steps.over(min, "speedup_over_best_peer", "higher"), steps.over(max, "speedup_over_best_peer", "higher"),
         ],
+        **{
+            f"tune-memory-cpu.{name}": [tuned.where(way=way).one(of, "lower") for of in ("peak_mib", "times_whole")]
+            for name, way in tunings.items()
+        },
         **{
             f"long-text-cpu.{tokens}": [
                 long_text.where(what=what, model=model, tokens=tokens).one("peak_mib", "lower")
