@@ -176,9 +176,15 @@ def main() -> None:
     parser.add_argument("--rates", type=float, nargs="+", default=[3e-3, 1e-2])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--arms", nargs="+", default=list(ARMS))
+    parser.add_argument(
+        "--layers", type=int, default=0,
+        help="of the base that embeds instructions, all by default; of fewer, rows are in a file of their own",
+    )  # fmt: skip
     options = parser.parse_args()
     torch.set_num_threads(1)
     dense, tokenizer = base()
+    if options.layers:
+        dense.model.layers = dense.model.layers[: options.layers]
     embed = MeanPooling(dense, tokenizer)
     learnt = [s for rows in samples("train", tokenizer, SEEN, TRAIN_ROWS).values() for s in rows]
     near = samples("test", tokenizer, SEEN + NEAR, TEST_ROWS)
@@ -205,7 +211,7 @@ def main() -> None:
             means = {part: fmean(found[task] for task in tasks) for part, tasks in PARTS.items()}
             asked = "MoCLE" in arm and "without" not in arm
             weight = f"{universal_weight(model, [rows[0] for rows in test.values()]):.1e}" if asked else ""
-            append("mocle", {
+            append(f"mocle_layers_{options.layers}" if options.layers else "mocle", {
                 "arm": arm, "seed": seed, "steps": options.steps, "rate": rate,
                 "expert_parameters": learning["experts"], "router_parameters": learning["router"],
                 "purity": f"{purity(learnt):.3f}", "weight_of_universal": weight,

@@ -42,6 +42,7 @@ PAIRS = (
     Pair("harc", "calibrated routers", {"arm": "merged, routers calibrated"}, {"arm": "merged"}, "loss_mean"),
     Pair("fine_grained", "32 finer experts", {"arm": "32, top-8"}, {"arm": "8, top-2"}),
     Pair("heterogeneous", "HMoE, half the work", {"arm": "unequal widths, penalty"}, {"arm": "equal widths"}),
+    Pair("mixtral", "top-2 of 8, equal FLOPs", {"arm": "sparse"}, {"arm": "active"}),
     Pair("switch_scaling", "Switch, 8 experts", {"experts": 8}, {"experts": 1}),
     Pair(
         "mocle", "MoCLE, learnt tasks", {"arm": "MoCLE", "rate": "0.003"}, {"arm": "one adapter", "rate": "0.01"},

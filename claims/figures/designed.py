@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from statistics import fmean, stdev
+from statistics import fmean, median, stdev
 
 from figures.rows import T_95_OF_3, T_95_OF_5, Figure, Rows, table
 
@@ -50,6 +50,17 @@ def designed() -> dict[str, list[Figure]]:
         for task in ("income", "never_married")
         for one, other in (("MMoE", "shared bottom"), ("PLE", "MMoE"))
     ]
+    mixed = table("claims/results/mixtral.csv")
+    sparse, active, total = (mixed.where(arm=arm) for arm in ("sparse", "active", "total"))
+    way = (fmean(active.values("loss")) - fmean(sparse.values("loss"))) / (
+        fmean(active.values("loss")) - fmean(total.values("loss"))
+    )
+
+    def faster(setting: str) -> Figure:
+        ours, theirs = (arm.values(f"tokens_per_s_{setting}") for arm in (sparse, total))
+        ratio = median(a / b for a, b in zip(ours, theirs, strict=True))
+        return sparse.figure(ratio, f"median by seed of tokens_per_s_{setting} over that of total", "higher")
+
     widths = table("claims/results/heterogeneous.csv")
     unequal, penalty = (widths.where(arm=arm) for arm in ("unequal widths", "unequal widths, penalty"))
     against_equal = penalty.minus(widths.where(arm="equal widths"), "loss")
@@ -68,6 +79,15 @@ def designed() -> dict[str, list[Figure]]:
     return {
         "census": [figure for each in areas for figure in (each.mean("higher"), *each.ends(T_95_OF_5))],
         "census.least": [max((each.half(T_95_OF_5) for each in areas), key=lambda half: half.value)],
+        "mixtral": [
+            sparse.minus(active, "loss").mean("lower"),
+            *sparse.minus(active, "loss").ends(),
+            mixed.figure(way, "loss of active less sparse over that of active less total", "higher"),
+            faster("width_64_batch_1"),
+            faster("width_512_batch_1"),
+            faster("width_512_batch_64"),
+        ],
+        "mixtral.least": [sparse.minus(active, "loss").half()],
         "heterogeneous": [
             growth(penalty),
             growth(unequal),
