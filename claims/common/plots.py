@@ -68,6 +68,9 @@ PLOTS = {
     "engram": Plot(value="loss", unit="nats per byte, less tables alone", arm="share", against="0.00", arms=MEMORY),
     "fine_grained": Plot(value="loss", unit="nats per byte, less 8 experts of top-2", against="8, top-2"),
     "heterogeneous": Plot(value="loss", unit="nats per byte, less equal widths", against="equal widths"),
+    "long_text": Plot(
+        value="rise", unit="rise of the loss beyond 128 bytes, nats, less the dense model's", against="dense"
+    ),
     "mixtral": Plot(value="loss", unit="nats per byte, less the dense model of the active size", against="active"),
     "multi_gate": Plot(
         value="error", unit="error over variance, less shared", against="shared bottom", over="rho",

@@ -50,6 +50,8 @@ def designed() -> dict[str, list[Figure]]:
         for task in ("income", "never_married")
         for one, other in (("MMoE", "shared bottom"), ("PLE", "MMoE"))
     ]
+    long = {arm: table("claims/results/long_text.csv").where(arm=arm) for arm in ("dense", "sparse")}
+    rises = long["sparse"].minus(long["dense"], "rise")
     mixed = table("claims/results/mixtral.csv")
     sparse, active, total = (mixed.where(arm=arm) for arm in ("sparse", "active", "total"))
     way = (fmean(active.values("loss")) - fmean(sparse.values("loss"))) / (
@@ -79,6 +81,15 @@ def designed() -> dict[str, list[Figure]]:
     return {
         "census": [figure for each in areas for figure in (each.mean("higher"), *each.ends(T_95_OF_5))],
         "census.least": [max((each.half(T_95_OF_5) for each in areas), key=lambda half: half.value)],
+        "long_text": [
+            long["sparse"].over(fmean, "rise", "lower"),
+            long["dense"].over(fmean, "rise"),
+            rises.mean("lower"),
+            *rises.ends(),
+            long["sparse"].over(fmean, "changed_first_layer"),
+            long["sparse"].over(fmean, "changed_last_layer"),
+        ],
+        "long_text.least": [rises.half()],
         "mixtral": [
             sparse.minus(active, "loss").mean("lower"),
             *sparse.minus(active, "loss").ends(),
