@@ -43,6 +43,9 @@ PAIRS = (
     Pair("fine_grained", "32 finer experts", {"arm": "32, top-8"}, {"arm": "8, top-2"}),
     Pair("heterogeneous", "HMoE, half the work", {"arm": "unequal widths, penalty"}, {"arm": "equal widths"}),
     Pair("mixtral", "top-2 of 8, equal FLOPs", {"arm": "sparse"}, {"arm": "active"}),
+    Pair("collapse", "X-MoE, equal FLOPs", {"arm": "X-MoE"}, {"arm": "top-2"}),
+    Pair("collapse", "CompeteSMoE, equal FLOPs", {"arm": "CompeteSMoE"}, {"arm": "top-2"}),
+    Pair("collapse", "MH-MoE, equal FLOPs", {"arm": "MH-MoE"}, {"arm": "top-2"}),
     Pair("switch_scaling", "Switch, 8 experts", {"experts": 8}, {"experts": 1}),
     Pair(
         "mocle", "MoCLE, learnt tasks", {"arm": "MoCLE", "rate": "0.003"}, {"arm": "one adapter", "rate": "0.01"},

@@ -66,6 +66,7 @@ PLOTS = {
         value="auc_income", unit="AUC of income, less the shared layer", against="shared bottom"
     ),
     "engram": Plot(value="loss", unit="nats per byte, less tables alone", arm="share", against="0.00", arms=MEMORY),
+    "collapse": Plot(value="loss", unit="nats per byte at equal training FLOPs, less top-2", against="top-2"),
     "fine_grained": Plot(value="loss", unit="nats per byte, less 8 experts of top-2", against="8, top-2"),
     "heterogeneous": Plot(value="loss", unit="nats per byte, less equal widths", against="equal widths"),
     "long_text": Plot(

@@ -50,6 +50,9 @@ def designed() -> dict[str, list[Figure]]:
         for task in ("income", "never_married")
         for one, other in (("MMoE", "shared bottom"), ("PLE", "MMoE"))
     ]
+    collapse = table("claims/results/collapse.csv")
+    rivals = [collapse.where(arm=arm) for arm in ("CompeteSMoE", "X-MoE", "SMoE-Dropout", "MH-MoE")]
+    behind = [rival.minus(collapse.where(arm="top-2"), "loss") for rival in rivals]
     long = {arm: table("claims/results/long_text.csv").where(arm=arm) for arm in ("dense", "sparse")}
     rises = long["sparse"].minus(long["dense"], "rise")
     mixed = table("claims/results/mixtral.csv")
@@ -81,6 +84,9 @@ def designed() -> dict[str, list[Figure]]:
     return {
         "census": [figure for each in areas for figure in (each.mean("higher"), *each.ends(T_95_OF_5))],
         "census.least": [max((each.half(T_95_OF_5) for each in areas), key=lambda half: half.value)],
+        "collapse": [figure for each in behind for figure in (each.mean("lower"), *each.ends())],
+        "collapse.changed": [rows.over(fmean, "changed") for rows in (collapse.where(arm="top-2"), *rivals)],
+        "collapse.least": [max((each.half() for each in behind), key=lambda half: half.value)],
         "long_text": [
             long["sparse"].over(fmean, "rise", "lower"),
             long["dense"].over(fmean, "rise"),
