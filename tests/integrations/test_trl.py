@@ -204,6 +204,7 @@ def test_trls_own_balance_loss_depends_on_the_cut_and_is_lost_to_label_smoothing
 def test_the_block_of_the_docs_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     page = Path(__file__).parents[2] / "docs" / "guide" / "trainers.md"
-    (block,) = re.findall(r"^```py\n(.*?)^```", page.read_text("utf-8"), re.MULTILINE | re.DOTALL)
+    blocks = re.findall(r"^```py\n(.*?)^```", page.read_text("utf-8"), re.MULTILINE | re.DOTALL)
+    (block,) = [block for block in blocks if "import SparseSFTTrainer" in block]
     exec(block, {"model": mixtral(), "data": texts(), "tokenizer": tokenizer()})
     assert list((tmp_path / "runs" / "sft").glob("checkpoint-*"))

@@ -46,7 +46,8 @@ def _layer_of(model: nn.Module, site: Site) -> nn.Module:
 def _looks_ahead(site: Site, router: Router) -> str:
     return (
         f"{site.name} is in a decoder, and {type(router).__name__} decides by looking at later tokens: training would "
-        "leak the future and generation would differ; choose a causal router, or pass allow_noncausal=True"
+        "leak the future and generation would differ; choose a causal router, such as that of a recipe without * in "
+        "`moeify recipes`, or pass allow_noncausal=True"
     )
 
 

@@ -17,6 +17,7 @@ from moeify.tasks.classify_text import facts
 from moeify.tasks.confused import confused_classes
 from moeify.tasks.image_models import Pixels, is_plain, load_image_classifier, pixels_of, small_vit
 from moeify.tasks.image_rows import Images, read_images
+from moeify.tasks.image_untrained import pixels_untrained, untrained
 from moeify.tasks.pieces import pieces
 from moeify.tasks.rows import Row
 
@@ -44,6 +45,7 @@ class ClassifyImage(Task):
         size: pixels of a side; 0 for what a named model reads, and for the small model for those of the first image, 64
             at most.
         patch: pixels of a side of a patch; 0 for an eighth of the image.
+        pretrained: whether a named model keeps its weights; without them, a model of timm needs no download.
     """
 
     name: ClassVar[str] = "classify-image"
@@ -54,6 +56,7 @@ class ClassifyImage(Task):
     validation: str | None = None
     size: int = 0
     patch: int = 0
+    pretrained: bool = True
 
     def prepare(self, model: str | None, data: str | None) -> Setup:
         """Read the rows; images are decoded when they are used."""
@@ -70,7 +73,7 @@ class ClassifyImage(Task):
         def build() -> nn.Module:
             if model is None:
                 return small_vit(self.shape, pixels, patch, classes)
-            return load_image_classifier(model, classes)
+            return load_image_classifier(model, classes) if self._loads(model) else untrained(model, classes, self.size)
 
         def inputs(row: Row) -> dict[str, Tensor]:
             return {"pixel_values": pixels(images.image(row))}
@@ -109,9 +112,12 @@ class ClassifyImage(Task):
             ),
         )
 
+    def _loads(self, model: str) -> bool:
+        return self.pretrained or is_plain(model)
+
     def _pixels(self, model: str | None, images: Images) -> Pixels:
         if model is not None and not is_plain(model):
-            return pixels_of(model, self.size)
+            return pixels_of(model, self.size) if self._loads(model) else pixels_untrained(model, self.size)
         channels, *sides = images.image(images.train[0]).shape
         return Pixels(self.size or min(64, *sides), channels)
 

@@ -130,7 +130,9 @@ def pixels_of(model: str, size: int = 0) -> Pixels:
     try:
         config: Any = transformers.AutoConfig.from_pretrained(model)
     except (OSError, ValueError) as error:
-        raise ValueError(f"no model {model!r} could be loaded: {str(error).partition(chr(10))[0]}") from None
+        hint = "; --set pretrained=false takes timm's architecture alone" if model.startswith("timm/") else ""
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"no model {model!r} could be loaded: {reason}{hint}") from None
     timm = getattr(config, "pretrained_cfg", None) or {}
     channels, height, *_ = (*timm.get("input_size", ()), None, None)[:2]
     given = size or written.get("crop_size") or written.get("size") or height or getattr(config, "image_size", None)
