@@ -17,7 +17,7 @@ def test_a_run_is_shown_with_its_log_and_its_advice(trained, text, tmp_path):
     ended = moeify("inspect", folder, "--data", text, "--output", tmp_path / "page.html", "--blocks", 2)
     assert ended.code == 0, ended.err
     page = (tmp_path / "page.html").read_text("utf-8")
-    for title in ("Load", "Coloured text", "Causal score", "Time axis: training"):
+    for title in ("Load", "Coloured text", "Causal score", "Training over time"):
         assert f"<h2>{title}</h2>" in page
     assert f"open {tmp_path / 'page.html'}" in ended.out
     assert "experts per layer 8, experts per token 2" in ended.out

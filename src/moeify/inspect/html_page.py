@@ -92,7 +92,7 @@ def _json(data: Any) -> str:
 def _header(title: str, facts: Mapping[str, Any]) -> str:
     said = " · ".join(f"{_safe(name)} {_safe(value)}" for name, value in facts.items())
     button = '<button type="button" id="theme" hidden>Dark colours</button>'
-    hint = "Point at a chart, a text or an image, or focus it and use the arrow keys: the value is written below it."
+    hint = "Point at, tap, or focus a chart, a text or an image (arrow keys move): the value is written below it."
     return (
         f'<header><h1>{_safe(title)}</h1>{button}<p class="facts">{said}</p>'
         f'<p class="note facts" id="hint" hidden>{hint}</p></header>'
@@ -104,13 +104,15 @@ def _words() -> str:
 
 
 def _glance(panels: Sequence[Panel], names: Mapping[int, str]) -> str:
-    """One line for every panel, the urgent ones first; panels without a problem are collapsed."""
+    """One line for every panel, the urgent ones first, with what to do; panels without a problem are collapsed."""
     rows: dict[str, list[str]] = {level: [] for level in _LEVELS}
+    worst = min((panel.advice.level for panel in panels), key=list(_LEVELS).index)
     for panel in panels:
         advice = panel.advice
+        do = f"<small>→ {_safe(advice.action)}</small>" if advice.level == worst and worst in ("act", "look") else ""
         rows[advice.level].append(
             f'<li><a href="#{names[id(panel)]}"><span class="level {advice.level}">{_LEVELS[advice.level]}</span>'
-            f"<span>{_safe(panel.title)}</span><span>{_safe(advice.finding)}</span></a></li>"
+            f"<span>{_safe(panel.title)}</span><span>{_safe(advice.finding)}{do}</span></a></li>"
         )
     urgent, quiet = rows["act"] + rows["look"], rows["fine"] + rows["unknown"]
     shown = f'<ul class="glance" aria-label="findings">{"".join(urgent)}</ul>' if urgent else ""

@@ -44,7 +44,8 @@ function plot(host, label, width, paint) {
   box.setAttribute("aria-label", label + ". Arrow keys move the cursor, its value is read below.");
   const said = element("output");
   said.setAttribute("aria-live", "polite");
-  host.append(box, said);
+  const wide = element("p", { className: "note", textContent: "Scroll the chart sideways for the rest →", hidden: true });
+  host.append(wide, box, said);
   let cursor = null;
   let painted = null;
   function draw() {
@@ -52,6 +53,7 @@ function plot(host, label, width, paint) {
     if (!room) return;
     const [w, h] = width(room);
     const ratio = window.devicePixelRatio || 1;
+    wide.hidden = w <= room + 1;
     canvas.width = w * ratio;
     canvas.height = h * ratio;
     canvas.style.width = w + "px";
@@ -59,7 +61,7 @@ function plot(host, label, width, paint) {
     const context = canvas.getContext("2d");
     context.scale(ratio, ratio);
     context.font = "12px system-ui, sans-serif";
-    painted = paint(context, w, h, cursor);
+    painted = paint(context, w, h, cursor, room);
     if (cursor !== null) said.textContent = painted.say(cursor);
   }
   const go = (next, seen) => {
@@ -114,8 +116,9 @@ function heatmap(host, chart, label) {
   const ends = { ratio: ["1/8", "8 " + chart.unit], signed: [words(-reach), words(reach) + " " + chart.unit], plain: ["0", words(chart.high) + " " + chart.unit] }[chart.scale];
   const bar = element("canvas", { className: "bar", width: 144, height: 8 });
   const legend = element("div", { className: "legend" }, ends[0], bar, ends[1]);
-  const dead = chart.scale === "ratio" ? element("span", {}, element("i", { className: "swatch" }), "0, no token") : null;
-  if (dead) legend.append(dead);
+  const dead = chart.scale === "ratio" ? element("span", {}, element("i", { className: "swatch" }), "0, " + chart.zero) : null;
+  if (dead && values.includes(0)) legend.append(dead);
+  if (values.some(Number.isNaN)) legend.append(element("span", {}, element("i", { className: "swatch blank" }), chart.blank));
   host.append(legend);
   const name = (list, i) => (list ? list[i] : String(i));
   const longest = Math.max(...Array.from({ length: rows }, (_, i) => String(name(chart.rows, i)).length));
@@ -125,14 +128,25 @@ function heatmap(host, chart, label) {
   const tall = named ? Math.max(14, Math.min(22, 420 / rows)) : Math.min(22, Math.max(420, Math.min(640, 5 * rows)) / rows);
   const top = 18;
   const size = (room) => [Math.max(room, left + narrow * columns), 34 + top + rows * tall];
-  plot(host, label, size, (c, w, h, cursor) => {
-    const [stops, none, empty] = [stopsOf(chart.scale), css("--none"), css("--dead")];
+  plot(host, label, size, (c, w, h, cursor, room) => {
+    const [stops, empty, slash] = [stopsOf(chart.scale), css("--dead"), css("--slash")];
     const [cw, ch] = [Math.min(96, (w - left) / columns), (h - 34 - top) / rows];
     for (let i = 0; i < rows; i++)
       for (let j = 0; j < columns; j++) {
         const v = values[i * columns + j];
-        c.fillStyle = Number.isNaN(v) ? none : dead && v === 0 ? empty : mixed(stops, place(v));
-        c.fillRect(left + j * cw, top + i * ch, cw > 8 ? cw - 1 : cw + 0.2, ch > 8 ? ch - 1 : ch + 0.2);
+        if (Number.isNaN(v)) continue;
+        const nothing = dead && v === 0;
+        const [x, y, wide, high] = [left + j * cw, top + i * ch, cw > 8 ? cw - 1 : cw + 0.2, ch > 8 ? ch - 1 : ch + 0.2];
+        c.fillStyle = nothing ? empty : mixed(stops, place(v));
+        c.fillRect(x, y, wide, high);
+        if (nothing && cw > 6 && ch > 6) {
+          c.strokeStyle = slash;
+          c.lineWidth = 1;
+          c.beginPath();
+          c.moveTo(x + wide / 2 - 3, y + high / 2 + 3);
+          c.lineTo(x + wide / 2 + 3, y + high / 2 - 3);
+          c.stroke();
+        }
       }
     c.fillStyle = css("--soft");
     c.textBaseline = "middle";
@@ -145,7 +159,7 @@ function heatmap(host, chart, label) {
     const longestName = Math.max(...Array.from({ length: columns }, (_, j) => String(name(chart.columns, j)).length));
     const step = Math.ceil((8 + 7 * Math.min(longestName, 14)) / cw);
     for (let j = 0; j < columns; j += step) c.fillText(shortened(c, name(chart.columns, j), 100), left + (j + 0.5) * cw, h - 24);
-    c.fillText(chart.column, left + (columns * cw) / 2, h - 8);
+    c.fillText(chart.column, (left + Math.min(left + columns * cw, room)) / 2, h - 8);
     const shade = bar.getContext("2d");
     for (let x = 0; x < 144; x++) {
       shade.fillStyle = mixed(stops, x / 143);
@@ -186,7 +200,7 @@ function shortened(c, text, room) {
 }
 
 /** Axes with about five ticks; returns the two scales. */
-function axes(c, w, h, [x0, x1], [y0, y1], chart) {
+function axes(c, w, h, [x0, x1], [y0, y1], chart, room) {
   const box = { left: 58, right: w - 10, top: 20, bottom: h - 42 };
   const nice = (span) => {
     const raw = span / 5;
@@ -211,7 +225,7 @@ function axes(c, w, h, [x0, x1], [y0, y1], chart) {
   c.textAlign = "left";
   c.fillText(chart.y_label, 0, 8);
   c.textAlign = "center";
-  c.fillText(chart.x_label, (box.left + box.right) / 2, h - 8);
+  c.fillText(chart.x_label, (box.left + Math.min(box.right, room)) / 2, h - 8);
   return { sx, sy, box, nice };
 }
 
@@ -254,11 +268,11 @@ function series(host, chart, label) {
   const xs = named ? chart.x.map((_, i) => i) : chart.x;
   const flat = bars && Object.values(chart.series).flat().every((v) => !v);
   const size = (room) => [Math.max(room, bars ? 70 + chart.x.length * Math.max(8, 5 * all.length) : 0), flat ? 120 : 260];
-  plot(host, label, size, (c, w, h, cursor) => {
+  plot(host, label, size, (c, w, h, cursor, room) => {
     const shown = all.filter((name) => !hidden.has(name));
     const heights = shown.flatMap((name) => [...finite(chart.series[name]), ...finite(((chart.band || {})[name] || []).flat())]);
     const half = bars || xs.length === 1 ? 0.5 : 0;
-    const { sx, sy, box, nice } = axes(c, w, h, [Math.min(...xs) - half, Math.max(...xs) + half], bounds(heights, bars || chart.from_zero), chart);
+    const { sx, sy, box, nice } = axes(c, w, h, [Math.min(...xs) - half, Math.max(...xs) + half], bounds(heights, bars || chart.from_zero), chart, room);
     ticks(c, chart.x, xs, named, sx, box, nice);
     if (bars && heights.length && heights.every((v) => v === 0)) {
       c.textAlign = "center";
@@ -355,9 +369,9 @@ function whisker(c, x, low, high) {
 
 function points(host, chart, label) {
   const order = [...chart.x.keys()].sort((a, b) => chart.x[a] - chart.x[b]);
-  plot(host, label, (room) => [room, 300], (c, w, h, cursor) => {
+  plot(host, label, (room) => [room, 300], (c, w, h, cursor, room) => {
     const heights = [...chart.y, ...(chart.band || []).flat()];
-    const { sx, sy, box, nice } = axes(c, w, h, bounds(chart.x, true), bounds(finite(heights), true), chart);
+    const { sx, sy, box, nice } = axes(c, w, h, bounds(chart.x, true), bounds(finite(heights), true), chart, room);
     ticks(c, null, bounds(chart.x, true), false, sx, box, nice);
     chart.x.forEach((x, i) => {
       if (chart.band) whisker(c, sx(x), sy(chart.band[0][i]), sy(chart.band[1][i]));
@@ -366,6 +380,7 @@ function points(host, chart, label) {
       c.arc(sx(x), sy(chart.y[i]), 4, 0, 7);
       c.fill();
     });
+    nameHighest(c, chart, sx, sy, box);
     if (cursor !== null) {
       c.strokeStyle = css("--focus");
       c.lineWidth = 2;
@@ -385,4 +400,20 @@ function points(host, chart, label) {
       },
     };
   });
+}
+
+/** Names the three highest points, where a name does not cover another. */
+function nameHighest(c, chart, sx, sy, box) {
+  c.fillStyle = css("--soft");
+  c.textBaseline = "middle";
+  const taken = [];
+  const highest = [...chart.y.keys()].filter((i) => chart.y[i] > 0).sort((a, b) => chart.y[b] - chart.y[a]);
+  for (const i of highest.slice(0, 3)) {
+    const [x, y, width] = [sx(chart.x[i]), sy(chart.y[i]), c.measureText(chart.names[i]).width];
+    const left = x + 8 + width > box.right ? x - 8 - width : x + 8;
+    if (taken.some(([a, b, end]) => Math.abs(b - y) < 13 && left < end && left + width > a)) continue;
+    c.textAlign = "left";
+    c.fillText(chart.names[i], left, y);
+    taken.push([left, y, left + width]);
+  }
 }

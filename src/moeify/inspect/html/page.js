@@ -10,11 +10,12 @@ const drawers = {
       drawChart(place, chart.charts[names[i]], `${label}, ${chart.label} ${names[i]}`);
     };
     if (names.length > 1) {
-      const [control] = chooser(chart.label, names, show);
+      const [control, select] = chooser(chart.label, names, show);
+      select.value = chart.first;
       host.append(element("div", { className: "controls" }, control));
     }
     host.append(place);
-    show(0);
+    show(chart.first);
   },
   stack(host, chart, label) {
     chart.charts.forEach((part) => {

@@ -1,8 +1,14 @@
 // Texts and images whose tokens have the colour of their first expert, in a layer that the reader chooses.
 
-/** Neighbouring experts have colours far apart: the hue turns by the golden angle. */
-const expertColour = (expert, alpha = 1) =>
-  `hsl(${(expert * 137.508) % 360} ${expert % 2 ? 60 : 85}% ${parseFloat(css("--token")) - (expert % 3) * 7}% / ${alpha})`;
+const commonFactor = (a, b) => (b ? commonFactor(b, a % b) : a);
+
+/** Hues are evenly spaced over the experts, and those of neighbouring experts far apart; lightness suits the ink. */
+function expertColour(expert, count, alpha = 1) {
+  let turn = Math.max(1, Math.round(0.382 * count));
+  while (commonFactor(turn, count) > 1) turn++;
+  const [lightness, chroma] = css("--token").split(" ").map(Number);
+  return `oklch(${lightness - (expert % 2) * 0.05} ${chroma} ${(((expert * turn) % count) / count) * 360} / ${alpha})`;
+}
 
 function chooser(label, names, onChange) {
   const select = element("select");
@@ -40,13 +46,13 @@ function colouredText(host, chart, label) {
     const loads = new Map();
     spans.forEach((span, i) => {
       const expert = first(i);
-      span.style.background = expert === UNKNOWN ? "transparent" : expertColour(expert);
+      span.style.background = expert === UNKNOWN ? "transparent" : expertColour(expert, chart.num_experts[layer]);
       if (expert !== UNKNOWN) loads.set(expert, (loads.get(expert) || 0) + 1);
     });
     const most = [...loads].sort((a, b) => b[1] - a[1]);
     legend.replaceChildren(...most.slice(0, 10).map(([expert, n]) => {
       const swatch = element("i", { className: "swatch" });
-      swatch.style.background = expertColour(expert);
+      swatch.style.background = expertColour(expert, chart.num_experts[layer]);
       return element("span", {}, swatch, `expert ${expert}: ${n}`);
     }), ...(most.length > 10 ? [`and ${most.length - 10} more`] : []));
     if (here !== null) mark(here);
@@ -103,7 +109,7 @@ function colouredImage(host, chart, label) {
     for (let i = 0; i < count; i++) {
       const expert = experts[(layer * count + i) * chart.k];
       if (expert === UNKNOWN) continue;
-      c.fillStyle = expertColour(expert, strength);
+      c.fillStyle = expertColour(expert, chart.num_experts[layer], strength);
       c.fillRect((i % columns) * cw, Math.floor(i / columns) * ch, cw, ch);
       c.fillStyle = css("--ink");
       c.textAlign = "center";

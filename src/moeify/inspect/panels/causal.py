@@ -55,7 +55,7 @@ def causal(effects: Effects, experts: int) -> Panel:
             names=names, x=loads.tolist(), y=means.tolist(), interval=(low.tolist(), high.tolist()),
             x_label="load, times the fair share", y_label=f"{rise}, {measure.unit}",
         ),
-        table=Table(("layer", "expert", "load", rise, "2.5 %", "97.5 %"), rows),
+        table=Table(("layer", "expert", "load", rise, "2.5%", "97.5%"), rows),
         advice=_advice(effects, means, (low, high), loads),
         notes=(
             f"{len(masked)} of {experts} experts, of large, middling and small load, each masked alone; {len(whole)} "

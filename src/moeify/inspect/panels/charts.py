@@ -38,6 +38,8 @@ class Heatmap(Chart):
         unit: what a value is.
         scale: `ratio` has its centre at 1 and equal steps for equal factors; `signed` has it at 0; `plain` starts at 0.
         digits: decimals of a value in words.
+        zero: what a value of 0 means, on the scale `ratio`.
+        blank: what a value of NaN means.
     """
 
     values: Float[Tensor, "R C"]
@@ -48,6 +50,8 @@ class Heatmap(Chart):
     unit: str = ""
     scale: Literal["ratio", "signed", "plain"] = "plain"
     digits: int = 2
+    zero: str = "no token"
+    blank: str = "no such expert"
 
     def to_dict(self) -> dict[str, Any]:
         """The values in 65,535 steps between the lowest and the highest."""
@@ -57,7 +61,8 @@ class Heatmap(Chart):
             "kind": "heatmap", "size": list(self.values.shape), "low": _rounded(low), "high": _rounded(high),
             "values": packed(self.values, low, high), "rows": list(self.rows),
             "columns": None if self.columns is None else list(self.columns), "row": self.row,
-            "column": self.column, "unit": self.unit, "scale": self.scale, "digits": self.digits,
+            "column": self.column, "unit": self.unit, "scale": self.scale, "digits": self.digits, "zero": self.zero,
+            "blank": self.blank,
         }  # fmt: skip
 
 
@@ -212,15 +217,18 @@ class Choice(Chart):
     Attributes:
         label: what is chosen.
         charts: by name.
+        first: the name of the one that is shown before a choice; the first by default.
     """
 
     label: str
     charts: Mapping[str, Chart]
+    first: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """All of them."""
         charts = {name: chart.to_dict() for name, chart in self.charts.items()}
-        return {"kind": "choice", "label": self.label, "charts": charts}
+        first = 0 if self.first is None else list(charts).index(self.first)
+        return {"kind": "choice", "label": self.label, "charts": charts, "first": first}
 
 
 @dataclass(frozen=True)

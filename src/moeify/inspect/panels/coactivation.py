@@ -28,10 +28,12 @@ def coactivation(trace: Trace) -> Panel:
     shown = [layers[i] for i in spread(len(layers), _LAYERS)]
     short = labels(layers)
     found = {layer.name: together(layer) for layer in shown}
+    excess = {name: _bits(pairs) for name, (pairs, _) in found.items()}
     charts = {
         short[name]: Heatmap(
             values=lift, rows=[*map(str, range(len(lift)))], row="expert", column="with expert",
-            unit="times as often as by their loads", scale="ratio",
+            unit="times as often as by their loads", scale="ratio", zero="never together",
+            blank="itself, or an expert without tokens",
         )
         for name, (_, lift) in found.items()
     }  # fmt: skip
@@ -40,9 +42,9 @@ def coactivation(trace: Trace) -> Panel:
     return Panel(
         title="Co-activation",
         question="Which experts are chosen together, more often than their loads explain?",
-        picture=Choice(label="layer", charts=charts),
+        picture=Choice(label="layer", charts=charts, first=short[max(excess, key=excess.__getitem__)]),
         table=Table(("layer", "experts", "tokens", "times as often as by their loads"), rows),
-        advice=_advice(shown, found), notes=notes,
+        advice=_advice(shown, excess), notes=notes,
     )  # fmt: skip
 
 
@@ -73,8 +75,7 @@ def _strongest(layer: str, pairs: Tensor, lift: Tensor, most: int = 8) -> list[t
     return [(layer, f"{a} with {b}", int(pairs[a, b]), round(float(lift[a, b]), 2)) for a, b in places]
 
 
-def _advice(shown: list[LayerTrace], found: dict[str, tuple[Tensor, Tensor]]) -> Advice:
-    excess = {name: _bits(pairs) for name, (pairs, _) in found.items()}
+def _advice(shown: list[LayerTrace], excess: dict[str, float]) -> Advice:
     best = max(excess, key=excess.__getitem__)
     finding = (
         f"One expert of a pair carries {excess[best]:.2f} bits about the other in {best}, "

@@ -36,7 +36,7 @@ def coverage(trace: Trace) -> Panel:
             series={"mean over layers": drawn.mean(0).tolist(), "even load": at.tolist()},
             band={"mean over layers": (drawn.amin(0).tolist(), drawn.amax(0).tolist())},
         ),
-        table=Table(("layer", "experts", "for 50 % of the rows", "80 %", "95 %"), rows),
+        table=Table(("layer", "experts", "for 50% of the rows", "80%", "95%"), rows),
         advice=_advice(layers, need),
     )  # fmt: skip
 
@@ -59,7 +59,7 @@ def _experts(curve: Float[Tensor, "E"], part: float) -> int:
 
 def _advice(layers: list[LayerTrace], need: dict[str, list[int]]) -> Advice:
     share = sum(need[layer.name][1] / layer.num_experts for layer in layers) / len(layers)
-    finding = f"80 % of the rows need {share:.0%} of the experts, in the mean over layers; an even load needs 80 %."
+    finding = f"80% of the rows need {share:.0%} of the experts, in the mean over layers; an even load needs 80%."
     if (rows := rows_per_expert(layers)) < ENOUGH:
         return too_little(finding, rows)
     if share > 0.65:
@@ -73,7 +73,7 @@ def _advice(layers: list[LayerTrace], need: dict[str, list[int]]) -> Advice:
         action=f"Keep the most used {share:.0%} of every layer in fast memory and stream the rest; fine-tune only "
         "these "
         "(ESFT). Prune only by a score that knows the outputs (REAP), on your own text.",
-        gain=f"80 % of the rows with {share:.0%} of the expert memory; pruning half by REAP kept 99.8 % of GSM8K for "
-        "Qwen3-30B and 17 % for Moonlight-16B: measure yours",
+        gain=f"80% of the rows with {share:.0%} of the expert memory; pruning half by REAP kept 99.8% of GSM8K for "
+        "Qwen3-30B and 17% for Moonlight-16B: measure yours",
         source="counted here; llm-compressor 0.14, examples/reap_expert_pruning",
     )  # fmt: skip

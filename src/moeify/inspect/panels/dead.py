@@ -24,7 +24,7 @@ def dead(trace: Trace) -> Panel:
     rows = [(names[name], len(found), short([*map(str, found)], 12) or "none") for name, found in parts["all"].items()]
     return Panel(
         title="Dead experts",
-        question="Which experts get no tokens, or fewer than 1 % of the mean?",
+        question="Which experts get no tokens, or fewer than 1% of the mean?",
         picture=Bars(names=list(names.values()), series=series, x_label="layer", y_label="dead experts"),
         table=Table(("layer", "dead", "which"), rows),
         advice=_advice(layers, parts["all"]),

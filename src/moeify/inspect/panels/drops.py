@@ -48,7 +48,7 @@ def _advice(layers: list[LayerTrace], rates: list[float]) -> Advice:
     finding = f"At most {rates[worst]:.1%} of the rows are dropped, in {layers[worst].name}."
     if rates[worst] < 0.01:
         return Advice(
-            level="fine", finding=finding, action="Nothing; Switch keeps the rate below 1 %.", gain="none",
+            level="fine", finding=finding, action="Nothing; Switch keeps the rate below 1%.", gain="none",
             source="arXiv 2101.03961, section 2.2",
         )  # fmt: skip
     busiest = max(float(statistics.max_violation(layer.assigned)) + 1 for layer in layers)

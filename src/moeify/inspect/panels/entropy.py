@@ -46,9 +46,9 @@ def entropy(trace: Trace) -> Panel:
         question="How confident is the router? 0: all probability on one expert; 1: uniform over the experts.",
         picture=Lines(
             x=list(names.values()), series={"mean": means}, band={"mean": (lows, highs)}, x_label="layer",
-            y_label="entropy / log E, band: middle 80 % of the tokens",
+            y_label="entropy / log E, band: middle 80% of the tokens",
         ),
-        table=Table(("layer", "mean", "10 %", "90 %"), rows),
+        table=Table(("layer", "mean", "10%", "90%"), rows),
         advice=_advice({layer.name: mean for layer, mean in zip(layers, means, strict=True)}),
     )  # fmt: skip
 

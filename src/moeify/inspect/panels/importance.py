@@ -73,7 +73,7 @@ def _advice(quiet: list[str], layers: list[LayerTrace]) -> Advice:
             action="Take these first when you prune or lower the precision: they are often chosen and count for "
             "little. "
             "Score them by weight times output norm (REAP), not by how often they are chosen.",
-            gain="a mean loss of 1.9 % at half of the experts by REAP",
+            gain="a mean loss of 1.9% at half of the experts by REAP",
             source="Cerebras REAP, arXiv 2510.13999, renormalised weights",
         )  # fmt: skip
     return Advice(

@@ -66,7 +66,7 @@ def _advice(layers: list[LayerTrace]) -> Advice:
     if peak < 1.5:
         return Advice(
             level="fine", finding=found, action="Leave it: placing experts by load would bring nothing.",
-            gain="none; at a peak of 1.5 rebalancing brought 0 %", source="plumb-moe 0.1 on DeepSeek-V2-Lite",
+            gain="none; at a peak of 1.5 rebalancing brought 0%", source="plumb-moe 0.1 on DeepSeek-V2-Lite",
         )  # fmt: skip
     if peak < 3:
         return Advice(
@@ -79,6 +79,6 @@ def _advice(layers: list[LayerTrace]) -> Advice:
         level="act", finding=found,
         action="Train with a balance loss or a controller; serve with expert placement by load (EPLB), for the peak is "
         "above 3.",
-        gain="1.65 times the speed of an MoE layer on 8 ranks, 2.08 on 32; +57 % throughput at a peak of 6.7 (OLMoE)",
+        gain="1.65 times the speed of an MoE layer on 8 ranks, 2.08 on 32; +57% throughput at a peak of 6.7 (OLMoE)",
         source=f"{source}; plumb-moe 0.1 for the throughput and its gate of 3",
     )  # fmt: skip

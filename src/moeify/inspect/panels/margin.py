@@ -37,9 +37,9 @@ def margin(trace: Trace) -> Panel:
         "former.",
         picture=Lines(
             x=list(names.values()), series={"median": middle}, band={"median": (low, high)}, x_label="layer",
-            y_label="relative margin, band: middle 80 % of the tokens",
+            y_label="relative margin, band: middle 80% of the tokens",
         ),
-        table=Table(("layer", "10 %", "median", "90 %", "below 1/256"), rows),
+        table=Table(("layer", "10%", "median", "90%", "below 1/256"), rows),
         advice=_advice(ties),
     )  # fmt: skip
 

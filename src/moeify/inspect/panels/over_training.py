@@ -52,7 +52,7 @@ def over_training(log: Sequence[Mapping[str, Any]]) -> Panel:
     rows = [(step, *(round(float(values[i]), 4) for values in means.values())) for i, step in enumerate(steps)]
     notes = (f"{len(lines)} lines of the log in bins of {size}, each the mean.",) if size > 1 else ()
     return Panel(
-        title="Time axis: training",
+        title="Training over time",
         question="How did load balance and router confidence of every layer change over the steps of training?",
         picture=Choice(label="figure", charts=charts),
         table=Table(("step", *(_UNITS[kind] for kind in means)), rows),

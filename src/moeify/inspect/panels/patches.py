@@ -59,7 +59,7 @@ def patches(trace: Trace, images: Sequence[Float[Tensor, "3 height width"]]) -> 
         picture=Choice(label="image", charts=charts),
         table=Table(("image", "layer", "experts", "neighbours with the same expert"), rows),
         advice=Advice(
-            level="fine", finding=f"{alike:.0f} % of neighbouring patches have the same expert, in the mean.",
+            level="fine", finding=f"{alike:.0f}% of neighbouring patches have the same expert, in the mean.",
             action="If background patches crowd out the object under a capacity, serve with batch priority: "
             "moeify.serve.serve_with(model, priority='score').",
             gain="V-MoE matched its dense baseline with as little as half of the compute of inference",

@@ -36,6 +36,7 @@ def paths(trace: Trace) -> Panel:
     ways = [f"{short[a.name]} to {short[b.name]}" for a, b in pairs]
     shown = spread(len(pairs), _MATRICES)
     charts = {ways[i]: _heatmap(moves[i], short[pairs[i][0].name], short[pairs[i][1].name]) for i in shown}
+    first = max(shown, key=lambda i: bits[i] - chance[i])
     lines = Lines(
         x=ways, series={"found": bits, "shuffled (chance)": chance}, x_label="layers", y_label="bits per token"
     )
@@ -43,7 +44,7 @@ def paths(trace: Trace) -> Panel:
     return Panel(
         title="Paths across layers",
         question="Does the expert in one layer predict the expert in the next?",
-        picture=Stack([lines, Choice(label="layers", charts=charts)]),
+        picture=Stack([lines, Choice(label="layers", charts=charts, first=ways[first])]),
         table=Table(("path of first experts", "tokens", "share"), _frequent(layers)),
         advice=_advice(pairs, bits, chance, ways), notes=notes,
     )  # fmt: skip
@@ -76,6 +77,7 @@ def _heatmap(moves: Float[Tensor, "E1 E2"], before: str, after: str) -> Heatmap:
     return Heatmap(
         values=lift.masked_fill(empty, torch.nan), rows=[*map(str, range(len(moves)))],
         row=f"expert in layer {before}", column=f"expert in layer {after}", unit="times its share", scale="ratio",
+        zero="never", blank="expert without tokens",
     )  # fmt: skip
 
 

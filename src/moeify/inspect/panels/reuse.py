@@ -34,7 +34,7 @@ def reuse(trace: Trace) -> Panel:
     rows = [(short[name], f"{mean:.1%}", f"{by_chance[name]:.1%}") for name, mean in means.items()]
     notes = (f"{steps} steps in bins of {size}, each the mean.",) if size > 1 else ()
     return Panel(
-        title="Time axis: experts in use again",
+        title="Experts in use again",
         question="Which share of a decoding step's experts were in use in the step before?",
         picture=Heatmap(
             values=binned, rows=short_names(list(decoded)), columns=[str(i * size + 1) for i in range(binned.shape[1])],

@@ -89,13 +89,13 @@ def _advice(steps: list[int], table: Float[Tensor, "L C"], drift: Float[Tensor, 
             level="look", finding=finding,
             action="Train on, or lower the learning rate of the router, before you prune, place or name experts: their "
             "roles still change.",
-            gain="OLMoE had made about 60 % of its last choices after 1 % of its training, 80 % after 40 "
+            gain="OLMoE had made about 60% of its last choices after 1% of its training, 80% after 40 "
             "%", source="arXiv 2409.02060, "
             "figure 18",
         )  # fmt: skip
     return Advice(
         level="fine", finding=finding,
         action="The router has settled: freeze it (moeify.train.freeze), and decide about pruning and placement now.",
-        gain="no router gradient to compute; StableMoE froze its router after 20 % of the steps", source="arXiv "
+        gain="no router gradient to compute; StableMoE froze its router after 20% of the steps", source="arXiv "
         "2204.08396",
     )  # fmt: skip

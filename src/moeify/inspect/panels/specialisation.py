@@ -55,8 +55,8 @@ def _panel(layers: list[LayerTrace], name: str) -> Panel:
     return Panel(
         title=f"Specialisation by {name}",
         question=f"Does the expert predict the {what}? Information in bits per row, beside that of shuffled groups.",
-        picture=Stack([_bars(bits, short), _lifts(name, shown, short)]),
-        table=Table(("layer", "bits", "bits of chance", "difference", "2.5 %", "97.5 %"), rows),
+        picture=Stack([_bars(bits, short), _lifts(name, shown, short, _best(bits))]),
+        table=Table(("layer", "bits", "bits of chance", "difference", "2.5%", "97.5%"), rows),
         advice=_advice(name, bits, shown), notes=tuple(notes),
     )  # fmt: skip
 
@@ -72,15 +72,15 @@ def _bars(bits: dict[str, Bits], short: dict[str, str]) -> Chart:
     )  # fmt: skip
 
 
-def _lifts(name: str, shown: list[tuple[LayerTrace, Groups]], short: dict[str, str]) -> Chart:
+def _lifts(name: str, shown: list[tuple[LayerTrace, Groups]], short: dict[str, str], first: str) -> Chart:
     charts = {
         short[layer.name]: Heatmap(
             values=lift(layer, groups), rows=[*groups.names], row=name,
-            unit="times as often as over all tokens", scale="ratio",
+            unit="times as often as over all tokens", scale="ratio", zero="never", blank="expert without tokens",
         )
         for layer, groups in shown
     }  # fmt: skip
-    return Choice(label="layer", charts=charts)
+    return Choice(label="layer", charts=charts, first=short[first])
 
 
 def lift(layer: LayerTrace, groups: Groups) -> Float[Tensor, "G E"]:
@@ -89,11 +89,16 @@ def lift(layer: LayerTrace, groups: Groups) -> Float[Tensor, "G E"]:
     return statistics.load(rows) / torch.where(rows.sum(0) > 0, statistics.load(rows.sum(0)), torch.nan)
 
 
+def _best(bits: dict[str, Bits]) -> str:
+    """The layer whose experts carry most about the groups."""
+    return max(bits, key=lambda layer: bits[layer].excess)
+
+
 def _advice(name: str, bits: dict[str, Bits], shown: list[tuple[LayerTrace, Groups]]) -> Advice:
-    best = max(bits, key=lambda layer: bits[layer].excess)
+    best = _best(bits)
     found = bits[best]
     clear = sum(b.low > 0 for b in bits.values())
-    interval = f"(95 %: {found.low:.3f} to {found.high:.3f})"
+    interval = f"(95%: {found.low:.3f} to {found.high:.3f})"
     finding = (
         f"In {best} an expert carries {found.excess:.3f} bits about the {name} above chance {interval}; "
         f"{clear} of {len(bits)} layers are above chance."
@@ -117,13 +122,13 @@ def _advice(name: str, bits: dict[str, Bits], shown: list[tuple[LayerTrace, Grou
             action=f"To fine-tune on one {name}, train only the experts that serve it (ESFT): here {share:.0%} of "
             "them take "
             f"half of its rows in {best}. Do not prune the others: they are rarely unused.",
-            gain="up to 90 % less storage and 30 % less training time than full fine-tuning",
+            gain="up to 90% less storage and 30% less training time than full fine-tuning",
             source="ESFT, arXiv 2407.01906; the share is measured here",
         )  # fmt: skip
     return Advice(
         level="fine", finding=finding,
-        action=f"Read specialisation by domain with care: a part of it may be the {_SAYS.get(name, name)}. A "
-        "cache of experts can use it as a hint.",
+        action="Use it as a hint for a cache of experts. Where experts seem to follow a domain, a part of that may be "
+        f"the {_SAYS.get(name, name)}.",
         gain="none by itself; in three models experts follow the type of token more than its topic, 1.6 to 2.3 times "
         "at most",
         source="J. S. Lopez 2026, doi 10.5281/zenodo.19457411: OLMoE, Qwen1.5-MoE, DeepSeekMoE-16B",

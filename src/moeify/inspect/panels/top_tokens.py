@@ -44,7 +44,7 @@ def top_tokens(trace: Trace) -> Panel:
         title="Top tokens",
         question="Which tokens does each expert get? The 24 most frequent tokens are drawn, the table has the typical "
         "ones.",
-        picture=Choice(label="layer", charts=charts),
+        picture=Choice(label="layer", charts=charts, first=short[max(purity, key=purity.__getitem__)]),
         table=Table(("layer", "expert", "share of the layer's rows", "typical tokens (times their rate)"), rows),
         advice=_advice(purity), notes=tuple(notes),
     )  # fmt: skip

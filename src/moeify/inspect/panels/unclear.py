@@ -11,6 +11,6 @@ def too_little(finding: str, rows: float) -> Advice:
         level="unknown",
         finding=f"{finding} But there are only {rows:.1f} rows per expert, too few to distinguish from chance.",
         action="Record more tokens: 20 rows per expert at least, 100 for a difference of a tenth.",
-        gain="a load known to ±22 % with 20 rows, to ±10 % with 100",
+        gain="a load known to ±22% with 20 rows, to ±10% with 100",
         source="1/√rows, the deviation of a Poisson count",
     )
