@@ -103,3 +103,20 @@ def test_the_log_of_a_training_is_diagnosed(tmp_path):
     assert broken.code == 1
     assert "blind_collapse  the routing has collapsed" in broken.out
     assert moeify("doctor", "--log", tmp_path, "--model", tmp_path).code == 2
+
+
+def test_a_run_is_diagnosed_on_its_own_data_with_its_log(trained):
+    folder, _ = trained
+    found = json.loads(moeify("doctor", "--model", folder, "--tokens", 256, "--json").out)
+    assert "too little data" in found["unknown"]["collapse"]
+    assert {"scaled_loss", "not_finite"} <= {*found["healthy"], *found["unknown"], *found["unchecked"]}
+    log = folder / "sparse-0" / "metrics.jsonl"
+    whole = log.read_text("utf-8")
+    entry = {"step": 5, "loss": float("nan")}
+    log.write_text(f"{whole}{json.dumps(entry)}\n", encoding="utf-8")
+    try:
+        broken = moeify("doctor", "--model", folder, "--tokens", 256)
+    finally:
+        log.write_text(whole, encoding="utf-8")
+    assert broken.code == 1
+    assert "not_finite  the training is no longer finite, in the log of the training\n" in broken.out

@@ -5,7 +5,7 @@ import json
 import torch
 from safetensors.torch import save_file
 
-from command_line import moeify
+from command_line import TINY, moeify
 from inspect_routes import random_trace
 from moeify import Recipe, save, sparsify
 from moeify.inspect.formats import write_trace
@@ -40,6 +40,17 @@ def test_images_come_as_a_probe(tmp_path):
     ended = moeify("inspect", tmp_path / "vit", "--probe", tmp_path / "images.safetensors")
     assert ended.code == 0, ended.err
     assert "<h2>Image patches</h2>" in (tmp_path / "vit" / "inspect.html").read_text("utf-8")
+
+
+def test_a_run_of_another_task_is_shown_on_what_was_held_out(tmp_path):
+    sizes = [*TINY, "--steps", 2, "--set", "size=16"]
+    assert moeify("train", "--task", "classify-image", *sizes, "--output", tmp_path / "run").code == 0
+    ended = moeify("inspect", tmp_path / "run", "--blocks", 1, "--no-measure")
+    assert ended.code == 0, ended.err
+    page = (tmp_path / "run" / "inspect.html").read_text("utf-8")
+    for title in ("Image patches", "Specialisation by domain", "Training over time"):
+        assert f"<h2>{title}</h2>" in page
+    assert moeify("doctor", "--model", tmp_path / "run").code in (1, 3)
 
 
 def test_a_trace_is_shown_as_a_model_is_less_what_needs_weights(tmp_path):

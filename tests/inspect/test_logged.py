@@ -13,7 +13,10 @@ OF_LOAD = ["capacity_drops", "blind_collapse", "collapse", "dead_experts"]
 
 
 def layer(rows=EVEN, **figures):
-    return {"rows": rows, "balance": 1.0, "drop_rate": 0.0, "effective_experts": 1.0, "dead_experts": 0.0} | figures
+    return {
+        "rows": rows, "balance": 1.0, "drop_rate": 0.0, "effective_experts": 1.0, "dead_experts": 0.0,
+        "bias_range": 0.1,
+    } | figures  # fmt: skip
 
 
 def log(count=30, **changes):
@@ -45,6 +48,7 @@ def test_a_healthy_log_has_every_fault_of_a_log_ruled_out_and_no_other():
         ({"grad_norm": lambda s: math.inf if s > 28 else 1.0}, ("not_finite", "")),
         ({"loss": lambda s: 4 * (5 - s / 20)}, ("scaled_loss", "")),
         ({"router_grad_norm": lambda s: 0.0}, ("detached_router", "")),
+        ({"layers": lambda s: {"a": layer(), "b": layer(bias_range=0.0)}}, ("bias_unmoved", "b")),
         ({"layers": lambda s: {"a": layer(), "b": layer(drop_rate=0.02)}}, ("capacity_drops", "b")),
         ({"layers": lambda s: {"a": layer(THREE_OF_EIGHT) if s > 12 else layer()}}, ("blind_collapse", "a")),
         ({"layers": lambda s: {"a": layer(THREE_OF_EIGHT, balance=1.9)}}, ("collapse", "a")),

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from moeify.cli import options as o
+from moeify.cli.inputs import Amount, read_inputs
+from moeify.cli.trace import Probe
 
 if TYPE_CHECKING:
     from moeify.inspect import Diagnosis
@@ -21,7 +24,7 @@ def doctor(
     model: Annotated[
         Path | None,
         typer.Option(
-            help="A saved sparse model, the folder of a run, or an MoE of transformers: say what is wrong with it",
+            help="A saved sparse model, a run with its log, or an MoE of transformers: say what is wrong with it",
             show_default="describe this machine",
         ),
     ] = None,
@@ -33,6 +36,7 @@ def doctor(
         ),
     ] = None,
     data: o.Text = None,
+    probe: Probe = None,
     tokens: Annotated[int, typer.Option(min=1, help="How many tokens to run it on, at most")] = 16384,
     length: Annotated[int, typer.Option(min=2, help="Tokens per block")] = 256,
     batch: Annotated[int, typer.Option(min=1, help="Blocks per batch")] = 8,
@@ -42,14 +46,14 @@ def doctor(
 
     With either, the exit status is 0 if nothing was found, 1 if something was, and 3 if some checks could not decide.
     """
-    if log is not None and (model is not None or data is not None):
-        raise ValueError("--log diagnoses a training by its log alone; name a model and its data in another call")
+    if log is not None and not model is data is probe is None:
+        raise ValueError("--log diagnoses a training by its log alone; --model RUN reads the log of the run as well")
     if log is not None:
         diagnosis = _diagnose_log(log)
     elif model is not None:
-        diagnosis = _diagnose(model, data, tokens, length, batch)
-    elif data is not None or as_json:
-        raise ValueError("--data and --json are for a diagnosis; name the model by --model, or a run by --log")
+        diagnosis = _diagnose(model, data, probe, Amount(tokens=tokens, length=length, batch=batch))
+    elif as_json or not data is probe is None:
+        raise ValueError("--data, --probe and --json are for a diagnosis; name the model by --model, or a run by --log")
     else:
         from moeify.cli.machine import describe_machine
 
@@ -66,28 +70,14 @@ def _diagnose_log(run: Path) -> Diagnosis:
     return diagnose_log(read_log(run))
 
 
-def _diagnose(model: Path, data: str | None, tokens: int, length: int, batch: int) -> Diagnosis:
+def _diagnose(model: Path, data: str | None, probe: str | None, amount: Amount) -> Diagnosis:
+    """The diagnosis of a model, and of the log of its training where its folder has one."""
     from moeify.folders import model_folder
     from moeify.inspect import diagnose
-    from moeify.tasks.models import load_model, saved_tokenizer
+    from moeify.tasks.models import load_model
 
-    folder = model_folder(model)
-    sparse = load_model(folder)
-    return diagnose(sparse, _batches(data, saved_tokenizer(folder), tokens, length, batch))
-
-
-def _batches(data: str | None, tokenizer: Any, tokens: int, length: int, batch: int) -> list[dict[str, Any]]:
-    """Blocks of text, spread evenly over its domains: held-out ones, and where these are too few others too."""
-    import torch
-
-    from moeify.data.blocks import blocks
-    from moeify.data.corpus import build_corpus
-    from moeify.data.text import read_texts
-
-    training, heldout = blocks(build_corpus() if data is None else read_texts(data), tokenizer, length)
-    found: list[torch.Tensor] = []
-    for part in (heldout, training):
-        count = min(len(part), max(1, tokens // length) - len(found))
-        found += [part[int(place)]["input_ids"] for place in torch.linspace(0, len(part) - 1, count).round()]
-    order = torch.randperm(len(found), generator=torch.Generator().manual_seed(0))
-    return [{"input_ids": ids} for ids in torch.stack(found)[order].split(batch)]
+    batches, _ = read_inputs(model, data, probe, amount)
+    found = diagnose(load_model(model_folder(model)), batches)
+    with suppress(FileNotFoundError):
+        found = found.with_log(_diagnose_log(model))
+    return found

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from moeify.cli import options as o
+from moeify.cli.inputs import Amount, read_inputs
 from moeify.cli.trace import Probe
 
 if TYPE_CHECKING:
     from moeify.inspect.report import Report
-
-_LENGTH, _BATCH = 128, 8
 
 
 def inspect(
@@ -22,7 +22,7 @@ def inspect(
     data: o.Text = None,
     probe: Probe = None,
     output: Annotated[Path | None, typer.Option(help="The HTML file", show_default="inspect.html beside it")] = None,
-    blocks: Annotated[int, typer.Option(min=1, help="Blocks of 128 tokens that are read of each domain")] = 16,
+    blocks: Annotated[int, typer.Option(min=1, help="Blocks of 128 tokens, or a run's samples, of each domain")] = 16,
     generate: Annotated[int, typer.Option(min=0, help="Tokens to write after each block, to see decoding apart")] = 0,
     measure: Annotated[bool, typer.Option(help="Also compare experts, and mask some to see the loss rise")] = True,
     stream: o.Stream = False,
@@ -33,7 +33,7 @@ def inspect(
 
     folder = model_folder(source)
     if (folder / "config.json").is_file() and stream:
-        made = _of_streamed(folder, source, data, blocks, generate)
+        made = _of_streamed(folder, source, (data, probe), blocks, generate)
     elif (folder / "config.json").is_file():
         made = _of_model(folder, source, (data, probe), blocks, generate, measure)
     else:
@@ -55,15 +55,13 @@ def _of_trace(file: Path) -> Report:
 def _of_model(
     folder: Path, run: Path, inputs: tuple[str | None, str | None], per_domain: int, generate: int, measure: bool
 ) -> Report:
-    from moeify.cli.trace import load_source, read_probes
+    from moeify.cli.trace import load_source
     from moeify.inspect.report import report
-    from moeify.tasks.models import load_model, saved_tokenizer
+    from moeify.tasks.models import load_model
     from moeify.train.checkpoint.folder import checkpoints, step_of
 
-    data, probe = inputs
     model = load_source(str(run))
-    tokenizer = None if probe else saved_tokenizer(folder)
-    batches = read_probes(probe) if probe else _batches(tokenizer, data, per_domain)
+    batches, tokenizer = read_inputs(run, *inputs, Amount(per_domain=per_domain), labels=not generate)
     training = next((path for path in sorted(run.glob("sparse-*")) if path.is_dir()), run)
     log = training / "metrics.jsonl"
     lines = log.read_text(encoding="utf-8").splitlines() if log.is_file() else []
@@ -74,43 +72,18 @@ def _of_model(
     )  # fmt: skip
 
 
-def _of_streamed(folder: Path, run: Path, data: str | None, per_domain: int, generate: int) -> Report:
+def _of_streamed(
+    folder: Path, run: Path, inputs: tuple[str | None, str | None], per_domain: int, generate: int
+) -> Report:
     """The page of the trace of a model whose weights stay on disk; they are read once, for all blocks together."""
-    import torch
-
     from moeify.inspect.capture import capture
     from moeify.inspect.report import report
     from moeify.inspect.streamed import stream
-    from moeify.tasks.models import saved_tokenizer
 
-    tokenizer = saved_tokenizer(folder)
-    batches = _batches(tokenizer, data, per_domain)
-    ids = torch.cat([batch["input_ids"] for batch in batches])
-    domains = [batch["domain"] for batch in batches for _ in batch["input_ids"]]
-    together = [{"input_ids": ids, "domain": domains}]
-    trace = capture(stream(folder), together, tokenizer=tokenizer, generate=generate)
+    all_at_once = Amount(per_domain=per_domain, batch=sys.maxsize)
+    batches, tokenizer = read_inputs(run, *inputs, all_at_once, labels=False)
+    trace = capture(stream(folder), batches, tokenizer=tokenizer, generate=generate)
     return report(trace, title=run.resolve().name)
-
-
-def _batches(tokenizer: Any, data: str | None, per_domain: int) -> list[dict[str, Any]]:
-    """Batches of one domain each."""
-    import torch
-
-    from moeify.data.blocks import blocks
-    from moeify.data.corpus import build_corpus
-    from moeify.data.text import read_texts
-
-    _, held_out = blocks(build_corpus() if data is None else read_texts(data), tokenizer, _LENGTH)
-    members: dict[str, list[int]] = {}
-    for i in range(len(held_out)):
-        members.setdefault(held_out.domain_of(i), []).append(i)
-    found = []
-    for domain, places in members.items():
-        kept = places[:: max(1, len(places) // per_domain)][:per_domain]
-        for start in range(0, len(kept), _BATCH):
-            ids = torch.stack([held_out[i]["input_ids"] for i in kept[start : start + _BATCH]])
-            found.append({"input_ids": ids, "domain": domain})
-    return found
 
 
 def _say(made: Report, output: Path) -> None:

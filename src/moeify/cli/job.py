@@ -19,6 +19,7 @@ from rich.table import Table
 from torch import nn
 
 from moeify.cli import threads
+from moeify.cli.inputs import JOB
 from moeify.evaluate.run import Settings, Stopped
 from moeify.evaluate.versus import Versus, versus
 from moeify.files import read_json, write_json, write_text
@@ -110,7 +111,7 @@ class Job:
 
     def _begin(self) -> None:
         """Record the job in its folder, or check that the folder holds an earlier start of the same job."""
-        output, begun = self.output, self.output / "job.json"
+        output, begun = self.output, self.output / JOB
         used = any(path not in (begun, output / RUN_LOCK) for path in output.iterdir())
         if used and not self.resume:
             raise ValueError(f"{output} is not empty; pass --resume to go on with it, or another --output")

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from moeify.cli import options as o
+from moeify.cli.inputs import Amount, read_inputs
 
 if TYPE_CHECKING:
     from moeify.inspect.trace import Trace
@@ -76,9 +77,10 @@ def trace(
         found = read_trace(path, num_experts=experts, k=k)
     else:
         model = _streamed(source, architecture) if stream else load_source(source, architecture, device)
-        tokenizer = None if probe else _tokenizer(source)
-        batch = max(batch, tokens // length) if stream else batch
-        batches = read_probes(probe) if probe else _text(model, tokenizer, data, (tokens, length, batch), generate > 0)
+        amount = Amount(tokens=tokens, length=length, batch=max(batch, tokens // length) if stream else batch)
+        batches, tokenizer = read_inputs(source, data, probe, amount, labels=not (generate or stream))
+        if getattr(getattr(model, "config", None), "is_encoder_decoder", False) and not generate:
+            batches = [_with_decoder(each) for each in batches]
         found = capture(model, batches, generate=generate, scores=scores, logits=logits, tokenizer=tokenizer)
         found.header["model"] = source
     write_trace(found, output, format)
@@ -108,36 +110,11 @@ def _streamed(source: str, architecture: str | None) -> Any:
     return stream(folder if folder.is_dir() else source, architecture=architecture)
 
 
-def _tokenizer(source: str) -> Any:
-    from moeify.folders import model_folder
-    from moeify.tasks.models import saved_tokenizer
-
-    try:
-        return saved_tokenizer(model_folder(Path(source)))
-    except ValueError as error:
-        raise ValueError(f"{error}; give other inputs than text by --probe") from None
-
-
-def read_probes(probe: str) -> list[Any]:
-    """The inputs of a probe, one batch each."""
-    given = o.choose_probe(probe)
-    return given if isinstance(given, list) else [given]
-
-
-def _text(
-    model: Any, tokenizer: Any, data: str | None, sizes: tuple[int, int, int], decoding: bool
-) -> list[dict[str, Any]]:
-    """Excerpts of texts; a decoder beside an encoder reads what the encoder reads, unless it decodes."""
-    from moeify.data.corpus import build_corpus
-    from moeify.data.excerpts import excerpts
-    from moeify.data.text import read_texts
-
-    tokens, length, batch = sizes
-    texts = build_corpus() if data is None else read_texts(data)
-    found = excerpts(texts, tokenizer, tokens, length=length, batch=batch)
-    if getattr(getattr(model, "config", None), "is_encoder_decoder", False) and not decoding:
-        found = [each | {"decoder_input_ids": each["input_ids"]} for each in found]
-    return found
+def _with_decoder(batch: Any) -> Any:
+    """The batch; a decoder beside an encoder that is given nothing reads what the encoder reads."""
+    if not isinstance(batch, dict) or "input_ids" not in batch or {"labels", "decoder_input_ids"} & batch.keys():
+        return batch
+    return batch | {"decoder_input_ids": batch["input_ids"]}
 
 
 def _described(found: Trace) -> str:

@@ -42,6 +42,27 @@ class Diagnosis:
             return "findings"
         return "unknown" if self.unknown or not self.healthy else "healthy"
 
+    def with_log(self, log: Diagnosis) -> Diagnosis:
+        """This diagnosis of a model, and the one of its training's log, see `diagnose_log`.
+
+        The findings of both, those of the model first; a fault is healthy if one ruled it out and the other did not
+        find it, and unknown only if neither decided.
+        """
+        theirs = (replace(found, cause=f"{found.cause}, in the log of the training") for found in log.findings)
+        findings = (*self.findings, *theirs)
+        decided = {found.fault for found in findings}
+
+        def left(mine: Mapping[str, str], other: Mapping[str, str]) -> dict[str, str]:
+            kept = {name: why for name, why in {**other, **mine}.items() if name not in decided}
+            decided.update(kept)
+            return kept
+
+        healthy = tuple(left(dict.fromkeys(self.healthy, ""), dict.fromkeys(log.healthy, "")))
+        return Diagnosis(
+            findings=findings, healthy=healthy, unknown=left(self.unknown, log.unknown),
+            inapplicable=left(self.inapplicable, log.inapplicable), unchecked=left(self.unchecked, log.unchecked),
+        )  # fmt: skip
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
         return {"status": self.status, **asdict(self)}

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from moeify.files import read_json
+from moeify.inspect.faults.bias_unmoved import never_moved
 from moeify.inspect.faults.capacity_drops import dropped
 from moeify.inspect.faults.collapse import Collapsed
 from moeify.inspect.faults.dead_experts import dead
@@ -178,6 +179,22 @@ def detached_router(log: TrainingLog) -> Iterator[Finding]:
         )
 
 
+def bias_unmoved(log: TrainingLog) -> Iterator[Finding]:
+    """The selection biases of a layer are equal in every entry: no controller moves them (arXiv 2408.15664)."""
+    ranges: dict[str, list[float]] = {}
+    for entry in log.entries:
+        for name, figures in (entry.get("layers") or {}).items():
+            if "bias_range" in figures:
+                ranges.setdefault(name, []).append(float(figures["bias_range"]))
+    if not ranges:
+        raise NotGiven("the log has no selection bias; moeify doctor --model reads that of the model")
+    if len(next(iter(ranges.values()))) < 3:
+        raise Unknown("too little data: the log has fewer than three entries with selection biases")
+    for name, found in ranges.items():
+        if not any(found):
+            yield never_moved(name, f"largest and smallest bias are equal in all {len(found)} entries")
+
+
 def capacity_drops(log: TrainingLog) -> Iterator[Finding]:
     """At the end a capacity drops more than 1 % of the rows (Switch, section 2.2)."""
     for window in log.windows:
@@ -246,6 +263,15 @@ def _enough(window: Window) -> torch.Tensor | None:
 
 LOG_FAULTS: dict[str, Callable[[TrainingLog], Iterator[Finding]]] = {
     fault.__name__: fault
-    for fault in (not_finite, scaled_loss, detached_router, capacity_drops, blind_collapse, collapse, dead_experts)
+    for fault in (
+        not_finite,
+        scaled_loss,
+        detached_router,
+        bias_unmoved,
+        capacity_drops,
+        blind_collapse,
+        collapse,
+        dead_experts,
+    )
 }
 """The faults that a log can show, by name; causes before consequences."""

@@ -109,7 +109,7 @@ class RoutingCallback(TrainerCallback):
         if tokens:
             logs["tokens_per_second"] = tokens / max(now - self._since, 1e-9)
         self._tokens, self._since = torch.zeros_like(self._tokens), now
-        logs |= run_log.report(self._tally, logs, state, str(args.output_dir))
+        logs |= run_log.report(self._tally, logs, state, str(args.output_dir), kwargs["model"])
         if state.log_history and state.log_history[-1]["step"] == state.global_step:
             state.log_history[-1] |= logs  # the trainer has already added them to this entry
 

@@ -10,16 +10,21 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+from torch.distributed.tensor import DTensor
 from transformers import TrainerState
 
 from moeify.files import write_text
+from moeify.layers import sparse_layers
 from moeify.notices import notify
 from moeify.train.metrics import Tally, summarize
 
 LOG = "metrics.jsonl"
 
 
-def report(tally: Tally, logs: dict[str, float], state: TrainerState, folder: str | Path) -> dict[str, float]:
+def report(
+    tally: Tally, logs: dict[str, float], state: TrainerState, folder: str | Path, model: nn.Module
+) -> dict[str, float]:
     """Write the metrics since the last entry, with the trainer's log, and return the metrics of all layers.
 
     Args:
@@ -27,10 +32,16 @@ def report(tally: Tally, logs: dict[str, float], state: TrainerState, folder: st
         logs: what the trainer logs.
         state: of the trainer; its first rank writes.
         folder: of the run.
+        model: whose selection biases are logged, as `bias_range`, the largest minus the smallest of a layer.
     """
     layers = tally.drain()
     figures = summarize(layers)
     if state.is_world_process_zero:
+        for name, layer in sparse_layers(model).items():
+            biases = [getattr(owner, key) for owner, key in layer.selection_biases()]
+            whole = [bias for bias in biases if not isinstance(bias, DTensor)]  # only this rank is here
+            if name in layers and whole:
+                layers[name]["bias_range"] = max(float(bias.max() - bias.min()) for bias in whole)
         begin = {"step": state.global_step, "max_steps": state.max_steps, "time": time.time()}
         append(Path(folder) / LOG, begin | exact(logs | figures) | {"layers": layers})
     return figures

@@ -248,7 +248,7 @@ class SparseTrainerMixin(Columns, Saving):
             now = time.perf_counter()
             speed, self._tokens, self._since = self._tokens / max(now - self._since, 1e-9), 0.0, now
             logs |= {self._speed: speed}
-            logs |= run_log.report(self._tally, logs, self.state, str(self.args.output_dir))
+            logs |= run_log.report(self._tally, logs, self.state, str(self.args.output_dir), self.model)
         super().log(logs, *args, **kwargs)
 
     def begin(self) -> None:

@@ -24,13 +24,18 @@ def bias_unmoved(seen: Observed) -> Iterator[Finding]:
             if value.is_meta:
                 raise Unknown("the model holds no weights")
             if not (value.max() > value.min()) and not _will_move(seen):
-                yield Finding(
-                    layer=name,
-                    cause="the selection bias has never moved",
-                    evidence=f"{key} is {float(value.flatten()[0]):g} for all {value.numel()} experts",
-                    fix="train with a controller, SparseArguments(controller=Sign()), or moeify.balance.control(model, "
-                    "optimizer, Sign()); see that checkpoints keep the bias",
-                )
+                yield never_moved(name, f"{key} is {float(value.flatten()[0]):g} for all {value.numel()} experts")
+
+
+def never_moved(layer: str, evidence: str) -> Finding:
+    """The finding, of a model or of a log."""
+    return Finding(
+        layer=layer,
+        cause="the selection bias has never moved",
+        evidence=evidence,
+        fix="train with a controller, SparseArguments(controller=Sign()), or moeify.balance.control(model, optimizer, "
+        "Sign()); see that checkpoints keep the bias",
+    )
 
 
 def _will_move(seen: Observed) -> bool:

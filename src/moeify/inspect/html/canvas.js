@@ -402,12 +402,13 @@ function points(host, chart, label) {
   });
 }
 
-/** Names the three highest points, where a name does not cover another. */
+/** Names the three highest points that are clearly above 0, where a name does not cover another. */
 function nameHighest(c, chart, sx, sy, box) {
   c.fillStyle = css("--soft");
   c.textBaseline = "middle";
   const taken = [];
-  const highest = [...chart.y.keys()].filter((i) => chart.y[i] > 0).sort((a, b) => chart.y[b] - chart.y[a]);
+  const least = chart.band ? chart.band[0] : chart.y;
+  const highest = [...chart.y.keys()].filter((i) => least[i] > 0).sort((a, b) => chart.y[b] - chart.y[a]);
   for (const i of highest.slice(0, 3)) {
     const [x, y, width] = [sx(chart.x[i]), sy(chart.y[i]), c.measureText(chart.names[i]).width];
     const left = x + 8 + width > box.right ? x - 8 - width : x + 8;

@@ -114,7 +114,12 @@ function colouredImage(host, chart, label) {
       c.fillStyle = css("--ink");
       c.textAlign = "center";
       c.textBaseline = "middle";
-      if (cw > 26 && strength) c.fillText(String(expert), ((i % columns) + 0.5) * cw, (Math.floor(i / columns) + 0.5) * ch);
+      if (cw <= 26 || !strength) continue;
+      const name = [String(expert), ((i % columns) + 0.5) * cw, (Math.floor(i / columns) + 0.5) * ch];
+      c.strokeStyle = css("--card");
+      c.lineWidth = 3;
+      c.strokeText(...name);
+      c.fillText(...name);
     }
     if (cursor !== null) {
       c.strokeStyle = css("--focus");

@@ -20,7 +20,7 @@ class Outputs:
 
     Attributes:
         peak: the largest of each expert, NaN of one that computed no row.
-        median: of all outputs of the layer; of several passes the mean of their medians.
+        median: of all outputs of the layer that are not 0, as a ReLU makes them; of several passes the mean of medians.
     """
 
     peak: Float[Tensor, "E"]
@@ -49,7 +49,7 @@ def expert_outputs(seen: Mapping[str, LayerInputs]) -> dict[str, Outputs]:
             if computed.any():
                 sizes = outputs[computed].abs().float()
                 peak.scatter_reduce_(0, routing.expert[computed].cpu(), sizes.amax(1).cpu(), "amax")
-                medians.append(float(sizes.median()))
+                medians += [float(sizes[sizes > 0].median())] if sizes.any() else []
         if medians:
             found[name] = Outputs(peak.masked_fill(peak < 0, torch.nan), sum(medians) / len(medians))
     return found

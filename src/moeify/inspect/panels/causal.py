@@ -116,6 +116,13 @@ def _advice(effects: Effects, means: Tensor, interval: tuple[Tensor, Tensor], lo
             "have any, to call an expert harmless or needed.",
             gain="four times the data halves the intervals", source="1/√n, the error of a mean",
         )  # fmt: skip
+    if harmless == count:
+        return Advice(
+            level="look", finding=finding,
+            action="Measure how much whole layers do before you prune: moeify.inspect.redundancy takes the first "
+            "expert from every token. Masked one by one, experts make up for each other, or do little so far.",
+            gain="none that masking one expert at a time can show", source="measured here, one by one",
+        )  # fmt: skip
     if harmless > count / 2:
         return Advice(
             level="look", finding=finding,

@@ -51,7 +51,7 @@ def _advice(layers: list[LayerTrace], found: dict[str, list[int]]) -> Advice:
         level="act", finding=finding,
         action="In training: raise the balance loss or add a controller, and check that padding is masked. In a "
         "finished "
-        "model: prune the dead experts after you have measured on the text that you serve.",
-        gain=f"{count / total:.0%} of the expert parameters, at no cost on text like this",
+        "model: prune the dead experts after you have measured on the data that you serve.",
+        gain=f"{count / total:.0%} of the expert parameters, at no cost on data like these",
         source="counted here: a pruned expert computed nothing on these tokens",
     )  # fmt: skip

@@ -69,6 +69,9 @@ def _advice(found: Mapping[str, PairwiseSimilarity]) -> Advice:
     highest = max(means, key=means.__getitem__)
     finding = f"The mean similarity of two experts is {means[highest]:.2f} in {highest}, "
     finding += f"{sum(means.values()) / len(means):.2f} in the mean over layers."
+    pair, where, most = _alike(found)
+    if most > -1:
+        finding += f" The most similar are {pair} in {where}, {most:.2f}."
     if means[highest] > 0.999:
         return Advice(
             level="act", finding=finding,
@@ -85,6 +88,25 @@ def _advice(found: Mapping[str, PairwiseSimilarity]) -> Advice:
             gain="REAM beats pruning by REAP in many of its authors' cells; no number holds for every model",
             source="arXiv 2604.04356",
         )  # fmt: skip
+    if most > 0.95:
+        return Advice(
+            level="look", finding=finding,
+            action="Merge or drop one of a pair that is this similar, one pair at a time, and measure the loss after "
+            "each; the others differ.",
+            gain="the parameters of one expert per pair", source="measured here, on these data",
+        )  # fmt: skip
     return Advice(
         level="fine", finding=finding, action="Do not merge experts; they differ.", gain="none", source="measured here"
     )
+
+
+def _alike(found: Mapping[str, PairwiseSimilarity]) -> tuple[str, str, float]:
+    """The two most similar experts of a layer, by outputs or weights: their numbers, layer and cosine."""
+    best = ("", "", -1.0)
+    for name, like in found.items():
+        matrix = like.outputs if like.outputs is not None else like.weights
+        if matrix is not None and len(matrix) > 1:
+            others = matrix.nan_to_num(-1.0).masked_fill(torch.eye(len(matrix), dtype=torch.bool), -1.0)
+            a, b = divmod(int(others.argmax()), len(matrix))
+            best = max(best, (f"{a} and {b}", name, float(others[a, b])), key=lambda each: each[2])
+    return best

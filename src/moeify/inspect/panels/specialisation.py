@@ -16,7 +16,7 @@ from moeify.inspect.trace import LayerTrace, Trace
 
 _LAYERS = 16
 _SAYS = {
-    "domain": "domain of the text, or its language where the rows of the data name one",
+    "domain": "domain of a text or sample, such as its language or class, as the data name it",
     "script": "script of the token's letters, such as Latin or Cyrillic, or its kind of character",
     "token": "token itself, one of the 32 most frequent",
 }

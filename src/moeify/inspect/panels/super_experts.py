@@ -39,7 +39,7 @@ def super_experts(outputs: Mapping[str, Outputs]) -> Panel:
         question="Does the model depend on outliers in the outputs of a few experts?",
         picture=Heatmap(
             values=padded([*ratios.values()]), rows=list(names.values()),
-            unit="times the median magnitude of the layer's outputs", digits=0,
+            unit="times the median magnitude of the layer's outputs", digits=0, blank="no token, or no such expert",
         ),
         table=Table(("layer", "expert", "super expert", "largest output", "over the median"), rows),
         advice=_advice(super_rows, ratios),

@@ -29,12 +29,13 @@ def top_tokens(trace: Trace) -> Panel:
         raise NotMeasured("the trace does not have the ids of its tokens; record it by moeify trace with the text")
     shown = [layers[i] for i in spread(len(layers), _LAYERS)]
     short = labels(layers)
-    rows, charts, purity = [], {}, {}
+    rows, charts, purity, busiest = [], {}, {}, {}
     most = max(1, _ROWS // len(shown))
     for layer in shown:
         counts, words = _counts(layer)
         found = _best(counts, words)
         purity[layer.name] = _purity(counts)
+        busiest[layer.name] = float(counts.sum(0).max() / counts.sum().clamp_min(1))
         rows += [(short[layer.name], expert, share, text) for expert, share, text in found[:most]]
         charts[short[layer.name]] = _chart(counts, words)
     notes = [f"Tokens seen fewer than {_LEAST} times are left out of the table."]
@@ -46,7 +47,7 @@ def top_tokens(trace: Trace) -> Panel:
         "ones.",
         picture=Choice(label="layer", charts=charts, first=short[max(purity, key=purity.__getitem__)]),
         table=Table(("layer", "expert", "share of the layer's rows", "typical tokens (times their rate)"), rows),
-        advice=_advice(purity), notes=tuple(notes),
+        advice=_advice(purity, busiest), notes=tuple(notes),
     )  # fmt: skip
 
 
@@ -97,13 +98,13 @@ def _purity(counts: Int[Tensor, "V E"]) -> float:
     return float(rows.amax(1).sum() / rows.sum().clamp_min(1))
 
 
-def _advice(purity: dict[str, float]) -> Advice:
+def _advice(purity: dict[str, float], busiest: dict[str, float]) -> Advice:
     most, least = max(purity, key=purity.__getitem__), min(purity, key=purity.__getitem__)
     finding = (
         f"A token's own favourite expert takes {purity[most]:.0%} of its rows in {most}, {purity[least]:.0%} in "
-        f"{least}."
+        f"{least}; the busiest expert of {most} takes {busiest[most]:.0%} of all rows."
     )
-    if purity[most] > 0.6:
+    if purity[most] > 0.6 and purity[most] > 2 * busiest[most]:
         return Advice(
             level="look", finding=finding,
             action="Replace the router of this layer by a lookup (moeify.routers.Lookup) in the next training, or "
