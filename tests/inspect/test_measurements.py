@@ -99,6 +99,23 @@ def test_an_expert_with_outliers_is_a_super_expert():
     assert "5 in 1" in panel.advice.finding
 
 
+def test_outputs_of_zero_do_not_count_among_their_median():
+    moe = nn.Sequential(MoE(TopK(8, 4, k=4), FFN(4, 8, 16)))
+    x = [torch.randn(4, 32, 8)]
+    whole = expert_outputs(layer_inputs(moe, x))["0"]
+    list(moe[0].experts.parameters())[-1].data[:, :6] = 0  # six of the eight values of an output
+    assert expert_outputs(layer_inputs(moe, x))["0"].median == pytest.approx(whole.median, rel=0.5)
+
+
+def test_one_similar_pair_among_different_experts_is_named():
+    moe = nn.Sequential(MoE(TopK(8, 4), FFN(4, 8, 16)))
+    for p in moe[0].experts.parameters():
+        p.data[3] = p.data[1]
+    panel = similarity(pairwise_similarity(layer_inputs(moe, [torch.randn(2, 9, 8)])))
+    assert panel.advice.level == "look"
+    assert "The most similar are 1 and 3 in 0, 1.00." in panel.advice.finding
+
+
 def test_experts_that_return_their_tokens_are_neither_super_experts_nor_copies():
     moe = nn.Sequential(MoE(TopK(8, 4, k=4), Blocks([FFN(2, 8, 16), Identity(2)])))
     seen = layer_inputs(moe, [1e6 * torch.randn(4, 32, 8)])
@@ -191,6 +208,7 @@ def test_the_advice_tells_harmless_experts_from_needed_and_from_unclear_ones():
     none, some, wild = [0.0] * 8, [0.1] * 8, [-1.0, 1.0] * 4
     assert causal(effects(1.0, none, none, some), 3).advice.level == "look"
     assert causal(effects(1.0, none, some, some), 3).advice.level == "fine"
+    assert "redundancy" in causal(effects(1.0, none, none, none), 3).advice.action
     assert "too wide" in causal(effects(1.0, wild, wild, some), 3).advice.action
     assert "guesses" in causal(effects(5.2, some, some, some), 3).advice.finding
     assert "too wide" in causal(effects(1.0, *[[0.1]] * 3), 3).advice.action

@@ -20,7 +20,8 @@ from moeify.inspect.panels.margin import margin
 from moeify.inspect.panels.panel import NotMeasured
 from moeify.inspect.panels.paths import paths
 from moeify.inspect.panels.reuse import reuse
-from moeify.inspect.panels.specialisation import lift
+from moeify.inspect.panels.specialisation import lift, specialisation
+from moeify.inspect.panels.top_tokens import top_tokens
 from moeify.inspect.panels.violation import violation
 from moeify.inspect.report import report
 from moeify.inspect.trace import Tokens
@@ -40,6 +41,31 @@ def test_load_is_over_the_fair_share_and_prefill_is_apart_from_decoding():
     assert found["decoding"]["busiest expert"] == 1
     assert list(panel.picture.charts) == ["all", "prefill", "decoding"]
     assert panel.advice.level == "unknown"  # one row per expert
+
+
+def test_a_collapse_is_named_with_the_experts_that_are_in_use():
+    panel = load_by_layer(trace_of([[0], [1]] * 60))
+    assert panel.advice.level == "act"
+    assert "The routing has collapsed in layers.0.mlp: 2.0 of 4 experts are in use" in panel.advice.finding
+    assert "collapsed" not in load_by_layer(trace_of([[0], [1], [2], [3]] * 30)).advice.finding
+
+
+def test_tokens_ask_for_a_lookup_only_if_they_choose_other_experts_than_each_other():
+    ids = torch.arange(120) % 4
+    own = top_tokens(trace_of([[int(i)] for i in ids], ids=ids, vocabulary={i: str(i) for i in range(4)}))
+    assert own.advice.level == "look"
+    one = top_tokens(trace_of([[0] for _ in ids], ids=ids, vocabulary={i: str(i) for i in range(4)}))
+    assert one.advice.level == "fine"
+
+
+def test_a_choice_shows_the_layer_first_that_its_finding_is_about():
+    chosen = [[i % 4] for i in range(160)]
+    follows = [[i // 40] for i in range(160)]
+    sequence = torch.arange(160) // 10
+    trace = trace_of(chosen, follows, sequence=sequence, domain=torch.arange(160) // 40, domains=tuple("abcd"))
+    (panel,) = specialisation(trace)
+    assert panel.picture.charts[1].to_dict()["first"] == 1
+    assert "layers.1.mlp" in panel.advice.finding
 
 
 def test_violation_within_micro_batches_is_apart_from_that_of_the_whole_batch():
