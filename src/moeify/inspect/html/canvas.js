@@ -158,7 +158,10 @@ function heatmap(host, chart, label) {
     c.textAlign = "center";
     const longestName = Math.max(...Array.from({ length: columns }, (_, j) => String(name(chart.columns, j)).length));
     const step = Math.ceil((8 + 7 * Math.min(longestName, 14)) / cw);
-    for (let j = 0; j < columns; j += step) c.fillText(shortened(c, name(chart.columns, j), 100), left + (j + 0.5) * cw, h - 24);
+    for (let j = 0; j < columns; j += step) {
+      const text = shortened(c, name(chart.columns, j), 100);
+      c.fillText(text, Math.min(left + (j + 0.5) * cw, w - c.measureText(text).width / 2), h - 24);
+    }
     c.fillText(chart.column, (left + Math.min(left + columns * cw, room)) / 2, h - 8);
     const shade = bar.getContext("2d");
     for (let x = 0; x < 144; x++) {
