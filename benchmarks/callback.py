@@ -1,9 +1,10 @@
 """Time training steps of transformers' own Trainer with and without `RoutingCallback`, in pairs.
 
-Two small language models learn from 2,048 tokens a step, in two micro-batches, and log every step, the most that a
+Two small language models learn from 1,024 tokens a step, in two micro-batches, and log every step, the most that a
 callback can have to do: a Mixtral with 8 experts of which a token uses 2, and an OLMoE with 64 of which it uses 8. Both
 ways of a round train the same model for a few steps, of which the first is left out; their ratio is taken round by
-round, of wall time and of the CPU time of the process, which does not count waiting for other processes.
+round, of wall time and of the CPU time of the process, which does not count waiting for other processes. A model takes about
+two minutes of CPU time.
 
     python benchmarks/callback.py
     python benchmarks/callback.py --models mixtral --rounds 2 --out /tmp/callback.csv
@@ -31,7 +32,7 @@ CONFIGS = {
     "mixtral": transformers.MixtralConfig(**SHAPE, intermediate_size=896, num_local_experts=8, num_experts_per_tok=2),
     "olmoe": transformers.OlmoeConfig(**SHAPE, intermediate_size=224, num_experts=64, num_experts_per_tok=8),
 }
-SEQUENCES, LENGTH, PARTS, STEPS = 8, 256, 2, 4
+SEQUENCES, LENGTH, PARTS, STEPS = 8, 128, 2, 4
 WAYS = ("without", "with")
 FIELDS = [
     *HEAD, "model", "tokens", "without_ms", "without_quartiles_ms", "with_ms", "with_quartiles_ms",
@@ -95,7 +96,7 @@ def measured(name: str, rounds: int) -> dict[str, str]:
 
 
 def main() -> None:
-    options = parser(__doc__, rounds=15, file="callback-cpu.csv")
+    options = parser(__doc__, rounds=10, file="callback-cpu.csv")
     options.add_argument("--models", nargs="+", default=list(CONFIGS), choices=list(CONFIGS))
     chosen = options.parse_args()
     begin = start(chosen)

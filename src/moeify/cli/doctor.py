@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from moeify.cli import options as o
-from moeify.cli.inputs import Amount, read_inputs
+from moeify.cli.inputs import Amount, load_source, read_inputs
 from moeify.cli.trace import Probe
 
 if TYPE_CHECKING:
@@ -72,12 +72,10 @@ def _diagnose_log(run: Path) -> Diagnosis:
 
 def _diagnose(model: Path, data: str | None, probe: str | None, amount: Amount) -> Diagnosis:
     """The diagnosis of a model, and of the log of its training where its folder has one."""
-    from moeify.folders import model_folder
     from moeify.inspect import diagnose
-    from moeify.tasks.models import load_model
 
     batches, _ = read_inputs(model, data, probe, amount)
-    found = diagnose(load_model(model_folder(model)), batches)
+    found = diagnose(load_source(str(model)), batches)
     with suppress(FileNotFoundError):
         found = found.with_log(_diagnose_log(model))
     return found

@@ -1,4 +1,4 @@
-"""What `inspect`, `trace` and `doctor` run a model on: the held-out data of its run, texts, or a probe."""
+"""The model that `inspect`, `trace` and `doctor` look into, and what they run it on."""
 
 from __future__ import annotations
 
@@ -36,6 +36,21 @@ class Amount:
     batch: int = 8
 
 
+def load_source(source: str, architecture: str | None = None, device: str | None = None) -> Any:
+    """A model in a folder or of the hub, in the class that its config names."""
+    import torch
+
+    from moeify.folders import model_folder
+    from moeify.tasks.models import architecture_of, load_dense, load_model
+
+    folder = model_folder(Path(source))
+    if (folder / "config.json").is_file():
+        model = load_model(folder, architecture)
+    else:
+        model = load_dense(source, architecture or architecture_of(source), dtype="auto")
+    return model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
 def read_inputs(
     source: Path | str, data: str | None, probe: str | None, amount: Amount, *, labels: bool = True
 ) -> tuple[list[Any], Any]:
@@ -61,8 +76,8 @@ def read_inputs(
         return (given if isinstance(given, list) else [given]), None
     job = _job(folder)
     if job is None or job["task"] == "lm":
-        text = {} if job is None or data else {"data": job["data"], "field": job.get("text", "text")}
-        return _of_texts(folder, amount, **{"data": data} | text)
+        own = {} if job is None or data is not None else job
+        return _of_texts(folder, amount, data or own.get("data"), own.get("text", "text"))
     batches = _of_run(_setup(job, data), amount)
     tokenizer = None
     with suppress(ValueError):
@@ -113,7 +128,7 @@ def _job(folder: Path) -> dict[str, Any] | None:
     from moeify.files import read_json
 
     places = [folder / JOB, *([folder.parent / JOB] if folder.name == "model" else [])]
-    found = next((read_json(file) for file in places if file.is_file()), {})
+    found: dict[str, Any] = next((read_json(file) for file in places if file.is_file()), {})
     return found if {"task", "model", "data"} <= found.keys() else None
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from moeify.cli import options as o
-from moeify.cli.inputs import Amount, read_inputs
+from moeify.cli.inputs import Amount, load_source, read_inputs
 from moeify.cli.trace import Probe
 
 if TYPE_CHECKING:
@@ -55,7 +55,6 @@ def _of_trace(file: Path) -> Report:
 def _of_model(
     folder: Path, run: Path, inputs: tuple[str | None, str | None], per_domain: int, generate: int, measure: bool
 ) -> Report:
-    from moeify.cli.trace import load_source
     from moeify.inspect.report import report
     from moeify.tasks.models import load_model
     from moeify.train.checkpoint.folder import checkpoints, step_of

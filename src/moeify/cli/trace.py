@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from moeify.cli import options as o
-from moeify.cli.inputs import Amount, read_inputs
+from moeify.cli.inputs import Amount, load_source, read_inputs
 
 if TYPE_CHECKING:
     from moeify.inspect.trace import Trace
@@ -85,21 +85,6 @@ def trace(
         found.header["model"] = source
     write_trace(found, output, format)
     print(f"moeify: {_described(found)}\nmoeify: in {output}, {output.stat().st_size / 2**20:,.1f} MiB")
-
-
-def load_source(source: str, architecture: str | None = None, device: str | None = None) -> Any:
-    """A model in a folder or of the hub, in the class that its config names."""
-    import torch
-
-    from moeify.folders import model_folder
-    from moeify.tasks.models import architecture_of, load_dense, load_model
-
-    folder = model_folder(Path(source))
-    if (folder / "config.json").is_file():
-        model = load_model(folder, architecture)
-    else:
-        model = load_dense(source, architecture or architecture_of(source), dtype="auto")
-    return model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
 def _streamed(source: str, architecture: str | None) -> Any:

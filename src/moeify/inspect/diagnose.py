@@ -53,7 +53,7 @@ class Diagnosis:
         decided = {found.fault for found in findings}
 
         def left(mine: Mapping[str, str], other: Mapping[str, str]) -> dict[str, str]:
-            kept = {name: why for name, why in {**other, **mine}.items() if name not in decided}
+            kept = {name: why for name, why in {**mine, **other, **mine}.items() if name not in decided}
             decided.update(kept)
             return kept
 

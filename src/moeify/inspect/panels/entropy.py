@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from jaxtyping import Float
+from torch import Tensor
+
 from moeify import statistics
 from moeify.inspect.panels.charts import Lines
 from moeify.inspect.panels.counting import labels, quantiles
@@ -31,26 +34,26 @@ def entropy(trace: Trace) -> Panel:
     """
     layers = scored(trace)
     names = labels(layers)
-    rows, lows, highs, means = [], [], [], []
-    for layer in layers:
-        assert layer.scores is not None
-        values = statistics.router_entropy(layer.scores.float().clamp_min(0)) / statistics.log_experts(
-            layer.num_experts
-        )
-        low, high = quantiles(values, 0.1, 0.9)
-        for found, value in ((lows, low), (highs, high), (means, float(values.mean()))):
-            found.append(value)
-        rows.append((names[layer.name], round(means[-1], 3), round(low, 3), round(high, 3)))
+    entropies = {layer.name: _entropy(layer) for layer in layers}
+    means = {name: float(values.mean()) for name, values in entropies.items()}
+    bounds = {name: quantiles(values, 0.1, 0.9) for name, values in entropies.items()}
+    low, high = ([bound[i] for bound in bounds.values()] for i in range(2))
+    rows = [(names[name], *(round(v, 3) for v in (means[name], *bounds[name]))) for name in names]
     return Panel(
         title="Router entropy",
         question="How confident is the router? 0: all probability on one expert; 1: uniform over the experts.",
         picture=Lines(
-            x=list(names.values()), series={"mean": means}, band={"mean": (lows, highs)}, x_label="layer",
+            x=list(names.values()), series={"mean": [*means.values()]}, band={"mean": (low, high)}, x_label="layer",
             y_label="entropy / log E, band: middle 80% of the tokens",
         ),
         table=Table(("layer", "mean", "10%", "90%"), rows),
-        advice=_advice({layer.name: mean for layer, mean in zip(layers, means, strict=True)}),
+        advice=_advice(means),
     )  # fmt: skip
+
+
+def _entropy(layer: LayerTrace) -> Float[Tensor, "T"]:
+    assert layer.scores is not None
+    return statistics.router_entropy(layer.scores.float().clamp_min(0)) / statistics.log_experts(layer.num_experts)
 
 
 def _advice(means: dict[str, float]) -> Advice:
