@@ -3,8 +3,8 @@
 Two small language models learn from 1,024 tokens a step, in two micro-batches, and log every step, the most that a
 callback can have to do: a Mixtral with 8 experts of which a token uses 2, and an OLMoE with 64 of which it uses 8. Both
 ways of a round train the same model for a few steps, of which the first is left out; their ratio is taken round by
-round, of wall time and of the CPU time of the process, which does not count waiting for other processes. A model takes about
-two minutes of CPU time.
+round, of wall time and of the CPU time of the process, which does not count waiting for other processes. A model takes
+about two minutes of CPU time.
 
     python benchmarks/callback.py
     python benchmarks/callback.py --models mixtral --rounds 2 --out /tmp/callback.csv
