@@ -33,6 +33,9 @@ class ExpertScale(Router):
         super().__init__()
         self.router, self.num_experts = router, num_experts
         self.causal = router.causal
+        self.weights_sum_to_one = (
+            router.weights_sum_to_one
+        )  # before the scale is trained, which is when layers are made
         self.scale = nn.Parameter(torch.ones(num_experts))
 
     def forward(self, x: Float[Tensor, "... D"], context: Context) -> Assignment:
