@@ -8,7 +8,8 @@ where these processes exchange 4, so links are described as half as fast.
 
 Reproduced if the rank correlation of predicted and measured times is at least 0.9 for every model and number of
 processes; in part if it is for some. The first try, of the model `first`, failed (commit 6c2061a, and its expectation
-in the same file); design and prediction of the second, of `wide` and `deep`, are in claims/designs.md.
+in the same file); designs and predictions of the second, of `wide` and `deep`, and of the third, of `narrow` and
+`broad`, are in claims/designs.md.
 
     python claims/virtual_devices.py --hardware NAME   10 minutes of CPU; rows in claims/results/virtual_devices_2.csv
 """
@@ -77,6 +78,8 @@ MODELS = {
         16, 24, 48, (1, 2, 3, 6), partial(llama, hidden_size=192, intermediate_size=384, num_hidden_layers=2)
     ),
     "deep": Model(8, 24, 48, (1, 2, 3, 6), partial(gpt2, n_embd=64, n_layer=6)),
+    "narrow": Model(32, 16, 40, (1, 2, 4), partial(llama, hidden_size=96, intermediate_size=96, num_hidden_layers=3)),
+    "broad": Model(8, 16, 64, (1, 2, 4), partial(gpt2, n_embd=160, n_layer=3)),
 }
 
 
@@ -181,9 +184,10 @@ def correlation(rows: list[dict[str, Any]], measured: str = "measured_ms", by: s
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--hardware", required=True, help="what it runs on, for the rows")
-    parser.add_argument("--models", nargs="+", choices=MODELS, default=["wide", "deep"])
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=["narrow", "broad"])
+    parser.add_argument("--processes", nargs="+", type=int, choices=WORLDS, default=WORLDS)
     options = parser.parse_args()
-    cells = {(name, world): run(world, name) for name in options.models for world in WORLDS}
+    cells = {(name, world): run(world, name) for name in options.models for world in options.processes}
     found = {cell: correlation(rows) for cell, rows in cells.items()}
     good = sum(value >= 0.9 for value in found.values())
     result = "reproduced" if good == len(found) else "in part" if good else "failed"

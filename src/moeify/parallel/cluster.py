@@ -34,6 +34,8 @@ class Device:
         streaming: share of `bandwidth` that element-wise work reaches.
         experts: time of the products of experts.
         fixed: what a micro-batch takes whatever its tokens.
+        overlap: share of its computing during which it also gathers parameters and reduces gradients, 0 to 1; 0 where
+            its cores do both.
     """
 
     name: str = "device"
@@ -45,9 +47,12 @@ class Device:
     streaming: float = 0.8
     experts: GroupedCost = field(default_factory=GroupedCost)
     fixed: Fixed = field(default_factory=Fixed)
+    overlap: float = 1.0
 
     def __post_init__(self) -> None:
         _positive(self, "memory", "flops", "bandwidth", "products", "attention", "streaming")
+        if not 0 <= self.overlap <= 1:
+            raise ValueError(f"overlap of a device is {self.overlap!r}; it must be a share from 0 to 1")
 
 
 @dataclass(frozen=True, kw_only=True)

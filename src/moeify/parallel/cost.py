@@ -208,7 +208,7 @@ class Step:
         if not self.target.shards_parameters:
             return gathers + reduces + replicas
         hidden = layout.accumulation * (2 * gathers + reduces)
-        return max(hidden - compute, 0.0) + replicas
+        return max(hidden - self.cluster.device.overlap * compute, 0.0) + replicas
 
     def _optimizer(self, layout: Layout) -> float:
         """Seconds of the optimizer, and of adding micro-batches to the shards of gradients.

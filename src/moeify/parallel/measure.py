@@ -28,6 +28,7 @@ def measure(
     measured by all-to-alls inside each node and between the first ranks of all nodes. FLOP/s and bytes/s are those
     that were reached, in bf16 on a GPU and in fp32 on a CPU, so that `products` and `streaming` are 1. Fixed costs are
     measured on a CPU; in front of a GPU, which computes while its host issues what follows, they are taken to be 0.
+    A CPU hides no traffic behind products, since its cores do both; a GPU is taken to hide all that it can.
 
     Args:
         device: where to measure; by default the GPU of this rank, or the CPU.
@@ -53,7 +54,7 @@ def measure(
     here = Device(
         name=torch.cuda.get_device_name(where) if where.type == "cuda" else "cpu", memory=memory, flops=flops,
         bandwidth=bandwidth, products=1.0, attention=1.0, streaming=1.0, experts=experts,
-        fixed=Fixed() if where.type == "cuda" else Fixed.measure(clock),
+        fixed=Fixed() if where.type == "cuda" else Fixed.measure(clock), overlap=float(where.type == "cuda"),
     )  # fmt: skip
     per_node = int(os.environ.get("LOCAL_WORLD_SIZE", _ranks()))
     if _ranks() % per_node:
