@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from moeify.export.megatron import from_megatron, part, to_megatron
+from moeify.export.megatron import from_megatron, from_tensor_parts, part, tensor_part, to_megatron
 from tiny_models import causal_lm, deepseek_v3, mixtral, qwen3_moe
 
 BUILD = {"mixtral": mixtral, "qwen3_moe": qwen3_moe, "deepseek_v3": deepseek_v3}
@@ -57,6 +57,40 @@ def test_an_expert_parallel_rank_holds_its_experts_from_0(layout):
     assert second["decoder.layers.1.mlp.router.weight"].shape == (8, 32)
     with pytest.raises(ValueError, match="8 experts cannot be shared evenly by 3 ranks"):
         part(weights, 0, 3)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", BUILD)
+def test_slices_of_tensor_parallel_ranks_are_put_together_again_without_a_bit_lost(name, layout):
+    model = BUILD[name]()
+    whole = to_megatron(random_bits(model), model.config, layout)
+    held = [tensor_part(whole, model.config, rank, 2) for rank in range(2)]
+    first, second = ("local_experts.3.linear_fc{}.weight" if layout == "local" else "linear_fc{}.weight3",) * 2
+    first, second = (f"decoder.layers.1.mlp.experts.{first}".format(n) for n in (1, 2))
+    hidden = whole[first].shape[0] // 2
+    gate, other = held[1][first].chunk(2)
+    assert torch.equal(gate.view(torch.int32), whole[first][hidden // 2 : hidden].view(torch.int32))
+    assert torch.equal(other.view(torch.int32), whole[first][-hidden // 2 :].view(torch.int32))
+    assert torch.equal(held[1][second].view(torch.int32), whole[second][:, hidden // 2 :].view(torch.int32))
+    joined = from_tensor_parts(held)
+    assert joined.keys() == whole.keys()
+    assert all(torch.equal(joined[key].view(torch.int32), tensor.view(torch.int32)) for key, tensor in whole.items())
+    experts = [tensor_part(whole, model.config, rank, 2, "experts") for rank in range(2)]
+    assert experts[0]["embedding.word_embeddings.weight"] is whole["embedding.word_embeddings.weight"]
+    assert from_tensor_parts(experts, "experts").keys() == whole.keys()
+
+
+def test_ranks_that_cannot_share_tensors_are_refused():
+    model = mixtral()
+    weights = to_megatron(model.state_dict(), model.config)
+    with pytest.raises(ValueError, match="2 groups of heads cannot be shared evenly by 3 ranks"):
+        tensor_part(weights, model.config, 0, 3)
+    held = [tensor_part(weights, model.config, rank, 2) for rank in range(2)]
+    router = "decoder.layers.0.mlp.router.weight"
+    with pytest.raises(ValueError, match=r"mlp.router.weight is whole on every rank, and not the same"):
+        from_tensor_parts([held[0], held[1] | {router: 2 * weights[router]}])
+    with pytest.raises(ValueError, match="different names"):
+        from_tensor_parts([held[0], {}])
 
 
 def test_nothing_is_lost_without_a_word():

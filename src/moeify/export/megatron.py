@@ -9,14 +9,14 @@
     decoder.layers.N.mlp.shared_experts.linear_fc1.weight           gate_proj, up_proj
 
 Two layouts are known, those of Megatron-Core's layer specs: `local`, with experts one after the other, and
-`transformer_engine`, with grouped experts and norms inside the linear layers behind them. Nothing is split over tensor
-parallel ranks; `part` takes what one expert-parallel rank holds. Names as of Megatron-Core 0.16.1.
+`transformer_engine`, with grouped experts and norms inside the linear layers behind them. `part` takes what one
+expert-parallel rank holds, `tensor_part` what one tensor-parallel rank does. Names as of Megatron-Core 0.16.1.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -25,6 +25,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 Layout = Literal["local", "transformer_engine"]
+Slices = Literal["all", "experts", "rest"]
 Weights = dict[str, Tensor]
 _FAMILIES = ("mixtral", "qwen3_moe", "deepseek_v3")
 
@@ -120,6 +121,90 @@ def part(weights: Mapping[str, Tensor], rank: int, ranks: int) -> Weights:
         elif int(found[2]) // held == rank:
             result[_EXPERT.sub(rf"\g<1>{int(found[2]) % held}", name)] = tensor
     return result
+
+
+def tensor_part(weights: Mapping[str, Tensor], config: Any, rank: int, ranks: int, of: Slices = "all") -> Weights:
+    """What a tensor-parallel rank of Megatron holds of a whole model, or of what `part` returned; views.
+
+    Rows of queries, keys, values, embeddings and first products are shared, columns of the products behind them; of gated
+    ones a rank has its rows of the gate, then its rows of the other. Norms and routers are everywhere.
+
+    Args:
+        weights: as of `to_megatron`.
+        config: of the model of transformers.
+        rank: of the tensor-parallel group.
+        ranks: its size.
+        of: slice `experts` or the `rest` only, where `expert-tensor-parallel-size` is another than
+            `tensor-model-parallel-size`: call it for both.
+
+    Raises:
+        ValueError: ranks that cannot share heads or a matrix evenly.
+    """
+    _require_groups(config, ranks)
+    fused = not any("local_experts" in name for name in weights)
+    result = {}
+    for name, tensor in weights.items():
+        where = _sliced(name, of, fused)
+        if where is None:
+            result[name] = tensor
+            continue
+        pieces = tensor.chunk(2) if where == "gated" else (tensor,)
+        dim = int(where == "columns")
+        if pieces[0].shape[dim] % ranks:
+            raise ValueError(f"{name} of shape {tuple(tensor.shape)} cannot be shared evenly by {ranks} ranks")
+        mine = [piece.chunk(ranks, dim)[rank] for piece in pieces]
+        result[name] = torch.cat(mine) if len(mine) > 1 else mine[0]
+    return result
+
+
+def from_tensor_parts(parts: Sequence[Mapping[str, Tensor]], of: Slices = "all") -> Weights:
+    """The whole tensors of which tensor-parallel ranks hold slices, in the order of their ranks, in new memory.
+
+    Raises:
+        ValueError: ranks with different tensors, or that differ in one that all hold whole.
+    """
+    if len({frozenset(held) for held in parts}) > 1:
+        raise ValueError("the ranks hold tensors of different names; pass the parts of one tensor-parallel group")
+    fused = not any("local_experts" in name for name in parts[0])
+    result = {}
+    for name, first in parts[0].items():
+        held, where = [part[name] for part in parts], _sliced(name, of, fused)
+        if where is None:
+            if not all(torch.equal(_bits(first), _bits(other)) for other in held):
+                raise ValueError(f"{name} is whole on every rank, and not the same on all of them")
+            result[name] = first.clone()
+        elif where == "gated":
+            result[name] = torch.cat(
+                [half for halves in zip(*(p.chunk(2) for p in held), strict=True) for half in halves]
+            )
+        else:
+            result[name] = torch.cat(held, int(where == "columns"))
+    return result
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    return tensor.contiguous().view(torch.uint8)
+
+
+def _sliced(name: str, of: Slices, fused: bool) -> Literal["rows", "gated", "columns"] | None:
+    """How tensor-parallel ranks share a tensor, None where each has all of it."""
+    if of != "all" and (of == "experts") != ("mlp.experts." in name):
+        return None
+    if "linear_fc1.weight" in name:
+        return "gated"
+    if "linear_fc2.weight" in name or name.endswith("linear_proj.weight"):
+        return "columns"
+    down = () if fused else ("linear_q_down_proj", "linear_kv_down_proj")  # Transformer Engine's layers duplicate these
+    rows = ("word_embeddings", "output_layer", "linear_qkv", "linear_q_proj", "linear_q_up_proj", "linear_kv_up_proj")
+    return "rows" if name.endswith(tuple(f"{part}.weight" for part in (*rows, *down))) else None
+
+
+def _require_groups(config: Any, ranks: int) -> None:
+    heads = config.num_attention_heads if config.model_type == "deepseek_v3" else config.num_key_value_heads
+    if heads % ranks:
+        raise ValueError(
+            f"{heads} groups of heads cannot be shared evenly by {ranks} ranks; choose a divisor of {heads}"
+        )
 
 
 _STACKS = {"gate_up_proj": "linear_fc1", "down_proj": "linear_fc2"}
