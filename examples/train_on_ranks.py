@@ -1,10 +1,9 @@
-"""Train a sparse model on all ranks of torchrun, sharded as `moeify plan` laid it out; alone it runs on one process.
+"""Train a sparse model on all processes of torchrun, sharded as `moeify plan` says; alone it runs on one process.
 
 moeify plan MODEL --cluster cluster.toml --emit transformers > plan.json
 torchrun --nproc-per-node 4 train_on_ranks.py
 """
 
-import gc
 import json
 from pathlib import Path
 
@@ -20,7 +19,7 @@ from moeify.train import SparseArguments, SparseTrainer
 file = Path("plan.json")
 plan = json.loads(file.read_text()) if file.is_file() else {"distributed_config": {}, "training_arguments": {}}
 
-transformers.set_seed(0)  # every rank makes the same model, and keeps its part of it
+transformers.set_seed(0)  # every process makes the same model, and keeps its part of it
 dense = LlamaForCausalLM(
     LlamaConfig(
         vocab_size=256, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
@@ -40,10 +39,8 @@ trainer = SparseTrainer(model, arguments, train_dataset=data, sparse=SparseArgum
 trainer.train()
 last = [entry for entry in trainer.state.log_history if "loss" in entry][-1]
 if trainer.is_world_process_zero():
-    print(f"{trainer.args.world_size} ranks, this one holds {held:,} of {model.num_parameters():,} parameters")
+    print(f"{trainer.args.world_size} processes, this one holds {held:,} of {model.num_parameters():,} parameters")
     print(f"step 3: loss {last['loss']:.4f}, balance {last['balance']:.3f}")
 
-del trainer, model, dense
-gc.collect()  # what an exchange of gloo still holds may abort the end of a process
 if torch.distributed.is_initialized():
     torch.distributed.destroy_process_group()

@@ -129,6 +129,8 @@ def _planning() -> dict[str, list[Figure]]:
         return rows.figure(100 * error, f"largest of |{column} / real_ms - 1|", better)
 
     pairs = table("claims/results/smartmoe.csv")
+    again = table("claims/results/virtual_devices_2.csv")
+    cells = {(row["model"], row["world"], row["correlation"]) for row in again.rows}
     moves = table("claims/results/placement.csv").last("routing", "devices", "ep", "spare")
     equal = moves.where(eplb_equal="60 of 60")
     if len(equal.rows) != len(moves.rows):
@@ -169,6 +171,17 @@ def _planning() -> dict[str, list[Figure]]:
             run.figure(float(run.rows[0]["correlation"]), "correlation", "higher")
             for world in (2, 4, 8)
             for run in _runs(table("claims/results/virtual_devices.csv").where(world=world))
+        ],
+        "virtual_devices.all": [
+            again.where(model=model).figure(float(again.where(model=model).rows[0]["all"]), "all", "higher")
+            for model in ("wide", "deep", "narrow", "broad")
+        ],
+        "virtual_devices.cells": [
+            again.over(min, "correlation", "higher"), again.over(max, "correlation", "higher"),
+        ],
+        "virtual_devices.good": [
+            again.figure(sum(float(value) >= 0.9 for *_, value in cells), "cells of 0.9 or more", "higher"),
+            again.figure(len(cells), "cells"),
         ],
         "placement.equal": [
             moves.figure(float(moves.rows[0]["eplb_equal"].split(" of ")[i]), "eplb_equal", better)

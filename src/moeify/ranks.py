@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import atexit
+import time
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -197,3 +200,33 @@ def saying_together(group: Any = None) -> Generator[None]:
     if all(of_system for _, of_system, _ in failed):
         raise OSError(said) from raised
     raise raised or RuntimeError(said)
+
+
+@atexit.register
+def _wait_for_gloo() -> None:
+    """Let gloo's threads come to rest before the interpreter ends.
+
+    After a collective such a thread lets go of its tensors. If it is the last to do so once the interpreter ends, it
+    waits for a lock that nobody gives any more, and aborts the process (SIGABRT, "terminate called without an active
+    exception"). A thread that has work is runnable, and one at rest sleeps; Linux tells them apart.
+    """
+    calm, end = 0, time.monotonic() + GLOO
+    while calm < 3 and time.monotonic() < end:
+        states = [
+            stat for task in Path("/proc/self/task").glob("*/stat") if "(pt_gloo_runloop)" in (stat := _read(task))
+        ]
+        if not states:
+            return
+        calm = 0 if any(") S " not in state for state in states) else calm + 1
+        time.sleep(0.001)
+
+
+GLOO = 5.0
+"""Seconds that the end of the interpreter waits for gloo's threads."""
+
+
+def _read(file: Path) -> str:
+    try:
+        return file.read_text()
+    except OSError:  # the thread has ended
+        return ""

@@ -21,8 +21,7 @@ Plan = Int[Tensor, "ranks ranks held"]
 class Exchange(torch.autograd.Function):
     """An all-to-all of rows with a size for every process; the gradient goes the other way, times a constant.
 
-    It waits for the rows. The functional collectives of torch return before, and a process that ran them on gloo
-    sometimes aborts when it exits.
+    It waits for the rows; the functional collectives of torch return before.
     """
 
     @staticmethod

@@ -126,8 +126,8 @@ def part(weights: Mapping[str, Tensor], rank: int, ranks: int) -> Weights:
 def tensor_part(weights: Mapping[str, Tensor], config: Any, rank: int, ranks: int, of: Slices = "all") -> Weights:
     """What a tensor-parallel rank of Megatron holds of a whole model, or of what `part` returned; views.
 
-    Rows of queries, keys, values, embeddings and first products are shared, columns of the products behind them; of gated
-    ones a rank has its rows of the gate, then its rows of the other. Norms and routers are everywhere.
+    Rows of queries, keys, values, embeddings and first products are shared, and columns of the products behind them. Of
+    gated ones a rank has its rows of the gate, then its rows of the other. Norms and routers are everywhere.
 
     Args:
         weights: as of `to_megatron`.
