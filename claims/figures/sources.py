@@ -246,6 +246,10 @@ def _benchmarks() -> dict[str, list[Figure]]:
     tuned = table("benchmarks/results/tune-memory-cpu.csv")
     tunings = {"esft": "ESFT", "lora": "LoRA of all experts", "esft_lora": "LoRA of ESFT's experts"}
     long_text = table("benchmarks/results/long-text-cpu.csv")
+    by_position = long_text.where(what="position", documents="packed")
+    sparse, dense = (by_position.where(model=model) for model in ("sparse", "dense"))
+    losses = {(row["tokens"], row["first"]): float(row["loss"]) for row in dense.rows}
+    apart = [float(row["loss"]) - losses[row["tokens"], row["first"]] for row in sparse.rows]
     price = table("benchmarks/results/price-cpu.csv").where(commit="31599da", part="step")
     waits = table("benchmarks/results/load-cpu.csv").where(waiting="command line")
     traced = table("benchmarks/results/streamed-cpu.csv")
@@ -269,6 +273,12 @@ def _benchmarks() -> dict[str, list[Figure]]:
             f"tune-memory-cpu.{name}": [tuned.where(way=way).one(of, "lower") for of in ("peak_mib", "times_whole")]
             for name, way in tunings.items()
         },
+        "long-text-cpu.position": [
+            by_position.figure(min(apart), "least loss of sparse less dense over ranges of positions"),
+            by_position.figure(max(apart), "largest loss of sparse less dense over ranges of positions"),
+            sparse.over(min, "elsewhere"),
+            sparse.over(max, "elsewhere"),
+        ],
         **{
             f"long-text-cpu.{tokens}": [
                 long_text.where(what=what, model=model, tokens=tokens).one("peak_mib", "lower")
