@@ -110,7 +110,8 @@ class Engram(nn.Module):
         if ids.dim() != 2 or ids.numel() != math.prod(x.shape[:-1]):
             raise ValueError(
                 f"{self.key!r} has shape {tuple(ids.shape)}, and the layer was given tokens of shape "
-                f"{tuple(x.shape[:-1])}; name the input with the ids of these tokens by key="
+                f"{tuple(x.shape[:-1])}; name the input with the ids of these tokens by key=, or choose "
+                "another recipe: a decoder or second tower has other tokens"
             )
         if _continues(ids, context):
             raise ValueError(

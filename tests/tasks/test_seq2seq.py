@@ -9,7 +9,7 @@ import torch
 
 from moeify.data.tagged import TaggedBytes, TaggedTokens
 from moeify.tasks.base import Shape
-from moeify.tasks.seq2seq import Seq2Seq, translated
+from moeify.tasks.seq2seq import Seq2Seq, of_each_language, translated
 
 SMALL = {"length": 16, "shape": Shape(width=16, layers=1, heads=2, hidden=32)}
 ROWS = [{"source": f"{i}", "target": "x" * (i % 9 + 1), "language": "ab"[i % 2]} for i in range(40)]
@@ -45,6 +45,15 @@ def test_token_accuracy_counts_tokens():
     assert objective.scores([(torch.tensor(3), torch.tensor(4)), (torch.tensor(1), torch.tensor(4))]) == {
         "token accuracy": 0.5
     }
+
+
+def test_rare_languages_are_translated_too(tmp_path):
+    rows = [{"source": f"{i}", "target": "x", "language": "rare" if i % 20 == 0 else "common"} for i in range(400)]
+    samples = Seq2Seq(**SMALL).prepare(None, write(tmp_path / "a.jsonl", rows)).train
+    chosen = [samples.domain_of(i) for i in of_each_language(samples, 64)]
+    assert chosen.count("common") == 32
+    assert 8 <= chosen.count("rare") <= 20
+    assert len(of_each_language(samples, 6)) == 6
 
 
 def test_chrf_is_that_of_sacrebleu_for_all_and_for_each_language():

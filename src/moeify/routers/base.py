@@ -191,7 +191,8 @@ class Tokens:
         else:
             raise ValueError(
                 f"{name!r} has shape {tuple(given.shape)}, which fits neither the tokens {self.shape} of the layer nor "
-                f"their {int(self.sequence_id.max()) + 1} sequences (documents, where rows are packed)"
+                f"their {int(self.sequence_id.max()) + 1} sequences (documents, where rows are packed); "
+                "name an input that does by key=, or choose another recipe: a decoder or second tower has other tokens"
             )
         return keys.long()
 

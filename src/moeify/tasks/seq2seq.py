@@ -203,12 +203,22 @@ class Translation(Objective):
         }
 
 
+def of_each_language(samples: Translations, most: int) -> list[int]:
+    """Which held-out pairs are translated: evenly taken of every language; of `GENERATED` or more, `FEW` at least."""
+    members: dict[str, list[int]] = {}
+    for i in range(len(samples)):
+        members.setdefault(samples.domain_of(i), []).append(i)
+    each = max(FEW if most >= GENERATED else 1, most // len(members))
+    chosen = [i for some in members.values() for i in some[:: max(1, len(some) // each)][:each]]
+    return sorted(chosen) if most >= GENERATED else sorted(chosen)[:most]
+
+
 @torch.no_grad()
 def translated(
     model: nn.Module, samples: Translations, objective: Translation, most: int
 ) -> tuple[list[Row], list[str]]:
-    """Held-out pairs, evenly taken, and what a model writes for their sources, by its likeliest tokens."""
-    chosen = list(range(0, len(samples), max(1, len(samples) // most)))[:most]
+    """Held-out pairs, as many of each language, and what a model writes for their sources, by its likeliest tokens."""
+    chosen = of_each_language(samples, most)
     write: Any = model
     written: list[str] = []
     for start in range(0, len(chosen), AT_ONCE):
