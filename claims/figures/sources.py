@@ -362,6 +362,11 @@ def _noted() -> dict[str, list[Figure]]:
         **{f"reliability.{kind}": quoted(LOG, text, "AMD EPYC (Zen 5), 2 cores") for kind, text in replicas.items()},
         "trl": quoted(LOG, rows["8"], NOT_NOTED, (1,)),
         "sounds": quoted(LOG, "an accuracy of 0.693 (sparse, `matched`) and 0.700 (dense)", NOT_NOTED),
+        "limoe": quoted(
+            LOG,
+            "recall@1 of captions 0.041 and of pictures 0.035\n(sparse), 0.018 and 0.012 (dense)",
+            "AMD EPYC (Zen 5), 2 cores",
+        ),
         "auction": quoted(
             LOG, "a median of 5 ms, and 18 ms where all tokens share a mean", "AMD EPYC (Zen 5), 2 cores"
         ),
