@@ -69,6 +69,7 @@ PLOTS = {
     "collapse": Plot(value="loss", unit="nats per byte at equal training FLOPs, less top-2", against="top-2"),
     "fine_grained": Plot(value="loss", unit="nats per byte, less 8 experts of top-2", against="8, top-2"),
     "heterogeneous": Plot(value="loss", unit="nats per byte, less equal widths", against="equal widths"),
+    "limoe": Plot(value="dropped_captions", unit="% of caption tokens that no expert takes"),
     "long_text": Plot(
         value="rise", unit="rise of the loss beyond 128 bytes, nats, less the dense model's", against="dense"
     ),

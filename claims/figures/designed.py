@@ -6,6 +6,7 @@ from statistics import fmean, median, stdev
 
 from figures.rows import T_95_OF_3, T_95_OF_5, Figure, Rows, table
 
+DROPPED = ("dropped_captions", "dropped_patches")
 LOW = ("0.3", "0.2", "0.1", "0.05")
 
 
@@ -50,6 +51,11 @@ def designed() -> dict[str, list[Figure]]:
         for task in ("income", "never_married")
         for one, other in (("MMoE", "shared bottom"), ("PLE", "MMoE"))
     ]
+    tower = {arm: table("claims/results/limoe.csv").where(arm=arm) for arm in ("balance loss", "entropies")}
+    ratios = {
+        arm: [a / max(b, 0.1) for a, b in zip(*map(rows.values, DROPPED), strict=True)] for arm, rows in tower.items()
+    }
+    by_entropies = [a - b for a, b in zip(ratios["entropies"], ratios["balance loss"], strict=True)]
     collapse = table("claims/results/collapse.csv")
     rivals = [collapse.where(arm=arm) for arm in ("CompeteSMoE", "X-MoE", "SMoE-Dropout", "MH-MoE")]
     behind = [rival.minus(collapse.where(arm="top-2"), "loss") for rival in rivals]
@@ -84,6 +90,19 @@ def designed() -> dict[str, list[Figure]]:
     return {
         "census": [figure for each in areas for figure in (each.mean("higher"), *each.ends(T_95_OF_5))],
         "census.least": [max((each.half(T_95_OF_5) for each in areas), key=lambda half: half.value)],
+        "limoe": [
+            *(
+                rows.figure(fmean(ratios[arm]), "mean by seed of dropped_captions over dropped_patches")
+                for arm, rows in tower.items()
+            ),
+            *(rows.over(fmean, "recall_at_5") for rows in tower.values()),
+        ],
+        "limoe.least": [
+            tower["entropies"].figure(
+                T_95_OF_3 * stdev(by_entropies) / 3**0.5,
+                "half the 95 % interval of the ratio less that of the balance loss",
+            )
+        ],
         "collapse": [figure for each in behind for figure in (each.mean("lower"), *each.ends())],
         "collapse.changed": [rows.over(fmean, "changed") for rows in (collapse.where(arm="top-2"), *rivals)],
         "collapse.least": [max((each.half() for each in behind), key=lambda half: half.value)],
