@@ -90,7 +90,7 @@ def designed() -> dict[str, list[Figure]]:
     return {
         "census": [figure for each in areas for figure in (each.mean("higher"), *each.ends(T_95_OF_5))],
         "census.least": [max((each.half(T_95_OF_5) for each in areas), key=lambda half: half.value)],
-        "limoe": [
+        "limoe.claim": [
             *(
                 rows.figure(fmean(ratios[arm]), "mean by seed of dropped_captions over dropped_patches")
                 for arm, rows in tower.items()
