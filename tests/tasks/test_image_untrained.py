@@ -11,6 +11,7 @@ from transformers import ViTConfig, ViTForImageClassification
 from moeify import Recipe, sparsify
 from moeify.tasks.classify import Classes
 from moeify.tasks.classify_image import ClassifyImage
+from moeify.tasks.image_models import pixels_of
 from moeify.tasks.image_untrained import pixels_untrained, untrained
 
 CLASSES = Classes.of(["cat", "dog", "cow"], "pets")
@@ -50,6 +51,12 @@ def test_timm_that_is_missing_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "timm", None)
     with pytest.raises(ImportError, match="timm/resnet18 needs timm and torchvision"):
         untrained("timm/resnet18", CLASSES)
+
+
+def test_without_a_network_the_way_out_is_named(monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(ValueError, match=r"no model 'timm/resnet18' could be loaded.*--set pretrained=false"):
+        pixels_of("timm/resnet18")
 
 
 def test_a_model_of_timm_needs_no_download():
