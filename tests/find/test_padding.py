@@ -1,5 +1,6 @@
 """Padding in a probe: outputs there are nobody's, unless the model reads at real tokens what becomes of it."""
 
+import pytest
 import torch
 from torch import nn
 
@@ -53,3 +54,17 @@ def test_the_padding_of_a_probe_without_text_shows_that_it_is_read():
     sparsify(model, COPIES, probe=given, verbose=False)
     torch.testing.assert_close(model(**given), before, rtol=1e-4, atol=1e-5)
     assert sparse_layers(model)["layers.0.ffn"].context.routes_padding
+
+
+@pytest.mark.parametrize("sequences", [3, 4, 7])
+@pytest.mark.parametrize("batch_first", [False, True])
+def test_a_probe_with_padded_sequences_is_no_reason_to_refuse_wherever_sequences_are_laid_out(batch_first, sequences):
+    layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=batch_first)
+    model = nn.TransformerEncoder(layer, 1, enable_nested_tensor=False).eval()
+    x, padding = torch.randn(sequences, 7, 16), torch.zeros(sequences, 7, dtype=torch.bool)
+    padding[1, 4:] = True
+    given = {"src": x if batch_first else x.transpose(0, 1), "src_key_padding_mask": padding}
+    real = ~padding if batch_first else ~padding.T
+    before = model(**given)[real]
+    sparsify(model, Recipe(num_experts=4), probe=given, verbose=False)
+    torch.testing.assert_close(model(**given)[real], before, rtol=1e-4, atol=1e-5)

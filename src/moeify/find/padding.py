@@ -22,8 +22,13 @@ Masks = list[Bool[Tensor, "B N"]]
 
 
 def at_real_tokens(values: Iterable[Tensor], real: Masks) -> list[Tensor]:
-    """Outputs (B, N, D) at the real tokens alone, if a mask of these tokens is known; others unchanged."""
-    by_shape = {mask.shape: mask for mask in real}
+    """Outputs at the real tokens alone, if a mask of their first two dimensions is known; others unchanged.
+
+    Where several masks have these dimensions, at the tokens that are real in all.
+    """
+    by_shape: dict[torch.Size, Tensor] = {}
+    for mask in real:
+        by_shape[mask.shape] = by_shape.get(mask.shape, mask) & mask
     return [
         value[by_shape[value.shape[:2]]] if value.dim() > 2 and value.shape[:2] in by_shape else value
         for value in values
@@ -32,7 +37,11 @@ def at_real_tokens(values: Iterable[Tensor], real: Masks) -> list[Tensor]:
 
 @contextmanager
 def padding_seen(layers: Iterable[nn.Module]) -> Iterator[Masks]:
-    """The real tokens of each stack with padding, filled in while a model runs whose layers have a `Context`."""
+    """The real tokens of each stack with padding, filled in while a model runs whose layers have a `Context`.
+
+    A stack that lays tokens out as (N, B, D) is in a model whose outputs have that layout (torch) or not (XLNet), so
+    that its mask is there both ways.
+    """
     found: Masks = []
     handles = [layer.register_forward_pre_hook(partial(_keep_mask, found), with_kwargs=True) for layer in layers]
     try:
@@ -48,7 +57,7 @@ def _keep_mask(found: Masks, layer: nn.Module, args: tuple, kwargs: dict[str, An
     positions, shape = context.real(x.shape[:-1]), x.shape[:-1]
     if positions is not None and len(shape) == 2:
         real = _as_mask(positions, shape, x.device)
-        found.append(real if context.batch_first is not False else real.T)
+        found += [real] if context.batch_first is not False else [real, real.T]
 
 
 def _as_mask(positions: Tensor, shape: Sequence[int], device: torch.device) -> Bool[Tensor, "..."]:
