@@ -240,3 +240,8 @@ def test_a_library_saved_before_its_parts_were_renamed_still_loads(tmp_path):
     description = {"moeify": "0.1.0", "router": "phatgoose", "dropout": 0.0, "adapters": ["law", "verse"]}
     (folder / "moeify.json").write_text(json.dumps(description))
     assert torch.equal(answer(load_adapters(TINY["llama"]().eval(), folder)), answer(expected))
+
+
+def test_adapters_without_names_are_refused(folders):
+    with pytest.raises(TypeError, match="folders by name, .* not a list"):
+        from_adapters(TINY["llama"](), list(folders.values()))

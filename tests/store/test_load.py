@@ -350,3 +350,9 @@ def test_a_gate_in_an_unusual_order_is_not_guessed(tmp_path):
     assert [name.rpartition(".")[2] for name in site["up"]] == ["beta", "alpha"]
     assert isinstance(nn.Sequential(*blocks(1))[0].ffn, Gated)
     assert callable(clustered)
+
+
+def test_a_folder_of_adapters_alone_is_refused_with_the_way_to_open_it(tmp_path):
+    write_json(tmp_path / "adapter_config.json", {"peft_type": "LORA"})
+    with pytest.raises(FileNotFoundError, match="holds adapters of PEFT .* PeftModel.from_pretrained"):
+        load(tmp_path)

@@ -53,12 +53,15 @@ def from_adapters(
 
     Raises:
         FileNotFoundError: a folder without an adapter, or with a pickle only.
+        TypeError: adapters without names.
         ValueError: an adapter that is not plain LoRA of linear layers, or of another model (the message names its
             tensors); a router that does not work with so few experts, or that looks at later tokens in a decoder.
     """
     _refuse_sparse(base)
     if not adapters:
         raise ValueError("there is no adapter to attach; give at least one: {'law': 'folder'}")
+    if not isinstance(adapters, Mapping):
+        raise TypeError(f"adapters must be folders by name, {{'law': 'folder'}}, not a {type(adapters).__name__}")
     read = {_checked(name): read_adapter(folder) for name, folder in adapters.items()}
     attach(base, read, AdapterLibrary(router, dropout))
     if verbose:

@@ -22,6 +22,7 @@ from moeify.store.dtypes import dtype_of
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+ADAPTERS = "adapter_config.json"  # of PEFT
 
 
 @dataclass(frozen=True)
@@ -59,12 +60,17 @@ def open_checkpoint(folder: Path) -> Generator[tuple[dict[str, Any], Weights]]:
     """Open a saved model: yields its config and its weights, whose files are open inside the context.
 
     Raises:
-        FileNotFoundError: no config or no weights in the folder.
+        FileNotFoundError: no config or no weights in the folder, or adapters of PEFT alone.
         ValueError: files that are damaged, changed since they were saved, or outside the folder.
         OSError: a file cannot be read, or an interrupted save cannot be finished.
     """
     finish(folder)
     if not os.path.lexists(folder / CONFIG):
+        if (folder / ADAPTERS).exists():
+            raise FileNotFoundError(
+                f"{folder} holds adapters of PEFT without the model that they change; load that model, and then "
+                "PeftModel.from_pretrained(model, folder)"
+            )
         raise FileNotFoundError(f"there is no {CONFIG} in {folder}: it is not a checkpoint of moeify")
     saved = hashes_of(folder)
     config = read_json(unchanged(folder / CONFIG, saved))
