@@ -7,7 +7,7 @@
 
 `common` are the tests that transformers runs on every model, from its source distribution (`families.py`).
 Every suite runs twice, without moeify and with the plugin `behind.py`, which says how many calls of experts it
-computed; exits with 1 if a test passes only without it. Paths of tests take the place of those listed here, and other
+computed; exits with 1 if a test passes only without it, or if none passes at all. Paths of tests take the place of those listed here, and other
 options are pytest's. `--offline` lets tiny random models stand in for some of the hub's (`offline.py`), and refuses
 what else is asked of the hub at once: such tests fail both times, and are counted.
 """
@@ -79,6 +79,9 @@ def compare(library: str, where: Path, options: list[str], *, offline: bool) -> 
 
     Returns:
         How many tests these are.
+
+    Raises:
+        SystemExit: no test passed without moeify, which shows nothing.
     """
     given = [word for word in options if not word.startswith("-") and (where / word.split("::")[0]).exists()]
     files = given or [file for file in SUITES[library] if (where / file).exists()]
@@ -88,6 +91,8 @@ def compare(library: str, where: Path, options: list[str], *, offline: bool) -> 
     print(f"{library}: without moeify {dict(Counter(without.values()))}, with it {dict(Counter(beside.values()))}")
     for name in broken:
         print(f"  passes only without moeify: {name}")
+    if "passed" not in without.values():
+        sys.exit(f"no test of {library} passed without moeify either, so that nothing is shown; see the errors above")
     return len(broken)
 
 
