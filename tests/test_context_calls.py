@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from masked_models import LEFT, RIGHT, decoder, real, watched_tokens, words
-from moeify import Context
+from moeify import Context, record
 from moeify.context import extra_inputs, running
 from moeify.sparsify import Recipe, sparsify
 from strategies import layer
@@ -36,6 +36,22 @@ def test_threads_that_call_one_model_keep_their_masks_apart(llama):
             together = list(pool.map(run, masks))
     for a, b in zip(alone, together, strict=True):
         assert torch.equal(a, b)
+
+
+def test_decisions_of_another_thread_are_recorded_only_where_this_one_does_not_call_the_model(llama):
+    model, _ = llama
+
+    def routed():
+        return {int(decision.counts.sum()) for decision in decisions.values()}
+
+    with torch.no_grad(), ThreadPoolExecutor(1) as other, record(model) as decisions:
+        other.submit(model, words(1, 3)).result()
+        (elsewhere,) = routed()
+        model(words(2, 5))
+        (here,) = routed()
+        other.submit(model, words(1, 3)).result()
+        assert routed() == {here}
+        assert here * 3 == elsewhere * 10
 
 
 def test_inputs_that_one_thread_adds_are_not_those_of_another():

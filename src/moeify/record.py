@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -22,18 +23,39 @@ def record(model: nn.Module) -> Iterator[dict[str, Routing]]:
     """Collect the latest decision of every sparse layer, by the layer's name.
 
     An MoE block of transformers is named by the module that holds its router and experts. Forward passes that
-    activation checkpointing repeats are not recorded again.
+    activation checkpointing repeats are not recorded again. Of a model that several threads call, the decisions are
+    those of this thread; only where it does not call the model, those of the thread that called it last.
 
     Raises:
         ValueError: the model has no sparse layer.
     """
     decisions: dict[str, Routing] = {}
-    handles = observe(model, decisions.__setitem__)
+    handles = observe(model, _keep_one_thread(decisions))
     try:
         yield decisions
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _keep_one_thread(decisions: dict[str, Routing]) -> Observer:
+    """What puts decisions into a dict that never holds those of two threads."""
+    threads = threading.local()  # `threading.get_ident` does not compile
+    own = latest = threads.current = object()
+
+    def keep(name: str, routing: Routing) -> None:
+        nonlocal latest
+        current = getattr(threads, "current", None)
+        if current is None:
+            current = threads.current = object()
+        if current is not latest:
+            if latest is own and decisions:
+                return
+            decisions.clear()
+            latest = current
+        decisions[name] = routing
+
+    return keep
 
 
 def observe(model: nn.Module, observer: Observer, *, repeated: bool = False) -> list[RemovableHandle]:
