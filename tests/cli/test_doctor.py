@@ -79,7 +79,8 @@ def test_the_status_says_whether_anything_was_found(saved, text):
     assert "too little data" in few.out
 
 
-def test_a_diagnosis_can_be_json(saved, text):
+def test_a_diagnosis_can_be_json(saved, text, monkeypatch):
+    monkeypatch.setattr("moeify.progress.EVERY", 0.0)
     found = json.loads(diagnosed(saved / "copies", text, "--json").out)
     assert found["status"] == "findings"
     assert [finding["fault"] for finding in found["findings"]] == ["identical_experts"]

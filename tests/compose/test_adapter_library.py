@@ -243,5 +243,5 @@ def test_a_library_saved_before_its_parts_were_renamed_still_loads(tmp_path):
 
 
 def test_adapters_without_names_are_refused(folders):
-    with pytest.raises(TypeError, match="folders by name, .* not a list"):
+    with pytest.raises(TypeError, match=r"folders by name, .* not a list"):
         from_adapters(TINY["llama"](), list(folders.values()))

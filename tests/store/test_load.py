@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from moeify import Recipe, load, register, save
 from moeify.compose import from_adapters, merge_into_base
+from moeify.compress import quantize_experts
 from moeify.files import open_tensors, write_json
 from moeify.find import modules
 from moeify.registry import names
@@ -354,5 +355,17 @@ def test_a_gate_in_an_unusual_order_is_not_guessed(tmp_path):
 
 def test_a_folder_of_adapters_alone_is_refused_with_the_way_to_open_it(tmp_path):
     write_json(tmp_path / "adapter_config.json", {"peft_type": "LORA"})
-    with pytest.raises(FileNotFoundError, match="holds adapters of PEFT .* PeftModel.from_pretrained"):
+    with pytest.raises(FileNotFoundError, match=r"holds adapters of PEFT .* PeftModel.from_pretrained"):
         load(tmp_path)
+
+
+def test_what_takes_long_says_how_much_is_left(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("moeify.progress.EVERY", 0.0)
+    model = sparsify(causal_lm("llama"), Recipe(num_experts=2), verbose=False)
+    assert "making experts: 1 of 2, about" in capsys.readouterr().out
+    save(model, tmp_path, max_shard_size="20KB")
+    assert "writing weights: 1 of" in capsys.readouterr().out
+    quantize_experts(load(tmp_path))
+    shown = capsys.readouterr().out
+    for line in ("verifying weights: 1 of", "reading weights: 1 of", "quantising experts: 1 of 2, about"):
+        assert line in shown

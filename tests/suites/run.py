@@ -7,9 +7,9 @@
 
 `common` are the tests that transformers runs on every model, from its source distribution (`families.py`).
 Every suite runs twice, without moeify and with the plugin `behind.py`, which says how many calls of experts it
-computed; exits with 1 if a test passes only without it, or if none passes at all. Paths of tests take the place of those listed here, and other
-options are pytest's. `--offline` lets tiny random models stand in for some of the hub's (`offline.py`), and refuses
-what else is asked of the hub at once: such tests fail both times, and are counted.
+computed; exits with 1 if a test passes only without it, or if none passes at all. Paths of tests take the place of
+those listed here, and other options are pytest's. `--offline` lets tiny random models stand in for some of the hub's
+(`offline.py`), and refuses what else is asked of the hub at once: such tests fail both times, and are counted.
 """
 
 from __future__ import annotations

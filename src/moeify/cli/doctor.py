@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from contextlib import suppress
+import sys
+from contextlib import nullcontext, redirect_stdout, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -51,7 +52,8 @@ def doctor(
     if log is not None:
         diagnosis = _diagnose_log(log)
     elif model is not None:
-        diagnosis = _diagnose(model, data, probe, Amount(tokens=tokens, length=length, batch=batch))
+        with redirect_stdout(sys.stderr) if as_json else nullcontext():  # lines of progress are no JSON
+            diagnosis = _diagnose(model, data, probe, Amount(tokens=tokens, length=length, batch=batch))
     elif as_json or not data is probe is None:
         raise ValueError("--data, --probe and --json are for a diagnosis; name the model by --model, or a run by --log")
     else:

@@ -24,6 +24,7 @@ from moeify.experts.blocks import Each
 from moeify.find.probe import as_probe, find_probe
 from moeify.find.shapes import Site
 from moeify.modes import fixed_randomness
+from moeify.progress import with_progress
 from moeify.sparsify.comparison import Comparison
 from moeify.sparsify.convert import convert
 from moeify.sparsify.make import copies, merged
@@ -95,7 +96,9 @@ def merge_models(
 def _fill_experts(report: Report, sources: list[Source], own: Mapping[Names, Tensor]) -> set[int]:
     """Fill the experts of every layer from the models; returns the tensors of the base that they replace, by id."""
     names = {id(tensor): group for group, tensor in own.items()}
-    filled = [_fill(m.experts, site, sources, names) for site, m in zip(report.sites, report.layers, strict=True)]
+    layers = list(zip(report.sites, report.layers, strict=True))
+    progress = with_progress(layers, "filling experts from the models")
+    filled = [_fill(layer.experts, site, sources, names) for site, layer in progress]
     return set().union(*filled)
 
 

@@ -12,6 +12,7 @@ from moeify.experts import Experts, Quantized, quantize
 from moeify.experts.quantized import Weights
 from moeify.hf.interface import HfExperts
 from moeify.layers import moe_layers
+from moeify.progress import with_progress
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -32,7 +33,7 @@ def quantize_experts(model: Model, bits: int = 8, group_size: int = 64) -> Model
     found = [name for name, part in model.named_modules() if isinstance(part, Experts) and part.stacked is not None]
     if not found:
         raise ValueError(f"{type(model).__name__} has no feed-forward experts to quantise; make it sparse first")
-    for name in found:
+    for name in with_progress(found, "quantising experts"):
         quantize_module(model, name, bits, group_size)
     return model
 
@@ -51,7 +52,7 @@ def quantize_decoder(model: Any, bits: int) -> None:
     """
     ours = [f"{name}.experts" for name, moe in moe_layers(model).items() if not isinstance(moe.experts, Quantized)]
     theirs = [name for name, module in model.named_modules() if hasattr(module, "_apply_gate")]
-    for name in (*ours, *theirs):
+    for name in with_progress([*ours, *theirs], "quantising experts"):
         quantize_module(model, name, bits)
     for name, module in list(model.model.layers.named_modules()):
         if type(module) is nn.Linear and name.rsplit(".", 1)[-1] in _PROJECTIONS:

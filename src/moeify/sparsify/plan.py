@@ -27,6 +27,7 @@ from moeify.meta import made_on
 from moeify.modes import fixed_randomness
 from moeify.moe import MoE
 from moeify.origin import Origin
+from moeify.progress import with_progress
 from moeify.snapshot import restored_on_error
 from moeify.sparsify.comparison import Comparison
 from moeify.sparsify.lora import lora
@@ -174,7 +175,7 @@ def find(model: nn.Module, recipe: Recipe, described: list[dict[str, Any]] | Non
 def _layers(model: nn.Module, sites: list[Site], recipe: Recipe, contexts: dict[str, Context]) -> list[MoE]:
     latest: dict[str, MoE] = {}
     layers = []
-    for site in sites:
+    for site in with_progress(sites, "making experts"):
         of_decoder = recipe.decoder_router if in_decoder(model, site) else None
         here = recipe if of_decoder is None else replace(recipe, router=of_decoder)
         dtype = compute_dtype(model, site.dense)

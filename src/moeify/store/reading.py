@@ -17,6 +17,7 @@ from torch import Tensor
 
 from moeify.files import hashes_of, open_tensors, read_json, unchanged
 from moeify.folders import finish
+from moeify.progress import Progress, with_progress
 from moeify.store.dtypes import dtype_of
 
 CONFIG = "config.json"
@@ -45,10 +46,13 @@ class Weights:
 
     def read(self) -> Iterator[tuple[str, Tensor]]:
         """Iterate over the names and copies of all tensors; a file is closed after its last one."""
+        progress, done = Progress("reading weights", len(self.files)), 0
         for file in self.opened.values():
             with file:
                 for name in file.keys():  # noqa: SIM118 (it is no dictionary)
                     yield name, file.get_tensor(name).clone()
+                    done += 1
+                    progress.at(done, f"{done} of {len(self.files)} tensors")
 
     def tensor(self, name: str) -> Tensor:
         """A copy of one tensor."""
@@ -112,7 +116,7 @@ def read_headers(folder: Path) -> Weights:
 def _opened(folder: Path, saved: Mapping[str, Any] | None) -> Generator[Weights]:
     weights = Weights(folder, {}, {}, {}, {})
     with ExitStack() as closing:
-        for file in weight_files(folder, saved):
+        for file in with_progress(weight_files(folder, saved), "verifying weights"):
             weights.opened[file] = closing.enter_context(open_tensors(unchanged(file, saved)))
             _add_headers(weights, file, weights.opened[file])
         yield weights

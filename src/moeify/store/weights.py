@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from moeify.files import write_json, write_tensors
+from moeify.progress import with_progress
 from moeify.store.dtypes import fits
 from moeify.store.reading import INDEX, Weights, open_weights
 
@@ -33,7 +34,7 @@ def write_weights(tensors: Mapping[str, Tensor], folder: Path, max_shard_size: s
     folder.mkdir(parents=True, exist_ok=True)
     ready = _without_overlap({name: tensors[name] for name in tensors.keys() - ties_of(tensors).keys()})
     split = split_torch_state_dict_into_shards(ready, max_shard_size=max_shard_size)
-    for file, names in split.filename_to_tensors.items():
+    for file, names in with_progress(list(split.filename_to_tensors.items()), "writing weights"):
         write_tensors(folder / file, {name: ready[name] for name in names})
     written = [folder / file for file in split.filename_to_tensors]
     if split.is_sharded:
