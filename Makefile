@@ -23,6 +23,7 @@ nightly: $(VENV)/.test
 	$(BIN)/python tests/nightly/sharded.py --kills $(RANK_KILLS) --restarts 9 --exits 100
 	$(BIN)/python tests/nightly/kernels.py --cases $(CASES)
 	$(BIN)/python -m pytest tests/nightly/families.py
+	$(BIN)/python benchmarks/exports.py --to transformers gguf mlx torch --out $(VENV)/exports.csv
 	$(BIN)/python -m pytest tests -m nightly
 
 check: $(VENV)/.dev

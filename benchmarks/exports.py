@@ -20,6 +20,7 @@ import csv
 import datetime
 import math
 import subprocess
+import sys
 import tempfile
 import traceback
 import warnings
@@ -126,7 +127,7 @@ def _verification(model: nn.Module, to: str, exporter: export.Exporter) -> expor
 
 
 def main() -> None:
-    """Run the exports that are asked for, and write each row when it is there."""
+    """Run the exports that are asked for, and write each row when it is there; exit with 1 if one failed."""
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--to", nargs="+", default=[*CLASSES, *GRAPHS], choices=[*CLASSES, *GRAPHS])
     options.add_argument("--recipe", nargs="+", default=[*recipes], choices=[*recipes])
@@ -139,6 +140,7 @@ def main() -> None:
     if chosen.out.exists():
         with chosen.out.open(newline="") as lines:
             rows = {tuple(each[name] for name in KEY): each for each in csv.DictReader(lines)}
+    failed = []
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
     for to in (to for to in chosen.to if find_spec(LIBRARIES.get(to, "torch"))):
         for recipe in chosen.recipe:
@@ -155,6 +157,9 @@ def main() -> None:
                 rows[recipe, base, to] = dict(zip(KEY, (recipe, base, to), strict=True)) | found | dated
                 print(*(value for value in rows[recipe, base, to].values()), sep="  ", flush=True)
                 _write(chosen.out, rows)
+                failed += [f"{recipe} of {base} to {to}"] if found["result"] == "failed" else []
+    if failed:
+        sys.exit(f"{len(failed)} exports failed: {', '.join(failed)}; {chosen.out} has the reasons")
 
 
 def _write(file: Path, rows: dict[tuple[str, ...], dict[str, Any]]) -> None:
