@@ -323,3 +323,16 @@ model = transformers.AutoModelForCausalLM.from_config(config, experts_implementa
 print(model.config._experts_implementation)"""
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert run.stdout.split() == ["moeify"], run.stderr
+
+
+def test_experts_compile_whole_at_their_first_call_and_whatever_becomes_of_other_models():
+    def experts(activation: str) -> nn.Module:
+        model = use_moeify_experts(mixtral(hidden_act=activation))
+        return next(part for part in model.modules() if hasattr(part, "_apply_gate"))
+
+    x, index, weights = torch.randn(6, 32), torch.randint(0, 4, (6, 2)), torch.rand(6, 2)
+    with torch.no_grad():
+        for activation in ("silu", "gelu", "silu"):
+            ours = experts(activation)
+            compiled = torch.compile(ours, fullgraph=True, backend="eager")
+            torch.testing.assert_close(compiled(x, index, weights), experts(activation)(x, index, weights))

@@ -144,6 +144,7 @@ class HfExperts(Experts):
 _ACTIVATIONS: WeakKeyDictionary[nn.Module, Activation | None] = WeakKeyDictionary()
 
 
+@torch.compiler.assume_constant_result
 def _activation(experts: Any) -> Activation | None:
     """The activation of transformers' experts, recognised by its values; None if moeify does not have it."""
     if experts not in _ACTIVATIONS:
