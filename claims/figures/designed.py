@@ -56,6 +56,14 @@ def designed() -> dict[str, list[Figure]]:
         arm: [a / max(b, 0.1) for a, b in zip(*map(rows.values, DROPPED), strict=True)] for arm, rows in tower.items()
     }
     by_entropies = [a - b for a, b in zip(ratios["entropies"], ratios["balance loss"], strict=True)]
+    second = table("claims/results/mocle_layers_1.csv")
+
+    def best(arm: str) -> Rows:
+        """At the rate of the lowest mean loss on learnt tasks."""
+        rates = [second.where(arm=arm, rate=rate) for rate in ("0.003", "0.01", "0.03")]
+        return min(rates, key=lambda rows: fmean(rows.values("loss_seen")))
+
+    learnt, near = (best("MoCLE").minus(best("one adapter"), f"loss_{part}") for part in ("seen", "near"))
     collapse = table("claims/results/collapse.csv")
     rivals = [collapse.where(arm=arm) for arm in ("CompeteSMoE", "X-MoE", "SMoE-Dropout", "MH-MoE")]
     behind = [rival.minus(collapse.where(arm="top-2"), "loss") for rival in rivals]
@@ -90,6 +98,7 @@ def designed() -> dict[str, list[Figure]]:
     return {
         "census": [figure for each in areas for figure in (each.mean("higher"), *each.ends(T_95_OF_5))],
         "census.least": [max((each.half(T_95_OF_5) for each in areas), key=lambda half: half.value)],
+        "mocle.second": [learnt.mean("lower"), *learnt.ends(), near.mean("lower"), *near.ends()],
         "limoe.claim": [
             *(
                 rows.figure(fmean(ratios[arm]), "mean by seed of dropped_captions over dropped_patches")

@@ -20,6 +20,7 @@ HARDWARE = {
     "claims/results/independent.csv": "a CPU, not noted further",
     "claims/results/makemoe.csv": "AMD EPYC (Zen 4), 2 cores",
     "claims/results/mocle.csv": "AMD EPYC (Zen 4), 2 cores",
+    "claims/results/mocle_layers_1.csv": "AMD EPYC (Zen 5), 2 cores",
     "claims/results/phatgoose.csv": "AMD EPYC (Zen 4), 2 cores",
     "claims/results/upcycling.csv": "AMD EPYC (Zen 4), 2 cores",
 }
