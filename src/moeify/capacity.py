@@ -133,19 +133,19 @@ def dropped(routing: Assignment) -> tuple[float, float]:
 def _by_priority(routing: Assignment, priority: Priority) -> Int[Tensor, "R"]:
     """The rows in the order in which they get slots."""
     if priority == "position":
-        return routing.source.argsort(stable=True)
+        return routing.source.sort(stable=True).indices
     best = -routing.weight.detach()
     if priority == "score":
-        return best.argsort(stable=True)
+        return best.sort(stable=True).indices
     if routing.rank is None:
         raise ValueError(
             f"priority={priority!r} needs a decision that knows which choice each row is; build it by `assign`"
         )
     if priority == "choice":
-        return routing.rank.argsort(stable=True)
+        return routing.rank.sort(stable=True).indices
     largest = best.new_zeros(math.prod(routing.shape)).scatter_reduce(0, routing.source, best, "amin")
-    turns = largest[routing.source].argsort(stable=True)
-    return turns[routing.rank[turns].argsort(stable=True)]
+    turns = largest[routing.source].sort(stable=True).indices
+    return turns[routing.rank[turns].sort(stable=True).indices]
 
 
 def group_of_rows(routing: Assignment, per: Per) -> tuple[Int[Tensor, "R"], Int[Tensor, "B"]]:
@@ -177,7 +177,7 @@ def _position_of_rows(routing: Assignment) -> Int[Tensor, "R"]:
 
 def _place(expert: Int[Tensor, "R"], turns: Int[Tensor, "R"]) -> Int[Tensor, "R"]:
     """Each row's place in the queue of its expert (or sequence), 0 for the first that gets a slot."""
-    served = turns[expert[turns].argsort(stable=True)]
+    served = turns[expert[turns].sort(stable=True).indices]
     queue = torch.arange(served.shape[0], device=served.device)
     first = torch.searchsorted(expert[served], expert[served])
     return torch.empty_like(served).scatter(0, served, queue - first)
@@ -188,7 +188,7 @@ def _reassign(routing: Assignment, slots: int, turns: Int[Tensor, "R"]) -> Assig
     if scores is None or len(scores) != routing.tokens:
         raise ValueError("overflow='next' needs a router that scores all experts for every token")
     token = _decision_of_rows(routing)
-    expert_of, best_first = routing.expert, scores.detach().argsort(dim=-1, descending=True, stable=True)
+    expert_of, best_first = routing.expert, scores.detach().sort(dim=-1, descending=True, stable=True).indices
     tried = torch.zeros_like(scores, dtype=torch.bool)
     tried[token, expert_of] = True
     served = _place(expert_of, turns) < slots
@@ -208,8 +208,8 @@ def _reassign(routing: Assignment, slots: int, turns: Int[Tensor, "R"]) -> Assig
         found = _place(expert, torch.arange(len(expert), device=expert.device)) < free[expert]
         served = served.scatter(0, waiting, found)
     kept = served.nonzero().squeeze(1)
-    kept = kept[routing.source[kept].argsort(stable=True)]
-    kept = kept[expert_of[kept].argsort(stable=True)]
+    kept = kept[routing.source[kept].sort(stable=True).indices]
+    kept = kept[expert_of[kept].sort(stable=True).indices]
     new, old = scores[token[kept], expert_of[kept]], scores[token[kept], routing.expert[kept]]
     moved = expert_of[kept] != routing.expert[kept]
     ratio = torch.where(moved, new / torch.where(moved, old, 1.0), 1.0)
