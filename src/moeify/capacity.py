@@ -143,7 +143,7 @@ def _by_priority(routing: Assignment, priority: Priority) -> Int[Tensor, "R"]:
         )
     if priority == "choice":
         return routing.rank.sort(stable=True).indices
-    largest = best.new_zeros(math.prod(routing.shape)).scatter_reduce(0, routing.source, best, "amin")
+    largest = best.new_zeros(math.prod(routing.shape)).scatter_reduce(0, routing.source, best, reduce="amin")
     turns = largest[routing.source].sort(stable=True).indices
     return turns[routing.rank[turns].sort(stable=True).indices]
 

@@ -125,6 +125,10 @@ def test_another_program_computes_the_graph(case, to, tmp_path):
     pytest.importorskip({"onnx": "onnxruntime"}.get(to, to))
     make, first, _, _ = CASES[case]
     exporters = {"onnx": export.OnnxFolder, "openvino": export.OpenVinoFolder}
+    if (case, to) == ("capacity of groups", "openvino"):
+        with pytest.raises(ValueError, match="it computes with aten.scatter_reduce.two, for which the program has no"):
+            export.write(make(), tmp_path / "out", to, exporter=exporters[to](first))
+        return
     done = export.write(make(), tmp_path / "out", to, exporter=exporters[to](first))
     assert done.verification.difference < 1e-4
     assert export.verify(tmp_path / "out").difference == done.verification.difference
