@@ -126,7 +126,7 @@ def test_another_program_computes_the_graph(case, to, tmp_path):
     make, first, _, _ = CASES[case]
     exporters = {"onnx": export.OnnxFolder, "openvino": export.OpenVinoFolder}
     if (case, to) == ("capacity of groups", "openvino"):
-        with pytest.raises(ValueError, match="it computes with aten.scatter_reduce.two, for which the program has no"):
+        with pytest.raises(ValueError, match=r"it computes with aten\.scatter_reduce"):
             export.write(make(), tmp_path / "out", to, exporter=exporters[to](first))
         return
     done = export.write(make(), tmp_path / "out", to, exporter=exporters[to](first))
