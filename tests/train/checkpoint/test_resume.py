@@ -80,6 +80,9 @@ def test_a_resumed_run_is_the_run_that_was_not_interrupted(tmp_path, build):
     assert len(history(tmp_path / "whole")) == STEPS
     assert same_weights(whole.model, again.model)
     assert same_weights(whole.model, stopped.model)
+    for kept in ("optimizer.json", "optimizer.safetensors"):
+        one, other = (tmp_path / each / f"checkpoint-{STEPS}" / kept for each in ("whole", "parts"))
+        assert one.read_bytes() == other.read_bytes()
 
 
 def work(output):

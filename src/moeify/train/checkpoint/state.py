@@ -159,7 +159,8 @@ def optimizer_state(optimizer: torch.optim.Optimizer, model: nn.Module) -> tuple
                 tensors[f"{name}|{key}"] = value.detach()
             else:
                 numbers.setdefault(name, {})[key] = value
-    groups = [g | {"params": [names[id(p)] for p in g["params"]]} for g in optimizer.param_groups]
+    named = [g | {"params": [names[id(p)] for p in g["params"]]} for g in optimizer.param_groups]
+    groups = [dict(sorted(group.items())) for group in named]  # a resumed optimizer has them in another order
     return tensors, {"state": numbers, "groups": groups}
 
 
