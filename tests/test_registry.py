@@ -61,7 +61,7 @@ def test_a_name_alone_is_enough():
 
 
 def test_names_are_sorted_and_by_kind():
-    assert names("score") == ["sigmoid", "softmax", "sqrt_softplus"]
+    assert names("score") == ["capped_sigmoid", "sigmoid", "softmax", "sqrt_softplus"]
     assert names("nothing of the kind") == []
 
 
@@ -71,7 +71,7 @@ def test_a_misspelt_name_suggests_the_right_one():
 
 
 def test_a_name_far_from_all_lists_them():
-    with pytest.raises(ValueError, match="known are: sigmoid, softmax, sqrt_softplus"):
+    with pytest.raises(ValueError, match="known are: capped_sigmoid, sigmoid, softmax, sqrt_softplus"):
         lookup("score", "??")
 
 

@@ -14,7 +14,7 @@ from command_line import moeify
 from moeify.balance import Proportional, Sign
 from moeify.cli import app
 from moeify.cli.job import Job
-from moeify.cli.options import choose_balance, choose_controller, choose_losses, choose_recipe
+from moeify.cli.options import choose_balance, choose_controller, choose_freeze, choose_losses, choose_recipe
 from moeify.cli.train import Train
 from moeify.evaluate.run import Settings
 from moeify.losses import supervision
@@ -77,7 +77,7 @@ def test_a_setting_has_the_same_default_on_the_command_line_and_in_python(lower)
 
     chosen = {
         "balance": choose_balance("mixtral", None, None)[0], "learning_rate": Train()._learning_rate,
-        "losses": tuple(choose_losses(None)),
+        "losses": tuple(choose_losses(None)), "freeze": choose_freeze(recipes["matched"], None, None),
     }  # fmt: skip
     here, there = defaults(Train) | chosen, defaults(lower)
     both = here.keys() & there.keys()
@@ -99,13 +99,14 @@ def test_every_option_reaches_the_job():
     }  # fmt: skip
     others = {
         "task": "classify-text", "settings": ["label=intent"], "recipe": "olmoe", "experts": 16, "k": 4,
-        "controller": "sign", "losses": ["supervision=0.3"],
+        "controller": "sign", "losses": ["supervision=0.3"], "freeze": ["attention"],
     }  # fmt: skip
     elsewhere = {"config", "print_config", "finetune", "threshold"}  # tests/cli/test_config.py, test_finetune.py
     assert changed.keys() | others.keys() | elsewhere == {field.name for field in fields(Train)}
     job = Train(**changed, **others).job()
     assert changed.items() <= values(job).items()
     assert (job.task.name, job.task.label, job.task.text) == ("classify-text", "intent", "text")
+    assert job.settings.freeze == ("attention",)
     assert job.settings.sparse.controller == Sign()
     assert job.settings.sparse.losses == [(0.3, supervision)]
     assert (job.recipe.num_experts, job.recipe.router.keywords["k"]) == (16, 4)

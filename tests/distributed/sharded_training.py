@@ -126,7 +126,7 @@ def digest(model, optimizer):
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             name = names[id(parameter)]
-            settings[name] = {key: value for key, value in group.items() if key != "params"}
+            settings[name] = sorted((key, value) for key, value in group.items() if key != "params")
             tensors |= {f"{name}|{key}": value for key, value in optimizer.state[parameter].items()}
     found = hashlib.sha256(repr(sorted(settings.items())).encode())
     for name in sorted(tensors):
