@@ -19,7 +19,7 @@ from moeify.context import Context
 from moeify.experts import FFN
 from moeify.kernels import explain
 from moeify.kernels.cpu import cpp
-from moeify.kernels.cpu.crossover import max_rows
+from moeify.kernels.cpu.crossover import ANY, max_rows
 from moeify.routers import TopK
 from moeify.version import __version__
 
@@ -70,7 +70,8 @@ def describe_machine() -> None:
 
 
 def _kernel_rows(dtype: torch.dtype) -> str:
-    return f"{str(dtype).removeprefix('torch.')} up to {max_rows('nt', dtype)}"
+    most = max_rows("nt", dtype)
+    return f"{str(dtype).removeprefix('torch.')} {'any number' if most == ANY else f'up to {most}'}"
 
 
 def _version(package: str) -> str:

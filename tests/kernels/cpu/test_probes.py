@@ -5,7 +5,7 @@ import torch
 
 from moeify.files import read_json
 from moeify.kernels.cpu import cpp, crossover, probes
-from moeify.kernels.cpu.crossover import COUNTS, WITHOUT_CLOCK, last_win, max_rows
+from moeify.kernels.cpu.crossover import ANY, COUNTS, WITHOUT_CLOCK, last_win, max_rows
 from moeify.kernels.cpu.onednn import can_pack
 from moeify.kernels.cpu.probes import remembered
 
@@ -58,9 +58,10 @@ def test_where_no_file_can_be_written_the_process_measures(monkeypatch, tmp_path
 
 
 def test_the_kernel_is_used_up_to_where_it_is_first_behind():
-    assert last_win(lambda count: [1.0, 1.0]) == COUNTS[-1]
+    assert last_win(lambda count: [1.0, 1.0]) == ANY
     assert last_win(lambda count: [2.0, 1.0]) == 0
     assert last_win(lambda count: [2.0 if count == 32 else 1.0, 1.0]) == 16
+    assert last_win(lambda count: [2.0 if count == COUNTS[-1] else 1.0, 1.0]) == COUNTS[-2]
 
 
 @pytest.mark.parametrize(("layout", "packs"), LAYOUTS)
@@ -81,7 +82,7 @@ def test_a_number_of_rows_is_measured_once_and_without_random_numbers(monkeypatc
         pytest.skip(reason)
     monkeypatch.setattr(crossover, "COUNTS", (2, 4))
     before = torch.get_rng_state()
-    assert max_rows("nt", dtype) in (0, 2, 4)
+    assert max_rows("nt", dtype) in (0, 2, ANY)
     assert torch.equal(torch.get_rng_state(), before)
     monkeypatch.setattr(crossover, "last_win", lambda *_: pytest.fail("measured again"))
     crossover._measured.cache_clear()

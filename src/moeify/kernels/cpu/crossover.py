@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from functools import cache, partial
 
@@ -16,8 +17,10 @@ from moeify.kernels.cpu.cpp.products import multiply_runs, multiply_runs_tn
 from moeify.kernels.cpu.onednn import can_pack, linear, multiply, reorder
 from moeify.kernels.cpu.probes import remembered, shortest
 
-COUNTS = (2, 4, 8, 16, 32, 64, 96, 128, 192, 256)
+COUNTS = (2, 4, 8, 16, 32, 64, 96, 128, 192, 256, 512, 1024)
 """Rows per expert at which the two are compared, until the kernel is behind."""
+ANY = sys.maxsize
+"""The answer where the kernel wins at all of them, as in bf16 on a processor whose libraries lack it."""
 WITHOUT_CLOCK = 64
 """The answer where results must repeat on any machine; the kernel computes any number of rows."""
 
@@ -36,7 +39,7 @@ def max_rows(layout: str, dtype: torch.dtype, *, packs: bool = False) -> int:
         packs: whether the library may keep packed copies of the weights; "nt" only.
 
     Returns:
-        One of `COUNTS`; 0 where the kernel is unavailable, lacks the dtype or is always behind.
+        One of `COUNTS` or `ANY`; 0 where the kernel is unavailable, lacks the dtype or is always behind.
     """
     if dtype not in (torch.float32, torch.bfloat16) or cpp.why_not() is not None:
         return 0
@@ -53,7 +56,7 @@ def _measured(layout: str, dtype: torch.dtype, packs: bool, level: str, threads:
 
 
 def last_win(compare: Callable[[int], list[float]]) -> int:
-    """The last of `COUNTS` before the first at which the kernel is behind, 0 if it is behind at once.
+    """The last of `COUNTS` before the first at which the kernel is behind; 0 if it is behind at once, `ANY` if never.
 
     Args:
         compare: the times of the kernel and of the library for a number of rows per expert.
@@ -62,9 +65,9 @@ def last_win(compare: Callable[[int], list[float]]) -> int:
     for count in COUNTS:
         kernel, library = compare(count)
         if kernel > _MARGIN * library:
-            break
+            return most
         most = count
-    return most
+    return ANY
 
 
 def _compare(layout: str, dtype: torch.dtype, packs: bool, count: int) -> list[float]:
