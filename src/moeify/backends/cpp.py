@@ -25,6 +25,7 @@ from moeify.kernels.constant import constant_result
 from moeify.kernels.cpu import cpp
 from moeify.kernels.cpu.cpp import steps
 from moeify.kernels.cpu.crossover import max_rows
+from moeify.kernels.cpu.huge_pages import in_place
 from moeify.kernels.cpu.packing import cached, may_pack
 from moeify.kernels.cpu.segments import WORTH_COMPILING
 from moeify.kernels.stacked import Activation, ClampedGlu, Glu, Plain, name_of, unsupported_activation
@@ -104,6 +105,9 @@ def run(x: Float[Tensor, "... D"], routing: Routing, experts: Experts) -> Tensor
     routing = sparse(routing)
     p = projections_of(experts)
     assert p is not None
+    if not torch.compiler.is_compiling():
+        in_place(p.up)
+        in_place(p.down)
     layer = torch.ops.moeify.cpp_layer if torch.compiler.is_compiling() else cpp.cpp_layer
     y = layer(
         x.reshape(-1, x.shape[-1]), routing.source, routing.weight, routing.counts, routing.default_output,

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from moeify.backends.base import needs_cpu, needs_one_weight, needs_rows_only, needs_stacked, needs_weights, sparse
 from moeify.experts.base import Experts
+from moeify.kernels.cpu.huge_pages import in_place
 from moeify.kernels.cpu.layer import infer_layer, run_layer
 from moeify.kernels.cpu.onednn import can_pack, packed
 from moeify.kernels.cpu.packing import may_pack
@@ -28,6 +29,8 @@ def run(x: Float[Tensor, "... D"], routing: Routing, experts: Experts, *, keep: 
     routing = sparse(routing)
     stacked = experts.stacked
     assert stacked is not None
+    in_place(stacked.up)
+    in_place(stacked.down)
     dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else stacked.up.dtype
     tokens = x.reshape(-1, x.shape[-1])
     learned = (x, routing.weight, stacked.up, stacked.up_bias, stacked.down, stacked.down_bias)

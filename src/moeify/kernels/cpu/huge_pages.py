@@ -1,9 +1,10 @@
-"""Move tensors into huge pages: one TLB entry covers 2 MiB instead of 4 KiB."""
+"""Back tensors by huge pages, new ones or where they lie: one TLB entry covers 2 MiB instead of 4 KiB."""
 
 from __future__ import annotations
 
 import ctypes
 import mmap
+import os
 import sys
 from collections.abc import Iterable
 from functools import cache
@@ -14,6 +15,22 @@ from torch import Tensor, nn
 
 _HUGE = 2**21
 _LINE = 64
+_COLLAPSE = 25  # MADV_COLLAPSE of Linux 6.1, which Python's mmap does not name
+_TRIES = 3  # it fails for a moment where the system holds on to a page
+_SMALLEST = 2**23  # bytes from which on a weight exceeds what the TLB covers by small pages
+
+_ASKED: dict[int, int] = {}
+"""Size of the memory at each address for which `in_place` has asked."""
+
+
+def _forget_parents_memory() -> None:
+    global _is_child
+    _is_child = True
+
+
+_is_child = False
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_parents_memory)
 
 
 def in_huge_pages(fresh: Tensor) -> Tensor:
@@ -22,6 +39,27 @@ def in_huge_pages(fresh: Tensor) -> Tensor:
         start = -(-fresh.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
         madvise(start, fresh.data_ptr() + fresh.nbytes - start, mmap.MADV_HUGEPAGE)  # a hint only: errors are ignored
     return fresh
+
+
+def in_place(weight: Tensor) -> None:
+    """Ask the operating system, once, to back a large weight by huge pages where it lies; address and values stay.
+
+    Linux collapses the pages at once, at several GB per second, from version 6.1 on; elsewhere nothing happens. A
+    child that shares the weights of its parent by fork leaves them, since it would get a copy of its own.
+
+    Args:
+        weight: on a CPU, without gaps between its elements; a transposed view is the same weight.
+    """
+    start, size = weight.data_ptr(), weight.numel() * weight.itemsize
+    if size < _SMALLEST or _ASKED.get(start) == size:
+        return
+    _ASKED[start] = size
+    if _is_child or (madvise := advise()) is None:
+        return
+    first, last = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE, (start + size) // mmap.PAGESIZE * mmap.PAGESIZE
+    for advice in (mmap.MADV_HUGEPAGE, *[_COLLAPSE] * _TRIES):  # hints only: errors are ignored
+        if madvise(first, last - first, advice) == 0 and advice == _COLLAPSE:
+            return
 
 
 @cache
