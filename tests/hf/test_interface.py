@@ -101,6 +101,21 @@ def test_a_model_is_loaded_with_our_function_by_name(tmp_path: Path):
     torch.testing.assert_close(loaded(**inputs(model)).logits, model(**inputs(model)).logits)
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+def test_an_activation_that_is_replaced_after_a_call_is_the_one_that_is_used(compiled: bool):
+    model = use_moeify_experts(mixtral()).eval()
+    call = torch.compile(model, backend="eager") if compiled else model
+    given = {"input_ids": inputs(model)["input_ids"]}
+    with torch.no_grad():
+        before = call(**given).logits
+        for layer in model.model.layers:
+            layer.mlp.experts.act_fn = nn.GELU()
+        ours = call(**given).logits
+        model.set_experts_implementation("eager")
+        torch.testing.assert_close(ours, model(**given).logits, atol=2e-5, rtol=1e-4)
+    assert (ours - before).abs().max() > 1e-3
+
+
 def test_our_function_is_what_a_model_calls_after_the_switch(monkeypatch: pytest.MonkeyPatch):
     calls = []
     run = backends.run

@@ -112,7 +112,7 @@ class HfExperts(Experts):
     def stacked(self) -> Stacked | None:
         """Its weights, if all that its experts compute is `down(activation(up(row)))` with an activation of moeify."""
         n: Any = self.experts
-        activation = _activation(n)
+        activation = _activation(n, getattr(n, "act_fn", F.silu))
         if activation is None or getattr(n, "has_post_expert_norm", False):
             return None
         (up, up_bias), (down, down_bias) = (
@@ -141,21 +141,21 @@ class HfExperts(Experts):
         return weight.transpose(1, 2) if n.is_transposed else weight, getattr(n, f"{name}_bias") if n.has_bias else None
 
 
-_ACTIVATIONS: WeakKeyDictionary[nn.Module, Activation | None] = WeakKeyDictionary()
+_ACTIVATIONS: WeakKeyDictionary[nn.Module, tuple[Any, Activation | None]] = WeakKeyDictionary()
+"""Of experts of transformers: the function that they had, and the activation that it was recognised as."""
 
 
 @torch.compiler.assume_constant_result
-def _activation(experts: Any) -> Activation | None:
+def _activation(experts: Any, act: Any) -> Activation | None:
     """The activation of transformers' experts, recognised by its values; None if moeify does not have it."""
-    if experts not in _ACTIVATIONS:
-        act = getattr(experts, "act_fn", F.silu)
+    known, activation = _ACTIVATIONS.get(experts, (None, None))
+    if known is not act:
         theirs, ours = (experts._apply_gate, [ClampedGlu(), Glu(act)]) if experts.has_gate else (act, [Plain(act)])
         x = torch.linspace(-12, 12, 96, dtype=torch.float64).view(4, 24)
         with torch.no_grad():
-            _ACTIVATIONS[experts] = next(
-                (activation for activation in ours if torch.allclose(theirs(x), activation(x))), None
-            )
-    return _ACTIVATIONS[experts]
+            activation = next((each for each in ours if torch.allclose(theirs(x), each(x))), None)
+        _ACTIVATIONS[experts] = act, activation
+    return activation
 
 
 def use_transformers_backends() -> list[str]:
