@@ -251,7 +251,7 @@ def _benchmarks() -> dict[str, list[Figure]]:
     losses = {(row["tokens"], row["first"]): float(row["loss"]) for row in dense.rows}
     apart = [float(row["loss"]) - losses[row["tokens"], row["first"]] for row in sparse.rows]
     price = table("benchmarks/results/price-cpu.csv").where(commit="31599da", part="step")
-    waits = table("benchmarks/results/load-cpu.csv").where(waiting="command line")
+    waits = table("benchmarks/results/load-cpu.csv").where(commit="0d94f36", waiting="command line")
     traced = table("benchmarks/results/streamed-cpu.csv")
     ten, all_layers = traced.where(layers=10), traced.where(layers=48)
 
