@@ -23,7 +23,7 @@ from statistics import fmean
 
 import torch
 from common.statistics import interval, paired
-from common.tasks import Towers, gated, layer
+from common.tasks import Towers, gated, layer, trained
 from results import append
 from torch import Tensor, nn
 
@@ -91,19 +91,6 @@ ARMS: dict[str, Callable[[], Towers]] = {
 }
 
 
-def trained(model: nn.Module, x: Tensor, y: Tensor, steps: int, seed: int, rate: float) -> nn.Module:
-    dice = torch.Generator().manual_seed(seed)
-    optimizer = torch.optim.Adam(model.parameters(), lr=rate)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
-    for _ in range(steps):
-        chosen = torch.randint(len(x), (BATCH,), generator=dice)
-        nn.functional.binary_cross_entropy_with_logits(model(x[chosen]), y[chosen]).backward()
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
-    return model
-
-
 @torch.no_grad()
 def area(model: nn.Module, x: Tensor, y: Tensor) -> tuple[float, ...]:
     """The AUC of each task."""
@@ -131,7 +118,8 @@ def main() -> None:
             for rate in RATES:
                 torch.manual_seed(seed)
                 model = nn.Sequential(Read(sizes), make())
-                trained(model, x[learnt], y[learnt], options.steps, seed, rate)
+                loss = nn.functional.binary_cross_entropy_with_logits
+                trained(model, x[learnt], y[learnt], loss, steps=options.steps, batch=BATCH, seed=seed, rate=rate)
                 tried.append((fmean(area(model, x[choice], y[choice])), area(model, unseen, labels), rate))
             _, areas, rate = max(tried)
             for task, value in zip(TASKS, areas, strict=True):

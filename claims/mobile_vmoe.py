@@ -19,7 +19,8 @@ from functools import partial
 from statistics import fmean
 
 import torch
-from common.images import BATCH, Images, compared, options, photographs, train, vit
+from common.images import BATCH, Images, compared, photographs, train, vit
+from common.small import options
 from common.statistics import interval, paired
 from common.training import balanced
 from results import append
@@ -77,7 +78,7 @@ def supervised(routing: Routing) -> Tensor:
 
 
 def main() -> None:
-    chosen = options(__doc__)
+    chosen = options(__doc__, steps=600)
     torch.set_num_threads(1)
     groups = confused(photographs("train"))
     print("classes by super-class:", *groups.bincount(minlength=EXPERTS).tolist())

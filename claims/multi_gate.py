@@ -21,7 +21,7 @@ from statistics import fmean
 
 import torch
 from common.statistics import paired
-from common.tasks import Towers, gated, layer
+from common.tasks import Towers, gated, layer, trained
 from results import append
 from torch import Tensor, nn
 
@@ -67,19 +67,6 @@ ARMS: dict[str, Callable[[], Towers]] = {
 }
 
 
-def trained(model: nn.Module, x: Tensor, y: Tensor, steps: int, seed: int, rate: float) -> nn.Module:
-    dice = torch.Generator().manual_seed(seed)
-    optimizer = torch.optim.Adam(model.parameters(), lr=rate)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
-    for _ in range(steps):
-        chosen = torch.randint(len(x), (BATCH,), generator=dice)
-        nn.functional.mse_loss(model(x[chosen]), y[chosen]).backward()
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
-    return model
-
-
 @torch.no_grad()
 def error(model: nn.Module, x: Tensor, y: Tensor) -> float:
     """Mean squared error over variance, the mean of the tasks."""
@@ -93,6 +80,7 @@ def main() -> None:
     parser.add_argument("--hardware", default="unknown", help="the name of the hardware in the rows")
     options = parser.parse_args()
     torch.set_num_threads(1)
+    settings = {"steps": options.steps, "batch": BATCH}
     ends: dict[tuple[str, float], list[float]] = {(arm, rho): [] for arm in ARMS for rho in RHO}
     rows = []
     for seed in options.seeds:
@@ -102,7 +90,7 @@ def main() -> None:
                 began, tried = time.process_time(), []
                 for rate in RATES:
                     torch.manual_seed(seed)
-                    model = trained(make(), *parts["learnt"], options.steps, seed, rate)
+                    model = trained(make(), *parts["learnt"], nn.functional.mse_loss, **settings, seed=seed, rate=rate)
                     tried.append((error(model, *parts["choice"]), error(model, *parts["held out"]), rate))
                 _, end, rate = min(tried)
                 ends[arm, rho].append(end)

@@ -19,7 +19,8 @@ from functools import partial
 from statistics import fmean, median
 
 import torch
-from common.images import BATCH, PATCHES, Images, compared, options, step, vit
+from common.images import BATCH, PATCHES, Images, compared, step, vit
+from common.small import options
 from common.statistics import paired
 from common.training import balanced
 from results import append
@@ -66,7 +67,7 @@ def seconds(arms: tuple[str, ...]) -> dict[str, float]:
 
 
 def main() -> None:
-    chosen = options(__doc__)
+    chosen = options(__doc__, steps=600)
     torch.set_num_threads(1)
     taken = seconds(tuple(ARMS))
     found, rows = compared(ARMS, chosen, balancing={"top-1": balanced})

@@ -119,16 +119,6 @@ def accuracy(model: nn.Module, images: Images) -> float:
     return 100 * (torch.cat(parts) == images.labels).float().mean().item()
 
 
-def options(description: str | None, steps: int = 600) -> argparse.Namespace:
-    """Steps, rate, seeds and hardware from the command line."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=steps)
-    parser.add_argument("--rate", type=float, default=1e-3)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--hardware", default="unknown", help="the name of the hardware in the rows")
-    return parser.parse_args()
-
-
 def compared(
     arms: Mapping[str, Callable[[], nn.Module]],
     chosen: argparse.Namespace,

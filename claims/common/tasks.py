@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -36,3 +38,27 @@ def gated(width: int, units: int, *, experts: int, private: int, tasks: int = 2)
     """MMoE, and CGC if tasks have private experts."""
     router = MultiGate(width, experts, gates=tasks, private=private)
     return Towers(MoE(router, Each(layer(width, units) for _ in range(experts))), units, tasks=tasks)
+
+
+def trained(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    loss: Callable[[Tensor, Tensor], Tensor],
+    *,
+    steps: int,
+    batch: int,
+    seed: int,
+    rate: float,
+) -> nn.Module:
+    """The model after so many steps of Adam on batches drawn by a seed, at a rate that falls linearly to 0."""
+    dice = torch.Generator().manual_seed(seed)
+    optimizer = torch.optim.Adam(model.parameters(), lr=rate)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
+    for _ in range(steps):
+        chosen = torch.randint(len(x), (batch,), generator=dice)
+        loss(model(x[chosen]), y[chosen]).backward()
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+    return model
