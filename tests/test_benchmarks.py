@@ -1,4 +1,4 @@
-"""The benchmarks: the one of a GPU goes through all its steps on a CPU, and rows of the others hold what they say."""
+"""The benchmarks of a CPU: every program runs, and rows hold what their columns say."""
 
 import argparse
 import csv
@@ -12,86 +12,17 @@ import pytest
 import torch
 import transformers
 
-from moeify.backends import order
 from moeify.flops import count
 from moeify.inspect import FAULTS
 from moeify.kernels.cpu.packing import may_pack
 
-SCRIPT = Path(__file__).parents[1] / "benchmarks" / "gpu.py"
-
-
-@pytest.fixture
-def run(monkeypatch):
-    """Runs the benchmark of a GPU on a machine without one."""
-    monkeypatch.syspath_prepend(SCRIPT.parent)
-    monkeypatch.setattr(order, "_ORDER", list(order._ORDER))
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-
-    def main(*options):
-        monkeypatch.setattr(sys, "argv", [str(SCRIPT), *options])
-        importlib.import_module("gpu").main()
-
-    return main
-
-
-def test_a_dry_run_checks_every_step_and_measures_nothing(run, capsys):
-    results = SCRIPT.parent / "results" / "gpu.csv"
-    before = results.read_bytes() if results.exists() else None
-    run("--dry-run", "--only", "G1", "G7", "G8 T=1", "--rounds", "2")
-    said = capsys.readouterr().out
-    assert said.count("not measured") >= 9
-    assert " pass" not in said
-    assert (results.read_bytes() if results.exists() else None) == before
-
-
-def test_without_a_gpu_it_says_what_to_do(run, capsys):
-    with pytest.raises(SystemExit) as end:
-        run()
-    assert end.value.code == 2
-    assert "--dry-run" in capsys.readouterr().err
-
-
-def test_nothing_is_timed_where_a_check_fails(run, monkeypatch):
-    import gpu
-
-    monkeypatch.setattr(gpu, "check", lambda *rest: ["layer silu"])
-    monkeypatch.setattr(gpu, "measure", lambda *rest: pytest.fail("timed"))
-    with pytest.raises(SystemExit, match="differ from the definition: layer silu"):
-        run("--dry-run")
-
-
-def test_goals_are_judged_by_what_was_measured(monkeypatch):
-    monkeypatch.syspath_prepend(SCRIPT.parent)
-    import gpu
-
-    goal = next(goal for goal in gpu.GOALS if goal.name == "G1")
-    rows = [
-        {"pass": which, "implementation": name, "median_ms": ms, "tflops": tflops, "kept_mib": kept}
-        for which, name, ms, tflops, kept in [
-            ("forward", "triton", "5", "495", ""),
-            ("forward+backward", "triton", "20", "371", "900"),
-            ("forward+backward", "transformers/grouped_mm", "30", "247", "3590"),
-        ]
-    ]
-    found = {what: met for what, _, _, met in gpu.verdicts(goal, rows)}
-    assert found == {
-        "forward TFLOP/s": True, "both TFLOP/s": False, "times transformers/grouped_mm": True, "kept over P1": True,
-    }  # fmt: skip
-
-
-def test_an_error_is_seen_in_every_gradient(monkeypatch):
-    monkeypatch.syspath_prepend(SCRIPT.parent)
-    import gpu_checks
-
-    a, b = (torch.ones(3, dtype=torch.float64, requires_grad=True) for _ in range(2))
-    assert gpu_checks.errors(2 * a, [a], 2 * b, [b]) == 0
-    assert gpu_checks.errors(a + a.detach(), [a], 2 * b, [b]) == pytest.approx(0.5)
+FOLDER = Path(__file__).parents[1] / "benchmarks"
 
 
 @pytest.fixture
 def benchmarks(monkeypatch):
     """Import a program by name, as it imports its neighbours."""
-    monkeypatch.syspath_prepend(SCRIPT.parent)
+    monkeypatch.syspath_prepend(FOLDER)
     return importlib.import_module
 
 
@@ -104,7 +35,7 @@ def test_the_limits_of_a_processor_without_products_in_bf16_are_found():
         "print(*measure.limits(torch.float32), *measure.limits(torch.bfloat16))"
     )
     said = subprocess.run(
-        [sys.executable, "-c", program], env=os.environ | AVX2, cwd=SCRIPT.parent, capture_output=True, text=True
+        [sys.executable, "-c", program], env=os.environ | AVX2, cwd=FOLDER, capture_output=True, text=True
     )
     assert said.returncode == 0, said.stderr
     assert all(float(limit) > 0 for limit in said.stdout.split())
@@ -236,7 +167,7 @@ def test_rows_of_a_loaded_machine_are_marked(benchmarks, monkeypatch, tmp_path, 
 def test_rows_name_the_processor_as_torch_sees_it(benchmarks):
     program = "import conditions; print(conditions.processor()['isa'])"
     said = subprocess.run(
-        [sys.executable, "-c", program], env=os.environ | AVX2, cwd=SCRIPT.parent, capture_output=True, text=True
+        [sys.executable, "-c", program], env=os.environ | AVX2, cwd=FOLDER, capture_output=True, text=True
     )
     assert said.stdout.strip() in {"AVX2", "NO AVX", "DEFAULT"}, said.stderr
 
@@ -395,7 +326,7 @@ def test_a_sparse_model_is_compared_with_the_dense_one_and_with_what_the_hardwar
 
 def test_rows_of_the_diagnosis_are_of_six_families_and_reach_what_is_promised():
     """95 % of the broken models named, and nothing found in six healthy ones with three seeds each."""
-    with (SCRIPT.parent / "results" / "diagnosis.csv").open(newline="") as lines:
+    with (FOLDER / "results" / "diagnosis.csv").open(newline="") as lines:
         rows = list(csv.DictReader(lines))
     healthy = [row for row in rows if row["fault"] == "healthy"]
     assert len({(row["family"], row["seed"]) for row in healthy}) == 18
