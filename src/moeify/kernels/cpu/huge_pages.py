@@ -19,18 +19,9 @@ _COLLAPSE = 25  # MADV_COLLAPSE of Linux 6.1, which Python's mmap does not name
 _TRIES = 3  # it fails for a moment where the system holds on to a page
 _SMALLEST = 2**23  # bytes from which on a weight exceeds what the TLB covers by small pages
 
+_FIRST_PROCESS = os.getpid()
 _ASKED: dict[int, int] = {}
 """Size of the memory at each address for which `in_place` has asked."""
-
-
-def _forget_parents_memory() -> None:
-    global _is_child
-    _is_child = True
-
-
-_is_child = False
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_forget_parents_memory)
 
 
 def in_huge_pages(fresh: Tensor) -> Tensor:
@@ -54,7 +45,7 @@ def in_place(weight: Tensor) -> None:
     if size < _SMALLEST or _ASKED.get(start) == size:
         return
     _ASKED[start] = size
-    if _is_child or (madvise := advise()) is None:
+    if os.getpid() != _FIRST_PROCESS or (madvise := advise()) is None:
         return
     first, last = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE, (start + size) // mmap.PAGESIZE * mmap.PAGESIZE
     for advice in (mmap.MADV_HUGEPAGE, *[_COLLAPSE] * _TRIES):  # hints only: errors are ignored
