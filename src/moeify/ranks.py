@@ -202,6 +202,10 @@ def saying_together(group: Any = None) -> Generator[None]:
     raise raised or RuntimeError(said)
 
 
+_GLOO_SECONDS = 5.0
+"""The longest that the end of the interpreter waits for gloo's threads."""
+
+
 @atexit.register
 def _wait_for_gloo() -> None:
     """Let gloo's threads come to rest before the interpreter ends.
@@ -210,7 +214,7 @@ def _wait_for_gloo() -> None:
     waits for a lock that nobody gives any more, and aborts the process (SIGABRT, "terminate called without an active
     exception"). A thread that has work is runnable, and one at rest sleeps; Linux tells them apart.
     """
-    calm, end = 0, time.monotonic() + GLOO
+    calm, end = 0, time.monotonic() + _GLOO_SECONDS
     while calm < 3 and time.monotonic() < end:
         states = [
             stat for task in Path("/proc/self/task").glob("*/stat") if "(pt_gloo_runloop)" in (stat := _read(task))
@@ -219,10 +223,6 @@ def _wait_for_gloo() -> None:
             return
         calm = 0 if any(") S " not in state for state in states) else calm + 1
         time.sleep(0.001)
-
-
-GLOO = 5.0
-"""Seconds that the end of the interpreter waits for gloo's threads."""
 
 
 def _read(file: Path) -> str:

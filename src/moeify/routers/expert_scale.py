@@ -33,9 +33,7 @@ class ExpertScale(Router):
         super().__init__()
         self.router, self.num_experts = router, num_experts
         self.causal = router.causal
-        self.weights_sum_to_one = (
-            router.weights_sum_to_one
-        )  # before the scale is trained, which is when layers are made
+        self.weights_sum_to_one = router.weights_sum_to_one  # as layers are made, before the scale is trained
         self.scale = nn.Parameter(torch.ones(num_experts))
 
     def forward(self, x: Float[Tensor, "... D"], context: Context) -> Assignment:
