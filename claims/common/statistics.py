@@ -9,7 +9,7 @@ from statistics import fmean, stdev
 import torch
 from torch import Tensor
 
-T_95 = {2: 12.71, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571}
+T_95 = {2: 12.71, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 10: 2.262}
 """The 97.5 % quantile of Student's t for this many seeds."""
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from statistics import fmean
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +18,9 @@ from moeify.routing import Routing
 
 BALANCE = 1e-2
 
-Batches = Callable[[torch.Generator], Tensor]
+Batches = Callable[[torch.Generator], Any]
+Objective = Callable[[nn.Module, Any], Tensor]
+"""The loss of a model on a batch."""
 Balancing = Callable[[Routing], Tensor]
 """What a layer's decision adds to the loss; the mean over layers counts."""
 
@@ -42,6 +45,11 @@ def drawn(*domains: Tensor, batch: int) -> Batches:
     return draw
 
 
+def next_token(model: nn.Module, ids: Tensor) -> Tensor:
+    """The loss of a language model on token ids."""
+    return model(input_ids=ids, labels=ids).loss
+
+
 def train(
     model: nn.Module,
     batches: Batches,
@@ -49,6 +57,7 @@ def train(
     seed: int,
     rate: float,
     *,
+    objective: Objective = next_token,
     balancing: Balancing = balanced,
     clip: float = 1.0,
     prepare: Callable[[nn.Module, int], None] = lambda model, step: None,
@@ -57,11 +66,12 @@ def train(
 
     Args:
         model: learns.
-        batches: of token ids.
+        batches: of what the objective takes.
         steps: of the optimizer.
         seed: of the batches.
         rate: the highest learning rate; that of an Engram's tables, which do not decay, is five times as high, as its
             authors have it.
+        objective: the loss of a batch, by default that of a language model on token ids.
         balancing: the loss of the decisions of sparse layers.
         clip: the largest norm of the gradient.
         prepare: called before a step, with its number from 0.
@@ -77,7 +87,7 @@ def train(
     model.train()
     for step in range(steps):
         prepare(model, step)
-        loss = _loss(model, batches(dice), balancing)
+        loss = _loss(model, batches(dice), objective, balancing)
         if not loss.isfinite():
             break
         loss.backward()
@@ -88,11 +98,11 @@ def train(
     return model
 
 
-def _loss(model: nn.Module, ids: Tensor, balancing: Balancing) -> Tensor:
+def _loss(model: nn.Module, batch: Any, objective: Objective, balancing: Balancing) -> Tensor:
     if not sparse_layers(model):
-        return model(input_ids=ids, labels=ids).loss
+        return objective(model, batch)
     with record(model) as decisions:
-        task = model(input_ids=ids, labels=ids).loss
+        task = objective(model, batch)
     return task + torch.stack([balancing(routing) for routing in decisions.values()]).mean()
 
 
