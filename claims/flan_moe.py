@@ -1,0 +1,146 @@
+"""FLAN-MoE (arXiv 2305.14705): instructions help a sparse model more than a dense one.
+
+A small byte-level Llama, dense and with top-1 of 8 experts at equal FLOPs, learns the text that came with Python once.
+Both are tuned on ten data sets of instruct-mix, (a) on each alone and (b) on all together with ten times the steps of
+one, and measured in nats per byte of the answers: (a) on test rows of the same data set, mean of the ten, (b) on those
+of two data sets that were left out, and for comparison on the ten. Compared is the loss of the sparse model less that
+of the dense one. A seed is the order of the data. Design, prediction and thresholds are in claims/designs.md, written
+before the first run.
+
+Reproduced if that difference is lower in (b), on data sets that were left out, than in (a), in the mean over seeds.
+
+    python claims/flan_moe.py     3 seeds, about 5 minutes on one core; rows in claims/results/flan_moe.csv
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import time
+from functools import partial
+from statistics import fmean
+
+import torch
+from common.documents import Base, Blocks, Collection
+from common.small import BATCH, llama, text
+from common.statistics import paired
+from common.training import Batches, drawn, held_out, train
+from results import append
+from torch import Tensor, nn
+
+from moeify import Recipe, sparsify
+from moeify.data import ByteTokenizer
+from moeify.routers import TopK
+from moeify.sparsify import fresh
+
+DATA = Collection(
+    "instruct-mix", "test", "dataset",
+    (
+        "banking77", "clinc150", "snips", "gsm8k", "common_gen", "techdocs_mt", "commonsense_qa", "paws", "qasc",
+        "kilt_tasks",
+    ),
+    ("quartz", "dbpedia_14"), 64,
+)  # fmt: skip
+EXPERTS, BASE, BASE_RATE = 8, 600, 2e-3
+ARMS = ("dense", "sparse")
+SETTINGS = ("alone", "left out", "together")
+
+
+def built(arm: str) -> nn.Module:
+    if arm == "dense":
+        return llama()
+    router = partial(TopK, k=1, normalize=False)
+    return sparsify(llama(), Recipe(num_experts=EXPERTS, router=router, experts=fresh), verbose=False)
+
+
+def of(*sets: Blocks) -> Batches:
+    """Batches of blocks, each of a data set that is drawn anew."""
+
+    def draw(dice: torch.Generator) -> Blocks:
+        chosen = [sets[i] for i in torch.randint(len(sets), (BATCH,), generator=dice).tolist()]
+        at = [int(torch.randint(len(blocks), (), generator=dice)) for blocks in chosen]
+        return Blocks(
+            *(
+                torch.stack([getattr(blocks, side)[i] for blocks, i in zip(chosen, at, strict=True)])
+                for side in ("ids", "labels")
+            )
+        )
+
+    return draw
+
+
+def answered(model: nn.Module, blocks: Blocks) -> Tensor:
+    """The loss of the answers."""
+    return model(input_ids=blocks.ids, labels=blocks.labels).loss
+
+
+@torch.no_grad()
+def loss(model: nn.Module, blocks: Blocks) -> float:
+    """Nats per byte of the answers."""
+    total, count = 0.0, 0
+    for part in (blocks[at] for at in torch.arange(len(blocks)).split(32)):
+        counted = int((part.labels[:, 1:] >= 0).sum())
+        total, count = total + counted * answered(model.eval(), part).item(), count + counted
+    return total / count
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=40, help="of one data set alone")
+    parser.add_argument("--rate", type=float, default=1e-3)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--hardware", default="unknown", help="the name of the hardware in the rows")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    learnt, unseen = text()
+    bases = {}
+    for arm in ARMS:
+        torch.manual_seed(0)
+        bases[arm] = train(built(arm), drawn(learnt, batch=BATCH), BASE, 0, BASE_RATE)
+        print(f"{arm} base: {held_out(bases[arm], unseen):.4f} nats per byte", flush=True)
+    cut = Base(bases["dense"], ByteTokenizer().encode, ByteTokenizer.eos_token_id).blocks
+    own = {name: cut(rows) for name, rows in DATA.read("train", DATA.own).items()}
+    tests = {name: cut(rows)[: DATA.blocks] for name, rows in DATA.read(DATA.test, DATA.own + DATA.unseen).items()}
+    ends: dict[str, dict[str, list[float]]] = {arm: {setting: [] for setting in SETTINGS} for arm in ARMS}
+    rows = []
+    for seed in options.seeds:
+        for arm in ARMS:
+            began = time.process_time()
+
+            def tuned(steps: int, *sets: Blocks, arm: str = arm, seed: int = seed) -> nn.Module:
+                torch.manual_seed(seed)
+                return train(copy.deepcopy(bases[arm]), of(*sets), steps, seed, options.rate, objective=answered)
+
+            alone = {name: loss(tuned(options.steps, own[name]), tests[name]) for name in DATA.own}
+            model = tuned(options.steps * len(own), *own.values())
+            everything = {name: loss(model, blocks) for name, blocks in tests.items()}
+            means = {
+                "alone": fmean(alone.values()),
+                "left out": fmean(everything[name] for name in DATA.unseen),
+                "together": fmean(everything[name] for name in DATA.own),
+            }
+            for setting, value in means.items():
+                ends[arm][setting].append(value)
+            rows.append({
+                "hardware": options.hardware, "arm": arm, "seed": seed, "base_steps": BASE, "steps": options.steps,
+                "rate": options.rate, **{f"loss_{name.replace(' ', '_')}": f"{v:.4f}" for name, v in means.items()},
+                **{f"untuned_{name}": f"{loss(bases[arm], tests[name]):.4f}" for name in DATA.unseen},
+                "by_data_set": "; ".join(f"{name} {alone.get(name, 0):.4f} {v:.4f}" for name, v in everything.items()),
+                "cpu_seconds": f"{time.process_time() - began:.0f}",
+            })  # fmt: skip
+            print(*rows[-1].values(), flush=True)
+    less = {
+        setting: [a - b for a, b in zip(ends["sparse"][setting], ends["dense"][setting], strict=True)]
+        for setting in SETTINGS
+    }
+    for setting in SETTINGS:
+        print(f"{setting}: sparse less dense {paired(ends['sparse'][setting], ends['dense'][setting])}")
+    print("left out less alone:", paired(less["left out"], less["alone"]))
+    result = "reproduced" if fmean(less["left out"]) < fmean(less["alone"]) else "failed"
+    print(result)
+    for row in rows:
+        append("flan_moe", row | {"result": result})
+
+
+if __name__ == "__main__":
+    main()
