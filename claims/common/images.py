@@ -39,8 +39,8 @@ class Images:
         return len(self.labels)
 
 
-def photographs(part: str, size: int = 32) -> Images:
-    """The photographs of a part, 97 classes.
+def photographs(part: str, size: int = 32, column: str = "label") -> Images:
+    """The photographs of a part, 97 classes, or 11 where the column is `super`.
 
     Raises:
         ImportError: pyarrow or Pillow is not installed.
@@ -48,9 +48,9 @@ def photographs(part: str, size: int = 32) -> Images:
     import pyarrow.parquet
 
     path = data_file(f"caltech101-64/{part}.parquet")
-    rows = pyarrow.parquet.read_table(io.BytesIO(path.read_bytes()), columns=["image", "label"]).to_pylist()
+    rows = pyarrow.parquet.read_table(io.BytesIO(path.read_bytes()), columns=["image", column]).to_pylist()
     pixels = [fitted(image_of(row["image"], path.parent, path.name), size, 3) for row in rows]
-    return Images(torch.stack(pixels).float() / 127.5 - 1, torch.tensor([row["label"] for row in rows]))
+    return Images(torch.stack(pixels).float() / 127.5 - 1, torch.tensor([row[column] for row in rows]))
 
 
 def vit(*, size: int = 32, patch: int = 4, channels: int = 3, width: int = 64, labels: int = 97) -> nn.Module:
