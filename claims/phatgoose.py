@@ -5,6 +5,10 @@ adapters become one library, evaluated on their own domains, domains that nobody
 are of two domains, under one router after the other. Two bases (stories260K, somebody else's, and a small byte-level
 one that is trained here on other domains) by two collections (pieces of text; instructions, whose answers alone count).
 
+The second try, `--gates 400 --collections text-domains`, trains gates for longer, and as a further arm with half of
+their tokens from all domains: gates that see their own domain alone learn where their adapter helps within it, not how
+that domain differs from others. Its design is in claims/designs.md; rows go to claims/results/phatgoose_400.csv.
+
     python claims/phatgoose.py          3 seeds, about 6 minutes per seed and base; appends to
                                         claims/results/phatgoose.csv and draws claims/results/phatgoose.png
 """
@@ -231,15 +235,12 @@ def arms(base: Base, collection: Collection, seed: int) -> Iterator[tuple[str, F
 
     adapters, gates, activations = [], [], []
     for e, blocks in enumerate(learnt):
-        torch.manual_seed(1000 * seed + e)
-        adapters.append(train(adapted(base.model, 1), [blocks], ADAPTER, 1000 * seed + e))
+        adapters.append(adapter(base, blocks, seed, e))
         gates.append(train_gates(adapters[e], drawn([blocks], GATE, 1000 * seed + 100 + e), steps=GATE))
         activations.append(mean_inputs(adapters[e], blocks[:16]))
 
     together = partial(joined, base.model, adapters)
-    lookup = together(torch.cat, partial(Lookup, key="task", size=number))
-    for layer in layers(lookup).values():
-        layer.router.table.copy_(torch.arange(number).unsqueeze(1))
+    lookup = looked_up(together, number)
     singles = [tests.ask(lookup, lambda blocks, e=e: torch.full((len(blocks),), e)) for e in range(number)]
     yield "one adapter, the best on average", min(singles, key=lambda single: fmean(single.own.values()))
 
@@ -271,6 +272,43 @@ def arms(base: Base, collection: Collection, seed: int) -> Iterator[tuple[str, F
     torch.manual_seed(1000 * seed + number)
     multitask = train(adapted(base.model, 1), learnt, ADAPTER * number, 1000 * seed + number)
     yield "multitask, equal tokens", tests.ask(multitask)
+
+
+def gated(base: Base, collection: Collection, seed: int, steps: int) -> Iterator[tuple[str, Found]]:
+    """The arms of the second try: gates that are trained for so many steps, without and with other domains."""
+    tests = Tests.of(base, collection)
+    learnt = [base.blocks(found) for found in collection.read("train", collection.own).values()]
+    adapters = [adapter(base, blocks, seed, e) for e, blocks in enumerate(learnt)]
+    together = partial(joined, base.model, adapters)
+    routed = together(torch.cat, partial(Phatgoose, k=2))
+    activations = [mean_inputs(one, blocks[:16]) for one, blocks in zip(adapters, learnt, strict=True)]
+    set_gates(routed, activations)
+    yield "mean activations, k=2", asked(tests, routed)
+    for name, others in (("PHATGOOSE, k=2", 0), ("PHATGOOSE with negatives, k=2", 1)):
+        gates = []
+        for e, blocks in enumerate(learnt):
+            domains = [blocks] * (len(learnt) if others else 1) + learnt * others
+            batches = drawn(domains, steps, 1000 * seed + 100 + e)
+            gates.append(train_gates(adapters[e], batches, steps=steps))
+        set_gates(routed, gates)
+        yield name, asked(tests, routed)
+    lookup = looked_up(together, len(learnt))
+    singles = [tests.ask(lookup, lambda blocks, e=e: torch.full((len(blocks),), e)) for e in range(len(learnt))]
+    yield "told the domain", tests.told(lookup, singles)
+
+
+def adapter(base: Base, blocks: Blocks, seed: int, e: int) -> nn.Module:
+    """The base with the adapter of a domain, the e-th."""
+    torch.manual_seed(1000 * seed + e)
+    return train(adapted(base.model, 1), [blocks], ADAPTER, 1000 * seed + e)
+
+
+def looked_up(together: Callable[..., nn.Module], number: int) -> nn.Module:
+    """A model that is told the adapter of each block or token."""
+    model = together(torch.cat, partial(Lookup, key="task", size=number))
+    for layer in layers(model).values():
+        layer.router.table.copy_(torch.arange(number).unsqueeze(1))
+    return model
 
 
 def asked(tests: Tests, model: nn.Module) -> Found:
@@ -311,19 +349,24 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--bases", nargs="+", default=list(BASES), choices=list(BASES))
     parser.add_argument("--collections", nargs="+", default=list(COLLECTIONS), choices=list(COLLECTIONS))
+    parser.add_argument(
+        "--gates", type=int, default=GATE, help="steps of the gates; other than 100 they are those of the second try"
+    )
     options = parser.parse_args()
+    is_first = options.gates == GATE
+    ways = arms if is_first else partial(gated, steps=options.gates)
     torch.set_num_threads(1)
     ends: dict[tuple[str, str, str], list[tuple[float, ...]]] = {}
     for seed in options.seeds:
         for name in options.bases:
             base = BASES[name](seed)
             for collection in options.collections:
-                for arm, found in arms(base, COLLECTIONS[collection], seed):
+                for arm, found in ways(base, COLLECTIONS[collection], seed):
                     groups = (found.own, found.unseen, found.mixed)
                     means = tuple(fmean(group.values()) for group in groups)
                     ends.setdefault((name, collection, arm), []).append(means)
                     share = "" if found.share is None else f"{found.share:.3f}"
-                    append("phatgoose", {
+                    append("phatgoose" if is_first else f"phatgoose_{options.gates}", {
                         "base": name, "collection": collection, "arm": arm, "seed": seed,
                         "adapter_steps": ADAPTER, "tokens_per_adapter": ADAPTER * BATCH * LENGTH,
                         "loss_own": f"{means[0]:.4f}", "loss_unseen": f"{means[1]:.4f}",
@@ -339,7 +382,8 @@ def main() -> None:
             for column in zip(*values, strict=True)
         )
         print(f"{name}, {collection}, {arm:34} {told}")
-    draw()
+    if is_first:
+        draw()
 
 
 if __name__ == "__main__":
