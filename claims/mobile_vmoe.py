@@ -9,7 +9,7 @@ in claims/designs.md, written before the first run.
 
 Reproduced if super-classes are not behind the dense model beyond the 95 % interval of the differences paired by seed.
 
-    python claims/mobile_vmoe.py     3 seeds, about 15 minutes on one core; rows in claims/results/mobile_vmoe.csv
+    python claims/mobile_vmoe.py     3 seeds, about 13 minutes on one core; rows in claims/results/mobile_vmoe.csv
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ def supervised(routing: Routing) -> Tensor:
 
 
 def main() -> None:
-    chosen = options(__doc__, steps=600)
+    chosen = options(__doc__, steps=450)
     torch.set_num_threads(1)
     groups = confused(photographs("train"))
     print("classes by super-class:", *groups.bincount(minlength=EXPERTS).tolist())
