@@ -2,10 +2,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from moeify import MoE
 from moeify.experts import FFN
-from moeify.routers import Soft
+from moeify.routers import Soft, TopK
 from strategies import masks, route, seeds
 
 
@@ -57,3 +58,26 @@ def test_every_token_reaches_every_expert_with_a_gradient():
 def test_an_expert_without_slots_is_refused():
     with pytest.raises(ValueError, match="0 slots reads no tokens"):
         Soft(8, 4, slots=0)
+
+
+def choosing_operators(router, x):
+    """The operators that sort real numbers or choose among them, in a sparse layer's forward and backward pass."""
+
+    class Seen(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            name = function.overloadpacket.__name__
+            if name in {"sort", "argsort", "topk", "max", "argmax", "nonzero"} and args[0].is_floating_point():
+                names.add(name)
+            return function(*args, **(kwargs or {}))
+
+    names: set[str] = set()
+    layer = MoE(router, FFN(4, 8, 16))
+    with Seen():
+        layer(x).sum().backward()
+    return names
+
+
+def test_no_score_is_sorted_or_chosen_anywhere_in_the_graph():
+    x = torch.randn(2, 6, 8)
+    assert not choosing_operators(Soft(8, 4), x)
+    assert choosing_operators(TopK(8, 4, k=2), x)
