@@ -78,6 +78,7 @@ PLOTS = {
         value="error", unit="error over variance, less shared", against="shared bottom", over="rho",
         along="cosine of the tasks",
     ),
+    "soft_moe": Plot(value="accuracy", unit="points of accuracy, less top-1", against="top-1"),
     "switch_scaling": Plot(value="loss", unit="nats per byte, less the dense model", arm="experts", against="1"),
     "z_loss": Plot(
         value="loss", unit="nats per byte", arm="z", over="rate", along="learning rate", logarithmic=True

@@ -6,6 +6,7 @@ from statistics import fmean
 
 from figures.designed import designed
 from figures.rows import Better, Figure, Rows, quoted, table
+from figures.tuned import tuned
 
 LOG = "docs/log.md"
 XEON, NOT_NOTED = "Intel Xeon (Emerald Rapids), 2 shared cores", "a CPU, not noted further"
@@ -16,7 +17,7 @@ def sources() -> dict[str, list[Figure]]:
     """All ids with their figures, computed anew from the rows."""
     return {
         **_demo(), **_conversion(), **_composition(), **_planning(), **_training(), **_independent(),
-        **designed(), **_benchmarks(), **_diagnosis(), **_noted(),
+        **designed(), **tuned(), **_benchmarks(), **_diagnosis(), **_noted(),
     }  # fmt: skip
 
 

@@ -1,0 +1,35 @@
+"""Figures of the claims on images, modalities, translation and tuning whose designs are in claims/designs.md."""
+
+from __future__ import annotations
+
+from figures.rows import Differences, Figure, Rows, table
+
+
+def tuned() -> dict[str, list[Figure]]:
+    """By id; `ID.least` is the smallest difference that the seeds of the claim could tell from none."""
+    return soft_moe()
+
+
+def arms(claim: str) -> dict[str, Rows]:
+    """The rows of a claim by arm."""
+    rows = table(f"claims/results/{claim}.csv")
+    return {arm: rows.where(arm=arm) for arm in dict.fromkeys(row["arm"] for row in rows.rows)}
+
+
+def least(differences: list[Differences]) -> list[Figure]:
+    """The largest of the smallest differences that could be told."""
+    return [max((difference.half() for difference in differences), key=lambda half: half.value)]
+
+
+def soft_moe() -> dict[str, list[Figure]]:
+    of = arms("soft_moe")
+    soft, many = of["Soft, 8 experts"], of["Soft, 32 experts"]
+    ahead = [soft.minus(of[arm], "accuracy") for arm in ("top-1", "expert choice", "dense")]
+    ratio = many.values("step_cpu_ms")[0] / soft.values("step_cpu_ms")[0]
+    return {
+        "soft_moe": [
+            *(figure for each in ahead for figure in (each.mean("higher"), *each.ends())),
+            many.figure(ratio, "step_cpu_ms over that of 8 experts", "lower"),
+        ],
+        "soft_moe.least": least(ahead),
+    }
