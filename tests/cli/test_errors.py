@@ -39,7 +39,7 @@ def refused(tmp_path, text, *options):
         ("--accumulate 3", "4 samples per step cannot be cut into 3 equal micro-batches"),
         ("--scope universe", "scope='universe' is not known; choose from global, batch, sequence"),
         ("--device tpu", "--device must be cpu or cuda, got 'tpu'"),
-        ("--length 100000", "the train part has .* tokens in its largest domain, too few for a block of 100000"),
+        ("--length 100000", "the train part has .* tokens in its largest domain, too few for a row of 100000"),
         ("--data nowhere.txt", r"no file or folder nowhere.txt"),
         ("--data no/such", "no file or folder no/such, and the hub did not give it"),
         ("--model no/such", "no model or tokenizer 'no/such' could be loaded"),

@@ -96,7 +96,7 @@ def test_a_corpus_becomes_blocks_of_its_domains():
 
 
 def test_a_part_too_small_for_a_block_says_how_long_a_block_could_be():
-    with pytest.raises(ValueError, match=r"validation part has 4 tokens .* block of 8; .* length of at most 4"):
+    with pytest.raises(ValueError, match=r"validation part has 4 tokens .* row of 8; .* length of at most 4"):
         blocks(Texts({"d": ["0123456789"]}, {"d": ["abc"]}), ByteTokenizer(), length=8)
-    with pytest.raises(ValueError, match=r"train part has 0 tokens .* block of 2; give more text$"):
+    with pytest.raises(ValueError, match=r"train part has 0 tokens .* row of 2; give more text$"):
         blocks(Texts({"d": []}, {"d": ["abc"]}), ByteTokenizer(), length=2)

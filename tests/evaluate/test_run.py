@@ -67,11 +67,12 @@ def test_validation_loss_is_the_mean_over_tokens_for_each_domain():
     assert model.training
 
 
-def test_evaluation_blocks_are_taken_evenly_and_no_more_than_asked():
-    model, data, seen = causal_lm("llama"), blocks(0, code=10), []
+@pytest.mark.parametrize(("given", "first"), [(10, 1), (9, 0)])
+def test_evaluation_blocks_are_taken_evenly_and_no_more_than_asked(given, first):
+    model, data, seen = causal_lm("llama"), blocks(0, code=given), []
     model.register_forward_pre_hook(lambda m, a, k: seen.append(k["input_ids"]), with_kwargs=True)
     validate(model, data, Settings(batch=2, evaluation_blocks=5), NextToken())
-    assert torch.equal(torch.cat(seen), data.input_ids[1::2])
+    assert torch.equal(torch.cat(seen), data.input_ids[first::2])
 
 
 def test_measuring_changes_nothing_of_the_training(tmp_path):

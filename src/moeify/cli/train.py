@@ -13,6 +13,9 @@ if TYPE_CHECKING:
     from moeify.cli.finetune import FineTune
     from moeify.cli.job import Job
 
+EVALUATED = 2**15
+"""About how many tokens a measurement of the validation loss reads, 16 samples at least and 256 at most."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Train:
@@ -113,6 +116,7 @@ class Train:
             weight_decay=self.weight_decay,
             seed=self.seed,
             evaluations=min(self.evaluations, self.steps),
+            evaluation_blocks=min(256, max(16, EVALUATED // self.length)),
             minutes=self.minutes,
             pairs=max(1, min(8, self.steps // 50)),
             sparse=sparse,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import torch
 from jaxtyping import Int
@@ -10,9 +10,9 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from moeify.data.corpus import Corpus
+from moeify.data.encoded import Encoded, encoded
 from moeify.data.text import Texts
 from moeify.data.tokenizer import Tokenizer
-from moeify.progress import Progress
 
 
 class Blocks(Dataset[dict[str, Tensor]]):
@@ -48,35 +48,8 @@ def blocks(texts: Corpus | Texts, tokenizer: Tokenizer, length: int) -> tuple[Bl
     Raises ValueError if a part has no block.
     """
 
-    def part(name: str, domains: Mapping[str, bytes | Sequence[str]]) -> Blocks:
-        whole = {domain: _documents(documents) for domain, documents in domains.items()}
-        characters = sum(len(text) for documents in whole.values() for text in documents)
-        progress, done = Progress(f"tokens of the {name} part", characters), 0
-        tokens = {}
-        for domain, documents in whole.items():
-            tokens[domain] = _stream(documents, tokenizer, progress, done)
-            done += sum(map(len, documents))
-        longest = max(map(len, tokens.values()), default=0)
-        if longest < length:
-            raise ValueError(
-                f"the {name} part has {longest} tokens in its largest domain, too few for a block of {length}; "
-                "give more text" + (f", or a length of at most {longest}" if longest else "")
-            )
-        return Blocks(tokens, length)
+    def part(domains: Encoded) -> Blocks:
+        return Blocks({domain: torch.cat(documents) for domain, documents in domains.items()}, length)
 
-    return part("train", texts.train), part("validation", texts.validation)
-
-
-def _documents(documents: bytes | Sequence[str]) -> Sequence[str]:
-    return [documents.decode()] if isinstance(documents, bytes) else documents
-
-
-def _stream(documents: Sequence[str], tokenizer: Tokenizer, progress: Progress, done: int) -> Int[Tensor, "_"]:
-    eos = getattr(tokenizer, "eos_token_id", None)
-    end = [] if eos is None else [eos]
-    streams = [torch.tensor([], dtype=torch.int32)]
-    for text in documents:
-        progress.at(done)
-        streams.append(torch.tensor(tokenizer.encode(text) + end, dtype=torch.int32))
-        done += len(text)
-    return torch.cat(streams)
+    train, validation = encoded(texts, tokenizer, length)
+    return part(train), part(validation)

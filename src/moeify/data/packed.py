@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from bisect import bisect_right
+from collections.abc import Iterable, Mapping
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import ConcatDataset, Dataset
 
+from moeify.data.corpus import Corpus
+from moeify.data.encoded import Encoded, encoded
+from moeify.data.text import Texts
 from moeify.data.tokenizer import Tokenizer
 
 
@@ -62,3 +66,35 @@ def packed(texts: Iterable[str], tokenizer: Tokenizer, length: int) -> Packed:
     eos = getattr(tokenizer, "eos_token_id", None)
     end = [] if eos is None else [eos]
     return Packed((torch.tensor(tokenizer.encode(text) + end, dtype=torch.int32) for text in texts), length)
+
+
+class PackedDomains(ConcatDataset[dict[str, Tensor]]):
+    """The packed rows of several domains, one domain after another.
+
+    Args:
+        rows: those of each domain, of one length.
+    """
+
+    def __init__(self, rows: Mapping[str, Packed]) -> None:
+        super().__init__(rows.values())
+        self.domains = tuple(rows)
+        self.length = next(iter(rows.values())).length
+
+    def domain_of(self, index: int) -> str:
+        """Return the name of the domain that a row was cut from."""
+        return self.domains[bisect_right(self.cumulative_sizes, index)]
+
+
+def packed_parts(texts: Corpus | Texts, tokenizer: Tokenizer, length: int) -> tuple[PackedDomains, PackedDomains]:
+    """Return packed rows to train on and held-out ones; a domain too small for a row is left out.
+
+    Raises:
+        ValueError: a part has no row.
+    """
+
+    def part(domains: Encoded) -> PackedDomains:
+        large = {domain: given for domain, given in domains.items() if sum(map(len, given)) >= length}
+        return PackedDomains({domain: Packed(given, length) for domain, given in large.items()})
+
+    train, validation = encoded(texts, tokenizer, length)
+    return part(train), part(validation)

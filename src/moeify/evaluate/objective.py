@@ -89,14 +89,17 @@ class Objective(ABC):
 
 
 class NextToken(Objective):
-    """Predict every token of a block from those before it; the loss is a mean over the block."""
+    """Predict every token of a row from those before it in its document; the loss is a mean over the row."""
 
     def judge(self, model: nn.Module, batch: Batch) -> Judged:
-        """Return the mean loss of every block in nats per token."""
-        tokens = batch["input_ids"]
-        logits = model(input_ids=tokens).logits[:, :-1].float()
-        losses = nn.functional.cross_entropy(logits.transpose(1, 2), tokens[:, 1:], reduction="none").mean(1)
-        return Judged(losses, losses)
+        """Return the mean loss of every row in nats per token; tokens whose label is -100 do not count."""
+        inputs = {name: value for name, value in batch.items() if name != "labels"}
+        if "position_ids" in inputs:  # with a cache transformers does not look for documents
+            inputs["use_cache"] = False
+        logits, labels = model(**inputs).logits[:, :-1].float(), batch["labels"][:, 1:]
+        losses = nn.functional.cross_entropy(logits.transpose(1, 2), labels, reduction="none")
+        means = losses.sum(1) / (labels != -100).sum(1).clamp(min=1)
+        return Judged(means, means)
 
     def scores(self, answers: Sequence[Any]) -> dict[str, float]:
         """Return the perplexity."""

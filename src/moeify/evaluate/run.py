@@ -266,8 +266,8 @@ class _Curve(TrainerCallback, ExportableState):
 def validate(model: nn.Module, samples: Samples, settings: Settings, objective: Objective) -> Validation:
     """The loss over the evaluation samples, for each domain among them, and the scores."""
     device = next(model.parameters()).device
-    step = max(1, len(samples) // settings.evaluation_blocks)
-    chosen = range(step // 2, len(samples), step)
+    most = min(settings.evaluation_blocks, len(samples))
+    chosen = [(2 * i + 1) * len(samples) // (2 * most) for i in range(most)]
     by_domain: dict[str, list[float]] = {}
     answers = []
     for start in with_progress(range(0, len(chosen), settings.batch), "validation, batches"):

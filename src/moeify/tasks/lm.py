@@ -11,6 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from moeify.data.blocks import blocks
 from moeify.data.corpus import Corpus, build_corpus
+from moeify.data.packed import packed_parts
 from moeify.data.text import read_texts
 from moeify.data.tokenizer import ByteTokenizer
 from moeify.evaluate.objective import NextToken
@@ -23,20 +24,24 @@ PROMPTS = ("def ", "The ", "import ")
 
 @dataclass(frozen=True, kw_only=True)
 class LanguageModel(Task):
-    """Blocks of `length` tokens, cut from texts by domain.
+    """Rows of `length` tokens, cut from texts by domain.
 
     Attributes:
         text: the field of a row that is its text.
+        packed: keep the documents of a row apart: tokens see their own document only, and positions count from its
+            start.
     """
 
     name: ClassVar[str] = "lm"
     text: str = "text"
+    packed: bool = False
 
     def prepare(self, model: str | None, data: str | None) -> Setup:
-        """Read the texts, and cut them into blocks."""
+        """Read the texts, and cut them into rows."""
         tokenizer: Any = ByteTokenizer() if model is None else saved_tokenizer(model)
         corpus = build_corpus() if data is None else read_texts(data, field=self.text)
-        train, validation = blocks(corpus, tokenizer, self.length)
+        cut = packed_parts if self.packed else blocks
+        train, validation = cut(corpus, tokenizer, self.length)
         facts = {"training tokens available": f"{train.length * len(train):,}"}
         if isinstance(corpus, Corpus):
             facts |= {"corpus": str(corpus).replace("\n", "; "), "corpus sha256": corpus.sha256}
