@@ -58,6 +58,42 @@ class Plot:
 
 MEMORY = ("0.79", "0.55", "0.31", "0.08")  # the share of experts among idle parameters, where there are both
 PLOTS = {
+    "balance": Plot(value="validation_loss", unit="nats per byte, less without balancing", against="none"),
+    "branch_train_mix": Plot(
+        value="loss_mean", unit="nats per byte, less dense at equal tokens", against="dense, equal tokens",
+        arms=(
+            "mean of the branches", "merged, rest mean, router trained", "merged, rest mean, all trained",
+            "dense, equal FLOPs",
+        ),
+    ),
+    "demo_balance": Plot(value="validation_loss", unit="nats per byte, less a loss of 0.002", against="loss 0.002"),
+    "densemixer": Plot(
+        value="loss", unit="nats per byte, less fine-tuning as ever", against="as ever",
+        arms=("as ever, other order of data", "as ever, FLOPs of DenseMixer", "frozen router", "DenseMixer"),
+    ),
+    "harc": Plot(
+        value="loss_mean", unit="nats per byte, less merged", against="merged", arms=("merged, routers calibrated",)
+    ),
+    "mocle_layers_1": Plot(
+        value="loss_seen", unit="nats per token of learnt tasks", over="rate", along="learning rate", logarithmic=True
+    ),
+    "over_sparsity": Plot(
+        value="validation_loss", unit="nats per byte, less the dense model", arm="experts", against="1",
+        where=(("k", "1"),),
+    ),
+    "phatgoose": Plot(
+        value="loss_own", unit="nats per token of own domains, less uniform", against="uniform, 1/E",
+        arms=("retrieved by mean state", "mean activations, k=2", "Arrow, k=3", "PHATGOOSE, k=2", "told the domain"),
+        where=(("base", "own"), ("collection", "text-domains")),
+    ),
+    "splits": Plot(
+        value="loss_after", unit="nats per token, less at random", arm="method", against="random",
+        where=(("running", "2"), ("weight", "1.000")),
+    ),
+    "upcycling": Plot(
+        value="loss_at_end", unit="nats per token, less dense", against="dense",
+        arms=("one copy", "fresh experts", "copies"),
+    ),
     "batch_priority": Plot(
         value="accuracy", unit="points of accuracy, less arrival", arm="priority", against="arrival", over="factor",
         along="capacity factor", logarithmic=True,
@@ -147,7 +183,7 @@ def _row(axis: Any, at: int, seeds: Sequence[float], ends: tuple[float, float, f
 def _label(axis: Any, plot: Plot, names: Sequence[str]) -> None:
     axis.set_yticks(range(len(names)), [f"{plot.arm} {n}" if n.isdigit() else n for n in reversed(names)])
     axis.set_ylim(-0.6, len(names) - 0.4)
-    axis.set_xlabel(f"{plot.unit}; mean, 95 % interval and seeds", fontsize=9)
+    axis.figure.supxlabel(f"{plot.unit}; mean, 95 % interval and seeds", fontsize=9)
 
 
 def _lines(axis: Any, plot: Plot, rows: Rows, names: Sequence[str]) -> None:

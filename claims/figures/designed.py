@@ -99,6 +99,7 @@ def designed() -> dict[str, list[Figure]]:
         "census": [figure for each in areas for figure in (each.mean("higher"), *each.ends(T_95_OF_5))],
         "census.least": [max((each.half(T_95_OF_5) for each in areas), key=lambda half: half.value)],
         "mocle.second": [learnt.mean("lower"), *learnt.ends(), near.mean("lower"), *near.ends()],
+        "mocle.least": [learnt.half()],
         "limoe.claim": [
             *(
                 rows.figure(fmean(ratios[arm]), "mean by seed of dropped_captions over dropped_patches")

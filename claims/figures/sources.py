@@ -5,6 +5,7 @@ from __future__ import annotations
 from statistics import fmean
 
 from figures.designed import designed
+from figures.plotted import plotted
 from figures.rows import Better, Figure, Rows, quoted, table
 from figures.tuned import tuned
 
@@ -17,7 +18,7 @@ def sources() -> dict[str, list[Figure]]:
     """All ids with their figures, computed anew from the rows."""
     return {
         **_demo(), **_conversion(), **_composition(), **_planning(), **_training(), **_independent(),
-        **designed(), **tuned(), **_benchmarks(), **_diagnosis(), **_noted(),
+        **designed(), **tuned(), **plotted(), **_benchmarks(), **_diagnosis(), **_noted(),
     }  # fmt: skip
 
 
