@@ -67,6 +67,12 @@ class Parallel(Experts):
         cut = [name for name, tensor in _tensors(self.experts) if tensor.shape != whole[name].shape]
         self.stacks = {name: len(whole[name]) for name in cut}
         self.slots: Int[Tensor, "E"] | None = None
+        self._whole = [_without_memory(experts)]  # in a list, as it is no part of this module
+
+    @property
+    def whole(self) -> Experts:
+        """All E experts as they were before they were divided, without memory (on the meta device)."""
+        return self._whole[0]
 
     @property
     def costs(self) -> Float[Tensor, "E"]:
@@ -165,6 +171,14 @@ def spread(experts: Experts, group: Any = None, *, limit: int | None = None) -> 
         experts.experts = spread(experts.experts, group, limit=limit)
         return experts
     return Parallel(experts, group, limit=limit)
+
+
+def _without_memory(experts: Experts) -> Experts:
+    blank: dict[int, Any] = {}
+    for _, tensor in _tensors(experts):
+        shaped = tensor.detach().to("meta")
+        blank[id(tensor)] = nn.Parameter(shaped, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else shaped
+    return copy.deepcopy(experts, blank)
 
 
 def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -6,11 +6,11 @@ like. The config of a model that transformers cannot build has the keys of moeif
 
 from __future__ import annotations
 
-import sys
 from typing import Any
 
 from torch import nn
 
+from moeify.parallel.whole import class_of
 from moeify.store.modelling_file import auto_map
 from moeify.store.standalone import Sparse
 from moeify.store.standalone_layers import standalone_layers
@@ -29,12 +29,6 @@ def architecture_of(model: nn.Module) -> Any:
     candidates = made.__mro__ if isinstance(model, Sparse) else (made,)
     own = [each for each in candidates if each.__module__.startswith("transformers.")]
     return next((each for each in own if getattr(transformers, each.__name__, None) is each), None)
-
-
-def class_of(model: nn.Module) -> type:
-    """The class of a model, without the one that FSDP2 puts in front of it."""
-    wrapper = getattr(sys.modules.get("torch.distributed.fsdp"), "FSDPModule", ())
-    return next(each for each in type(model).__mro__ if not issubclass(each, wrapper))
 
 
 def is_own_class(made: type) -> bool:

@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from moeify import ranks
 from moeify.compress.quantize import quantization_of
 from moeify.files import write_json, write_text
 from moeify.origin import Origin
+from moeify.parallel.whole import as_in_one_process, is_divided, whole_tensors
 from moeify.store.card import NAME as CARD
 from moeify.store.card import card, is_own
 from moeify.store.config import architecture_of, describe, fold
@@ -20,7 +21,7 @@ from moeify.store.hashes import saving
 from moeify.store.modelling_file import write_modelling_file
 from moeify.store.peft import has_adapters
 from moeify.store.reading import CONFIG, INDEX, WEIGHTS, weight_files
-from moeify.store.weights import gathered, persistent, ties_of, write_weights
+from moeify.store.weights import persistent, ties_of, write_weights
 from moeify.version import __version__
 
 
@@ -36,8 +37,9 @@ def save(
     atomically: after an interruption, `load` reads either the old or the new model; both are on disk until the save is
     complete. Files that `save` did not write are kept.
 
-    If ranks hold parts of the model (FSDP2, expert parallelism), all of them must call it together, and the first one
-    writes the whole model, which its memory must hold.
+    If processes hold parts of the model (`shard`, `distribute`, `spread`, FSDP2), all of them call it together. The
+    first gathers and writes the whole model, which its memory must hold, as the same model is saved in one process; an
+    error there is one of all processes.
 
     Args:
         model: a model returned by `sparsify`, `quantize_experts` or `fast_decode`.
@@ -56,16 +58,23 @@ def save(
             f"this {type(model).__name__} has adapters of PEFT, which are files of their own: model.save_pretrained("
             "folder) writes them, and save(model.merge_and_unload(), folder) the model with the adapters merged in"
         )
+    kept = persistent(model)
+    if not is_divided(model):
+        _write(model, kept, Path(folder), max_shard_size, notes)
+        return
+    tensors = whole_tensors(model, kept)
+    with ranks.saying_together(), as_in_one_process(model):
+        if ranks.rank() == 0:
+            _write(model, tensors, Path(folder), max_shard_size, notes)
+
+
+def _write(
+    model: nn.Module, tensors: Mapping[str, Tensor], folder: Path, max_shard_size: str, notes: Mapping[str, str] | None
+) -> None:
     origin = Origin.of(model)
     quantization = quantization_of(model)
     if origin.recipe is None and not quantization:
         raise ValueError(f"this {type(model).__name__} was not made by moeify.sparsify, so its recipe is not known")
-    kept = persistent(model)
-    tensors = gathered(kept)
-    if ranks.rank() > 0 and any(
-        tensors[name] is not kept[name] for name in kept
-    ):  # the first rank writes what is gathered
-        return
     description: dict[str, Any] = {
         "moeify": __version__,
         "recipe": origin.recipe and origin.recipe.to_dict(),
@@ -78,7 +87,6 @@ def save(
     if origin.sites is not None:
         description["sites"] = origin.sites
     description = fold(model, description)
-    folder = Path(folder)
     has_own_card = is_own(folder)
     with saving(folder) as stage:
         write_weights(tensors, stage.new, max_shard_size)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Container, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -173,19 +172,6 @@ def _refuse_untied(model: nn.Module, own: Mapping[str, Tensor], weights: Weights
                 f"{name} and {other} are tied in this {type(model).__name__} and differ in {weights.folder}; give "
                 "one of them a parameter of its own before loading (moeify.load does)"
             )
-
-
-def gathered(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors, of which those that are sharded over ranks are gathered in the memory of the CPU.
-
-    All ranks must call it together. Tied tensors stay tied.
-    """
-    whole: dict[int, Tensor] = {}
-    for tensor in tensors.values():
-        if hasattr(tensor, "full_tensor") and id(tensor) not in whole:
-            sharded: Any = tensor.detach()
-            whole[id(tensor)] = sharded.full_tensor().cpu()
-    return {name: whole.get(id(tensor), tensor) for name, tensor in tensors.items()}
 
 
 def persistent(model: nn.Module) -> dict[str, Tensor]:
