@@ -34,10 +34,10 @@ check: $(VENV)/.dev
 	$(BIN)/codespell
 
 # LLAMA=<folder of llama-bench and llama-quantize> measures llama.cpp too; benchmarks/README.md says how to build them.
-# BUDGET minutes for all; the same command then measures what it had no time for.
+# BUDGET minutes for all; the same command then measures what it had no time for. AVX2=1 uses no other instructions.
 BUDGET ?= 55
 bench: $(VENV)/.bench
-	$(BIN)/python benchmarks/all.py --minutes $(BUDGET) $(if $(LLAMA),--llama $(LLAMA))
+	$(BIN)/python benchmarks/all.py --minutes $(BUDGET) $(if $(LLAMA),--llama $(LLAMA)) $(if $(AVX2),--avx2)
 
 # Wheels with the C++ kernels, into dist/: by cibuildwheel where there is Docker, else of this machine's platform.
 wheels: $(VENV)/.wheels

@@ -20,15 +20,18 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from allowance import ALLOWANCE, torch_rate
 from measure import HEAD, in_turn, milliseconds, parser, points, quartiles, ratios, report, start, summary
 from torch import nn
 from transformers import DynamicCache
 
+from moeify.flops import count
 from moeify.kernels.cpu.huge_pages import into_huge_pages
 from moeify.serve import fast_decode
 from moeify.serve.decode import cache_name
@@ -53,7 +56,7 @@ FIELDS = [
     *HEAD, "model", "implementation", "bits", "what", "tok_per_s", "quartiles", "share_of_bandwidth", "over_llama.cpp",
     "bandwidth_gb_per_s",
 ]  # fmt: skip
-PROMPT, GENERATED = 512, 64
+PROMPT, GENERATED, SOME = 512, 64, 8
 
 Task = tuple[str, int, str]
 """An implementation, bits, and what is done."""
@@ -159,8 +162,8 @@ def bytes_per_step(model: nn.Module, bits: int, chosen: float | None = None) -> 
     return body * {16: 2, 8: 1, 4: 0.5625}[bits] + model.lm_head.weight.numel() * {16: 2, 8: 1, 4: 1}[bits]
 
 
-def ways(name: str, model: nn.Module, batches: list[int]) -> dict[Task, Way]:
-    """What is timed in this process, warmed up."""
+def ways(name: str, model: nn.Module, batches: list[int]) -> tuple[dict[Task, Way], dict[Task, str]]:
+    """What is timed in this process, warmed up; and the reasons why something of transformers is left out."""
     best = "eager"
     if name == "sparse":
         found = {}
@@ -170,20 +173,29 @@ def ways(name: str, model: nn.Module, batches: list[int]) -> dict[Task, Way]:
         best = max(found, key=found.__getitem__)
         model.set_experts_implementation(best)
     tasks: dict[Task, Way] = {}
+    left_out: dict[Task, str] = {}
     contenders = [(f"transformers/{best}" if name == "sparse" else "transformers", 16, model)]
     contenders += [("moeify", bits, twin(model, bits)) for bits in (BITS.values() if name == "sparse" else [16])]
     for implementation, bits, contender in contenders:
-        decode(contender, 1, 2)
-        prefill(contender)
-        tasks[implementation, bits, "decode"] = lambda turn, c=contender: decode(c, 1)
-        tasks[implementation, bits, "prefill"] = lambda turn, c=contender: prefill(c)
-        if implementation == "moeify":
-            tasks[implementation, bits, "generate"] = lambda turn, c=contender: generate(c)
+        speeds: dict[str, tuple[int, Callable[[nn.Module], float]]] = {"decode": (0, lambda c: decode(c, 1))}
+        speeds["prefill"] = 2 * PROMPT, prefill
         if bits == 16 and name in ("sparse", "dense-total"):
             for batch in batches:
-                what = f"decode, batch {batch}"
-                tasks[implementation, bits, what] = lambda turn, c=contender, b=batch: decode(c, b, 8)
-    return tasks
+                speeds[f"decode, batch {batch}"] = (2 + 1 + SOME) * batch, partial(decode, batch=batch, tokens=SOME)
+        if implementation == "moeify":
+            speeds["generate"] = 0, generate
+        decode(contender, 1, 2)
+        for what, (tokens, speed) in speeds.items():
+            reason = None
+            if implementation != "moeify":
+                reason = ALLOWANCE.refuse(tokens * count(model).flops, torch_rate(torch.bfloat16), 1)
+            if reason:
+                left_out[implementation, bits, what] = reason
+                continue
+            if what == "prefill":
+                prefill(contender)
+            tasks[implementation, bits, what] = lambda turn, c=contender, s=speed: s(c)
+    return tasks, left_out
 
 
 def llamas(name: str, model: nn.Module, options: argparse.Namespace, folder: Path) -> dict[Task, Way]:
@@ -205,19 +217,19 @@ def llamas(name: str, model: nn.Module, options: argparse.Namespace, folder: Pat
     }
 
 
-def measure(name: str, options: argparse.Namespace) -> tuple[nn.Module, Times, list[float]]:
+def measure(name: str, options: argparse.Namespace) -> tuple[nn.Module, Times, dict[Task, str], list[float]]:
     """Run all implementations of one model in turn, and read memory beside them."""
     model = build(name)
     with tempfile.TemporaryDirectory() as folder:
-        tasks = ways(name, model, options.batches)
+        tasks, left_out = ways(name, model, options.batches)
         if options.llama:
             tasks |= llamas(name, model, options, Path(folder))
         tasks["memory", 16, "read"] = Bandwidth()
         times = in_turn(tasks, options.rounds)
-    return model, times, times.pop(("memory", 16, "read"))
+    return model, times, left_out, times.pop(("memory", 16, "read"))
 
 
-def rows_of(model: nn.Module, times: Times, bandwidths: list[float]) -> list[dict[str, str]]:
+def rows_of(model: nn.Module, times: Times, left_out: dict[Task, str], bandwidths: list[float]) -> list[dict[str, str]]:
     """One row per implementation, bits and task; ratios are taken round by round."""
     rows = []
     for (implementation, bits, what), speeds in times.items():
@@ -231,7 +243,10 @@ def rows_of(model: nn.Module, times: Times, bandwidths: list[float]) -> list[dic
         if peer and implementation != "llama.cpp":
             row["over_llama.cpp"] = f"{quartiles(ratios(speeds, peer))[1]:.3f}"
         rows.append(row)
-    return rows
+    return rows + [
+        {"implementation": implementation, "bits": str(bits), "what": what, "quartiles": reason}
+        for (implementation, bits, what), reason in left_out.items()
+    ]
 
 
 def main() -> None:

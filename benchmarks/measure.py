@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import csv
 import datetime
-import math
 import random
 import statistics
 import subprocess
@@ -17,7 +16,9 @@ from typing import TypeVar
 
 import torch
 import transformers
+from allowance import ALLOWANCE, LEFT_OUT
 from conditions import Others, processor
+from torch import Tensor
 
 from moeify.kernels.cpu import onednn
 from moeify.kernels.cpu.huge_pages import in_huge_pages
@@ -31,31 +32,6 @@ SIDE = {"cpu": 1024, "cuda": 8192}  # of a product that is as fast as any
 HEAD = ["date", "commit", "device", "isa", "governor", "load_average", "others", "threads", "torch", "transformers"]
 ENOUGH = 60  # seconds after which no further round starts, if there were three
 OTHERS = Others()
-
-
-class Allowance:
-    """How long a program may take, and the point that it is at.
-
-    Attributes:
-        end: when no further point starts, on the monotonic clock.
-        of_point: when the current point starts no further round.
-    """
-
-    def __init__(self) -> None:
-        self.end = self.of_point = math.inf
-
-    def begin(self, minutes: float | None) -> None:
-        """The program begins; None is without end."""
-        self.end = self.of_point = math.inf if minutes is None else time.monotonic() + 60 * minutes
-
-    def begin_point(self, left: int) -> bool:
-        """The first of so many points begins, with an equal part of the time; False if there is none."""
-        now = time.monotonic()
-        self.of_point = now + (self.end - now) / left
-        return now < self.end
-
-
-ALLOWANCE = Allowance()
 
 
 def parser(
@@ -157,7 +133,7 @@ def report(file: Path, columns: Sequence[str], rows: Iterable[dict[str, str]]) -
 
 
 def latest(file: Path, point: Sequence[str]) -> list[dict[str, str]]:
-    """The last row of every point, of those measured on the hardware and with the threads of the last row of all.
+    """The last measured row of every point, on the hardware, by the instructions and with the threads of the last row.
 
     Args:
         file: a CSV file of results.
@@ -165,7 +141,12 @@ def latest(file: Path, point: Sequence[str]) -> list[dict[str, str]]:
     """
     with file.open(newline="") as lines:
         rows = list(csv.DictReader(lines))
-    alike = [row for row in rows if all(row[column] == rows[-1][column] for column in ("device", "threads"))]
+    alike = [
+        row
+        for row in rows
+        if all(row.get(column) == rows[-1].get(column) for column in ("device", "isa", "threads"))
+        and not any(value.startswith(LEFT_OUT) for value in row.values())
+    ]
     return list({tuple(row[column] for column in point): row for row in alike}.values())
 
 
@@ -178,8 +159,7 @@ def in_turn(ways: dict[Key, Callable[[int], float]], rounds: int) -> dict[Key, l
     measured: dict[Key, list[float]] = {name: [] for name in ways}
     begun = time.monotonic()
     for turn in range(rounds):
-        now = time.monotonic()
-        if (turn >= 3 and now - begun > ENOUGH) or (turn >= 1 and now > ALLOWANCE.of_point):
+        if (turn >= 3 and time.monotonic() - begun > ENOUGH) or (turn >= 1 and ALLOWANCE.is_late):
             break
         for name, way in random.Random(turn).sample(list(ways.items()), len(ways)):
             measured[name].append(way(turn))
@@ -229,21 +209,34 @@ def least(measured: dict[Key, list[float]]) -> list[float]:
     return min(measured.values(), key=statistics.median)
 
 
+def speedup(peers: dict[Key, list[float]], times: list[float]) -> dict[str, str]:
+    """The columns of the speed-up over the best of some peers, round by round; none where there is no peer."""
+    columns = ("speedup_over_best_peer", "speedup_quartiles")
+    return summary(columns, ratios(least(peers), times), ".3f") if peers else {}
+
+
 @cache
 def limits(dtype: torch.dtype, device: str = "cpu") -> tuple[float, float]:
-    """Bytes and FLOPs per second of this machine: the fastest read of large memory, the fastest product."""
+    """Bytes and FLOPs per second of this machine: the fastest read of large memory, the fastest product.
+
+    On a CPU the product may be one in fp32, which holds the numbers of every dtype: some compute bf16 far more slowly.
+    """
     large = torch.empty(LARGE, device=device)
     if device == "cpu":
         in_huge_pages(large)
     large.zero_()
     read = min(milliseconds(large.sum, device) for _ in range(9))
-    side = SIDE[device]
-    left, right = (torch.ones(side, side, device=device, dtype=dtype) for _ in range(2))
-    products = [lambda: left @ right.t()]
+    dtypes = {dtype, torch.float32} if device == "cpu" else {dtype}  # fp32 holds the numbers of all, and may be faster
+    product = min(milliseconds(way, device) for each in dtypes for way in _products(each, device) for _ in range(9))
+    return 1000 * large.nbytes / read, 1000 * 2 * SIDE[device] ** 3 / product
+
+
+def _products(dtype: torch.dtype, device: str) -> Iterator[Callable[[], Tensor]]:
+    """Ways to multiply large matrices."""
+    left, right = (torch.ones(SIDE[device], SIDE[device], device=device, dtype=dtype) for _ in range(2))
+    yield lambda: left @ right.t()
     if device == "cpu" and onednn.can_pack(dtype):
-        products.append(lambda: onednn.linear(left, right))
-    product = min(milliseconds(way, device) for way in products for _ in range(9))
-    return 1000 * large.nbytes / read, 1000 * 2 * side**3 / product
+        yield lambda: onednn.linear(left, right)
 
 
 def at_best(nbytes: float, flops: float, dtype: torch.dtype, device: str = "cpu") -> float:

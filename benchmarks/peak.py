@@ -19,8 +19,9 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from allowance import ALLOWANCE, torch_rate
 from measure import HEAD, in_turn, least, parser, points, ratios, report, start, summary
-from run import BLOCKS, DTYPES, Block, Case
+from run import BLOCKS, DTYPES, Block, Case, is_peer
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -95,20 +96,29 @@ def weights(block: str) -> float:
     return 3 * width * hidden * num_experts * DTYPES[DTYPE].itemsize / 2**20
 
 
-def rows_of(peaks: dict[str, list[float]]) -> list[dict[str, str]]:
+def flops(block: str, which: str, tokens: int) -> float:
+    """Of a pass."""
+    width, hidden, _, k = BLOCKS[block]
+    return 6 * tokens * k * width * hidden * (1 if which == "forward" else 3)
+
+
+def rows_of(peaks: dict[str, list[float]], left_out: dict[str, str]) -> list[dict[str, str]]:
     """One row per way; ratios are over the thriftiest of transformers' ways, and over the segment loop.
 
     Args:
         peaks: MiB of every round.
+        left_out: why others have none.
     """
-    best = least({name: values for name, values in peaks.items() if name.startswith("transformers")})
-    return [
-        {"implementation": name}
-        | summary(("peak_mib", "quartiles_mib"), values)
-        | summary(("times_best_peer", "times_best_peer_quartiles"), ratios(values, best), ".3f")
-        | summary(("times_segment_loop", "times_segment_loop_quartiles"), ratios(values, peaks[LOOP]), ".3f")
-        for name, values in peaks.items()
-    ]
+    bases = {"times_segment_loop": {LOOP: peaks[LOOP]} if LOOP in peaks else {}}
+    bases["times_best_peer"] = {name: values for name, values in peaks.items() if is_peer(name)}
+    rows = []
+    for name, values in peaks.items():
+        row = {"implementation": name} | summary(("peak_mib", "quartiles_mib"), values)
+        for column, base in bases.items():
+            if base:
+                row |= summary((column, f"{column}_quartiles"), ratios(values, least(base)), ".3f")
+        rows.append(row)
+    return rows + [{"implementation": name, "quartiles_mib": reason} for name, reason in left_out.items()]
 
 
 def main() -> None:
@@ -126,10 +136,19 @@ def main() -> None:
         for what in points(chosen, begin, wanted):
             block, which = what.values()
             task = partial(peak, block, chosen.tokens, which != "forward", chosen.threads)
-            measured = {way: lambda turn, way=way, task=task: pool.apply(task, (way,)) for way in WAYS[which]}
+            rate = torch_rate(DTYPES[DTYPE], which != "forward")
+            left_out, measured = {}, {}
+            for way in WAYS[which]:
+                reason = None
+                if not way.startswith("moeify"):
+                    reason = ALLOWANCE.refuse(flops(block, which, chosen.tokens), rate, 1)
+                if reason:
+                    left_out[way] = reason
+                else:
+                    measured[way] = lambda turn, way=way, task=task: pool.apply(task, (way,))
             peaks = in_turn(measured, chosen.rounds)
             more = {"weights_mib": f"{weights(block):.4g}"}
-            report(chosen.out, FIELDS, [begin | what | more | row for row in rows_of(peaks)])
+            report(chosen.out, FIELDS, [begin | what | more | row for row in rows_of(peaks, left_out)])
 
 
 if __name__ == "__main__":

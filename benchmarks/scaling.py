@@ -12,23 +12,25 @@ experts, and the limit: the larger of (bytes of the chosen experts / bandwidth) 
 from __future__ import annotations
 
 import torch
+from allowance import ALLOWANCE, torch_rate
 from measure import (
     HEAD,
     at_best,
     in_turn,
     latest,
-    least,
+    milliseconds,
     parser,
     points,
     quartiles,
     ratios,
     report,
+    speedup,
     start,
     summary,
     timed,
 )
 from pictures import draw_scaling
-from run import Block, Case, Sizes, blocks_of, timers
+from run import PASSES, PATIENCE, Block, Case, Sizes, blocks_of, is_peer, timers
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -65,22 +67,32 @@ class Dense:
         return F.linear(F.silu(gate).mul_(up), self.down)
 
 
-def measure(layers: dict[int, list[Block]], dense: list[Dense], tokens: int, rounds: int) -> tuple[Times, list[Case]]:
-    """All layers and the dense network in turn."""
+def measure(
+    layers: dict[int, list[Block]], dense: list[Dense], tokens: int, rounds: int
+) -> tuple[Times, dict[tuple[int, str], str], list[Case]]:
+    """All layers and the dense network in turn; the second are the reasons why some are left out."""
     cases = [Case(blocks, tokens) for blocks in layers.values()]
     x = cases[0].x
     networks = {(1, "dense"): lambda turn: dense[turn % len(dense)](x)}
-    for network in dense:
-        network(x)
-    ways = {(case.num_experts, name): timer for case in cases for name, timer in timers(case).items()}
-    return in_turn(ways | timed(networks), rounds), cases
+    ways, left_out = {}, {}
+    if reason := ALLOWANCE.refuse(cases[0].flops, torch_rate(DTYPE), PASSES):
+        left_out[1, "dense"], networks = reason, {}
+    elif milliseconds(lambda: dense[0](x)) < PATIENCE:
+        for network in dense[1:]:
+            network(x)
+    for case in cases:
+        found, others = timers(case)
+        ways |= {(case.num_experts, name): timer for name, timer in found.items()}
+        left_out |= {(case.num_experts, name): reason for name, reason in others.items()}
+    return in_turn(ways | timed(networks), rounds), left_out, cases
 
 
-def rows_of(times: Times, limits_ms: dict[int, float]) -> list[dict[str, str]]:
+def rows_of(times: Times, left_out: dict[tuple[int, str], str], limits_ms: dict[int, float]) -> list[dict[str, str]]:
     """One row per number of experts and implementation; ratios are taken round by round.
 
     Args:
         times: milliseconds of every round.
+        left_out: why others have none.
         limits_ms: milliseconds at best, by number of experts.
     """
     fewest = min(num_experts for num_experts in limits_ms if num_experts > 1)
@@ -88,15 +100,18 @@ def rows_of(times: Times, limits_ms: dict[int, float]) -> list[dict[str, str]]:
     for (num_experts, name), values in times.items():
         row = {"experts": str(num_experts), "implementation": name}
         row |= summary(("median_ms", "quartiles_ms"), values)
-        row |= summary(("times_dense", "times_dense_quartiles"), ratios(values, times[1, "dense"]), ".3f")
+        if (1, "dense") in times:
+            row |= summary(("times_dense", "times_dense_quartiles"), ratios(values, times[1, "dense"]), ".3f")
         if num_experts > 1:
-            peers = {key: t for key, t in times.items() if key[0] == num_experts and "transformers" in key[1]}
-            row |= summary(("speedup_over_best_peer", "speedup_quartiles"), ratios(least(peers), values), ".3f")
+            row |= speedup({key: t for key, t in times.items() if key[0] == num_experts and is_peer(key[1])}, values)
         if num_experts > 1 and (fewest, name) in times:
             row |= summary(("times_fewest", "times_fewest_quartiles"), ratios(values, times[fewest, name]), ".3f")
         share = limits_ms[num_experts] / quartiles(values)[1]
         rows.append(row | {"limit_ms": f"{limits_ms[num_experts]:.4g}", "share_of_limit": f"{share:.3f}"})
-    return rows
+    return rows + [
+        {"experts": str(num_experts), "implementation": name, "quartiles_ms": reason}
+        for (num_experts, name), reason in left_out.items()
+    ]
 
 
 def main() -> None:
@@ -109,10 +124,10 @@ def main() -> None:
     for what in points(chosen, begin, [{"tokens": str(tokens)} for tokens in chosen.tokens]):
         layers = layers or {num_experts: blocks_of(sizes(num_experts), DTYPE) for num_experts in chosen.experts}
         dense = dense or [Dense() for _ in range(SETS)]
-        times, cases = measure(layers, dense, int(what["tokens"]), chosen.rounds)
+        times, left_out, cases = measure(layers, dense, int(what["tokens"]), chosen.rounds)
         limits_ms = {case.num_experts: case.limit("moeify") for case in cases}
         limits_ms[1] = at_best(dense[0].nbytes, cases[0].flops, DTYPE)
-        report(chosen.out, FIELDS, [begin | what | row for row in rows_of(times, limits_ms)])
+        report(chosen.out, FIELDS, [begin | what | row for row in rows_of(times, left_out, limits_ms)])
     if chosen.out.exists():
         draw_scaling(latest(chosen.out, POINT), chosen.picture)
 

@@ -6,6 +6,7 @@ import importlib
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -26,17 +27,17 @@ def benchmarks(monkeypatch):
     return importlib.import_module
 
 
-AVX2 = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "OMP_NUM_THREADS": "1"}
+@pytest.fixture
+def avx2(benchmarks):
+    return os.environ | benchmarks("all").AVX2 | {"OMP_NUM_THREADS": "1"}
 
 
-def test_the_limits_of_a_processor_without_products_in_bf16_are_found():
+def test_the_limits_of_a_processor_without_products_in_bf16_are_found(avx2):
     program = (
         "import measure, torch; measure.LARGE, measure.SIDE = 64, {'cpu': 8}; "
         "print(*measure.limits(torch.float32), *measure.limits(torch.bfloat16))"
     )
-    said = subprocess.run(
-        [sys.executable, "-c", program], env=os.environ | AVX2, cwd=FOLDER, capture_output=True, text=True
-    )
+    said = subprocess.run([sys.executable, "-c", program], env=avx2, cwd=FOLDER, capture_output=True, text=True)
     assert said.returncode == 0, said.stderr
     assert all(float(limit) > 0 for limit in said.stdout.split())
 
@@ -91,20 +92,22 @@ def test_a_program_goes_on_with_what_its_file_lacks_and_ends_in_time(benchmarks,
     measure.ALLOWANCE.begin(None)
 
 
-def test_one_command_runs_all_programs_and_names_those_that_failed(benchmarks, monkeypatch, tmp_path):
+def test_one_command_runs_all_programs_and_names_those_that_failed(benchmarks, monkeypatch, tmp_path, capsys):
     everything, ran = benchmarks("all"), []
 
-    def run(words):
+    def run(words, seconds, variables):
         ran.append(words)
-        return subprocess.CompletedProcess(words, returncode=int("peak.py" in words[1]))
+        assert seconds > 60 * float(words[words.index("--minutes") + 1])
+        return None if "price.py" in words[1] else int("peak.py" in words[1])
 
-    monkeypatch.setattr(everything.subprocess, "run", run)
+    monkeypatch.setattr(everything, "run", run)
     monkeypatch.setattr(sys, "argv", ["all.py", "--minutes", "1", "--results", str(tmp_path)])
     with pytest.raises(SystemExit, match="failed: peak"):
         everything.main()
     assert [Path(words[1]).stem for words in ran] == list(everything.PROGRAMS)
     assert all(Path(words[1]).is_file() and "--resume" in words for words in ran)
     assert sum(float(words[words.index("--minutes") + 1]) for words in ran) > 1  # what one leaves, the next has
+    assert "the time is up for price; the same command" in capsys.readouterr().out
 
 
 def test_a_stopwatch_charges_the_innermost_part(benchmarks, monkeypatch):
@@ -164,11 +167,9 @@ def test_rows_of_a_loaded_machine_are_marked(benchmarks, monkeypatch, tmp_path, 
     assert "others used 0.75 cores" in capsys.readouterr().out
 
 
-def test_rows_name_the_processor_as_torch_sees_it(benchmarks):
+def test_rows_name_the_processor_as_torch_sees_it(avx2):
     program = "import conditions; print(conditions.processor()['isa'])"
-    said = subprocess.run(
-        [sys.executable, "-c", program], env=os.environ | AVX2, cwd=FOLDER, capture_output=True, text=True
-    )
+    said = subprocess.run([sys.executable, "-c", program], env=avx2, cwd=FOLDER, capture_output=True, text=True)
     assert said.stdout.strip() in {"AVX2", "NO AVX", "DEFAULT"}, said.stderr
 
 
@@ -203,13 +204,92 @@ def test_implementations_share_their_weights_but_not_the_permission_to_pack(benc
     assert (may_pack(block.ours), may_pack(block.packed)) == (False, True)
 
 
-def test_a_peer_that_cannot_be_the_best_is_left_out(benchmarks, monkeypatch, capsys):
+def test_a_peer_that_cannot_be_the_best_is_left_out(benchmarks, monkeypatch):
     run = benchmarks("run")
     took = {"transformers/eager": 1100.0, "transformers/grouped_mm": 100.0}
     monkeypatch.setattr(run, "timed", lambda steps, device: {n: lambda turn, n=n: took.get(n, 99.0) for n in steps})
     case = run.Case(run.blocks_of((16, 32, 4, 2), torch.float32), 32)
-    assert set(run.timers(case)) == {"transformers/grouped_mm", "moeify", "moeify/packed"}
-    assert "transformers/eager is left out" in capsys.readouterr().out
+    found, left_out = run.timers(case)
+    assert set(found) == {"transformers/grouped_mm", "moeify", "moeify/packed"}
+    row = run.rows_of({name: [1.0] for name in found}, left_out, lambda name: 1.0)[-1]
+    assert row["implementation"] == "transformers/eager"
+    assert row["quartiles_ms"] == "left out: 1100 ms is more than 10 times what another peer takes"
+
+
+@pytest.fixture
+def no_time(benchmarks, monkeypatch):
+    """A point of which no time is left, on a machine with slow products."""
+    allowance = benchmarks("allowance")
+    monkeypatch.setattr(allowance.ALLOWANCE, "free", 0.0)
+
+
+def test_rows_name_the_peers_of_a_layer_for_which_there_is_no_time(benchmarks, no_time):
+    run = benchmarks("run")
+    case = run.Case(run.blocks_of((16, 32, 4, 2), torch.bfloat16), 32)
+    found, left_out = run.timers(case)
+    assert set(found) == {"moeify", "moeify/packed"}
+    *ours, eager, _ = run.rows_of({name: [1.0] for name in found}, left_out, lambda name: 1.0)
+    assert all("speedup_over_best_peer" not in row for row in ours)
+    assert eager["quartiles_ms"].startswith("left out: one pass takes about ")
+    assert "median_ms" not in eager
+
+
+def test_rows_name_the_models_for_which_there_is_no_time(benchmarks, no_time, tiny_decoder, monkeypatch):
+    train_step, decode, roofline = (benchmarks(name) for name in ("train_step", "decode", "roofline"))
+    monkeypatch.setattr(train_step, "MODELS", {"sparse": lambda: tiny_decoder, "dense": lambda: tiny_decoder})
+    monkeypatch.setattr(train_step, "HIDDEN", 1)
+    for program in (train_step, roofline):
+        monkeypatch.setattr(program, "limits", lambda dtype: (1e9, 1e9))
+    found, left_out = train_step.contenders("bf16")
+    assert not found
+    assert len(train_step.rows_of({}, left_out, {}, {})) == 4
+    for name in ("decode", "prefill"):
+        monkeypatch.setattr(decode, name, lambda *args, **settings: 1.0)
+    monkeypatch.setattr(decode, "twin", lambda model, bits: model)
+    tasks, skipped = decode.ways("sparse", tiny_decoder, [4])
+    assert {what for implementation, _, what in tasks if implementation == "moeify"} >= {"prefill", "decode, batch 4"}
+    assert {what for _, _, what in skipped} == {"prefill", "decode, batch 4"}
+    assert [row["what"] for row in decode.rows_of(tiny_decoder, {}, skipped, [1.0])] == ["prefill", "decode, batch 4"]
+    monkeypatch.setattr(roofline, "Bandwidth", lambda: lambda turn: 1.0)
+    rows = roofline.measure({"sparse": tiny_decoder}, {("sparse", "transformers/eager"): roofline.speed}, 4, 1)
+    assert [row["batch"] for row in rows] == ["4"]
+
+
+def test_slow_ways_share_the_time_of_a_point(benchmarks, monkeypatch):
+    allowance = benchmarks("allowance")
+    monkeypatch.setattr(allowance.time, "monotonic", lambda: 100.0)
+    here = allowance.Allowance()
+    assert here.refuse(1e18, 1.0, 3) is None, "without --minutes nothing is left out"
+    here.begin(1)
+    assert here.begin_point(left=3)
+    assert here.refuse(10.0, 2.0, passes=2) is None  # 10 of 15 seconds
+    assert here.refuse(10.0, 2.0, passes=2) == "left out: one pass takes about 5 s"
+    assert here.refuse(5.0, 1.0, passes=1) is None
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_program_that_is_late_is_ended_with_its_processes_and_files(benchmarks, monkeypatch, tmp_path):
+    everything, note = benchmarks("all"), tmp_path / "note"
+    program = (
+        "import os, subprocess, sys, tempfile, time; "
+        "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)']); "
+        f"open('{note}.new', 'w').write(str(child.pid) + ' ' + tempfile.mkdtemp()); "
+        f"os.rename('{note}.new', '{note}'); time.sleep(60)"
+    )
+    wait = subprocess.Popen.wait
+
+    def wait_for_note(process, timeout=None):
+        while timeout == 7 and not note.exists():
+            time.sleep(0.01)
+        return wait(process, 0 if timeout == 7 else timeout)
+
+    monkeypatch.setattr(subprocess.Popen, "wait", wait_for_note)
+    assert everything.run([sys.executable, "-c", "raise SystemExit(3)"], 60, {}) == 3
+    assert everything.run([sys.executable, "-c", program], 7, {}) is None
+    child, folder = note.read_text().split()
+    assert not Path(folder).exists()
+    state = Path(f"/proc/{child}/stat")
+    assert not state.exists() or state.read_text().rpartition(")")[2].split()[0] == "Z"
 
 
 def test_what_one_token_costs_at_best_does_not_depend_on_the_number_of_experts(benchmarks, monkeypatch):
@@ -218,7 +298,7 @@ def test_what_one_token_costs_at_best_does_not_depend_on_the_number_of_experts(b
     monkeypatch.setattr(scaling, "HIDDEN", 64)
     layers = {e: scaling.blocks_of(scaling.sizes(e), torch.bfloat16)[:2] for e in (8, 16)}
     dense = [scaling.Dense()]
-    times, cases = scaling.measure(layers, dense, 1, 1)
+    times, _, cases = scaling.measure(layers, dense, 1, 1)
     assert {(2 * case.read, case.flops) for case in cases} == {(dense[0].nbytes, dense[0].nbytes)}
     assert {(8, "moeify"), (16, "moeify/packed"), (16, "transformers/eager"), (1, "dense")} <= times.keys()
 
@@ -227,7 +307,7 @@ def test_times_of_more_experts_are_relative_to_the_fewest_and_to_the_dense_netwo
     scaling = benchmarks("scaling")
     times = {(1, "dense"): [1.0], (8, "moeify"): [2.0], (8, "transformers/eager"): [4.0]}
     times |= {(16, "moeify"): [3.0], (16, "transformers/eager"): [9.0]}
-    rows = scaling.rows_of(times, {1: 0.5, 8: 0.5, 16: 1.5})
+    rows = scaling.rows_of(times, {}, {1: 0.5, 8: 0.5, 16: 1.5})
     ours = next(row for row in rows if (row["experts"], row["implementation"]) == ("16", "moeify"))
     columns = ("times_fewest", "times_dense", "speedup_over_best_peer", "share_of_limit")
     assert [ours[column] for column in columns] == ["1.500", "3.000", "3.000", "0.500"]
@@ -251,7 +331,7 @@ def test_all_contenders_train_and_their_time_is_split(benchmarks, monkeypatch, m
     monkeypatch.setattr(train_step, "SHAPE", train_step.SHAPE | small | {"num_key_value_heads": 2})
     monkeypatch.setattr(train_step, "HIDDEN", 64)
     monkeypatch.setattr(train_step, "LENGTH", 16)
-    found = train_step.contenders(mode)
+    found, left_out = train_step.contenders(mode)
     for training, implementation in found.values():
         before = training.model.lm_head.weight.clone()
         training.step(implementation)
@@ -260,7 +340,7 @@ def test_all_contenders_train_and_their_time_is_split(benchmarks, monkeypatch, m
         assert sum(split.values()) == pytest.approx(1)
         assert all(share > 0 for share in split.values())
     split = dict.fromkeys(found, dict.fromkeys(train_step.PARTS, 0.25))
-    rows = train_step.rows_of({name: [1000.0] for name in found}, split, {"sparse": 250.0, "dense": 500.0})
+    rows = train_step.rows_of({name: [1000.0] for name in found}, left_out, split, {"sparse": 250.0, "dense": 500.0})
     assert [row["share_of_limit"] for row in rows] == ["0.250", "0.250", "0.250", "0.500"]
     assert all(row.keys() <= set(train_step.FIELDS) for row in rows)
 
@@ -276,7 +356,7 @@ def test_one_expert_after_another_computes_the_layer(benchmarks):
 
 def test_peaks_are_relative_to_the_thriftiest_peer_and_to_the_loop(benchmarks):
     peak = benchmarks("peak")
-    rows = peak.rows_of({"transformers/eager": [8.0], "transformers/grouped_mm": [16.0], peak.LOOP: [4.0]})
+    rows = peak.rows_of({"transformers/eager": [8.0], "transformers/grouped_mm": [16.0], peak.LOOP: [4.0]}, {})
     assert [row["times_best_peer"] for row in rows] == ["1.000", "2.000", "0.500"]
     assert [row["times_segment_loop"] for row in rows] == ["2.000", "4.000", "1.000"]
     assert peak.weights("mixtral-like") == 168

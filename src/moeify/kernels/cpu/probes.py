@@ -56,11 +56,11 @@ def file() -> Path:
 
 def _machine() -> dict[str, str]:
     """All but the question that decides which way is faster."""
-    limit = os.environ.get("ONEDNN_MAX_CPU_ISA", "")
     return _processor() | {
         "torch": torch.__version__,
         "instructions": torch.backends.cpu.get_cpu_capability(),
-        "onednn": limit or "all instructions",
+        "onednn": os.environ.get("ONEDNN_MAX_CPU_ISA") or "all instructions",
+        "mkl": os.environ.get("MKL_ENABLE_INSTRUCTIONS") or "all instructions",
     }
 
 
