@@ -24,8 +24,8 @@ from moeify.experts.quantized import Quantized
 from moeify.kernels.constant import constant_result
 from moeify.kernels.cpu import cpp
 from moeify.kernels.cpu.cpp import steps
-from moeify.kernels.cpu.crossover import max_rows
 from moeify.kernels.cpu.huge_pages import in_place
+from moeify.kernels.cpu.layer_crossover import max_layer_rows
 from moeify.kernels.cpu.packing import cached, may_pack
 from moeify.kernels.cpu.segments import WORTH_COMPILING
 from moeify.kernels.stacked import Activation, ClampedGlu, Glu, Plain, name_of, unsupported_activation
@@ -151,7 +151,7 @@ def chosen(x: Tensor, routing: Routing, experts: Experts) -> bool:
         return experts.up.weight.numel() >= WORTH_COMPILING
     if (stacked := experts.stacked) is None or stacked.up.numel() < WORTH_COMPILING:
         return False
-    return routing.num_rows <= max_rows("nt", x.dtype, packs=may_pack(experts)) * experts.num_experts
+    return routing.num_rows <= max_layer_rows(x.dtype, packs=may_pack(experts)) * experts.num_experts
 
 
 def step_experts(experts: Experts, width: int, dtype: torch.dtype) -> steps.Experts | None:

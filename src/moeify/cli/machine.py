@@ -19,7 +19,8 @@ from moeify.context import Context
 from moeify.experts import FFN
 from moeify.kernels import explain
 from moeify.kernels.cpu import cpp
-from moeify.kernels.cpu.crossover import ANY, max_rows
+from moeify.kernels.cpu.crossover import ANY
+from moeify.kernels.cpu.layer_crossover import max_layer_rows
 from moeify.routers import TopK
 from moeify.version import __version__
 
@@ -70,7 +71,7 @@ def describe_machine() -> None:
 
 
 def _kernel_rows(dtype: torch.dtype) -> str:
-    most = max_rows("nt", dtype)
+    most = max_layer_rows(dtype)
     return f"{str(dtype).removeprefix('torch.')} {'any number' if most == ANY else f'up to {most}'}"
 
 

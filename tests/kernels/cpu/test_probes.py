@@ -1,25 +1,30 @@
 """Measurements that select a kernel: taken once per processor, kept in the cache, and measured again when damaged."""
 
+import time
+
 import pytest
 import torch
 
 from moeify.files import read_json
-from moeify.kernels.cpu import cpp, crossover, probes
+from moeify.kernels.cpu import cpp, crossover, layer_crossover, probes
 from moeify.kernels.cpu.crossover import ANY, COUNTS, WITHOUT_CLOCK, last_win, max_rows
+from moeify.kernels.cpu.layer_crossover import max_layer_rows
 from moeify.kernels.cpu.onednn import can_pack
 from moeify.kernels.cpu.probes import remembered
 
-LAYOUTS = [("nt", False), ("nt", True), ("nn", False), ("tn", False)]
+LAYOUTS = ["nt", "nn", "tn"]
 
 
 @pytest.fixture(autouse=True)
 def cache(monkeypatch, tmp_path):
     cpp.why_not()  # compiles into the cache of all tests
     monkeypatch.setenv("MOEIFY_CACHE", str(tmp_path / "cache"))
-    measured = crossover._measured
-    measured.cache_clear()
+    measured = crossover._measured, layer_crossover._measured
+    for function in measured:
+        function.cache_clear()
     yield
-    measured.cache_clear()
+    for function in measured:
+        function.cache_clear()
 
 
 def test_a_later_process_does_not_measure_again():
@@ -58,22 +63,64 @@ def test_where_no_file_can_be_written_the_process_measures(monkeypatch, tmp_path
 
 
 def test_the_kernel_is_used_up_to_where_it_is_first_behind():
-    assert last_win(lambda count: [1.0, 1.0]) == ANY
-    assert last_win(lambda count: [2.0, 1.0]) == 0
-    assert last_win(lambda count: [2.0 if count == 32 else 1.0, 1.0]) == 16
-    assert last_win(lambda count: [2.0 if count == COUNTS[-1] else 1.0, 1.0]) == COUNTS[-2]
+    assert last_win(lambda count: [1.0, 1.0], COUNTS) == ANY
+    assert last_win(lambda count: [2.0, 1.0], COUNTS) == 0
+    assert last_win(lambda count: [2.0 if count == 32 else 1.0, 1.0], COUNTS) == 16
+    assert last_win(lambda count: [2.0 if count == COUNTS[-1] else 1.0, 1.0], COUNTS) == COUNTS[-2]
 
 
-@pytest.mark.parametrize(("layout", "packs"), LAYOUTS)
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_both_ways_of_a_comparison_compute_the_same(layout, packs, dtype):
+def test_both_ways_of_a_comparison_compute_the_same(layout, dtype):
     if reason := cpp.why_not():
         pytest.skip(reason)
-    written, *computed = crossover.ways(layout, dtype, packs and can_pack(dtype), 4)
+    written, *computed = crossover.ways(layout, dtype, 4)
     for compute in computed:
         written.fill_(float("nan"))
         compute()
         assert (written == (4 if layout == "tn" else 512 if layout == "nt" else 1024)).all()
+
+
+@pytest.mark.parametrize("packs", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_both_ways_to_compute_a_layer_compute_the_same_with_other_experts_in_every_call(packs, dtype, monkeypatch):
+    if reason := cpp.why_not():
+        pytest.skip(reason)
+    asked = []
+    monkeypatch.setattr(crossover, "_measured", lambda *_: 32)
+    compute = layer_crossover.infer_layer
+    monkeypatch.setattr(
+        layer_crossover, "infer_layer", lambda *call, **rest: asked.append(call[3]) or compute(*call, **rest)
+    )
+    fused, blocks = layer_crossover.ways(dtype, packs and can_pack(dtype), 64)
+    for _ in range(2):
+        torch.testing.assert_close(fused(), blocks(), rtol=0.02, atol=0)
+    assert [sum(counts) for counts in asked] == [256, 256]
+    assert asked[0] != asked[1]
+
+
+@pytest.mark.parametrize("packs", [False, True])
+def test_a_layer_is_measured_as_a_whole_beside_what_its_blocks_are_made_of(monkeypatch, packs):
+    if reason := cpp.why_not():
+        pytest.skip(reason)
+    asked = []
+    monkeypatch.setattr(layer_crossover, "last_win", lambda compare, counts: asked.append(counts) or 32)
+    monkeypatch.setattr(crossover, "last_win", lambda compare, counts: 8)
+    assert max_layer_rows(torch.float32, packs=packs) == 32
+    assert asked == [layer_crossover.COUNTS]
+    questions = read_json(probes.file())["answers"]
+    assert sorted(questions.values()) == [8, 32]
+    assert any(question.endswith("packed weights: layer, torch.float32, 1 threads") for question in questions) == packs
+
+
+def test_what_else_runs_on_the_machine_does_not_decide():
+    waiting, computing = probes.shortest(lambda: time.sleep(0.005), lambda: sum(range(20_000)), rounds=2)
+    assert waiting < computing
+
+
+def test_what_was_measured_meanwhile_is_kept():
+    assert remembered("one", lambda: remembered("two", lambda: 2) - 1) == 1
+    assert read_json(probes.file())["answers"] == {"one": 1, "two": 2}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache, partial
 
 import torch
@@ -14,7 +14,7 @@ from moeify.kernels.cpu import cpp
 from moeify.kernels.cpu.cpp.build import level
 from moeify.kernels.cpu.cpp.compiler import name
 from moeify.kernels.cpu.cpp.products import multiply_runs, multiply_runs_tn
-from moeify.kernels.cpu.onednn import can_pack, linear, multiply, reorder
+from moeify.kernels.cpu.onednn import multiply
 from moeify.kernels.cpu.probes import remembered, shortest
 
 COUNTS = (2, 4, 8, 16, 32, 64, 96, 128, 192, 256, 512, 1024)
@@ -30,13 +30,12 @@ _MARGIN = 1.05  # by which the kernel may be behind: it needs nothing compiled f
 
 
 @constant_result
-def max_rows(layout: str, dtype: torch.dtype, *, packs: bool = False) -> int:
+def max_rows(layout: str, dtype: torch.dtype) -> int:
     """Rows per expert up to which the C++ kernel is used; measured once per processor, in less than a second.
 
     Args:
         layout: "nt" for rows by transposed weights, "nn" for rows by weights, "tn" for sums of outer products.
         dtype: dtype of the rows.
-        packs: whether the library may keep packed copies of the weights; "nt" only.
 
     Returns:
         One of `COUNTS` or `ANY`; 0 where the kernel is unavailable, lacks the dtype or is always behind.
@@ -45,24 +44,24 @@ def max_rows(layout: str, dtype: torch.dtype, *, packs: bool = False) -> int:
         return 0
     if torch.are_deterministic_algorithms_enabled():
         return WITHOUT_CLOCK
-    return _measured(layout, dtype, packs and can_pack(dtype), level(), torch.get_num_threads())
+    return _measured(layout, dtype, level(), torch.get_num_threads())
 
 
 @cache
-def _measured(layout: str, dtype: torch.dtype, packs: bool, level: str, threads: int) -> int:
-    beside = "packed weights" if packs else "a library"
-    question = f"rows per expert up to which {name(level)} beats {beside}: {layout}, {dtype}, {threads} threads"
-    return remembered(question, lambda: last_win(partial(_compare, layout, dtype, packs)))
+def _measured(layout: str, dtype: torch.dtype, level: str, threads: int) -> int:
+    question = f"rows per expert up to which {name(level)} beats a library: {layout}, {dtype}, {threads} threads"
+    return remembered(question, lambda: last_win(partial(_compare, layout, dtype), COUNTS))
 
 
-def last_win(compare: Callable[[int], list[float]]) -> int:
-    """The last of `COUNTS` before the first at which the kernel is behind; 0 if it is behind at once, `ANY` if never.
+def last_win(compare: Callable[[int], list[float]], counts: Sequence[int]) -> int:
+    """The last count before the first at which the kernel is behind; 0 if it is behind at once, `ANY` if never.
 
     Args:
         compare: the times of the kernel and of the library for a number of rows per expert.
+        counts: these numbers.
     """
     most = 0
-    for count in COUNTS:
+    for count in counts:
         kernel, library = compare(count)
         if kernel > _MARGIN * library:
             return most
@@ -70,14 +69,12 @@ def last_win(compare: Callable[[int], list[float]]) -> int:
     return ANY
 
 
-def _compare(layout: str, dtype: torch.dtype, packs: bool, count: int) -> list[float]:
-    _, kernel, library = ways(layout, dtype, packs, count)
+def _compare(layout: str, dtype: torch.dtype, count: int) -> list[float]:
+    _, kernel, library = ways(layout, dtype, count)
     return shortest(kernel, library, rounds=5)
 
 
-def ways(
-    layout: str, dtype: torch.dtype, packs: bool, count: int
-) -> tuple[Tensor, Callable[[], object], Callable[[], object]]:
+def ways(layout: str, dtype: torch.dtype, count: int) -> tuple[Tensor, Callable[[], object], Callable[[], object]]:
     """The product by the kernel and by the library, for `count` rows of each of some experts.
 
     All operands are ones: random values would move the state of the random generator.
@@ -85,7 +82,6 @@ def ways(
     Args:
         layout: as of `max_rows`.
         dtype: dtype of rows and weights.
-        packs: whether the library has packed weights.
         count: rows per expert.
 
     Returns:
@@ -102,7 +98,4 @@ def ways(
         kernel = partial(multiply_runs_tn, out, rows, weight, runs, add=False)
         return weight, kernel, lambda: [multiply(b.t(), a, into) for a, b, into in parts]
     kernel = partial(multiply_runs, rows, weight, runs, out=out)
-    if packs:
-        matrices = [(a, b, reorder(matrix)) for a, b, matrix in parts]
-        return out, kernel, lambda: [b.copy_(linear(a, matrix)) for a, b, matrix in matrices]
     return out, kernel, lambda: [multiply(a, matrix.t(), b) for a, b, matrix in parts]

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
@@ -32,20 +32,24 @@ def remembered(question: str, measure: Callable[[], Answer]) -> Answer:
         question: what is measured, with all that the answer depends on apart from processor and versions.
         measure: the measurement; runs in inference mode and must draw no random numbers.
     """
-    path = file()
-    try:
-        known = read_json(path)["answers"] if path.exists() else {}
-        if question in known:
-            return known[question]
-    except (KeyError, TypeError, ValueError, OSError):
-        known = {}
+    known = _answers()
+    if question in known:
+        return known[question]
     with torch.inference_mode():
-        known[question] = measure()
+        found = measure()
     try:
-        write_json(path, {"machine": _machine(), "answers": known}, sort_keys=True)
+        write_json(file(), {"machine": _machine(), "answers": _answers() | {question: found}}, sort_keys=True)
     except OSError as error:
         logging.getLogger(__name__).info("measured for this process only: %s", error)
-    return known[question]
+    return found
+
+
+def _answers() -> dict[str, Any]:
+    """What the file holds; nothing if it is damaged or missing."""
+    try:
+        return dict(read_json(file())["answers"]) if file().exists() else {}
+    except (KeyError, TypeError, ValueError, OSError):
+        return {}
 
 
 def file() -> Path:
@@ -76,11 +80,15 @@ def _processor() -> dict[str, str]:
 
 
 def shortest(*ways: Callable[[], object], rounds: int = 9) -> list[float]:
-    """The shortest time of each function in seconds; they alternate, so that load affects all, after a warm-up."""
+    """The shortest time of each function in seconds; they alternate, so that load affects all, after a warm-up.
+
+    With one thread it is CPU time, as what else runs on the machine may not decide for all later processes.
+    """
+    clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
     times: list[list[float]] = [[] for _ in ways]
     for _ in range(rounds + 1):
         for way, taken in zip(ways, times, strict=True):
-            start = time.perf_counter()
+            start = clock()
             way()
-            taken.append(time.perf_counter() - start)
+            taken.append(clock() - start)
     return [min(taken[1:]) for taken in times]
