@@ -59,10 +59,12 @@ class Model(nn.Module):
 
 
 class Shuffles:
-    """Proposes another random placement at every second step."""
+    """Proposes another random placement at every second step, with shadows of random experts where there are any."""
 
-    def __init__(self, layers: int, experts: int, ranks: int) -> None:
-        self.placement = Placement.contiguous(layers, experts, ranks)
+    spare = 0
+
+    def __init__(self, layers: int, experts: int, ranks: int, shadows: int = 0) -> None:
+        self.placement, self.shadows = Placement.contiguous(layers, experts, ranks), shadows
         self.generator, self.seen = torch.Generator().manual_seed(0), 0
 
     def observe(self, counts):
@@ -70,8 +72,11 @@ class Shuffles:
         assert counts.sum() > 0
         if self.seen % 2 == 0:
             return None
-        orders = [torch.randperm(counts.shape[1], generator=self.generator) for _ in counts]
-        self.placement = Placement(torch.stack(orders), self.placement.ranks, counts.shape[1])
+        layers, experts, ranks = *counts.shape, self.placement.ranks
+        orders = torch.stack([torch.randperm(experts, generator=self.generator) for _ in counts])
+        lent = torch.randint(experts, (layers, ranks, self.shadows), generator=self.generator)
+        held = torch.cat([orders.view(layers, ranks, -1), lent], 2)
+        self.placement = Placement(held.flatten(1), ranks, experts)
         return Move(placement=self.placement, layers=len(orders), bytes=0.0, seconds=0.0, saves=0.0)
 
 
@@ -93,8 +98,8 @@ def steps(model, optimizer, moved, first, last, rank, ranks, running=None):
     return norms
 
 
-def made(ep, fsdp=True):
-    model = shard(Model(), ep=ep, fsdp=fsdp)
+def made(ep, fsdp=True, limit=None):
+    model = shard(Model(), ep=ep, fsdp=fsdp, limit=limit)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     return model, optimizer, control(model, optimizer, Sign(1e-2))
 
@@ -113,12 +118,15 @@ def results(model, optimizer, rank, ranks):
     return found | {"outputs": outputs} | {name: b.clone() for name, b in model.named_buffers()}
 
 
-def beside_static(rank, ranks, ep, fsdp):
-    """Case: the largest difference from the training whose experts stay, and the places of the experts at its end."""
+def beside_static(rank, ranks, ep, fsdp, shadows=0):
+    """Case: the largest difference from the training whose experts stay, and the places of the experts at its end.
+
+    With shadows, processes receive few rows at once, so that weights are lent in every round.
+    """
     found = []
     for moves in (False, True):
-        model, optimizer, _ = made(ep, fsdp)
-        running = Rebalancing(model, optimizer, Shuffles(2, EXPERTS, ep)) if moves else None
+        model, optimizer, _ = made(ep, fsdp, limit=8 if shadows else None)
+        running = Rebalancing(model, optimizer, Shuffles(2, EXPERTS, ep, shadows)) if moves else None
         norms = steps(model, optimizer, None, 0, STEPS, rank, ranks, running)
         found.append(results(model, optimizer, rank, ranks) | {"norms": torch.tensor(norms)})
     slots = [layer.experts.slots for layer in model.layers]
@@ -155,6 +163,8 @@ def refused(rank, ranks, what):
     model = Model(kind) if what == "whole" else shard(Model(kind), ep=ranks)
     optimizer = torch.optim.AdamW(model.parameters())
     shuffles = Shuffles(3 if what == "layers" else 2, 4 if what == "experts" else EXPERTS, ranks)
+    if what == "replicas":
+        shuffles.spare = 1
     if what == "spare":
         shuffles.placement = Placement(torch.arange(EXPERTS + ranks).expand(2, -1) % EXPERTS, ranks, EXPERTS)
     try:
@@ -164,7 +174,7 @@ def refused(rank, ranks, what):
     return None
 
 
-def rebalancer(model, ep, length):
+def rebalancer(model, ep, length, shadows=0):
     """One whose devices compute so slowly that balance is worth a move; experts are found where few tokens are."""
     device = DEVICES["h100"]
     link = Link(bandwidth=1e15, latency=0.0)
@@ -172,19 +182,20 @@ def rebalancer(model, ep, length):
     shape = ModelShape.of(model)
     step = Step(shape=shape, cluster=cluster, workload=Workload.balanced(shape.num_experts), length=length,
                 target=TARGETS["transformers"])  # fmt: skip
-    return Rebalancer(Placed(step, Layout(fsdp=ep, ep=ep, micro_batch=4096)), steps=40, every=2)
+    placed = Placed(step, Layout(fsdp=ep, ep=ep, micro_batch=4096))
+    return Rebalancer(placed, steps=40, every=2, shadows=shadows)
 
 
-def of_trainer(rank, ranks, folder, name, sizes, moves):
+def of_trainer(rank, ranks, folder, name, sizes, moves, shadows=0):
     """Case: losses and whole weights of a training by the engine of transformers, and how often experts moved."""
     warnings.simplefilter("ignore")
     _forget_accelerate()
     model = BUILD[name]()
     if moves == "pays":
-        for key, p in model.named_parameters():
-            if key.endswith(("router.weight", "gate.weight")):
-                p.data.copy_(torch.linspace(3, -3, len(p))[:, None].expand_as(p) / p.shape[1] ** 0.5)
-    chosen = rebalancer(model, ranks, 12) if moves == "pays" else Shuffles(2, 4, ranks)
+        for key, bias in model.named_buffers():
+            if key.endswith("selection_bias"):  # scores are at most 1: every token chooses the first two experts
+                bias.copy_(torch.linspace(2, -2, len(bias)))
+    chosen = rebalancer(model, ranks, 12, shadows) if moves == "pays" else Shuffles(2, 4, ranks, shadows)
     moving = Rebalance(chosen)
     seen = []
     original = moving.on_step_end
@@ -198,7 +209,9 @@ def of_trainer(rank, ranks, folder, name, sizes, moves):
         folder, lambda: distribute(model, sizes), 1, *([moving] if moves else []),
         sparse=SparseArguments(balance=0.0 if moves == "pays" else 0.1),
         per_device_train_batch_size=2, gradient_accumulation_steps=1,
-        max_steps=STEPS, optim="adamw_torch", learning_rate=1e-3, max_grad_norm=1.0, data_size=96, ddp_timeout=30,
+        max_steps=STEPS, optim="adamw_torch", learning_rate=1e-3, max_grad_norm=1.0,
+        adam_epsilon=1e-5,  # so that gradients that are rounding alone take no steps of their own
+        data_size=96, ddp_timeout=30,
     )  # fmt: skip
     losses = [entry["loss"] for entry in made.state.log_history if "loss" in entry]
     weights = {key: whole(p) for key, p in made.model.named_parameters()}

@@ -6,28 +6,32 @@ import torch
 from distributed import rebalanced
 
 
+@pytest.mark.parametrize("shadows", [0, 2])
 @pytest.mark.parametrize(("size", "ep", "fsdp"), [(2, 2, True), (4, 2, True), (4, 4, True), (4, 2, False)])
-def test_a_training_whose_experts_move_is_the_one_whose_experts_stay(ranks, size, ep, fsdp):
-    for worst, ended, slots in ranks(size, rebalanced.beside_static, ep, fsdp):
+def test_a_training_whose_experts_move_is_the_one_whose_experts_stay(ranks, size, ep, fsdp, shadows):
+    for worst, ended, slots in ranks(size, rebalanced.beside_static, ep, fsdp, shadows):
         assert worst["outputs"] <= 1e-6
         assert max(worst.values()) <= 1e-5, worst
         assert max(ended.values()) <= 1e-6, ended
         assert all(place.tolist() != list(range(rebalanced.EXPERTS)) for place in slots)
 
 
-@pytest.mark.parametrize("name", ["llama", "mixtral"])
-def test_the_trainer_moves_experts_and_trains_as_without_moving(ranks, tmp_path, name):
+@pytest.mark.parametrize(("name", "shadows"), [("llama", 0), ("mixtral", 0), ("llama", 1), ("mixtral", 1)])
+def test_the_trainer_moves_experts_and_trains_as_without_moving(ranks, tmp_path, name, shadows):
     sizes = {"fsdp_size": 2, "ep_size": 2}
     still, moved = (
-        ranks(2, rebalanced.of_trainer, str(tmp_path / str(moves)), name, sizes, moves)[0] for moves in (None, "always")
+        ranks(2, rebalanced.of_trainer, str(tmp_path / str(moves)), name, sizes, moves, shadows)[0]
+        for moves in (None, "always")
     )
     assert moved[2] == rebalanced.STEPS // 2
     assert torch.tensor(moved[0]) == pytest.approx(torch.tensor(still[0]), abs=1e-5)
-    assert all((moved[1][key] - weight).abs().max() <= 1e-5 for key, weight in still[1].items())
+    assert not {key: d for key, weight in still[1].items() if (d := float((moved[1][key] - weight).abs().max())) > 1e-5}
 
 
-def test_a_rebalancer_moves_experts_where_routing_is_lastingly_skewed(ranks, tmp_path):
-    *_, moves = ranks(2, rebalanced.of_trainer, str(tmp_path), "llama", {"fsdp_size": 2, "ep_size": 2}, "pays")[0]
+@pytest.mark.parametrize("shadows", [0, 1])
+def test_a_rebalancer_moves_experts_where_routing_is_lastingly_skewed(ranks, tmp_path, shadows):
+    sizes = {"fsdp_size": 2, "ep_size": 2}
+    *_, moves = ranks(2, rebalanced.of_trainer, str(tmp_path), "llama", sizes, "pays", shadows)[0]
     assert moves == 1
 
 
@@ -46,7 +50,8 @@ def test_checkpoints_hold_experts_in_their_order_wherever_they_lie(ranks, tmp_pa
         ("whole", "call shard or distribute with ep above 1"),
         ("layers", "the placement has 3 layers, and the model divides 2"),
         ("experts", "is of 4 experts on 2 processes, and layers.0 has 8 on 2"),
-        ("spare", "10 slots for 8 experts; .* make the Rebalancer with spare=0"),
+        ("spare", "10 slots for 8 experts, .* use shadows, not replicas"),
+        ("replicas", "spare=1 is for replicas .* make the Rebalancer with shadows=1"),
     ],
 )
 def test_what_cannot_move_is_refused(ranks, what, said):

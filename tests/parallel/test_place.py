@@ -23,6 +23,7 @@ from moeify.parallel import (
     Workload,
     permuted,
     replicated,
+    shadowed,
     simulate,
 )
 
@@ -41,9 +42,10 @@ def step(experts=E, layers=LAYERS, nodes=1, inter=45e9):
                 target=TARGETS["megatron"])  # fmt: skip
 
 
-def replay(counts, spare, *, ep=8, nodes=1):
+def replay(counts, spare=0, *, shadows=0, ep=8, nodes=1):
     priced, layout = step(counts.shape[2], counts.shape[1], nodes), Layout(fsdp=8 * nodes, ep=ep)
-    return simulate(priced, layout, counts, Rebalancer(Placed(priced, layout), steps=len(counts), spare=spare))
+    rebalancer = Rebalancer(Placed(priced, layout), steps=len(counts), spare=spare, shadows=shadows)
+    return simulate(priced, layout, counts, rebalancer)
 
 
 def test_the_example_of_eplb_is_placed_as_it_places_it():
@@ -71,6 +73,44 @@ def test_replicas_balance_what_an_order_cannot():
     still = Placement.contiguous(1, E, 8)
     assert permuted(counts, still).load(counts).item() > 5
     assert replicated(counts, E + 8, 8).load(counts).item() < 2  # nine replicas on eight ranks
+
+
+def with_shadows(counts, ranks=8):
+    own = torch.arange(E).view(ranks, -1)
+    before = torch.cat([own, own[:, :1]], 1).flatten().expand(len(counts), -1)
+    return shadowed(counts, Placement(before, ranks, E))
+
+
+@given(counted)
+@settings(max_examples=15, deadline=None)
+def test_shadows_make_no_rank_fuller_and_leave_experts_where_they_are(counts):
+    still, found = Placement.contiguous(2, E, 8), with_shadows(counts)
+    assert torch.equal(found.held[:, :, :-1], still.held)
+    assert torch.allclose(found.rows(counts).sum((-1, -2)), counts.sum(-1))
+    assert (found.load(counts) <= still.load(counts) + 1e-9).all()
+
+
+def test_a_hot_expert_has_shadows_on_the_emptiest_ranks_while_that_helps():
+    counts = torch.tensor([[800] + [10] * (E - 1)]).double()
+    found = with_shadows(counts)
+    assert found.held[0, 1:, -1].tolist() == [0] * 7
+    assert found.load(counts) < 1.2
+    assert with_shadows(torch.full((1, E), 10.0)).held[0, :, -1].tolist() == list(range(0, E, 4))
+
+
+def test_lending_costs_weights_and_gradients_in_every_pass():
+    priced, counts = step(), torch.tensor([[800] + [10] * (E - 1)] * LAYERS).double()
+    layout, found = Layout(fsdp=8, ep=8, accumulation=2), with_shadows(counts)
+    each = 2 * priced.shape.expert_parameters  # bytes in 16 bits; the lender sends 7, there and back, twice
+    lent = Placed(priced, layout, shadows=True)
+    free = replace(priced, cluster=replace(priced.cluster, intra=Link(bandwidth=float("inf"), latency=0.0)))
+    price = lent._lending(found)
+    assert price.tolist() == pytest.approx([4 * (7 * each / 350e9 + 1e-5)] * LAYERS)
+    assert Placed(free, layout, shadows=True)._lending(found).max() == 0
+    still, nothing = Placement.contiguous(LAYERS, E, 8), with_shadows(torch.ones(LAYERS, E))
+    assert torch.equal(nothing.rows(counts, once=True).sum(-1), still.rows(counts).sum(-1))
+    assert torch.allclose(lent.seconds(nothing, counts[None]), lent.seconds(still, counts[None]), rtol=1e-2)
+    assert lent.move(Placement.contiguous(LAYERS, E, 8), found)[0] == 0
 
 
 def test_renaming_ranks_keeps_the_load_and_moves_less():
@@ -103,8 +143,8 @@ def test_a_move_counts_the_optimizer_state_and_the_way_between_nodes():
 
 def test_a_lasting_hot_expert_is_moved_once_and_pays():
     counts = Workload.skewed(E, 1.0, layers=LAYERS).shares.expand(80, -1, -1)
-    for spare, gain in ((0, 1.0), (1, 1.1)):
-        found = replay(counts, spare)
+    for spare, shadows, gain in ((0, 0, 1.0), (1, 0, 1.1), (0, 1, 1.0)):
+        found = replay(counts, spare, shadows=shadows)
         assert found.speedup > gain
         assert len(found.moves) == 1
         assert found.load[-1] < found.load[0]
@@ -129,10 +169,10 @@ SYNTHETIC = {
 }
 
 
-@pytest.mark.parametrize("spare", [0, 1])
+@pytest.mark.parametrize(("spare", "shadows"), [(0, 0), (1, 0), (0, 1)])
 @pytest.mark.parametrize("name", SYNTHETIC)
-def test_rebalancing_is_never_slower_than_leaving_experts_alone(name, spare):
-    found = replay(SYNTHETIC[name], spare)
+def test_rebalancing_is_never_slower_than_leaving_experts_alone(name, spare, shadows):
+    found = replay(SYNTHETIC[name], spare, shadows=shadows)
     assert found.speedup >= 1
     if name in ("balanced", "turns every step"):
         assert not found.moves
@@ -146,8 +186,8 @@ def test_rebalancing_is_never_slower_on_a_real_trace(model):
     except FileNotFoundError as missing:
         pytest.skip(str(missing))
     some = Workload.traced(trace.only(list(trace.layers)[::8]), snapshots=60).shares
-    for ep, spare in ((8, 0), (8, 1), (32, 1)):
-        assert replay(some, spare, ep=ep, nodes=4).speedup >= 1
+    for ep, spare, shadows in ((8, 0, 0), (8, 1, 0), (32, 1, 0), (8, 0, 1), (32, 0, 1)):
+        assert replay(some, spare, shadows=shadows, ep=ep, nodes=4).speedup >= 1
 
 
 def test_a_training_that_ends_soon_moves_nothing():

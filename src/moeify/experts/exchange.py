@@ -30,32 +30,42 @@ class Exchange(torch.autograd.Function):
     ) -> Tensor:
         """The rows that this process receives, those of the first process first."""
         ctx.back = send, receive, group, gradient_scale
-        return _exchange(rows, receive, send, group)
+        return exchanged(rows, receive, send, group)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> Any:  # pyrefly: ignore[bad-override]
         """The gradient of every row, where the row came from."""
         *sizes_and_group, scale = ctx.back
-        back = _exchange(gradient, *sizes_and_group)
+        back = exchanged(gradient, *sizes_and_group)
         return back if scale == 1 else back.mul_(scale), None, None, None, None
 
 
-def _exchange(rows: Tensor, receive: list[int], send: list[int], group: Any) -> Tensor:
+def exchanged(rows: Tensor, receive: list[int], send: list[int], group: Any) -> Tensor:
+    """The rows, or other slices, that this process receives from every process when it sends as many to each."""
     got = rows.new_empty(sum(receive), *rows.shape[1:])
     distributed.all_to_all_single(got, rows.contiguous(), receive, send, group=group)
     return got
 
 
-def by_slot(counts: Int[Tensor, "E"], slots: Int[Tensor, "E"]) -> tuple[Int[Tensor, "R"], Int[Tensor, "E"]]:
+def by_slot(
+    counts: Int[Tensor, "E"], slots: Int[Tensor, "slots"], turn: int = 0
+) -> tuple[Int[Tensor, "R"], Int[Tensor, "slots"]]:
     """The rows in the order of slots, each with an expert, and the rows of every slot; they were sorted by expert.
 
     Args:
         counts: rows of every expert.
-        slots: the expert in each slot.
+        slots: the expert in each slot; the slots of one expert get equally many of its rows, up to one.
+        turn: which slot of an expert comes first where rows are left, so that processes choose different ones.
     """
-    first, per_slot = counts.cumsum(0) - counts, counts[slots]
-    shift = (first[slots] - (per_slot.cumsum(0) - per_slot)).repeat_interleave(per_slot)
+    same = slots[:, None] == slots
+    copies = same.sum(1)
+    nth = (same.tril(-1).sum(1) + turn) % copies
+    of_expert = counts[slots]
+    left = of_expert % copies
+    per_slot = of_expert // copies + (nth < left)
+    first = (counts.cumsum(0) - counts)[slots] + nth * (of_expert // copies) + torch.minimum(nth, left)
+    shift = (first - (per_slot.cumsum(0) - per_slot)).repeat_interleave(per_slot)
     return shift + torch.arange(len(shift), device=counts.device), per_slot
 
 

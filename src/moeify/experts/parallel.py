@@ -15,6 +15,7 @@ from torch.autograd.function import once_differentiable
 from moeify.experts.base import Experts
 from moeify.experts.exchange import Exchange, by_slot, in_rounds, planned, returned
 from moeify.experts.latent import Latent
+from moeify.experts.shadows import Lent, Shadows
 
 
 class Parallel(Experts):
@@ -43,6 +44,7 @@ class Parallel(Experts):
         stacks: of each tensor that was cut, by its name in `experts`: its first size before.
         slots: the expert in each of all E slots, E / ranks consecutive ones in every process; None while they lie in
             their order. `moeify.parallel.move_experts` changes it together with the weights.
+        shadows: which experts other processes compute too; None for none. `move_experts` sets it.
 
     Raises:
         ValueError: experts that cannot be divided, or not evenly; a limit below 1.
@@ -67,6 +69,7 @@ class Parallel(Experts):
         cut = [name for name, tensor in _tensors(self.experts) if tensor.shape != whole[name].shape]
         self.stacks = {name: len(whole[name]) for name in cut}
         self.slots: Int[Tensor, "E"] | None = None
+        self.shadows: Shadows | None = None
         self._whole = [_without_memory(experts)]  # in a list, as it is no part of this module
 
     @property
@@ -96,9 +99,10 @@ class Parallel(Experts):
         if self.ranks == 1:
             with self._local_weights():
                 return self.experts(rows, counts)
-        if self.slots is None:
+        slots = self.slots if self.shadows is None else self.shadows.slots
+        if slots is None:
             return self._exchanged(rows, counts)
-        order, counts = by_slot(counts, self.slots.to(counts.device))
+        order, counts = by_slot(counts, slots.to(counts.device), self.rank)
         return returned(self._exchanged(rows[order], counts), order)
 
     def _exchanged(self, rows: Float[Tensor, "R D"], counts: Int[Tensor, "slots"]) -> Float[Tensor, "R O"]:
@@ -121,31 +125,53 @@ class Parallel(Experts):
         return Exchange.apply(y, send, receive, self.group, 1 / self.ranks)
 
     def _compute(self, rows: Float[Tensor, "r D"], theirs: Int[Tensor, "ranks held"]) -> Float[Tensor, "r O"]:
-        with self._local_weights():
+        with self._local_weights() as lent:
             y = self.experts(rows, theirs.sum(0).to(rows.device, non_blocking=True))
         if not torch.is_grad_enabled():
             return y
         # Experts without rows, or without weights, may cut the graph, and the others would wait for this process.
-        y = _Joined.apply(y, rows)
+        y = _Joined.apply(y, rows, *lent)
         return y if y.requires_grad else y.requires_grad_()
 
     @contextmanager
-    def _local_weights(self) -> Generator[None]:
-        """Let the experts see their part of distributed weights as tensors, and sum the gradients of shared ones."""
+    def _local_weights(self) -> Generator[tuple[Tensor, ...]]:
+        """Let the experts see their part of distributed weights as tensors, and sum the gradients of shared ones.
+
+        Weights of shadows stand behind those of the own experts; the value is what was appended to.
+        """
         common = self.common_parameters() if self.ranks > 1 else set()
-        hidden = []
-        for module in self.experts.modules():
+        seen: dict[tuple[nn.Module, str], Tensor] = {}
+        stacks = []
+        for prefix, module in self.experts.named_modules():
             for name, tensor in (*module._parameters.items(), *module._buffers.items()):
-                if tensor is not None and (tensor in common or hasattr(tensor, "to_local")):
-                    value: Any = tensor
-                    local = value.to_local() if hasattr(value, "to_local") else value
-                    module.__dict__[name] = _Summed.apply(local, self.group) if tensor in common else local
-                    hidden.append((module, name))
+                if tensor is None:
+                    continue
+                value: Any = tensor
+                local = value.to_local() if hasattr(value, "to_local") else value
+                if tensor in common:
+                    local = _Summed.apply(local, self.group)
+                elif self.shadows is not None and f"{prefix}.{name}".lstrip(".") in self.stacks:
+                    stacks.append((module, name))
+                if local is not tensor or (module, name) in stacks:
+                    seen[module, name] = local
+        lent: tuple[Tensor, ...] = ()
+        counted, spare = [], 0
+        if self.shadows is not None:
+            spare = self.shadows.spare
+            lent = Lent.apply(self.shadows, *(seen[place] for place in stacks))  # pyrefly: ignore
+            seen |= dict(zip(stacks, lent, strict=True))
+            counted = [module for module in self.experts.modules() if isinstance(module, Experts)]
+        for (module, name), value in seen.items():
+            module.__dict__[name] = value
+        for module in counted:
+            module.num_experts += spare
         try:
-            yield
+            yield tuple(stack for stack in lent if stack.requires_grad)
         finally:
-            for module, name in hidden:
+            for module, name in seen:
                 del module.__dict__[name]
+            for module in counted:
+                module.num_experts -= spare
 
     def extra_repr(self) -> str:
         """Which experts this process holds."""
@@ -187,19 +213,21 @@ def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 class _Joined(torch.autograd.Function):
-    """The outputs, with the rows in their graph in any case; what it saves makes all processes repeat a round here."""
+    """The outputs, with rows and lent weights in their graph in any case; what it saves makes all processes repeat a
+    round here."""
 
     @staticmethod
-    def forward(ctx: Any, outputs: Tensor, rows: Tensor) -> Tensor:
+    def forward(ctx: Any, outputs: Tensor, rows: Tensor, *lent: Tensor) -> Tensor:
         ctx.save_for_backward(rows[:0])
-        ctx.size = len(rows)
+        ctx.size, ctx.lent = len(rows), [(stack.shape, stack.dtype) for stack in lent]
         return outputs.view_as(outputs)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> Any:  # pyrefly: ignore[bad-override]
         (none,) = ctx.saved_tensors
-        return gradient, none.new_zeros(1, *none.shape[1:]).expand(ctx.size, *none.shape[1:])
+        of_rows = none.new_zeros(1, *none.shape[1:]).expand(ctx.size, *none.shape[1:])
+        return gradient, of_rows, *(none.new_zeros((), dtype=dtype).expand(shape) for shape, dtype in ctx.lent)
 
 
 class _Summed(torch.autograd.Function):

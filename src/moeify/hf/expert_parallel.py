@@ -19,6 +19,7 @@ from transformers.distributed.expert_parallel import AllToAllEP
 from moeify.context import Context
 from moeify.experts import Experts
 from moeify.experts.exchange import Exchange, Plan, by_slot, in_rounds, planned, returned
+from moeify.experts.shadows import Lent, Shadows
 from moeify.hf.interface import rows_of_choices
 from moeify.hf.names import EXPERT_PARALLEL
 
@@ -36,6 +37,7 @@ class RowsToExperts(AllToAllEP):
     Attributes:
         context: which tokens are real, for experts of transformers.
         slots: the expert in each of all slots, as of `moeify.parallel.Parallel`.
+        shadows: which experts other ranks compute too, as of `moeify.parallel.Parallel`.
         limit: rows that a rank may receive at once, as of `moeify.parallel.Parallel`; None for 4 times its share.
     """
 
@@ -43,6 +45,7 @@ class RowsToExperts(AllToAllEP):
         super().__init__(experts, ep_mesh, tp_mesh)
         self.context: Context | None = None
         self.slots: Int[Tensor, "E"] | None = None
+        self.shadows: Shadows | None = None
         self.limit: int | None = None
         self.experts = experts
         held: Any = experts.num_experts
@@ -68,9 +71,10 @@ class RowsToExperts(AllToAllEP):
 
     def _exchanged(self, rows: Float[Tensor, "R D"], counts: Int[Tensor, "E"]) -> Float[Tensor, "R O"]:
         """The outputs of rows sorted by expert, in the same order."""
-        if self.slots is None:
+        slots = self.slots if self.shadows is None else self.shadows.slots
+        if slots is None:
             return self._by_slot(rows, counts)
-        order, counts = by_slot(counts, self.slots.to(counts.device))
+        order, counts = by_slot(counts, slots.to(counts.device), self.ep_mesh.get_local_rank())
         return returned(self._by_slot(rows[order], counts), order)
 
     def _by_slot(self, rows: Float[Tensor, "R D"], counts: Int[Tensor, "slots"]) -> Float[Tensor, "R O"]:
@@ -100,9 +104,12 @@ class RowsToExperts(AllToAllEP):
         theirs = plan[:, rank]
         send, receive = plan[rank].sum(-1).tolist(), theirs.sum(-1).tolist()
         got = Exchange.apply(rows, receive, send, group)
-        expert = torch.arange(self.num_local_experts).repeat(len(plan)).repeat_interleave(theirs.flatten())
+        expert = torch.arange(theirs.shape[1]).repeat(len(plan)).repeat_interleave(theirs.flatten())
         expert, per_expert = (t.to(rows.device, non_blocking=True) for t in (expert, theirs.sum(0)))
-        with _local_parameters(self.experts):  # the backward pass repeats a round outside of transformers' forward
+        with (
+            _local_parameters(self.experts),
+            _with_lent(self.experts, self.shadows),
+        ):  # the backward pass repeats a round outside of transformers' forward
             outputs = self._local(got, expert, per_expert)
         return Exchange.apply(outputs, send, receive, group)  # pyrefly: ignore
 
@@ -116,9 +123,10 @@ class RowsToExperts(AllToAllEP):
             counts = torch.cat([counts.new_ones(1), counts[1:]])
         if isinstance(self.experts, Experts):
             order = expert.argsort(stable=True)
-            first = self.ep_mesh.get_local_rank() * self.num_local_experts
-            here = slice(first, first + self.num_local_experts)
-            with _local_buffers(self.experts, self.num_experts, here if self.slots is None else self.slots[here]):
+            slots = self.slots if self.shadows is None else self.shadows.slots
+            first = self.ep_mesh.get_local_rank() * len(counts)
+            here = slice(first, first + len(counts))
+            with _local_buffers(self.experts, self.num_experts, here if slots is None else slots[here]):
                 sorted_outputs = self.experts_forward(rows[order], counts)
             outputs = returned(sorted_outputs, order)
         else:
@@ -146,6 +154,25 @@ def _local_parameters(experts: nn.Module) -> Generator[None]:
         yield
     finally:
         experts._parameters.update(whole)
+
+
+@contextmanager
+def _with_lent(experts: nn.Module, shadows: Shadows | None) -> Generator[None]:
+    """Let the weights of shadows stand behind the local ones of experts, and experts count them."""
+    if shadows is None:
+        yield
+        return
+    own, number = dict(experts._parameters), experts.num_experts
+    stacks = {name: p for name, p in own.items() if p is not None}
+    longer: Any = dict(zip(stacks, Lent.apply(shadows, *stacks.values()), strict=True))  # pyrefly: ignore
+    experts._parameters.update(longer)
+    if not isinstance(experts, Experts):
+        experts.num_experts = number + shadows.spare  # pyrefly: ignore
+    try:
+        yield
+    finally:
+        experts._parameters.update(own)
+        experts.num_experts = number
 
 
 @contextmanager

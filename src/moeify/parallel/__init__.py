@@ -13,7 +13,7 @@ from moeify.parallel.grouped import ExpertWork, GroupedCost
 from moeify.parallel.layout import TARGETS, Layout, Target
 from moeify.parallel.measure import measure
 from moeify.parallel.moving import move_experts
-from moeify.parallel.place import Placement, permuted, replicated
+from moeify.parallel.place import Placement, permuted, replicated, shadowed
 from moeify.parallel.plan import Choice, Plan, plan
 from moeify.parallel.rebalance import Move, Placed, Rebalancer
 from moeify.parallel.rebalancing import Rebalancing
@@ -26,5 +26,6 @@ __all__ = [
     "DEVICES", "TARGETS", "CannotBeParallel", "Choice", "Cluster", "Cost", "Device", "ExpertWork", "Fixed",
     "GroupedCost", "Layout", "Link", "ModelShape", "Move", "Parallel", "Placed", "Placement", "Plan", "Rebalancer",
     "Rebalancing", "Simulation", "Step", "Target", "Workload", "clip_grad_norm_", "distribute", "expert_plan",
-    "measure", "move_experts", "names_in_one_process", "permuted", "plan", "replicated", "shard", "simulate", "spread",
+    "measure", "move_experts", "names_in_one_process", "permuted", "plan", "replicated", "shadowed", "shard",
+    "simulate", "spread",
 ]  # fmt: skip

@@ -18,6 +18,7 @@ from torch.distributed.tensor import DTensor
 from moeify import ranks
 from moeify.experts.base import Experts
 from moeify.experts.parallel import Parallel
+from moeify.experts.shadows import Shadows
 from moeify.hf.names import EXPERT_PARALLEL
 from moeify.layers import sparse_layers
 from moeify.parallel.held import held
@@ -70,6 +71,13 @@ def _sender(module: nn.Module) -> Any:
     return getattr(module, EXPERT_PARALLEL, None)
 
 
+def _group(sender: Any) -> tuple[int, Any]:
+    """The rank of this process among those that divide the experts, and their group."""
+    if isinstance(sender, Parallel):
+        return sender.rank, sender.group
+    return sender.ep_mesh.get_local_rank(), sender.ep_mesh.get_group()
+
+
 def _stacks(model: nn.Module, layer: str, senders: list[Any]) -> dict[str, DTensor]:
     stacks: dict[str, DTensor] = {}
     plain = names_in_one_process(model)
@@ -100,12 +108,12 @@ def move_experts(model: nn.Module, placement: Placement, optimizer: torch.optim.
 
     Args:
         model: divided by `shard` or `distribute`, between two steps.
-        placement: a layer for each divided layer, in their order, with one slot for every expert.
+        placement: a layer for each divided layer, in their order. The first E / ranks slots of every process are the
+            experts that it trains, one of each; further ones are shadows, of which it computes rows too.
         optimizer: of the model, whose state moves too.
 
     Raises:
-        ValueError: a placement for other layers, experts or processes, or with several slots for an expert; experts
-            or an optimizer that cannot move.
+        ValueError: a placement for other layers, experts or processes; experts or an optimizer that cannot move.
     """
     layers = divided(model)
     require_fitting(layers, placement)
@@ -118,7 +126,13 @@ def move_experts(model: nn.Module, placement: Placement, optimizer: torch.optim.
                         f"the optimizer keeps {key} of {name} in the shape {tuple(value.shape)}, which cannot follow "
                         "experts to other processes; use one whose state has the shape of parameters, such as AdamW"
                     )
-    for layer, wanted in zip(layers, placement.experts, strict=True):
+    for layer, lies in zip(layers, placement.held, strict=True):
+        own = placement.num_experts // placement.ranks
+        wanted = lies[:, :own].flatten()
+        has_shadows = any(set(of.tolist()) - set(of[:own].tolist()) for of in lies)
+        for sender in layer.senders:
+            at, group = _group(sender)
+            sender.shadows = Shadows.of(lies, own, at, group) if has_shadows else None
         if torch.equal(layer.slots, wanted):
             continue
         source = layer.slots.argsort()[wanted]  # the slot in which the new one's expert lies now
@@ -133,7 +147,7 @@ def move_experts(model: nn.Module, placement: Placement, optimizer: torch.optim.
 
 
 def require_fitting(layers: list[Divided], placement: Placement) -> None:
-    """Raise ValueError unless a placement has a slot for every expert of these layers, and no second one."""
+    """Raise ValueError unless a placement lets every process of these layers train as many experts, one of each."""
     if not layers:
         raise ValueError("no experts of this model lie in several processes; call shard or distribute with ep above 1")
     if len(placement.experts) != len(layers):
@@ -144,10 +158,12 @@ def require_fitting(layers: list[Divided], placement: Placement) -> None:
                 f"the placement is of {placement.num_experts} experts on {placement.ranks} processes, and {layer.name} "
                 f"has {len(layer.slots)} on {layer.ranks}"
             )
-    if placement.experts.shape[1] != placement.num_experts:
+    trained = placement.held[:, :, : placement.num_experts // placement.ranks].flatten(1)
+    slots, experts = placement.experts.shape[1], placement.num_experts
+    if not torch.equal(trained.sort(1).values, torch.arange(placement.num_experts).expand_as(trained)):
         raise ValueError(
-            f"the placement has {placement.experts.shape[1]} slots for {placement.num_experts} experts; a training "
-            "moves experts and keeps one of each: make the Rebalancer with spare=0"
+            f"the placement has {slots} slots for {experts} experts, and the first of "
+            "every process are not one of each; a training keeps one of each: use shadows, not replicas"
         )
 
 

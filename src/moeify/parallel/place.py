@@ -45,10 +45,19 @@ class Placement:
         """The experts of every rank."""
         return self.experts.unflatten(1, (self.ranks, -1))
 
-    def rows(self, counts: Num[Tensor, "... L E"]) -> Float[Tensor, "... L R slots"]:
-        """Rows of every slot, where the replicas of an expert share its rows equally."""
-        each = counts / self.replicas
-        return each.gather(-1, self.experts.expand(*each.shape[:-1], -1)).unflatten(-1, (self.ranks, -1))
+    def rows(self, counts: Num[Tensor, "... L E"], *, once: bool = False) -> Float[Tensor, "... L R slots"]:
+        """Rows of every slot, where the replicas of an expert share its rows equally.
+
+        Args:
+            counts: rows of every expert.
+            once: ranks share the rows of an expert, and a second slot that it has on a rank gets none.
+        """
+        each = counts / (self.presence().sum(1) if once else self.replicas)
+        rows = each.gather(-1, self.experts.expand(*each.shape[:-1], -1)).unflatten(-1, (self.ranks, -1))
+        if not once:
+            return rows
+        again = (self.held[..., :, None] == self.held[..., None, :]).tril(-1).any(-1)
+        return rows.masked_fill(again, 0.0)
 
     def load(self, counts: Num[Tensor, "... L E"]) -> Float[Tensor, "... L"]:
         """Rows of the fullest rank, in units of the mean rank."""
@@ -141,6 +150,43 @@ def replicated(counts: Num[Tensor, "L E"], slots: int, ranks: int, *, nodes: int
         copies.scatter_add_(1, hottest, torch.ones_like(hottest, dtype=copies.dtype))
     packed = _packed((rows / copies).gather(1, of_slot), ranks // nodes)
     return Placement(chosen.gather(1, of_slot.gather(1, packed)).view(layers, slots), ranks, num_experts)
+
+
+def shadowed(counts: Num[Tensor, "L E"], before: Placement) -> Placement:
+    """Shadows of hot experts in the slots beside every rank's own experts, where that makes the fullest rank emptier.
+
+    While it helps, the hottest expert of the fullest rank gets a shadow on the emptiest rank with a free slot (in
+    FasterMoE, PPoPP 2022, on all ranks). Slots that stay free hold the coldest expert of their own rank again.
+
+    Args:
+        counts: rows, measured or expected.
+        before: every rank's own E / ranks experts in its first slots.
+    """
+    ranks, slots = before.held.shape[1:]
+    own = before.num_experts // ranks
+    placed = before.held.clone()
+    for layer, rows in enumerate(counts.double()):
+        holders = torch.zeros(ranks, before.num_experts, dtype=torch.float64).scatter_(1, placed[layer, :, :own], 1.0)
+        filled = torch.full((ranks,), own)
+        mine = placed[layer, :, :own]
+        placed[layer, :, own:] = mine.gather(1, rows[mine].argmin(1, keepdim=True))
+        while True:
+            each = holders * rows / holders.sum(0)
+            load = each.sum(1)
+            fullest = load.argmax()
+            hottest = each[fullest].argmax()
+            free = (filled < slots) & (holders[:, hottest] == 0)
+            if not free.any():
+                break
+            to = load.masked_fill(~free, float("inf")).argmin()
+            more = holders.clone()
+            more[to, hottest] = 1.0
+            if (more * rows / more.sum(0)).sum(1).max() >= load[fullest]:
+                break
+            holders = more
+            placed[layer, to, filled[to]] = hottest
+            filled[to] += 1
+    return Placement(placed.flatten(1), ranks, before.num_experts)
 
 
 def _packed(weights: Float[Tensor, "L n"], packs: int) -> Int[Tensor, "L n"]:

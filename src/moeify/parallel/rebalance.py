@@ -9,9 +9,10 @@ import torch
 from jaxtyping import Bool, Float, Num
 from torch import Tensor
 
+from moeify.parallel.cluster import Link
 from moeify.parallel.cost import GRADIENT, STATE, Step
 from moeify.parallel.layout import Layout
-from moeify.parallel.place import Placement, permuted, replicated
+from moeify.parallel.place import Placement, permuted, replicated, shadowed
 
 Place = Callable[[Num[Tensor, "L E"], Placement], Placement]
 """Proposes a placement for counted rows, given what lies where."""
@@ -48,18 +49,21 @@ class Placed:
     Args:
         step: the model, the cluster and the program.
         layout: how it is trained.
+        shadows: an expert that lies on several ranks has parameters on the first of them alone, which lends them to the
+            others in every pass; otherwise each of them trains a replica.
     """
 
-    def __init__(self, step: Step, layout: Layout) -> None:
-        self.step, self.layout = step, layout
+    def __init__(self, step: Step, layout: Layout, *, shadows: bool = False) -> None:
+        self.step, self.layout, self.shadows = step, layout, shadows
         self._passes = (3 + layout.recompute) * layout.accumulation
-        self._held_bytes = step.shape.expert_parameters * (2 + STATE) / layout.efsdp
+        self._held_bytes = 0.0 if shadows else step.shape.expert_parameters * (2 + STATE) / layout.efsdp
 
     def seconds(self, placement: Placement, shares: Float[Tensor, "S L E"]) -> Float[Tensor, "S L"]:
-        """Of one layer in a whole step, with adding up the gradients of replicas."""
-        rows = placement.rows(self.step.rows(self.layout, shares))
+        """Of one layer in a whole step, with adding up the gradients of replicas or lending to shadows."""
+        rows = placement.rows(self.step.rows(self.layout, shares), once=self.shadows)
         experts, exchanged = self.step.layer_seconds(self.layout, rows)
-        return (experts + exchanged) * self._passes + self._reducing(placement)
+        more = self._lending(placement) if self.shadows else self._reducing(placement)
+        return (experts + exchanged) * self._passes + more
 
     def move(self, before: Placement, after: Placement) -> tuple[float, Float[Tensor, "L"]]:
         """Bytes over all ranks, and seconds of the busiest rank of each layer.
@@ -84,9 +88,24 @@ class Placed:
         """Seconds of the all-reduce of gradients of experts that lie on several ranks, on the busiest rank."""
         several = placement.presence().sum(1).gt(1).gather(1, placement.experts).unflatten(1, (placement.ranks, -1))
         sent = several.sum(-1).amax(-1) * 2 * GRADIENT * self.step.shape.expert_parameters / self.layout.efsdp
-        cluster = self.step.cluster
-        link = cluster.intra if placement.ranks <= cluster.devices_per_node else cluster.inter
+        link = self._link(placement.ranks)
         return sent / link.bandwidth + (sent > 0) * link.latency
+
+    def _lending(self, placement: Placement) -> Float[Tensor, "L"]:
+        """Seconds of sending weights to shadows and gradients back, in 16 bits, on the busiest rank."""
+        held, own = placement.held, placement.num_experts // placement.ranks
+        lender = held[..., :own].flatten(1).argsort(1).gather(1, held[..., own:].flatten(1)) // own  # (L, R * spare)
+        borrower = torch.arange(placement.ranks).repeat_interleave(held.shape[2] - own)
+        lent = (lender != borrower).double()
+        none = torch.zeros(len(held), placement.ranks, dtype=torch.float64)
+        sent, got = none.scatter_add(1, lender, lent), none.index_add(1, borrower, lent)
+        most = torch.maximum(sent, got).amax(-1)
+        link, passes = self._link(placement.ranks), (2 + self.layout.recompute) * self.layout.accumulation
+        return passes * (most * 2 * self.step.shape.expert_parameters / link.bandwidth + (most > 0) * link.latency)
+
+    def _link(self, ranks: int) -> Link:
+        cluster = self.step.cluster
+        return cluster.intra if ranks <= cluster.devices_per_node else cluster.inter
 
 
 class Rebalancer:
@@ -106,18 +125,31 @@ class Rebalancer:
         placed: prices placements.
         steps: of the whole training.
         every: steps between decisions.
-        spare: slots of a rank beyond its share of the experts, for replicas; without any, experts change places only.
+        spare: slots of a rank beyond its share of the experts, for replicas with an optimizer state each, for
+            `simulate`; without any, experts change places only.
+        shadows: slots of a rank for shadows of experts of other ranks, which have none; experts stay where they are.
+
+    Raises:
+        ValueError: both replicas and shadows.
     """
 
-    def __init__(self, placed: Placed, *, steps: int, every: int = 10, spare: int = 0) -> None:
+    def __init__(self, placed: Placed, *, steps: int, every: int = 10, spare: int = 0, shadows: int = 0) -> None:
+        if spare and shadows:
+            raise ValueError(
+                f"spare={spare} gives hot experts replicas and shadows={shadows} shadows; choose one of them"
+            )
         shape, ranks = placed.step.shape, placed.layout.ep
-        self.placed, self.steps, self.every = placed, steps, every
+        self.spare = spare
+        self.placed = Placed(placed.step, placed.layout, shadows=True) if shadows else placed
+        self.steps, self.every = steps, every
         self.static = self.placement = Placement.contiguous(shape.sparse_layers, shape.num_experts, ranks)
         self.place: Place = permuted
         if spare:
             slots, node = shape.num_experts + spare * ranks, placed.step.cluster.devices_per_node
             self.placement = with_spare(self.placement, slots)
             self.place = lambda counts, now: replicated(counts, slots, ranks).aligned(now, 0 if ranks % node else node)
+        if shadows:
+            self.placement, self.place = with_spare(self.placement, shape.num_experts + shadows * ranks), shadowed
         self.seen = 0
         self._window: list[Float[Tensor, "L E"]] = []
         self._before: Placement | None = None

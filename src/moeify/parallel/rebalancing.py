@@ -30,17 +30,23 @@ class Rebalancing:
     Args:
         model: divided by `shard` or `distribute`, the same in every process.
         optimizer: of the model.
-        rebalancer: made with `spare=0`, for as many layers, experts and processes as the model has.
+        rebalancer: for as many layers, experts and processes as the model has, and without `spare`; with `shadows`, hot
+            experts are computed by several processes.
 
     Attributes:
         moves: those that were made, by the number of steps before them.
 
     Raises:
-        ValueError: as of `move_experts`.
+        ValueError: as of `move_experts`, and a rebalancer with `spare`.
     """
 
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, rebalancer: Rebalancer) -> None:
         self.model, self.optimizer, self.rebalancer = model, optimizer, rebalancer
+        if rebalancer.spare:
+            raise ValueError(
+                f"spare={rebalancer.spare} is for replicas with an optimizer state each, which `simulate` prices and a "
+                f"training does not have; make the Rebalancer with shadows={rebalancer.spare}"
+            )
         layers = divided(model)
         require_fitting(layers, rebalancer.placement)
         self.moves: dict[int, Move] = {}

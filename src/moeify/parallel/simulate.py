@@ -72,7 +72,7 @@ def simulate(
     shares = Workload.counted(counts).shares.expand(-1, layers, -1)
     calm = replace(step, workload=Workload.balanced(step.shape.num_experts)).price(layout)
     rest = sum(seconds for kind, seconds in calm.seconds.items() if kind not in OF_SPARSE)
-    placed = Placed(step, layout)
+    placed = Placed(step, layout, shadows=rebalancer is not None and rebalancer.placed.shadows)
     still = Placement.contiguous(layers, step.shape.num_experts, layout.ep)
     placement, progress = still, Progress("replay", len(shares))
     static, seconds, load, moves = [], [], [], {}

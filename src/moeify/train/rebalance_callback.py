@@ -21,7 +21,7 @@ class Rebalance(TrainerCallback):
         trainer = SparseTrainer(model, arguments, callbacks=[moving], ...)
 
     Args:
-        rebalancer: made with `spare=0`, and of one training.
+        rebalancer: of one training, without `spare`; `shadows=1` lets hot experts be computed by several ranks.
 
     Raises:
         ValueError: when training begins, a model whose experts cannot move, or do not fit the rebalancer.
@@ -42,9 +42,10 @@ class Rebalance(TrainerCallback):
         """Move experts, if it pays."""
         assert self.running is not None
         if (move := self.running.step()) is not None and state.is_world_process_zero:
+            made = f"moved, {move.bytes / 1e6:,.1f} MB," if move.bytes else "are lent to other processes"
             notify(
-                f"moeify: step {state.global_step}: experts of {move.layers} layers moved, "
-                f"{move.bytes / 1e6:,.1f} MB, to save {1000 * move.saves:,.2f} ms a step"
+                f"moeify: step {state.global_step}: experts of {move.layers} layers {made} "
+                f"to save {1000 * move.saves:,.2f} ms a step"
             )
 
     def on_train_end(
