@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 pytest.importorskip("megatron.core")
 
-from megatron.core import parallel_state
+from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec
@@ -28,6 +28,7 @@ from tiny_models import deepseek_v3, mixtral, qwen3_moe, tokens
 def _on_a_cpu(monkeypatch, tmp_path):
     """Megatron-Core asks for a GPU in places that need none."""
     monkeypatch.setattr(torch.cuda, "current_device", lambda: "cpu")
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda *device: None)
     monkeypatch.setattr(CudaRNGStatesTracker, "fork", lambda self, *name: contextlib.nullcontext())
     monkeypatch.setattr(moe_utils, "te_general_gemm", None, raising=False)  # undefined without Transformer Engine
     store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
@@ -58,19 +59,22 @@ def tensors(module):
     return {key for key, value in module.state_dict().items() if isinstance(value, torch.Tensor)}
 
 
-@pytest.mark.parametrize("build", [mixtral, qwen3_moe])
-def test_the_model_of_megatron_has_the_logits_of_transformers(build):
-    model = build()
-    config = model.config
+def made(config):
     theirs = TransformerConfig(
         **settings(config), num_query_groups=config.num_key_value_heads, kv_channels=config.head_dim,
         qk_layernorm=config.model_type == "qwen3_moe",
     )  # fmt: skip
     spec = get_gpt_decoder_block_spec(theirs, use_transformer_engine=False, normalization="RMSNorm")
-    megatron = GPTModel(
+    return GPTModel(
         theirs, spec, vocab_size=config.vocab_size, max_sequence_length=128, position_embedding_type="rope",
         rotary_base=config.rope_parameters["rope_theta"], share_embeddings_and_output_weights=False,
     ).eval()  # fmt: skip
+
+
+@pytest.mark.parametrize("build", [mixtral, qwen3_moe])
+def test_the_model_of_megatron_has_the_logits_of_transformers(build):
+    model = build()
+    config, megatron = model.config, made(model.config)
     weights = to_megatron(model.state_dict(), config)
     assert tensors(megatron) == weights.keys()
     megatron.load_state_dict(weights, strict=False)  # which lacks _extra_state, of no tensor
@@ -80,6 +84,18 @@ def test_the_model_of_megatron_has_the_logits_of_transformers(build):
         logits, wanted = megatron(ids, places, mask[None, None]), model(ids).logits
     assert (logits - wanted).abs().max() < 1e-5 * wanted.abs().max()
     back = from_megatron(megatron.state_dict(), config)
+    assert all(torch.equal(back[key], tensor) for key, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("build", [mixtral, qwen3_moe])
+def test_a_distributed_checkpoint_of_megatron_holds_the_weights_bit_for_bit(build, tmp_path):
+    model = build()
+    first, second = made(model.config), made(model.config)
+    first.load_state_dict(to_megatron(model.state_dict(), model.config), strict=False)
+    (tmp_path / "iter_0000001").mkdir()
+    dist_checkpointing.save(first.sharded_state_dict(), str(tmp_path / "iter_0000001"))
+    second.load_state_dict(dist_checkpointing.load(second.sharded_state_dict(), str(tmp_path / "iter_0000001")))
+    back = from_megatron(second.state_dict(), model.config)
     assert all(torch.equal(back[key], tensor) for key, tensor in model.state_dict().items())
 
 
