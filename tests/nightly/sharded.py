@@ -11,7 +11,7 @@ restarts: the same, one rank killed under torchrun --standalone --max-restarts 3
 exits: a run of three steps must end with exit code 0, interpreter included.
 
 Ranks are forked off this process, which has imported everything and runs no kernel itself, but for restarts. Prints one
-line of JSON.
+line of JSON. With `--counts FILE` counts are kept after every run, and the same command goes on with what is missing.
 """
 
 from __future__ import annotations
@@ -46,7 +46,6 @@ from tiny_models import VOCABULARY, causal_lm
 
 RANKS, STEPS = 2, 6
 MOST = 8  # kills of one run, so that those of a finished one, which only starts, are few
-WAIT = 120  # seconds for a rank to notice that another one is gone
 
 
 class Die(TrainerCallback):
@@ -137,7 +136,7 @@ def stop(folder: Path, why: str, children: list[int]) -> None:
     raise SystemExit(f"{folder}: {why}\n{Path(f'{folder}.log').read_text()[-6000:]}")
 
 
-def killed(folder: Path, seed: int, after: float, who: list[int]) -> bool:
+def killed(folder: Path, seed: int, after: float, who: list[int], wait: float) -> bool:
     """Start a run, kill some ranks after some seconds, and wait for the others; False if it had ended before."""
     children = fork(folder, seed)
     statuses = ended(children, after)
@@ -148,9 +147,9 @@ def killed(folder: Path, seed: int, after: float, who: list[int]) -> bool:
     for rank in who:
         if children[rank] not in statuses:
             os.kill(children[rank], signal.SIGKILL)
-    rest = ended([child for child in children if child not in statuses], WAIT)
+    rest = ended([child for child in children if child not in statuses], wait)
     if len(statuses) + len(rest) < RANKS:
-        stop(folder, f"a rank was still there {WAIT} seconds after the other one was killed", children)
+        stop(folder, f"a rank was still there {wait} seconds after the other one was killed", children)
     return True
 
 
@@ -174,34 +173,47 @@ def compare(whole: Path, broken: Path, root: str) -> None:
         raise SystemExit(f"{broken.name} differs from {whole.name}; both are in {kept}")
 
 
-def kill_runs(kills: int, draw: random.Random, root: str) -> dict[str, int]:
-    count, runs, hit = 0, 0, Counter[str]()
-    while count < kills:
+class Counts(Counter[str]):
+    """What was counted, kept in a file if there is one."""
+
+    def __init__(self, file: Path | None):
+        super().__init__(json.loads(file.read_text()) if file is not None and file.exists() else {})
+        self.file = file
+
+    def keep(self, **more: int) -> None:
+        self.update(more)
+        if self.file is not None:
+            self.file.write_text(json.dumps(self))
+        print(json.dumps(self), flush=True)
+
+
+def kill_runs(kills: int, counts: Counts, root: str, wait: float) -> None:
+    while counts["kills"] < kills:
+        runs, left = counts["runs"], kills - counts["kills"]
+        draw, hit = random.Random(runs), Counter[str]()
         whole, broken = Path(root, f"whole-{runs}"), Path(root, f"broken-{runs}")
         start = time.monotonic()
         finish(whole, runs)
         seconds = time.monotonic() - start
-        for _ in range(min(MOST, kills - count)):
+        for _ in range(min(MOST, left)):
             who = draw.choice([[0], [1], [0, 1]])
-            if not killed(broken, runs, draw.uniform(0.1, 1.0) * seconds, who):
+            if not killed(broken, runs, draw.uniform(0.1, 1.0) * seconds, who, wait):
                 break
-            count, hit = count + 1, hit + Counter({"both" if len(who) > 1 else "one": 1})
+            hit["both" if len(who) > 1 else "one"] += 1
         finish(broken, runs)
         compare(whole, broken, root)
-        runs += 1
-        print(f"{count} of {kills} kills, {runs} runs equal", flush=True)
-    return {"kills": count, "kills_of_one_rank": hit["one"], "runs": runs}
+        counts.keep(kills=hit.total(), kills_of_one_rank=hit["one"], runs=1)
 
 
-def restart_runs(restarts: int, draw: random.Random, root: str) -> dict[str, int]:
-    recovered, again = 0, 0
+def restart_runs(restarts: int, counts: Counts, root: str) -> None:
     environment = os.environ | {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    for number in range(restarts):
+    for number in range(counts["restarts"], restarts):
         whole, broken = Path(root, f"calm-{number}"), Path(root, f"struck-{number}")
+        die = random.Random(number).randrange(1, STEPS)
         finish(whole, number)
         command = [
             "-m", "torch.distributed.run", "--standalone", "--max-restarts=3", f"--nproc-per-node={RANKS}", __file__,
-            "--worker", str(broken), "--seed", str(number), "--die", str(draw.randrange(1, STEPS)),
+            "--worker", str(broken), "--seed", str(number), "--die", str(die),
         ]  # fmt: skip
         result = subprocess.run(
             [sys.executable, *command], env=environment, capture_output=True, text=True, timeout=900
@@ -209,22 +221,18 @@ def restart_runs(restarts: int, draw: random.Random, root: str) -> dict[str, int
         if result.returncode:
             raise SystemExit(f"torchrun ended with {result.returncode}:\n{(result.stdout + result.stderr)[-6000:]}")
         compare(whole, broken, root)
-        recovered += 1
-        again += (broken / "attempts").read_text().count("1\n")
-        print(f"{recovered} of {number + 1} restarts", flush=True)
-    return {"restarts": recovered, "attempts_beside_the_first": again}
+        counts.keep(restarts=1, attempts_beside_the_first=(broken / "attempts").read_text().count("1\n"))
 
 
-def exit_runs(exits: int, root: str) -> dict[str, int]:
-    clean = 0
-    for number in range(exits):
+def exit_runs(exits: int, counts: Counts, root: str) -> None:
+    for number in range(counts["exits"], exits):
         children = fork(Path(root, f"exit-{number}"), number, steps=3)
         statuses = ended(children, 900)
-        clean += list(statuses.values()) == [0] * RANKS
-        if clean <= number:
+        is_clean = list(statuses.values()) == [0] * RANKS
+        if not is_clean:
             print(f"run {number} ended with {statuses}", flush=True)
+        counts.keep(exits=1, clean_exits=int(is_clean))
         shutil.rmtree(Path(root, f"exit-{number}"), ignore_errors=True)
-    return {"exits": exits, "clean_exits": clean}
 
 
 def main() -> None:
@@ -232,7 +240,9 @@ def main() -> None:
     options.add_argument("--kills", type=int, default=50)
     options.add_argument("--restarts", type=int, default=9)
     options.add_argument("--exits", type=int, default=100)
-    options.add_argument("--seed", type=int, default=0)
+    options.add_argument("--counts", type=Path, help="a JSON file in which counts are kept")
+    options.add_argument("--wait", type=float, default=120, help="seconds for a rank to notice that another is gone")
+    options.add_argument("--seed", type=int, default=0, help=argparse.SUPPRESS)
     options.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
     options.add_argument("--die", type=int, help=argparse.SUPPRESS)
     chosen = options.parse_args()
@@ -242,14 +252,14 @@ def main() -> None:
             with (chosen.worker / "attempts").open("a") as attempts:
                 attempts.write(os.environ["TORCHELASTIC_RESTART_COUNT"] + "\n")
         return train(chosen.worker, chosen.seed, die=chosen.die)
-    draw, began = random.Random(chosen.seed), time.monotonic()
+    counts, began = Counts(chosen.counts), time.monotonic()
     root = tempfile.mkdtemp()  # no context: ranks leave through this function too
-    facts = kill_runs(chosen.kills, draw, root)
-    facts |= restart_runs(chosen.restarts, draw, root)
-    facts |= exit_runs(chosen.exits, root)
+    kill_runs(chosen.kills, counts, root, chosen.wait)
+    restart_runs(chosen.restarts, counts, root)
+    exit_runs(chosen.exits, counts, root)
     shutil.rmtree(root)
-    failed = facts["clean_exits"] < facts["exits"]
-    print(json.dumps(facts | {"seconds": round(time.monotonic() - began), "torch": torch.__version__}))
+    failed = counts["clean_exits"] < counts["exits"]
+    print(json.dumps(dict(counts) | {"seconds": round(time.monotonic() - began), "torch": torch.__version__}))
     raise SystemExit(1 if failed else 0)
 
 
