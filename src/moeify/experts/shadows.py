@@ -50,7 +50,7 @@ class Shadows:
             rank: of this process.
             group: the processes.
         """
-        slot = held[:, :own].flatten().argsort()[held[:, own:]]  # (ranks, spare)
+        slot = held[:, :own].flatten().argsort()[held[:, own:]]  # (processes, spare)
         lender, place = slot // own, slot % own
         to_each = [place[to][lender[to] == rank] for to in range(len(held))]
         of_each = [(lender[rank] == of).nonzero()[:, 0] for of in range(len(held))]

@@ -25,20 +25,20 @@ from moeify.hf.names import EXPERT_PARALLEL
 
 
 class RowsToExperts(AllToAllEP):
-    """Sends every rank's rows to the ranks of their experts, and their outputs back; registered as `moeify`.
+    """Sends every process's rows to the processes of their experts, and their outputs back; registered as `moeify`.
 
     Experts of moeify are called with rows sorted by expert and their counts, so whatever their router decided holds:
     padding and rows that a capacity dropped are not sent. Experts of transformers are called with tokens, index and
     weights; a padded token of a model that `moeify.parallel.distribute` placed is not sent either, and its output is 0.
-    Ranks of one tensor-parallel group hold the same tokens, and each sends its part of the rows.
+    Processes of one tensor-parallel group hold the same tokens, and each sends its part of the rows.
 
     Experts of moeify keep the number of all experts in `num_experts`, which routers and statistics read.
 
     Attributes:
         context: which tokens are real, for experts of transformers.
         slots: the expert in each of all slots, as of `moeify.parallel.Parallel`.
-        shadows: which experts other ranks compute too, as of `moeify.parallel.Parallel`.
-        limit: rows that a rank may receive at once, as of `moeify.parallel.Parallel`; None for 4 times its share.
+        shadows: which experts other processes compute too, as of `moeify.parallel.Parallel`.
+        limit: rows that a process may receive at once, as of `moeify.parallel.Parallel`; None for 4 times its share.
     """
 
     def __init__(self, experts: nn.Module, ep_mesh: DeviceMesh, tp_mesh: DeviceMesh) -> None:
@@ -61,7 +61,7 @@ class RowsToExperts(AllToAllEP):
         top_k_index: Int[Tensor, "T K"],
         top_k_weights: Float[Tensor, "T K"] | None,
     ) -> Float[Tensor, "T D"]:
-        """The weighted outputs of the tokens of this rank; without weights, those of rows by their counts."""
+        """The weighted outputs of the tokens of this process; without weights, those of rows by their counts."""
         if top_k_weights is None:
             return self._exchanged(hidden_states, top_k_index)
         positions = None if self.context is None else self.context.real(len(top_k_index))
@@ -94,7 +94,7 @@ class RowsToExperts(AllToAllEP):
         return whole.full_tensor()
 
     def _of_rank(self, rows: Float[Tensor, "R D"], counts: Int[Tensor, "E"]) -> Float[Tensor, "R O"]:
-        """The outputs of rows that this rank alone sends."""
+        """The outputs of rows that this process alone sends."""
         plan = planned(counts, self.ep_mesh.size(), self.ep_mesh.get_group())
         return in_rounds(rows, plan, self.ep_mesh.get_local_rank(), self.limit, self._round)
 
@@ -116,7 +116,7 @@ class RowsToExperts(AllToAllEP):
     def _local(
         self, rows: Float[Tensor, "R D"], expert: Int[Tensor, "R"], counts: Int[Tensor, "local"]
     ) -> Float[Tensor, "R O"]:
-        """The outputs of this rank's experts; one row that is not kept where there is none, to stay in the graph."""
+        """The outputs of this process's experts; one row that is not kept where there is none, to stay in the graph."""
         none = len(rows) == 0
         if none:
             rows, expert = rows.sum(0, keepdim=True), expert.new_zeros(1)
@@ -177,7 +177,7 @@ def _with_lent(experts: nn.Module, shadows: Shadows | None) -> Generator[None]:
 
 @contextmanager
 def _local_buffers(experts: nn.Module, num_experts: int, here: slice | Int[Tensor, "local"]) -> Generator[None]:
-    """Give experts the part of their buffers (E, ...) that belongs to those of this rank."""
+    """Give experts the part of their buffers (E, ...) that belongs to those of this process."""
     whole = {
         name: buffer
         for name, buffer in experts._buffers.items()

@@ -1,6 +1,6 @@
 """Sparse training on many devices: what a step costs there, which layout is fastest, and where experts should lie.
 
-`distribute` puts a model on the ranks of a run as a layout says, by the engine of transformers; `shard` does so for
+`distribute` puts a model on the processes of a run as a layout says, by the engine of transformers; `shard` does so for
 loops of one's own.
 """
 

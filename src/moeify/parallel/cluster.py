@@ -173,10 +173,10 @@ class Cluster:
         return replace(self, device=device, intra=intra, inter=inter)
 
     def across(self, group: int, stride: int = 1) -> tuple[int, int]:
-        """How many ranks of a group of ranks at equal distances are on one node, and on how many nodes they are.
+        """How many processes of a group, at equal distances, are on one node, and on how many nodes they are.
 
         Args:
-            group: ranks of the group.
+            group: processes of the group.
             stride: distance of two neighbours.
         """
         here = max(1, min(group, self.devices_per_node // stride))

@@ -4,7 +4,7 @@ A step of m micro-batches over p stages takes
 
     sum of all stages + (m - 1) · slowest stage + shards gathered and reduced + optimizer + fixed costs
 
-and in every sparse layer all ranks wait for the fullest one, forward and backward. Backward is twice forward.
+and in every sparse layer all processes wait for the fullest one, forward and backward. Backward is twice forward.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Cost:
     """A step.
 
     Attributes:
-        seconds: by what they are spent on. `skew` is the wait for the fullest rank of each layer.
+        seconds: by what they are spent on. `skew` is the wait for the fullest process of each layer.
         bytes: on the fullest device, by what lies there.
         tokens: of the step.
         devices: their number.
@@ -118,18 +118,18 @@ class Step:
         return Cost(seconds=spent, bytes=self._bytes(layout), tokens=tokens, devices=layout.world)
 
     def rank_rows(self, layout: Layout) -> Float[Tensor, "S L ranks slots"]:
-        """Rows of a micro-batch that each expert gets, by the rank that holds it."""
+        """Rows of a micro-batch that each expert gets, by the process that holds it."""
         return self.rows(layout, self.workload.shares).unflatten(-1, (layout.ep, -1))
 
     def rows(self, layout: Layout, shares: Float[Tensor, "S L E"]) -> Float[Tensor, "S L E"]:
-        """Rows of a micro-batch of all ranks that share experts."""
+        """Rows of a micro-batch of all processes that share experts."""
         return shares * (self._tokens(layout) * self.shape.k * max(layout.ep // layout.tp, 1))
 
     def _tokens(self, layout: Layout) -> int:
         return layout.micro_batch * self.length
 
     def _block(self, layout: Layout) -> dict[str, float]:
-        """Seconds of a micro-batch in one block, forward; `skew` is what the fullest rank takes beyond balance."""
+        """Seconds of a micro-batch in one block, forward; `skew` is what the fullest process takes beyond balance."""
         shape, device, tokens = self.shape, self.cluster.device, self._tokens(layout)
         key = layout.tp, layout.ep, tokens  # all that it depends on; many layouts share it
         if key in self._layers:
@@ -154,7 +154,7 @@ class Step:
     def layer_seconds(
         self, layout: Layout, rows: Float[Tensor, "S L ranks slots"]
     ) -> tuple[Float[Tensor, "S L"], Float[Tensor, "S L"]]:
-        """Seconds of the experts and of both exchanges of a layer, forward, on the fullest rank."""
+        """Seconds of the experts and of both exchanges of a layer, forward, on the fullest process."""
         device, width = self.cluster.device, self.shape.width
         work = ExpertWork.of(
             rows.ceil(), width=width, hidden=max(round(self.shape.hidden / layout.etp), 1), experts=rows.shape[-1]
@@ -185,14 +185,14 @@ class Step:
         return 2 * message * (layout.pp - 1 + layout.accumulation)
 
     def _held(self, layout: Layout) -> tuple[float, float]:
-        """Parameters of one rank before fsdp shards them: outside experts, and of experts."""
+        """Parameters of one process before fsdp shards them: outside experts, and of experts."""
         shape = self.shape
         dense = (shape.dense_parameters / layout.pp + shape.embedding / min(layout.pp, 2)) / layout.tp
         sparse = max(sparse for _, sparse in self._stages(layout))
         return dense, sparse * shape.num_experts * shape.expert_parameters / (layout.ep * layout.etp)
 
     def _owned(self, layout: Layout) -> float:
-        """Parameters of one rank whose optimizer state it keeps."""
+        """Parameters of one process whose optimizer state it keeps."""
         dense, experts = self._held(layout)
         return dense / layout.fsdp + experts / layout.efsdp
 

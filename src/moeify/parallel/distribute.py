@@ -1,4 +1,4 @@
-"""Put a sparse model on the ranks of a run by transformers' own engine, whole experts on each: `DistributedConfig`."""
+"""Put a sparse model on several processes by transformers' own engine, whole experts on each: `DistributedConfig`."""
 
 from __future__ import annotations
 
@@ -29,26 +29,27 @@ INSTEAD = "leave ep_size=1: FSDP2 (fsdp_size) and DDP (torchrun without a Distri
 
 
 class CannotBeParallel(ValueError):
-    """Experts that no rank can hold apart from the others."""
+    """Experts that no process can hold apart from the others."""
 
 
 def distribute(model: Model, config: DistributedConfig | dict[str, Any]) -> Model:
-    """Shard a model in memory over all ranks, in place: FSDP2, expert, tensor and replicated data parallelism.
+    """Shard a model in memory over all processes, in place: FSDP2, expert, tensor and replicated data parallelism.
 
-    Call it on every rank of `torchrun`, with the same model, before the trainer or the optimizer is made. Experts are
+    Call it on every process of `torchrun`, with the same model, before trainer and optimizer are made. Experts are
     exchanged by `RowsToExperts` if the configuration names no `ep_implementation`. Afterwards the parameters are
     DTensors. On a single process with sizes of 1 nothing changes.
 
     Args:
         model: of transformers, sparsified or with MoE blocks of its own.
-        config: the sizes `fsdp_size`, `ep_size`, `tp_size`, `dp_replicate_size`, whose product over ranks is the world.
+        config: the sizes `fsdp_size`, `tp_size` and `dp_replicate_size`, whose product is the number of processes, and
+            `ep_size`, a divisor of `fsdp_size * tp_size`.
 
     Returns:
         The model.
 
     Raises:
-        CannotBeParallel: with `ep_size` above 1, experts that ranks cannot hold apart or share evenly.
-        ValueError: ranks with different weights, a model that is not transformers' own, or sizes that do not fit.
+        CannotBeParallel: with `ep_size` above 1, experts that processes cannot hold apart or share evenly.
+        ValueError: processes with different weights, a model that is not transformers' own, or sizes that do not fit.
         RuntimeError: an expert's parameter was left whole by the plan.
         ImportError: a transformers older than 5.23.
     """
@@ -88,10 +89,10 @@ def expert_plan(model: nn.Module, ep_size: int = 1) -> dict[str, str]:
 
     Args:
         model: the model.
-        ep_size: ranks that share the experts of a layer.
+        ep_size: processes that share the experts of a layer.
 
     Raises:
-        CannotBeParallel: experts that ranks cannot hold apart, or that these do not share evenly.
+        CannotBeParallel: experts that processes cannot hold apart, or that these do not share evenly.
     """
     plan: dict[str, str] = {}
     placed: set[str] = set()
@@ -126,7 +127,7 @@ def _stacks(layer: MoELayer) -> Iterator[tuple[str, Experts]]:
 
 
 def _not_parallel(layer: MoELayer) -> str | None:
-    """Why ranks cannot hold the experts of a layer apart, None if they can."""
+    """Why processes cannot hold the experts of a layer apart, None if they can."""
     experts = layer.experts
     if is_wrapper(experts):
         return f"{type(experts).__name__} is around them; put it on dense layers only, or on the model before sparsify"
@@ -178,13 +179,13 @@ def _forget_dense_rules(model: PreTrainedModel) -> None:
 
 
 def require_sharded(layers: dict[str, SparseLayer]) -> None:
-    """Check that every parameter of the experts lies on the ranks of an expert-parallel mesh.
+    """Check that every parameter of the experts lies on the processes of an expert-parallel mesh.
 
     Args:
         layers: the sparse layers of the model, as they were found before it was placed.
 
     Raises:
-        RuntimeError: a parameter does not; ranks would train different experts under one name.
+        RuntimeError: a parameter does not; processes would train different experts under one name.
     """
     from torch.distributed.tensor import DTensor
 
@@ -214,7 +215,7 @@ def _tell_padding(model: nn.Module, layers: dict[str, SparseLayer]) -> None:
 
 
 def _require_same_weights(model: nn.Module) -> None:
-    """Compare a sum of every parameter over ranks, without which they would shard different models as one."""
+    """Compare a sum of every parameter over processes, without which they would shard different models as one."""
     if not ranks.several():
         return
     sums = torch.stack([_checksum(p.detach()) for p in model.parameters()])

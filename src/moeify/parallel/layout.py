@@ -1,4 +1,4 @@
-"""A layout: how many ranks share data, shards, tensors, stages and experts; and which layouts a program can run."""
+"""A layout: how many processes share data, shards, tensors, stages and experts; and which layouts a program can run."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ class Layout:
 
     Attributes:
         dp: replicas of all shards.
-        fsdp: ranks of one replica, each with its own data.
-        tp: ranks that split every matrix outside experts.
+        fsdp: processes of one replica, each with its own data.
+        tp: processes that split every matrix outside experts.
         pp: stages of a pipeline.
-        ep: ranks that hold different experts; a divisor of tp · fsdp.
-        micro_batch: sequences of a rank in one forward pass.
+        ep: processes that hold different experts; a divisor of tp · fsdp.
+        micro_batch: sequences of a process in one forward pass.
         accumulation: forward passes of a step.
         recompute: whether blocks are computed again in backward instead of being kept.
     """
@@ -37,17 +37,17 @@ class Layout:
 
     @property
     def world(self) -> int:
-        """Number of ranks."""
+        """Number of processes."""
         return self.dp * self.fsdp * self.tp * self.pp
 
     @property
     def etp(self) -> int:
-        """Ranks that split every expert: all of tp, or none if experts are spread over ranks."""
+        """Processes that split every expert: all of tp, or none if experts are spread over processes."""
         return self.tp if self.ep == 1 else 1
 
     @property
     def efsdp(self) -> int:
-        """Ranks of a replica that hold the same experts, or the same slices of them."""
+        """Processes of a replica that hold the same experts, or the same slices of them."""
         return self.fsdp * self.tp // (self.ep * self.etp)
 
     @property
@@ -123,13 +123,13 @@ class Torchtitan(Target):
 
 
 class Megatron(Target):
-    """Megatron-Core with its distributed optimizer, which shards optimizer states over data-parallel ranks."""
+    """Megatron-Core with its distributed optimizer, which shards optimizer states over data-parallel processes."""
 
     name = "megatron"
     shards_parameters = False
 
     def refuse_here(self, layout: Layout) -> str | None:
-        """Its replicas are its data-parallel ranks, over which it shards its optimizer."""
+        """Its replicas are its data-parallel processes, over which it shards its optimizer."""
         if layout.dp > 1:
             return (
                 "Megatron's distributed optimizer shards over all data-parallel processes: dp is 1, fsdp their number"
@@ -149,7 +149,7 @@ def layouts(shape: ModelShape, cluster: Cluster, target: Target, sequences: int)
         shape: of the model.
         cluster: all of whose devices take part; tensor parallelism stays inside a node.
         target: the program.
-        sequences: of one step, over all ranks.
+        sequences: of one step, over all processes.
     """
     for tp in _divisors(cluster.devices_per_node):
         for pp in _divisors(cluster.size // tp):

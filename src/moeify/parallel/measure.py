@@ -22,7 +22,7 @@ Clock = Callable[[], float]
 def measure(
     device: str | torch.device | None = None, *, size: int | None = None, clock: Clock = time.perf_counter
 ) -> Cluster:
-    """The cluster that this process runs on; under torchrun every rank measures, and all get the same answer.
+    """The cluster that this process runs on; under torchrun every process measures, and all get the same answer.
 
     Without a process group it is one device. Under `torchrun`, after `torch.distributed.init_process_group`, links are
     measured by all-to-alls inside each node and between the first ranks of all nodes. FLOP/s and bytes/s are those
@@ -31,13 +31,13 @@ def measure(
     A CPU hides no traffic behind products, since its cores do both; a GPU is taken to hide all that it can.
 
     Args:
-        device: where to measure; by default the GPU of this rank, or the CPU.
+        device: where to measure; by default the GPU of this process, or the CPU.
         size: rows and columns of the largest product; by default 8,192 on a GPU and 1,024 on a CPU.
         clock: in seconds; `time.process_time` measures a CPU that does other work meanwhile, or whose cores are fewer
-            than the ranks, as if every rank had one to itself: `Cluster.shared` divides them.
+            than the processes, as if every process had one to itself: `Cluster.shared` divides them.
 
     Raises:
-        ValueError: nodes have different numbers of ranks.
+        ValueError: nodes have different numbers of processes.
     """
     local = int(os.environ.get("LOCAL_RANK", 0))
     where = torch.device(device or (f"cuda:{local}" if torch.cuda.is_available() else "cpu"))
@@ -85,7 +85,7 @@ def _wait(where: torch.device) -> None:
 
 
 def _memory(where: torch.device) -> float:
-    """Bytes of the device; on a CPU those of the machine, shared by its ranks."""
+    """Bytes of the device; on a CPU those of the machine, shared by its processes."""
     if where.type == "cuda":
         return float(torch.cuda.get_device_properties(where).total_memory)
     whole = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
@@ -124,7 +124,7 @@ def _links(where: torch.device, per_node: int, alone: Link, clock: Clock) -> tup
 
 
 def _link(where: torch.device, clock: Clock, ranks: list[int], group: object) -> Link:
-    """Bandwidth and latency of an all-to-all, on the slowest rank; ranks outside the group only learn them."""
+    """Bandwidth and latency of an all-to-all, on the slowest process; processes outside the group only learn them."""
     found = torch.zeros(2, dtype=torch.float64, device=where)
     if torch.distributed.get_rank() in ranks:
         times = []

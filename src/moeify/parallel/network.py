@@ -1,4 +1,4 @@
-"""How long collectives take on a cluster, from the bytes that each rank sends."""
+"""How long collectives take on a cluster, from the bytes that each process sends."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from moeify.parallel.cluster import Cluster
 
 
 def exchange(cluster: Cluster, sent: Float[Tensor, "..."], group: int, stride: int = 1) -> Float[Tensor, "..."]:
-    """Seconds of an all-to-all in which the busiest rank sends or receives this many bytes, to itself among others.
+    """Seconds of an all-to-all in which the busiest process sends or receives this many bytes, to itself among others.
 
     Args:
         cluster: what it runs on.
         sent: bytes.
-        group: ranks that take part.
+        group: processes that take part.
         stride: distance of two neighbours in the order of ranks.
     """
     if group == 1:
@@ -32,7 +32,7 @@ def exchange(cluster: Cluster, sent: Float[Tensor, "..."], group: int, stride: i
 def gather(cluster: Cluster, gathered: float, group: int, stride: int = 1) -> float:
     """Seconds of an all-gather, or of a reduce-scatter, of this many bytes in all.
 
-    On several nodes the ranks of a node share the way out, as rings of NCCL do, while the rest goes on inside.
+    On several nodes the processes of a node share the way out, as rings of NCCL do, while the rest goes on inside.
     """
     if group == 1 or not gathered:
         return 0.0

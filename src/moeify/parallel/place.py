@@ -1,4 +1,4 @@
-"""Where experts lie: each rank has slots, each slot holds an expert, and a hot expert may lie in several."""
+"""Where experts lie: each process has slots, each slot holds an expert, and a hot expert may lie in several."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 @dataclass(frozen=True, eq=False)
 class Placement:
-    """The expert in every slot of every layer; ranks have equally many consecutive slots.
+    """The expert in every slot of every layer; processes have equally many consecutive slots.
 
     Attributes:
         experts: every expert has a slot, and some may have several.
@@ -42,7 +42,7 @@ class Placement:
 
     @property
     def held(self) -> Int[Tensor, "L R slots"]:
-        """The experts of every rank."""
+        """The experts of every process."""
         return self.experts.unflatten(1, (self.ranks, -1))
 
     def rows(self, counts: Num[Tensor, "... L E"], *, once: bool = False) -> Float[Tensor, "... L R slots"]:
@@ -50,7 +50,7 @@ class Placement:
 
         Args:
             counts: rows of every expert.
-            once: ranks share the rows of an expert, and a second slot that it has on a rank gets none.
+            once: processes share the rows of an expert, and a second slot that it has on a process gets none.
         """
         each = counts / (self.presence().sum(1) if once else self.replicas)
         rows = each.gather(-1, self.experts.expand(*each.shape[:-1], -1)).unflatten(-1, (self.ranks, -1))
@@ -60,12 +60,12 @@ class Placement:
         return rows.masked_fill(again, 0.0)
 
     def load(self, counts: Num[Tensor, "... L E"]) -> Float[Tensor, "... L"]:
-        """Rows of the fullest rank, in units of the mean rank."""
+        """Rows of the fullest process, in units of the mean process."""
         rows = self.rows(counts).sum(-1)
         return rows.amax(-1) / rows.mean(-1).clamp_min(1e-12)
 
     def presence(self) -> Float[Tensor, "L R E"]:
-        """1 where a rank holds an expert."""
+        """1 where a process holds an expert."""
         none = torch.zeros(len(self.experts), self.ranks, self.num_experts, dtype=torch.float64)
         return none.scatter(2, self.held, 1.0)
 
@@ -78,7 +78,7 @@ class Placement:
 
         Args:
             before: what lies there.
-            node: ranks of a node, among which names may change; by default all.
+            node: processes of a node, among which names may change; by default all.
         """
         node = node or self.ranks
         common = torch.einsum("lae,lbe->lab", before.presence(), self.presence())
@@ -95,9 +95,9 @@ class Placement:
 
 
 def permuted(counts: Num[Tensor, "L E"], before: Placement) -> Placement:
-    """Another order of the experts over the same slots: the fullest first, each to the emptiest rank with room.
+    """Another order of the experts over the same slots: the fullest first, each to the emptiest process with room.
 
-    An expert stays on its rank where that is as empty (SmartMoE, USENIX ATC 2023, the greedy of its pool).
+    An expert stays on its process where that is as empty (SmartMoE, USENIX ATC 2023, the greedy of its pool).
     """
     layers, (ranks, slots) = len(counts), before.held.shape[1:]
     home = before.presence().argmax(1)
@@ -114,14 +114,14 @@ def permuted(counts: Num[Tensor, "L E"], before: Placement) -> Placement:
 
 
 def replicated(counts: Num[Tensor, "L E"], slots: int, ranks: int, *, nodes: int = 1, groups: int = 1) -> Placement:
-    """Replicas for hot experts, packed so that ranks are equally full, as EPLB of DeepSeek-V3 does (arXiv 2412.19437).
+    """Replicas for hot experts, packed so that processes are equally full: EPLB of DeepSeek-V3 (arXiv 2412.19437).
 
     Groups of experts are packed onto nodes; inside a node a slot after the other goes to the expert with most rows per
-    replica; replicas are packed onto ranks. With one node, or groups that nodes cannot share, all is one node.
+    replica; replicas are packed onto processes. With one node, or groups that nodes cannot share, all is one node.
 
     Args:
         counts: rows, measured or expected.
-        slots: over all ranks, a multiple of `ranks` and at least E.
+        slots: over all processes, a multiple of `ranks` and at least E.
         ranks: R.
         nodes: a divisor of `ranks`.
         groups: of experts with neighbouring numbers, from which a token chooses a few.
@@ -153,14 +153,14 @@ def replicated(counts: Num[Tensor, "L E"], slots: int, ranks: int, *, nodes: int
 
 
 def shadowed(counts: Num[Tensor, "L E"], before: Placement) -> Placement:
-    """Shadows of hot experts in the slots beside every rank's own experts, where that makes the fullest rank emptier.
+    """Shadows of hot experts in the slots beside the own ones, where that makes the fullest process emptier.
 
-    While it helps, the hottest expert of the fullest rank gets a shadow on the emptiest rank with a free slot (in
-    FasterMoE, PPoPP 2022, on all ranks). Slots that stay free hold the coldest expert of their own rank again.
+    While it helps, the hottest expert of the fullest process gets a shadow on the emptiest process with a free slot (in
+    FasterMoE, PPoPP 2022, on all processes). Slots that stay free hold the coldest expert of their own process again.
 
     Args:
         counts: rows, measured or expected.
-        before: every rank's own E / ranks experts in its first slots.
+        before: every process's own E / ranks experts in its first slots.
     """
     ranks, slots = before.held.shape[1:]
     own = before.num_experts // ranks

@@ -31,8 +31,8 @@ class Move:
     Attributes:
         placement: the new one.
         layers: how many layers change.
-        bytes: of parameters and of their optimizer state that are sent, over all ranks.
-        seconds: of the busiest rank.
+        bytes: of parameters and of their optimizer state that are sent, over all processes.
+        seconds: of the busiest process.
         saves: seconds a step, as predicted.
     """
 
@@ -49,7 +49,7 @@ class Placed:
     Args:
         step: the model, the cluster and the program.
         layout: how it is trained.
-        shadows: an expert that lies on several ranks has parameters on the first of them alone, which lends them to the
+        shadows: an expert that lies on several processes has parameters on one of them alone, which lends them to the
             others in every pass; otherwise each of them trains a replica.
     """
 
@@ -66,10 +66,10 @@ class Placed:
         return (experts + exchanged) * self._passes + more
 
     def move(self, before: Placement, after: Placement) -> tuple[float, Float[Tensor, "L"]]:
-        """Bytes over all ranks, and seconds of the busiest rank of each layer.
+        """Bytes over all processes, and seconds of the busiest process of each layer.
 
-        An expert comes from a rank of its node, if one holds it; parameters in 16 bits come with their fp32 copy and
-        both moments, of which every rank of `efsdp` sends its part.
+        An expert comes from a process of its node, if one holds it; parameters in 16 bits come with their fp32 copy and
+        both moments, of which every process of `efsdp` sends its part.
         """
         had, has = before.presence(), after.presence()
         wanted = (has - had).clamp_min(0)
@@ -85,14 +85,14 @@ class Placed:
         return float((inside + outside).sum()) * self.layout.efsdp, (seconds + latency).amax(-1)
 
     def _reducing(self, placement: Placement) -> Float[Tensor, "L"]:
-        """Seconds of the all-reduce of gradients of experts that lie on several ranks, on the busiest rank."""
+        """Seconds of the all-reduce of gradients of experts that lie on several processes, on the busiest process."""
         several = placement.presence().sum(1).gt(1).gather(1, placement.experts).unflatten(1, (placement.ranks, -1))
         sent = several.sum(-1).amax(-1) * 2 * GRADIENT * self.step.shape.expert_parameters / self.layout.efsdp
         link = self._link(placement.ranks)
         return sent / link.bandwidth + (sent > 0) * link.latency
 
     def _lending(self, placement: Placement) -> Float[Tensor, "L"]:
-        """Seconds of sending weights to shadows and gradients back, in 16 bits, on the busiest rank."""
+        """Seconds of sending weights to shadows and gradients back, in 16 bits, on the busiest process."""
         held, own = placement.held, placement.num_experts // placement.ranks
         lender = held[..., :own].flatten(1).argsort(1).gather(1, held[..., own:].flatten(1)) // own  # (L, R * spare)
         borrower = torch.arange(placement.ranks).repeat_interleave(held.shape[2] - own)
@@ -125,9 +125,9 @@ class Rebalancer:
         placed: prices placements.
         steps: of the whole training.
         every: steps between decisions.
-        spare: slots of a rank beyond its share of the experts, for replicas with an optimizer state each, for
+        spare: slots of a process beyond its share of the experts, for replicas with an optimizer state each, for
             `simulate`; without any, experts change places only.
-        shadows: slots of a rank for shadows of experts of other ranks, which have none; experts stay where they are.
+        shadows: slots of a process for shadows of others' experts, which have none; experts stay where they are.
 
     Raises:
         ValueError: both replicas and shadows.
@@ -159,7 +159,7 @@ class Rebalancer:
     def observe(self, counts: Num[Tensor, "L E"]) -> Move | None:
         """Take the counts of a step; the move to make before the next one, or None.
 
-        Counts are those of all ranks, so that every rank decides alike. A returned move is taken to be made.
+        Counts are those of all processes, so that every process decides alike. A returned move is taken to be made.
         """
         self.seen += 1
         self._window.append((counts / counts.sum(-1, keepdim=True).clamp_min(1e-300)).double())
@@ -198,7 +198,7 @@ class Rebalancer:
 
 
 def with_spare(placement: Placement, slots: int) -> Placement:
-    """The placement with more slots a rank, in which its own first experts lie once more: nothing has to be sent."""
+    """The placement with more slots a process, in which its own first experts lie once more: nothing has to be sent."""
     held = placement.held
     spare = slots // placement.ranks - held.shape[2]
     more = held[:, :, torch.arange(spare) % held.shape[2]]

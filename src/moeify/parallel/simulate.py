@@ -23,7 +23,7 @@ class Simulation:
     Attributes:
         static: seconds of every step with experts in their order.
         seconds: of every step with experts where they were moved to, the moves included.
-        load: rows of the fullest rank in units of the mean, by step, as placed.
+        load: rows of the fullest process in units of the mean, by step, as placed.
         moves: by the step after which they were made.
     """
 
@@ -52,7 +52,7 @@ def simulate(
 ) -> Simulation:
     """Replay the counts of S steps on all devices of a layout.
 
-    Every group of `ep` ranks is taken to see the same shares. A progress line is printed every ten seconds.
+    Every group of `ep` processes is taken to see the same shares. A progress line is printed every ten seconds.
 
     Args:
         step: the model, the cluster and the program; its workload is not used.

@@ -113,7 +113,7 @@ class Workload:
     def stretched(self, num_experts: int) -> Workload:
         """The workload for another number of experts, where neighbouring experts share what one had.
 
-        The same part of the experts, such as those of a rank, has the same part of the rows.
+        The same part of the experts, such as those of a process, has the same part of the rows.
         """
         below = torch.nn.functional.pad(self.shares.cumsum(-1), (1, 0))
         place = torch.arange(num_experts + 1, dtype=torch.float64) * (self.num_experts / num_experts)

@@ -51,7 +51,7 @@ def ties_of(tensors: Mapping[str, Tensor]) -> dict[str, str]:
 
 
 def _identity(tensor: Tensor) -> tuple:
-    if tensor.is_meta or not tensor.data_ptr():  # an empty tensor, or one that is sharded over ranks
+    if tensor.is_meta or not tensor.data_ptr():  # an empty tensor, or one that is sharded over processes
         return (id(tensor),)
     return (tensor.device, tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride())
 

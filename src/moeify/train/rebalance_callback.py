@@ -1,4 +1,4 @@
-"""`Rebalance`: a callback of the trainer that moves experts between ranks where it pays."""
+"""`Rebalance`: a callback of the trainer that moves experts between processes where it pays."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Rebalance(TrainerCallback):
         trainer = SparseTrainer(model, arguments, callbacks=[moving], ...)
 
     Args:
-        rebalancer: of one training, without `spare`; `shadows=1` lets hot experts be computed by several ranks.
+        rebalancer: of one training, without `spare`; `shadows=1` lets hot experts be computed by several processes.
 
     Raises:
         ValueError: when training begins, a model whose experts cannot move, or do not fit the rebalancer.
