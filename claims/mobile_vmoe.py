@@ -9,7 +9,7 @@ in claims/designs.md, written before the first run.
 
 Reproduced if super-classes are not behind the dense model beyond the 95 % interval of the differences paired by seed.
 
-    python claims/mobile_vmoe.py     3 seeds, about 13 minutes on one core; rows in claims/results/mobile_vmoe.csv
+    python claims/mobile_vmoe.py     3 seeds, about 15 minutes on one core; rows in claims/results/mobile_vmoe.csv
 """
 
 from __future__ import annotations

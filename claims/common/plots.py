@@ -110,6 +110,7 @@ PLOTS = {
         value="rise", unit="rise of the loss beyond 128 bytes, nats, less the dense model's", against="dense"
     ),
     "mixtral": Plot(value="loss", unit="nats per byte, less the dense model of the active size", against="active"),
+    "mobile_vmoe": Plot(value="accuracy", unit="points of accuracy, less the dense model", against="dense"),
     "multi_gate": Plot(
         value="error", unit="error over variance, less shared", against="shared bottom", over="rho",
         along="cosine of the tasks",

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from statistics import fmean
+
 from figures.rows import Differences, Figure, Rows, table
 
 
 def tuned() -> dict[str, list[Figure]]:
     """By id; `ID.least` is the smallest difference that the seeds of the claim could tell from none."""
-    return soft_moe()
+    return soft_moe() | mobile_vmoe()
 
 
 def arms(claim: str) -> dict[str, Rows]:
@@ -32,4 +34,17 @@ def soft_moe() -> dict[str, list[Figure]]:
             many.figure(ratio, "step_cpu_ms over that of 8 experts", "lower"),
         ],
         "soft_moe.least": least(ahead),
+    }
+
+
+def mobile_vmoe() -> dict[str, list[Figure]]:
+    of = arms("mobile_vmoe")
+    taught = of["per image, super-classes"]
+    ahead = [taught.minus(of[arm], "accuracy") for arm in ("dense", "per image, end to end", "per patch")]
+    return {
+        "mobile_vmoe": [
+            *(figure for each in ahead for figure in (each.mean("higher"), *each.ends())),
+            taught.over(fmean, "right", "higher"),
+        ],
+        "mobile_vmoe.least": least(ahead),
     }
