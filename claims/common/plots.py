@@ -103,6 +103,7 @@ PLOTS = {
     ),
     "engram": Plot(value="loss", unit="nats per byte, less tables alone", arm="share", against="0.00", arms=MEMORY),
     "collapse": Plot(value="loss", unit="nats per byte at equal training FLOPs, less top-2", against="top-2"),
+    "expert_dropout": Plot(value="accuracy", unit="points of accuracy, less 0.1 everywhere", against="0.1"),
     "fine_grained": Plot(value="loss", unit="nats per byte, less 8 experts of top-2", against="8, top-2"),
     "heterogeneous": Plot(value="loss", unit="nats per byte, less equal widths", against="equal widths"),
     "limoe": Plot(value="dropped_captions", unit="% of caption tokens that no expert takes"),

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from statistics import fmean
 
-from figures.rows import Differences, Figure, Rows, table
+from figures.rows import T_95_OF_10, Differences, Figure, Rows, table
 
 
 def tuned() -> dict[str, list[Figure]]:
     """By id; `ID.least` is the smallest difference that the seeds of the claim could tell from none."""
-    return soft_moe() | mobile_vmoe()
+    return soft_moe() | mobile_vmoe() | expert_dropout()
 
 
 def arms(claim: str) -> dict[str, Rows]:
@@ -47,4 +47,20 @@ def mobile_vmoe() -> dict[str, list[Figure]]:
             taught.over(fmean, "right", "higher"),
         ],
         "mobile_vmoe.least": least(ahead),
+    }
+
+
+def expert_dropout() -> dict[str, list[Figure]]:
+    of = arms("expert_dropout")
+    base = of["0.1"]
+    ahead = {arm: rows.minus(base, "accuracy") for arm, rows in of.items() if arm != "0.1"}
+    inside = ahead["0.1, experts 0.4"]
+    return {
+        "expert_dropout": [
+            inside.mean("higher"),
+            *inside.ends(T_95_OF_10),
+            *(figure for arm in ("0.3", "dense, 0.1") for figure in (ahead[arm].mean(), *ahead[arm].ends(T_95_OF_10))),
+            base.over(fmean, "accuracy"),
+        ],
+        "expert_dropout.least": [inside.half(T_95_OF_10)],
     }
