@@ -18,16 +18,16 @@ _BEYOND: ContextVar[Callable[[Tensor], object] | None] = ContextVar("beyond", de
 
 
 class OnAnotherRank(FloatingPointError):
-    """Another rank found a NaN or infinity, so this rank stops in the same step."""
+    """Another process found a NaN or infinity, so this process stops in the same step."""
 
 
 def join(timeout: float, backend: str | None = None) -> None:
-    """Initialise the process group from the environment that torchrun sets, with a limit on how long ranks wait.
+    """Initialise the process group from the environment that torchrun sets, with a limit on how long processes wait.
 
     Call it before `TrainingArguments` is made, which initialises the group otherwise.
 
     Args:
-        timeout: seconds after which a collective that a rank does not join is an error on all others.
+        timeout: seconds after which a collective that a process does not join is an error on all others.
         backend: `gloo`, `nccl` or another of torch.distributed; by default that of the available devices.
 
     Raises:
@@ -37,7 +37,7 @@ def join(timeout: float, backend: str | None = None) -> None:
 
 
 def wait_at_most(timeout: float) -> None:
-    """Set how long the collectives of all process groups that exist wait for a rank, in seconds.
+    """Set how long the collectives of all process groups that exist wait for a process, in seconds.
 
     Raises:
         ValueError: a timeout that is not positive.
@@ -45,7 +45,7 @@ def wait_at_most(timeout: float) -> None:
     limit = _limit(timeout)
     if several():
         c10d = torch.distributed.distributed_c10d
-        for group in list(c10d._world.pg_map):  # those of meshes beside that of all ranks
+        for group in list(c10d._world.pg_map):  # those of meshes beside that of all processes
             c10d._set_pg_timeout(limit, group)
 
 
@@ -61,22 +61,22 @@ def several() -> bool:
 
 
 def count() -> int:
-    """How many ranks train together, 1 in a single process."""
+    """How many processes train together, 1 in a single process."""
     return torch.distributed.get_world_size() if several() else 1
 
 
 def rank() -> int:
-    """The number of this rank, 0 in a single process."""
+    """The number of this process, 0 in a single process."""
     return torch.distributed.get_rank() if several() else 0
 
 
 def beside(timeout: float | None = None) -> Any:
-    """A group of all ranks over gloo, for what they do beside their training; None in a single process.
+    """A group of all processes over gloo, for what they do beside their training; None in a single process.
 
-    All ranks call it together. It is made once, with the timeout of the first call.
+    All processes call it together. It is made once, with the timeout of the first call.
 
     Args:
-        timeout: seconds that its collectives wait for a rank; by default those of gloo.
+        timeout: seconds that its collectives wait for a process; by default those of gloo.
     """
     if not several():
         return None
@@ -88,15 +88,15 @@ def beside(timeout: float | None = None) -> Any:
 
 
 _BESIDE: list[Any] = []
-"""The process group of all ranks, and the group that was made beside it."""
+"""The process group of all processes, and the group that was made beside it."""
 
 
 def gather(value: Any, group: Any = None) -> list[Any]:
-    """The values of all ranks, in their order, on every rank.
+    """The values of all processes, in their order, on every process.
 
     Args:
         value: strings, numbers and collections of them.
-        group: of all ranks; that of the training by default.
+        group: of all processes; that of the training by default.
     """
     if not several():
         return [value]
@@ -106,7 +106,7 @@ def gather(value: Any, group: Any = None) -> list[Any]:
 
 
 def all_reduce(tensor: Tensor) -> Tensor:
-    """The sum over all ranks, in place."""
+    """The sum over all processes, in place."""
     if several():
         torch.distributed.all_reduce(tensor)
     if (add := _BEYOND.get()) is not None:
@@ -129,17 +129,17 @@ def summed_beyond(add: Callable[[Tensor], object]) -> Generator[None]:
 
 
 def broadcast(tensor: Tensor) -> Tensor:
-    """The tensor of the first rank, in place."""
+    """The tensor of the first process, in place."""
     if several():
         torch.distributed.broadcast(tensor, 0)
     return tensor
 
 
 def anywhere(flag: bool, device: torch.device | str = "cpu") -> bool:
-    """Whether a flag is true on any rank; all ranks get the same result.
+    """Whether a flag is true on any process; all processes get the same result.
 
     Args:
-        flag: of this rank.
+        flag: of this process.
         device: where the backend of the process group exchanges tensors.
     """
     return bool(all_reduce(torch.tensor(float(flag), device=device))) if several() else flag
@@ -147,7 +147,7 @@ def anywhere(flag: bool, device: torch.device | str = "cpu") -> bool:
 
 @contextmanager
 def failing_together(device: torch.device | str = "cpu") -> Generator[None]:
-    """Context manager that raises on all ranks if one rank raises inside it, for which the others would wait.
+    """Context manager that raises on all processes if one process raises inside it, for which the others would wait.
 
     Costs a collective of two numbers. Collectives inside must come after all that may raise.
 
@@ -155,8 +155,8 @@ def failing_together(device: torch.device | str = "cpu") -> Generator[None]:
         device: where the backend of the process group exchanges tensors.
 
     Raises:
-        OnAnotherRank: nothing but `FloatingPointError` was raised, and not on this rank.
-        RuntimeError: another error was raised on another rank.
+        OnAnotherRank: nothing but `FloatingPointError` was raised, and not on this process.
+        RuntimeError: another error was raised on another process.
     """
     raised: Exception | None = None
     try:
@@ -176,16 +176,16 @@ def failing_together(device: torch.device | str = "cpu") -> Generator[None]:
 
 @contextmanager
 def saying_together(group: Any = None) -> Generator[None]:
-    """Context manager that raises on all ranks what some of them raised inside, in the words of those.
+    """Context manager that raises on all processes what some of them raised inside, in the words of those.
 
-    Collectives inside must come after all that may raise on one rank only, or raise on all of them.
+    Collectives inside must come after all that may raise on one process only, or raise on all of them.
 
     Args:
-        group: of all ranks; that of the training by default.
+        group: of all processes; that of the training by default.
 
     Raises:
-        OSError: ranks raised nothing else.
-        RuntimeError: on the ranks that did not raise, where others raised another error than OSError.
+        OSError: processes raised nothing else.
+        RuntimeError: on the processes that did not raise, where others raised another error than OSError.
     """
     raised: Exception | None = None
     try:

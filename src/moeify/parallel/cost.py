@@ -5,6 +5,10 @@ A step of m micro-batches over p stages takes
     sum of all stages + (m - 1) · slowest stage + shards gathered and reduced + optimizer + fixed costs
 
 and in every sparse layer all processes wait for the fullest one, forward and backward. Backward is twice forward.
+
+The first two terms are a pipeline of one forward and one backward pass by turns (arXiv 2104.04473, section 2.2), whose
+bubble grows with its slowest stage; collectives are latency plus bytes over bandwidth (`network`), experts follow
+their rows (`grouped`), and fixed costs are measured (`fixed`).
 """
 
 from __future__ import annotations

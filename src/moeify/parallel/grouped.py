@@ -4,6 +4,9 @@ The weights of an expert are read once, whatever its rows, which are computed in
 may be nearly empty. So few rows cost their experts' weights, and many cost their products:
 
     seconds = launch + experts + ((weights + rows)^p + (tiles + products)^p)^(1/p) + passing
+
+This is a roofline (Williams et al., CACM 52(4), 2009) with a smooth corner, as reading and computing overlap in part;
+its constants are fitted to measured layers.
 """
 
 from __future__ import annotations

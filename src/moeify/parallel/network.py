@@ -1,4 +1,8 @@
-"""How long collectives take on a cluster, from the bytes that each process sends."""
+"""How long collectives take on a cluster, from the bytes that each process sends.
+
+Latency plus bytes over bandwidth, by ring algorithms (Thakur et al., IJHPCA 19(1), 2005): of n processes each sends
+(n - 1) / n of the bytes in an all-to-all, an all-gather or a reduce-scatter, and twice as much in an all-reduce.
+"""
 
 from __future__ import annotations
 

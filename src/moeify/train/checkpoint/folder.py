@@ -8,7 +8,7 @@
       balance.safetensors                the state of the controllers of expert load
       MANIFEST.json                      bytes and SHA-256 of every file
 
-Of a model that is sharded over ranks, each rank writes what it holds, under the same names:
+Of a model that is sharded over processes, each process writes what it holds, under the same names:
 
     checkpoint-120/
       model/shard-00001-*.safetensors    in the place of model*.safetensors
@@ -130,11 +130,11 @@ def seal(folder: Path, known: Mapping[str, dict[str, Any]] | None = None, **more
 
     Args:
         folder: of a checkpoint.
-        known: fingerprints of files that other ranks have synced, by their path in the folder.
+        known: fingerprints of files that other processes have synced, by their path in the folder.
         more: further entries of the manifest.
 
     Raises:
-        OSError: the disk is full, or a file of another rank is not there.
+        OSError: the disk is full, or a file of another process is not there.
     """
     known, files = known or {}, {}
     inside = sorted(folder.rglob("*"))

@@ -89,7 +89,7 @@ class Saving(_Trainer):
             self._failed(final, error)
 
     def _save_together(self, final: Path) -> None:
-        """Save by all ranks, in the background if asked for; the next save learns how it ended."""
+        """Save by all processes, in the background if asked for; the next save learns how it ended."""
         background, group = self.sparse.background_save, group_of_checkpoints(self.args.ddp_timeout)
         tensors, numbers = None, None
         if not self.args.save_only_model:
@@ -157,7 +157,7 @@ class Saving(_Trainer):
 
     @contextmanager
     def _alone(self) -> Generator[None]:
-        """Let no other process train into the output folder meanwhile; the first rank holds the lock for all.
+        """Let no other process train into the output folder meanwhile; the first process holds the lock for all.
 
         Raises:
             OSError: another process does.
@@ -194,7 +194,7 @@ class Saving(_Trainer):
         return None if checkpoint is None else str(checkpoint)
 
     def _checkpoint_to_resume(self, where: str | bool) -> Path:
-        """The checkpoint to resume from; the first rank chooses for all."""
+        """The checkpoint to resume from; the first process chooses for all."""
         folder = Path(self.args.output_dir if isinstance(where, bool) else where)
         if not isinstance(where, bool) and not checkpoints(folder):
             with ranks.failing_together(self.args.device):

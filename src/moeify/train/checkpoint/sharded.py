@@ -1,4 +1,4 @@
-"""`save_sharded` and `load_sharded`: checkpoints in a training loop of your own, of models on one rank or on many."""
+"""`save_sharded` and `load_sharded`: checkpoints in a loop of your own, of models on one process or on many."""
 
 from __future__ import annotations
 
@@ -37,17 +37,17 @@ def save_sharded(
     background: bool = False,
     keep: int | None = None,
 ) -> Future[None]:
-    """Save a checkpoint by all ranks, each of which writes its part; `load_sharded` reads it on any number of ranks.
+    """Save a checkpoint by all processes, each of which writes its part; `load_sharded` reads it on any number.
 
         save_sharded(f"runs/a/checkpoint-{step}", model, optimizer, numbers={"step": step})
 
-    Works with `fully_shard` (FSDP2), experts and other parameters as DTensors, DDP, and in a single process. All ranks
-    must call it together, between two steps. The folder appears under its name once all files of all ranks are on
-    disk: a kill at any moment leaves the checkpoint before. Files are safetensors and JSON, and a manifest holds the
+    Works with `fully_shard` (FSDP2), experts and other parameters as DTensors, DDP, and in a single process. All
+    processes call it together, between two steps. The folder appears under its name once all files of all processes are
+    on disk: a kill at any moment leaves the checkpoint before. Files are safetensors and JSON, and a manifest holds the
     SHA-256 of each and the shape and dtype of every tensor.
 
     Args:
-        folder: of the checkpoint, which all ranks see; one of this name is replaced. With the name `checkpoint-N`,
+        folder: of the checkpoint, which all processes see; one of this name is replaced. With the name `checkpoint-N`,
             `newest_checkpoint` finds it.
         model: its parameters and persistent buffers.
         optimizer: its state, by the names of parameters.
@@ -63,8 +63,8 @@ def save_sharded(
         Done when the checkpoint is complete; its `result()` raises what the background met.
 
     Raises:
-        OSError: the disk is full, or the folder cannot be written to; on all ranks, and the checkpoint before stays.
-        ValueError: a parameter that is not sharded differs between ranks.
+        OSError: the disk is full, or the folder cannot be written to; on all, and the checkpoint before stays.
+        ValueError: a parameter that is not sharded differs between processes.
         TypeError: a state of the optimizer, or one of `numbers`, that neither tensors nor JSON hold.
     """
     model, group = _bare(model), group_of_checkpoints()
@@ -97,9 +97,9 @@ def load_sharded(
     control: Control | None = None,
     balance: BalanceHook | None = None,
 ) -> dict[str, Any]:
-    """Read a checkpoint of `save_sharded` or `SparseTrainer` on any number of ranks, and return its `numbers`.
+    """Read a checkpoint of `save_sharded` or `SparseTrainer` on any number of processes, and return its `numbers`.
 
-    All ranks call it together, with a model that is sharded as it is to be trained, in whatever way. Every file is
+    All processes call it together, with a model that is sharded as it is to be trained, in whatever way. Every file is
     compared with its hash, and every name, shape and dtype with the model's, before anything is assigned.
 
     Args:
@@ -137,9 +137,9 @@ def load_sharded(
 
 
 def newest_checkpoint(output: str | Path) -> Path | None:
-    """The newest valid `checkpoint-N` in a folder, on all ranks the same one; None if there is none at all.
+    """The newest valid `checkpoint-N` in a folder, on all processes the same one; None if there is none at all.
 
-    Finishes or removes what a kill left, so all ranks call it together, before the first save.
+    Finishes or removes what a kill left, so all processes call it together, before the first save.
 
     Raises:
         FileNotFoundError: there are checkpoints, and none is valid; the message names the reasons.
@@ -157,7 +157,7 @@ def newest_checkpoint(output: str | Path) -> Path | None:
 def parts_of(
     model: nn.Module, optimizer: Mapping[str, Tensor] | None, *, group: Any = None, copy: bool = False
 ) -> dict[str, dict[str, Tensor]]:
-    """What each rank writes of a model, and of an optimizer's tensors if there is one; see `writable`."""
+    """What each process writes of a model, and of an optimizer's tensors if there is one; see `writable`."""
     plain = names_in_one_process(model)
     buffers = {plain[name] for name, _ in model.named_buffers()}
     weights = state.model_tensors(model)

@@ -1,4 +1,4 @@
-"""What a rank holds of a sharded tensor, and how all ranks write theirs together: one safetensors file each.
+"""What a process holds of a sharded tensor, and how all processes write theirs together: one safetensors file each.
 
 The files are those of torch.distributed.checkpoint (its `HuggingFaceStorageWriter`), which reads them too.
 """
@@ -29,12 +29,12 @@ Box = tuple[Shaped[Tensor, "..."], tuple[int, ...]]
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Whether a rank holds only a part of some parameter."""
+    """Whether a process holds only a part of some parameter."""
     return any(isinstance(parameter, DTensor) for parameter in model.parameters())
 
 
 def boxes(tensor: Tensor) -> list[Box]:
-    """The rectangular parts of a tensor that lie on this rank, each with its first index in the whole tensor.
+    """The rectangular parts of a tensor that lie on this process, each with its first index in the whole tensor.
 
     They share memory with the tensor. One that is not sharded is one part.
     """
@@ -63,18 +63,18 @@ def _runs(tensor: DTensor, dim: int) -> list[tuple[int, int, int]]:
 def writable(
     tensors: Mapping[str, Tensor], *, may_differ: Container[str] = (), copy: bool = False, group: Any = None
 ) -> dict[str, Tensor]:
-    """Tensors as `write_shards` takes them: one rectangular part per rank, and equal where several ranks hold it.
+    """Tensors as `write_shards` takes them: one rectangular part per process, and equal where several hold it.
 
-    All ranks must call it together.
+    All processes must call it together.
 
     Args:
         tensors: parameters, buffers or states of an optimizer, by name.
-        may_differ: names of those that need not be equal on all ranks; the first rank's are written.
-        copy: copy what lies on this rank to the CPU, so that training may go on.
-        group: of all ranks.
+        may_differ: names of those that need not be equal on all processes; the first process's are written.
+        copy: copy what lies on this process to the CPU, so that training may go on.
+        group: of all processes.
 
     Raises:
-        ValueError: another one that is not sharded differs between ranks.
+        ValueError: another one that is not sharded differs between processes.
     """
     whole = {name: tensor for name, tensor in tensors.items() if not isinstance(tensor, DTensor)}
     scattered = [name for name, tensor in tensors.items() if len(boxes(tensor)) > 1]
@@ -99,7 +99,7 @@ def writable(
 
 def _writable(tensor: Tensor, spread: bool, copy: bool) -> Tensor:
     tensor = tensor.detach()
-    if spread and isinstance(tensor, DTensor):  # DCP writes one part per rank
+    if spread and isinstance(tensor, DTensor):  # DCP writes one part per process
         plain = [Shard(p.dim) if isinstance(p, _StridedShard) else p for p in tensor.placements]
         tensor = tensor.redistribute(placements=plain)
     return tensor.to("cpu", copy=True) if copy else tensor
@@ -116,16 +116,16 @@ _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def write_shards(tensors: Mapping[str, Tensor], folder: Path, group: Any = None) -> None:
-    """Write what lies on each rank to a file of its own; all ranks must call it together.
+    """Write what lies on each process to a file of its own; all processes must call it together.
 
     Args:
         tensors: what `writable` returned.
         folder: an empty one, created if missing; readers of DCP take every file in it for a shard.
-        group: of all ranks.
+        group: of all processes.
 
     Raises:
-        OSError: on all ranks, if one of them could not write.
-        RuntimeError: on all ranks, if anything else went wrong on one of them.
+        OSError: on all processes, if one of them could not write.
+        RuntimeError: on all processes, if anything else went wrong on one of them.
     """
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.api import CheckpointException

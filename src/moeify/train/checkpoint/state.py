@@ -75,7 +75,7 @@ def _names(model: nn.Module) -> dict[int, str]:
 
 
 def load_model(model: nn.Module, folder: Path) -> None:
-    """Read the weights of a checkpoint, on however many ranks it was saved: all that training changed, or none.
+    """Read the weights of a checkpoint, on however many processes it was saved: all that training changed, or none.
 
     Raises:
         FileNotFoundError: no weights in the folder.
@@ -115,7 +115,7 @@ def fitting(model: nn.Module, folder: Path) -> Stored:
 
 
 def assign(model: nn.Module, stored: Stored) -> None:
-    """Fill what this rank holds of the tensors of a model, by name and index, with weights that are `fitting`."""
+    """Fill what this process holds of the tensors of a model, by name and index, with weights that are `fitting`."""
     own = named_tensors(model)
     for name in stored.pieces:
         if not isinstance(own[name], nn.Parameter):  # a controller may have made it fp32
@@ -179,7 +179,7 @@ def refuse_frozen(model: nn.Module, folder: Path) -> None:
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, folder: Path) -> None:
-    """Read an optimizer's state back, by however many ranks it was saved and in whatever groups.
+    """Read an optimizer's state back, by however many processes it was saved and in whatever groups.
 
     Raises:
         ValueError: the optimizer holds other parameters than when it was saved, or groups some whose settings differ.

@@ -1,6 +1,6 @@
-"""Tensors on disk, whole or in pieces over several files, and how each rank reads the part of them that it holds.
+"""Tensors on disk, whole or in pieces over several files, and how each process reads the part of them that it holds.
 
-Reading is by name and index, so the ranks that read need not be as many, nor hold the same parts, as those that wrote.
+Reading is by name and index, so those that read need not be as many, nor hold the same parts, as those that wrote.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ class Stored:
                     start = tuple(offsets[name]["saved_offsets"]) if name in offsets else (0,) * len(shape)
                     if len(start) != len(shape):
                         raise ValueError(f"{file} is damaged: {name} of {len(shape)} dimensions begins at {start}")
-                    if math.prod(shape) or not any(start):  # a rank without a part of it writes an empty one
+                    if math.prod(shape) or not any(start):  # a process without a part of it writes an empty one
                         pieces[name].append(Piece(file, start, shape))
                     dtypes[name] = dtype if dtypes.get(name, dtype) == dtype else None
         return cls(dict(pieces), dtypes)
@@ -119,7 +119,7 @@ class Stored:
         return f"{strange[0]} is not in its manifest" if strange else None
 
     def read_into(self, tensors: Mapping[str, Tensor]) -> None:
-        """Fill what this rank holds of tensors, in place; their names and shapes are those on disk.
+        """Fill what this process holds of tensors, in place; their names and shapes are those on disk.
 
         A file is opened once, and only what is needed of it is read.
         """

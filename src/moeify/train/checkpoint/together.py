@@ -32,24 +32,24 @@ def write_together(
     group: Any = None,
     background: bool = False,
 ) -> Future[None]:
-    """Write a checkpoint by all ranks; it has its final name once everything of all of them is on disk.
+    """Write a checkpoint by all processes; it has its final name once everything of all of them is on disk.
 
-    An error on any rank is one on all; it removes what was written, and the checkpoint before stays.
+    An error on any process is one on all; it removes what was written, and the checkpoint before stays.
 
     Args:
-        final: its folder, which all ranks see.
+        final: its folder, which all processes see.
         parts: the tensors of each folder of shards, from `moeify.train.checkpoint.shards.writable`.
-        write_others: writes all other files into a folder; called on the first rank, and never in the background.
-        then: called on the first rank once the checkpoint has its name.
-        group: of all ranks; `group_of_checkpoints()`, where in the background.
+        write_others: writes all other files into a folder; called on the first process, and never in the background.
+        then: called on the first process once the checkpoint has its name.
+        group: of all processes; `group_of_checkpoints()`, where in the background.
         background: write the shards in a thread; `parts` must be copies. The next save waits for it.
 
     Returns:
         Done when the checkpoint has its final name, or with the error that the background met.
 
     Raises:
-        OSError: there is no room, or a rank could not write.
-        RuntimeError: anything else went wrong on another rank.
+        OSError: there is no room, or a process could not write.
+        RuntimeError: anything else went wrong on another process.
     """
     with _removed_on_error(final), ranks.saying_together(group):
         if ranks.rank() == 0:
@@ -70,9 +70,9 @@ _RUNNING: list[Future[None]] = []
 
 
 def group_of_checkpoints(timeout: float | None = None) -> Any:
-    """The group of all ranks over which checkpoints are written and read, once a save in the background has left it.
+    """The group of all processes over which checkpoints are written and read, once a background save has left it.
 
-    All ranks call it together.
+    All processes call it together.
 
     Args:
         timeout: seconds, as of `moeify.ranks.beside`.
@@ -126,7 +126,7 @@ def _removed_on_error(final: Path) -> Generator[None]:
 
 
 def warn_of_shared_store() -> None:
-    """Print how torchrun is to be called, where ranks that it starts anew would read the addresses of dead ones."""
+    """Print how torchrun is to be called, where processes that it starts anew would read the addresses of dead ones."""
     restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS") or 0)
     if restarts and ranks.rank() == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         notify(
