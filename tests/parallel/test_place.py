@@ -190,14 +190,20 @@ def test_rebalancing_is_never_slower_on_a_real_trace(model):
         assert replay(some, spare, shadows=shadows, ep=ep, nodes=4).speedup >= 1
 
 
+def test_replicas_and_shadows_together_are_refused():
+    with pytest.raises(ValueError, match=r"spare=1 .* shadows=1 .* choose one"):
+        Rebalancer(Placed(step(), Layout(fsdp=8, ep=8)), steps=10, spare=1, shadows=1)
+
+
 def test_a_training_that_ends_soon_moves_nothing():
     counts = Workload.skewed(E, 1.0, layers=LAYERS).shares.expand(20, -1, -1)
     priced = step(inter=1e6)
     slow = replace(priced, cluster=replace(priced.cluster, intra=Link(bandwidth=1e8, latency=1e-5)))
     layout = Layout(fsdp=8, ep=8)
-    found = simulate(slow, layout, counts, Rebalancer(Placed(slow, layout), steps=20, spare=1))
-    assert not found.moves
-    assert found.speedup == 1
+    for kind in ({"spare": 1}, {"shadows": 1}):
+        found = simulate(slow, layout, counts, Rebalancer(Placed(slow, layout), steps=20, **kind))
+        assert not found.moves
+        assert found.speedup == 1
 
 
 def test_five_hundred_devices_are_replayed_and_a_trace_of_another_model_is_refused():

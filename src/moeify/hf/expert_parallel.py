@@ -106,10 +106,8 @@ class RowsToExperts(AllToAllEP):
         got = Exchange.apply(rows, receive, send, group)
         expert = torch.arange(theirs.shape[1]).repeat(len(plan)).repeat_interleave(theirs.flatten())
         expert, per_expert = (t.to(rows.device, non_blocking=True) for t in (expert, theirs.sum(0)))
-        with (
-            _local_parameters(self.experts),
-            _with_lent(self.experts, self.shadows),
-        ):  # the backward pass repeats a round outside of transformers' forward
+        # The backward pass repeats a round outside of transformers' forward, where parameters are distributed.
+        with _local_parameters(self.experts), _with_lent(self.experts, self.shadows):
             outputs = self._local(got, expert, per_expert)
         return Exchange.apply(outputs, send, receive, group)  # pyrefly: ignore
 
