@@ -1,9 +1,9 @@
 """Our routers against implementations that others wrote: decisions, outputs and gradients for the same weights.
 
-google-research/vmoe (JAX), the code of V-MoE and Soft MoE, lucidrains' soft-moe-pytorch and st-moe-pytorch, PLE of
-deepctr-torch, and Engram of its authors. Peers run in an environment of their own; inputs and answers travel as .npz.
-Random draws are handed to both sides. What is known to differ is measured too, with the reason; any other difference is
-a failure.
+google-research/vmoe (JAX), the code of V-MoE and Soft MoE, lucidrains' soft-moe-pytorch and st-moe-pytorch, MMoE and
+PLE of deepctr-torch, and Engram of its authors. Peers run in an environment of their own; inputs and answers travel as
+.npz. Random draws are handed to both sides. What is known to differ is measured too, with the reason; any other
+difference is a failure.
 
     python -m venv peers && peers/bin/pip install jax flax clu soft-moe-pytorch st-moe-pytorch deepctr-torch
     git clone https://github.com/google-research/vmoe

@@ -14,7 +14,7 @@ from moeify import MoE, losses
 from moeify.capacity import per_choice_by_4, per_token
 from moeify.experts import FFN, Each, Glu, MultiplicativeBias, Plain
 from moeify.ple import ple
-from moeify.routers import Capacity, ExpertChoice, GShard, NoisyTopK, Router, Soft
+from moeify.routers import Capacity, ExpertChoice, GShard, MultiGate, NoisyTopK, Router, Soft
 from moeify.routers.noisy import of_all
 from moeify.routing import Assignment, Mixture
 
@@ -37,7 +37,7 @@ def inputs() -> Values:
 
 
 def multi_task_inputs() -> Values:
-    """Features of rows, and weights of three levels of PLE: those of all experts of tasks, then the shared ones."""
+    """Features of rows, weights of three levels of PLE (all experts of tasks, then the shared ones), MMoE's gates."""
     torch.manual_seed(1)
     tasks, private, out = 3, 2, 12
     experts = (tasks + 1) * private
@@ -51,7 +51,7 @@ def multi_task_inputs() -> Values:
             "gates": (tasks, 2 * private, width), "shared_gate": (1, experts, width),
         }  # fmt: skip
         given |= {f"ple {level} {name}": torch.randn(shape) * 0.3 for name, shape in shapes.items()}
-    return given
+    return given | {"mmoe gates": torch.randn(tasks, experts, D) * 0.3}
 
 
 def run(moe: MoE, x: Tensor, direction: Tensor, named: dict[str, str]) -> tuple[Assignment | Mixture, Values]:
@@ -133,7 +133,6 @@ def against_vmoe(given: Values) -> Values:
 
 def against_deepctr(given: Values) -> Values:
     """Our answers under the names of `peers/deepctr.py`, whose experts end in an activation."""
-    answers: Values = {}
     tasks, private = given["private"].tolist()
     count, out = len(given["ple 0 up"]), given["ple 0 down"].shape[1]
 
@@ -141,33 +140,55 @@ def against_deepctr(given: Values) -> Values:
         layers = [(nn.Linear(width, H), nn.ReLU(), nn.Linear(H, out), nn.ReLU()) for _ in range(number)]
         return Each(nn.Sequential(*each) for each in layers)
 
+    gated = MoE(MultiGate(D, count, gates=tasks), experts(count, D), backend="compose")
+    leaves = of_each("ple 0", gated.experts, given)
+    with torch.no_grad():
+        gated.router.weight.copy_(given["mmoe gates"])
+    answers = features("mmoe", gated, leaves, given)
+    answers["mmoe/grad mmoe gates"] = gated.router.weight.grad
+
     shared = range(tasks * private, count)
     sees = torch.tensor([[*range(k * private, (k + 1) * private), *shared] for k in range(tasks)])
     for levels in (1, 2, 3):
         model = ple(D, out, experts, tasks=tasks, levels=levels, private=private, shared=private)
-        leaves: dict[str, list[Tensor]] = {}
+        leaves = {}
         for number, level in enumerate(model.levels):
-            each, gates, name = level.experts.experts.experts, level.router.weight, f"ple {number}"
-            leaves |= {f"{name} up": [e[0].weight for e in each], f"{name} up_bias": [e[0].bias for e in each]}
-            leaves |= {f"{name} down": [e[2].weight for e in each], f"{name} down_bias": [e[2].bias for e in each]}
+            gates, name = level.router.weight, f"ple {number}"
+            leaves |= of_each(name, level.experts.experts, given)
             with torch.no_grad():
                 gates[:tasks].scatter_(1, sees.unsqueeze(-1).expand(-1, -1, gates.shape[-1]), given[f"{name} gates"])
                 gates[tasks:] = given[f"{name} shared_gate"][: len(gates) - tasks]
-                for part in ("up", "up_bias", "down", "down_bias"):
-                    for parameter, value in zip(leaves[f"{name} {part}"], given[f"{name} {part}"], strict=True):
-                        parameter.copy_(value)
-        x = given["features"].clone().requires_grad_()
-        y = model(x)
-        (y * given["ple direction"]).sum().backward()
         case = f"ple of {levels} level{'s' * (levels > 1)}"
-        answers |= {f"{case}/y": y, f"{case}/grad x": x.grad}
-        answers |= {f"{case}/grad {name}": torch.stack([p.grad for p in leaf]) for name, leaf in leaves.items()}
+        answers |= features(case, model, leaves, given)
         for number, level in enumerate(model.levels):
             grad = level.router.weight.grad
             answers[f"{case}/grad ple {number} gates"] = torch.stack([grad[k][sees[k]] for k in range(tasks)])
             if len(grad) > tasks:
                 answers[f"{case}/grad ple {number} shared_gate"] = grad[tasks:]
     return answers
+
+
+def of_each(name: str, experts: Each, given: Values) -> dict[str, list[Tensor]]:
+    """The parameters of experts by their names in the inputs, whose values they get."""
+    each = experts.experts
+    leaves = {
+        f"{name} up": [e[0].weight for e in each], f"{name} up_bias": [e[0].bias for e in each],
+        f"{name} down": [e[2].weight for e in each], f"{name} down_bias": [e[2].bias for e in each],
+    }  # fmt: skip
+    with torch.no_grad():
+        for part, parameters in leaves.items():
+            for parameter, value in zip(parameters, given[part], strict=True):
+                parameter.copy_(value)
+    return leaves
+
+
+def features(case: str, model: nn.Module, leaves: dict[str, list[Tensor]], given: Values) -> Values:
+    """The features of the tasks, and their gradients."""
+    x = given["features"].clone().requires_grad_()
+    y = model(x)
+    (y * given["ple direction"]).sum().backward()
+    gradients = {name: torch.stack([parameter.grad for parameter in leaf]) for name, leaf in leaves.items()}
+    return {f"{case}/y": y} | {f"{case}/grad {name}": grad for name, grad in {"x": x.grad, **gradients}.items()}
 
 
 def against_lucidrains(given: Values) -> Values:
