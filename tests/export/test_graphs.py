@@ -13,6 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, ViTConfig, ViTForImageCl
 from moeify import MoE, Recipe, export, sparsify
 from moeify.capacity import per_choice_by_4, per_token
 from moeify.experts import FFN
+from moeify.export.calls import Calls
 from moeify.export.graph import check_program, traced
 from moeify.export.model_spec import Unsupported
 from moeify.routers import Capacity, ExpertChoice, MultiGate, Soft, TopK
@@ -132,6 +133,12 @@ def test_another_program_computes_the_graph(case, to, tmp_path):
     done = export.write(make(), tmp_path / "out", to, exporter=exporters[to](first))
     assert done.verification.difference < 1e-4
     assert export.verify(tmp_path / "out").difference == done.verification.difference
+
+
+def test_the_mask_of_features_is_as_long_as_these():
+    make, first, _, _ = CASES["capacity of texts"]
+    _, second = Calls.of(make(), first).inputs
+    assert second["attention_mask"].shape == second["x"].shape[:2] == (4, 10)
 
 
 def test_a_capacity_that_moves_rows_is_refused_until_it_is_off(tmp_path):

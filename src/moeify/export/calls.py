@@ -15,6 +15,8 @@ from moeify.export.probe import by_definition, in_float32
 from moeify.find.probe import Probe, as_probe, find_probe
 
 Inputs = dict[str, Tensor]
+_LONGER = 6
+"""Tokens by which the texts of the second call are longer."""
 
 
 @dataclass(frozen=True)
@@ -102,15 +104,20 @@ def _padded(model: nn.Module, inputs: Inputs) -> Inputs:
 
 
 def _of_another_size(inputs: Inputs) -> Inputs:
+    """Other values, in a larger batch; texts are longer, while features keep their length, and so does their mask."""
     generator = torch.Generator().manual_seed(1)
-    return {name: _drawn(name, value, generator) for name, value in inputs.items()}
+    features = {value.shape[:2] for value in inputs.values() if value.is_floating_point()}
+    return {
+        name: _drawn(name, value, 0 if value.shape[:2] in features else _LONGER, generator)
+        for name, value in inputs.items()
+    }
 
 
-def _drawn(name: str, value: Tensor, generator: torch.Generator) -> Tensor:
+def _drawn(name: str, value: Tensor, longer: int, generator: torch.Generator) -> Tensor:
     batch = len(value) + 1
     if value.is_floating_point():
         return torch.randn(batch, *value.shape[1:], generator=generator, dtype=value.dtype)
-    shape = (batch, value.shape[1] + 6, *value.shape[2:]) if value.dim() > 1 else (batch,)
+    shape = (batch, value.shape[1] + longer, *value.shape[2:]) if value.dim() > 1 else (batch,)
     if name == "attention_mask":
         mask = torch.ones(shape, dtype=value.dtype)
         mask[0, -3:] = 0
