@@ -118,6 +118,23 @@ def test_a_class_with_experts_is_read_and_written_back_bit_for_bit(family, tmp_p
     assert all(torch.equal(again[name], tensor) for name, tensor in model.state_dict().items())
 
 
+def test_minimax_m2_rotates_a_half_of_every_head_as_in_its_released_checkpoints(tmp_path):
+    half = {"rope_type": "default", "rope_theta": 5e6, "partial_rotary_factor": 0.5}
+    model = shown(moe_families.build("minimax_m2", rope_parameters=half))
+    assert export.write(model, tmp_path / "out").verification.difference == 0
+
+
+@pytest.mark.parametrize(
+    ("base", "reason"),
+    [
+        ("qwen3", "query key norm: always width, in the model head"),
+        ("olmo2", "norms: always before, in the model after"),
+    ],
+)
+def test_no_dense_class_has_the_attention_of_minimax_m2(base, reason):
+    assert reason in HfFolder("minimax_m2").supports(sparse(base, "minimax_m2"))
+
+
 def test_the_default_of_another_class_would_have_changed_the_logits_and_is_found(tmp_path):
     assert export.verify(export.write(sparse(), tmp_path / "out").folder).difference == 0
     config = json.loads((tmp_path / "out" / "config.json").read_text())

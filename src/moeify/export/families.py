@@ -226,7 +226,8 @@ SPARSE: Mapping[str, Family] = MappingProxyType({family.model_type: family for f
     }, {part: name for part, name in SHARED_EXPERTS.items() if part != "selection_bias"},
        without_effect=("pretraining_tp", "norm_topk_prob")),
     Family("minimax_m2", "MiniMax-M2", {
-        "query_key_norm": Always("width"), "score": Always("sigmoid"), "selection_bias": Always(True),
+        "query_key_norm": Always("width"), "rope": Rope(partial=True), "score": Always("sigmoid"),
+        "selection_bias": Always(True),
     }, MIXTRAL | {"selection_bias": "mlp.e_score_correction_bias"}),
     Family("phimoe", "PhiMoE", {
         **_BIASES, "norm": Always("layer"), "windows": OneWindow(), "rope": Rope(scaled=False),
