@@ -5,9 +5,10 @@ from __future__ import annotations
 from functools import partial
 
 import torch
+from transformers import JinaEmbeddingsV3Config, JinaEmbeddingsV3Model
 
 from moeify import Recipe, sparsify
-from moeify.find.where import ffn
+from moeify.find.where import ffn, odd
 from moeify.routers import TopK
 from moeify.sparsify import recipes
 from moeify.sparsify.make import fresh
@@ -42,3 +43,19 @@ FINER = partial(fresh, granularity=2)
 def router(where=ffn, experts=FINER, shared=nothing, **options):
     """A recipe with a token choice of these options."""
     return Recipe(where=where, num_experts=4, router=partial(TopK, **options), experts=experts, shared=shared)
+
+
+UNSCALED = partial(TopK, k=2, normalize=False)
+PLAIN = partial(fresh, bias=False)
+
+
+def encoder(*, where=odd, router=UNSCALED, experts=PLAIN, act="gelu_pytorch_tanh", **recipe):
+    """A sparse encoder with rotary positions, whose feed-forward networks have no gate."""
+    torch.manual_seed(0)
+    config = JinaEmbeddingsV3Config(
+        vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=4, num_attention_heads=4, hidden_act=act,
+        max_position_embeddings=512, pad_token_id=0, bos_token_id=1, eos_token_id=2, initializer_range=0.2,
+    )  # fmt: skip
+    model = JinaEmbeddingsV3Model(config, add_pooling_layer=False)
+    made = Recipe(where=where, num_experts=4, router=router, experts=experts, **recipe)
+    return shown(sparsify(model, made, verbose=False))

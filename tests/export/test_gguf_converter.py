@@ -7,14 +7,17 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import json
 import sys
 import types
 from unittest import mock
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 import moe_families
-from export_models import router, shown, sparse
+from export_models import encoder, router, shown, sparse
 from moeify import export
 from moeify.export import GgufFile, HfFolder
 from moeify.sparsify.shared import dense, gated
@@ -100,6 +103,10 @@ def test_tensors_are_those_of_the_converter_bit_for_bit(title, converter, tmp_pa
     export.write(model, tmp_path / "gguf", "gguf", exporter=GgufFile("f32", title))
     theirs = converted(converter, tmp_path / "hf", tmp_path / "theirs.gguf")
     ours = gguf.GGUFReader(tmp_path / "gguf" / "model-f32.gguf")
+    assert_the_same(ours, theirs)
+
+
+def assert_the_same(ours, theirs):
     a, b = tensors_of(ours), tensors_of(theirs)
     assert a.keys() == b.keys()
     unlike = {name: (a[name][:-1], b[name][:-1]) for name in a if a[name] != b[name]}
@@ -107,3 +114,51 @@ def test_tensors_are_those_of_the_converter_bit_for_bit(title, converter, tmp_pa
     for key, field in ours.fields.items():
         if not key.startswith(NOT_OF_THE_MODEL) and key in theirs.fields:
             assert field.contents() == theirs.fields[key].contents(), key
+
+
+def nomic_folder(model, folder):
+    """A sparse encoder under the names of Nomic's own class, NomicBertModel, which is not part of transformers."""
+    config, tensors = model.config, {}
+    for name, tensor in model.state_dict().items():
+        if name.startswith("embeddings."):
+            tensors[name.replace("embeddings.LayerNorm", "emb_ln")] = tensor
+    for i, layer in enumerate(model.layers):
+        attention, parts = layer.self_attn, {"norm1": layer.post_attention_layernorm, "norm2": layer.post_mlp_layernorm}
+        parts |= {"attn.out_proj": attention.o_proj}
+        for kind in ("weight", "bias"):
+            joined = [getattr(getattr(attention, f"{part}_proj"), kind) for part in "qkv"]
+            tensors[f"encoder.layers.{i}.attn.Wqkv.{kind}"] = torch.cat(joined)
+        if i % 2:
+            experts = layer.mlp.experts
+            tensors |= {
+                f"encoder.layers.{i}.mlp.router.layer.weight": layer.mlp.router.weight,
+                f"encoder.layers.{i}.mlp.experts.mlp.w1": experts.up_proj.flatten(0, 1),
+                f"encoder.layers.{i}.mlp.experts.mlp.w2": experts.down_proj.transpose(1, 2).flatten(0, 1),
+                f"encoder.layers.{i}.mlp.experts.bias": torch.zeros(config.hidden_size),
+            }
+        else:
+            parts |= {"mlp.fc1": layer.mlp.fc1, "mlp.fc2": layer.mlp.fc2}
+        for name, part in parts.items():
+            tensors |= {f"encoder.layers.{i}.{name}.{kind}": t for kind, t in part.named_parameters()}
+    folder.mkdir()
+    save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, folder / "model.safetensors")
+    written = {
+        "architectures": ["NomicBertModel"], "vocab_size": config.vocab_size, "n_embd": config.hidden_size,
+        "n_head": config.num_attention_heads, "n_layer": config.num_hidden_layers, "n_inner": config.intermediate_size,
+        "layer_norm_epsilon": config.layer_norm_eps, "rotary_emb_base": config.rope_parameters["rope_theta"],
+        "n_positions": 2048, "max_trained_positions": 2048, "activation_function": "gelu", "causal": False,
+        "qkv_proj_bias": True, "mlp_fc1_bias": True, "mlp_fc2_bias": True, "prenorm": False, "rotary_emb_fraction": 1.0,
+        "rotary_emb_interleaved": False, "rotary_emb_scale_base": None, "num_experts": 4, "moe_top_k": 2,
+        "moe_every_n_layers": 2, "type_vocab_size": config.type_vocab_size,
+    }  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(written))
+    (folder / "tokenizer.json").write_text(json.dumps({"model": {"type": "WordPiece"}}))
+    return folder
+
+
+def test_an_encoder_is_that_of_the_converter_bit_for_bit(converter, tmp_path):
+    model = encoder()
+    export.write(model, tmp_path / "gguf", "gguf")
+    theirs = converted(converter, nomic_folder(model, tmp_path / "hf"), tmp_path / "theirs.gguf")
+    ours = gguf.GGUFReader(tmp_path / "gguf" / "model-f32.gguf")
+    assert_the_same(ours, theirs)

@@ -16,6 +16,8 @@ from moeify.export.gguf_families import ARCHITECTURES, Architecture
 from moeify.export.gguf_tokenizer import read_tokenizer
 from moeify.export.match import Match, best_match
 from moeify.export.model_spec import ModelSpec, Unsupported
+from moeify.export.nomic_bert import NOMIC_BERT_MOE, encoder_spec, is_encoder
+from moeify.export.nomic_bert import ROUNDING as OF_HALF_GELU
 from moeify.export.probe import Probe
 from moeify.export.read import spec_of
 from moeify.export.rewrites import rewritten
@@ -27,6 +29,8 @@ _BLOCK = 32
 _STEP = {"f32": 0.0, "f16": 2**-10, "bf16": 2**-8, "q8_0": 1 / 127, "q4_0": 1 / 7}
 """The largest error of a weight that is read back, relative to the largest weight of its row."""
 _ROUNDING = 1e-4
+_EXACT = ("ffn_gate_inp", "token_types")
+"""Matrices in fp32 in every file: routers, and the types of tokens, which llama.cpp adds as they are."""
 _SMALL = 2**29
 """Models of at most this many parameters are also compared in fp32 where they are written in another type."""
 _OF_A_DTYPE = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}
@@ -62,15 +66,17 @@ class GgufFile(Exporter):
         Raises:
             Unsupported: no architecture, or not the requested one, computes what the model does.
         """
-        spec = spec_of(model)
-        if self._type(spec) in ("q8_0", "q4_0") and spec["expert_hidden"] % _BLOCK:
+        encoder = is_encoder(model)
+        architectures = {NOMIC_BERT_MOE.title: NOMIC_BERT_MOE} if encoder else ARCHITECTURES
+        spec = encoder_spec(model) if encoder else spec_of(model)
+        if not encoder and self._type(spec) in ("q8_0", "q4_0") and spec["expert_hidden"] % _BLOCK:
             spec = rewritten(spec, "expert_hidden", -(-spec["expert_hidden"] // _BLOCK) * _BLOCK) or spec
         if self.architecture is None:
-            return best_match(spec, ARCHITECTURES.values(), "llama.cpp")
-        if self.architecture not in ARCHITECTURES:
-            near = suggest(self.architecture, [*ARCHITECTURES])
+            return best_match(spec, architectures.values(), "llama.cpp")
+        if self.architecture not in architectures:
+            near = suggest(self.architecture, [*architectures])
             raise Unsupported(f"no architecture with experts is called {self.architecture!r}; {near}")
-        return best_match(spec, [ARCHITECTURES[self.architecture]], "llama.cpp")
+        return best_match(spec, [architectures[self.architecture]], "llama.cpp")
 
     def _type(self, spec: ModelSpec) -> str:
         return self.weights or _OF_A_DTYPE[spec.tensors["model.embed_tokens.weight"].dtype]
@@ -87,6 +93,8 @@ class GgufFile(Exporter):
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
         for key, value in found.fields.items():
             _add(writer, f"{found.family.title}.{key}", value)
+        if (token_types := found.spec.traits.get("token_types")) is not None:
+            writer.add_token_type_count(token_types)
         if tokenizer is None:
             writer.add_tokenizer_model("no_vocab")
         else:
@@ -111,18 +119,20 @@ class GgufFile(Exporter):
         gguf = _gguf()
         (path,) = folder.glob("*.gguf")
         kind = path.stem.removeprefix("model-")
-        _check_names(gguf.GGUFReader(path))
+        title = _check_names(gguf.GGUFReader(path))
         try:
             import llama_cpp
         except ImportError:
             note = "names were compared; to compare logits too, pip install llama-cpp-python"
             return Verification(f"gguf {_version('gguf')}", None, note=note)
-        logits = _run(llama_cpp, path, probe)
-        difference = probe.difference(logits)
-        if difference > (_ROUNDING * max(1.0, probe.size) if kind == "f32" else torch.finfo(torch.float32).max):
-            raise ValueError(f"llama.cpp gives other logits than the model, by {difference:.3g}")
+        encoder = title == NOMIC_BERT_MOE.title
+        found = (_hidden_states if encoder else _logits)(llama_cpp, path, probe)
+        difference, rounding = probe.difference(found), OF_HALF_GELU if encoder else _ROUNDING
+        if difference > (rounding * max(1.0, probe.size) if kind == "f32" else torch.finfo(torch.float32).max):
+            outputs = "hidden states" if encoder else "logits"
+            raise ValueError(f"llama.cpp gives other {outputs} than the model, by {difference:.3g}")
         program = f"llama-cpp-python {_version('llama_cpp_python')}"
-        return Verification(program, difference, probe.agreement(logits))
+        return Verification(program, difference, None if encoder else probe.agreement(found))
 
 
 def _add(writer: Any, key: str, value: Any) -> None:
@@ -137,7 +147,7 @@ def _write_tensors(writer: Any, found: Match[Architecture], kind: str) -> list[s
     widened = []
     for name, tensor in _named(found):
         values = tensor.float().contiguous().numpy()
-        chosen = kind if tensor.dim() > 1 and "ffn_gate_inp" not in name else "f32"
+        chosen = kind if tensor.dim() > 1 and not any(part in name for part in _EXACT) else "f32"
         if chosen in ("q8_0", "q4_0") and tensor.shape[-1] % _BLOCK:
             chosen = "f16"
             widened.append(name)
@@ -187,8 +197,8 @@ def _frequency_factors(spec: ModelSpec) -> Tensor:
     return rope["rope_theta"] ** -steps / scaled
 
 
-def _check_names(reader: Any) -> None:
-    """Check that llama.cpp reads every tensor name.
+def _check_names(reader: Any) -> str:
+    """The architecture of a file, after a check that llama.cpp reads every tensor name.
 
     Raises:
         ValueError: a name that it does not read.
@@ -202,6 +212,7 @@ def _check_names(reader: Any) -> None:
     strange = [tensor.name for tensor in reader.tensors if tensor.name.rpartition(".")[0] not in known]
     if strange:
         raise ValueError(f"llama.cpp's {title} has no tensors {', '.join(strange[:5])}")
+    return title
 
 
 def _arch(title: str) -> Any:
@@ -210,12 +221,10 @@ def _arch(title: str) -> Any:
     return next(arch for arch, name in gguf.MODEL_ARCH_NAMES.items() if name == title)
 
 
-def _run(llama_cpp: Any, path: Path, probe: Probe) -> Tensor:
+def _logits(llama_cpp: Any, path: Path, probe: Probe) -> Tensor:
     """The logits of llama.cpp, one sequence at a time."""
     length = probe.ids.shape[1]
-    exact = {"type_k": llama_cpp.GGML_TYPE_F32, "type_v": llama_cpp.GGML_TYPE_F32, "flash_attn": False}
-    sizes = {"n_ctx": length, "n_batch": length, "n_threads": 1}
-    model = llama_cpp.Llama(str(path), logits_all=True, verbose=False, **sizes, **exact)
+    model = _opened(llama_cpp, path, length, logits_all=True)
     logits = []
     for ids in probe.ids.tolist():
         model.reset()
@@ -223,6 +232,30 @@ def _run(llama_cpp: Any, path: Path, probe: Probe) -> Tensor:
         logits.append(torch.tensor(model.scores[:length]))
     model.close()
     return torch.stack(logits)
+
+
+def _hidden_states(llama_cpp: Any, path: Path, probe: Probe) -> Tensor:
+    """The hidden states of an encoder in llama.cpp, not pooled, one sequence at a time."""
+    import numpy as np
+
+    length = probe.ids.shape[1]
+    model = _opened(llama_cpp, path, length, embedding=True, pooling_type=llama_cpp.LLAMA_POOLING_TYPE_NONE)
+    states = []
+    for ids in probe.ids.tolist():
+        tokens = (llama_cpp.llama_token * length)(*ids)  # the batch holds a pointer to it
+        if llama_cpp.llama_encode(model.ctx, llama_cpp.llama_batch_get_one(tokens, length)) != 0:
+            raise ValueError(f"llama.cpp cannot compute {path.name}")
+        found = np.ctypeslib.as_array(llama_cpp.llama_get_embeddings(model.ctx), (length, model.n_embd()))
+        states.append(torch.from_numpy(found.copy()))
+    model.close()
+    return torch.stack(states)
+
+
+def _opened(llama_cpp: Any, path: Path, length: int, **options: Any) -> Any:
+    """A file in llama.cpp, with caches in fp32."""
+    exact = {"type_k": llama_cpp.GGML_TYPE_F32, "type_v": llama_cpp.GGML_TYPE_F32, "flash_attn": False}
+    sizes = {"n_ctx": length, "n_batch": length, "n_ubatch": length, "n_threads": 1}
+    return llama_cpp.Llama(str(path), verbose=False, **sizes, **exact, **options)
 
 
 def _gguf() -> Any:

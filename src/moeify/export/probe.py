@@ -78,7 +78,8 @@ def logits_of(model: Any, ids: Int[Tensor, "B N"]) -> Float[Tensor, "B N V"]:
     """A language model's logits, on the CPU in fp32; an encoder and its decoder read the same tokens."""
     ids = ids.to(next(model.parameters()).device)
     inputs = {"decoder_input_ids": ids} if getattr(model.config, "is_encoder_decoder", False) else {}
-    return model(input_ids=ids, use_cache=False, **inputs).logits.float().cpu()
+    outputs = model(input_ids=ids, use_cache=False, **inputs)
+    return getattr(outputs, "logits", outputs[0]).float().cpu()
 
 
 @contextmanager
