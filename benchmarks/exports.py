@@ -9,8 +9,8 @@ rows of a combination replace earlier ones. Programs that are not installed are 
     python benchmarks/exports.py --to torch onnx openvino --recipe mixtral switch
 
 Weights are drawn so large that every part of a model shows in its logits. Graphs are traced from the model itself, of
-two layers with at most eight experts, so one family of language models stands for all, and models of images have a row
-of their own (`vit`).
+two layers with at most eight experts, so one family of language models (`llama`) and one of models of images (`vit`)
+stand for all.
 """
 
 from __future__ import annotations
@@ -131,7 +131,7 @@ def main() -> None:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--to", nargs="+", default=[*CLASSES, *GRAPHS], choices=[*CLASSES, *GRAPHS])
     options.add_argument("--recipe", nargs="+", default=[*recipes], choices=[*recipes])
-    options.add_argument("--base", nargs="+", choices=[*DENSE, "vit"], help="default: all; for graphs llama")
+    options.add_argument("--base", nargs="+", choices=[*DENSE, "vit"], help="default: all; for graphs llama and vit")
     options.add_argument("--new", action="store_true", help="only rows that the file lacks")
     options.add_argument("--out", type=Path, default=FILE)
     chosen = options.parse_args()
@@ -144,7 +144,7 @@ def main() -> None:
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
     for to in (to for to in chosen.to if find_spec(LIBRARIES.get(to, "torch"))):
         for recipe in chosen.recipe:
-            for base in chosen.base or (["llama"] if to in GRAPHS else DENSE):
+            for base in chosen.base or (["llama", "vit"] if to in GRAPHS else DENSE):
                 if chosen.new and (recipe, base, to) in rows:
                     continue
                 try:

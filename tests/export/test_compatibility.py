@@ -9,7 +9,7 @@ import pytest
 from export_models import sparse
 from moeify import export
 from moeify.export import compatibility, families
-from moeify.export.table import compatibilities, graphs, read_results, row, table
+from moeify.export.table import compatibilities, graphs, programs, read_results, row, table
 from moeify.sparsify import recipes
 
 PAGE = Path(__file__).parents[2] / "docs" / "guide" / "export.md"
@@ -64,6 +64,19 @@ def test_a_graph_has_its_difference_or_the_reason_or_was_not_run():
     results = {("soft", "llama", "torch"): ran, ("soft", "vit", "torch"): refused}
     last = graphs(["soft"], results).splitlines()[-1]
     assert last.startswith("| `soft` | texts 3e-06†, images (it cannot) | not run | not run | refused: its layers are")
+
+
+def test_every_program_stands_with_its_version_and_its_least_agreement():
+    result = {"result": "passed", "program": "mlx-lm 1.2", "difference": "1e-06", "same_top_token": "1"}
+    worse = result | {"difference": "3.4e-06", "same_top_token": "0.998"}
+    results = {
+        ("a", "llama", "mlx"): result,
+        ("b", "llama", "mlx"): worse,
+        ("c", "llama", "mlx"): {"result": "refused"},
+    }
+    assert programs(results).splitlines()[2:] == ["| MLX | mlx-lm 1.2 | 2 | 3e-06 | 99.8% |"]
+    page = PAGE.read_text(encoding="utf-8")
+    assert programs(read_results(PAGE)) in page
 
 
 def test_no_export_of_the_table_failed_in_its_program():

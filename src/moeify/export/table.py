@@ -18,6 +18,7 @@ from moeify.store.vllm import vllm_routing
 
 BEGIN, END = "<!-- compatibility: begin -->", "<!-- compatibility: end -->"
 GRAPHS = {"torch": "torch.export", "onnx": "ONNX Runtime", "openvino": "OpenVINO"}
+TARGETS = {"transformers": "class of transformers", "gguf": "GGUF", "mlx": "MLX", **GRAPHS}
 Results = Mapping[tuple[str, str, str], Mapping[str, str]]
 """Exports that were run, by recipe, base and program."""
 
@@ -77,6 +78,21 @@ def _first_reason(found: dict[str, dict[str, Compatibility]]) -> str:
     return next(iter(found.values()))["transformers"].reason.replace("|", "\\|")
 
 
+def programs(results: Results) -> str:
+    """The table of programs with their versions, and of what was run in them, in Markdown."""
+    of_program: dict[tuple[str, str], list[Mapping[str, str]]] = {}
+    for (_, _, to), result in results.items():
+        if result["result"] == "passed":
+            of_program.setdefault((TARGETS[to], result["program"]), []).append(result)
+    heads = ["| export | run in | passed | largest difference | same most likely token |", "|---|---|---|---|---|"]
+    rows = []
+    for (title, program), ran in sorted(of_program.items()):
+        difference = max(float(result["difference"]) for result in ran)
+        agreement = min(float(result["same_top_token"]) for result in ran)
+        rows.append(f"| {title} | {program} | {len(ran)} | {difference:.0e} | {agreement:.1%} |")
+    return "\n".join([*heads, *rows])
+
+
 def graphs(names: Iterable[str], results: Results) -> str:
     """The table of recipes as graphs, in Markdown: the largest difference of outputs, or why there is no graph."""
     heads = [f"| recipe | {' | '.join(GRAPHS.values())} | vLLM |", f"|---|{'---|' * len(GRAPHS)}---|"]
@@ -107,7 +123,7 @@ def main(page: Path) -> None:
     """Write the tables between their markers in a page."""
     text, results = page.read_text(encoding="utf-8"), read_results(page)
     before, _, rest = text.partition(BEGIN)
-    tables = f"{table(recipes, DENSE, results)}\n\n{graphs(recipes, results)}"
+    tables = "\n\n".join([programs(results), table(recipes, DENSE, results), graphs(recipes, results)])
     write_text(page, f"{before}{BEGIN}\n{tables}\n{END}{rest.partition(END)[2]}")
 
 
