@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from moeify.engram import Engram
 from moeify.experts.slices import slices_of
+from moeify.given import model_given
 from moeify.hf.names import FLAT_WEIGHTS, HEADS, QUERY_WIDTH, VALUE_WIDTH, number
 from moeify.layers import sparse_layers
 from moeify.multihead import MultiHead
@@ -145,7 +146,7 @@ def _shares(model: nn.Module, passes: dict[nn.Module, int], tokens: int | None) 
 
 def _passes(model: nn.Module) -> dict[nn.Module, int]:
     """How often one token passes a module: h times inside a multi-head layer, in h parts; once elsewhere."""
-    layers = [module for module in model.modules() if isinstance(module, MultiHead)]
+    layers = [module for module in model_given(model).modules() if isinstance(module, MultiHead)]
     return {part: layer.heads for layer in layers for part in layer.moe.modules()}
 
 

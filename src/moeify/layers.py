@@ -14,6 +14,7 @@ from torch.utils.hooks import RemovableHandle
 
 from moeify.context import Context, recomputing
 from moeify.experts.base import Experts
+from moeify.given import model_given
 from moeify.hf.blocks import Block, unwrapped
 from moeify.hf.decisions import Chosen, routing_of
 from moeify.hf.discovery import find_blocks
@@ -102,7 +103,7 @@ def sparse_layers(model: nn.Module) -> dict[str, SparseLayer]:
 
 def moe_layers(model: nn.Module) -> dict[str, MoE]:
     """The `MoE` modules of a model by name."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, MoE)}
+    return {name: module for name, module in model_given(model).named_modules() if isinstance(module, MoE)}
 
 
 def watch_inputs(model: nn.Module, layers: Mapping[str, SparseLayer]) -> list[RemovableHandle]:

@@ -8,6 +8,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from moeify.given import model_given
+
 T = TypeVar("T")
 
 
@@ -22,7 +24,7 @@ class Snapshot:
     """
 
     def __init__(self, model: nn.Module, *, values: bool = True) -> None:
-        owners: list[Any] = [*model.modules()]
+        owners: list[Any] = [*model_given(model).modules()]
         configs = {id(config): config for part in owners if (config := getattr(part, "config", None))}
         self._restorers = [_restorer(owner, values) for owner in (*owners, *configs.values())]
         self._learning = [(parameter, parameter.requires_grad) for parameter in model.parameters()]

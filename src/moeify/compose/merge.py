@@ -23,12 +23,13 @@ from moeify.experts.base import Experts
 from moeify.experts.blocks import Each
 from moeify.find.probe import as_probe, find_probe
 from moeify.find.shapes import Site
+from moeify.given import named
 from moeify.modes import fixed_randomness
 from moeify.progress import with_progress
 from moeify.sparsify.comparison import Comparison
 from moeify.sparsify.convert import convert
 from moeify.sparsify.make import copies, merged
-from moeify.sparsify.recipe import Recipe
+from moeify.sparsify.recipe import Recipe, recipe_given
 from moeify.sparsify.report import Report
 
 Model = nn.Module | str | Path
@@ -66,13 +67,16 @@ def merge_models(
             of two classes, Llama and Mistral say, must compute the same with the same tensors); and
             as in `sparsify`.
         FileNotFoundError: a path without a model.
+        TypeError: one model alone, or something that is neither a model nor a path.
     """
-    named = dict(models) if isinstance(models, Mapping) else {str(i): model for i, model in enumerate(models)}
-    recipe = _recipe_for(list(named), Recipe(num_experts=len(named) or 1) if recipe is None else recipe)
-    if router_init is not None and router_init.keys() != named.keys():
-        raise ValueError(f"router_init has examples for {sorted(router_init)}, and the models are {sorted(named)}")
-    model = build(next(iter(named.values())) if base is None else base)
-    sources = [source_of(name, each, model) for name, each in named.items()]
+    if isinstance(models, nn.Module | str | Path):
+        raise TypeError(f"expected several models, in a list or by name in a dict, but got {named(models)} alone")
+    by_name = dict(models) if isinstance(models, Mapping) else {str(i): model for i, model in enumerate(models)}
+    recipe = _recipe_for(list(by_name), Recipe(num_experts=len(by_name) or 1) if recipe is None else recipe)
+    if router_init is not None and dict(router_init).keys() != by_name.keys():
+        raise ValueError(f"router_init has examples for {sorted(router_init)}, and the models are {sorted(by_name)}")
+    model = build(next(iter(by_name.values())) if base is None else base)
+    sources = [source_of(name, each, model) for name, each in by_name.items()]
     for each in sources:
         refuse_unlike(each, model)
 
@@ -103,6 +107,7 @@ def _fill_experts(report: Report, sources: list[Source], own: Mapping[Names, Ten
 
 
 def _recipe_for(names: list[str], recipe: Recipe) -> Recipe:
+    recipe = recipe_given(recipe)
     maker = recipe.experts.func if isinstance(recipe.experts, partial) else recipe.experts
     if maker not in (copies, merged):
         raise ValueError(

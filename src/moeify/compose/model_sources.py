@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from moeify.files import open_tensors
 from moeify.find.probe import find_probe
+from moeify.given import named
 from moeify.sparsify.comparison import Comparison
 from moeify.store.reading import weight_files
 
@@ -110,7 +111,7 @@ class Checkpoint(Source):
 
 def source_of(name: str, model: nn.Module | str | Path, like: nn.Module) -> Source:
     """The source for a module or a path."""
-    return Loaded(name, model) if isinstance(model, nn.Module) else Checkpoint(name, model, like)
+    return Loaded(name, model) if isinstance(model, nn.Module) else Checkpoint(name, _path(model), like)
 
 
 def build(model: nn.Module | str | Path) -> nn.Module:
@@ -124,7 +125,7 @@ def build(model: nn.Module | str | Path) -> nn.Module:
 
     if isinstance(model, nn.Module):
         return copy.deepcopy(model)
-    architecture = getattr(transformers, (_read_config(Path(model)).architectures or ["?"])[0], None)
+    architecture = getattr(transformers, (_read_config(_path(model)).architectures or ["?"])[0], None)
     if architecture is None:
         raise ValueError(
             f"{model} does not name the class of its model ('architectures' in config.json); load one model yourself "
@@ -254,6 +255,12 @@ def _config(config: Any) -> dict[str, Any]:
                 yield f"config.{prefix}{key}", value
 
     return dict(flat(config.to_dict()))
+
+
+def _path(model: Any) -> Path:
+    if isinstance(model, str | Path):
+        return Path(model)
+    raise TypeError(f"expected a model or the path of one, but got {named(model)}")
 
 
 def _read_config(folder: Path) -> Any:

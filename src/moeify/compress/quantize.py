@@ -10,6 +10,7 @@ from torch import nn
 from moeify.compress.quantized_layers import QuantizedExperts, QuantizedLinear
 from moeify.experts import Experts, Quantized, quantize
 from moeify.experts.quantized import Weights
+from moeify.given import model_given
 from moeify.hf.interface import HfExperts
 from moeify.layers import moe_layers
 from moeify.progress import with_progress
@@ -30,7 +31,11 @@ def quantize_experts(model: Model, bits: int = 8, group_size: int = 64) -> Model
     Raises:
         ValueError: the model has no experts that can be quantised.
     """
-    found = [name for name, part in model.named_modules() if isinstance(part, Experts) and part.stacked is not None]
+    found = [
+        name
+        for name, part in model_given(model).named_modules()
+        if isinstance(part, Experts) and part.stacked is not None
+    ]
     if not found:
         raise ValueError(f"{type(model).__name__} has no feed-forward experts to quantise; make it sparse first")
     for name in with_progress(found, "quantising experts"):

@@ -17,6 +17,7 @@ from torch import nn
 from moeify.export.model_spec import Unsupported
 from moeify.export.probe import Probe
 from moeify.files import read_json, share_tensors, write_json
+from moeify.given import model_given, path_given
 from moeify.registry import suggest
 from moeify.version import __version__
 
@@ -130,6 +131,7 @@ def supports(model: nn.Module) -> dict[str, str | None]:
 
     For graphs the model is traced once, which takes seconds; `find_exporter(name).supports(model)` asks one exporter.
     """
+    model = model_given(model)
     answers: dict[Hashable, str | None] = {}
     for exporter in _EXPORTERS.values():
         if exporter.question not in answers:
@@ -178,7 +180,7 @@ def write(
         OSError: the disk is full, or the folder cannot be written to.
     """
     exporter = find_exporter(to) if exporter is None else exporter
-    folder = Path(folder)
+    model, folder = model_given(model), path_given(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise FileExistsError(f"{folder} exists and is not empty; choose another folder, or delete it")
     with _aside(folder) as new:

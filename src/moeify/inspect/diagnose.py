@@ -131,7 +131,7 @@ def diagnose(
         ValueError: the model has no sparse layer, or an unknown fault.
         TypeError: a trainer of another type.
     """
-    if isinstance(model, nn.Module) and not sparse_layers(model):
+    if not isinstance(model, Trace) and not sparse_layers(model):
         raise ValueError(f"{type(model).__name__} has no sparse layer to diagnose; pass a mixture-of-experts model")
     if unknown := [name for name in faults or () if name not in FAULTS]:
         raise ValueError(f"no fault is called {unknown[0]!r}; known are: {', '.join(FAULTS)}")

@@ -15,6 +15,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from moeify.compress.quantize import quantize_decoder
 from moeify.context import is_hook_of_context
+from moeify.given import model_given
 from moeify.hf.interface import use_moeify_experts
 from moeify.kernels.cpu import cpp
 from moeify.kernels.cpu.huge_pages import into_huge_pages
@@ -84,7 +85,7 @@ def fast_decode(model: Model, *, bits: int = 16) -> Model:
 
 def plain_decode(model: Model) -> Model:
     """Restore the model's own forward pass for decoding; in place, quantised weights remain quantised."""
-    model.__dict__.pop("forward", None)
+    model_given(model).__dict__.pop("forward", None)
     return model
 
 

@@ -23,6 +23,7 @@ from moeify.find.describe import describe, rebuild
 from moeify.find.shapes import Site
 from moeify.find.sub_tokens import read_there
 from moeify.find.unreadable import quantized_base
+from moeify.given import named
 from moeify.meta import made_on
 from moeify.modes import fixed_randomness
 from moeify.moe import MoE
@@ -33,7 +34,7 @@ from moeify.sparsify.comparison import Comparison
 from moeify.sparsify.lora import lora
 from moeify.sparsify.make import copies, masked, merged, splits, with_multiplicative_bias
 from moeify.sparsify.put import put
-from moeify.sparsify.recipe import Recipe
+from moeify.sparsify.recipe import Recipe, recipe_given
 from moeify.sparsify.residual import beside, refuse_misfit, residual_splits
 from moeify.sparsify.shared import frozen, nothing
 from moeify.sparsify.verified import verified
@@ -158,18 +159,31 @@ def find(model: nn.Module, recipe: Recipe, described: list[dict[str, Any]] | Non
     Raises:
         ValueError: nothing to make sparse; a module that is not understood; a description of another model.
     """
+    recipe = recipe_given(recipe)
     if described is not None:
         return Plan(model, recipe, [rebuild(model, site) for site in described])
 
     def found() -> Plan:
         with fixed_randomness(model):
-            sites = recipe.where(model)
+            sites = _sites(model, recipe)
             sites = [of_sequences(site) for site in sites] if _is_whole(recipe) else sites
         for site in sites:
             _refuse_quantized(site, recipe)
         return Plan(model, recipe, sites)
 
     return restored_on_error(model, found, values=False)
+
+
+def _sites(model: nn.Module, recipe: Recipe) -> list[Site]:
+    sites = recipe.where(model)
+    if not isinstance(sites, list) or not all(isinstance(site, Site) for site in sites):
+        raise TypeError(
+            f"where of a recipe returns a list of sites, as ffn does, and not {named(sites)}; chosen(...) makes one "
+            "of a function of name and module that returns True or False"
+        )
+    if not sites:
+        raise ValueError(f"where=... found nothing to make sparse in this {type(model).__name__}")
+    return sites
 
 
 def _layers(model: nn.Module, sites: list[Site], recipe: Recipe, contexts: dict[str, Context]) -> list[MoE]:

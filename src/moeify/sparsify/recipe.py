@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -12,6 +13,7 @@ from torch import nn
 from moeify import registry
 from moeify.experts.base import Experts
 from moeify.find.where import Where, ffn
+from moeify.given import named
 from moeify.routers.base import Router
 from moeify.routers.topk import TopK
 from moeify.sparsify.make import copies
@@ -35,6 +37,7 @@ class Recipe:
 
     Raises:
         ValueError: no expert at all.
+        TypeError: a part that cannot be called, such as its name.
     """
 
     where: Where = ffn
@@ -49,6 +52,15 @@ class Recipe:
     def __post_init__(self) -> None:
         if type(self.num_experts) is not int or self.num_experts < 1:
             raise ValueError(f"num_experts must be a whole number from 1 on, got {self.num_experts!r}")
+        for field in dataclasses.fields(self):
+            part = getattr(self, field.name)
+            if field.name == "num_experts" or part is field.default:
+                continue
+            if not callable(part) or isinstance(part, nn.Module):
+                raise TypeError(
+                    f"expected a function or a class as {field.name} of a recipe, but got {named(part)}; names are for "
+                    "Recipe.from_dict"
+                )
 
     def to_dict(self) -> dict[str, Any]:
         """The recipe as plain values, for JSON.
@@ -83,3 +95,19 @@ class Recipe:
 def _kind(field: str) -> str:
     """The kind under which the registry lists the names for a field of a recipe."""
     return "router" if field == "decoder_router" else field
+
+
+def recipe_given(recipe: Recipe) -> Recipe:
+    """The recipe, as it is.
+
+    Raises:
+        TypeError: its name, a dict or anything else that is no recipe.
+    """
+    if isinstance(recipe, Recipe):
+        return recipe
+    way = "Recipe(num_experts=8), for example"
+    if isinstance(recipe, str | Path):
+        way = f"moeify.sparsify.read_recipe({str(recipe)!r}), for names and files"
+    elif isinstance(recipe, dict):
+        way = "Recipe.from_dict makes one of a dict"
+    raise TypeError(f"expected a Recipe, but got {named(recipe)}; {way}")

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from moeify.given import path_given
 from moeify.snapshot import restored_on_error
 from moeify.sparsify.recipe import Recipe
 from moeify.store.build import build
@@ -32,7 +33,7 @@ def load(folder: str | Path, model: nn.Module | None = None, recipe: Recipe | No
         ValueError: a damaged checkpoint, or one of another model; the message names the file or the tensors.
         OSError: a file cannot be read, or an interrupted save cannot be finished.
     """
-    with open_saved(Path(folder), recipe) as saved:
+    with open_saved(path_given(folder), recipe) as saved:
         if model is None:
             return _loaded(saved)
         return restored_on_error(model, partial(_loaded, saved, model), values=False)

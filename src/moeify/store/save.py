@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from moeify import ranks
 from moeify.compress.quantize import quantization_of
 from moeify.files import write_json, write_text
+from moeify.given import model_given, path_given
 from moeify.origin import Origin
 from moeify.parallel.whole import as_in_one_process, is_divided, whole_tensors
 from moeify.store.card import NAME as CARD
@@ -48,11 +49,13 @@ def save(
         notes: additional rows of the model card, such as `{"Data": ..., "Balance": ...}`.
 
     Raises:
+        TypeError: model and folder in the wrong order.
         ValueError: the model was not made by `sparsify`, has adapters of PEFT, or its recipe has a component that
             cannot be serialised.
         OSError: the disk is full, the folder cannot be written to, or another process is saving into it; the folder is
             unchanged.
     """
+    model, folder = model_given(model), path_given(folder)
     if has_adapters(model):
         raise ValueError(
             f"this {type(model).__name__} has adapters of PEFT, which are files of their own: model.save_pretrained("

@@ -11,7 +11,7 @@ from pathlib import Path
 from types import NoneType
 from typing import Any
 
-from moeify.sparsify.recipe import Recipe
+from moeify.sparsify.recipe import Recipe, recipe_given
 from moeify.store.config import unfold
 from moeify.store.reading import CONFIG, Weights, open_checkpoint
 
@@ -60,7 +60,9 @@ def _compared(path: Path, description: dict[str, Any], recipe: Recipe | None, we
             raise ValueError(f"{path} has no {key!r}: it was not written by moeify.save")
     if not all(isinstance(kept, str) for kept in description.get("ties", {}).values()):
         raise ValueError(f"{path} is damaged: its 'ties' do not name tensors")
-    if recipe is None and description["recipe"] is not None:
+    if recipe is not None:
+        recipe_given(recipe)
+    elif description["recipe"] is not None:
         recipe = Recipe.from_dict(description["recipe"])
     _refuse_sizes(path, description, recipe, weights)
     return Saved(path, description, recipe, weights)
