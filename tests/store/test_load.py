@@ -328,6 +328,17 @@ def test_what_a_config_promises_is_compared_before_anything_is_allocated(change,
     assert allocated.largest < 2**20
 
 
+def test_a_loaded_model_generates_as_the_saved_one_was_told_to(tmp_path):
+    model = sparse()
+    model.generation_config.update(eos_token_id=[2, 5], max_new_tokens=7, do_sample=True, temperature=0.5)
+    save(model, tmp_path)
+    assert load(tmp_path).generation_config == model.generation_config
+    file = tmp_path / "generation_config.json"
+    file.write_text(file.read_text().replace("0.5", "0.6"))
+    with pytest.raises(ValueError, match=r"generation_config\.json is damaged"):
+        load(tmp_path)
+
+
 def test_loading_draws_no_random_number(tmp_path):
     save(sparse(), tmp_path)
     before = torch.random.get_rng_state()

@@ -21,6 +21,7 @@ from moeify.progress import Progress, with_progress
 from moeify.store.dtypes import dtype_of
 
 CONFIG = "config.json"
+GENERATION = "generation_config.json"
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 ADAPTERS = "adapter_config.json"  # of PEFT

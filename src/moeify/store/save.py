@@ -21,7 +21,7 @@ from moeify.store.config import architecture_of, describe, fold
 from moeify.store.hashes import saving
 from moeify.store.modelling_file import write_modelling_file
 from moeify.store.peft import has_adapters
-from moeify.store.reading import CONFIG, INDEX, WEIGHTS, weight_files
+from moeify.store.reading import CONFIG, GENERATION, INDEX, WEIGHTS, weight_files
 from moeify.store.weights import persistent, ties_of, write_weights
 from moeify.version import __version__
 
@@ -106,7 +106,7 @@ def _write_for_transformers(model: Any, folder: Path, description: dict[str, Any
     """Write the files that only transformers reads: the modelling file and the generation config."""
     write_modelling_file(folder, architecture_of(model), is_plain=description["sparse_layers"] is not None)
     if getattr(model, "generation_config", None) is not None:
-        write_text(folder / "generation_config.json", model.generation_config.to_json_string())
+        write_text(folder / GENERATION, model.generation_config.to_json_string())
 
 
 def _weights_of_before(folder: Path) -> set[str]:
