@@ -37,6 +37,14 @@ def test_an_image_is_guessed_for_a_plain_vision_transformer(size):
     assert find_probe(Patches(size)).args[0].shape == (2, 3, size, size)
 
 
+@pytest.mark.parametrize(("attribute", "size"), [("img_size", (40, 40)), ("image_size", 40)])
+def test_an_image_has_the_size_that_a_part_of_the_model_names(attribute, size):
+    model = Patches(40)
+    assert find_probe(model) is None
+    setattr(model.cut, attribute, size)
+    assert find_probe(model).args[0].shape == (2, 3, 40, 40)
+
+
 @pytest.mark.parametrize("family", DENSE)
 def test_an_input_is_guessed_for_models_of_transformers(family):
     model = DENSE[family]()

@@ -34,13 +34,22 @@ def _by_position(model: nn.Module) -> Iterator[Tensor]:
     for shape in ((2, 8), (8,)) if sizes else ():
         yield torch.randint(min(sizes), shape)
     channels = next((part.in_channels for part in model.modules() if isinstance(part, nn.Conv2d)), 0)
-    for size in (32, 64, 224) if channels else ():
-        yield torch.randn(2, channels, size, size)
+    for size in dict.fromkeys([*_image_sizes(model), (32, 32), (64, 64), (224, 224)]) if channels else ():
+        yield torch.randn(2, channels, *size)
     widths = [part.embed_dim for part in model.modules() if isinstance(part, nn.MultiheadAttention)]
     widths += [width_of(part)[1] for part in model.modules() if is_linear(part) or is_quantized(part)]
     for width in dict.fromkeys(widths):
         yield torch.randn(2, 5, width)
         yield torch.randn(4, width)
+
+
+def _image_sizes(model: nn.Module) -> Iterator[tuple[int, int]]:
+    """The sizes that its parts say images have, as those of timm and torchvision do."""
+    for part in model.modules():
+        size = getattr(part, "img_size", getattr(part, "image_size", None))
+        height_width = (size, size) if isinstance(size, int) else size
+        if isinstance(height_width, tuple) and len(height_width) == 2 and all(isinstance(n, int) for n in height_width):
+            yield height_width
 
 
 def _by_name(model: nn.Module, config: Any) -> Iterator[Inputs]:
