@@ -69,6 +69,8 @@ def test_there_is_one_folder_for_all_that_is_compiled(tmp_path, monkeypatch):
     assert env.cache_folder() == Path.home() / ".cache/moeify"
     monkeypatch.setattr(Path, "home", _no_home)
     assert env.cache_folder().parent == Path(tempfile.gettempdir())
+    monkeypatch.delattr("os.getuid")  # as on Windows
+    assert env.cache_folder() == Path(tempfile.gettempdir()) / "moeify"
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert env.cache_folder() == tmp_path / "moeify"
     monkeypatch.setenv("MOEIFY_CACHE", str(tmp_path / "mine"))

@@ -112,4 +112,5 @@ def cache_folder() -> Path:
     try:
         return Path.home() / ".cache" / "moeify"
     except RuntimeError:
-        return Path(tempfile.gettempdir()) / f"moeify-{os.getuid()}"
+        temporary = Path(tempfile.gettempdir())  # on Windows a folder of the user's own
+        return temporary / (f"moeify-{os.getuid()}" if hasattr(os, "getuid") else "moeify")
