@@ -1,9 +1,9 @@
 """Time the training steps of `moeify train` under two ways for idle threads to wait, on an idle and on a busy machine.
 
-The sparse model that the command makes by default is trained on its usual batch in two processes: one in which OpenMP
-decides how idle threads wait, one whose waiting is set by the command line (`moeify.cli.threads`). Both have the same
-number of threads and take turns; the one that waits sleeps. All is measured alone, and beside a process that keeps one
-core busy. Ratios are taken round by round.
+The sparse model that the command makes by default is trained on its usual batch in three processes: one in which OpenMP
+decides how idle threads wait, one whose waiting is set by the command line (`moeify.cli.threads`), and one of those
+with a single thread. They take turns; those that wait sleep. All is measured alone, beside a process that keeps one
+core busy, and beside four. Ratios are taken round by round.
 
     python benchmarks/load.py --threads 2
     python benchmarks/load.py --rounds 1 --steps 1 --out /tmp/load.csv
@@ -33,9 +33,11 @@ from moeify.tasks.base import Shape
 from moeify.tasks.lm import small_llama
 
 WORK = "import load; load.work()"
+ONE = "command line, one thread"
 PROGRAMS = {"OpenMP": WORK, "command line": f"from moeify.cli import threads; threads.prepare(); {WORK}"}
 COLUMNS = [
     *measure.HEAD, "load", "waiting", "tokens", "tok_per_s", "quartiles", "over_openmp", "over_openmp_quartiles",
+    "over_one_thread", "over_one_thread_quartiles",
 ]  # fmt: skip
 
 
@@ -76,16 +78,16 @@ def worker(program: str, threads_each: int) -> Iterator[subprocess.Popen[str]]:
 
 
 @contextmanager
-def busy() -> Iterator[None]:
-    """A process that computes all the time."""
-    with subprocess.Popen([sys.executable, "-c", "while True: pass"]) as made:
-        try:
-            yield
-        finally:
-            made.kill()
+def busy(processes: int) -> Iterator[None]:
+    """Processes that compute all the time."""
+    with ExitStack() as stack:
+        for _ in range(processes):
+            made = stack.enter_context(subprocess.Popen([sys.executable, "-c", "while True: pass"]))
+            stack.callback(made.kill)
+        yield
 
 
-LOADS = {"idle": nullcontext, "one busy process": busy}
+LOADS = {"idle": nullcontext, "one busy process": partial(busy, 1), "four busy processes": partial(busy, 4)}
 
 
 def speed(process: subprocess.Popen[str], steps: int, turn: int) -> float:
@@ -114,24 +116,27 @@ def main() -> None:
 
 
 def compare(chosen: argparse.Namespace, head: dict[str, str]) -> None:
-    """Both ways in turn, under every load."""
+    """All in turn, under every load."""
     command = Train()
+    threads_of = dict.fromkeys(PROGRAMS, chosen.threads) | {ONE: 1}
     with ExitStack() as stack:
-        processes = {name: stack.enter_context(worker(program, chosen.threads)) for name, program in PROGRAMS.items()}
+        processes = {
+            name: stack.enter_context(worker(PROGRAMS.get(name, PROGRAMS["command line"]), count))
+            for name, count in threads_of.items()
+        }
         ways = {name: partial(speed, process, chosen.steps) for name, process in processes.items()}
-        measure.in_turn(ways, 1)  # both have started, and memory is warm
+        measure.in_turn(ways, 1)  # all have started, and memory is warm
         for load, burden in LOADS.items():
             with burden():
                 speeds = measure.in_turn(ways, chosen.rounds)
-            rows = [
-                head
-                | {"load": load, "waiting": name, "tokens": str(command.batch * command.length)}
-                | measure.summary(("tok_per_s", "quartiles"), values)
-                | measure.summary(
-                    ("over_openmp", "over_openmp_quartiles"), measure.ratios(values, speeds["OpenMP"]), ".3f"
-                )
-                for name, values in speeds.items()
-            ]
+            rows = []
+            for name, values in speeds.items():
+                row = {"load": load, "waiting": name, "tokens": str(command.batch * command.length)}
+                row |= {"threads": str(threads_of[name])} | measure.summary(("tok_per_s", "quartiles"), values)
+                for column, base in (("over_openmp", "OpenMP"), ("over_one_thread", ONE)):
+                    compared = measure.ratios(values, speeds[base])
+                    row |= measure.summary((column, f"{column}_quartiles"), compared, ".3f")
+                rows.append(head | row)
             measure.report(chosen.out, COLUMNS, rows)
 
 
