@@ -18,7 +18,7 @@ from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
 COMPILER = "src/moeify/kernels/cpu/cpp/compiler.py"
 LEVELS = {
-    "x86_64": ("avx512_bf16", "avx512", "avx2", "portable"),
+    "x86_64": ("avx512_bf16", "avx512_vnni", "avx512", "avx2", "portable"),
     "aarch64": ("neon", "portable"),
     "arm64": ("neon", "portable"),
 }

@@ -76,7 +76,7 @@ CPP = Variable(
     "MOEIFY_CPP",
     "the C++ kernels: `1` for the best instruction set of the processor, `0` for none, or an instruction set by name",
     "1",
-    allowed=("0", "1", "avx512_bf16", "avx512", "avx2", "neon", "portable"),
+    allowed=("0", "1", "avx512_bf16", "avx512_vnni", "avx512", "avx2", "neon", "portable"),
 )
 DATA = Variable(
     "MOEIFY_DATA",

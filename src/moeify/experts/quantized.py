@@ -109,10 +109,10 @@ class Quantized(Experts):
     On a CPU the C++ kernel reads the packed weights as they are; elsewhere they are unpacked expert by expert.
 
     Of an expert with at most 24 rows the kernel rounds the inputs of both projections to int8 as well, if tokens are
-    in bf16, weights have 8 bits or 4 in groups of 64, and the processor multiplies int8 (AVX-512 with VNNI and bf16, or
-    AVX2 without AVX-512): 64 neighbours share a scale, their largest over 127. For normally distributed tokens an
-    output then differs by 1.5 % of its length from the definition's, more than 8 bits of the weights cost and less than
-    4 do. Otherwise inputs stay as they are.
+    in bf16, weights have 8 bits or 4 in groups of 64, and the processor multiplies int8 (AVX-512 with VNNI, and with
+    bf16 for 8 bits, or AVX2 without AVX-512): 64 neighbours share a scale, their largest over 127. For normally
+    distributed tokens an output then differs by 1.5 % of its length from the definition's, more than 8 bits of the
+    weights cost and less than 4 do. Otherwise inputs stay as they are.
 
     Args:
         num_experts: E.

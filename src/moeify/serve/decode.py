@@ -50,10 +50,10 @@ def fast_decode(model: Model, *, bits: int = 16) -> Model:
 
     Prefill, and calls that need more than logits (hidden states, hooks, gradients), run the model's own forward pass.
     With 8 or 4 bits, linear layers and experts are permanently replaced by quantised ones; the head has 8 bits, and
-    routers, norms and embeddings are not quantised. In bf16, on processors with AVX2 alone or with AVX-512 BF16 and
-    VNNI, activations are quantised to int8 as well, for up to 24 tokens. Weights are moved into huge pages. One
-    decoding step is compared with the model's own forward pass before the model is returned. Call it again after
-    parameters were replaced or cast.
+    routers, norms and embeddings are not quantised. In bf16, on processors with AVX2 alone or with AVX-512 and VNNI,
+    activations are quantised to int8 as well, for up to 24 tokens, but where AVX-512 lacks bf16 only beside weights of
+    4 bits. Weights are moved into huge pages. One decoding step is compared with the model's own forward pass before
+    the model is returned. Call it again after parameters were replaced or cast.
 
     Args:
         model: a Llama-like decoder of transformers (Llama, Mixtral, Qwen3), dense or sparse, or one made sparse by

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from moeify.kernels.cpu.cpp import build, compiler, library
+from moeify.kernels.cpu.cpp import LEVELS, build, compiler, library
 
 pytestmark = pytest.mark.skipif(os.name == "nt" or not shutil.which("c++"), reason="needs a C++ compiler")
 COMPILER = """#!/bin/sh
@@ -198,3 +198,8 @@ def test_the_libraries_are_tied_to_no_version_of_torch():
     included = [line for path in compiler.SOURCES for line in path.read_text().splitlines() if "#include" in line]
     assert included
     assert not any("torch" in line for line in included)
+
+
+def test_a_wheel_has_every_instruction_set():
+    hook = (Path(__file__).parents[3] / "hatch_build.py").read_text()
+    assert all(f'"{level}"' in hook for level in LEVELS)

@@ -81,6 +81,18 @@ def test_every_level_agrees_with_the_definition(dtype, bits, choice, width, hidd
     check(x, assign(index, gates.detach(), num_experts), experts)
 
 
+@pytest.mark.parametrize("bits", [8, 4])
+def test_where_only_int8_is_multiplied_activations_are_rounded_beside_weights_of_4_bits(bits, monkeypatch):
+    if "avx512_vnni" not in cpp.levels():
+        pytest.skip("this processor has no VNNI")
+    monkeypatch.setenv("MOEIFY_CPP", "avx512_vnni")
+    experts = quantize(ffn(4, 256, 256, dtype=torch.bfloat16), bits)
+    x, routing = torch.randn(8, 256).bfloat16(), assign(torch.arange(8).unsqueeze(1) % 4, torch.ones(8, 1), 4)
+    with torch.no_grad():
+        y, expected = run(x, routing, experts).float(), compose(x.float(), routing, experts)
+    assert ((y - expected).norm() / expected.norm() < 0.005) == (bits == 8)
+
+
 @pytest.mark.usefixtures("level")
 @pytest.mark.parametrize("bits", [8, 4])
 @settings(max_examples=8)

@@ -34,6 +34,7 @@ def levels() -> list[str]:
     wide = has.startswith("AVX512")
     runs = {
         "avx512_bf16": wide and torch.cpu._is_avx512_bf16_supported(),
+        "avx512_vnni": wide and torch.cpu._is_vnni_supported(),
         "avx512": wide,
         "avx2": wide or has == "AVX2",
         "neon": platform.machine() in ("aarch64", "arm64"),

@@ -14,29 +14,29 @@ constexpr int ROWS = 2;
 constexpr int ROWS = 4;
 #endif
 
-// The multiply-add of one vector: fp32, or pairs of bf16.
+// The multiply-adds of a step: one vector of fp32, two of bf16 as fp32, or one of pairs of bf16.
 template <class Weight, class X>
 struct Product {
-    static constexpr int step = W;
+    static constexpr int step = W, turns = 1, last = W;  // elements of a step, its vectors, and those of the last steps
     typedef Floats Vector;
-    static INLINE Floats weights(const Weight* p) { return load(p); }
-    static INLINE Floats weights(const Weight* p, int64_t count) { return load_first(p, count); }
-    static INLINE Floats inputs(const X* p) { return load(p); }
-    static INLINE Floats inputs(const X* p, int64_t count) { return load_first(p, count); }
+    static INLINE Floats weights(const Weight* p, int turn) { return load(p); }
+    static INLINE Floats first_weights(const Weight* p, int64_t count) { return load_first(p, count); }
+    static INLINE Floats inputs(const X* p, int turn) { return load(p); }
+    static INLINE Floats first_inputs(const X* p, int64_t count) { return load_first(p, count); }
     static INLINE Floats add(Floats sum, Floats w, Floats x) { return sum + w * x; }
 };
 
 #if defined(__AVX512BF16__)
 template <>
 struct Product<Bf16, Bf16> {
-    static constexpr int step = 32;
+    static constexpr int step = 32, turns = 1, last = 32;
     typedef __m512i Vector;
-    static INLINE Vector inputs(const Bf16* p) { return _mm512_loadu_si512(p); }
-    static INLINE Vector inputs(const Bf16* p, int64_t count) {
+    static INLINE Vector inputs(const Bf16* p, int turn) { return _mm512_loadu_si512(p); }
+    static INLINE Vector first_inputs(const Bf16* p, int64_t count) {
         return _mm512_maskz_loadu_epi16(__mmask32((1ull << count) - 1), p);
     }
-    static INLINE Vector weights(const Bf16* p) { return inputs(p); }
-    static INLINE Vector weights(const Bf16* p, int64_t count) { return inputs(p, count); }
+    static INLINE Vector weights(const Bf16* p, int turn) { return inputs(p, turn); }
+    static INLINE Vector first_weights(const Bf16* p, int64_t count) { return first_inputs(p, count); }
     static INLINE Floats add(Floats sum, Vector w, Vector x) {
         return cast<Floats>(_mm512_dpbf16_ps(cast<__m512>(sum), cast<__m512bh>(w), cast<__m512bh>(x)));
     }
@@ -44,19 +44,33 @@ struct Product<Bf16, Bf16> {
 
 template <>
 struct Product<int8_t, Bf16> {  // bf16 represents int8 exactly
-    static constexpr int step = 32;
+    static constexpr int step = 32, turns = 1, last = 32;
     typedef __m512i Vector;
-    static INLINE Vector inputs(const Bf16* p) { return _mm512_loadu_si512(p); }
-    static INLINE Vector inputs(const Bf16* p, int64_t count) { return Product<Bf16, Bf16>::inputs(p, count); }
-    static INLINE Vector weights(const int8_t* p) {
+    static INLINE Vector inputs(const Bf16* p, int turn) { return _mm512_loadu_si512(p); }
+    static INLINE Vector first_inputs(const Bf16* p, int64_t count) { return Product<Bf16, Bf16>::first_inputs(p, count); }
+    static INLINE Vector weights(const int8_t* p, int turn) {
         return cast<__m512i>(_mm512_cvtne2ps_pbh(cast<__m512>(load(p + 16)), cast<__m512>(load(p))));
     }
-    static INLINE Vector weights(const int8_t* p, int64_t count) {
+    static INLINE Vector first_weights(const int8_t* p, int64_t count) {
         int8_t padded[step] = {};
         std::memcpy(padded, p, count);
-        return weights(padded);
+        return weights(padded, 0);
     }
     static INLINE Floats add(Floats sum, Vector w, Vector x) { return Product<Bf16, Bf16>::add(sum, w, x); }
+};
+#elif defined(__AVX2__)
+template <>
+struct Product<Bf16, Bf16> {  // the even numbers, then the odd ones: one shift or mask each, where widening takes two
+    static constexpr int step = 2 * W, turns = 2, last = W;
+    typedef Floats Vector;
+    static INLINE Floats inputs(const Bf16* p, int turn) {
+        const Words both = load_bits<Words>(p);
+        return cast<Floats>(turn == 0 ? both << 16 : both & 0xffff0000);
+    }
+    static INLINE Floats first_inputs(const Bf16* p, int64_t count) { return load_first(p, count); }
+    static INLINE Floats weights(const Bf16* p, int turn) { return inputs(p, turn); }
+    static INLINE Floats first_weights(const Bf16* p, int64_t count) { return load_first(p, count); }
+    static INLINE Floats add(Floats sum, Floats w, Floats x) { return sum + w * x; }
 };
 #endif
 
@@ -70,27 +84,31 @@ INLINE void dots(const Weight* w, int64_t w_stride, const Weight* next, const X*
     Floats sum_of[M][C] = {};
     int64_t i = 0;
     for (; i + P::step <= k; i += P::step) {
-        typename P::Vector weights[C];
+#pragma GCC unroll 2
+        for (int turn = 0; turn < P::turns; turn++) {
+            typename P::Vector weights[C];
 #pragma GCC unroll 8
-        for (int c = 0; c < C; c++) {
-            weights[c] = P::weights(w + c * w_stride + i);
-            if (c * P::step * sizeof(Weight) % LINE == 0)
-                __builtin_prefetch(next + i * C + c * P::step, 0, M <= MAX_ROWS_NEAR ? 3 : 2);
-        }
+            for (int c = 0; c < C; c++) {
+                weights[c] = P::weights(w + c * w_stride + i, turn);
+                if (turn == 0 && c * P::step * sizeof(Weight) % LINE == 0)
+                    __builtin_prefetch(next + i * C + c * P::step, 0, M <= MAX_ROWS_NEAR ? 3 : 2);
+            }
 #pragma GCC unroll 8
-        for (int m = 0; m < M; m++) {
-            const typename P::Vector input = P::inputs(x[m] + i);
+            for (int m = 0; m < M; m++) {
+                const typename P::Vector input = P::inputs(x[m] + i, turn);
 #pragma GCC unroll 8
-            for (int c = 0; c < C; c++) sum_of[m][c] = P::add(sum_of[m][c], weights[c], input);
+                for (int c = 0; c < C; c++) sum_of[m][c] = P::add(sum_of[m][c], weights[c], input);
+            }
         }
     }
-    if (i < k) {
+    for (; i < k; i += P::last) {
+        const int64_t count = k - i < P::last ? k - i : P::last;
 #pragma GCC unroll 8
         for (int m = 0; m < M; m++) {
-            const typename P::Vector input = P::inputs(x[m] + i, k - i);
+            const typename P::Vector input = P::first_inputs(x[m] + i, count);
 #pragma GCC unroll 8
             for (int c = 0; c < C; c++)
-                sum_of[m][c] = P::add(sum_of[m][c], P::weights(w + c * w_stride + i, k - i), input);
+                sum_of[m][c] = P::add(sum_of[m][c], P::first_weights(w + c * w_stride + i, count), input);
         }
     }
 #pragma GCC unroll 8

@@ -16,7 +16,13 @@ struct Token {  // one quantised row of activations, zero-padded
 
 constexpr int SHARED = 64;  // group size
 
-#if defined(__AVX512BF16__)
+#if defined(__AVX512F__) && !defined(__AVX512BF16__)
+constexpr bool FOR_INT8 = false;  // weights of 8 bits are read as fast into floats, and activations are not rounded
+#else
+constexpr bool FOR_INT8 = true;
+#endif
+
+#if defined(__AVX512VNNI__) || defined(__AVX512BF16__)
 #include "int8_avx512.h"
 #elif defined(__AVX2__) && !defined(__AVX512F__)
 #include "int8_avx2.h"
@@ -169,7 +175,7 @@ inline void int8_products(const Stack& s, int64_t expert, const Columns& columns
 // Whether a projection's weights support integer products.
 template <class X>
 bool takes_int8(const Stack& s) {
-    return sizeof(X) == sizeof(Bf16) && (s.format == INT8 || (s.format == INT4 && s.group_size == SHARED));
+    return sizeof(X) == sizeof(Bf16) && ((FOR_INT8 && s.format == INT8) || (s.format == INT4 && s.group_size == SHARED));
 }
 #else
 struct Rounded {
