@@ -74,7 +74,7 @@ def test_every_program_stands_with_its_version_and_its_least_agreement():
         ("b", "llama", "mlx"): worse,
         ("c", "llama", "mlx"): {"result": "refused"},
     }
-    assert programs(results).splitlines()[2:] == ["| MLX | mlx-lm 1.2 | 2 | 3e-06 | 99.8% |"]
+    assert programs(results).splitlines()[2:] == ["| MLX | mlx-lm 1.2 | 2 | 3e-06 | at 0.998 of the positions |"]
     page = PAGE.read_text(encoding="utf-8")
     assert programs(read_results(PAGE)) in page
 

@@ -89,7 +89,8 @@ def programs(results: Results) -> str:
     for (title, program), ran in sorted(of_program.items()):
         difference = max(float(result["difference"]) for result in ran)
         agreement = min(float(result["same_top_token"]) for result in ran)
-        rows.append(f"| {title} | {program} | {len(ran)} | {difference:.0e} | {agreement:.1%} |")
+        same = "everywhere" if agreement == 1 else f"at {agreement:.3g} of the positions"
+        rows.append(f"| {title} | {program} | {len(ran)} | {difference:.0e} | {same} |")
     return "\n".join([*heads, *rows])
 
 
