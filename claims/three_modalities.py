@@ -10,7 +10,7 @@ claims/designs.md, written before the first run.
 
 Failed if the classifier whose routers are not told is 5 points or more behind the model of any modality, in the mean.
 
-    python claims/three_modalities.py     3 seeds, about 6 minutes on one core; rows in
+    python claims/three_modalities.py     3 seeds, about 4 minutes on one core; rows in
                                           claims/results/three_modalities.csv
 """
 

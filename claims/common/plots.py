@@ -105,6 +105,9 @@ PLOTS = {
     "collapse": Plot(value="loss", unit="nats per byte at equal training FLOPs, less top-2", against="top-2"),
     "expert_dropout": Plot(value="accuracy", unit="points of accuracy, less 0.1 everywhere", against="0.1"),
     "fine_grained": Plot(value="loss", unit="nats per byte, less 8 experts of top-2", against="8, top-2"),
+    "flan_moe": Plot(
+        value="loss_left_out", unit="nats per byte of answers to data sets left out, less dense", against="dense"
+    ),
     "heterogeneous": Plot(value="loss", unit="nats per byte, less equal widths", against="equal widths"),
     "limoe": Plot(value="dropped_captions", unit="% of caption tokens that no expert takes"),
     "long_text": Plot(
@@ -118,6 +121,7 @@ PLOTS = {
     ),
     "soft_moe": Plot(value="accuracy", unit="points of accuracy, less top-1", against="top-1"),
     "switch_scaling": Plot(value="loss", unit="nats per byte, less the dense model", arm="experts", against="1"),
+    "three_modalities": Plot(value="bits", unit="bits of expert and modality", arms=("not told", "told")),
     "z_loss": Plot(
         value="loss", unit="nats per byte", arm="z", over="rate", along="learning rate", logarithmic=True
     ),

@@ -9,7 +9,7 @@ from figures.rows import T_95_OF_10, Differences, Figure, Rows, table
 
 def tuned() -> dict[str, list[Figure]]:
     """By id; `ID.least` is the smallest difference that the seeds of the claim could tell from none."""
-    return soft_moe() | mobile_vmoe() | expert_dropout()
+    return soft_moe() | mobile_vmoe() | expert_dropout() | flan_moe() | three_modalities()
 
 
 def arms(claim: str) -> dict[str, Rows]:
@@ -63,4 +63,38 @@ def expert_dropout() -> dict[str, list[Figure]]:
             base.over(fmean, "accuracy"),
         ],
         "expert_dropout.least": [inside.half(T_95_OF_10)],
+    }
+
+
+def flan_moe() -> dict[str, list[Figure]]:
+    of = arms("flan_moe")
+    less = [of["sparse"].minus(of["dense"], f"loss_{name}") for name in ("alone", "left_out", "together")]
+    alone, left_out, _ = less
+    both = Differences(
+        left_out.rows,
+        tuple(a - b for a, b in zip(left_out.values, alone.values, strict=True)),
+        "loss_left_out less loss_alone, sparse less dense, paired by seed",
+    )
+    return {
+        "flan_moe": [
+            *(figure for each in less for figure in (each.mean("lower"), *each.ends())),
+            both.mean("lower"),
+            *both.ends(),
+        ],
+        "flan_moe.least": [both.half()],
+    }
+
+
+def three_modalities() -> dict[str, list[Figure]]:
+    of = arms("three_modalities")
+    names = ("texts", "pictures", "sounds")
+    ahead = [of["not told"].minus(of[f"dense, {name}"], name) for name in names]
+    return {
+        "three_modalities": [
+            *(of["not told"].over(fmean, name, "higher") for name in names),
+            *(figure for each in ahead for figure in (each.mean("higher"), *each.ends())),
+            of["not told"].over(fmean, "bits"),
+            of["told"].over(fmean, "bits"),
+        ],
+        "three_modalities.least": least(ahead),
     }
