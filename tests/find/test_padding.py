@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from transformers import SeamlessM4TConfig, SeamlessM4TForSpeechToText
 
 from layout_models import idefics2
 from moeify import Recipe, record, sparsify
@@ -68,3 +69,23 @@ def test_a_probe_with_padded_sequences_is_no_reason_to_refuse_wherever_sequences
     before = model(**given)[real]
     sparsify(model, Recipe(num_experts=4), probe=given, verbose=False)
     torch.testing.assert_close(model(**given)[real], before, rtol=1e-4, atol=1e-5)
+
+
+def test_a_sound_whose_padding_is_mixed_into_real_tokens_has_its_padding_routed():
+    sizes = {"vocab_size": 64, "t2u_vocab_size": 64, "hidden_size": 32, "feature_projection_input_dim": 16}
+    config = SeamlessM4TConfig(**sizes, adaptor_kernel_size=4, adaptor_stride=4, max_position_embeddings=64)
+    for name in vars(config):
+        if name.endswith(("ffn_dim", "intermediate_size")):
+            setattr(config, name, 48)
+        if name.endswith("attention_heads"):
+            setattr(config, name, 2)
+        if name.endswith("_layers") and name != "num_hidden_layers":
+            setattr(config, name, 1)
+    model = widened(SeamlessM4TForSpeechToText(config)).eval()
+    mask = torch.ones(2, 24, dtype=torch.int64)
+    mask[1, 12:] = 0
+    inputs = {"input_features": torch.randn(2, 24, 16), "attention_mask": mask}
+    inputs["decoder_input_ids"] = torch.randint(5, 64, (2, 6))
+    before = model(**inputs).logits
+    sparsify(model, Recipe(num_experts=2), verbose=False)
+    assert torch.allclose(model(**inputs).logits, before, atol=1e-4)

@@ -37,7 +37,9 @@ def at_real_tokens(values: Iterable[Tensor], real: Masks) -> list[Tensor]:
 
 @contextmanager
 def padding_seen(layers: Iterable[nn.Module]) -> Iterator[Masks]:
-    """The real tokens of each stack with padding, filled in while a model runs whose layers have a `Context`.
+    """The real tokens of each stack, filled in while a model runs whose layers have a `Context`.
+
+    Of a stack whose tokens are not those of its mask (a model downsampled them), they are not known.
 
     A stack that lays tokens out as (N, B, D) is in a model whose outputs have that layout (torch) or not (XLNet), so
     that its mask is there both ways.
@@ -55,8 +57,9 @@ def _keep_mask(found: Masks, layer: nn.Module, args: tuple, kwargs: dict[str, An
     x = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
     context: Context = layer.context  # pyrefly: ignore[bad-assignment]
     positions, shape = context.real(x.shape[:-1]), x.shape[:-1]
-    if positions is not None and len(shape) == 2:
-        real = _as_mask(positions, shape, x.device)
+    if len(shape) == 2 and (positions is not None or context.call.token_mask is None):
+        every = positions is None
+        real = x.new_ones(shape, dtype=torch.bool) if every else _as_mask(positions, shape, x.device)
         found += [real] if context.batch_first is not False else [real, real.T]
 
 

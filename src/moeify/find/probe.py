@@ -63,18 +63,21 @@ class Probe:
         return Probe(kwargs=dict(zip(names, self.args, strict=False)) | (self.kwargs or {}))
 
     def padded(self, padding: int) -> Probe | None:
-        """The same texts with a mask that makes the last of them padding from its middle on.
+        """The same texts, or else sounds, with a mask that makes the last of them padding from its middle on.
 
         Args:
             padding: the id of a padding token.
         """
-        ids = (self.kwargs or {}).get("input_ids")
-        if ids is None or ids.dim() != 2 or len(ids) < 2 or ids.shape[1] < 2:
+        given = self.kwargs or {}
+        name = next((name for name in ("input_ids", "input_values", "input_features") if name in given), "")
+        whole = given.get(name)
+        if whole is None or whole.dim() != (3 if name == "input_features" else 2) or min(whole.shape[:2]) < 2:
             return None
-        real = torch.ones_like(ids, dtype=torch.bool)
-        real[-1, ids.shape[1] // 2 :] = False
-        ids = ids.masked_fill(~real, padding)
-        return Probe(kwargs={**(self.kwargs or {}), "input_ids": ids, "attention_mask": real.long()})
+        real = torch.ones(whole.shape[:2], dtype=torch.bool, device=whole.device)
+        real[-1, whole.shape[1] // 2 :] = False
+        hidden = ~real.view(*real.shape, *[1] * (whole.dim() - 2))
+        silent = whole.masked_fill(hidden, padding if name == "input_ids" else 0)
+        return Probe(kwargs={**given, name: silent, "attention_mask": real.long()})
 
     def _untold(self, model: nn.Module) -> AbstractContextManager[None]:
         names = columns(model) - (self.kwargs or {}).keys()
