@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
+
+Group = Callable[[Tensor, Tensor], Tensor]
+"""Several experts: from their rows and the counts of these to their outputs."""
 
 
 def expert_of_rows(counts: Int[Tensor, "E"], num_rows: int) -> Int[Tensor, "R"]:
@@ -26,6 +31,27 @@ def repeat_for_rows(values: Float[Tensor, "E *V"], counts: Int[Tensor, "E"], num
     if not torch.compiler.is_exporting():
         return torch.repeat_interleave(values, counts, dim=0, output_size=num_rows)
     return values[expert_of_rows(counts, num_rows)]
+
+
+def apply_by_group(
+    rows: Float[Tensor, "R D"], counts: Int[Tensor, "E"], groups: Iterable[tuple[int, Group]]
+) -> Float[Tensor, "R O"]:
+    """What groups of adjacent experts make of their rows: each finds its own.
+
+    Args:
+        rows: sorted by expert.
+        counts: rows of each expert.
+        groups: how many experts each has, and its output for its rows and their counts.
+    """
+    expert, first, outputs = expert_of_rows(counts, rows.shape[0]), 0, []
+    for size, group in groups:
+        own = ((expert >= first) & (expert < first + size)).nonzero().squeeze(1)
+        outputs.append((own, group(rows[own], counts[first : first + size])))
+        first += size
+    out = rows.new_zeros(rows.shape[0], outputs[0][1].shape[1])
+    for own, output in outputs:
+        out = out.index_copy(0, own, output)
+    return out
 
 
 def multiply_by_expert(

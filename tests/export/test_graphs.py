@@ -12,7 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, ViTConfig, ViTForImageCl
 
 from moeify import MoE, Recipe, export, sparsify
 from moeify.capacity import per_choice_by_4, per_token
-from moeify.experts import FFN
+from moeify.experts import FFN, Blocks, Constant, Identity
 from moeify.export.calls import Calls
 from moeify.export.graph import check_program, traced
 from moeify.export.model_spec import Unsupported
@@ -62,10 +62,10 @@ class Recommender(nn.Module):
 class Layer(nn.Module):
     """A sparse layer alone."""
 
-    def __init__(self, router):
+    def __init__(self, router, experts):
         super().__init__()
         torch.manual_seed(0)
-        self.moe = MoE(router(8, 4), FFN(4, 8, 16))
+        self.moe = MoE(router(8, 4), experts())
 
     def forward(self, x, attention_mask=None):
         if attention_mask is not None:
@@ -77,12 +77,20 @@ def capacity(width, experts, k=2, **options):
     return Capacity(TopK(width, experts, k=k, normalize=k > 1), eval_factor=0.5, **options)
 
 
-def layer(router, padding=False):
+def feed_forward():
+    return FFN(4, 8, 16)
+
+
+def of_several_types():
+    return Blocks([FFN(2, 8, 16), Identity(), Constant(1, 8)])
+
+
+def layer(router, padding=False, experts=feed_forward):
     first, second = ({"x": torch.randn(*size, 8)} for size in ((3, 10), (17, 7)))
     for inputs in (first, second) if padding else ():
         inputs["attention_mask"] = torch.ones(inputs["x"].shape[:2], dtype=torch.int64)
         inputs["attention_mask"][0, 2:5] = 0
-    return partial(Layer, router), first, second, {0: Dim.AUTO, 1: Dim.AUTO}
+    return partial(Layer, router, experts), first, second, {0: Dim.AUTO, 1: Dim.AUTO}
 
 
 def texts(batch, length, padding):
@@ -101,6 +109,7 @@ CASES = {
     "capacity of groups": layer(partial(capacity, capacity=per_choice_by_4, priority="batch", per=8)),
     "capacity of texts": layer(partial(capacity, per="prefix"), padding=True),
     "expert choice": layer(ExpertChoice),
+    "experts of several types": layer(TOP_2, experts=of_several_types),
     "tasks": (Recommender, {"features": torch.randn(6, 8)}, {"features": torch.randn(9, 8)}, {0: Dim("b", max=64)}),
 }  # fmt: skip
 
@@ -142,7 +151,7 @@ def test_the_mask_of_features_is_as_long_as_these():
 
 
 def test_a_capacity_that_moves_rows_is_refused_until_it_is_off(tmp_path):
-    model = Layer(partial(capacity, overflow="next"))
+    model = Layer(partial(capacity, overflow="next"), feed_forward)
     exporter = export.OnnxFolder(torch.randn(3, 10, 8))
     with pytest.raises(ValueError, match=r"offers rows that were dropped to other experts.*serve_with"):
         export.write(model, tmp_path / "out", "onnx", exporter=exporter)
@@ -167,7 +176,7 @@ def test_a_batch_that_a_step_fixes_is_refused():
             return super().forward(x + x.shape[:-1].numel(), context)
 
     with pytest.raises(Unsupported, match="a step of it fixes the first size of x to 3"):
-        check_program(Layer(Fixed), torch.randn(3, 10, 8))
+        check_program(Layer(Fixed, feed_forward), torch.randn(3, 10, 8))
 
 
 def test_a_memory_of_n_grams_has_a_program_for_every_batch():
@@ -180,7 +189,7 @@ def test_a_memory_of_n_grams_has_a_program_for_every_batch():
 
 
 def test_a_probe_of_one_text_gives_a_graph_for_any_number():
-    assert check_program(Layer(TopK), torch.randn(1, 10, 8)).difference < 1e-5
+    assert check_program(Layer(TopK, feed_forward), torch.randn(1, 10, 8)).difference < 1e-5
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from moeify.experts.base import Experts
+from moeify.exportable import apply_by_group
 
 
 class Each(Experts):
@@ -81,6 +82,8 @@ class Blocks(Experts):
 
     def forward(self, rows: Float[Tensor, "R D"], counts: Int[Tensor, "E"]) -> Float[Tensor, "R O"]:
         """Give every group the rows of its experts."""
+        if torch.compiler.is_exporting():
+            return apply_by_group(rows, counts, zip(self._sizes, self.banks, strict=True))
         by_group = counts.split(self._sizes)
         parts = rows.split([int(c.sum()) for c in by_group])
         return torch.cat([group(part, c) for group, part, c in zip(self.banks, parts, by_group, strict=True)])
