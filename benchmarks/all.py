@@ -27,7 +27,10 @@ PROGRAMS = {
     "decode": 8, "run": 14,
 }  # fmt: skip
 """Programs and their parts of the time, that with the most points last."""
-AVX2 = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"}
+AVX2 = {
+    "ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_ENABLE_INSTRUCTIONS": "AVX2",
+    "KT_KERNEL_CPU_VARIANT": "avx2",
+}  # fmt: skip
 GRACE = 60  # seconds that a program may take longer than its part, its start included
 FILES = {"run": "layer-cpu", "train_step": "train-cpu"}
 OPTIONS = {"run": ["--device", "cpu"], "load": ["--threads", "2"]}

@@ -1,4 +1,4 @@
-"""Time one sparse layer side by side with transformers' implementations of the same experts.
+"""Time one sparse layer side by side with transformers' implementations of the same experts, and kt-kernel's in bf16.
 
 Every implementation runs the same weights on the same decisions, in turn within one process (A B C A B C ...), and is
 checked against the definition first. Rows are appended to `benchmarks/results/layer-<device>.csv`.
@@ -17,6 +17,7 @@ from functools import cached_property, partial
 import torch
 import transformers
 from allowance import ALLOWANCE, LEFT_OUT, torch_rate
+from kt_layer import IS_INSTALLED, KtLayer
 from measure import (
     HEAD,
     RESULTS,
@@ -52,6 +53,7 @@ BLOCKS: dict[str, Sizes] = {
 }
 COLD = 2**28  # bytes of weights that take turns: more than the caches hold
 HOPELESS, PATIENCE = 10, 1000  # a peer that takes so many times as long as another, and so many ms, is not waited for
+KT = "kt-kernel"
 PASSES = 3  # of a peer: its check, its first time and one round
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 FIELDS = [
@@ -78,6 +80,11 @@ class Block:
             each.gate_up_proj, each.down_proj = self.hf.gate_up_proj, self.hf.down_proj
         pack(self.packed)  # `ours` may not be packed
         self.rounded = {f"moeify/int{each}": quantize(self.ours, each) for each in bits}
+
+    @cached_property
+    def kt(self) -> KtLayer:
+        """The same weights, copied into kt-kernel."""
+        return KtLayer(self.ours, self.sizes[3])
 
 
 def blocks_of(sizes: Sizes, dtype: torch.dtype, device: str = "cpu", bits: Sequence[int] = ()) -> list[Block]:
@@ -119,9 +126,15 @@ class Case:
                 )
                 for name in theirs
             },
+            **({KT: lambda block: block.kt(self.x, self.index, self.gates)} if self.fits_kt and IS_INSTALLED else {}),
             "moeify": lambda block: self.compute(block.ours),
             **ours,
         }
+
+    @property
+    def fits_kt(self) -> bool:
+        """Whether kt-kernel can compute it."""
+        return self.device == "cpu" and self.dtype == torch.bfloat16 and not self.backward
 
     def compute(self, experts: Experts, backend: str = "auto") -> Tensor:
         """Our layer: the decision is sorted, and the experts run."""
@@ -175,8 +188,13 @@ def timers(case: Case) -> tuple[dict[str, Callable[[int], float]], dict[str, str
     found = timed({name: partial(case.step, way) for name, way in case.ways().items()}, case.device)
     first: dict[str, float] = {}
     left_out: dict[str, str] = {}
+    if case.fits_kt and not IS_INSTALLED:
+        left_out[KT] = f"{LEFT_OUT}not installed"
     for name, way in case.ways().items():
-        if is_peer(name) and case.device == "cpu":
+        if name == KT:
+            for block in case.blocks:
+                way(block)  # copies the weights
+        elif is_peer(name) and case.device == "cpu":
             reason = ALLOWANCE.refuse(case.flops, torch_rate(case.dtype, case.backward), PASSES)
             if reason:
                 left_out[name] = reason
@@ -202,7 +220,7 @@ def timers(case: Case) -> tuple[dict[str, Callable[[int], float]], dict[str, str
 
 def is_peer(name: str) -> bool:
     """Whether an implementation is not ours."""
-    return name.startswith("transformers")
+    return name.startswith(("transformers", KT))
 
 
 def rows_of(

@@ -224,15 +224,18 @@ def no_time(benchmarks, monkeypatch):
     monkeypatch.setattr(allowance.ALLOWANCE, "free", 0.0)
 
 
-def test_rows_name_the_peers_of_a_layer_for_which_there_is_no_time(benchmarks, no_time):
+def test_rows_name_the_peers_of_a_layer_for_which_there_is_no_time(benchmarks, no_time, monkeypatch):
     run = benchmarks("run")
+    monkeypatch.setattr(run, "IS_INSTALLED", False)
     case = run.Case(run.blocks_of((16, 32, 4, 2), torch.bfloat16), 32)
     found, left_out = run.timers(case)
     assert set(found) == {"moeify", "moeify/packed"}
-    *ours, eager, _ = run.rows_of({name: [1.0] for name in found}, left_out, lambda name: 1.0)
-    assert all("speedup_over_best_peer" not in row for row in ours)
-    assert eager["quartiles_ms"].startswith("left out: one pass takes about ")
-    assert "median_ms" not in eager
+    made = run.rows_of({name: [1.0] for name in found}, left_out, lambda name: 1.0)
+    rows = {row["implementation"]: row for row in made}
+    assert all("speedup_over_best_peer" not in rows[name] for name in found)
+    assert rows["transformers/eager"]["quartiles_ms"].startswith("left out: one pass takes about ")
+    assert rows["kt-kernel"]["quartiles_ms"] == "left out: not installed"
+    assert "median_ms" not in rows["transformers/eager"]
 
 
 def test_rows_name_the_models_for_which_there_is_no_time(benchmarks, no_time, tiny_decoder, monkeypatch):
