@@ -10,7 +10,7 @@ and thresholds are in claims/designs.md, written before the first run.
 
 Reproduced if final output masking is ahead of none on the languages with 150 pairs in every seed.
 
-    python claims/nllb.py     3 seeds, about 8 minutes on one core; needs sacrebleu; rows in claims/results/nllb.csv
+    python claims/nllb.py     3 seeds, about 6 minutes on one core; needs sacrebleu; rows in claims/results/nllb.csv
 """
 
 from __future__ import annotations

@@ -119,6 +119,7 @@ PLOTS = {
         value="error", unit="error over variance, less shared", against="shared bottom", over="rho",
         along="cosine of the tasks",
     ),
+    "nllb": Plot(value="chrf_small", unit="chrF of languages with few pairs, less sparse", against="sparse"),
     "soft_moe": Plot(value="accuracy", unit="points of accuracy, less top-1", against="top-1"),
     "switch_scaling": Plot(value="loss", unit="nats per byte, less the dense model", arm="experts", against="1"),
     "three_modalities": Plot(value="bits", unit="bits of expert and modality", arms=("not told", "told")),

@@ -9,7 +9,7 @@ from figures.rows import T_95_OF_10, Differences, Figure, Rows, table
 
 def tuned() -> dict[str, list[Figure]]:
     """By id; `ID.least` is the smallest difference that the seeds of the claim could tell from none."""
-    return soft_moe() | mobile_vmoe() | expert_dropout() | flan_moe() | three_modalities()
+    return soft_moe() | mobile_vmoe() | expert_dropout() | flan_moe() | three_modalities() | nllb()
 
 
 def arms(claim: str) -> dict[str, Rows]:
@@ -97,4 +97,19 @@ def three_modalities() -> dict[str, list[Figure]]:
             of["told"].over(fmean, "bits"),
         ],
         "three_modalities.least": least(ahead),
+    }
+
+
+def nllb() -> dict[str, list[Figure]]:
+    of = arms("nllb")
+    masked = [of[arm].minus(of["sparse"], "chrf_small") for arm in ("final masking", "expert masking", "dense")]
+    loss = [of[arm].minus(of["sparse"], "loss_small") for arm in ("final masking", "expert masking", "dense")]
+    return {
+        "nllb": [
+            *(figure for each in masked for figure in (each.mean(), *each.ends())),
+            *(figure for each in loss for figure in (each.mean(), *each.ends())),
+            of["sparse"].over(fmean, "chrf_small"),
+            of["sparse"].over(fmean, "chrf_large"),
+        ],
+        "nllb.least": [masked[0].half()],
     }
