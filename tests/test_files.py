@@ -145,3 +145,9 @@ def test_tensors_that_others_wrote_are_shared_too(tmp_path):
     share_tensors(tmp_path)
     assert len({file.stat().st_mode for file in tmp_path.iterdir()}) == 1
     assert len([*tmp_path.iterdir()]) == 2
+
+
+def test_a_path_that_the_locale_cannot_decode_is_written_as_it_is(tmp_path):
+    path = "données".encode().decode("ascii", "surrogateescape")  # as sys.argv has it under LC_ALL=C
+    write_text(tmp_path / "report.html", f"trained on {path}")
+    assert (tmp_path / "report.html").read_text(encoding="utf-8") == "trained on données"

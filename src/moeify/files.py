@@ -130,9 +130,12 @@ def regular(path: str | Path) -> Path:
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Write a text as UTF-8; a crash leaves the file unchanged."""
+    """Write a text as UTF-8; a crash leaves the file unchanged.
+
+    Bytes of a path that the locale could not decode are written as they are.
+    """
     with replacing(path) as new:
-        new.write_bytes(text.encode("utf-8"))
+        new.write_bytes(text.encode("utf-8", "surrogateescape"))
 
 
 def write_json(path: str | Path, values: Any, **options: Any) -> None:
