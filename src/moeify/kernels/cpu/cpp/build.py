@@ -17,9 +17,11 @@ import torch
 
 from moeify import env
 from moeify.files import sync
+from moeify.folders import locked
 from moeify.kernels.cpu.cpp.compiler import FLAGS, LEVELS, PREBUILT, compile_, name, run, short_hash
 
 _UNFINISHED = "compiling-"
+_WAIT = 600.0  # seconds for the process that compiles
 _OWN_FOLDER = "set MOEIFY_CACHE to a folder of your own"
 
 
@@ -125,23 +127,30 @@ def _find(command: str) -> list[str] | None:
 
 
 def _compiled(level: str, compiler: list[str]) -> Path:
-    """The compiled library; the file is replaced atomically, so that several processes may compile it concurrently."""
+    """The compiled library; processes that want it at the same time wait for the one that compiles it."""
     folder, version = _folder(), short_hash(repr((run([*compiler, "--version"]), compiler)).encode())
     file = folder / f"{name(level)}-{version}.so"
     if not _is_whole(file):
-        logging.getLogger(__name__).info("compiling %s; this takes some seconds, once", file)
-        _sweep(folder)
-        with tempfile.TemporaryDirectory(dir=folder, prefix=_UNFINISHED) as here:
-            made, written = Path(here) / file.name, Path(here) / _digest_of(file).name
-            compile_([*compiler, *FLAGS, *LEVELS[level]], made)
-            made.chmod(0o755)
-            written.write_bytes(_digest(made))
-            for whole in (made, written):
-                sync(whole)
-            written.replace(_digest_of(file))
-            made.replace(file)
+        with locked(folder, f"{file.name}.lock", "is compiling", wait=_WAIT):
+            if not _is_whole(file):
+                _compile([*compiler, *FLAGS, *LEVELS[level]], file)
     _must_be_trusted(file)
     return file
+
+
+def _compile(command: list[str], file: Path) -> None:
+    """Compile a library; it replaces another of its name at once."""
+    logging.getLogger(__name__).info("compiling %s; this takes some seconds, once", file)
+    _sweep(file.parent)
+    with tempfile.TemporaryDirectory(dir=file.parent, prefix=_UNFINISHED) as here:
+        made, written = Path(here) / file.name, Path(here) / _digest_of(file).name
+        compile_(command, made)
+        made.chmod(0o755)
+        written.write_bytes(_digest(made))
+        for whole in (made, written):
+            sync(whole)
+        written.replace(_digest_of(file))
+        made.replace(file)
 
 
 def _cached(level: str) -> Path | None:
