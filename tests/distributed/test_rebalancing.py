@@ -4,10 +4,16 @@ import pytest
 import torch
 
 from distributed import rebalanced
+from nights import nightly
 
 
-@pytest.mark.parametrize("shadows", [0, 2])
-@pytest.mark.parametrize(("size", "ep", "fsdp"), [(2, 2, True), (4, 2, True), (4, 4, True), (4, 2, False)])
+@pytest.mark.parametrize(
+    ("size", "ep", "fsdp", "shadows"),
+    [
+        (2, 2, True, 0), (4, 2, True, 2), nightly(2, 2, True, 2), nightly(4, 2, True, 0), nightly(4, 4, True, 0),
+        nightly(4, 4, True, 2), nightly(4, 2, False, 0), nightly(4, 2, False, 2),
+    ],
+)  # fmt: skip
 def test_a_training_whose_experts_move_is_the_one_whose_experts_stay(ranks, size, ep, fsdp, shadows):
     for worst, ended, slots in ranks(size, rebalanced.beside_static, ep, fsdp, shadows):
         assert worst["outputs"] <= 1e-6
@@ -16,7 +22,9 @@ def test_a_training_whose_experts_move_is_the_one_whose_experts_stay(ranks, size
         assert all(place.tolist() != list(range(rebalanced.EXPERTS)) for place in slots)
 
 
-@pytest.mark.parametrize(("name", "shadows"), [("llama", 0), ("mixtral", 0), ("llama", 1), ("mixtral", 1)])
+@pytest.mark.parametrize(
+    ("name", "shadows"), [("llama", 0), nightly("mixtral", 0), nightly("llama", 1), ("mixtral", 1)]
+)
 def test_the_trainer_moves_experts_and_trains_as_without_moving(ranks, tmp_path, name, shadows):
     sizes = {"fsdp_size": 2, "ep_size": 2}
     still, moved = (

@@ -88,6 +88,7 @@ def test_any_decision_and_any_widths(choice, widths, activation, bias, seed):
     agrees(tokens(len(choice[0]), width), moved(assign(*choice)), ffn)
 
 
+@pytest.mark.nightly
 def test_strides_do_not_matter():
     x = torch.randn(40, 11, device=DEVICE).t().requires_grad_()
     routing = decisions()["k choices"]
@@ -183,6 +184,7 @@ def test_autocast_computes_in_its_dtype_and_returns_gradients_in_that_of_the_par
         assert (a.double() - b.double()).norm() <= 2e-2 * b.double().norm()
 
 
+@pytest.mark.nightly
 def test_activations_may_be_computed_anew():
     x, routing, ffn = tokens(), decisions()["k choices"], experts(SWIGLU, bias=False)
     leaves = [x, routing.weight, *ffn.parameters()]
