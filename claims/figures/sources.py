@@ -242,7 +242,8 @@ def _independent() -> dict[str, list[Figure]]:
 def _benchmarks() -> dict[str, list[Figure]]:
     layer = table("benchmarks/results/layer-cpu.csv").where(commit="06ebc7b", implementation="moeify")
     forward, both = (layer.where(**{"pass": which}) for which in ("forward", "forward+backward"))
-    steps = table("benchmarks/results/train-cpu.csv").where(commit="06ebc7b", implementation="moeify")
+    trainings = table("benchmarks/results/train-cpu.csv").where(implementation="moeify", model="sparse")
+    steps = trainings.where(commit="06ebc7b")
     decode = table("benchmarks/results/decode-cpu.csv").where(commit="97aaea0", what="decode")
     scaling = table("benchmarks/results/scaling-cpu.csv").where(commit="06ebc7b", implementation="moeify")
     tuned = table("benchmarks/results/tune-memory-cpu.csv")
@@ -252,7 +253,8 @@ def _benchmarks() -> dict[str, list[Figure]]:
     sparse, dense = (by_position.where(model=model) for model in ("sparse", "dense"))
     losses = {(row["tokens"], row["first"]): float(row["loss"]) for row in dense.rows}
     apart = [float(row["loss"]) - losses[row["tokens"], row["first"]] for row in sparse.rows]
-    price = table("benchmarks/results/price-cpu.csv").where(commit="31599da", part="step")
+    price = table("benchmarks/results/price-cpu.csv").where(part="step")
+    zen5, emerald = price.where(commit="2db1617"), price.where(commit="fba5040")
     waits = table("benchmarks/results/load-cpu.csv").where(commit="0d94f36", waiting="command line")
     traced = table("benchmarks/results/streamed-cpu.csv")
     ten, all_layers = traced.where(layers=10), traced.where(layers=48)
@@ -270,6 +272,9 @@ def _benchmarks() -> dict[str, list[Figure]]:
         ],
         "train-cpu": [
             steps.over(min, "speedup_over_best_peer", "higher"), steps.over(max, "speedup_over_best_peer", "higher"),
+        ],
+        "train-cpu.mkl": [
+            trainings.where(commit="fba5040", mode="fp32").one("speedup_over_best_peer", "higher"),
         ],
         **{
             f"tune-memory-cpu.{name}": [tuned.where(way=way).one(of, "lower") for of in ("peak_mib", "times_whole")]
@@ -289,7 +294,8 @@ def _benchmarks() -> dict[str, list[Figure]]:
             ]
             for tokens in (4096, 8192, 16384)
         },
-        "price-cpu": [price.where(model=model).one("sparse_over_dense", "lower") for model in ("demo", "52M")],
+        "price-cpu": [zen5.where(model=model).one("sparse_over_dense", "lower") for model in ("demo", "52M")],
+        "price-cpu.mkl": [emerald.where(model=model).one("sparse_over_dense", "lower") for model in ("demo", "52M")],
         "scaling-cpu": [scaling.where(experts=128, tokens=1024).one("times_fewest", "lower")],
         "decode-cpu.moeify": [speed("moeify", bits, "higher") for bits in (16, 8, 4)],
         "decode-cpu.peers": [
