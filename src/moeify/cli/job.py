@@ -32,6 +32,9 @@ from moeify.store import save
 from moeify.tasks.base import Setup, Task, require_inputs
 from moeify.version import __version__
 
+LOAD_TOKENS = 2**11
+"""About how many tokens of a domain the load of the experts is counted on: 2 samples at least and 16 at most."""
+
 
 @dataclass(frozen=True)
 class Job:
@@ -160,7 +163,13 @@ class Job:
     def _load(self, model: nn.Module, setup: Setup, console: Console) -> ExpertLoad | None:
         """The load of the experts; None where tokens are mixed, so that no expert has tokens of its own."""
         try:
-            return expert_load(model, setup.validation, collate=setup.objective.collate)
+            return expert_load(
+                model,
+                setup.validation,
+                per_domain=max(2, min(16, LOAD_TOKENS // setup.validation.length)),
+                batch=min(8, self.settings.batch),
+                collate=setup.objective.collate,
+            )
         except ValueError as error:
             console.print(f"no table of experts: {error}")
             return None
