@@ -8,6 +8,7 @@ from itertools import pairwise
 import torch
 
 from moeify import sparsify
+from moeify.evaluate.run import reading
 from moeify.modes import in_evaluation
 from moeify.sparsify import recipes
 from moeify.tasks.base import Shape
@@ -25,7 +26,8 @@ def test_packed_documents_are_judged_as_if_alone(tmp_path):
     model = sparsify(setup.build(), recipes["mixtral"], verbose=False)
     batch = setup.objective.collate([setup.train[i] for i in (0, len(setup.train) - 1)])
     with in_evaluation(model), torch.no_grad():
-        together = setup.objective.judge(model, dict(batch)).losses
+        with reading(model, batch) as inputs:
+            together = setup.objective.judge(model, inputs).losses
         for ids, positions, loss in zip(batch["input_ids"], batch["position_ids"], together, strict=True):
             starts = [*torch.nonzero(positions == 0).flatten().tolist(), len(ids)]
             assert len(starts) > 2

@@ -94,8 +94,6 @@ class NextToken(Objective):
     def judge(self, model: nn.Module, batch: Batch) -> Judged:
         """Return the mean loss of every row in nats per token; tokens whose label is -100 do not count."""
         inputs = {name: value for name, value in batch.items() if name != "labels"}
-        if "position_ids" in inputs:  # with a cache transformers does not look for documents
-            inputs["use_cache"] = False
         logits, labels = model(**inputs).logits[:, :-1].float(), batch["labels"][:, 1:]
         losses = nn.functional.cross_entropy(logits.transpose(1, 2), labels, reduction="none")
         means = losses.sum(1) / (labels != -100).sum(1).clamp(min=1)

@@ -285,8 +285,14 @@ def validate(model: nn.Module, samples: Samples, settings: Settings, objective: 
 
 @contextmanager
 def reading(model: nn.Module, batch: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """The model's inputs and the labels of a batch; meanwhile routers can look up its other columns."""
+    """The model's inputs and the labels of a batch; meanwhile routers can look up its other columns.
+
+    Rows that are packed, as their positions tell, are read without a cache, with which transformers does not look for
+    documents.
+    """
     taken = {*inspect.signature(model.forward).parameters, "labels"}
+    if "position_ids" in batch:
+        batch = batch | {"use_cache": False}
     with split_router_inputs(model, batch) as inputs:
         yield {name: value for name, value in inputs.items() if name in taken}
 
