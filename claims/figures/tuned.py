@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from statistics import fmean
 
-from figures.rows import T_95_OF_10, Differences, Figure, Rows, table
+from figures.rows import T_95_OF_10, Better, Differences, Figure, Rows, table
 
 
 def tuned() -> dict[str, list[Figure]]:
@@ -16,6 +16,11 @@ def arms(claim: str) -> dict[str, Rows]:
     """The rows of a claim by arm."""
     rows = table(f"claims/results/{claim}.csv")
     return {arm: rows.where(arm=arm) for arm in dict.fromkeys(row["arm"] for row in rows.rows)}
+
+
+def intervals(differences: list[Differences], better: Better = "") -> list[Figure]:
+    """The mean of every difference and the ends of its interval."""
+    return [figure for each in differences for figure in (each.mean(better), *each.ends())]
 
 
 def least(differences: list[Differences]) -> list[Figure]:
@@ -30,7 +35,7 @@ def soft_moe() -> dict[str, list[Figure]]:
     ratio = many.values("step_cpu_ms")[0] / soft.values("step_cpu_ms")[0]
     return {
         "soft_moe": [
-            *(figure for each in ahead for figure in (each.mean("higher"), *each.ends())),
+            *intervals(ahead, "higher"),
             many.figure(ratio, "step_cpu_ms over that of 8 experts", "lower"),
         ],
         "soft_moe.least": least(ahead),
@@ -43,7 +48,7 @@ def mobile_vmoe() -> dict[str, list[Figure]]:
     ahead = [taught.minus(of[arm], "accuracy") for arm in ("dense", "per image, end to end", "per patch")]
     return {
         "mobile_vmoe": [
-            *(figure for each in ahead for figure in (each.mean("higher"), *each.ends())),
+            *intervals(ahead, "higher"),
             taught.over(fmean, "right", "higher"),
         ],
         "mobile_vmoe.least": least(ahead),
@@ -77,7 +82,7 @@ def flan_moe() -> dict[str, list[Figure]]:
     )
     return {
         "flan_moe": [
-            *(figure for each in less for figure in (each.mean("lower"), *each.ends())),
+            *intervals(less, "lower"),
             both.mean("lower"),
             *both.ends(),
         ],
@@ -92,7 +97,7 @@ def three_modalities() -> dict[str, list[Figure]]:
     return {
         "three_modalities": [
             *(of["not told"].over(fmean, name, "higher") for name in names),
-            *(figure for each in ahead for figure in (each.mean("higher"), *each.ends())),
+            *intervals(ahead, "higher"),
             of["not told"].over(fmean, "bits"),
             of["told"].over(fmean, "bits"),
         ],
@@ -106,8 +111,8 @@ def nllb() -> dict[str, list[Figure]]:
     loss = [of[arm].minus(of["sparse"], "loss_small") for arm in ("final masking", "expert masking", "dense")]
     return {
         "nllb": [
-            *(figure for each in masked for figure in (each.mean(), *each.ends())),
-            *(figure for each in loss for figure in (each.mean(), *each.ends())),
+            *intervals(masked),
+            *intervals(loss),
             of["sparse"].over(fmean, "chrf_small"),
             of["sparse"].over(fmean, "chrf_large"),
         ],
