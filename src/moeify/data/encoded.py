@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from jaxtyping import Int
@@ -31,17 +31,23 @@ def encoded(texts: Corpus | Texts, tokenizer: Tokenizer, length: int) -> tuple[E
     return _part("train", texts.train, tokenizer, length), _part("validation", texts.validation, tokenizer, length)
 
 
+def with_end(tokenizer: Tokenizer) -> Callable[[str], Int[Tensor, "_"]]:
+    """A function from a document to its token ids, int32, which end in an end of text if the tokenizer has one."""
+    eos = getattr(tokenizer, "eos_token_id", None)
+    end = [] if eos is None else [eos]
+    return lambda text: torch.tensor(tokenizer.encode(text) + end, dtype=torch.int32)
+
+
 def _part(name: str, domains: Mapping[str, bytes | Sequence[str]], tokenizer: Tokenizer, length: int) -> Encoded:
     whole = {domain: [given.decode()] if isinstance(given, bytes) else given for domain, given in domains.items()}
     characters = sum(len(text) for documents in whole.values() for text in documents)
     progress, done = Progress(f"tokens of the {name} part", characters), 0
-    eos = getattr(tokenizer, "eos_token_id", None)
-    end = [] if eos is None else [eos]
+    encode = with_end(tokenizer)
     tokens: Encoded = {domain: [] for domain in whole}
     for domain, documents in whole.items():
         for text in documents:
             progress.at(done)
-            tokens[domain].append(torch.tensor(tokenizer.encode(text) + end, dtype=torch.int32))
+            tokens[domain].append(encode(text))
             done += len(text)
     longest = max((sum(map(len, documents)) for documents in tokens.values()), default=0)
     if longest < length:

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.data import ConcatDataset, Dataset
 
 from moeify.data.corpus import Corpus
-from moeify.data.encoded import Encoded, encoded
+from moeify.data.encoded import Encoded, encoded, with_end
 from moeify.data.text import Texts
 from moeify.data.tokenizer import Tokenizer
 
@@ -63,9 +63,7 @@ def packed(texts: Iterable[str], tokenizer: Tokenizer, length: int) -> Packed:
     Raises:
         ValueError: too few tokens for a row.
     """
-    eos = getattr(tokenizer, "eos_token_id", None)
-    end = [] if eos is None else [eos]
-    return Packed((torch.tensor(tokenizer.encode(text) + end, dtype=torch.int32) for text in texts), length)
+    return Packed(map(with_end(tokenizer), texts), length)
 
 
 class PackedDomains(ConcatDataset[dict[str, Tensor]]):

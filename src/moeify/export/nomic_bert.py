@@ -7,6 +7,7 @@ llama.cpp computes is the hidden state of every token: embeddings of texts, pool
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -107,20 +108,20 @@ def encoder_spec(model: Any) -> ModelSpec:
 
 
 def _traits(config: Any) -> dict[str, Any]:
+    from transformers.activations import ACT2FN
+
     return {
         "vocabulary": config.vocab_size, "width": config.hidden_size, "layers": config.num_hidden_layers,
         "heads": config.num_attention_heads, "positions": config.max_position_embeddings,
         "norm_eps": config.layer_norm_eps, "rope": {"partial_rotary_factor": 1.0, **config.rope_parameters},
         "head_dim": config.hidden_size // config.num_attention_heads, "token_types": config.type_vocab_size,
-        "activation": "gelu_tanh" if _is_gelu_tanh(config.hidden_act) else config.hidden_act,
+        "activation": "gelu_tanh" if _is_gelu_tanh(ACT2FN[config.hidden_act]) else config.hidden_act,
     }  # fmt: skip
 
 
-def _is_gelu_tanh(act: str) -> bool:
-    from transformers.activations import ACT2FN
-
+def _is_gelu_tanh(activation: Callable[[Tensor], Tensor]) -> bool:
     x = torch.linspace(-6, 6, 97)
-    return torch.allclose(ACT2FN[act](x), F.gelu(x, approximate="tanh"), rtol=0, atol=1e-6)
+    return torch.allclose(activation(x), F.gelu(x, approximate="tanh"), rtol=0, atol=1e-6)
 
 
 def _layer_index(name: str) -> int:
@@ -142,8 +143,7 @@ def _parts(layer: MoE, config: Any) -> tuple[dict[str, Any], dict[str, Tensor]]:
         raise Unsupported(
             f"its experts are as wide as its dense networks, {config.intermediate_size}, the model's {up.shape[1]}"
         )
-    x = torch.linspace(-6, 6, 97)
-    if not torch.allclose(experts.activation.act(x), F.gelu(x, approximate="tanh"), rtol=0, atol=1e-6):
+    if not _is_gelu_tanh(experts.activation.act):
         raise Unsupported(
             "its experts compute GELU in the form with tanh (gelu_pytorch_tanh), the model's another activation"
         )
