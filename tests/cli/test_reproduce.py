@@ -153,5 +153,5 @@ def test_quick_runs_of_all_claims_take_less_than_90_minutes_and_full_ones_have_t
     assert sum(claim.quick_minutes for claim in claims.values()) < 90
     assert all((claim.quick is None) == (claim.quick_minutes == 0) for claim in claims.values())
     assert {name for name, claim in claims.items() if claim.seeds < 3} == {
-        "independent", "placement", "simumax", "smartmoe", "virtual_devices",
+        "hot_experts", "independent", "placement", "simumax", "smartmoe", "virtual_devices",
     }, "these have no random numbers that matter"  # fmt: skip

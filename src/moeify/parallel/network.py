@@ -1,7 +1,8 @@
 """How long collectives take on a cluster, from the bytes that each process sends.
 
-Latency plus bytes over bandwidth, by ring algorithms (Thakur et al., IJHPCA 19(1), 2005): of n processes each sends
-(n - 1) / n of the bytes in an all-to-all, an all-gather or a reduce-scatter, and twice as much in an all-reduce.
+Latency plus bytes over bandwidth, by the algorithms for long messages (Thakur et al., IJHPCA 19(1), 2005): of n
+processes each sends (n - 1) / n of the bytes in a pairwise all-to-all, an all-gather along a ring or a reduce-scatter,
+and twice as much in an all-reduce, which is the last two one after the other.
 """
 
 from __future__ import annotations
