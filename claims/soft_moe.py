@@ -8,30 +8,44 @@ of both Soft MoEs, by turns. Design, prediction and thresholds are in claims/des
 Reproduced if Soft MoE of 8 experts is ahead of top-1 in the mean, and a step with 32 experts takes less than 1.5 times
 that with 8.
 
+`--normalisation` compares Soft MoE of 8 experts with one whose logits are not normalised, at two rates, and keeps its
+rows in claims/results/soft_moe_normalisation.csv.
+
     python claims/soft_moe.py     3 seeds, about 25 minutes on one core; rows in claims/results/soft_moe.csv
 """
 
 from __future__ import annotations
 
+import argparse
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from statistics import fmean, median
 
 import torch
 from common.images import BATCH, PATCHES, Images, compared, step, vit
-from common.small import options
-from common.statistics import paired
+from common.small import parser
+from common.statistics import interval, paired
 from common.training import balanced
 from results import append
-from torch import nn
+from torch import Tensor, nn
 
-from moeify import Recipe, sparsify
+from moeify import Recipe, record, sparsify
 from moeify.find import last_half
 from moeify.routers import ExpertChoice, Router, Soft, TopK
+from moeify.routers.base import project
 from moeify.sparsify import fresh
 
 ROUNDS = 7
+RATES = (1e-3, 4e-3)
+"""Of the comparison with logits that are not normalised."""
+
+
+class Unnormalised(Soft):
+    """Soft MoE whose logits are x · μ."""
+
+    def logits(self, x: Tensor) -> Tensor:
+        return project(x, self.queries)
 
 
 def built(router: Callable[[int, int], Router], num_experts: int) -> nn.Module:
@@ -39,8 +53,8 @@ def built(router: Callable[[int, int], Router], num_experts: int) -> nn.Module:
     return sparsify(vit(), recipe, verbose=False)
 
 
-def soft(num_experts: int) -> nn.Module:
-    return built(partial(Soft, slots=PATCHES // num_experts), num_experts)
+def soft(num_experts: int, router: type[Soft] = Soft) -> nn.Module:
+    return built(partial(router, slots=PATCHES // num_experts), num_experts)
 
 
 ARMS: dict[str, Callable[[], nn.Module]] = {
@@ -66,9 +80,44 @@ def seconds(arms: tuple[str, ...]) -> dict[str, float]:
     return {arm: median(values) for arm, values in taken.items()}
 
 
+@torch.no_grad()
+def fullest(arm: str, model: nn.Module, unseen: Images) -> Mapping[str, str]:
+    """The largest weight that a patch has in a slot, mean of slots, sparse layers and images."""
+    with record(model) as decisions:
+        model(pixel_values=unseen.pixels[:: len(unseen) // 256][:256])
+    return {"fullest": f"{fmean(mixture.into.amax(-2).mean().item() for mixture in decisions.values()):.4f}"}
+
+
+def without_normalisation(chosen: argparse.Namespace) -> None:
+    arms = {"normalised": lambda: soft(8), "not normalised": lambda: soft(8, Unnormalised)}
+    ends, kept = [], []
+    for rate in RATES:
+        at = argparse.Namespace(**vars(chosen) | {"rate": rate})
+        found, rows = compared(arms, at, balancing={}, measure=fullest)
+        kept += rows
+        ends.append(interval(found["normalised"], found["not normalised"]))
+        print(f"at {rate:g} normalised less not", paired(found["normalised"], found["not normalised"]))
+        every = min(a - b for a, b in zip(found["normalised"], found["not normalised"], strict=True)) > 0
+    (_, before, _), (low, after, _) = ends
+    result = "reproduced" if low > 0 and after > before else "in part" if every else "failed"
+    print(result)
+    for row in kept:
+        append("soft_moe_normalisation", row | {"result": result})
+
+
 def main() -> None:
-    chosen = options(__doc__, steps=600)
+    asked = parser(__doc__, steps=None)
+    asked.add_argument("--normalisation", action="store_true", help="compare with logits that are not normalised")
+    chosen = asked.parse_args()
+    chosen.steps = chosen.steps or (400 if chosen.normalisation else 600)
     torch.set_num_threads(1)
+    if chosen.normalisation:
+        without_normalisation(chosen)
+    else:
+        against_routing(chosen)
+
+
+def against_routing(chosen: argparse.Namespace) -> None:
     taken = seconds(tuple(ARMS))
     found, rows = compared(ARMS, chosen, balancing={"top-1": balanced})
     for arm, values in found.items():

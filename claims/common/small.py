@@ -36,14 +36,19 @@ def llama(hidden: int = HIDDEN, *, width: int = WIDTH) -> nn.Module:
     return transformers.LlamaForCausalLM(config)
 
 
+def parser(description: str | None, steps: int | None = 250, rate: float = 1e-3) -> argparse.ArgumentParser:
+    """Of a command line with steps, rate, seeds and hardware."""
+    found = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    found.add_argument("--steps", type=int, default=steps)
+    found.add_argument("--rate", type=float, default=rate)
+    found.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    found.add_argument("--hardware", default="unknown", help="the name of the hardware in the rows")
+    return found
+
+
 def options(description: str | None, steps: int = 250, rate: float = 1e-3) -> argparse.Namespace:
     """Steps, rate, seeds and hardware from the command line."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=steps)
-    parser.add_argument("--rate", type=float, default=rate)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--hardware", default="unknown", help="the name of the hardware in the rows")
-    return parser.parse_args()
+    return parser(description, steps, rate).parse_args()
 
 
 def trained(

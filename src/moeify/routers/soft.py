@@ -44,7 +44,7 @@ class Soft(Router):
         """Mix the real tokens of every sequence into the slots, and back."""
         tokens = real_tokens(x, context)
         table, real = tokens.by_sequence()  # (B, N)
-        logits = self.scale.float() * project(_unit(tokens.x.float()), _unit(self.queries.float()))[table]  # (B, N, S)
+        logits = self.logits(tokens.x)[table]  # (B, N, S)
         filling = ~real.unsqueeze(-1)
         return Mixture(
             counts=torch.full((self.num_experts,), table.shape[0] * self.slots, device=x.device),
@@ -54,6 +54,10 @@ class Soft(Router):
             shape=tokens.shape,
             evidence=Evidence(),  # torch.compile does not make it
         )
+
+    def logits(self, x: Float[Tensor, "T D"]) -> Float[Tensor, "T S"]:
+        """s · x̂ · μ̂ of every token and slot."""
+        return self.scale.float() * project(_unit(x.float()), _unit(self.queries.float()))
 
     def rows_per_token(self, tokens: int | None = None) -> float:
         """E · p / N; 1 where N is unknown, since the paper uses as many slots as tokens."""
