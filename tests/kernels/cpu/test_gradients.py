@@ -1,6 +1,9 @@
 """Gradients of experts: memory of freed gradients is reused, and sums are accumulated in place."""
 
+import ctypes
 import gc
+import mmap
+import sys
 
 import pytest
 import torch
@@ -50,6 +53,49 @@ def test_memory_that_is_used_again_is_zero_where_nobody_writes():
     for found, expected in zip(experts.parameters(), twin.parameters(), strict=True):
         assert torch.equal(found.grad, expected.grad)
     assert not experts.down_proj.grad[2:].any()
+
+
+@pytest.fixture
+def small_pages(monkeypatch):
+    """Memory is given back by pages of 4 KiB, as if these were huge."""
+    monkeypatch.setattr(gradients, "_HUGE", mmap.PAGESIZE)
+
+
+def in_memory(tensor):
+    """Of every page of a tensor, whether it is mapped."""
+    pages = (ctypes.c_ubyte * (tensor.nbytes // mmap.PAGESIZE))()
+    assert ctypes.CDLL(None).mincore(ctypes.c_void_p(tensor.data_ptr()), ctypes.c_size_t(tensor.nbytes), pages) == 0
+    return [bool(page & 1) for page in pages]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere memory that is given back need not be zero")
+@pytest.mark.usefixtures("large", "small_pages")
+def test_memory_that_is_used_again_is_not_mapped_where_nobody_writes(monkeypatch):
+    monkeypatch.delattr(gradients.mmap, "MADV_HUGEPAGE")
+    weight = torch.randn(4, 3, mmap.PAGESIZE // 4)
+    gradient_of(weight, [1, 1, 1, 1]).fill_(7)
+    again = gradient_of(weight, [0, 1, 0, 0])
+    assert [any(in_memory(matrix)) for matrix in again] == [False, True, False, False]
+    assert [matrix.unique().tolist() for matrix in again] == [[0], [7], [0], [0]]
+
+
+@pytest.mark.usefixtures("large", "small_pages")
+@pytest.mark.parametrize("size", [(1, mmap.PAGESIZE // 8), (5, mmap.PAGESIZE // 4 - 3), (3, mmap.PAGESIZE // 2 + 7)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("counts", [[0, 2, 0, 0, 1], [1, 0, 0, 1, 0], [0, 0, 0, 0, 0]])
+def test_memory_that_is_given_back_in_part_is_zero_as_a_whole(size, dtype, counts):
+    weight = torch.randn(5, *size).to(dtype)
+    gradient_of(weight, [1] * 5).fill_(7)
+    again = gradient_of(weight, counts)
+    assert [matrix.unique().tolist() for matrix in again] == [[7 if count else 0] for count in counts]
+
+
+@pytest.mark.usefixtures("large", "small_pages")
+def test_memory_that_the_system_does_not_take_back_is_overwritten(monkeypatch):
+    monkeypatch.setattr(gradients.mmap, "MADV_DONTNEED", 9999, raising=False)
+    weight = torch.randn(2, 2, mmap.PAGESIZE)
+    gradient_of(weight, [1, 1]).fill_(7)
+    assert not gradient_of(weight, [0, 1])[0].any()
 
 
 @pytest.mark.usefixtures("large")

@@ -6,9 +6,10 @@ import math
 import mmap
 import sys
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any, TypeVar
 
 import torch
@@ -18,7 +19,8 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 Model = TypeVar("Model", bound=nn.Module)
 
-_LARGE = 2**21  # bytes from which on the memory of a gradient is reused: a huge page
+_HUGE = 2**21  # bytes of a huge page
+_LARGE = _HUGE  # bytes from which on the memory of a gradient is reused
 _MAPPED = 2**25  # bytes; malloc reuses smaller freed blocks, larger ones are mapped again on every allocation
 _IN_PLACE: Any = WeakIdKeyDictionary()  # the parameters whose `.grad` the backward pass accumulates itself
 _SHELVES: Any = WeakIdKeyDictionary()  # parameter -> _FreedMemory
@@ -88,7 +90,8 @@ def gradient_of(weight: Float[Tensor, "E O D"], counts: Sequence[int]) -> Float[
     """A `new_stack` for the gradient of a weight, in its layout, in memory that is cached per weight.
 
     Mapping memory takes several times as long as writing it. So when a large gradient is freed, its memory is reused by
-    the next gradient of the same weight, until the weight is freed or `free_gradients` is called.
+    the next gradient of the same weight, until the weight is freed or `free_gradients` is called. On Linux the huge
+    pages of experts without rows are given back instead of overwritten: they are zero, and mapped only if accessed.
 
     Args:
         weight: stacked over the experts.
@@ -98,9 +101,12 @@ def gradient_of(weight: Float[Tensor, "E O D"], counts: Sequence[int]) -> Float[
         return gradient_of(weight.transpose(1, 2), counts).transpose(1, 2)
     if not weight.is_cpu or weight.nbytes <= _LARGE:
         return new_stack(weight.shape, counts, weight)
-    view, is_zero = _SHELVES.setdefault(_owner(weight), _FreedMemory()).take(weight.nbytes)
+    memory, view, is_zero = _SHELVES.setdefault(_owner(weight), _FreedMemory()).take(weight.nbytes)
     stack = torch.frombuffer(view, dtype=weight.dtype).view(weight.shape)
-    return stack if is_zero else _zero_unrouted(stack, counts)
+    if not is_zero:
+        for first, last in _unrouted(counts):
+            _zero(stack[first:last], stack.data_ptr(), memory)
+    return stack
 
 
 def new_stack(shape: Sequence[int], counts: Sequence[int], like: Tensor) -> Float[Tensor, "E O D"]:
@@ -127,20 +133,51 @@ def _zero_unrouted(stack: Float[Tensor, "E O D"], counts: Sequence[int]) -> Floa
     return stack
 
 
+def _unrouted(counts: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """Runs of adjacent experts without rows: the first one, and the one after the last."""
+    for is_routed, run in groupby(range(len(counts)), lambda expert: counts[expert] > 0):
+        if not is_routed:
+            experts = list(run)
+            yield experts[0], experts[-1] + 1
+
+
+def _zero(experts: Float[Tensor, "N O D"], start: int, memory: mmap.mmap) -> None:
+    """Make adjacent matrices zero: whole huge pages by giving them back to the system, the rest by writing.
+
+    Args:
+        experts: the matrices.
+        start: the address of `memory`.
+        memory: where they lie.
+    """
+    begin, end = experts.data_ptr(), experts.data_ptr() + experts.nbytes
+    first, last = -(-begin // _HUGE) * _HUGE, end // _HUGE * _HUGE
+    if sys.platform != "linux" or first >= last:  # elsewhere the advice promises no zeros
+        experts.zero_()
+        return
+    try:
+        memory.madvise(mmap.MADV_DONTNEED, first - start, last - first)
+    except OSError:  # locked memory
+        experts.zero_()
+        return
+    flat = experts.view(-1)
+    flat[: (first - begin) // flat.itemsize].zero_()
+    flat[(last - begin) // flat.itemsize :].zero_()
+
+
 class _FreedMemory:
     """Memory of freed gradients of one weight, to be reused by its next gradient."""
 
     def __init__(self) -> None:
         self.free: list[mmap.mmap] = []
 
-    def take(self, size: int) -> tuple[memoryview, bool]:
-        """Memory of `size` bytes, which is cached again once the view is freed, and whether it is all zeros."""
+    def take(self, size: int) -> tuple[mmap.mmap, memoryview, bool]:
+        """Memory of `size` bytes, a view after which it is cached again, and whether it is all zeros."""
         self.free = [memory for memory in self.free if len(memory) == size]
         is_zero = not self.free
         memory = _zeros(size, huge_pages=True) if is_zero else self.free.pop()
         view = memoryview(memory)
         weakref.finalize(view, _put_back, weakref.ref(self), memory)
-        return view, is_zero
+        return memory, view, is_zero
 
 
 def _put_back(shelf: weakref.ref[_FreedMemory], memory: mmap.mmap) -> None:
