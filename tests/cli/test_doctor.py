@@ -12,6 +12,7 @@ import torch
 import moeify as package
 from command_line import moeify
 from moeify.backends import backend_names
+from moeify.cli import memory
 from moeify.data.tokenizer import ByteTokenizer
 from moeify.tasks.models import save_tokenizer
 from tiny_models import mixtral
@@ -28,6 +29,7 @@ def test_versions_and_processor_are_those_of_this_machine():
     assert found["moeify"] == package.__version__
     assert found["python"] == platform.python_version()
     assert found["torch"] == torch.__version__
+    assert found["freed memory"] == memory.describe()
     assert found["vector instructions"] == torch.backends.cpu.get_cpu_capability()
 
 

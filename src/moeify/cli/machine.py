@@ -14,7 +14,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from moeify.backends import backend_names, choose, find_backend
-from moeify.cli import threads
+from moeify.cli import memory, threads
 from moeify.context import Context
 from moeify.experts import FFN
 from moeify.kernels import explain
@@ -46,6 +46,7 @@ def describe_machine() -> None:
         "processor", f"{platform.machine()}, {os.cpu_count()} cores; torch uses {torch.get_num_threads()} threads"
     )
     facts.add_row(*threads.describe().split(": ", 1))
+    facts.add_row("freed memory", memory.describe())
     facts.add_row("vector instructions", torch.backends.cpu.get_cpu_capability())
     facts.add_row("C++ kernel", escape(cpp.explain()))
     facts.add_row("rows per expert for it", f"{_kernel_rows(torch.float32)}, {_kernel_rows(torch.bfloat16)}")

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from moeify.cli import config
+from moeify.cli import config, memory
 from moeify.cli import options as o
 
 if TYPE_CHECKING:
@@ -161,6 +161,7 @@ class Train:
 
     def run(self) -> None:
         """Run the job, or print its options."""
+        memory.keep_freed()
         job = self.job() if self.finetune is None else self.finetuning()
         if self.print_config:
             print(config.written(self), end="")
