@@ -14,10 +14,12 @@ from __future__ import annotations
 import argparse
 import copy
 from collections.abc import Iterator
+from functools import partial
 from statistics import fmean, stdev
 
 import torch
 import transformers
+from common.bases import trained_base
 from common.text import text_by_domain
 from common.training import average, drawn, held_out, of_domain, train
 from results import append
@@ -59,7 +61,8 @@ def arms(seed: int, learnt: dict[str, Tensor], base_steps: int = BASE) -> Iterat
     """Every arm: its name, its model, and the steps that were trained for it after the base."""
     torch.manual_seed(seed)
     everything = drawn(*learnt.values(), batch=BATCH)
-    base = train(dense(), everything, base_steps, seed, BASE_RATE)
+    learn = partial(train, batches=everything, steps=base_steps, seed=seed, rate=BASE_RATE)
+    base = trained_base(dense(), learn, *learnt.values(), batch=BATCH)
     yield "base", base, 0
     branches = {}
     for domain, ids in learnt.items():

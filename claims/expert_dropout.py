@@ -20,29 +20,23 @@ import copy
 import gzip
 import json
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from statistics import fmean
 
 import torch
-from common.small import BATCH, WIDTH, llama, text
+from common.bases import SMALL_STEPS, small_bases
+from common.small import WIDTH, text
 from common.statistics import interval, paired
-from common.training import Batches, drawn, held_out, train
+from common.training import Batches, held_out, train
 from results import append
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from moeify import Recipe, sparsify
 from moeify.data import ByteTokenizer
 from moeify.data.claim_files import data_file
 from moeify.experts import FFN
-from moeify.routers import TopK
-from moeify.sparsify import fresh
 
-EXPERTS, LENGTH, TEXTS = 8, 48, 500
-BASE, BASE_RATE, TUNED_BATCH = 600, 2e-3, 32
-UNREPORTED = 100
+LENGTH, TEXTS, TUNED_BATCH, UNREPORTED = 48, 500, 32, 100
 
 
 @dataclass(frozen=True)
@@ -151,16 +145,9 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     learnt, unseen = text()
-    sparse = Recipe(num_experts=EXPERTS, router=partial(TopK, k=1, normalize=False), experts=fresh)
-    build: dict[str, Callable[[], nn.Module]] = {
-        "dense": llama,
-        "sparse": lambda: sparsify(llama(), sparse, verbose=False),
-    }
-    bases = {}
-    for name, built in build.items():
-        torch.manual_seed(0)
-        bases[name] = train(built(), drawn(learnt, batch=BATCH), BASE, 0, BASE_RATE)
-        print(f"{name} base: {held_out(bases[name], unseen):.4f} nats per byte", flush=True)
+    bases = small_bases(learnt)
+    for name, base in bases.items():
+        print(f"{name} base: {held_out(base, unseen):.4f} nats per byte", flush=True)
     pool, validation, test = read("train"), read("validation")[::2], read("test")[::2]
 
     def tuned(arm: Arm, seed: int, rate: float) -> nn.Module:
@@ -181,8 +168,8 @@ def main() -> None:
             began = time.process_time()
             ends[name].append(accuracy(tuned(arm, seed, rates[name]), test))
             rows.append({
-                "hardware": options.hardware, "arm": name, "seed": seed, "base_steps": BASE, "steps": options.steps,
-                "texts": TEXTS, "rate": rates[name], "accuracy": f"{ends[name][-1]:.2f}",
+                "hardware": options.hardware, "arm": name, "seed": seed, "base_steps": SMALL_STEPS,
+                "steps": options.steps, "texts": TEXTS, "rate": rates[name], "accuracy": f"{ends[name][-1]:.2f}",
                 "cpu_seconds": f"{time.process_time() - began:.0f}",
             })  # fmt: skip
             print(*rows[-1].values(), flush=True)

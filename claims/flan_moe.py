@@ -17,21 +17,18 @@ from __future__ import annotations
 import argparse
 import copy
 import time
-from functools import partial
 from statistics import fmean
 
 import torch
+from common.bases import SMALL_STEPS, small_bases
 from common.documents import Base, Blocks, Collection
-from common.small import BATCH, llama, text
+from common.small import BATCH, text
 from common.statistics import paired
-from common.training import Batches, drawn, held_out, train
+from common.training import Batches, held_out, train
 from results import append
 from torch import Tensor, nn
 
-from moeify import Recipe, sparsify
 from moeify.data import ByteTokenizer
-from moeify.routers import TopK
-from moeify.sparsify import fresh
 
 DATA = Collection(
     "instruct-mix", "test", "dataset",
@@ -41,16 +38,8 @@ DATA = Collection(
     ),
     ("quartz", "dbpedia_14"), 64,
 )  # fmt: skip
-EXPERTS, BASE, BASE_RATE = 8, 600, 2e-3
 ARMS = ("dense", "sparse")
 SETTINGS = ("alone", "left out", "together")
-
-
-def built(arm: str) -> nn.Module:
-    if arm == "dense":
-        return llama()
-    router = partial(TopK, k=1, normalize=False)
-    return sparsify(llama(), Recipe(num_experts=EXPERTS, router=router, experts=fresh), verbose=False)
 
 
 def of(*sets: Blocks) -> Batches:
@@ -93,11 +82,9 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     learnt, unseen = text()
-    bases = {}
-    for arm in ARMS:
-        torch.manual_seed(0)
-        bases[arm] = train(built(arm), drawn(learnt, batch=BATCH), BASE, 0, BASE_RATE)
-        print(f"{arm} base: {held_out(bases[arm], unseen):.4f} nats per byte", flush=True)
+    bases = small_bases(learnt)
+    for arm, base in bases.items():
+        print(f"{arm} base: {held_out(base, unseen):.4f} nats per byte", flush=True)
     cut = Base(bases["dense"], ByteTokenizer().encode, ByteTokenizer.eos_token_id).blocks
     own = {name: cut(rows) for name, rows in DATA.read("train", DATA.own).items()}
     tests = {name: cut(rows)[: DATA.blocks] for name, rows in DATA.read(DATA.test, DATA.own + DATA.unseen).items()}
@@ -122,8 +109,9 @@ def main() -> None:
             for setting, value in means.items():
                 ends[arm][setting].append(value)
             rows.append({
-                "hardware": options.hardware, "arm": arm, "seed": seed, "base_steps": BASE, "steps": options.steps,
-                "rate": options.rate, **{f"loss_{name.replace(' ', '_')}": f"{v:.4f}" for name, v in means.items()},
+                "hardware": options.hardware, "arm": arm, "seed": seed, "base_steps": SMALL_STEPS,
+                "steps": options.steps, "rate": options.rate,
+                **{f"loss_{name.replace(' ', '_')}": f"{v:.4f}" for name, v in means.items()},
                 **{f"untuned_{name}": f"{loss(bases[arm], tests[name]):.4f}" for name in DATA.unseen},
                 "by_data_set": "; ".join(f"{name} {alone.get(name, 0):.4f} {v:.4f}" for name, v in everything.items()),
                 "cpu_seconds": f"{time.process_time() - began:.0f}",

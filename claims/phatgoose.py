@@ -26,6 +26,7 @@ from statistics import fmean, stdev
 
 import torch
 import transformers
+from common.bases import trained_base
 from common.documents import BATCH, COLLECTIONS, GENERAL, LENGTH, Base, Blocks, Collection, drawn
 from results import RESULTS, append
 from torch import Tensor, nn
@@ -64,7 +65,8 @@ def own(seed: int) -> Base:
     )  # fmt: skip
     base = Base(transformers.LlamaForCausalLM(config), ByteTokenizer().encode, ByteTokenizer.eos_token_id)
     text = [base.blocks(documents) for documents in COLLECTIONS["text-domains"].read("train", GENERAL).values()]
-    train(base.model, text, BASE, seed, BASE_RATE, batch=2 * BATCH)
+    learn = partial(train, domains=text, steps=BASE, seed=seed, rate=BASE_RATE, batch=2 * BATCH)
+    trained_base(base.model, learn, *(part for blocks in text for part in (blocks.ids, blocks.labels)))
     return base
 
 

@@ -5,9 +5,12 @@ import json
 import re
 import runpy
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
+from torch import nn
 
 CLAIMS = Path(__file__).parents[1] / "claims"
 SCRIPTS = sorted(path for path in CLAIMS.glob("*.py") if path.stem not in ("results", "register"))
@@ -92,6 +95,35 @@ def test_the_demo_says_where_time_is_too_noisy_to_tell(is_clear, tmp_path, monke
     monkeypatch.delitem(sys.modules, "results", raising=False)
 
 
+def moved(model: nn.Module, by: float, calls: list[float]) -> nn.Module:
+    calls.append(by)
+    with torch.no_grad():
+        model.weight += by * torch.rand(())
+    return model
+
+
+def test_a_base_is_trained_once_and_what_is_drawn_after_it_is_the_same(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(CLAIMS))
+    monkeypatch.setenv("MOEIFY_CACHE", str(tmp_path))
+    from common.bases import trained_base
+
+    calls: list[float] = []
+
+    def base(*, by: float = 0.5, width: int = 3, data: float = 1.0, batch: int = 4) -> tuple[nn.Module, float]:
+        torch.manual_seed(0)
+        learn = partial(moved, by=by, calls=calls)
+        model = trained_base(nn.Linear(width, 2), learn, torch.full((2,), data), batch=batch)
+        return model, torch.rand(()).item()
+
+    (first, after), (second, after_reading) = base(), base()
+    assert calls == [0.5]
+    assert (after, first.weight.tolist()) == (after_reading, second.weight.tolist())
+    for other in ({"by": 0.25}, {"width": 4}, {"data": 2.0}, {"batch": 8}):
+        base(**other)
+    assert calls == [0.5, 0.25, 0.5, 0.5, 0.5]
+    assert len(list((tmp_path / "claim-bases").iterdir())) == 5
+
+
 @pytest.fixture
 def plots(monkeypatch):
     monkeypatch.syspath_prepend(str(CLAIMS))
@@ -102,8 +134,10 @@ def plots(monkeypatch):
 
 def test_every_plot_is_shown(plots):
     page = (CLAIMS.parent / "docs/claims.md").read_text("utf-8")
+    from common.scatter import SCATTERS
+
     assert len(plots.PLOTS) >= 6
-    for claim in plots.PLOTS:
+    for claim in (*plots.PLOTS, *SCATTERS):
         assert f"](images/claims/{claim}.svg)" in page
         assert (plots.IMAGES / f"{claim}.svg").is_file()
 
@@ -120,6 +154,16 @@ def test_a_plot_is_of_the_arms_and_rows_that_it_names(plots):
     rows = plot.rows("z_loss")
     assert plot.names(rows) == ["0.01"]
     assert {row["rate"] for row in rows.rows} == {"0.004"}
+
+
+def test_a_scatter_shows_every_kind_and_both_axes(plots, tmp_path):
+    from common.scatter import SCATTERS, draw
+
+    plot = SCATTERS["smartmoe"]
+    drawn = draw("smartmoe", plot, tmp_path).read_text("utf-8")
+    assert sum(map(len, plot.points("smartmoe").values())) == 12
+    for text in ("inky, 16", "pinky, 64", plot.along, plot.upward):
+        assert text in drawn
 
 
 def test_the_picture_of_all_claims_shows_every_one_in_the_colour_of_its_result(plots, tmp_path):

@@ -61,7 +61,7 @@ AUTOTUNE = Variable(
 CACHE = Variable(
     "MOEIFY_CACHE",
     "the folder for all that is compiled or measured on this machine: C++ libraries, which kernel is faster for how "
-    "many rows, and tile sizes of Triton kernels",
+    "many rows, tile sizes of Triton kernels, and the bases of claims",
     "`$XDG_CACHE_HOME/moeify`, or `~/.cache/moeify`",
     allowed=(),
 )
