@@ -224,10 +224,11 @@ def _lines(axis: Any, plot: Plot, rows: Rows, names: Sequence[str]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("claims", nargs="*", metavar="NAME")
-    from common import overview
+    from common import overview, scatter
 
-    for claim in parser.parse_args().claims or PLOTS:
-        print(draw(claim, PLOTS[claim]).relative_to(ROOT))
+    for claim in parser.parse_args().claims or (*PLOTS, *scatter.SCATTERS):
+        drawn = draw(claim, PLOTS[claim]) if claim in PLOTS else scatter.draw(claim, scatter.SCATTERS[claim])
+        print(drawn.relative_to(ROOT))
     print(overview.draw(IMAGES).relative_to(ROOT))
 
 
