@@ -66,6 +66,13 @@ PLOTS = {
             "dense, equal FLOPs",
         ),
     ),
+    "branch_train_mix_4000": Plot(
+        value="loss_mean", unit="nats per byte, less dense at equal tokens", against="dense, equal tokens",
+        arms=(
+            "merged, rest mean, router trained", "merged, rest mean, all trained", "merged, rest mean, own expert",
+            "merged, rest base, router trained", "dense, equal FLOPs",
+        ),
+    ),
     "demo_balance": Plot(value="validation_loss", unit="nats per byte, less a loss of 0.002", against="loss 0.002"),
     "densemixer": Plot(
         value="loss", unit="nats per byte, less fine-tuning as ever", against="as ever",
