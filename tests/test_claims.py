@@ -124,6 +124,18 @@ def test_a_base_is_trained_once_and_what_is_drawn_after_it_is_the_same(tmp_path,
     assert len(list((tmp_path / "claim-bases").iterdir())) == 5
 
 
+@pytest.mark.parametrize("steps", [2, 20, 40])
+def test_few_steps_are_trained_with_a_warm_up(steps, monkeypatch):
+    monkeypatch.syspath_prepend(str(CLAIMS))
+    from common.training import train
+
+    model = nn.Linear(2, 1)
+    before = model.weight.tolist()
+    train(model, lambda dice: torch.ones(1, 2), steps, 0, 1e-2, objective=lambda model, ids: model(ids).square().sum())
+    assert model.weight.isfinite().all()
+    assert model.weight.tolist() != before
+
+
 @pytest.fixture
 def plots(monkeypatch):
     monkeypatch.syspath_prepend(str(CLAIMS))
