@@ -19,7 +19,7 @@ def test_the_page_lists_the_variables_that_are_declared():
         [
             f"`{variable.name}`",
             variable.default if "`" in variable.default else f"`{variable.default}`",
-            ", ".join(f"`{value}`" for value in variable.allowed) or "a folder",
+            ", ".join(f"`{value}`" for value in variable.allowed) or variable.sort,
             variable.meaning,
         ]
         for variable in env.VARIABLES

@@ -21,13 +21,15 @@ class Variable:
         name: of the variable.
         meaning: what it does, in Markdown.
         default: the value where it is not set; in words if it is computed.
-        allowed: all values that it may have, or none if it may be any path.
+        allowed: all values that it may have, or none if it may be any of `sort`.
+        sort: what a value is, where none is listed.
     """
 
     name: str
     meaning: str
     default: str
     allowed: tuple[str, ...] = _SWITCH
+    sort: str = "a folder"
 
     @property
     def value(self) -> str:
@@ -51,6 +53,11 @@ class Variable:
         """The path that it names, None where it is not set."""
         value = os.environ.get(self.name)
         return Path(value) if value else None
+
+    @property
+    def words(self) -> list[str]:
+        """The words that it holds, none where it is not set."""
+        return os.environ.get(self.name, "").split()
 
 
 AUTOTUNE = Variable(
@@ -78,6 +85,13 @@ CPP = Variable(
     "1",
     allowed=("0", "1", "avx512_bf16", "avx512_vnni", "avx512", "avx2", "neon", "portable"),
 )
+CXXFLAGS = Variable(
+    "MOEIFY_CXXFLAGS",
+    "options for the compiler of the C++ kernels, after moeify's own, such as `-O1`; a wheel's are then not taken",
+    "none",
+    allowed=(),
+    sort="options",
+)
 DATA = Variable(
     "MOEIFY_DATA",
     "the folder of the files that claims and benchmarks are measured on",
@@ -96,7 +110,7 @@ PACK = Variable(
 TRACEBACK = Variable("MOEIFY_TRACEBACK", "show where an error of the command line came from", "0")
 TRITON = Variable("MOEIFY_TRITON", "let `auto` take the Triton kernels, which no GPU has run yet", "0")
 
-VARIABLES = (AUTOTUNE, CACHE, CHECK, CLAIM_RESULTS, CPP, DATA, FP32_GEMM, PACK, TRACEBACK, TRITON)
+VARIABLES = (AUTOTUNE, CACHE, CHECK, CLAIM_RESULTS, CPP, CXXFLAGS, DATA, FP32_GEMM, PACK, TRACEBACK, TRITON)
 """Every variable that moeify reads; the guide's page on the environment lists the same."""
 
 

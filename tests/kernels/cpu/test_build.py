@@ -164,14 +164,25 @@ def wheel(compiled, fresh, tmp_path, monkeypatch):
     return build.PREBUILT / f"{build.name('portable')}.so", loaded
 
 
+def test_options_come_last_and_make_a_library_of_their_own(compiled, monkeypatch):
+    commands, replace = [], build._compile
+    monkeypatch.setattr(build, "_compile", lambda command, file: commands.append(command) or replace(command, file))
+    file, _ = compiled()
+    other = build._compiled("portable", ["c++"], ["-O1", "-g"])
+    assert other != file
+    assert commands == [["c++", *compiler.FLAGS], ["c++", *compiler.FLAGS, "-O1", "-g"]]
+
+
 @pytest.mark.usefixtures("compiled")
-def test_a_library_of_the_wheel_goes_before_the_compiler_unless_cxx_names_one(wheel, fresh):
+def test_a_library_of_the_wheel_goes_before_the_compiler_unless_cxx_or_options_are_given(wheel, fresh):
     file, loaded = wheel
     file.write_bytes(b"a library")
     fresh("portable", None)
     fresh("portable", "c++")
+    fresh("portable", None, ("-O1",))
     assert loaded[0] == file
-    assert loaded[1].parent == build.env.cache_folder() / "cpp"
+    assert {path.parent for path in loaded[1:]} == {build.env.cache_folder() / "cpp"}
+    assert len(set(loaded)) == 3
 
 
 def test_a_library_of_other_sources_is_not_that_of_this_version(wheel, fresh):

@@ -15,6 +15,7 @@ from torch import nn
 from transformers import GptOssConfig
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 
+from levels import COMPILED
 from moeify import Mixture, MoE, assign, backends
 from moeify.backends import choose, compose
 from moeify.experts import FFN, ClampedGlu, Glu, Identity, Plain, Quantized, quantize
@@ -59,11 +60,6 @@ def ffn(*sizes, bias=False, dtype=torch.float32, **options):
     return experts.to(dtype)
 
 
-@pytest.fixture(params=cpp.levels())
-def level(request, monkeypatch):
-    monkeypatch.setenv("MOEIFY_CPP", request.param)
-
-
 @pytest.mark.usefixtures("level")
 @pytest.mark.parametrize("bits", [16, 8, 4])
 @pytest.mark.parametrize("dtype", TOLERANCE)
@@ -81,11 +77,10 @@ def test_every_level_agrees_with_the_definition(dtype, bits, choice, width, hidd
     check(x, assign(index, gates.detach(), num_experts), experts)
 
 
+@pytest.mark.usefixtures("level")
+@pytest.mark.parametrize("level", [each for each in COMPILED if each.startswith("avx512_vnni")], indirect=True)
 @pytest.mark.parametrize("bits", [8, 4])
-def test_where_only_int8_is_multiplied_activations_are_rounded_beside_weights_of_4_bits(bits, monkeypatch):
-    if "avx512_vnni" not in cpp.levels():
-        pytest.skip("this processor has no VNNI")
-    monkeypatch.setenv("MOEIFY_CPP", "avx512_vnni")
+def test_where_only_int8_is_multiplied_activations_are_rounded_beside_weights_of_4_bits(bits):
     experts = quantize(ffn(4, 256, 256, dtype=torch.bfloat16), bits)
     x, routing = torch.randn(8, 256).bfloat16(), assign(torch.arange(8).unsqueeze(1) % 4, torch.ones(8, 1), 4)
     with torch.no_grad():

@@ -17,9 +17,8 @@ counts = st.lists(st.integers(0, 30), min_size=1, max_size=4).filter(any)
 sizes = st.integers(1, 150)
 
 
-@pytest.fixture(params=cpp.levels())
-def level(request, monkeypatch):
-    monkeypatch.setenv("MOEIFY_CPP", request.param)
+@pytest.fixture
+def kernel(level):
     if reason := cpp.why_not():
         pytest.skip(reason)
 
@@ -36,7 +35,7 @@ def near(found, exact, dtype):
     torch.testing.assert_close(found.double() / scale, exact / scale, rtol=0, atol=ROUNDING[dtype])
 
 
-@pytest.mark.usefixtures("level")
+@pytest.mark.usefixtures("kernel")
 @pytest.mark.parametrize("threads", [1, 3])
 @pytest.mark.parametrize("dtype", ROUNDING)
 @settings(max_examples=20)
@@ -66,7 +65,7 @@ def test_products_of_few_rows_are_those_of_the_definition(threads, dtype, counts
     assert torch.equal(total[~asked], were[~asked])
 
 
-@pytest.mark.usefixtures("level")
+@pytest.mark.usefixtures("kernel")
 def test_rows_of_one_block_may_begin_anywhere():
     counts, weight = [2, 3, 1], torch.randn(3, 5, 7)
     rows = torch.randn(6, 7)

@@ -11,6 +11,7 @@ import platform
 import shutil
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -68,7 +69,7 @@ def library() -> ctypes.CDLL:
         Unavailable: the kernels are disabled, the processor lacks the level, there is no compiler, or it fails.
         ValueError: `MOEIFY_CPP` has any other value.
     """
-    outcome = _load(level(), os.environ.get("CXX"))
+    outcome = _load(level(), os.environ.get("CXX"), tuple(env.CXXFLAGS.words))
     if isinstance(outcome, str):
         raise Unavailable(outcome)
     return outcome
@@ -90,15 +91,15 @@ def level() -> str:
 
 
 @functools.cache
-def _load(level: str, chosen: str | None) -> ctypes.CDLL | str:
+def _load(level: str, chosen: str | None, options: tuple[str, ...] = ()) -> ctypes.CDLL | str:
     """The library for one instruction set, or the reason why there is none; tried once per process."""
-    if not chosen and (prebuilt := _prebuilt(level)):
+    if not chosen and not options and (prebuilt := _prebuilt(level)):
         return prebuilt
     compiler = next(
         (path for name in ([chosen] if chosen else ["c++", "g++", "clang++"]) if (path := _find(name))), None
     )
     try:
-        file = _compiled(level, compiler) if compiler else None if chosen else _cached(level)
+        file = _compiled(level, compiler, options) if compiler else None if chosen else _cached(level)
         if file is None:
             tried = f"CXX={chosen} is not found" if chosen else "none of c++, g++ and clang++ is found"
             return f"it is compiled at first use and {tried}; install a C++ compiler or set CXX"
@@ -126,14 +127,14 @@ def _find(command: str) -> list[str] | None:
     return words if words and shutil.which(words[0]) else None
 
 
-def _compiled(level: str, compiler: list[str]) -> Path:
+def _compiled(level: str, compiler: list[str], options: Sequence[str] = ()) -> Path:
     """The compiled library; processes that want it at the same time wait for the one that compiles it."""
-    folder, version = _folder(), short_hash(repr((run([*compiler, "--version"]), compiler)).encode())
+    folder, version = _folder(), short_hash(repr((run([*compiler, "--version"]), compiler, *options)).encode())
     file = folder / f"{name(level)}-{version}.so"
     if not _is_whole(file):
         with locked(folder, f"{file.name}.lock", "is compiling", wait=_WAIT):
             if not _is_whole(file):
-                _compile([*compiler, *FLAGS, *LEVELS[level]], file)
+                _compile([*compiler, *FLAGS, *LEVELS[level], *options], file)
     _must_be_trusted(file)
     return file
 
