@@ -1,5 +1,6 @@
 import gc
 import os
+import sys
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before the libraries that read it; processes that tests start get it as well
 
@@ -16,10 +17,34 @@ for device in (torch.cuda, torch.xpu, torch.mtia):
         device.manual_seed_all = lambda seed: None
 
 
-def pytest_collection_finish():
+imported = 0
+
+
+def leave_imports_out():
     """Leave what was imported out of every later collection: a trainer collects garbage at each end of a run."""
-    gc.collect()
-    gc.freeze()
+    global imported
+    if len(sys.modules) > imported + 50:
+        gc.collect()
+        gc.freeze()
+        imported = len(sys.modules)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection():
+    """Collect no garbage while modules are imported, for there is none."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.enable()
+
+
+def pytest_collection_finish():
+    leave_imports_out()
+
+
+def pytest_runtest_teardown():
+    leave_imports_out()
 
 
 def pytest_sessionfinish():

@@ -79,6 +79,7 @@ from moeify.routers import (
 )
 from moeify.testing import check_backend, check_experts, check_router
 from moeify.testing.routers import LAWS
+from nights import nightly
 from strategies import agree, route, sharpen
 
 D, E = 8, 4
@@ -182,14 +183,15 @@ DTYPES = {torch.float32: 1e-5, torch.float64: 1e-5, torch.bfloat16: 6e-2}
 
 
 def combinations():
-    """Every router with all experts, twice: run by `auto`, which looks at both, and by a backend that is named.
+    """Every router with all experts, run by `auto` or by a backend that is named; by the others, and twice, at night.
 
-    The dtypes take turns, so that every router, and all experts, meet every backend in every dtype.
+    The dtypes and backends take turns, so that every router, and all experts, meet every backend in every dtype.
     """
-    named = list(product(["compose", "gather"], DTYPES))
+    settings = list(product(["auto", "compose", "gather"], DTYPES))
     for (i, router), (j, experts) in product(enumerate(ROUTERS), enumerate(EXPERTS)):
-        for backend, dtype in (("auto", list(DTYPES)[(i + j) % 3]), named[(i + j) % 6]):
-            yield pytest.param(router, experts, backend, dtype, id=f"{router}-{experts}-{backend}-{str(dtype)[6:]}")
+        for shift, case in ((0, pytest.param), (4, nightly)):
+            backend, dtype = settings[(i + j + shift) % 9]
+            yield case(router, experts, backend, dtype)
 
 
 @pytest.mark.parametrize(("router", "experts", "backend", "dtype"), list(combinations()))

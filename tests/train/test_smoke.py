@@ -58,21 +58,21 @@ def router_of(name: str) -> Router:
     return OneAnswer(router) if name in ("mmoe", "cgc", "ple", "bounded union") else router
 
 
-def model_for(router: Router, width: int) -> PreTrainedModel:
+def model_for(router: Router, width: int, layers: int) -> PreTrainedModel:
     """A tiny decoder, or an encoder where the router may look ahead."""
-    sizes = {"vocab_size": 258, "hidden_size": width, "intermediate_size": 32, "num_hidden_layers": 2}
+    sizes = {"vocab_size": 258, "hidden_size": width, "intermediate_size": 32, "num_hidden_layers": layers}
     sizes |= {"num_attention_heads": 2, "max_position_embeddings": LENGTH, "initializer_range": 0.3}
     return LlamaForCausalLM(LlamaConfig(**sizes)) if router.causal else BertForMaskedLM(BertConfig(**sizes))
 
 
-def build(case: str) -> PreTrainedModel:
+def build(case: str, layers: int = 2) -> PreTrainedModel:
     torch.manual_seed(0)
     kind, _, name = case.partition(" ")
     if kind == "router":
         recipe, width = Recipe(num_experts=E, router=lambda *_: router_of(name), experts=fresh), D
     else:
         recipe, width = recipes[name], 2 * D
-    model = model_for(recipe.router(width, recipe.num_experts), width)
+    model = model_for(recipe.router(width, recipe.num_experts), width, layers)
     return sparsify(model, recipe, verbose=False)
 
 
@@ -111,9 +111,9 @@ def learn(model: PreTrainedModel, text: Tensor) -> list[float]:
 
 
 @torch.no_grad()
-def gain(case: str, text: Tensor, unseen: Tensor) -> float:
+def gain(case: str, text: Tensor, unseen: Tensor, layers: int) -> float:
     """How much lower the loss of unseen text is once the sparse layers, and nothing else, have learnt some text."""
-    model = build(case).requires_grad_(False)
+    model = build(case, layers).requires_grad_(False)
     for layer in model.modules():
         if isinstance(layer, MoE):
             layer.requires_grad_(True)
@@ -131,11 +131,12 @@ def test_the_loss_falls_on_real_text(case, text):
 
 @pytest.mark.parametrize("case", [nightly(case) if case in RECIPES else case for case in CASES])
 def test_sparse_layers_that_learn_alone_lower_the_loss_of_unseen_text(case, text):
-    assert gain(case, *text) > 0.05
+    layers = 1 if case not in RECIPES else 2  # some recipes make every second layer sparse
+    assert gain(case, *text, layers) > 0.05
 
 
 @pytest.mark.parametrize("case", ["router softmax", "router soft", "router hash"])
 def test_what_they_learn_is_the_text_and_not_only_to_be_less_sure(case, text):
     learnt, unseen = text
     noise = torch.randint(256, learnt.shape)
-    assert gain(case, learnt, unseen) > gain(case, noise, unseen) + 0.1
+    assert gain(case, learnt, unseen, layers=2) > gain(case, noise, unseen, layers=2) + 0.1
