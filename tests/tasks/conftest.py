@@ -22,3 +22,4 @@ def little_of_everything(monkeypatch, corpus):
     monkeypatch.setattr("moeify.tasks.image_rows.TRAIN", 60)
     monkeypatch.setattr("moeify.tasks.image_rows.HELD_OUT", 20)
     monkeypatch.setattr("moeify.tasks.lm.sample", partial(sample, tokens=2))
+    monkeypatch.setattr("moeify.cli.train.EVALUATED", 0)  # as few samples as may be
