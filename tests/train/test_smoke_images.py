@@ -57,7 +57,7 @@ def vit(images: Images, patch: int) -> ViTForImageClassification:
     torch.manual_seed(0)
     pixels, classes, _ = images
     config = ViTConfig(
-        hidden_size=32, intermediate_size=64, num_hidden_layers=4, num_attention_heads=4, initializer_range=0.1,
+        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, initializer_range=0.1,
         image_size=pixels.shape[-1], patch_size=patch, num_channels=pixels.shape[1], num_labels=int(classes.max()) + 1,
     )  # fmt: skip
     return ViTForImageClassification(config)
