@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import pytest
@@ -12,6 +13,11 @@ from moeify.catalogue import catalogue
 def nightly(*values: Any) -> Any:
     """A case that only `make nightly` runs."""
     return pytest.param(*values, marks=pytest.mark.nightly)
+
+
+def one_of_each(names: Iterable[str]) -> list[Any]:
+    """Names of recipes, of which those that are settings of one router run at night."""
+    return [nightly(name) if name in layouts() else name for name in names]
 
 
 def layouts() -> list[str]:

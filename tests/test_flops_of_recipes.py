@@ -20,6 +20,7 @@ from moeify.kernels import naive_grouped_linear
 from moeify.routers import Capacity
 from moeify.sparsify import recipes
 from moeify.sparsify.convert import convert
+from nights import one_of_each
 from tiny_models import causal_lm, inputs, masked_lm
 
 AT_MOST = {
@@ -58,7 +59,7 @@ def ran(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> float:
     return (counter.get_total_flops() - rotary) / (BATCH * LENGTH)
 
 
-@pytest.mark.parametrize("recipe", recipes)
+@pytest.mark.parametrize("recipe", one_of_each(recipes))
 def test_a_model_runs_what_is_counted_whatever_its_recipe(recipe: str, monkeypatch: pytest.MonkeyPatch):
     model = built(recipe)
     brings_outputs = {"mole", "default_moe"}

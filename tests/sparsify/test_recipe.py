@@ -31,6 +31,7 @@ from moeify.sparsify import (
 )
 from moeify.sparsify.split import clustered, importance, random
 from moeify.store import load, save
+from nights import one_of_each
 from plain_models import output, sparse_layers, told
 from tiny_models import DENSE, causal_lm, inputs
 
@@ -120,7 +121,7 @@ def toml(values: dict) -> str:
     return "\n".join(f"{key} = {inline(value)}" for key, value in values.items())
 
 
-@pytest.mark.parametrize("name", recipes)
+@pytest.mark.parametrize("name", one_of_each(recipes))
 def test_a_named_recipe_makes_a_model_that_learns_the_same_after_its_file(name):
     recipe = Recipe.from_dict(json.loads(json.dumps(recipes[name].to_dict())))
     states = []
@@ -146,7 +147,7 @@ def test_a_recipe_that_looks_at_later_tokens_is_refused_by_decoders(name):
     assert sparse_layers(sparsify(causal_lm("llama"), recipes[name], verbose=False, allow_noncausal=True))
 
 
-@pytest.mark.parametrize("name", sorted(recipes.keys() - FOR_ENCODERS))
+@pytest.mark.parametrize("name", one_of_each(sorted(recipes.keys() - FOR_ENCODERS)))
 def test_the_other_recipes_look_at_no_later_token(name):
     torch.manual_seed(0)
     model = sparsify(causal_lm("llama"), recipes[name], verbose=False)

@@ -14,6 +14,7 @@ from moeify.origin import Origin
 from moeify.routers import TopK, sigmoid
 from moeify.sparsify import Recipe, copies, dense, fresh, gated, recipes, sparsify, splits
 from moeify.store import load, load_weights, save
+from nights import layouts, nightly
 from plain_models import Tied, output, sparse_layers
 from tiny_models import DENSE, inputs, widened
 
@@ -49,7 +50,7 @@ def test_a_loaded_model_is_the_saved_one(family, tmp_path):
 @pytest.mark.parametrize(
     "recipe",
     [
-        *recipes.values(),
+        *(nightly(recipe) if name in layouts() else recipe for name, recipe in recipes.items()),
         Recipe(num_experts=4, experts=partial(copies, noise=0.1, drop=0.5)),
         Recipe(num_experts=4, experts=splits, where=every(2)),
         Recipe(num_experts=4, experts=fresh, shared=gated),
