@@ -9,8 +9,8 @@ rows of a combination replace earlier ones. Programs that are not installed are 
     python benchmarks/exports.py --to torch onnx openvino --recipe mixtral switch
 
 Weights are drawn so large that every part of a model shows in its logits. Graphs are traced from the model itself, of
-two layers with at most eight experts, so one family of language models (`llama`) and one of models of images (`vit`)
-stand for all.
+two layers with few experts, so one family of language models (`llama`) and one of models of images (`vit`) stand for
+all.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ import tempfile
 import traceback
 import warnings
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -37,7 +38,7 @@ from moeify import Recipe, export, sparsify
 from moeify.export.compatibility import tiny_model
 from moeify.export.families import DENSE
 from moeify.export.graph import check_program
-from moeify.routers import Capacity
+from moeify.routers import Capacity, Router
 from moeify.sparsify import recipes
 
 FILE = Path(__file__).parent / "results" / "exports.csv"
@@ -65,13 +66,14 @@ def models(recipe: str, base: str, to: str) -> Iterator[tuple[str, nn.Module]]:
 
 
 def _with_few_experts(recipe: Recipe) -> Recipe:
-    """The recipe with at most 8 experts where it can have so few, since a graph has operators for each of them."""
-    few = replace(recipe, num_experts=min(8, recipe.num_experts))
-    try:
-        tiny_model(few, "llama", layers=2)
-    except ValueError:  # its experts or groups are of another number
-        return recipe
-    return few
+    """The recipe with 4 experts, else 8, if these leave a choice, since a graph has operators for each of them."""
+    for few in (4, 8):
+        with suppress(ValueError):  # its experts or groups are of another number
+            model = tiny_model(fewer := replace(recipe, num_experts=few), "llama", layers=2)
+            chooses = all(getattr(part, "k", 1) < few for part in model.modules() if isinstance(part, Router))
+            if few < recipe.num_experts and chooses:
+                return fewer
+    return recipe
 
 
 def _of_images(recipe: Recipe) -> nn.Module:

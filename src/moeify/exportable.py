@@ -45,7 +45,8 @@ def apply_by_group(
     """
     expert, first, outputs = expert_of_rows(counts, rows.shape[0]), 0, []
     for size, group in groups:
-        own = ((expert >= first) & (expert < first + size)).nonzero().squeeze(1)
+        inside = expert == first if size == 1 else (expert >= first) & (expert < first + size)
+        own = inside.nonzero().squeeze(1)
         outputs.append((own, group(rows[own], counts[first : first + size])))
         first += size
     out = rows.new_zeros(rows.shape[0], outputs[0][1].shape[1])

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from moeify.experts.base import Experts, cut, hold_activation
+from moeify.exportable import apply_by_group
 from moeify.kernels import grouped_linear
 from moeify.kernels.stacked import SWIGLU, Activation, Stacked
 
@@ -90,7 +93,14 @@ class FFN(Experts):
 
     def forward(self, rows: Float[Tensor, "R D"], counts: Int[Tensor, "E"]) -> Float[Tensor, "R O"]:
         """`down(activation(up(rows)))`, each row by its own expert."""
+        if torch.compiler.is_exporting():  # an expert finds its rows once for both projections
+            return apply_by_group(rows, counts, [(1, partial(self._expert, e)) for e in range(self.num_experts)])
         return self.project_down(self.hidden_units(rows, counts), counts)
+
+    def _expert(self, e: int, rows: Float[Tensor, "R D"], counts: Int[Tensor, "1"]) -> Float[Tensor, "R O"]:
+        (up, up_bias), (down, down_bias) = self.up, self.down
+        hidden = self.activation(F.linear(rows, up[e], None if up_bias is None else up_bias[e]))
+        return F.linear(self.dropout(hidden), down[e], None if down_bias is None else down_bias[e])
 
     def hidden_units(self, rows: Float[Tensor, "R D"], counts: Int[Tensor, "E"]) -> Float[Tensor, "R H"]:
         """`activation(up(rows))`, some units dropped in training."""
