@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import pytest
+from tokenizers.processors import TemplateProcessing
 
 from command_line import moeify
+from moeify.tasks.models import load_dense, load_tokenizer, sample
 
 
 @pytest.fixture
@@ -23,6 +25,18 @@ def test_the_prompt_is_continued_by_as_many_tokens_as_asked(run):
     ended = moeify("generate", run, "--prompt", "in list", "--tokens", 3, "--temperature", 0)
     assert ended.out.startswith("in list")
     assert len(ended.out.removesuffix("\n")) <= len("in list") + 3
+
+
+def test_special_tokens_are_not_printed(llama):
+    tokenizer = load_tokenizer(str(llama))
+    tokenizer.add_special_tokens({"bos_token": "<s>"})
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", tokenizer.bos_token_id)]
+    )
+    model = load_dense(str(llama))
+    model.resize_token_embeddings(len(tokenizer))
+    assert tokenizer.decode(tokenizer.encode("in list")).startswith("<s>")
+    assert sample(model, tokenizer, "in list", tokens=3).startswith("in list")
 
 
 def test_a_seed_decides_what_is_sampled_and_temperature_0_needs_none(run):

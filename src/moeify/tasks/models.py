@@ -90,7 +90,7 @@ def saved_tokenizer(model: str | Path) -> Any:
 def sample(
     model: Any, tokenizer: Tokenizer, prompt: str, *, tokens: int = 120, temperature: float = 0.8, seed: int = 0
 ) -> str:
-    """The prompt and what the model writes after it.
+    """The prompt and what the model writes after it, without special tokens such as the beginning of a text.
 
     Raises:
         ValueError: a model that cannot generate, a prompt without tokens, or a temperature below 0.
@@ -115,4 +115,5 @@ def sample(
             use_cache=cached,
             pad_token_id=getattr(tokenizer, "pad_token_id", None) or getattr(tokenizer, "eos_token_id", None), **how,
         )  # fmt: skip
-    return str(tokenizer.decode(out[0].tolist()))
+    special = set(getattr(tokenizer, "all_special_ids", ()))
+    return str(tokenizer.decode([token for token in out[0].tolist() if token not in special]))
