@@ -55,11 +55,21 @@ def apply_by_group(
     return out
 
 
+def is_thin(weight: Float[Tensor, "E O D"]) -> bool:
+    """Whether a matrix of an expert is hardly larger than a row (experts of one hidden unit, PEER)."""
+    return min(weight.shape[1:]) <= 4
+
+
 def multiply_by_expert(
     rows: Float[Tensor, "R D"], weight: Float[Tensor, "E O D"], counts: Int[Tensor, "E"]
 ) -> Float[Tensor, "R O"]:
-    """Every row times the transposed weight of its expert: each expert finds its rows and multiplies them."""
+    """Every row times the transposed weight of its expert: each expert finds its rows and multiplies them.
+
+    Of thin matrices every row has a copy instead, since there may be a thousand of them.
+    """
     expert = expert_of_rows(counts, rows.shape[0])
+    if is_thin(weight):
+        return torch.bmm(weight[expert], rows.unsqueeze(2)).squeeze(2)
     out = rows.new_zeros(rows.shape[0], weight.shape[1])
     for e, matrix in enumerate(weight):
         own = (expert == e).nonzero().squeeze(1)

@@ -203,7 +203,7 @@ class Call:
             real = (real if self.batch_first or real.dim() < 2 else real.T).repeat_interleave(parts, dim=-1)
         inputs = {
             name: value.repeat_interleave(parts, dim=1)
-            if value.dim() > 1 and value.shape[:2].numel() == tokens
+            if value.dim() > 1 and math.prod(value.shape[:2]) == tokens
             else value
             for name, value in self.inputs.items()
         }

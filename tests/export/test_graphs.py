@@ -12,7 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, ViTConfig, ViTForImageCl
 
 from moeify import MoE, Recipe, export, sparsify
 from moeify.capacity import per_choice_by_4, per_token
-from moeify.experts import FFN, Blocks, Constant, Identity
+from moeify.experts import FFN, Blocks, Constant, Identity, LoRA
 from moeify.export.calls import Calls
 from moeify.export.graph import check_program, traced
 from moeify.export.model_spec import Unsupported
@@ -186,6 +186,50 @@ def test_a_memory_of_n_grams_has_a_program_for_every_batch():
     )
     model = sparsify(LlamaForCausalLM(config), replace(recipes["engram"], num_experts=4), verbose=False).eval()
     assert check_program(model).difference < 1e-5
+
+
+@pytest.mark.parametrize("base", ["image", "text"])
+@pytest.mark.parametrize("recipe", ["mhmoe", "mobile_vmoe", "moepp", "mole", "soft", "zaya"])
+def test_what_is_decided_per_image_or_by_the_layer_before_has_a_program_for_every_batch(recipe, base):
+    torch.manual_seed(0)
+    small = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    if base == "image":
+        dense = ViTForImageClassification(ViTConfig(**small, image_size=8, patch_size=4))
+    else:
+        dense = LlamaForCausalLM(LlamaConfig(**small, vocab_size=64))
+    model = sparsify(dense, recipes[recipe], verbose=False, allow_noncausal=True).eval()
+    assert check_program(model).difference < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("experts", "gathers"),
+    [(partial(LoRA, 64, 8, rank=4), 0), (partial(FFN, 64, 8, 1), 0), (partial(FFN, 4, 8, 16), 4)],
+)
+def test_a_graph_gathers_the_rows_of_an_expert_once_and_not_of_adapters_or_single_units(experts, gathers):
+    torch.manual_seed(0)
+    model = MoE(TopK(8, experts().num_experts, k=2), experts()).eval()
+    for parameter in model.parameters():
+        nn.init.normal_(parameter)
+    x = torch.randn(6, 8)
+    with torch.no_grad():
+        program = torch.export.export(model, (x,), dynamic_shapes={"x": {0: Dim.AUTO}}, strict=False)
+        for rows in (x, torch.randn(9, 8)):
+            torch.testing.assert_close(program.module()(rows), model(rows), rtol=1e-5, atol=1e-4)
+    assert len(program.graph.find_nodes(op="call_function", target=torch.ops.aten.nonzero.default)) == gathers
+
+
+def test_a_row_of_padding_alone_leaves_the_others_as_they_are():
+    torch.manual_seed(0)
+    model = Layer(partial(Soft, slots=2), feed_forward).eval()
+    x, mask = torch.randn(3, 5, 8), torch.ones(3, 5, dtype=torch.int64)
+    mask[0, 3:] = 0
+    with torch.no_grad():
+        program = torch.export.export(
+            model, (x, mask), dynamic_shapes=[{0: Dim.AUTO, 1: Dim.AUTO}, {0: Dim.AUTO, 1: Dim.AUTO}], strict=False
+        )
+        mask[1] = 0
+        found, expected = program.module()(x, mask), model(x, mask)
+    torch.testing.assert_close(found[mask.bool()], expected[mask.bool()], rtol=0, atol=1e-5)
 
 
 def test_a_probe_of_one_text_gives_a_graph_for_any_number():

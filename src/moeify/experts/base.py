@@ -65,7 +65,7 @@ class Experts(nn.Module, ABC):
 
     def all_outputs(self, x: Float[Tensor, "T D"]) -> Float[Tensor, "T E O"]:
         """The output of every expert for every token."""
-        counts = torch.full((self.num_experts,), len(x), dtype=torch.int64, device=x.device)
+        counts = torch.full((self.num_experts,), x.shape[0], dtype=torch.int64, device=x.device)
         return self(x.repeat(self.num_experts, 1), counts).unflatten(0, (self.num_experts, -1)).transpose(0, 1)
 
 

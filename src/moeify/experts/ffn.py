@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from moeify.experts.base import Experts, cut, hold_activation
-from moeify.exportable import apply_by_group
+from moeify.exportable import apply_by_group, is_thin
 from moeify.kernels import grouped_linear
 from moeify.kernels.stacked import SWIGLU, Activation, Stacked
 
@@ -93,7 +93,7 @@ class FFN(Experts):
 
     def forward(self, rows: Float[Tensor, "R D"], counts: Int[Tensor, "E"]) -> Float[Tensor, "R O"]:
         """`down(activation(up(rows)))`, each row by its own expert."""
-        if torch.compiler.is_exporting():  # an expert finds its rows once for both projections
+        if torch.compiler.is_exporting() and not is_thin(self.down_proj):  # rows are found once for both projections
             return apply_by_group(rows, counts, [(1, partial(self._expert, e)) for e in range(self.num_experts)])
         return self.project_down(self.hidden_units(rows, counts), counts)
 

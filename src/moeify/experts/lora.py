@@ -7,9 +7,10 @@ import math
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from moeify.experts.base import Experts, cut, hold_activation
-from moeify.exportable import repeat_for_rows
+from moeify.exportable import expert_of_rows, repeat_for_rows
 from moeify.kernels import grouped_linear
 from moeify.kernels.stacked import Activation
 
@@ -70,9 +71,19 @@ class LoRA(Experts):
 
     def forward(self, rows: Float[Tensor, "R D"], counts: Int[Tensor, "E"]) -> Float[Tensor, "R O"]:
         """`s_j · B_j A_j x`, each row by its own expert."""
+        if torch.compiler.is_exporting():
+            return self._masked(rows, counts)
         low = grouped_linear(self.dropout(rows), self.lora_A, counts)
         scale = repeat_for_rows(self.scale, counts, rows.shape[0])
         return grouped_linear(low * scale.to(low.dtype).unsqueeze(-1), self.lora_B, counts)
+
+    def _masked(self, rows: Float[Tensor, "R D"], counts: Int[Tensor, "E"]) -> Float[Tensor, "R O"]:
+        """All adapters as one of rank E r, of which every row keeps its own part: few operators, for a graph."""
+        experts = torch.arange(self.num_experts, device=rows.device)
+        own = expert_of_rows(counts, rows.shape[0]).unsqueeze(1) == experts  # (R, E)
+        low = F.linear(rows.to(self.lora_A.dtype), self.lora_A.flatten(0, 1)).unflatten(1, (self.num_experts, -1))
+        low = low * (own * self.scale).to(low.dtype).unsqueeze(2)
+        return F.linear(low.flatten(1), self.lora_B.transpose(0, 1).flatten(1))
 
     @torch.no_grad()
     def delta(self, expert: int) -> Float[Tensor, "O D"]:

@@ -165,12 +165,20 @@ class Tokens:
         if self.common_length is not None:
             table = self.sequence_id.sort(stable=True).indices.view(-1, self.common_length)
             return table, torch.ones_like(table, dtype=torch.bool)
-        _, sequence, sizes = self.sequence_id.unique(return_inverse=True, return_counts=True)
+        ids, sequence = self.sequences()
+        sizes = torch.zeros_like(ids).index_add(0, sequence, torch.ones_like(sequence))
         ordered = sequence.sort(stable=True)
-        token = torch.arange(len(sequence), device=sequence.device)
+        token = torch.arange(sequence.shape[0], device=sequence.device)
         place = token - (sizes.cumsum(0) - sizes)[ordered.values]
-        table = token.new_zeros(len(sizes), int(sizes.max())).index_put((ordered.values, place), ordered.indices)
-        return table, torch.arange(table.shape[1], device=table.device) < sizes.unsqueeze(1)
+        longest = self.shape[-1] if torch.compiler.is_exporting() else int(sizes.max())
+        table = token.new_zeros(ids.shape[0], longest).index_put((ordered.values, place), ordered.indices)
+        return table, torch.arange(longest, device=table.device) < sizes.unsqueeze(1)
+
+    def sequences(self) -> tuple[Int[Tensor, "B"], Int[Tensor, "T"]]:
+        """The sequences or images that have tokens, and which of these each token belongs to; in a graph, all rows."""
+        if torch.compiler.is_exporting():  # their number must follow from shapes
+            return torch.arange(self.shape[0], device=self.sequence_id.device), self.sequence_id
+        return self.sequence_id.unique(return_inverse=True)
 
     def keys(self, context: Context, name: str) -> Int[Tensor, "T"]:
         """The value of the model's input `name`, (B, N) or (B,), for each token or for its sequence.

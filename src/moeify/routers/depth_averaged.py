@@ -79,7 +79,7 @@ class DepthAveraged(Router):
         tokens = real_tokens(x, context)
         h = project(tokens.x, self.down, self.down_bias)
         for previous in self._previous:
-            h = h + self.decay * self._state(previous, context, len(h))
+            h = h + self.decay * self._state(previous, context, h.shape[0])
         logits = self._logits(h)
         scores = logits.softmax(-1)
         indices = best_indices(scores.detach() + self.selection_bias, self.k)
@@ -95,7 +95,7 @@ class DepthAveraged(Router):
 
     def _state(self, previous: Router, context: Context, tokens: int) -> Float[Tensor, "T S"]:
         decided = context.call.decisions.get(previous)
-        if decided is None or decided.evidence.state is None or len(decided.evidence.state) != tokens:
+        if decided is None or decided.evidence.state is None or decided.evidence.state.shape[0] != tokens:
             raise ValueError(
                 "the sparse layer before has left no state for these tokens in this forward pass; run the whole model, "
                 "with one context for its layers"

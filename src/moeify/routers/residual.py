@@ -74,7 +74,7 @@ class Residual(Router):
         read = tokens.x if self.hidden is None else project(tokens.x, self.hidden).tanh()
         logits = project(read, self.weight)
         for previous in self._previous:
-            logits = logits + project(self._logits(previous, context, len(tokens.x)), self.residual)
+            logits = logits + project(self._logits(previous, context, tokens.x.shape[0]), self.residual)
         scores = logits.softmax(-1)
         topk_weights, indices = k_best(scores, self.k)
         topk_weights = topk_weights.masked_fill(indices >= self.num_experts - self.zero_experts, 0.0)
@@ -86,7 +86,7 @@ class Residual(Router):
 
     def _logits(self, previous: Router, context: Context, tokens: int) -> Float[Tensor, "T E"]:
         decided = context.call.decisions.get(previous)
-        if decided is None or len(decided.logits) != tokens:
+        if decided is None or decided.logits.shape[0] != tokens:
             raise ValueError(
                 "the sparse layer before has not routed these tokens in this forward pass; run the whole model, with "
                 "one context for its layers"

@@ -48,7 +48,7 @@ class Soft(Router):
         filling = ~real.unsqueeze(-1)
         return Mixture(
             counts=torch.full((self.num_experts,), table.shape[0] * self.slots, device=x.device),
-            into=logits.masked_fill(filling, float("-inf")).softmax(-2),
+            into=logits.masked_fill(filling, torch.finfo(logits.dtype).min).softmax(-2),  # a graph has empty rows
             out_of=logits.softmax(-1).masked_fill(filling, 0),
             source=table if tokens.positions is None else tokens.positions[table],
             shape=tokens.shape,

@@ -116,8 +116,8 @@ class TopK(Router):
         if self.per == "token":
             logits, scores, indices, topk_weights = self.decide(tokens.x)
             return tokens.assign(indices, topk_weights, self.num_experts, Evidence(logits=logits, scores=scores))
-        ids, sequence = tokens.sequence_id.unique(return_inverse=True)
-        logits, scores, indices, topk_weights = self.decide(_mean(tokens.x.float(), sequence, len(ids)))
+        ids, sequence = tokens.sequences()
+        logits, scores, indices, topk_weights = self.decide(_mean(tokens.x.float(), sequence, ids.shape[0]))
         evidence = Evidence(logits=logits, scores=scores, sequence_id=ids)
         return tokens.assign(indices[sequence], topk_weights[sequence], self.num_experts, evidence)
 
@@ -161,7 +161,8 @@ class TopK(Router):
 
 def _mean(tokens: Float[Tensor, "T D"], sequence: Int[Tensor, "T"], sequences: int) -> Float[Tensor, "B D"]:
     total = tokens.new_zeros(sequences, tokens.shape[1]).index_add(0, sequence, tokens)
-    return total / sequence.bincount(minlength=sequences).unsqueeze(1)
+    size = tokens.new_zeros(sequences).index_add(0, sequence, torch.ones_like(tokens[:, 0]))
+    return total / size.clamp_min(1).unsqueeze(1)  # rows of a graph may be all padding
 
 
 def check_k(k: int, num_experts: int, normalize: bool) -> None:
