@@ -62,7 +62,7 @@ class TopAny(Router):
         unserved = ~chosen.any(-1, keepdim=True)
         if not self.training:
             best = torch.zeros_like(chosen).scatter(-1, scores.argmax(-1, keepdim=True), True)
-            chosen = torch.where(unserved, best, chosen)
+            chosen = chosen | (unserved & best)
         step = chosen.float() + excess - excess.detach()
         evidence = Evidence(
             logits=cosines * scale,
