@@ -9,6 +9,12 @@
 
 namespace {
 
+#if defined(__AVX2__) && !defined(__AVX512F__)
+constexpr int TALL = 6, VECTORS = 2;  // a tile of NN and TN: 6 x 2 sums and 2 + 1 operands in 16 registers
+#else
+constexpr int TALL = ROWS, VECTORS = 4;
+#endif
+
 // The operand of one multiply-add: a float, or a pair of bf16 where the processor has dot-product instructions.
 template <class X>
 struct Unit {
@@ -60,16 +66,16 @@ INLINE void add_products(Floats (&sums)[M][V], int64_t n, const typename Unit<X>
     }
 }
 
-// Calls f for at most ROWS rows at a time, with their number as a compile-time constant.
+// Calls f for at most TALL rows at a time, with their number as a compile-time constant.
 template <class F>
 INLINE void by_rows(int64_t rows, F f) {
-    for (int64_t m = 0; m < rows; m += ROWS) switch (std::min<int64_t>(ROWS, rows - m)) {
+    for (int64_t m = 0; m < rows; m += TALL) switch (std::min<int64_t>(TALL, rows - m)) {
             case 1: f(m, std::integral_constant<int, 1>()); break;
             case 2: f(m, std::integral_constant<int, 2>()); break;
-            case 3: f(m, std::integral_constant<int, ROWS >= 3 ? 3 : 1>()); break;
-            case 4: f(m, std::integral_constant<int, ROWS >= 4 ? 4 : 1>()); break;
-            case 5: f(m, std::integral_constant<int, ROWS >= 5 ? 5 : 1>()); break;
-            case 6: f(m, std::integral_constant<int, ROWS >= 6 ? 6 : 1>()); break;
+            case 3: f(m, std::integral_constant<int, TALL >= 3 ? 3 : 1>()); break;
+            case 4: f(m, std::integral_constant<int, TALL >= 4 ? 4 : 1>()); break;
+            case 5: f(m, std::integral_constant<int, TALL >= 5 ? 5 : 1>()); break;
+            case 6: f(m, std::integral_constant<int, TALL >= 6 ? 6 : 1>()); break;
         }
 }
 
@@ -78,8 +84,9 @@ struct Grouped {
     typedef Unit<X> U;
     typedef typename U::Word Word;
     typedef typename U::Vector Vector;
-    static constexpr int V = 4;          // vectors of a tile of columns
+    static constexpr int V = VECTORS;    // vectors of a tile of columns
     static constexpr int WIDE = V * W;   // columns of a tile
+    static constexpr int ROW = WIDE * U::depth * sizeof(X);  // bytes of the weights of a word
     static constexpr int DEEP = 32;      // words of a row per step of the sum, after which sums are stored
     static constexpr int64_t MANY = 96;  // rows per block, whose sums stay in cache
     static constexpr int APART = 1;      // padding between rows in vectors, against conflict misses in the cache
@@ -161,8 +168,7 @@ struct Grouped {
             const X* here = tile + i * U::depth * call.row_stride;
 #pragma GCC unroll 4
             for (int v = 0; v < V; v += U::vectors) U::interleave(here + v * W, here + call.row_stride + v * W, row + v);
-#pragma GCC unroll 4
-            for (int v = 0; v < V; v++) __builtin_prefetch((const char*)next + (i * V + v) * LINE, 0, 2);
+            for (int byte = 0; byte < ROW; byte += LINE) __builtin_prefetch((const char*)next + i * ROW + byte, 0, 2);
         });
         add_products<X>(sums, n - whole, words + whole, words_stride, [&](int64_t i, Vector* row) {
             X rows[U::depth][WIDE] = {};
@@ -182,7 +188,7 @@ struct Grouped {
         const int64_t deep = (run.count + U::depth - 1) / U::depth, tiles = (call.width + WIDE - 1) / WIDE;
         const int64_t stride = tiles * WIDE + APART * W;
         static thread_local std::vector<Word> lefts, rights;
-        lefts.resize(ROWS * deep), rights.assign(deep * stride, Word(0));
+        lefts.resize(TALL * deep), rights.assign(deep * stride, Word(0));
         for (int64_t i = 0; i < deep; i++)
             for (int64_t d = 0; d < call.width; d++) rights[i * stride + d] = word_of(right(run.first), call.right_stride, run.count, i, d);
         by_rows(end - begin, [&](int64_t o, auto rows) {
