@@ -156,7 +156,8 @@ class Context:
         if torch.is_grad_enabled():
             waiting = [] if any(earlier.repeated for earlier in self._unrepeated) else self._unrepeated[-1:]
             self._unrepeated = [*waiting, call]
-        call.packing = Packing.of(given | self.extra_inputs, _shape(_tokens(given)), of_stack=innermost)
+        call.rows = _shape(_tokens(given))
+        call.packing = Packing.of(given | self.extra_inputs, call.rows, of_stack=innermost)
         self._thread.call = call
         _RUNNING.passes = [*getattr(_RUNNING, "passes", []), (self, call)]
         self._read_mask(module, given)
@@ -182,8 +183,8 @@ class Context:
         call = self.call
         if tokens is not None and call.token_mask is not None and _count(tokens) != call.token_mask.numel():
             self.mask(None)  # the mask above is for other tokens, such as words where this stack reads an image
-        above = call.packing
-        call.packing = Packing.of(given, _shape(tokens), above=above, of_stack=innermost)
+        call.rows = _shape(tokens) or call.rows
+        call.packing = Packing.of(given, _shape(tokens), above=call.packing, of_stack=innermost)
         self._read_mask(module, given)
         call.of_stack = (
             innermost and isinstance(given.get("attention_mask"), Tensor) and given["attention_mask"].dim() == 2
@@ -203,7 +204,10 @@ class Context:
         call = self.call
         if "attention_mask" in given:  # (B, past + N): 1 for a token; transformers turns it into 4-D further down
             mask, tokens = given["attention_mask"], _tokens(given)
-            if mask is None:
+            if mask is None and (labels := self._labels_of_decoder(module, given)) is not None:
+                self._read_tokens(masks.of_labels(labels))
+                call.from_labels = True
+            elif mask is None:
                 self.mask(None)
                 call.unpadded = None if tokens is None else _count(tokens)
             elif isinstance(mask, Tensor) and mask.dim() == 2:
@@ -218,9 +222,20 @@ class Context:
             else:
                 self._read_tokens(~hidden.bool())
 
+    def _labels_of_decoder(self, module: nn.Module, given: dict[str, Any]) -> Int[Tensor, "B N"] | None:
+        """The labels of a model whose encoder the module reads, one for each of its tokens; else None."""
+        labels = self.call.inputs.get("labels")
+        if labels is None or labels.is_floating_point() or labels.shape != _shape(_tokens(given)):
+            return None
+        reads = isinstance(given.get(_OF_ENCODER), Tensor) and _OF_ENCODER not in self.call.inputs
+        config = getattr(module, "config", None)
+        decodes = getattr(config, "is_decoder", False) or getattr(config, "is_encoder_decoder", False)
+        return labels if reads and decodes else None
+
     def _read_tokens(self, mask: Bool[Tensor, "B N"]) -> None:
         """Take a mask of the model, sequences first, for that of the layers, in their layout."""
         call = self.call
+        call.from_labels = False
         real = masks.real_tokens(mask)
         self.mask(real if call.batch_first else real.T)
         call.unpadded = mask.numel() if call.token_mask is None else None
@@ -270,6 +285,8 @@ def extra_inputs(model: nn.Module, **inputs: Tensor | Sequence[int]) -> Iterator
         for context, outer in before:
             context.extra_inputs = outer
 
+
+_OF_ENCODER = "encoder_hidden_states"
 
 _WHICH_PASS = (
     "activation checkpointing repeats a forward pass, and the model was called several times, with different masks or "

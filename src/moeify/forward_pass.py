@@ -29,6 +29,8 @@ class Call:
         decisions: the decisions that later layers read (shared routing, residuals), by router.
         batch_first: whether tokens are laid out as (B, N, D), and not sequence first as (N, B, D).
         unpadded: the number of tokens of an input without padding, by the modules above the layers.
+        from_labels: whether the mask is the one that the labels of an encoder-decoder imply for its decoder.
+        rows: (B, N) of the stack's tokens, None where it was not called with any.
         of_stack: whether the mask was given to the module that holds the layers, and not only to one above it.
         layer_mask: the mask that the layer around a sparse one is given, with its name; None if it is given none,
             False if no layer takes one, or not as a tensor.
@@ -44,6 +46,8 @@ class Call:
     decisions: dict[nn.Module, Any] = field(default_factory=dict)
     batch_first: bool = True
     unpadded: int | None = None
+    from_labels: bool = False
+    rows: tuple[int, int] | None = None
     of_stack: bool = False
     layer_mask: tuple[str, Tensor] | Literal[False] | None = False
     outer: Call | None = None
@@ -91,7 +95,7 @@ class Call:
         shape = (shape,) if isinstance(shape, int) else tuple(shape)
         tokens = math.prod(shape)
         if self.token_mask is not None and self.token_mask.numel() == tokens:
-            if self.layer_mask is None:  # as many tokens, but of another stack
+            if self.layer_mask is None and not self.from_labels:  # as many tokens, but of another stack
                 return None
             if isinstance(self.layer_mask, tuple) and masks.is_of_keys(self.layer_mask[1], tokens):
                 return self._of_layer(*self.layer_mask, shape)
@@ -162,6 +166,8 @@ class Call:
         return None if differ else self._row_length(shape)
 
     def _row_length(self, shape: Sequence[int]) -> int:
+        if len(shape) == 1 and self.rows is not None and math.prod(self.rows) == shape[0]:
+            return self.rows[1]
         if len(shape) == 1:
             shape = next((t.shape for name, t in self.inputs.items() if _fits(name, t, shape[0])), (1, *shape))
         return shape[-1] if self.batch_first else math.prod(shape) // shape[-1]

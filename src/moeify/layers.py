@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from moeify.hf.names import EXPERTS_PER_TOKEN, SELECTION_BIASES
 from moeify.moe import MoE
 from moeify.routers.base import Router
 from moeify.routing import Routing
+from moeify.stacks import stack_of, watch
 
 Observer = Callable[[Routing], None]
 
@@ -96,9 +98,9 @@ class SparseLayer(ABC):
 
 def sparse_layers(model: nn.Module) -> dict[str, SparseLayer]:
     """All sparse layers of a model by name: `MoE` modules, then MoE blocks of transformers."""
-    context = Context()
+    contexts: defaultdict[str, Context] = defaultdict(Context)
     layers: dict[str, SparseLayer] = {name: MoELayer.of(name, moe) for name, moe in moe_layers(model).items()}
-    return layers | {block.name: HfLayer.of(block, context) for block in find_blocks(model)}
+    return layers | {block.name: HfLayer.of(block, contexts[stack_of(block.name)]) for block in find_blocks(model)}
 
 
 def moe_layers(model: nn.Module) -> dict[str, MoE]:
@@ -108,8 +110,8 @@ def moe_layers(model: nn.Module) -> dict[str, MoE]:
 
 def watch_inputs(model: nn.Module, layers: Mapping[str, SparseLayer]) -> list[RemovableHandle]:
     """Pass the padding mask to layers that have no context of their own: the blocks of transformers."""
-    contexts = {id(layer.context): layer.context for layer in layers.values() if isinstance(layer, HfLayer)}
-    return [handle for context in contexts.values() for handle in context.watch([model])]
+    contexts = {stack_of(name): layer.context for name, layer in layers.items() if isinstance(layer, HfLayer)}
+    return watch(model, list(layers), contexts)
 
 
 @dataclass(frozen=True, kw_only=True)

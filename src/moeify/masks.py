@@ -8,10 +8,13 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Bool
+from jaxtyping import Bool, Int
 from torch import Tensor, nn
 
 HIDING = frozenset({"src_key_padding_mask", "tgt_key_padding_mask", "decoder_padding_mask"})
+IGNORED = -100
+"""The label of positions without a loss, as in `torch.nn.functional.cross_entropy`."""
+
 _OF_A_LAYER = (
     *("attention_mask", "attn_mask", "attention_inputs"),
     *("tgt_key_padding_mask", "src_key_padding_mask", "decoder_padding_mask", "encoder_padding_mask"),
@@ -32,6 +35,17 @@ def real_tokens(mask: Bool[Tensor, "B N"] | Tensor) -> Bool[Tensor, "B N"]:
         return mask.bool()
     added = (mask.amin() < 0) | (mask.amax() <= 0)
     return torch.where(added, mask >= 0, mask > 0)
+
+
+def of_labels(labels: Int[Tensor, "B N"]) -> Int[Tensor, "B N"]:
+    """1 up to the last position of a row that has a loss, 0 behind it; the first position is always real.
+
+    These are the real tokens of a decoder whose inputs are its labels, moved by one position. It is causal, so it
+    computes the same for all of them whether the others are masked or not.
+    """
+    real = labels.ne(IGNORED).flip(1).cumsum(1).flip(1).gt(0)
+    real[:, 0] = True
+    return real.long()
 
 
 def numbers_documents(mask: Tensor) -> bool:

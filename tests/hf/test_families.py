@@ -55,6 +55,24 @@ def test_every_family_is_seen_recorded_traced_and_counted(family: str):
         assert counted.parameters - counted.active_parameters == pytest.approx(saved, abs=1)
 
 
+@pytest.mark.parametrize("family", ["switch_transformers", "nllb-moe"])
+def test_padding_and_sequences_of_a_decoder_are_not_those_of_its_encoder(family: str):
+    model = families.build(family, decoder_start_token_id=0)
+    source, target = (torch.arange(8) < torch.tensor(lengths).unsqueeze(1) for lengths in ([6, 2, 8], [3, 8, 1]))
+    ids = families.inputs(model, batch=3)["input_ids"]
+    given = {"input_ids": ids, "attention_mask": source.long(), "labels": ids.where(target, -100)}
+    masked = {"decoder_attention_mask": target.long()}
+    for batch in (given, given | masked, given | masked | {"decoder_input_ids": ids}):
+        with record(model) as decisions:
+            model(**batch)
+        assert {"decoder" in name for name in decisions} == {True, False}
+        for name, routing in decisions.items():
+            real = target if "decoder" in name else source
+            sequences = torch.arange(3).unsqueeze(1).expand(3, 8)[real]
+            assert len(routing.choices.indices) == int(real.sum())
+            assert torch.equal(routing.evidence.sequence_id, sequences)
+
+
 def test_no_family_of_the_installed_transformers_is_left_out():
     models = Path(transformers.__file__).parent / "models"
     routed = re.compile(r"^@use_experts_implementation|^class \w*(Experts|MoE|Moe|SparseMLP)\(nn\.", re.MULTILINE)

@@ -12,10 +12,11 @@ from transformers import (
     TrainingArguments,
 )
 
-from moeify.record import observe
+from moeify.masks import of_labels
+from moeify.record import observe, record
 from moeify.sparsify import Recipe, sparsify
 from moeify.train import SparseArguments, SparseTrainer
-from moeify.train.decoder_mask import decoder_mask, with_decoder_mask
+from moeify.train.decoder_mask import with_decoder_mask
 from tiny_models import VOCABULARY, causal_lm
 
 LENGTHS = (3, 8, 5, 2)
@@ -56,9 +57,24 @@ def test_a_trainer_routes_real_tokens_of_the_decoder_alone_and_the_loss_is_the_s
     assert run.state.log_history[0]["loss"] == pytest.approx(expected, rel=1e-4)
 
 
+@pytest.mark.parametrize("build", [t5, bart])
+@pytest.mark.parametrize(
+    "given", [{}, {"attention_mask": (torch.arange(6) < torch.tensor([[6], [2], [3], [4]])).int()}]
+)
+def test_a_plain_call_with_labels_routes_real_tokens_of_the_decoder_alone(build, given):
+    model = sparsify(build(), Recipe(num_experts=4), verbose=False)
+    with record(model) as decisions:
+        loss = model(input_ids=IDS, labels=LABELS, **given).loss
+    masked = {"decoder_attention_mask": LABELS.ne(-100).long()}
+    with record(model) as expected:
+        assert torch.equal(loss, model(input_ids=IDS, labels=LABELS, **given, **masked).loss)
+    rows, wanted = ([int(d.counts.sum()) for d in each.values()] for each in (decisions, expected))
+    assert rows == wanted == [2 * int(given.get("attention_mask", torch.ones(4, 6)).sum()), 2 * sum(LENGTHS)]
+
+
 def test_only_what_lies_behind_the_last_label_is_padding():
     labels = torch.tensor([[-100, -100, 5, 6, -100], [1, 2, 3, 4, 5], [-100] * 5])
-    assert decoder_mask(labels).tolist() == [[1, 1, 1, 1, 0], [1, 1, 1, 1, 1], [1, 0, 0, 0, 0]]
+    assert of_labels(labels).tolist() == [[1, 1, 1, 1, 0], [1, 1, 1, 1, 1], [1, 0, 0, 0, 0]]
 
 
 def test_batches_of_other_models_and_masks_of_the_user_stay():

@@ -14,9 +14,10 @@ from jaxtyping import Bool
 from torch import Tensor, nn
 
 from moeify.context import Context
-from moeify.find.contexts import contexts_of, watch
+from moeify.find.contexts import contexts_of
 from moeify.find.probe import Probe
 from moeify.find.shapes import Site
+from moeify.stacks import watch
 
 Masks = list[Bool[Tensor, "B N"]]
 
@@ -108,7 +109,7 @@ def _changed_by_silence(model: nn.Module, sites: Sequence[Site], probe: Probe, b
     contexts = contexts_of(sites)
     silent = [_Silent(site.dense, contexts[site.stack]) for site in sites]
     undo = [site.install(layer) for site, layer in zip(sites, silent, strict=True)]
-    undo += watch(model, sites, contexts)
+    undo += [handle.remove for handle in watch(model, [site.name for site in sites], contexts)]
     try:
         with padding_seen(silent) as real:
             after = probe.outputs(model)

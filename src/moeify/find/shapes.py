@@ -32,6 +32,7 @@ from moeify.find.dense import (
     widths,
 )
 from moeify.kernels.stacked import Plain
+from moeify.stacks import layer_of, stack_of
 
 
 @dataclass(frozen=True)
@@ -64,18 +65,13 @@ class Site:
 
     @property
     def layer(self) -> str:
-        """The numbered layer that the site is in: its name up to and with the first number, '' if there is none.
-
-        A number of its own, as in a `nn.Sequential`, is no layer.
-        """
-        parts = self.name.split(".")
-        numbers = [i for i, part in enumerate(parts[:-1]) if part.isdigit()]
-        return ".".join(parts[: numbers[0] + 1]) if numbers else ""
+        """The numbered layer that the site is in, see `moeify.stacks.layer_of`."""
+        return layer_of(self.name)
 
     @property
     def stack(self) -> str:
         """The stack of layers that the site is in: the name of what holds its numbered layer."""
-        return (self.layer or self.name).rpartition(".")[0]
+        return stack_of(self.name)
 
     @property
     def width(self) -> int:

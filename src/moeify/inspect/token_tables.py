@@ -14,7 +14,7 @@ from torch.utils.hooks import RemovableHandle
 from moeify.context import Context
 from moeify.inspect.stacks import MODALITIES, Stack, ids_of, innermost, modalities_of, samples_of, stacks_of
 from moeify.inspect.trace import DECODE, PREFILL, Tokens
-from moeify.layers import HfLayer, SparseLayer
+from moeify.layers import SparseLayer
 from moeify.routing import Mixture, Routing
 
 
@@ -45,8 +45,6 @@ class TokenTables:
     def watch(self) -> list[RemovableHandle]:
         """Read what the model and its stacks are called with, and count its passes."""
         handles = [stack.watch() for stack in self.stacks]
-        for context in {layer.context for layer in self.layers.values() if isinstance(layer, HfLayer)}:
-            handles += [handle for stack in self.stacks[1:] for handle in context.watch([stack.module])]
         return [*handles, self.stacks[0].module.register_forward_hook(self._end_pass)]
 
     def begin(self, domain: str | Sequence[str] | None) -> None:

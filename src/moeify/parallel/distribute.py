@@ -11,12 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from moeify import ranks
-from moeify.context import Context
 from moeify.experts import Experts
 from moeify.experts.blocks import Blocks
 from moeify.experts.sequences import Sequences
 from moeify.hf.blocks import is_wrapper
-from moeify.layers import HfLayer, MoELayer, SparseLayer, sparse_layers
+from moeify.layers import HfLayer, MoELayer, SparseLayer, sparse_layers, watch_inputs
 from moeify.routers.arrow import Arrow
 
 if TYPE_CHECKING:
@@ -204,14 +203,12 @@ def _tell_padding(model: nn.Module, layers: dict[str, SparseLayer]) -> None:
     """Let the experts of transformers know which tokens are padding, as those of moeify do by their routers."""
     from moeify.hf.expert_parallel import implementation_of
 
-    context = Context()
-    told = 0
-    for layer in layers.values():
+    told: dict[str, SparseLayer] = {}
+    for name, layer in layers.items():
         if isinstance(layer, HfLayer) and (parallel := implementation_of(layer.experts)) is not None:
-            parallel.context = context
-            told += 1
-    if told:
-        context.watch([model])
+            parallel.context = layer.context
+            told[name] = layer
+    watch_inputs(model, told)
 
 
 def _require_same_weights(model: nn.Module) -> None:

@@ -7,11 +7,11 @@ from collections.abc import Callable, Mapping, Sequence
 from torch import nn
 
 from moeify.find.causal import refuse_decoders
-from moeify.find.contexts import watch
 from moeify.find.shapes import Site
 from moeify.find.sub_tokens import stands_there
 from moeify.moe import MoE
 from moeify.sparsify.after import append
+from moeify.stacks import watch
 
 
 def put(
@@ -43,7 +43,8 @@ def put(
     for stack, router in ahead.items():
         undo += refuse_decoders(model, [site for site in sites if site.stack == stack], router)
     undo += [site.install(stands_there(site, layer)) for site, layer in zip(sites, layers, strict=True)]
-    undo += watch(model, sites, {site.stack: layer.context for site, layer in zip(sites, layers, strict=True)})
+    contexts = {site.stack: layer.context for site, layer in zip(sites, layers, strict=True)}
+    undo += [handle.remove for handle in watch(model, [site.name for site in sites], contexts)]
     for name, module in (following or {}).items():
         undo += append(model.get_submodule(name), module)
     return lambda: [restore() for restore in reversed(undo)].clear()

@@ -17,12 +17,12 @@ from moeify.data.synthetic import numerals
 from moeify.data.tagged import Tagged, TaggedBytes, TaggedTokens
 from moeify.evaluate.objective import Batch, Judged, Objective, Units
 from moeify.evaluate.run import on_device
+from moeify.masks import IGNORED, of_labels
 from moeify.modes import in_evaluation
 from moeify.notices import notify
 from moeify.tasks.base import Setup, Shape, Task
 from moeify.tasks.models import load_dense, load_tokenizer
 from moeify.tasks.rows import Row, read_parts
-from moeify.train.decoder_mask import IGNORED, decoder_mask
 
 TRAIN, HELD_OUT = 4000, 300
 """Synthetic pairs in either part."""
@@ -167,7 +167,7 @@ class Translation(Objective):
             "input_ids": ids,
             "attention_mask": (torch.arange(ids.shape[1]) < lengths.unsqueeze(1)).long(),
             "labels": padded,
-            "decoder_attention_mask": decoder_mask(padded),
+            "decoder_attention_mask": of_labels(padded),
         }
 
     def judge(self, model: nn.Module, batch: Batch) -> Judged:

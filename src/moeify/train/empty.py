@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from moeify.train.decoder_mask import IGNORED
+from moeify.masks import IGNORED
 
 MASKS = ("attention_mask", "decoder_attention_mask")
 
