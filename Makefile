@@ -59,9 +59,10 @@ gpu: $(VENV)/.test
 claims: $(VENV)/.test
 	$(BIN)/moeify reproduce --all $(if $(FULL),--full)
 
-# The tests of transformers and PEFT themselves, without moeify and with it behind their experts; needs a network.
+# The tests of transformers and PEFT themselves, without moeify and with it behind their experts; they are fetched from the
+# package index. OFFLINE=1 lets tiny random models stand in for those of huggingface.co.
 suites: $(VENV)/.suites
-	$(BIN)/python tests/suites/run.py
+	$(BIN)/python tests/suites/run.py $(if $(OFFLINE),--offline)
 
 docs: $(VENV)/.dev
 	$(BIN)/mkdocs build --strict
