@@ -227,6 +227,6 @@ def _wait_for_gloo() -> None:
 
 def _read(file: Path) -> str:
     try:
-        return file.read_text()
+        return file.read_text(encoding="utf-8")
     except OSError:  # the thread has ended
         return ""

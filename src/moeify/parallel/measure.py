@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 
+import psutil
 import torch
 from torch import Tensor
 
@@ -88,8 +89,7 @@ def _memory(where: torch.device) -> float:
     """Bytes of the device; on a CPU those of the machine, shared by its processes."""
     if where.type == "cuda":
         return float(torch.cuda.get_device_properties(where).total_memory)
-    whole = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return whole / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return psutil.virtual_memory().total / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
 @torch.no_grad()
