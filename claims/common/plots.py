@@ -128,6 +128,10 @@ PLOTS = {
     ),
     "nllb": Plot(value="chrf_small", unit="chrF of languages with few pairs, less sparse", against="sparse"),
     "soft_moe": Plot(value="accuracy", unit="points of accuracy, less top-1", against="top-1"),
+    "soft_moe_normalisation": Plot(
+        value="accuracy", unit="points, less not normalised", against="not normalised", over="rate",
+        along="learning rate", logarithmic=True,
+    ),
     "switch_scaling": Plot(value="loss", unit="nats per byte, less the dense model", arm="experts", against="1"),
     "three_modalities": Plot(value="bits", unit="bits of expert and modality", arms=("not told", "told")),
     "z_loss": Plot(

@@ -24,6 +24,7 @@ HARDWARE = {
     "claims/results/mocle.csv": "AMD EPYC (Zen 4), 2 cores",
     "claims/results/mocle_layers_1.csv": "AMD EPYC (Zen 5), 2 cores",
     "claims/results/phatgoose.csv": "AMD EPYC (Zen 4), 2 cores",
+    "claims/results/phatgoose_400.csv": "AMD EPYC (Zen 5), 2 cores",
     "claims/results/upcycling.csv": "AMD EPYC (Zen 4), 2 cores",
 }
 """Of tables without such a column, from docs/log.md."""

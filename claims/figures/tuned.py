@@ -6,6 +6,8 @@ from statistics import fmean
 
 from figures.rows import T_95_OF_10, Better, Differences, Figure, Rows, table
 
+LANGUAGES = ("es", "pt_BR", "fr", "it", "nl", "id")
+
 
 def tuned() -> dict[str, list[Figure]]:
     """By id; `ID.least` is the smallest difference that the seeds of the claim could tell from none."""
@@ -33,7 +35,18 @@ def soft_moe() -> dict[str, list[Figure]]:
     soft, many = of["Soft, 8 experts"], of["Soft, 32 experts"]
     ahead = [soft.minus(of[arm], "accuracy") for arm in ("top-1", "expert choice", "dense")]
     ratio = many.values("step_cpu_ms")[0] / soft.values("step_cpu_ms")[0]
+    plain = table("claims/results/soft_moe_normalisation.csv")
+    by_rate = [
+        plain.where(rate=rate, arm="normalised").minus(plain.where(rate=rate, arm="not normalised"), "accuracy")
+        for rate in ("0.001", "0.004")
+    ]
     return {
+        "soft_moe.normalisation": [
+            *intervals(by_rate),
+            plain.where(arm="normalised").over(max, "fullest"),
+            plain.where(arm="not normalised").over(max, "fullest"),
+        ],
+        "soft_moe.normalisation_least": least(by_rate),
         "soft_moe": [
             *intervals(ahead, "higher"),
             many.figure(ratio, "step_cpu_ms over that of 8 experts", "lower"),
@@ -110,6 +123,10 @@ def nllb() -> dict[str, list[Figure]]:
     masked = [of[arm].minus(of["sparse"], "chrf_small") for arm in ("final masking", "expert masking", "dense")]
     loss = [of[arm].minus(of["sparse"], "loss_small") for arm in ("final masking", "expert masking", "dense")]
     return {
+        **{
+            f"nllb.{arm.split()[0]}": [rows.over(fmean, f"chrf_{language}") for language in LANGUAGES]
+            for arm, rows in of.items()
+        },
         "nllb": [
             *intervals(masked),
             *intervals(loss),
