@@ -359,9 +359,9 @@ def _noted() -> dict[str, list[Figure]]:
         "cost more, and the others went on after a median of 1.12 s",
         "repeated": "The losses of all steps were within 6e-7",
         "resumed": "differ by 1.4e-6 at most",
-        "ranks": "32 of 32 random kills of one rank",
-        "restarts": "3 of 3 kills of a rank under",
-        "exits": "28 of 28 runs ended",
+        "ranks": "50 of 50 random kills of one process",
+        "restarts": "9 of 9 kills of a process under",
+        "exits": "100 of 100 runs ended",
     }
     words = {
         "saves": "150 of 150 random kills of saves left a complete model, 32 of them between commit and the end",
