@@ -255,6 +255,14 @@ def running() -> list[tuple[Context, Call]]:
     return list(getattr(_RUNNING, "passes", []))
 
 
+def leave(passes: Sequence[tuple[Context, Call]]) -> None:
+    """End all forward passes of this thread but these: an interrupt, unlike an error, ends them without their hooks."""
+    for context, call in reversed(running()):
+        if not any(call is kept for _, kept in passes):
+            context._thread.call = call.outer
+    _RUNNING.passes = list(passes)
+
+
 @contextmanager
 def extra_inputs(model: nn.Module, **inputs: Tensor | Sequence[int]) -> Iterator[None]:
     """Give routers inputs that the model's forward does not take: the task of a sequence, its cluster, a modality.

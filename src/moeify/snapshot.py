@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from moeify.context import leave, running
 from moeify.given import model_given
 
 T = TypeVar("T")
@@ -44,11 +45,12 @@ class Snapshot:
 
 def restored_on_error(model: nn.Module, action: Callable[[], T], *, values: bool = True) -> T:
     """Run an action and return its result; if it raises or is interrupted, restore the model first."""
-    before = Snapshot(model, values=values)
+    before, passes = Snapshot(model, values=values), running()
     try:
         return action()
     except BaseException:
         before.restore()
+        leave(passes)
         raise
 
 

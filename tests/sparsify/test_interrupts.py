@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 import moeify
+from moeify.context import running
 from moeify.sparsify import Recipe, find, sparsify
 from plain_models import blocks
 
@@ -83,5 +84,6 @@ def test_an_interrupt_at_any_line_leaves_the_model_as_it_was(action, error):
     for at in range(1 + offset, whole.lines, whole.lines // 14):
         assert Interrupt(at, error).run(lambda: ACTIONS[action](dense)), at
         assert everything(dense) == before, f"after line {at} of {whole.lines}"
+        assert running() == [], f"after line {at} of {whole.lines}"
     ACTIONS[action](dense)
     assert everything(dense) != before
