@@ -109,12 +109,19 @@ def _composition() -> dict[str, list[Figure]]:
         for rows in settings
         for column in ("loss_own", "loss_mixed")
     ]
+    longer = table("claims/results/phatgoose_400.csv")
+    second_gates = [
+        longer.where(base=base, arm=arm).minus(longer.where(base=base, arm="mean activations, k=2"), "loss_own")
+        for arm in ("PHATGOOSE, k=2", "PHATGOOSE with negatives, k=2")
+        for base in ("stories260k", "own")
+    ]
     what = "mean of Arrow less PHATGOOSE by seed, of loss_own and loss_mixed in all settings"
     return {
         "branch_train_mix": [behind.mean("lower"), behind.spread()],
         "branch_train_mix.second": [second.mean("lower"), *second.ends(), told.mean("lower"), *told.ends()],
         "branch_train_mix.second_least": [second.half()],
         "mocle": [at_paper.mean("lower"), at_paper.spread(), at_one.behind(), at_one.spread()],
+        "phatgoose.second": [figure for each in second_gates for figure in (each.mean("lower"), *each.ends())],
         "phatgoose": [
             gates.figure(min(ahead), f"least {what}", "higher"), gates.figure(max(ahead), f"largest {what}", "higher"),
         ],
