@@ -61,6 +61,14 @@ SCATTERS = {
         pairs=[("measured_ms", "predicted_ms")], by=["model", "world"],
         along="CPU time of a step measured, ms", upward="predicted, ms",
     ),
+    "virtual_devices_3": Scatter(
+        pairs=[("measured_ms", "predicted_ms")], by=["model", "world"],
+        along="CPU time of a step measured, ms, mean over rounds on idle cores", upward="predicted, ms",
+    ),
+    "hot_experts": Scatter(
+        pairs=[("speedup", "predicted")], by=["routing", "arm"], along="times as fast as with experts in order, measured",
+        upward="predicted",
+    ),
     "placement": Scatter(
         pairs=[("devices", "speedup")], by=["routing"], diagonal=False, along="devices",
         upward="times as fast as without moves",

@@ -80,6 +80,14 @@ def designed() -> dict[str, list[Figure]]:
         ratio = median(a / b for a, b in zip(ours, theirs, strict=True))
         return sparse.figure(ratio, f"median by seed of tokens_per_s_{setting} over that of total", "higher")
 
+    fast = {arm: table("claims/results/mixtral_speed.csv").where(arm=arm) for arm in ("sparse", "total", "active")}
+
+    def over_dense(arm: str, kind: str, batch: int) -> Figure:
+        ours, theirs = (fast[which].where(**{"pass": kind, "batch": batch}) for which in ("sparse", arm))
+        ratios = [a / b for a, b in zip(*(rows.values("tokens_per_s") for rows in (ours, theirs)), strict=True)]
+        return ours.figure(median(ratios), f"median by seed of tokens_per_s over that of {arm}", "higher")
+
+    cells = [(kind, batch) for kind in ("decode", "prefill") for batch in (1, 16, 64, 256)]
     widths = table("claims/results/heterogeneous.csv")
     unequal, penalty = (widths.where(arm=arm) for arm in ("unequal widths", "unequal widths, penalty"))
     against_equal = penalty.minus(widths.where(arm="equal widths"), "loss")
@@ -132,6 +140,11 @@ def designed() -> dict[str, list[Figure]]:
             faster("width_64_batch_1"),
             faster("width_512_batch_1"),
             faster("width_512_batch_64"),
+        ],
+        "mixtral.speed": [
+            how((over_dense(arm, *cell) for cell in cells), key=lambda figure: figure.value)
+            for arm in ("total", "active")
+            for how in (min, max)
         ],
         "mixtral.least": [sparse.minus(active, "loss").half()],
         "heterogeneous": [

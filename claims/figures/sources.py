@@ -145,6 +145,11 @@ def _planning() -> dict[str, list[Figure]]:
 
     pairs = table("claims/results/smartmoe.csv")
     again = table("claims/results/virtual_devices_2.csv")
+    quiet = table("claims/results/virtual_devices_3.csv")
+    hot = {
+        routing: [table("claims/results/hot_experts.csv").where(routing=routing, arm=arm) for arm in ("moved", "lent")]
+        for routing in ("one hot expert", "a hot half", "Zipf")
+    }
     cells = {(row["model"], row["world"], row["correlation"]) for row in again.rows}
     moves = table("claims/results/placement.csv").last("routing", "devices", "ep", "spare")
     equal = moves.where(eplb_equal="60 of 60")
@@ -198,6 +203,17 @@ def _planning() -> dict[str, list[Figure]]:
             again.figure(sum(float(value) >= 0.9 for *_, value in cells), "cells of 0.9 or more", "higher"),
             again.figure(len(cells), "cells"),
         ],
+        "virtual_devices.quiet": [
+            quiet.where(model=model, world=world).over(min, "correlation", "higher")
+            for model in ("narrow", "broad")
+            for world in (2, 4, 8)
+        ],
+        "virtual_devices.quiet_all": [
+            quiet.where(model=model).over(min, "all", "higher") for model in ("narrow", "broad")
+        ],
+        "virtual_devices.quiet_ceiling": [quiet.over(min, "ceiling", "higher")],
+        "hot_experts": [arm.one("speedup", "higher") for arms in hot.values() for arm in arms],
+        "hot_experts.predicted": [arm.one("predicted") for arms in hot.values() for arm in arms],
         "placement.equal": [
             moves.figure(float(moves.rows[0]["eplb_equal"].split(" of ")[i]), "eplb_equal", better)
             for i, better in ((0, "higher"), (1, ""))

@@ -65,9 +65,10 @@ def test_the_quota_of_a_container_is_respected(tmp_path, files, cores):
 def test_what_is_not_set_is_set(before_torch):
     environment = {}
     threads.prepare(environment)
-    assert environment == {"OMP_NUM_THREADS": str(threads.usable_cores()), "OMP_WAIT_POLICY": "PASSIVE"}
+    cores = str(threads.usable_cores())
+    assert environment == {"OMP_NUM_THREADS": cores, "OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "1000"}
     assert threads.describe(environment).endswith(
-        f"; OMP_NUM_THREADS={threads.usable_cores()}, OMP_WAIT_POLICY=PASSIVE"
+        f"; OMP_NUM_THREADS={cores}, OMP_WAIT_POLICY=PASSIVE, GOMP_SPINCOUNT=1000"
     )
 
 
@@ -99,5 +100,6 @@ def test_the_command_line_tells_openmp_before_torch_loads_it():
     )  # fmt: skip
     assert "OMP_NUM_THREADS = '1'" in ended.stderr
     assert "OMP_WAIT_POLICY = 'PASSIVE'" in ended.stderr
+    assert "GOMP_SPINCOUNT = '1000'" in ended.stderr
     assert "1 processors" in ended.stdout
-    assert "OMP_NUM_THREADS=1, OMP_WAIT_POLICY=PASSIVE" in ended.stdout
+    assert "OMP_NUM_THREADS=1, OMP_WAIT_POLICY=PASSIVE, GOMP_SPINCOUNT=1000" in ended.stdout

@@ -1,7 +1,9 @@
 """Set the number of threads of a command and how idle ones wait, before torch is loaded, and describe both in a line.
 
 OpenMP takes as many threads as the machine has, and idle ones spin. Where another process uses one of the cores, or a
-container may use fewer cores than it sees, spinning threads occupy the cores of the threads that they wait for.
+container may use fewer cores than it sees, spinning threads occupy the cores of the threads that they wait for. Where
+they sleep at once, every short operation waits until they are awake: on an idle machine two are then slower than one.
+So they spin for a few microseconds, where the runtime is that of GCC, as in torch for Linux, and sleep elsewhere.
 """
 
 from __future__ import annotations
@@ -15,19 +17,22 @@ COUNTS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 """Environment variables of the number of threads; the first one is set where none is."""
 
 WAITS = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
-"""Environment variables of how idle threads wait; the first one is set where none is."""
+"""Environment variables of how idle threads wait; `WAITING` is set where none is."""
+
+WAITING = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "1000"}
+"""How idle threads wait; GCC's runtime reads its own variable first."""
 
 Environment = MutableMapping[str, str]
 
 
 def prepare(environment: Environment = os.environ) -> None:
-    """Set the number of threads and a passive waiting policy, unless the user did or torch is loaded already."""
+    """Set the number of threads and how idle ones wait, unless the user did or torch is loaded already."""
     if "torch" in sys.modules:
         return
     if not any(environment.get(name) for name in COUNTS):
         environment[COUNTS[0]] = str(usable_cores())
     if not any(environment.get(name) for name in WAITS):
-        environment[WAITS[0]] = "PASSIVE"
+        environment.update(WAITING)
 
 
 def describe(environment: Environment = os.environ) -> str:
