@@ -66,8 +66,8 @@ SCATTERS = {
         along="CPU time of a step measured, ms, mean over rounds on idle cores", upward="predicted, ms",
     ),
     "hot_experts": Scatter(
-        pairs=[("speedup", "predicted")], by=["routing", "arm"], along="times as fast as with experts in order, measured",
-        upward="predicted",
+        pairs=[("speedup", "predicted")], by=["routing", "arm"],
+        along="times as fast as with experts in order, measured", upward="predicted",
     ),
     "placement": Scatter(
         pairs=[("devices", "speedup")], by=["routing"], diagonal=False, along="devices",

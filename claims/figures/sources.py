@@ -284,7 +284,7 @@ def _benchmarks() -> dict[str, list[Figure]]:
     apart = [float(row["loss"]) - losses[row["tokens"], row["first"]] for row in sparse.rows]
     price = table("benchmarks/results/price-cpu.csv").where(part="step")
     zen5, emerald = price.where(commit="2db1617"), price.where(commit="fba5040")
-    waits = table("benchmarks/results/load-cpu.csv").where(commit="0d94f36", waiting="command line")
+    waits = table("benchmarks/results/load-cpu.csv").where(commit="8230e41", waiting="command line")
     traced = table("benchmarks/results/streamed-cpu.csv")
     ten, all_layers = traced.where(layers=10), traced.where(layers=48)
 
@@ -334,6 +334,9 @@ def _benchmarks() -> dict[str, list[Figure]]:
         "load-cpu": [
             waits.where(load="idle").one("over_openmp", "higher"),
             waits.where(load="one busy process").one("over_openmp", "higher"),
+            waits.where(load="four busy processes").one("over_openmp", "higher"),
+            waits.where(load="idle").one("over_one_thread", "higher"),
+            waits.where(load="one busy process").one("over_one_thread", "higher"),
         ],
         "streamed-cpu": [
             ten.one("checkpoint_gb"), ten.one("limit_gib", "lower"), ten.one("peak_resident_gib", "lower"),
