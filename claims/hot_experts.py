@@ -10,24 +10,19 @@ a core. The planner describes a core by `moeify.parallel.measure` in CPU time. R
 be fastest is the fastest one for each routing, and each of its ratios to experts in their order is within 10 % of the
 measured one; in part if only the first holds.
 
-    python claims/hot_experts.py --hardware NAME      three minutes on two cores; rows in claims/results/hot_experts.csv
+    python claims/hot_experts.py --hardware NAME      five minutes on two cores; rows in claims/results/hot_experts.csv
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import tempfile
 import time
-import traceback
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from statistics import median
-from typing import Any
 
 import torch
+from common.processes import Rows, rows_of_processes
 from jaxtyping import Float
 from results import append
 from torch import Tensor, distributed
@@ -84,11 +79,8 @@ def predicted(step: Step, layout: Layout, shares: Float[Tensor, "E"], placement:
     return rest + float(Placed(step, layout, shadows=True).seconds(placement, shares.expand(1, LAYERS, -1)).sum())
 
 
-def process(rank: int, folder: Path, name: str, rounds: int) -> None:
-    """What a process does: train by turns in every placement, and write what it took and what was predicted."""
-    torch.set_num_threads(1)
-    store = distributed.FileStore(str(folder / "store"), PROCESSES)
-    distributed.init_process_group("gloo", store=store, rank=rank, world_size=PROCESSES)
+def process(rank: int, name: str, rounds: int) -> Rows:
+    """What a process does: train by turns in every placement; what it took and what was predicted."""
     described = measure(size=512, clock=time.process_time)
     half = Link(bandwidth=described.intra.bandwidth / 2, latency=described.intra.latency)  # it counts 2 bytes of 4
     cluster = replace(described, nodes=1, devices_per_node=PROCESSES, intra=half, inter=half)
@@ -125,38 +117,17 @@ def process(rank: int, folder: Path, name: str, rounds: int) -> None:
                 if turn and again:
                     cpu[arm].append(float(spent[0]))
                     wall[arm].append(float(spent[1]))
-    if rank == 0:
-        seconds = {arm: predicted(step, layout, shares, placement) for arm, placement in arms.items()}
-        rows = []
-        for arm, placement in arms.items():
-            ratios = sorted(one / other for one, other in zip(cpu["in order"], cpu[arm], strict=True))
-            rows.append({
-                "routing": name, "arm": arm, "load": float(placement.load(shares.expand(LAYERS, -1)).mean()),
-                "steps": len(ratios), "milliseconds": 1e3 * median(cpu[arm]), "wall_ms": 1e3 * median(wall[arm]),
-                "predicted_ms": 1e3 * seconds[arm], "speedup": median(ratios), "low": ratios[len(ratios) // 4],
-                "high": ratios[3 * len(ratios) // 4], "predicted": seconds["in order"] / seconds[arm],
-            })  # fmt: skip
-        (folder / "rows.json").write_text(json.dumps(rows))
-    distributed.barrier()
-
-
-def run(name: str, rounds: int) -> list[dict[str, Any]]:
-    """The rows of a routing, from processes that are forked off this one, which runs no kernel."""
-    with tempfile.TemporaryDirectory() as folder:
-        children = []
-        for rank in range(PROCESSES):
-            if not (child := os.fork()):
-                try:
-                    process(rank, Path(folder), name, rounds)
-                except BaseException:
-                    traceback.print_exc()
-                    os._exit(1)
-                os._exit(0)
-            children.append(child)
-        ended = [os.waitpid(child, 0)[1] for child in children]
-        if any(ended):
-            raise SystemExit(f"a process of {name} failed")
-        return json.loads(Path(folder, "rows.json").read_text())
+    seconds = {arm: predicted(step, layout, shares, placement) for arm, placement in arms.items()}
+    rows = []
+    for arm, placement in arms.items():
+        ratios = sorted(one / other for one, other in zip(cpu["in order"], cpu[arm], strict=True))
+        rows.append({
+            "routing": name, "arm": arm, "load": float(placement.load(shares.expand(LAYERS, -1)).mean()),
+            "steps": len(ratios), "milliseconds": 1e3 * median(cpu[arm]), "wall_ms": 1e3 * median(wall[arm]),
+            "predicted_ms": 1e3 * seconds[arm], "speedup": median(ratios), "low": ratios[len(ratios) // 4],
+            "high": ratios[3 * len(ratios) // 4], "predicted": seconds["in order"] / seconds[arm],
+        })  # fmt: skip
+    return rows
 
 
 def main() -> None:
@@ -164,7 +135,11 @@ def main() -> None:
     parser.add_argument("--hardware", required=True, help="what it runs on, for the rows")
     parser.add_argument("--rounds", type=int, default=20, help="turns of every arm, of two steps each")
     options = parser.parse_args()
-    found = [row for name in ROUTINGS for row in run(name, options.rounds)]
+    found = [
+        row
+        for name in ROUTINGS
+        for row in rows_of_processes(PROCESSES, partial(process, name=name, rounds=options.rounds))
+    ]
     by_routing = [[row for row in found if row["routing"] == name] for name in ROUTINGS]
     fastest = all(
         max(rows, key=lambda row: row["speedup"]) is max(rows, key=lambda row: row["predicted"]) for rows in by_routing

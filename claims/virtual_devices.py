@@ -22,20 +22,14 @@ in the same file); designs and predictions of the second, of `wide` and `deep`, 
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import sys
-import tempfile
 import time
-import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from statistics import mean, median
-from typing import Any
 
 import torch
+from common.processes import Rows, rows_of_processes
 from common.statistics import rank_correlation
 from results import append
 from torch import distributed, nn
@@ -142,11 +136,8 @@ def in_rounds(rank: int, found: list[Layout], kind: Model, seconds: float) -> li
             return times
 
 
-def virtual_device(rank: int, world: int, folder: Path, name: str, seconds: float) -> None:
+def virtual_device(rank: int, world: int, name: str, seconds: float) -> Rows:
     """What a process does: describe the machine, then time every layout and predict it."""
-    torch.set_num_threads(1)
-    store = distributed.FileStore(str(folder / "store"), world)
-    distributed.init_process_group("gloo", store=store, rank=rank, world_size=world)
     cluster = measure(size=512, clock=time.process_time).shared(CORES)
     half = Link(bandwidth=cluster.intra.bandwidth / 2, latency=cluster.intra.latency)
     cluster = type(cluster)(nodes=1, devices_per_node=world, device=cluster.device, intra=half, inter=half)
@@ -170,37 +161,15 @@ def virtual_device(rank: int, world: int, folder: Path, name: str, seconds: floa
         })  # fmt: skip
         if rank == 0:
             print(*(f"{v:.1f}" if isinstance(v, float) else v for v in rows[-1].values()), flush=True)
-    if rank == 0:
-        (folder / "rows.json").write_text(json.dumps(rows))
-    distributed.barrier()
+    return rows
 
 
-def run(world: int, name: str, seconds: float) -> list[dict[str, Any]]:
-    """The rows of a model in a world, whose processes are forked off this one, which runs no kernel."""
-    with tempfile.TemporaryDirectory() as folder:
-        children = []
-        for rank in range(world):
-            if not (child := os.fork()):
-                try:
-                    virtual_device(rank, world, Path(folder), name, seconds)
-                except BaseException:
-                    traceback.print_exc()
-                    os._exit(1)
-                sys.stdout.flush()
-                os._exit(0)
-            children.append(child)
-        ended = [os.waitpid(child, 0)[1] for child in children]
-        if any(ended):
-            raise SystemExit(f"a process of {world} failed")
-        return json.loads(Path(folder, "rows.json").read_text())
-
-
-def correlation(rows: list[dict[str, Any]], measured: str = "measured_ms", by: str = "predicted_ms") -> float:
+def correlation(rows: Rows, measured: str = "measured_ms", by: str = "predicted_ms") -> float:
     predicted, found = (torch.tensor([row[name] for row in rows]) for name in (by, measured))
     return rank_correlation(predicted, found)
 
 
-def ceiling(rows: list[dict[str, Any]]) -> float:
+def ceiling(rows: Rows) -> float:
     """The rank correlation that the true times of the layouts would have with those measured here."""
     halves = max(correlation(rows, "even_ms", "odd_ms"), 0.0)
     return (2 * halves / (1 + halves)) ** 0.5
@@ -219,7 +188,8 @@ def main() -> None:
     end, cells = time.monotonic() + 60 * options.minutes, {}
     for at, (name, world) in enumerate(wanted):
         left = end - time.monotonic()
-        cells[name, world] = run(world, name, left / (len(wanted) - at))
+        device = partial(virtual_device, world=world, name=name, seconds=left / (len(wanted) - at))
+        cells[name, world] = rows_of_processes(world, device)
     found = {cell: correlation(rows) for cell, rows in cells.items()}
     good = sum(value >= 0.9 for value in found.values())
     result = "reproduced" if good == len(found) else "in part" if good else "failed"
