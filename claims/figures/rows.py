@@ -15,6 +15,7 @@ from figures.texts import ROOT, numbers_of
 T_95_OF_3, T_95_OF_5, T_95_OF_10 = 4.303, 2.776, 2.262
 """The 97.5 % quantiles of Student's t for three, five and ten seeds."""
 Better = Literal["lower", "higher", ""]
+LOG = "docs/log.md"
 HARDWARE = {
     "claims/results/balance.csv": "AMD EPYC (Zen 4), 2 cores",
     "claims/results/branch_train_mix.csv": "AMD EPYC (Zen 4), 2 cores",
