@@ -11,8 +11,9 @@ from collections.abc import Mapping
 from functools import cache
 from typing import Any
 
-KEPT = 2**28
-"""Bytes of a block up to which its memory is kept; that of larger blocks, as of weights, is returned."""
+KEPT = (2**28, 2**25)
+"""Bytes of a block up to which its memory is kept, the second where glibc takes no more; that of larger blocks, as of
+weights, is returned."""
 
 TUNED = ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "GLIBC_TUNABLES")
 """Environment variables by which users tune glibc's malloc; where one is set, nothing else is."""
@@ -21,15 +22,15 @@ _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # as malloc.h numbers them
 _NEVER = 2**31 - 1  # the largest value that mallopt takes
 
 
-def keep_freed(environment: Mapping[str, str] = os.environ) -> bool:
-    """Let malloc keep freed memory as long as the process lives, and say whether it does.
+def keep_freed(environment: Mapping[str, str] = os.environ) -> int:
+    """Let glibc's malloc keep freed memory as long as the process lives, unless the user tuned it.
 
-    It does with glibc, unless the user tuned it.
+    Returns the bytes of a block up to which it does, 0 if it does not.
     """
     mallopt = _mallopt()
     if mallopt is None or _tuned(environment):
-        return False
-    return bool(mallopt(_MMAP_THRESHOLD, KEPT) and mallopt(_TRIM_THRESHOLD, _NEVER))
+        return 0
+    return next((size for size in KEPT if mallopt(_MMAP_THRESHOLD, size) and mallopt(_TRIM_THRESHOLD, _NEVER)), 0)
 
 
 def describe(environment: Mapping[str, str] = os.environ) -> str:
@@ -38,7 +39,8 @@ def describe(environment: Mapping[str, str] = os.environ) -> str:
         return f"as {', '.join(tuned)} says"
     if _mallopt() is None:
         return "as the C library decides"
-    return f"a training keeps freed blocks of up to {KEPT // 2**20} MiB"
+    large, small = (size // 2**20 for size in KEPT)
+    return f"a training keeps freed blocks of up to {large} MiB, or {small} where glibc takes no more"
 
 
 def _tuned(environment: Mapping[str, str]) -> list[str]:
