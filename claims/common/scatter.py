@@ -1,4 +1,4 @@
-"""Plots of claims that compare predictions with measurements of others, drawn from their rows."""
+"""Plots of claims that compare predictions with measurements, drawn from their rows."""
 
 from __future__ import annotations
 

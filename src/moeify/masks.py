@@ -12,6 +12,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor, nn
 
 HIDING = frozenset({"src_key_padding_mask", "tgt_key_padding_mask", "decoder_padding_mask"})
+
 IGNORED = -100
 """The label of positions without a loss, as in `torch.nn.functional.cross_entropy`."""
 

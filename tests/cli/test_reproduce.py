@@ -59,7 +59,8 @@ def checkout(tmp_path, monkeypatch):
     for name in ("alone", "slow", "fed", "compared"):
         (claims / f"{name}.py").write_text(SCRIPT)
     monkeypatch.chdir(claims.parent)
-    monkeypatch.delenv("MOEIFY_DATA", raising=False)
+    for name in ("MOEIFY_DATA", "MOEIFY_CLAIM_RESULTS"):
+        monkeypatch.delenv(name, raising=False)
     return claims.parent
 
 
