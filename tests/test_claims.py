@@ -124,7 +124,7 @@ def test_a_base_is_trained_once_and_what_is_drawn_after_it_is_the_same(tmp_path,
     assert len(list((tmp_path / "claim-bases").iterdir())) == 5
 
 
-@pytest.mark.parametrize("steps", [2, 20, 40])
+@pytest.mark.parametrize("steps", [1, 2, 3, 20, 40])
 def test_few_steps_are_trained_with_a_warm_up(steps, monkeypatch):
     monkeypatch.syspath_prepend(str(CLAIMS))
     from common.training import train

@@ -83,7 +83,7 @@ def train(
     groups += [{"params": tables, "lr": 5 * rate, "weight_decay": 0.0}] if tables else []
     optimizer = torch.optim.AdamW(groups, lr=rate, weight_decay=0.1)
     rates = [group["lr"] for group in optimizer.param_groups]
-    warm = max(0.05, 2 / steps)  # two steps at least, as OneCycleLR divides by their number less one
+    warm = max(0.05, 1.5 / max(steps, 2))  # more than one step, as OneCycleLR divides by their number less one
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rates, steps, pct_start=warm, anneal_strategy="linear")
     model.train()
     for step in range(steps):
