@@ -22,10 +22,20 @@ def rows(out):
     return [[cell.strip() for cell in line.split("│")[1:-1]] for line in out.splitlines() if "│" in line]
 
 
+def machine(out):
+    """The facts of the first table, those on several lines put together."""
+    found, what = {}, ""
+    for row in rows(out):
+        if len(row) == 2:
+            what = row[0] or what
+            found[what] = f"{found.get(what, '')} {row[1]}".strip()
+    return found
+
+
 def test_versions_and_processor_are_those_of_this_machine():
     ended = moeify("doctor")
     assert (ended.code, ended.err) == (0, "")
-    found = {row[0]: row[1] for row in rows(ended.out) if row[0]}
+    found = machine(ended.out)
     assert found["moeify"] == package.__version__
     assert found["python"] == platform.python_version()
     assert found["torch"] == torch.__version__
