@@ -5,7 +5,8 @@ short it measures fewer rounds, one at least, leaves out peers that would take t
 One that is a minute late is ended, which loses the point that it is at. What has rows of this commit and machine is
 left out, so the same command measures the rest; `--again` measures all. A program that fails does not stop the others.
 
-With `--avx2` torch, oneDNN, MKL and our kernels use no instructions beyond AVX2, as on a processor that has no more.
+With `--avx2` torch, oneDNN, MKL and our kernels use no instructions beyond AVX2, as on a processor that has no more; a
+llama.cpp that was built with others is refused.
 
     python benchmarks/all.py
     python benchmarks/all.py --minutes 5 --results /tmp/results
@@ -21,6 +22,8 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+
+from llama_build import why_not
 
 PROGRAMS = {
     "startup": 1, "price": 6, "train_step": 5, "load": 2, "peak": 4, "callback": 5, "scaling": 6, "roofline": 5,
@@ -46,6 +49,8 @@ def main() -> None:
     options.add_argument("--llama", type=Path, help="folder of llama-bench and llama-quantize, for decode.py")
     options.add_argument("--results", type=Path, help="another folder for rows and pictures")
     chosen = options.parse_args()
+    if chosen.llama and (reason := why_not(chosen.llama, avx2=chosen.avx2)):
+        options.error(reason)
     end, failed, late = time.monotonic() + 60 * chosen.minutes, [], []
     for number, name in enumerate(chosen.programs):
         left = (end - time.monotonic()) / 60

@@ -27,6 +27,7 @@ from typing import Any
 import torch
 import transformers
 from allowance import ALLOWANCE, torch_rate
+from llama_build import why_not
 from measure import HEAD, in_turn, milliseconds, parser, points, quartiles, ratios, report, start, summary
 from torch import nn
 from transformers import DynamicCache
@@ -255,6 +256,9 @@ def main() -> None:
     options.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
     options.add_argument("--batches", nargs="*", type=int, default=[4, 16, 64])
     chosen = options.parse_args()
+    avx2 = os.environ.get("ATEN_CPU_CAPABILITY") == "avx2"
+    if chosen.llama and (reason := why_not(chosen.llama, avx2=avx2)):
+        options.error(reason)
     os.environ["OMP_NUM_THREADS"] = str(chosen.threads)
     begin = start(chosen)
     for what in points(chosen, begin, [{"model": name} for name in chosen.models]):
