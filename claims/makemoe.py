@@ -100,6 +100,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=5000)
     parser.add_argument("--seed", type=int, default=1337)
+    parser.add_argument("--hardware", default="unknown", help="the name of the hardware in the rows")
     options = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(options.seed)
@@ -122,7 +123,8 @@ def main() -> None:
     verdict = "reproduced" if abs(final - REPORTED) <= ALLOWED else "failed"
     parameters = sum(p.numel() for p in model.parameters())
     append("makemoe", {
-        "characters": len(ids), "parameters": parameters, "steps": options.steps, "seed": options.seed,
+        "hardware": options.hardware, "characters": len(ids), "parameters": parameters, "steps": options.steps,
+        "seed": options.seed,
         "validation_loss": f"{final:.4f}", "reported": REPORTED, "result": verdict,
     })  # fmt: skip
     print(f"{parameters:,} parameters, validation loss {final:.4f} against {REPORTED} reported: {verdict}")

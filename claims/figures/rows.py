@@ -21,7 +21,6 @@ HARDWARE = {
     "claims/results/branch_train_mix.csv": "AMD EPYC (Zen 4), 2 cores",
     "claims/results/branch_train_mix_4000.csv": "AMD EPYC (Zen 5), 2 cores",
     "claims/results/independent.csv": "a CPU, not noted further",
-    "claims/results/makemoe.csv": "AMD EPYC (Zen 4), 2 cores",
     "claims/results/mocle.csv": "AMD EPYC (Zen 4), 2 cores",
     "claims/results/mocle_layers_1.csv": "AMD EPYC (Zen 5), 2 cores",
     "claims/results/phatgoose.csv": "AMD EPYC (Zen 4), 2 cores",
