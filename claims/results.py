@@ -18,10 +18,10 @@ RESULTS = env.CLAIM_RESULTS.path or Path(__file__).parent / "results"
 
 
 def append(claim: str, values: dict[str, Any]) -> None:
-    """Add a row to a claim's file.
+    """Add a row to a claim's file; a column that it did not have yet is empty in the rows before.
 
     Raises:
-        ValueError: the file has other columns.
+        ValueError: the row lacks a column of the file.
     """
     row = {
         "date": datetime.date.today().isoformat(),
@@ -32,18 +32,27 @@ def append(claim: str, values: dict[str, Any]) -> None:
     } | values
     RESULTS.mkdir(parents=True, exist_ok=True)
     file = RESULTS / f"{claim}.csv"
-    columns = list(row)
+    columns = _columns(file, row)
+    with file.open("a", newline="") as out:
+        csv.DictWriter(out, columns).writerow(row)
+
+
+def _columns(file: Path, row: dict[str, Any]) -> list[str]:
+    """The columns of a file, after those that it lacks have been added."""
+    there, rows = [], []
     if file.exists():
         with file.open(newline="") as lines:
-            columns = next(csv.reader(lines))
-        if columns != list(row):
-            raise ValueError(f"{file} has the columns {columns}, the new row has {list(row)}")
-    is_new = not file.exists()
-    with file.open("a", newline="") as out:
-        writer = csv.DictWriter(out, columns)
-        if is_new:
+            reader = csv.DictReader(lines)
+            there, rows = list(reader.fieldnames or ()), list(reader)
+    if missing := [column for column in there if column not in row]:
+        raise ValueError(f"{file} has the columns {', '.join(missing)}, and the new row does not")
+    columns = there + [column for column in row if column not in there]
+    if columns != there:
+        with file.open("w", newline="") as out:
+            writer = csv.DictWriter(out, columns, restval="")
             writer.writeheader()
-        writer.writerow(row)
+            writer.writerows(rows)
+    return columns
 
 
 def _commit() -> str:
