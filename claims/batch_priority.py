@@ -18,6 +18,7 @@ from statistics import fmean
 
 import torch
 from common.images import Images, accuracy, train, vit
+from common.rates import UNREPORTED, add_rates, parted, rates_of
 from common.statistics import paired
 from results import append
 from torch import Tensor, nn
@@ -30,7 +31,7 @@ from moeify.sparsify import recipes
 FACTORS = (4.0, 1.0, 0.5, 0.3, 0.2, 0.1, 0.05)
 PRIORITIES = {"arrival": "choice", "batch": "batch"}
 """`choice` is V-MoE's order without batch priority: first choices before second ones, then the earliest."""
-HELD_OUT, RATE, WEIGHT = 500, 2e-3, 0.005
+HELD_OUT, WEIGHT = 500, 0.005
 
 
 def digits() -> Images:
@@ -54,28 +55,38 @@ def balancing(routing: Routing) -> Tensor:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=400)
+    add_rates(parser, 2e-3)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--hardware", default="unknown", help="the name of the hardware in the rows")
     options = parser.parse_args()
     torch.set_num_threads(1)
     images = digits()
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
-    unseen, learnt = order[:HELD_OUT], order[HELD_OUT:]
+    unseen, learnt = images[order[:HELD_OUT]], images[order[HELD_OUT:]]
+    rest, most = (learnt[at] for at in parted(len(learnt), 4))
+
+    def run(seed: int, rate: float, images: Images) -> nn.Module:
+        torch.manual_seed(seed)
+        return train(built(), images, options.steps, seed, rate, balancing=balancing)
+
+    rates = rates_of(
+        "batch_priority", ["vmoe"], options, lambda _, rate: 100 - accuracy(run(UNREPORTED, rate, most), rest)
+    )
     low: dict[str, list[float]] = {name: [] for name in PRIORITIES}
     rows = []
     for seed in options.seeds:
         began = time.process_time()
-        torch.manual_seed(seed)
-        model = train(built(), images[learnt], options.steps, seed, RATE, balancing=balancing)
+        model = run(seed, rates["vmoe"], learnt)
         seconds = time.process_time() - began
         for name, priority in PRIORITIES.items():
             found = {}
             for factor in FACTORS:
                 serve_with(model, capacity=factor, priority=priority)
-                found[factor] = accuracy(model, images[unseen])
+                found[factor] = accuracy(model, unseen)
                 rows.append({
                     "hardware": options.hardware, "seed": seed, "steps": options.steps, "priority": name,
                     "factor": factor, "accuracy": f"{found[factor]:.1f}", "cpu_seconds_of_training": f"{seconds:.0f}",
+                    "rate": rates["vmoe"],
                 })  # fmt: skip
             low[name].append(fmean(found[factor] for factor in FACTORS if factor <= 0.3))
             print(f"seed {seed} {name:8}", *(f"{factor}: {value:.1f}" for factor, value in found.items()), flush=True)

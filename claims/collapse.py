@@ -21,6 +21,7 @@ from functools import partial
 from statistics import fmean
 
 import torch
+from common.rates import UNREPORTED, rates_of
 from common.small import BATCH, HIDDEN, LENGTH, WIDTH, llama, options, text
 from common.statistics import interval, paired
 from common.training import Balancing, balanced, drawn, held_out, train
@@ -122,32 +123,44 @@ class Course:
 def main() -> None:
     chosen = options(__doc__)
     torch.set_num_threads(1)
-    learnt, unseen = text()
+    data = text()
     budget = chosen.steps * cost(count(ARMS["top-2"].built()))
+    steps = {name: round(budget / arm.cost(count(arm.built()))) for name, arm in ARMS.items()}
+
+    def run(name: str, seed: int, rate: float) -> tuple[nn.Module, Course]:
+        torch.manual_seed(seed)
+        model, course = ARMS[name].built(), Course(steps[name], seed, data.unseen[:32])
+        batches, balancing = drawn(data.learnt, batch=BATCH), ARMS[name].balancing
+        train(model, batches, steps[name], seed, rate, balancing=balancing, prepare=course)
+        return model, course
+
+    def error(name: str, rate: float) -> float:
+        model, _ = run(name, UNREPORTED, rate)
+        set_k(model, EXPERTS)
+        return held_out(model, data.choosing)
+
+    rates = rates_of("collapse", ARMS, chosen, error, corpus=data.corpus)
     ends: dict[str, list[float]] = {name: [] for name in ARMS}
     rows = []
     for seed in chosen.seeds:
-        for name, arm in ARMS.items():
-            torch.manual_seed(seed)
-            began, model = time.process_time(), arm.built()
+        for name, rate in rates.items():
+            began = time.process_time()
+            model, course = run(name, seed, rate)
             counted = count(model)
-            steps = round(budget / arm.cost(counted))
-            course = Course(steps, seed, unseen[:32])
-            train(model, drawn(learnt, batch=BATCH), steps, seed, chosen.rate, balancing=arm.balancing, prepare=course)
             set_k(model, K)
             changed = (first_choices(model, course.ids) != course.choices).float().mean().item()
             set_k(model, EXPERTS)
-            ends[name].append(held_out(model, unseen))
+            ends[name].append(held_out(model, data.unseen))
             by_k = {}
             for k in KS if name == "SMoE-Dropout" else ():
                 set_k(model, k)
-                by_k[k] = f"{held_out(model, unseen):.4f}"
+                by_k[k] = f"{held_out(model, data.unseen):.4f}"
             rows.append({
-                "hardware": chosen.hardware, "arm": name, "seed": seed, "steps": steps,
-                "tokens": steps * BATCH * LENGTH, "rate": chosen.rate, "loss": f"{ends[name][-1]:.4f}",
+                "hardware": chosen.hardware, "arm": name, "seed": seed, "steps": steps[name],
+                "tokens": steps[name] * BATCH * LENGTH, "rate": rate, "loss": f"{ends[name][-1]:.4f}",
                 "changed": f"{100 * changed:.2f}", **{f"loss_k_{k}": by_k.get(k, "") for k in KS},
                 "parameters": counted.parameters, "flops": counted.flops,
-                "cpu_seconds": f"{time.process_time() - began:.0f}",
+                "cpu_seconds": f"{time.process_time() - began:.0f}", "corpus": data.corpus,
             })  # fmt: skip
             print(*rows[-1].values(), flush=True)
     results = {"top-2": "run"}

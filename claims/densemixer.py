@@ -23,10 +23,12 @@ from __future__ import annotations
 import argparse
 import copy
 from contextlib import nullcontext
+from functools import cache
 from statistics import fmean
 
 import torch
 import transformers
+from common.rates import UNREPORTED, add_rates, rates_of
 from common.statistics import paired
 from common.text import text_by_domain
 from common.training import drawn, held_out, of_domain, train
@@ -44,7 +46,10 @@ from moeify.train.freeze import freeze
 LEARNT, NEW = ("novel", "docs_fr", "math"), "code_python"
 CAP, LENGTH, BATCH = 300_000, 64, 8
 BASE, TUNE = 300, 80
-BASE_RATE, RATE = 2e-3, 5e-4
+BASE_RATE = 2e-3
+ARMS = ("as ever", "frozen router", "DenseMixer", "as ever, FLOPs of DenseMixer")
+OTHER_ORDER = "as ever, other order of data"
+"""Another arm, at the rate of the first."""
 
 
 def model() -> nn.Module:
@@ -87,32 +92,40 @@ def step_costs(sparse: nn.Module) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_rates(parser, 5e-4)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--hardware", default="unknown", help="the name of the hardware in the rows")
+    parser.set_defaults(steps=TUNE)
     options = parser.parse_args()
     torch.set_num_threads(1)
     learnt, unseen = text_by_domain((*LEARNT, NEW), CAP, LENGTH)
-
     old = torch.cat([of_domain(learnt, domain) for domain in LEARNT])
-    new, test = of_domain(learnt, NEW), of_domain(unseen, NEW)[:256]
+    new, test = of_domain(learnt, NEW), of_domain(unseen, NEW)
+    test, choosing = test[:256], test[256:512]
+    cost = step_costs(model())
+
+    @cache
+    def base_of(seed: int) -> nn.Module:
+        torch.manual_seed(seed)
+        return train(model(), drawn(old, batch=BATCH), BASE, seed, BASE_RATE)
+
+    def run(arm: str, seed: int, rate: float) -> tuple[nn.Module, int]:
+        """The model after fine-tuning, and the steps that it took."""
+        tuned = copy.deepcopy(base_of(seed))
+        if arm == "frozen router":
+            freeze(tuned, "router", verbose=False)
+        steps = round(TUNE * cost) if "FLOPs" in arm else TUNE
+        with dense_router_gradient(tuned) if arm == "DenseMixer" else nullcontext():
+            train(tuned, drawn(new, batch=BATCH), steps, seed + (200 if "other" in arm else 100), rate)
+        return tuned, steps
+
+    rates = rates_of("densemixer", ARMS, options, lambda arm, rate: held_out(run(arm, UNREPORTED, rate)[0], choosing))
     ends: dict[str, list[float]] = {}
     for seed in options.seeds:
-        torch.manual_seed(seed)
-        base = train(model(), drawn(old, batch=BATCH), BASE, seed, BASE_RATE)
-        turned, longer = cosine(copy.deepcopy(base), new[:BATCH]), round(TUNE * step_costs(base))
+        turned = cosine(copy.deepcopy(base_of(seed)), new[:BATCH])
         usual: list[Tensor] = []
-        for arm, steps in (
-            ("base", 0), ("as ever", TUNE), ("as ever, other order of data", TUNE), ("frozen router", TUNE),
-            ("DenseMixer", TUNE), ("as ever, FLOPs of DenseMixer", longer),
-        ):  # fmt: skip
-            tuned = copy.deepcopy(base)
-            if arm == "frozen router":
-                freeze(tuned, "router", verbose=False)
-            way = dense_router_gradient(tuned) if arm == "DenseMixer" else nullcontext()
-            order = seed + (200 if "other" in arm else 100)
-            if steps:
-                with way:
-                    train(tuned, drawn(new, batch=BATCH), steps, order, RATE)
+        for arm, rate in {"base": 0.0, **rates, OTHER_ORDER: rates["as ever"]}.items():
+            tuned, steps = (base_of(seed), 0) if arm == "base" else run(arm, seed, rate)
             found, chosen = held_out(tuned, test), choices(tuned, test[:32])
             usual = chosen if arm == "as ever" else usual
             ends.setdefault(arm, []).append(found)
@@ -120,7 +133,7 @@ def main() -> None:
             append("densemixer", {
                 "arm": arm, "seed": seed, "steps": steps, "tokens": steps * BATCH * LENGTH, "loss": f"{found:.4f}",
                 "choices_unlike_as_ever": moved, "cosine_of_gradients": f"{turned:.4f}",
-                "cost_of_a_step": f"{step_costs(base):.4f}", "hardware": options.hardware, "result": "run",
+                "cost_of_a_step": f"{cost:.4f}", "hardware": options.hardware, "result": "run", "rate": rate,
             })  # fmt: skip
             print(f"seed {seed}  {arm:30} {found:.4f}  {moved}  cosine {turned:.3f}", flush=True)
     ever, longer_ever, mixer = ends["as ever"], ends["as ever, FLOPs of DenseMixer"], ends["DenseMixer"]

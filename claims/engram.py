@@ -62,7 +62,7 @@ def rows_for(experts: int) -> int:
 
 def main() -> None:
     arms = {f"{share(experts):.2f}": partial(built, experts) for experts in (ALONE, *EXPERTS)}
-    ends, rows = trained("share", arms, options(__doc__))
+    ends, rows = trained("engram", "share", arms, options(__doc__))
     alone, *between, tables = ends.values()
     for arm, losses in ends.items():
         print(f"{arm}: {fmean(losses):.4f}, less experts {paired(losses, alone)}, less tables {paired(losses, tables)}")

@@ -144,10 +144,10 @@ def main() -> None:
     parser.add_argument("--hardware", default="unknown", help="the name of the hardware in the rows")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    learnt, unseen = text()
-    bases = small_bases(learnt)
+    data = text()
+    bases = small_bases(data.learnt)
     for name, base in bases.items():
-        print(f"{name} base: {held_out(base, unseen):.4f} nats per byte", flush=True)
+        print(f"{name} base: {held_out(base, data.unseen):.4f} nats per byte", flush=True)
     pool, validation, test = read("train"), read("validation")[::2], read("test")[::2]
 
     def tuned(arm: Arm, seed: int, rate: float) -> nn.Module:
@@ -170,7 +170,7 @@ def main() -> None:
             rows.append({
                 "hardware": options.hardware, "arm": name, "seed": seed, "base_steps": SMALL_STEPS,
                 "steps": options.steps, "texts": TEXTS, "rate": rates[name], "accuracy": f"{ends[name][-1]:.2f}",
-                "cpu_seconds": f"{time.process_time() - began:.0f}",
+                "cpu_seconds": f"{time.process_time() - began:.0f}", "corpus": data.corpus,
             })  # fmt: skip
             print(*rows[-1].values(), flush=True)
     for name, values in ends.items():

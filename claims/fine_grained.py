@@ -43,7 +43,8 @@ def of_width(dense: nn.Module, width: int, *, hidden: int) -> nn.Module:
 
 
 def main() -> None:
-    ends, rows = trained("arm", {arm: partial(built, *settings) for arm, settings in ARMS.items()}, options(__doc__))
+    arms = {arm: partial(built, *settings) for arm, settings in ARMS.items()}
+    ends, rows = trained("fine_grained", "arm", arms, options(__doc__))
     coarse, middle, fine, shared = ends.values()
     for arm, losses in ends.items():
         print(f"{arm}: {fmean(losses):.4f}, less the coarsest {paired(losses, coarse)}")

@@ -81,10 +81,10 @@ def main() -> None:
     parser.add_argument("--hardware", default="unknown", help="the name of the hardware in the rows")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    learnt, unseen = text()
-    bases = small_bases(learnt)
+    data = text()
+    bases = small_bases(data.learnt)
     for arm, base in bases.items():
-        print(f"{arm} base: {held_out(base, unseen):.4f} nats per byte", flush=True)
+        print(f"{arm} base: {held_out(base, data.unseen):.4f} nats per byte", flush=True)
     cut = Base(bases["dense"], ByteTokenizer().encode, ByteTokenizer.eos_token_id).blocks
     own = {name: cut(rows) for name, rows in DATA.read("train", DATA.own).items()}
     tests = {name: cut(rows)[: DATA.blocks] for name, rows in DATA.read(DATA.test, DATA.own + DATA.unseen).items()}
@@ -114,7 +114,7 @@ def main() -> None:
                 **{f"loss_{name.replace(' ', '_')}": f"{v:.4f}" for name, v in means.items()},
                 **{f"untuned_{name}": f"{loss(bases[arm], tests[name]):.4f}" for name in DATA.unseen},
                 "by_data_set": "; ".join(f"{name} {alone.get(name, 0):.4f} {v:.4f}" for name, v in everything.items()),
-                "cpu_seconds": f"{time.process_time() - began:.0f}",
+                "cpu_seconds": f"{time.process_time() - began:.0f}", "corpus": data.corpus,
             })  # fmt: skip
             print(*rows[-1].values(), flush=True)
     less = {

@@ -60,15 +60,15 @@ def running(model: nn.Module, ids: Tensor, widths: tuple[int, ...]) -> float:
 
 
 def main() -> None:
-    chosen, (_, unseen) = options(__doc__), text()
+    chosen, data = options(__doc__), text()
     ends, rows = trained(
-        "arm", {arm: partial(built, widths) for arm, widths in ARMS.items()}, chosen,
+        "heterogeneous", "arm", {arm: partial(built, widths) for arm, widths in ARMS.items()}, chosen, data=data,
         balancing={"unequal widths, penalty": penalty},
         measure=lambda model, ids: {"running": f"{running(model, ids, widths_of(model)):.0f}"},
     )  # fmt: skip
     for row in rows:
         torch.manual_seed(row["seed"])
-        row["running_untrained"] = f"{running(built(ARMS[row['arm']]), unseen, ARMS[row['arm']]):.0f}"
+        row["running_untrained"] = f"{running(built(ARMS[row['arm']]), data.unseen, ARMS[row['arm']]):.0f}"
     change = {}
     for arm, loss in ends.items():
         of_arm = [row for row in rows if row["arm"] == arm]

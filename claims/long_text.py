@@ -78,7 +78,7 @@ def passed(model: nn.Module, texts: Tensor) -> tuple[Tensor, list[Tensor]]:
 
 def main() -> None:
     arms = {"dense": partial(built, False), "sparse": partial(built, True)}
-    ends, rows = trained("arm", arms, options(__doc__), measure=partial(measured, texts=long_texts()))
+    ends, rows = trained("long_text", "arm", arms, options(__doc__), measure=partial(measured, texts=long_texts()))
     rise = {arm: [float(row["rise"]) for row in rows if row["arm"] == arm] for arm in arms}
     for arm in arms:
         print(f"{arm}: {fmean(ends[arm]):.4f} at {SHORT}, rises by {fmean(rise[arm]):+.4f}")

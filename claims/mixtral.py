@@ -19,14 +19,15 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import partial
 from statistics import fmean, median
 
 import torch
-from common.small import LENGTH, WIDTH, llama, parser, trained
+from common.small import LENGTH, WIDTH, divided, llama, parser, trained
 from common.statistics import paired
 from common.text import text_by_domain
+from common.turns import by_turns
 from results import append
 from torch import Tensor, nn
 
@@ -68,22 +69,11 @@ def speeds(models: Mapping[str, nn.Module], batch: int) -> dict[str, float]:
 
 
 @torch.no_grad()
-def by_turns(work: Mapping[str, Callable[[], None]], rounds: int = 3) -> dict[str, float]:
-    """The median CPU time of each, in seconds."""
-    taken: dict[str, list[float]] = {name: [] for name in work}
-    for turn in range(rounds + 1):
-        for name, run in work.items():
-            began = time.process_time()
-            run()
-            if turn:
-                taken[name].append(time.process_time() - began)
-    return {name: median(values) for name, values in taken.items()}
-
-
 def prefill(model: nn.Module, prompt: Tensor) -> None:
     model(input_ids=prompt, use_cache=True)
 
 
+@torch.no_grad()
 def decode(model: nn.Module, prompt: Tensor) -> None:
     """A prompt of one token and 16 more, so that nearly all of it is decoding."""
     out = model(input_ids=prompt[:, :1], use_cache=True)
@@ -136,10 +126,8 @@ def main() -> None:
 
 def quality(chosen: argparse.Namespace) -> None:
     learnt, unseen = text_by_domain(DOMAINS, 1_500_000, LENGTH)
-    dice = torch.Generator().manual_seed(0)
-    few = unseen.input_ids[torch.randperm(len(unseen), generator=dice)[:192]].long()
     arms = {arm: partial(built, arm) for arm in ARMS}
-    ends, rows = trained("arm", arms, chosen, data=(learnt.input_ids.long(), few), batch=16)
+    ends, rows = trained("mixtral", "arm", arms, chosen, data=divided(learnt, unseen), batch=16)
     faster = []
     for seed in chosen.seeds:
         torch.manual_seed(seed)

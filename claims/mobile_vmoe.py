@@ -84,7 +84,7 @@ def main() -> None:
     print("classes by super-class:", *groups.bincount(minlength=EXPERTS).tolist())
     taught = "per image, super-classes"
     found, rows = compared(
-        ARMS, chosen,
+        "mobile_vmoe", ARMS, chosen,
         balancing={"per patch": balanced, "per image, end to end": balanced, taught: supervised},
         inputs={taught: lambda images: {"super_class": groups[images.labels]}},
         measure=lambda arm, model, images: right(model, images, groups=groups) if arm == taught else {"right": ""},

@@ -19,9 +19,11 @@ import time
 from collections.abc import Sequence
 from functools import partial
 from statistics import fmean
+from typing import Any
 
 import pyarrow.parquet
 import torch
+from common.rates import UNREPORTED, rates_of
 from common.small import options
 from common.statistics import paired
 from common.training import train
@@ -112,6 +114,12 @@ def measured(model: nn.Module, unseen: dict[str, list[Row]], objective: Translat
     return found | {f"chrf_{language}": chrf(*texts) for language, texts in written.items()}
 
 
+@torch.no_grad()
+def missed(model: nn.Module, samples: Sequence[dict[str, Any]], objective: Translation) -> float:
+    """Nats per token."""
+    return fmean(objective.judge(model, objective.collate(list(samples))).losses.tolist())
+
+
 def chrf(written: list[str], right: list[str]) -> float:
     """Of a corpus.
 
@@ -132,22 +140,27 @@ def main() -> None:
     print({language: (len(learnt[language]), len(unseen[language])) for language in PAIRS})
     draw = Drawn(learnt, objective)
     probe = draw(torch.Generator().manual_seed(0))
+
+    def run(arm: str, seed: int, rate: float) -> nn.Module:
+        torch.manual_seed(seed)
+        model, recipe = small_m2m100(SHAPE, LENGTH, tags), ARMS[arm]
+        if recipe is not None:
+            sparsify(model, recipe, probe=probe, verbose=False)
+        return train(model, draw, chosen.steps, seed, rate, objective=lambda model, batch: model(**batch).loss).eval()
+
+    rest = [sample for rows in pairs("validation").values() for sample in coded(rows, tags)]
+    rates = rates_of("nllb", ARMS, chosen, lambda arm, rate: missed(run(arm, UNREPORTED, rate), rest, objective))
     ends: dict[str, list[dict[str, float]]] = {arm: [] for arm in ARMS}
     rows = []
     for seed in chosen.seeds:
-        for arm, recipe in ARMS.items():
-            torch.manual_seed(seed)
-            began, model = time.process_time(), small_m2m100(SHAPE, LENGTH, tags)
-            if recipe is not None:
-                sparsify(model, recipe, probe=probe, verbose=False)
-            train(
-                model, draw, chosen.steps, seed, chosen.rate, objective=lambda model, batch: model(**batch).loss
-            ).eval()
+        for arm, rate in rates.items():
+            began = time.process_time()
+            model = run(arm, seed, rate)
             ends[arm].append(measured(model, unseen, objective))
             counted = count(model, LENGTH)
             rows.append({
                 "hardware": chosen.hardware, "arm": arm, "seed": seed, "steps": chosen.steps,
-                "pairs": chosen.steps * BATCH, "rate": chosen.rate,
+                "pairs": chosen.steps * BATCH, "rate": rate,
                 **{name: f"{value:.4f}" for name, value in ends[arm][-1].items()},
                 "parameters": counted.parameters, "flops": counted.flops,
                 "cpu_seconds": f"{time.process_time() - began:.0f}",

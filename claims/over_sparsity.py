@@ -21,6 +21,7 @@ from statistics import fmean, stdev
 
 import torch
 import transformers
+from common.rates import UNREPORTED, add_rates, rates_of
 from common.text import text_by_domain
 from results import append
 from torch import Tensor, nn
@@ -32,7 +33,7 @@ from moeify.layers import moe_layers
 from moeify.routers import TopK, sigmoid
 from moeify.sparsify import fresh
 
-LENGTH, BATCH, HIDDEN = 128, 16, 256
+LENGTH, BATCH, HIDDEN, BATCHES = 128, 16, 256, 40
 DOMAINS = ("novel", "code_python", "drama")
 ARMS = [(1, 1), (1, 4), (1, 16), (1, 64), (2, 8), (2, 32), (4, 16), (4, 64)]
 """k and E; E = 1 is the dense model."""
@@ -62,9 +63,10 @@ def batch_of(blocks: Blocks, chosen: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def held_out(model: nn.Module, blocks: Blocks, batches: int = 40) -> float:
+def held_out(model: nn.Module, blocks: Blocks, first: int = 0) -> float:
+    """Of so many batches at most, of blocks from `first` on."""
     model.eval()
-    chosen = torch.arange(min(len(blocks), batches * BATCH)).split(BATCH)
+    chosen = torch.arange(first, min(len(blocks), first + BATCHES * BATCH)).split(BATCH)
     mean = fmean(model(input_ids=b, labels=b).loss.item() for b in (batch_of(blocks, c) for c in chosen))
     model.train()
     return mean
@@ -78,10 +80,10 @@ def loss_of(model: nn.Module, ids: Tensor, balance: float) -> Tensor:
     return task + balance * torch.stack([losses.balance(routing) for routing in decisions.values()]).mean()
 
 
-def trained(model: nn.Module, blocks: Blocks, steps: int, seed: int) -> nn.Module:
+def trained(model: nn.Module, blocks: Blocks, steps: int, seed: int, rate: float) -> nn.Module:
     """AdamW with a warm-up of 20 steps and a linear fall; the order of the data depends on the seed only."""
     order = torch.randperm(len(blocks), generator=torch.Generator().manual_seed(seed))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: min((s + 1) / 20, 1 - s / steps))
     for step in range(steps):
         chosen = order[torch.arange(step * BATCH, (step + 1) * BATCH) % len(order)]
@@ -96,18 +98,27 @@ def trained(model: nn.Module, blocks: Blocks, steps: int, seed: int) -> nn.Modul
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=250)
+    add_rates(parser, 3e-3)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--hardware", default="unknown", help="the name of the hardware in the rows")
     options = parser.parse_args()
     torch.set_num_threads(1)
     train, validation = text_by_domain(DOMAINS, 1_500_000, LENGTH)
+
+    def run(arm: tuple[int, int], seed: int, rate: float) -> nn.Module:
+        torch.manual_seed(seed)
+        return trained(built(*arm).train(), train, options.steps, seed, rate)
+
+    def error(arm: tuple[int, int], rate: float) -> float:
+        return held_out(run(arm, UNREPORTED, rate), validation, BATCHES * BATCH)
+
+    rates = rates_of("over_sparsity", ARMS, options, error)
     ends: dict[tuple[int, int], list[float]] = {arm: [] for arm in ARMS}
     rows = []
     for seed in options.seeds:
         for k, num_experts in ARMS:
-            torch.manual_seed(seed)
             began = time.perf_counter()
-            model = trained(built(k, num_experts).train(), train, options.steps, seed)
+            model = run((k, num_experts), seed, rates[k, num_experts])
             counted = count(model)
             ends[k, num_experts].append(held_out(model, validation))
             rows.append({
@@ -115,6 +126,7 @@ def main() -> None:
                 "tokens": options.steps * BATCH * LENGTH, "validation_loss": f"{ends[k, num_experts][-1]:.4f}",
                 "parameters": counted.parameters, "active_parameters": counted.active_parameters,
                 "flops": counted.flops, "seconds": f"{time.perf_counter() - began:.0f}",
+                "rate": rates[k, num_experts],
             })  # fmt: skip
             print(*rows[-1].values(), flush=True)
     mean = {arm: fmean(values) for arm, values in ends.items()}

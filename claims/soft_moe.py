@@ -17,16 +17,16 @@ rows in claims/results/soft_moe_normalisation.csv.
 from __future__ import annotations
 
 import argparse
-import time
 from collections.abc import Callable, Mapping
 from functools import partial
-from statistics import fmean, median
+from statistics import fmean
 
 import torch
 from common.images import BATCH, PATCHES, Images, compared, step, vit
 from common.small import parser
 from common.statistics import interval, paired
 from common.training import balanced
+from common.turns import by_turns
 from results import append
 from torch import Tensor, nn
 
@@ -70,14 +70,7 @@ def seconds(arms: tuple[str, ...]) -> dict[str, float]:
     """Median CPU time of a forward and backward pass of a batch, the arms by turns."""
     images = Images(torch.randn(BATCH, 3, 32, 32), torch.randint(97, (BATCH,)))
     models = {arm: ARMS[arm]().train() for arm in arms}
-    taken: dict[str, list[float]] = {arm: [] for arm in arms}
-    for turn in range(ROUNDS + 1):
-        for arm, model in models.items():
-            began = time.process_time()
-            step(model, images).backward()
-            if turn:
-                taken[arm].append(time.process_time() - began)
-    return {arm: median(values) for arm, values in taken.items()}
+    return by_turns({arm: lambda model=model: step(model, images).backward() for arm, model in models.items()}, ROUNDS)
 
 
 @torch.no_grad()
@@ -93,7 +86,7 @@ def without_normalisation(chosen: argparse.Namespace) -> None:
     ends, kept = [], []
     for rate in RATES:
         at = argparse.Namespace(**vars(chosen) | {"rate": rate})
-        found, rows = compared(arms, at, balancing={}, measure=fullest)
+        found, rows = compared("soft_moe_normalisation", arms, at, balancing={}, measure=fullest)
         kept += rows
         ends.append(interval(found["normalised"], found["not normalised"]))
         print(f"at {rate:g} normalised less not", paired(found["normalised"], found["not normalised"]))
@@ -119,7 +112,7 @@ def main() -> None:
 
 def against_routing(chosen: argparse.Namespace) -> None:
     taken = seconds(tuple(ARMS))
-    found, rows = compared(ARMS, chosen, balancing={"top-1": balanced})
+    found, rows = compared("soft_moe", ARMS, chosen, balancing={"top-1": balanced})
     for arm, values in found.items():
         print(f"{arm}: {fmean(values):.2f} %, a step {1000 * taken[arm]:.0f} ms; Soft, 8 experts less it", end=" ")
         print(paired(found["Soft, 8 experts"], values))

@@ -30,6 +30,7 @@ from typing import NamedTuple
 import pyarrow.parquet
 import torch
 from common.images import photographs
+from common.rates import UNREPORTED, parted, rates_of
 from common.small import options
 from common.statistics import paired
 from common.training import train
@@ -239,16 +240,26 @@ def main() -> None:
         "not told": (MODALITIES, partial(sparse, untold, probe)),
         "told": (MODALITIES, partial(sparse, told, probe)),
     }
+    rest, most = ({name: part[parted(len(part))[which]] for name, part in learnt.items()} for which in range(2))
+
+    def run(arm: str, seed: int, rate: float, data: Mapping[str, Part]) -> nn.Module:
+        torch.manual_seed(seed)
+        of, build = arms[arm]
+        draw = drawn({name: data[name] for name in of})
+        return train(build(), draw, chosen.steps, seed, rate, objective=lambda model, batch: model(**batch).loss).eval()
+
+    def error(arm: str, rate: float) -> float:
+        model = run(arm, UNREPORTED, rate, most)
+        return 100 - fmean(accuracy(model, name, rest[name]) for name in arms[arm][0])
+
+    rates = rates_of("three_modalities", arms, chosen, error)
     ends: dict[str, dict[str, list[float]]] = {arm: {name: [] for name in of} for arm, (of, _) in arms.items()}
     known: dict[str, list[float]] = {"not told": [], "told": []}
     rows = []
     for seed in chosen.seeds:
-        for arm, (of, build) in arms.items():
-            torch.manual_seed(seed)
-            began, draw = time.process_time(), drawn({name: learnt[name] for name in of})
-            model = train(
-                build(), draw, chosen.steps, seed, chosen.rate, objective=lambda model, batch: model(**batch).loss
-            ).eval()
+        for arm, rate in rates.items():
+            began, of = time.process_time(), arms[arm][0]
+            model = run(arm, seed, rate, learnt)
             for name in of:
                 ends[arm][name].append(accuracy(model, name, unseen[name]))
             if arm in known:
@@ -256,7 +267,7 @@ def main() -> None:
             counted = count(model, LENGTHS["texts"])
             rows.append({
                 "hardware": chosen.hardware, "arm": arm, "seed": seed, "steps": chosen.steps,
-                "samples_of_each": chosen.steps * EACH, "rate": chosen.rate,
+                "samples_of_each": chosen.steps * EACH, "rate": rate,
                 **{name: f"{ends[arm][name][-1]:.2f}" if name in of else "" for name in MODALITIES},
                 "bits": f"{known[arm][-1]:.3f}" if arm in known else "", "parameters": counted.parameters,
                 "active_parameters": counted.active_parameters, "cpu_seconds": f"{time.process_time() - began:.0f}",

@@ -59,7 +59,7 @@ def main() -> None:
     parser.add_argument("--hardware", default="unknown", help="the name of the hardware in the rows")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    learnt, unseen = text()
+    data = text()
     found: dict[tuple[float, float, int], tuple[float, float]] = {}
     rows = []
     for seed in options.seeds:
@@ -67,16 +67,17 @@ def main() -> None:
             for rate in RATES:
                 torch.manual_seed(seed)
                 began = time.process_time()
-                batches = drawn(learnt, batch=BATCH)
+                batches = drawn(data.learnt, batch=BATCH)
                 model = train(
                     built(), batches, options.steps, seed, rate, balancing=partial(with_z, weight=z), clip=math.inf
                 )
-                loss, size = held_out(model, unseen), squared_logsumexp(model, unseen[:32])
+                loss, size = held_out(model, data.unseen), squared_logsumexp(model, data.unseen[:32])
                 found[z, rate, seed] = (loss if math.isfinite(loss) else math.inf), size
                 rows.append({
                     "hardware": options.hardware, "z": z, "rate": rate, "seed": seed, "steps": options.steps,
                     "tokens": options.steps * BATCH * LENGTH, "loss": f"{loss:.4f}",
                     "squared_logsumexp": f"{size:.4g}", "cpu_seconds": f"{time.process_time() - began:.0f}",
+                    "corpus": data.corpus,
                 })  # fmt: skip
                 print(*rows[-1].values(), flush=True)
     best = {(z, seed): min(found[z, rate, seed][0] for rate in RATES) for z in WEIGHTS for seed in options.seeds}

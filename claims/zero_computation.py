@@ -72,7 +72,9 @@ def calls(model: nn.Module, ids: Tensor) -> Mapping[str, str]:
 
 def main() -> None:
     arms = {arm: partial(built, recipe) for arm, recipe in RECIPES.items()}
-    ends, rows = trained("arm", arms, options(__doc__), balancing={"MoE++": weighted}, measure=calls)
+    ends, rows = trained(
+        "zero_computation", "arm", arms, options(__doc__), balancing={"MoE++": weighted}, measure=calls
+    )
     for arm, loss in ends.items():
         print(f"{arm}: {fmean(loss):.4f}, less the 8 alone {paired(loss, ends['8 alone'])}")
     called = fmean(float(row["calls"]) for row in rows if row["arm"] == "MoE++")

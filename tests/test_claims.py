@@ -1,7 +1,9 @@
 """Every claim tells how it is run, without running."""
 
+import argparse
 import csv
 import json
+import math
 import re
 import runpy
 import sys
@@ -188,3 +190,69 @@ def test_the_picture_of_all_claims_shows_every_one_in_the_colour_of_its_result(p
         *(overview.COLOURS[result] for result in ("reproduced", "failed")),
     ):
         assert text in drawn
+
+
+@pytest.fixture
+def rates(monkeypatch, tmp_path):
+    """The rates, of which rows are read from and written to an empty folder."""
+    monkeypatch.syspath_prepend(str(CLAIMS))
+    from common import rates
+
+    monkeypatch.setitem(rates.append.__globals__, "RESULTS", tmp_path)
+    monkeypatch.setattr(rates, "RESULTS", tmp_path)
+    return rates
+
+
+def test_every_arm_gets_the_best_of_the_same_rates_and_keeps_it(rates, tmp_path):
+    """Of two arms, one is best in the middle and one at the upper end, for which both get one more rate."""
+    bests, tried = {"a": 2e-3, "b": 1.0}, []
+
+    def error(arm: str, rate: float) -> float:
+        tried.append((arm, rate))
+        return math.nan if (arm, rate) == ("a", 1e-3) else abs(math.log(rate / bests[arm]))
+
+    def of(*options: str, claim: str = "some_claim") -> dict[str, float]:
+        parser = argparse.ArgumentParser()
+        rates.add_rates(parser, 1e-3)
+        parser.set_defaults(steps=5, hardware="a CPU")
+        return rates.rates_of(claim, bests, parser.parse_args(options), error, corpus="text")
+
+    assert of() == {"a": 1e-3, "b": 1e-3}
+    assert not tried
+    with pytest.raises(SystemExit):
+        of("--tune")
+    assert sorted(tried) == [(arm, rate) for arm in bests for rate in (1e-3, 2e-3, 4e-3, 8e-3)]
+    assert of() == {"a": 2e-3, "b": 8e-3}
+    assert of("--rate", "0.5") == {"a": 0.5, "b": 0.5}
+    assert of(claim="another") == {"a": 1e-3, "b": 1e-3}
+    bests["new"] = 1.0
+    with pytest.raises(ValueError, match="no rate was tuned for new"):
+        of()
+    with (tmp_path / "rates.csv").open(newline="") as lines:
+        rows = list(csv.DictReader(lines))
+    assert [row["rate"] for row in rows if row["chosen"] == "True"] == ["0.002", "0.008"]
+    assert {(row["seed"], row["corpus"]) for row in rows} == {("100", "text")}
+
+
+def test_rates_are_chosen_by_samples_that_are_not_learnt(rates):
+    held, learnt = rates.parted(25)
+    assert (len(held), len(learnt)) == (2, 23)
+    assert sorted([*held.tolist(), *learnt.tolist()]) == list(range(25))
+
+
+def test_a_new_column_is_empty_in_earlier_rows_and_none_may_be_missing(rates, tmp_path):
+    rates.append("some", {"arm": "a, b"})
+    rates.append("some", {"arm": "c", "corpus": "text"})
+    with (tmp_path / "some.csv").open(newline="") as lines:
+        rows = list(csv.DictReader(lines))
+    assert [(row["arm"], row["corpus"]) for row in rows] == [("a, b", ""), ("c", "text")]
+    with pytest.raises(ValueError, match="has the columns corpus"):
+        rates.append("some", {"arm": "d"})
+
+
+def test_the_steps_to_a_loss_are_where_the_line_through_its_losses_falls_to_it(monkeypatch):
+    monkeypatch.syspath_prepend(str(CLAIMS))
+    steps_to = runpy.run_path(str(CLAIMS / "switch_scaling.py"))["steps_to"]
+    assert steps_to(2.0, [5.0, 3.0, 1.0, 0.5], 60) == 37.5
+    assert steps_to(0.75, [5.0, 3.0, 1.0, 0.5], 60) == 55.0
+    assert steps_to(0.4, [5.0, 3.0, 1.0, 0.5], 60) is None
