@@ -151,7 +151,7 @@ def test_every_plot_is_shown(plots):
     from common.scatter import SCATTERS
 
     assert len(plots.PLOTS) >= 6
-    for claim in (*plots.PLOTS, *SCATTERS):
+    for claim in (*plots.PLOTS, *SCATTERS, "independent"):
         assert f"](images/claims/{claim}.svg)" in page
         assert (plots.IMAGES / f"{claim}.svg").is_file()
 
@@ -168,6 +168,21 @@ def test_a_plot_is_of_the_arms_and_rows_that_it_names(plots):
     rows = plot.rows("z_loss")
     assert plot.names(rows) == ["0.01"]
     assert {row["rate"] for row in rows.rows} == {"0.004"}
+
+
+def test_a_plot_with_panels_has_one_for_every_kind(plots, tmp_path):
+    drawn = plots.draw("phatgoose_400", plots.PLOTS["phatgoose_400"], tmp_path).read_text("utf-8")
+    for base in ("base stories260k", "base own"):
+        assert base in drawn
+    assert drawn.count("PHATGOOSE with negatives, k=2") == 2
+
+
+def test_the_picture_of_independent_implementations_shows_every_peer(plots, tmp_path):
+    from common import agreement
+
+    drawn = agreement.draw(tmp_path).read_text("utf-8")
+    for text in ("vmoe", "lucidrains", "deepctr", "agrees", "differs, explained"):
+        assert text in drawn
 
 
 def test_a_scatter_shows_every_kind_and_both_axes(plots, tmp_path):

@@ -93,4 +93,4 @@ def draw(folder: Path) -> Path:
     figure.supxlabel(
         "loss less that of the baseline in nats: mean, 95 % interval over seeds; left is better", fontsize=9
     )
-    return save(figure, axis, folder / "overview.svg")
+    return save(figure, folder / "overview.svg")

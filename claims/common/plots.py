@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from figures.rows import Rows, table
 from figures.texts import ROOT
 
 IMAGES = ROOT / "docs/images/claims"
-BLUE, GREY = "#2166ac", "#9aa5b1"
+BLUE, GREY, RED = "#2166ac", "#9aa5b1", "#d6604d"
 COLOURS = ("#2166ac", "#d6604d", "#4d9221", "#8073ac", "#b35806")
 
 
@@ -34,6 +35,8 @@ class Plot:
         along: what that column is called.
         logarithmic: that axis is.
         where: values of columns that the rows have.
+        panels: a column of which every value has a panel of its own.
+        mark: a value that is marked, and what it is.
     """
 
     value: str
@@ -45,6 +48,8 @@ class Plot:
     along: str = ""
     logarithmic: bool = False
     where: tuple[tuple[str, str], ...] = ()
+    panels: str = ""
+    mark: tuple[float, str] | None = None
 
     def rows(self, claim: str) -> Rows:
         """The rows of the claim that are drawn."""
@@ -92,6 +97,10 @@ PLOTS = {
         value="loss_own", unit="nats per token of own domains, less uniform", against="uniform, 1/E",
         arms=("retrieved by mean state", "mean activations, k=2", "Arrow, k=3", "PHATGOOSE, k=2", "told the domain"),
         where=(("base", "own"), ("collection", "text-domains")),
+    ),
+    "phatgoose_400": Plot(
+        value="loss_own", unit="nats per token of own domains, less mean activations", against="mean activations, k=2",
+        arms=("PHATGOOSE, k=2", "PHATGOOSE with negatives, k=2", "told the domain"), panels="base",
     ),
     "splits": Plot(
         value="loss_after", unit="nats per token, less at random", arm="method", against="random",
@@ -151,19 +160,25 @@ def draw(claim: str, plot: Plot, folder: Path = IMAGES) -> Path:
 
     rows = plot.rows(claim)
     names = plot.names(rows)
+    kinds = list(dict.fromkeys(row[plot.panels] for row in rows.rows)) if plot.panels else [""]
     height = 3.2 if plot.over else 0.9 + 0.35 * len(names)
-    figure = Figure(figsize=(6.4, height), layout="constrained")
-    axis = figure.subplots()
-    (_lines if plot.over else _differences if plot.against else _values)(axis, plot, rows, names)
-    return save(figure, axis, folder / f"{claim}.svg")
+    figure = Figure(figsize=(6.4, height * len(kinds)), layout="constrained")
+    for axis, kind in zip(figure.subplots(len(kinds), squeeze=False).flat, kinds, strict=True):
+        part = rows.where(**{plot.panels: kind}) if kind else rows
+        (_lines if plot.over else _differences if plot.against else _values)(axis, plot, part, names)
+        axis.set_title(f"{plot.panels} {kind}" if kind else "", fontsize=9)
+        if plot.mark:
+            axis.axvline(plot.mark[0], color=RED, linewidth=1, label=plot.mark[1])
+            axis.legend(frameon=False, fontsize=8)
+    return save(figure, folder / f"{claim}.svg")
 
 
-def save(figure: Any, axis: Any, file: Path) -> Path:
+def save(figure: Any, file: Path) -> Path:
     """Write a figure as an SVG file that is the same whenever it is drawn of the same rows."""
     import matplotlib
 
-    for side in ("top", "right"):
-        axis.spines[side].set_visible(False)
+    for axis in figure.axes:
+        axis.spines[["top", "right"]].set_visible(False)
     file.parent.mkdir(parents=True, exist_ok=True)
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": file.stem, "font.family": "sans-serif"}):
         figure.savefig(file, metadata={"Date": None})
@@ -235,11 +250,15 @@ def _lines(axis: Any, plot: Plot, rows: Rows, names: Sequence[str]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("claims", nargs="*", metavar="NAME")
-    from common import overview, scatter
+    from common import agreement, overview, scatter
 
-    for claim in parser.parse_args().claims or (*PLOTS, *scatter.SCATTERS):
-        drawn = draw(claim, PLOTS[claim]) if claim in PLOTS else scatter.draw(claim, scatter.SCATTERS[claim])
-        print(drawn.relative_to(ROOT))
+    others = {
+        **{claim: partial(scatter.draw, claim, plot) for claim, plot in scatter.SCATTERS.items()},
+        "independent": agreement.draw,
+    }
+    drawings = {claim: partial(draw, claim, plot) for claim, plot in PLOTS.items()} | others
+    for claim in parser.parse_args().claims or drawings:
+        print(drawings[claim]().relative_to(ROOT))
     print(overview.draw(IMAGES).relative_to(ROOT))
 
 

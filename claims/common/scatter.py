@@ -99,7 +99,7 @@ def draw(claim: str, plot: Scatter, folder: Path = IMAGES) -> Path:
     axis.set_xlabel(plot.along, fontsize=9)
     axis.set_ylabel(plot.upward, fontsize=9)
     axis.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
-    return save(figure, axis, folder / f"{claim}.svg")
+    return save(figure, folder / f"{claim}.svg")
 
 
 def _scale(axes: Any, side: str, values: Sequence[float]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from statistics import fmean
 
+from common.agreement import COMMIT
 from figures.designed import designed
 from figures.planned import planned
 from figures.plotted import plotted
@@ -120,6 +121,7 @@ def _composition() -> dict[str, list[Figure]]:
         "branch_train_mix": [behind.mean("lower"), behind.spread()],
         "branch_train_mix.second": [second.mean("lower"), *second.ends(), told.mean("lower"), *told.ends()],
         "branch_train_mix.second_least": [second.half()],
+        "phatgoose.second_least": [max((each.half() for each in second_gates), key=lambda half: half.value)],
         "mocle": [at_paper.mean("lower"), at_paper.spread(), at_one.behind(), at_one.spread()],
         "phatgoose.second": [figure for each in second_gates for figure in (each.mean("lower"), *each.ends())],
         "phatgoose": [
@@ -147,7 +149,7 @@ def _training() -> dict[str, list[Figure]]:
 
 
 def _independent() -> dict[str, list[Figure]]:
-    now = table("claims/results/independent.csv").where(commit="235fbf4")
+    now = table("claims/results/independent.csv").where(commit=COMMIT)
     agree, differ = now.where(result="agrees"), now.where(result="differs, explained")
     if len(agree.rows) + len(differ.rows) != len(now.rows):
         raise ValueError("a quantity of claims/results/independent.csv neither agrees nor is explained")
