@@ -45,11 +45,11 @@ class CutOff(Rule):
             raise ValueError(f"factor={self.factor} experts per token out of {num_experts}; choose 0 < factor <= E")
         rank = max(1, round(self.factor * tokens / num_experts))
         cut_off = unbiased.detach().float().topk(rank, dim=0).values[-1]
-        return {"cut_off": cut_off, "batches": torch.ones((), device=cut_off.device)}
+        return {"cut_off": cut_off, "batches": cut_off.new_ones(())}
 
     def move(self, bias: Float[Tensor, "E"], seen: dict[str, Tensor], memory: dict[str, Tensor]) -> Float[Tensor, "E"]:
         """The mean of the cut-offs of the micro-batches, averaged into the old cut-offs."""
         n = int(memory.get("steps", 0)) + 1
-        memory["steps"] = torch.tensor(float(n))
+        memory["steps"] = torch.tensor(float(n), dtype=torch.float32)
         kept = self.ema * (1 - self.ema ** (n - 1)) / (1 - self.ema**n)
         return kept * bias - (1 - kept) * seen["cut_off"] / seen["batches"]

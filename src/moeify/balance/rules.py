@@ -104,7 +104,7 @@ class Quantile(Rule):
         alpha = (s + bias).topk(k + 1, dim=-1).values[:, -1:]
         rank = min(decisions * k // num_experts + 1, decisions)
         beta = (s - alpha).topk(rank, dim=0).values[-1]
-        return {"bias": -beta, "batches": torch.ones((), device=s.device)}
+        return {"bias": -beta, "batches": s.new_ones(())}
 
     def move(self, bias: Float[Tensor, "E"], seen: dict[str, Tensor], memory: dict[str, Tensor]) -> Float[Tensor, "E"]:
         """The average of the biases of the micro-batches, centred: a common shift of the bias changes no choice."""

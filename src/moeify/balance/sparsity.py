@@ -34,7 +34,7 @@ class SparsityTarget:
     k: float
     factor: float = 1.2
     value: float = 1e-8
-    _seen: Tensor = field(default_factory=lambda: torch.zeros(2), repr=False)
+    _seen: Tensor = field(default_factory=lambda: torch.zeros(2, dtype=torch.float32), repr=False)
     _gathered: bool = field(default=False, repr=False)
 
     def __post_init__(self) -> None:

@@ -35,7 +35,7 @@ class QuantizedLinear(nn.Module):
         """`W x + bias`, computed by the C++ kernel where it is available."""
         if self._serves(x):
             rows = x.reshape(-1, self.in_features).float().contiguous()
-            y = torch.empty(len(rows), self.out_features)
+            y = rows.new_empty(len(rows), self.out_features)
             bias = None if self.map.bias is None else self.map.bias.to(x.dtype)
             step = steps.linear(
                 rows,

@@ -60,7 +60,7 @@ class LoRA(Experts):
         self.width_out = width if width_out is None else width_out
         self.lora_A = nn.Parameter(torch.empty(num_experts, rank, width).uniform_(-1, 1) / math.sqrt(width))
         self.lora_B = nn.Parameter(torch.zeros(num_experts, self.width_out, rank))
-        self.register_buffer("scale", torch.full((num_experts,), float(scale)))
+        self.register_buffer("scale", torch.full((num_experts,), scale, dtype=torch.float32))
         self.dropout = nn.Dropout(dropout)
 
     def part(self, first: int, last: int) -> LoRA:

@@ -56,7 +56,8 @@ class DefaultVector(Router):
             raise ValueError(f"beta={beta} is not the share of the mean to keep; choose 0 <= beta < 1")
         self.num_experts, self.k, self.beta = num_experts, k, beta
         self.weight = nn.Parameter(torch.randn(num_experts, width) * init_std)
-        self.register_buffer("default", torch.zeros(num_experts, width if width_out is None else width_out))
+        outputs = (num_experts, width if width_out is None else width_out)
+        self.register_buffer("default", torch.zeros(outputs, dtype=torch.float32))
 
     def attach(self, experts: Any) -> None:
         """Keep a reference to the experts whose outputs are averaged."""

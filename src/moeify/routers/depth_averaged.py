@@ -63,7 +63,7 @@ class DepthAveraged(Router):
         self.weight = nn.Parameter(torch.randn(num_experts, state) * init_std)
         self.norm = nn.Parameter(torch.ones(state))
         self.register_parameter("decay", None)
-        bias = torch.zeros(num_experts)
+        bias = torch.zeros(num_experts, dtype=torch.float32)
         bias[num_experts - zero_experts :] = -1.0
         self.register_buffer("selection_bias", bias)
         self._previous: tuple[Router, ...] = ()

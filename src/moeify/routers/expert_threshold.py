@@ -33,7 +33,7 @@ class ExpertThreshold(Router):
         super().__init__()
         self.num_experts = num_experts
         self.weight = nn.Parameter(torch.randn(num_experts, width) * init_std)
-        self.register_buffer("selection_bias", torch.zeros(num_experts))
+        self.register_buffer("selection_bias", torch.zeros(num_experts, dtype=torch.float32))
 
     def forward(self, x: Float[Tensor, "... D"], context: Context) -> Assignment:
         """Give every real token to the experts whose cut-off it reaches."""

@@ -108,7 +108,7 @@ class TopK(Router):
         self.jitter = jitter
         self.weight = nn.Parameter(torch.randn(num_experts, width) * init_std)
         self.bias = nn.Parameter(torch.zeros(num_experts)) if bias else None
-        self.register_buffer("selection_bias", torch.zeros(num_experts) if selection_bias else None)
+        self.register_buffer("selection_bias", torch.zeros(num_experts).float() if selection_bias else None)
 
     def forward(self, x: Float[Tensor, "... D"], context: Context) -> Assignment:
         """Route every real token, or all tokens of every sequence, to its k best experts."""

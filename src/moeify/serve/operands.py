@@ -37,7 +37,7 @@ class Buffers:
 
     def __call__(self, name: str, width: int) -> Float[Tensor, "T M"]:
         """The buffer of a name and width."""
-        return self.made.setdefault((name, width), torch.empty(self.tokens, width))
+        return self.made.setdefault((name, width), torch.empty(self.tokens, width, dtype=torch.float32, device="cpu"))
 
 
 @dataclass(frozen=True)

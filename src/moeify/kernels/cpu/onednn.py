@@ -7,7 +7,7 @@ oneDNN itself. Both compute with full precision. A measurement at first use on a
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cache
+from functools import cache, partial
 
 import torch
 from jaxtyping import Float
@@ -136,9 +136,10 @@ def onednn_is_faster(size: int, left_transposed: bool, right_transposed: bool, t
 
 def _onednn_wins(size: int, left_transposed: bool, right_transposed: bool) -> bool:
     m, k = (256, size) if left_transposed else (size, 256)
-    left = torch.ones(k, m).t() if left_transposed else torch.ones(m, k)  # random values would change the RNG
-    right = torch.ones(512, k).t() if right_transposed else torch.ones(k, 512)
-    out = torch.empty(m, 512)
+    ones = partial(torch.ones, dtype=torch.float32, device="cpu")  # random values would change the RNG
+    left = ones(k, m).t() if left_transposed else ones(m, k)
+    right = ones(512, k).t() if right_transposed else ones(k, 512)
+    out = left.new_empty(m, 512)
     blas, onednn = shortest(
         lambda: torch.mm(left, right, out=out),
         lambda: out.copy_(linear(left, right.t())),

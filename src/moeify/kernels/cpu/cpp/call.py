@@ -93,7 +93,7 @@ def cpp_layer(
     """
     tokens, width = x.shape
     x = x if x.stride(-1) == 1 else x.contiguous()
-    y = torch.zeros(tokens, down.shape[1])
+    y = torch.zeros(tokens, down.shape[1], dtype=torch.float32, device=x.device)
     if default_output is not None:
         y.copy_(default_output)
     weight, source, counts = weight.float().contiguous(), source.contiguous(), counts.contiguous()
