@@ -76,13 +76,42 @@ def test_a_model_that_is_called_while_it_runs_goes_on_with_its_own_mask(llama):
     assert seen == [real(RIGHT), real(LEFT)]
 
 
-def test_a_pass_that_fails_leaves_no_mask_behind(llama):
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_a_pass_that_fails_leaves_no_mask_behind(llama, error):
     model, moe = llama
-    handle = moe.register_forward_pre_hook(lambda *args: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        model(words(2, 5), attention_mask=LEFT)
+
+    def fail(*args):
+        raise error
+
+    handle = moe.register_forward_pre_hook(fail)
+    for call in (model, model.model):
+        with pytest.raises(error) as raised:  # whose traceback keeps the functions that were left
+            call(words(2, 5), attention_mask=LEFT)
+        assert moe.context.call.token_mask is None
+        assert running() == []
+        del raised
     handle.remove()
-    assert moe.context.call.token_mask is None
+    seen = watched_tokens(moe)
+    model(words(2, 5), attention_mask=RIGHT)
+    moe(torch.randn(2, 5, moe.experts.width))
+    assert seen == [real(RIGHT), list(range(10))]
+
+
+def test_an_interrupt_of_a_call_within_a_call_leaves_the_outer_one(llama):
+    model, moe = llama
+    seen = watched_tokens(moe)
+    inner = []
+
+    def call_again(*args):
+        inner.append(True)
+        if len(inner) == 2:
+            raise KeyboardInterrupt
+        with pytest.raises(KeyboardInterrupt):
+            model(words(2, 5), attention_mask=RIGHT)
+
+    moe.register_forward_pre_hook(call_again)
+    model(words(2, 5), attention_mask=LEFT)
+    assert seen == [real(LEFT)]
     assert running() == []
 
 

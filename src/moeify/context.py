@@ -7,6 +7,7 @@ stack read the token mask and the other inputs; an FFN below sees which tokens a
 from __future__ import annotations
 
 import inspect
+import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -63,13 +64,28 @@ class Context:
         Raises:
             RuntimeError: activation checkpointing repeats one of several passes, and it is unknown which.
         """
-        if (call := getattr(self._thread, "call", None)) is not None:
+        if (call := self._running()) is not None:
             return call
         if self._unrepeated and recomputing():
             return self._repeated()
         if getattr(self._thread, "alone", None) is None:
             self._thread.alone = Call()
         return self._thread.alone
+
+    def _running(self) -> Call | None:
+        """The pass that this thread is in; those that an interrupt ended are left first."""
+        call = getattr(self._thread, "call", None)
+        while call is not None and call.was_interrupted:
+            self._leave(call, failed=True)
+            call = call.outer
+        return call
+
+    def _leave(self, call: Call, *, failed: bool) -> None:
+        self._thread.call = call.outer
+        call.layer_mask, call.frame = False, None
+        _RUNNING.passes = [each for each in _RUNNING.passes if each[1] is not call]
+        if failed:  # no backward pass will repeat it
+            self._unrepeated = [each for each in self._unrepeated if each is not call]
 
     def _repeated(self) -> Call:
         """The pass that is repeated: the latest, unless another one that differs waits for its backward pass too."""
@@ -142,7 +158,9 @@ class Context:
                 handles.append(layer.register_forward_hook(self._leave_layer, always_call=True))
         return [*handles, root.register_forward_hook(self._end, always_call=True)]
 
-    def _begin(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], *, innermost: bool) -> None:
+    def _begin(
+        self, module: nn.Module, args: tuple, kwargs: dict[str, Any], *, innermost: bool, depth: int = 1
+    ) -> None:
         given = _by_name(module, args, kwargs)
         inputs = {name: value for name, value in given.items() if isinstance(value, Tensor)} | self.extra_inputs
         for name, value in inputs.items():
@@ -151,8 +169,8 @@ class Context:
                     f"{type(module).__name__} was called with an empty batch: {name} has shape {tuple(value.shape)}"
                 )
         batch_first = self.batch_first is not False
-        outer = getattr(self._thread, "call", None)
-        call = Call(inputs=inputs, batch_first=batch_first, outer=outer, begun_by=module)
+        frame = None if torch.compiler.is_compiling() else sys._getframe(depth)
+        call = Call(inputs=inputs, batch_first=batch_first, outer=self._running(), begun_by=module, frame=frame)
         if torch.is_grad_enabled():
             waiting = [] if any(earlier.repeated for earlier in self._unrepeated) else self._unrepeated[-1:]
             self._unrepeated = [*waiting, call]
@@ -164,19 +182,13 @@ class Context:
         call.of_stack = innermost
 
     def _end(self, module: nn.Module, args: tuple, output: Any) -> None:
-        ended = getattr(self._thread, "call", None)
-        if ended is None or ended.begun_by is not module:
-            return
-        self._thread.call = ended.outer
-        ended.layer_mask = False
-        _RUNNING.passes = [each for each in _RUNNING.passes if each[1] is not ended]
-
-    def _runs(self) -> bool:
-        return getattr(self._thread, "call", None) is not None
+        ended = self._running()
+        if ended is not None and ended.begun_by is module:
+            self._leave(ended, failed=output is None)
 
     def _read_stack(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], *, innermost: bool) -> None:
-        if not self._runs() and not recomputing():  # called by itself: a pass of its own
-            self._begin(module, args, kwargs, innermost=innermost)
+        if self._running() is None and not recomputing():  # called by itself: a pass of its own
+            self._begin(module, args, kwargs, innermost=innermost, depth=2)
             return
         given = _by_name(module, args, kwargs)
         tokens = _tokens(given)
@@ -197,7 +209,7 @@ class Context:
 
     def _leave_layer(self, module: nn.Module, args: tuple, output: Any) -> None:
         """Remove the mask of a layer that was called by itself."""
-        if not self._runs() and not recomputing():
+        if self._running() is None and not recomputing():
             self.call.layer_mask = False
 
     def _read_mask(self, module: nn.Module, given: dict[str, Any]) -> None:
@@ -252,15 +264,9 @@ _RUNNING = threading.local()
 
 def running() -> list[tuple[Context, Call]]:
     """The forward passes that this thread is in, of every stack, to be `resumed` where they are repeated."""
+    for context, _ in getattr(_RUNNING, "passes", []):
+        context._running()
     return list(getattr(_RUNNING, "passes", []))
-
-
-def leave(passes: Sequence[tuple[Context, Call]]) -> None:
-    """End all forward passes of this thread but these: an interrupt, unlike an error, ends them without their hooks."""
-    for context, call in reversed(running()):
-        if not any(call is kept for _, kept in passes):
-            context._thread.call = call.outer
-    _RUNNING.passes = list(passes)
 
 
 @contextmanager

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from types import FrameType
 from typing import Any, Literal
 
 import torch
@@ -37,6 +38,7 @@ class Call:
         outer: the pass in progress when the model was called again, None for the outermost.
         begun_by: the module that was called: the model, or one inside it that is called by itself.
         repeated: whether a backward pass has repeated it outside of `Context.resumed`.
+        frame: of the function that calls `begun_by`, until it returns or raises an exception; None in a graph.
     """
 
     token_mask: Bool[Tensor, "B N"] | None = None
@@ -53,8 +55,20 @@ class Call:
     outer: Call | None = None
     begun_by: nn.Module | None = None
     repeated: bool = False
+    frame: FrameType | None = None
     _read: dict[tuple[int, ...], tuple[Any, Int[Tensor, "T"] | None]] = field(default_factory=dict)
     _documents: dict[tuple[int, ...], tuple[Any, Any, Int[Tensor, "T"]]] = field(default_factory=dict)
+
+    @property
+    def was_interrupted(self) -> bool:
+        """Whether the pass has ended without its hooks, which torch calls after an exception, but not after Ctrl-C."""
+        if torch.compiler.is_compiling() or self.frame is None:
+            return False
+        try:
+            self.frame.clear()
+        except RuntimeError:  # it still runs
+            return False
+        return True
 
     def mask(self, token_mask: Tensor | None) -> None:
         """Set which tokens are real: 1 or True for a token, 0 or False for padding.

@@ -8,7 +8,6 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from moeify.context import leave, running
 from moeify.given import model_given
 
 T = TypeVar("T")
@@ -45,12 +44,11 @@ class Snapshot:
 
 def restored_on_error(model: nn.Module, action: Callable[[], T], *, values: bool = True) -> T:
     """Run an action and return its result; if it raises or is interrupted, restore the model first."""
-    before, passes = Snapshot(model, values=values), running()
+    before = Snapshot(model, values=values)
     try:
         return action()
     except BaseException:
         before.restore()
-        leave(passes)
         raise
 
 

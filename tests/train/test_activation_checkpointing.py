@@ -108,6 +108,21 @@ def test_one_pass_after_the_other_needs_no_telling_apart():
         torch.testing.assert_close(a.grad, b.grad, msg=name)
 
 
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_a_pass_that_failed_is_none_that_could_be_repeated(error):
+    model = sparsify(causal_lm("llama"), Recipe(num_experts=4), verbose=False).train()
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+
+    def fail(*args):
+        raise error
+
+    handle = model.lm_head.register_forward_pre_hook(fail)
+    with pytest.raises(error):
+        model(input_ids=torch.arange(6).view(1, 6), attention_mask=LEFT)
+    handle.remove()
+    model(input_ids=torch.arange(6).view(1, 6), attention_mask=RIGHT).logits.square().mean().backward()
+
+
 def test_a_layer_that_chooses_more_often_when_it_is_repeated_is_an_error():
     def layer(x):
         for _ in range(2 if recomputing() else 1):
