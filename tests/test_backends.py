@@ -7,6 +7,7 @@ import torch
 import transformers
 from hypothesis import given
 from torch import nn
+from torch.autograd import forward_ad
 
 from moeify import Mixture, MoE, assign, backends
 from moeify.backends import Backend, backend_names, choose, compose, find_backend, order, register_backend
@@ -168,6 +169,25 @@ def test_a_wrong_backend_is_caught_when_checking():
 def test_a_right_backend_with_dropout_passes_the_check():
     moe = MoE(TopK(8, 2), FFN(2, 8, 16, dropout=0.5), backend="gather")
     assert moe(torch.randn(9, 8)).isfinite().all()
+
+
+def test_derivatives_by_torch_func_and_in_forward_mode_are_those_of_autograd():
+    moe, x, v = MoE(TopK(8, 4), FFN(4, 8, 6)), torch.randn(5, 8), torch.randn(5, 8)
+    sharpen(moe)
+    leaf = x.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(moe(leaf).square().sum(), leaf)
+    torch.testing.assert_close(torch.func.grad(lambda x: moe(x).square().sum())(x), gradient)
+    _, slope = torch.func.jvp(lambda x: moe(x).square().sum(), (x,), (v,))
+    torch.testing.assert_close(slope, (gradient * v).sum())
+    with forward_ad.dual_level():
+        y = moe(forward_ad.make_dual(x, v)).square().sum()
+        torch.testing.assert_close(forward_ad.unpack_dual(y).tangent, slope)
+    for name in ("onednn", "recompute"):
+        moe.backend = name
+        with pytest.raises(ValueError, match=r"torch\.func"):
+            torch.func.grad(lambda x: moe(x).sum())(x)
+        with forward_ad.dual_level(), pytest.raises(ValueError, match="forward mode"):
+            moe(forward_ad.make_dual(x, v))
 
 
 @pytest.mark.parametrize("name", ["gather", "compose", "auto"])

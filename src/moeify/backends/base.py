@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from moeify.experts.base import Experts
+from moeify.kernels.naive import is_transformed
 from moeify.routing import Assignment, Routing
 
 
@@ -128,10 +129,8 @@ def has_other_forward(module: nn.Module) -> bool:
 
 
 def needs_no_transform() -> str | None:
-    """No active transform of `torch.func`."""
-    if not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None:
-        return "it does not support transforms of torch.func"
-    return None
+    """No transform of `torch.func`, and no derivative in forward mode."""
+    return "it does not support transforms of torch.func, nor forward mode" if is_transformed() else None
 
 
 def needs_no_autocast(x: Tensor) -> str | None:

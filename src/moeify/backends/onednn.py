@@ -6,7 +6,15 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from moeify.backends.base import needs_cpu, needs_one_weight, needs_rows_only, needs_stacked, needs_weights, sparse
+from moeify.backends.base import (
+    needs_cpu,
+    needs_no_transform,
+    needs_one_weight,
+    needs_rows_only,
+    needs_stacked,
+    needs_weights,
+    sparse,
+)
 from moeify.experts.base import Experts
 from moeify.kernels.cpu.huge_pages import in_place
 from moeify.kernels.cpu.layer import infer_layer, run_layer
@@ -60,4 +68,4 @@ def refuse(x: Tensor, routing: Routing, experts: Experts) -> str | None:
     act = getattr(s.activation, "act", None)
     if isinstance(act, nn.Module) and next(act.parameters(), None) is not None:
         return "it needs an activation without parameters"
-    return needs_weights(x, experts, (s.up, s.up_bias, s.down, s.down_bias))
+    return needs_no_transform() or needs_weights(x, experts, (s.up, s.up_bias, s.down, s.down_bias))

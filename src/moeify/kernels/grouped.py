@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from moeify.exportable import multiply_by_expert, repeat_for_rows
 from moeify.kernels.cpu.gradients import new_stack
 from moeify.kernels.cpu.segments import blocks, group_obstacle, multiply_rows, multiply_rows_tn
+from moeify.kernels.naive import is_transformed, naive_grouped_linear
 
 
 def grouped_linear(
@@ -37,6 +38,7 @@ def grouped_linear(
     device = rows.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
     product = multiply_by_expert if torch.compiler.is_exporting() else torch.ops.moeify.grouped_matmul
+    product = naive_grouped_linear if is_transformed() else product
     out = product(rows.to(dtype), weight.to(dtype), counts)
     if bias is None:
         return out

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.nn import functional as F
 
 
@@ -17,3 +18,10 @@ def naive_grouped_linear(
     """Multiply the first `counts[0]` rows by `weight[0]`, the next `counts[1]` by `weight[1]`, and so on."""
     parts = rows.split(counts.tolist())
     return torch.cat([F.linear(part, weight[e], None if bias is None else bias[e]) for e, part in enumerate(parts)])
+
+
+def is_transformed() -> bool:
+    """Whether a transform of `torch.func` or forward mode is active, which follow torch's own operators only."""
+    if torch.compiler.is_compiling():
+        return False
+    return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
