@@ -3,7 +3,7 @@
 #include "vectors.h"
 
 constexpr int LINE = 64;    // bytes of a cache line
-constexpr int LEAD = 8192;  // minimal prefetch distance into the L2 cache, in bytes
+constexpr int LEAD = 8192;  // minimal prefetch distance, in bytes
 constexpr int MAX_ROWS_NEAR = 2;  // activation rows up to which the next weights are prefetched into the L1 cache
 constexpr int COLUMNS = 4;  // weight rows that share the loads of the activations
 #if defined(__AVX512F__)

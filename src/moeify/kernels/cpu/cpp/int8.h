@@ -14,7 +14,8 @@ struct Token {  // one quantised row of activations, zero-padded
     const float* sums;      // scaled sum of each group; products use weights w + OFFSET, and sums correct for it
 };
 
-constexpr int SHARED = 64;  // group size
+constexpr int SHARED = 64;       // group size
+constexpr int SCALE_LEAD = 256;  // prefetch distance of the scales of groups, in scales
 
 #if defined(__AVX512F__) && !defined(__AVX512BF16__)
 constexpr bool FOR_INT8 = false;  // weights of 8 bits are read as fast into floats, and activations are not rounded
@@ -63,19 +64,21 @@ struct Rounded {  // rows of activations quantised to int8
     }
 };
 
-// total[c][m] += w[c] · x[m], as a vector of partial sums, for c < C, m < M.
+// out[c][m] = w[c] · x[m], as a vector of partial sums, for c < C, m < M. The weights and scales behind these are
+// prefetched in memory order.
 template <Format format, int C, int M>
-BY_INT8 inline void add_int8_dots(const uint8_t* const* w, const float* const* scales, int64_t ahead, const Token* x, int64_t k,
-                            Floats (*total)[M]) {
+BY_INT8 inline void int8_sums(const uint8_t* const* w, const float* const* scales, const Token* x, int64_t k,
+                          Floats (*out)[M]) {
     constexpr int bytes = format == INT8 ? SPAN : SPAN / 2;
-    constexpr bool by_itself = C == 1 && format == INT8;  // contiguous reads: hardware prefetching suffices
     const int64_t blocks = (k + INT4_BLOCK - 1) / INT4_BLOCK, row_bytes = format == INT8 ? k : blocks * INT4_BLOCK / 2;
+    Floats total[C][M] = {};
     for (int64_t begin = 0; begin < k; begin += SCALES * SHARED) {
         const int64_t end = std::min<int64_t>(begin + SCALES * SHARED, k);
         const int64_t groups = std::min<int64_t>(SCALES, 2 * blocks - begin / SHARED);
         alignas(64) float both[C][M][SCALES];  // products of weight and activation scales
 #pragma GCC unroll 4
         for (int c = 0; c < C; c++) {
+            if (format == INT4) __builtin_prefetch(scales[0] + SCALE_LEAD + begin / SHARED * C + c * SCALES);
             const Floats scale = format == INT8 ? all(1) : first_scales(scales[c] + begin / SHARED, groups);
 #pragma GCC unroll 8
             for (int m = 0; m < M; m++) {
@@ -89,7 +92,7 @@ BY_INT8 inline void add_int8_dots(const uint8_t* const* w, const float* const* s
             for (int c = 0; c < C; c++) {
                 const int64_t at = i / SPAN * bytes;
                 for (int line = 0; line < bytes; line += LINE)
-                    if (!by_itself) __builtin_prefetch(w[0] + ahead + at * C + c * bytes + line, 0, 2);
+                    __builtin_prefetch(w[0] + LEAD + at * C + c * bytes + line);
                 if (at + bytes <= row_bytes) {
                     numbers[c] = weights_of<format>(w[c] + at);
                 } else {
@@ -107,15 +110,19 @@ BY_INT8 inline void add_int8_dots(const uint8_t* const* w, const float* const* s
                 }
         }
     }
+#pragma GCC unroll 4
+    for (int c = 0; c < C; c++)
+#pragma GCC unroll 8
+        for (int m = 0; m < M; m++) out[c][m] = total[c][m];
 }
 
-// out[m * stride + c] = w[c] · x[m] for c < C, m < M; for one token, weight rows are read in memory order.
+// out[m * stride + c] = w[c] · x[m] for c < C, m < M
 template <Format format, int C, int M>
-BY_INT8 inline void int8_dots(const uint8_t* const* w, const float* const* scales, int64_t ahead, const Token* x, int64_t k,
-                            float* out, int64_t stride) {
-    Floats total[C][M] = {};
-    constexpr int together = M == 1 ? 1 : C;
-    for (int c = 0; c < C; c += together) add_int8_dots<format, together, M>(w + c, scales + c, ahead, x, k, total + c);
+BY_INT8 inline void int8_dots(const uint8_t* const* w, const float* const* scales, const Token* x, int64_t k, float* out,
+                         int64_t stride) {
+    Floats total[C][M];
+    constexpr int together = M == 1 ? ABREAST : C;
+    for (int c = 0; c < C; c += together) int8_sums<format, together, M>(w + c, scales + c, x, k, total + c);
 #pragma GCC unroll 8
     for (int m = 0; format == INT8 && m < M; m++)
 #pragma GCC unroll 4
@@ -131,15 +138,15 @@ BY_INT8 inline void int8_dots(const uint8_t* const* w, const float* const* scale
 }
 
 template <Format format>
-void some_byte_dots(int m, const uint8_t* const* w, const float* const* scales, int64_t ahead, const Token* x,
-                    int64_t k, float* out, int64_t stride) {
+void some_byte_dots(int m, const uint8_t* const* w, const float* const* scales, const Token* x, int64_t k,
+                    float* out, int64_t stride) {
     switch (m) {
-        case 1: return int8_dots<format, 4, 1>(w, scales, ahead, x, k, out, stride);
-        case 2: return int8_dots<format, (NARROW < 2 ? 2 : 4), 2>(w, scales, ahead, x, k, out, stride);
-        case 3: return int8_dots<format, 2, 3>(w, scales, ahead, x, k, out, stride);
-        case 4: return int8_dots<format, 2, 4>(w, scales, ahead, x, k, out, stride);
-        case 5: return int8_dots<format, 2, 5>(w, scales, ahead, x, k, out, stride);
-        case 6: return int8_dots<format, 2, 6>(w, scales, ahead, x, k, out, stride);
+        case 1: return int8_dots<format, 4, 1>(w, scales, x, k, out, stride);
+        case 2: return int8_dots<format, (NARROW < 2 ? 2 : 4), 2>(w, scales, x, k, out, stride);
+        case 3: return int8_dots<format, 2, 3>(w, scales, x, k, out, stride);
+        case 4: return int8_dots<format, 2, 4>(w, scales, x, k, out, stride);
+        case 5: return int8_dots<format, 2, 5>(w, scales, x, k, out, stride);
+        case 6: return int8_dots<format, 2, 6>(w, scales, x, k, out, stride);
     }
 }
 
@@ -149,7 +156,6 @@ void int8_products(const Stack& s, int64_t expert, const Columns& columns, const
     const int64_t begin = expert * (s.expert_stride / s.row_stride) + columns.first;
     const int64_t groups = format == INT8 ? 1 : (k + INT4_BLOCK - 1) / INT4_BLOCK * 2;
     const int width = rows <= NARROW ? 4 : 2, parts = (rows + AT_ONCE - 1) / AT_ONCE;
-    const int64_t ahead = AHEAD + width * s.row_stride;
     for (int n = 0; n < columns.count; n += width) {
         const uint8_t* w[4];
         const float* scales[4];
@@ -159,7 +165,7 @@ void int8_products(const Stack& s, int64_t expert, const Columns& columns, const
         }
         for (int part = 0, m = 0; part < parts; part++) {
             const int height = rows * (part + 1) / parts - m;
-            some_byte_dots<format>(height, w, scales, ahead, x + m, k, out + m * stride + n, stride);
+            some_byte_dots<format>(height, w, scales, x + m, k, out + m * stride + n, stride);
             m += height;
         }
     }
