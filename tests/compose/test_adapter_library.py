@@ -20,9 +20,10 @@ from adapter_folders import (
     same,
     state,
 )
-from moeify import Recipe, from_adapters, load_adapters, record, save_adapters, sparsify
+from moeify import Recipe, from_adapters, load_adapters, record, save, save_adapters, sparsify
 from moeify.compose import adapters_of, add_adapter, merge_into_base, show_adapters
 from moeify.compose.peft_files import read_adapter
+from moeify.compress.quantize import quantize_module
 from moeify.experts import LoRA
 from moeify.find import linears
 from moeify.routers import Arrow, ExpertChoice, Phatgoose, TopK, Uniform
@@ -245,3 +246,24 @@ def test_a_library_saved_before_its_parts_were_renamed_still_loads(tmp_path):
 def test_adapters_without_names_are_refused(folders):
     with pytest.raises(TypeError, match=r"folders by name, .* not a list"):
         from_adapters(TINY["llama"](), list(folders.values()))
+
+
+def test_save_of_a_library_names_save_adapters_and_writes_nothing(folders, tmp_path):
+    quantized = library(folders)
+    quantize_module(quantized, "lm_head", 8, 32)
+    for model in (library(folders), load_adapters(TINY["llama"](), saved(folders, tmp_path / "library")), quantized):
+        with pytest.raises(ValueError, match=r"no recipe makes: moeify\.save_adapters\(model, folder\) writes them"):
+            save(model, tmp_path / "new")
+        assert not (tmp_path / "new").exists()
+
+
+def test_a_library_whose_base_is_trained_is_not_sent_back_to_save(folders, tmp_path):
+    model = library(folders)
+    model.requires_grad_(True)
+    with pytest.raises(ValueError, match=r"freeze it if it is still that of the base, or merge .* \(merge_into_base\)"):
+        save_adapters(model, tmp_path / "new")
+
+
+def saved(folders, folder):
+    save_adapters(library(folders), folder)
+    return folder

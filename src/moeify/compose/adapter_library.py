@@ -115,7 +115,7 @@ def save_adapters(model: nn.Module, folder: str | Path) -> None:
         if any(parameter.requires_grad for parameter in here.dense.parameters()):
             raise ValueError(
                 f"the linear layer {module} is trained with its adapters, so these alone do not tell what it computes; "
-                "write the whole model with moeify.save, or make it with shared=frozen"
+                + _alternative(model)
             )
     description = {
         "moeify": __version__,
@@ -242,6 +242,12 @@ def _library_of(model: nn.Module) -> AdapterLibrary:
             f"how the routers of this {type(model).__name__} were made is not known; make it with sparsify"
         )
     return AdapterLibrary(origin.recipe.router, first.experts.dropout.p)
+
+
+def _alternative(model: nn.Module) -> str:
+    if Origin.of(model).recipe is None:
+        return "freeze it if it is still that of the base, or merge adapters and base into one model (merge_into_base)"
+    return "write the whole model with moeify.save, or make it with shared=frozen"
 
 
 def _checked(name: str) -> str:

@@ -50,8 +50,8 @@ def save(
 
     Raises:
         TypeError: model and folder in the wrong order.
-        ValueError: the model was not made by `sparsify`, has adapters of PEFT, or its recipe has a component that
-            cannot be serialised.
+        ValueError: the model was not made by `sparsify`, has adapters of PEFT or a library of adapters (`save_adapters`
+            writes that), or its recipe has a component that cannot be serialised.
         OSError: the disk is full, the folder cannot be written to, or another process is saving into it; the folder is
             unchanged.
     """
@@ -76,8 +76,8 @@ def _write(
 ) -> None:
     origin = Origin.of(model)
     quantization = quantization_of(model)
-    if origin.recipe is None and not quantization:
-        raise ValueError(f"this {type(model).__name__} was not made by moeify.sparsify, so its recipe is not known")
+    if origin.recipe is None and (origin.adapters is not None or not quantization):
+        raise ValueError(f"this {type(model).__name__} {_why_no_recipe(origin)}")
     description: dict[str, Any] = {
         "moeify": __version__,
         "recipe": origin.recipe and origin.recipe.to_dict(),
@@ -100,6 +100,15 @@ def _write(
                 write_text(stage.new / CARD, card(model, description, notes or {}))
         stage.obsolete -= set() if has_own_card else {CARD}
         stage.obsolete |= _weights_of_before(folder)
+
+
+def _why_no_recipe(origin: Origin) -> str:
+    if origin.adapters is None:
+        return "was not made by moeify.sparsify, so its recipe is not known"
+    return (
+        "has a library of adapters, which no recipe makes: moeify.save_adapters(model, folder) writes them with their "
+        "routers, and moeify.load_adapters(base, folder) puts them beside the same base again"
+    )
 
 
 def _write_for_transformers(model: Any, folder: Path, description: dict[str, Any]) -> None:
