@@ -25,10 +25,10 @@ def why_not(tools: Path, *, avx2: bool) -> str | None:
     if not cache.exists():
         return f"{cache} says which instructions llama.cpp was built with, and is not there; give bin of a build folder"
     options = dict(re.findall(r"^(\w+):\w+=(.*)$", cache.read_text(), re.MULTILINE))
-    flags = f"{options.get('CMAKE_C_FLAGS', '')} {options.get('CMAKE_CXX_FLAGS', '')}".split()
-    if chosen := [flag for flag in flags if flag.startswith("-m")]:
+    words = f"{options.get('CMAKE_C_FLAGS', '')} {options.get('CMAKE_CXX_FLAGS', '')}".split()
+    if chosen := [flag for flag in words if flag.startswith("-m")]:
         return f"{tools} was built with {' '.join(chosen)}, so its options do not say which instructions it has"
-    here = _flags()
+    here = flags()
     wanted = {name for name, flag in (UP_TO_AVX2 if avx2 else UP_TO_AVX2 | BEYOND).items() if flag in here}
     has = {name for name in (*UP_TO_AVX2, *BEYOND) if options.get(name) == "ON"}
     if options.get("GGML_NATIVE") == "ON":
@@ -41,8 +41,8 @@ def why_not(tools: Path, *, avx2: bool) -> str | None:
     return None
 
 
-def _flags() -> set[str]:
-    """What the processor has, as Linux names it; nothing elsewhere."""
+def flags() -> set[str]:
+    """The instructions that the processor has, as Linux names it; nothing elsewhere."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     return set(next((line.partition(":")[2] for line in lines if line.startswith("flags")), "").split())

@@ -1,7 +1,8 @@
-"""Time one sparse layer side by side with transformers' implementations of the same experts, and kt-kernel's in bf16.
+"""Time one sparse layer side by side with transformers' implementations of the same experts, and those of engines.
 
 Every implementation runs the same weights on the same decisions, in turn within one process (A B C A B C ...), and is
-checked against the definition first. Rows are appended to `benchmarks/results/layer-<device>.csv`.
+checked against the definition first. kt-kernel, ONNX Runtime and OpenVINO take part where they are installed. Rows are
+appended to `benchmarks/results/layer-<device>.csv`.
 
     python benchmarks/run.py                        the table of this machine
     python benchmarks/run.py --blocks tiny --tokens 256 --backward
@@ -11,12 +12,15 @@ from __future__ import annotations
 
 import argparse
 import copy
+import tempfile
 from collections.abc import Callable, Sequence
 from functools import cached_property, partial
+from pathlib import Path
 
 import torch
 import transformers
 from allowance import ALLOWANCE, LEFT_OUT, torch_rate
+from graph_layer import ENGINES, GraphLayer, export, why_not
 from kt_layer import IS_INSTALLED, KtLayer
 from measure import (
     HEAD,
@@ -80,11 +84,21 @@ class Block:
             each.gate_up_proj, each.down_proj = self.hf.gate_up_proj, self.hf.down_proj
         pack(self.packed)  # `ours` may not be packed
         self.rounded = {f"moeify/int{each}": quantize(self.ours, each) for each in bits}
+        self.exported: dict[str, tempfile.TemporaryDirectory[str]] = {}
+        self.graphs: dict[str, GraphLayer] = {}
 
     @cached_property
     def kt(self) -> KtLayer:
         """The same weights, copied into kt-kernel."""
         return KtLayer(self.ours, self.sizes[3])
+
+    def graph(self, engine: str, like: Block) -> GraphLayer:
+        """The graph of another block's experts, copied: to export each set of weights would take minutes."""
+        if engine not in self.graphs:
+            if engine not in like.exported:
+                like.exported[engine] = export(engine, like.hf, like.sizes[3])
+            self.graphs[engine] = GraphLayer(engine, Path(like.exported[engine].name), like.hf.down_proj.dtype)
+        return self.graphs[engine]
 
 
 def blocks_of(sizes: Sizes, dtype: torch.dtype, device: str = "cpu", bits: Sequence[int] = ()) -> list[Block]:
@@ -127,6 +141,11 @@ class Case:
                 for name in theirs
             },
             **({KT: lambda block: block.kt(self.x, self.index, self.gates)} if self.fits_kt and IS_INSTALLED else {}),
+            **{
+                engine: lambda block, engine=engine: block.graph(engine, self.blocks[0])(self.x, self.index, self.gates)
+                for engine, reason in self.engines.items()
+                if reason is None
+            },
             "moeify": lambda block: self.compute(block.ours),
             **ours,
         }
@@ -135,6 +154,12 @@ class Case:
     def fits_kt(self) -> bool:
         """Whether kt-kernel can compute it."""
         return self.device == "cpu" and self.dtype == torch.bfloat16 and not self.backward
+
+    @property
+    def engines(self) -> dict[str, str | None]:
+        """The engines that run graphs, each with the reason why it is left out, None where it is not."""
+        fits = self.device == "cpu" and not self.backward
+        return {engine: why_not(engine, self.dtype) for engine in ENGINES} if fits else {}
 
     def compute(self, experts: Experts, backend: str = "auto") -> Tensor:
         """Our layer: the decision is sorted, and the experts run."""
@@ -190,8 +215,9 @@ def timers(case: Case) -> tuple[dict[str, Callable[[int], float]], dict[str, str
     left_out: dict[str, str] = {}
     if case.fits_kt and not IS_INSTALLED:
         left_out[KT] = f"{LEFT_OUT}not installed"
+    left_out |= {engine: reason for engine, reason in case.engines.items() if reason}
     for name, way in case.ways().items():
-        if name == KT:
+        if name in (KT, *ENGINES):
             for block in case.blocks:
                 way(block)  # copies the weights
         elif is_peer(name) and case.device == "cpu":
@@ -220,7 +246,7 @@ def timers(case: Case) -> tuple[dict[str, Callable[[int], float]], dict[str, str
 
 def is_peer(name: str) -> bool:
     """Whether an implementation is not ours."""
-    return name.startswith(("transformers", KT))
+    return name.startswith(("transformers", KT, *ENGINES))
 
 
 def rows_of(

@@ -14,7 +14,7 @@ NATIVE = {"GGML_NATIVE": "ON"}
 @pytest.fixture
 def llama_build(benchmarks, monkeypatch):
     module = benchmarks("llama_build")
-    monkeypatch.setattr(module, "_flags", lambda: ZEN5)
+    monkeypatch.setattr(module, "flags", lambda: ZEN5)
     return module
 
 
@@ -50,7 +50,7 @@ def test_a_build_is_a_peer_if_it_has_the_instructions_of_the_run(llama_build, tm
 @pytest.mark.parametrize("avx2", [True, False])
 @pytest.mark.parametrize("options", [AVX2, NATIVE])
 def test_on_a_processor_that_ends_at_avx2_both_builds_are_peers(llama_build, monkeypatch, tmp_path, options, avx2):
-    monkeypatch.setattr(llama_build, "_flags", lambda: ZEN2)
+    monkeypatch.setattr(llama_build, "flags", lambda: ZEN2)
     assert llama_build.why_not(build(tmp_path, options), avx2=avx2) is None
 
 
