@@ -4,7 +4,6 @@
 
 constexpr int LINE = 64;    // bytes of a cache line
 constexpr int LEAD = 8192;  // minimal prefetch distance, in bytes
-constexpr int MAX_ROWS_NEAR = 2;  // activation rows up to which the next weights are prefetched into the L1 cache
 constexpr int COLUMNS = 4;  // weight rows that share the loads of the activations
 #if defined(__AVX512F__)
 constexpr int ROWS = 6;  // activations that share the loads of the weights: 4 x 6 sums and 4 + 1 operands in 32 registers
@@ -75,8 +74,7 @@ struct Product<Bf16, Bf16> {  // the even numbers, then the odd ones: one shift 
 #endif
 
 // out[m * out_stride + c] = w[c] · x[m] for c < C, m < M. Weight rows are `w_stride` elements apart.
-// `next` are the weights that are needed next, prefetched in memory order: into the L1 cache if M is small, else into
-// the L2 cache, as in L1 they would evict the operands in use.
+// `next` are the weights that are needed next, prefetched in memory order.
 template <int C, int M, class Weight, class X>
 INLINE void dots(const Weight* w, int64_t w_stride, const Weight* next, const X* const* x, int64_t k, float* out,
                  int64_t out_stride) {
@@ -91,7 +89,7 @@ INLINE void dots(const Weight* w, int64_t w_stride, const Weight* next, const X*
             for (int c = 0; c < C; c++) {
                 weights[c] = P::weights(w + c * w_stride + i, turn);
                 if (turn == 0 && c * P::step * sizeof(Weight) % LINE == 0)
-                    __builtin_prefetch(next + i * C + c * P::step, 0, M <= MAX_ROWS_NEAR ? 3 : 2);
+                    __builtin_prefetch(next + i * C + c * P::step);
             }
 #pragma GCC unroll 8
             for (int m = 0; m < M; m++) {
@@ -137,10 +135,10 @@ void some_dots(int m, const Weight* w, int64_t w_stride, const Weight* next, con
 template <class Weight, class X>
 void product(const Weight* w, int64_t w_stride, int columns, const Weight* next, const X* const* x, int rows, int64_t k,
              float* out, int64_t out_stride) {
-    const int lead = rows <= MAX_ROWS_NEAR ? COLUMNS : int((LEAD / (k * sizeof(Weight)) / COLUMNS + 1) * COLUMNS);
+    const int64_t some = COLUMNS * k * sizeof(Weight), lead = (LEAD + some - 1) / some * COLUMNS;
     const int groups = (rows + ROWS - 1) / ROWS, most = (rows + groups - 1) / groups;
     for (int n = 0; n < columns;) {
-        const int width = columns - n >= COLUMNS ? COLUMNS : 1, then = n + lead;
+        const int width = columns - n >= COLUMNS ? COLUMNS : 1, then = n + int(lead);
         const Weight* here = w + n * w_stride;
         const Weight* ahead = then < columns ? w + then * w_stride : next + (then - columns) * w_stride;
         for (int m = 0; m < rows; m += most) {
