@@ -6,11 +6,11 @@ rows of a combination replace earlier ones. Programs that are not installed are 
 
     pip install 'moeify[gguf,onnx,openvino]' llama-cpp-python mlx-lm 'mlx[cpu]'
     python benchmarks/exports.py --to transformers gguf mlx
-    python benchmarks/exports.py --to torch onnx openvino --recipe mixtral switch
+    python benchmarks/exports.py --to torch onnx openvino --recipe mixtral switch --seconds 180
 
 Weights are drawn so large that every part of a model shows in its logits. Graphs are traced from the model itself, of
 two layers with few experts, so one family of language models (`llama`) and one of models of images (`vit`) stand for
-all.
+all. An export that takes more CPU time than `--seconds` has a row that says so, `not run`.
 """
 
 from __future__ import annotations
@@ -19,19 +19,21 @@ import argparse
 import csv
 import datetime
 import math
+import signal
 import subprocess
 import sys
 import tempfile
 import traceback
 import warnings
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
+from measure import hardware
 from torch import nn
 
 from moeify import Recipe, export, sparsify
@@ -44,10 +46,31 @@ from moeify.sparsify import recipes
 FILE = Path(__file__).parent / "results" / "exports.csv"
 KEY = ("recipe", "base", "to")
 FOUND = ("result", "kind", "as", "program", "difference", "largest_logit", "same_top_token", "reason")
-COLUMNS = (*KEY, *FOUND, "date", "commit")
+COLUMNS = (*KEY, *FOUND, "date", "commit", "hardware")
 LIBRARIES = {"gguf": "llama_cpp", "mlx": "mlx_lm", "onnx": "onnxruntime", "openvino": "openvino"}
 GRAPHS = {"torch": None, "onnx": export.OnnxFolder(), "openvino": export.OpenVinoFolder()}
 CLASSES = {"transformers": export.HfFolder(), "gguf": export.GgufFile("f32"), "mlx": export.MlxFolder()}
+
+
+class TooLong(BaseException):
+    """An export has used its CPU time; no Exception, by which exporters say that an operator is missing."""
+
+
+@contextmanager
+def limited_to(seconds: float) -> Iterator[None]:
+    """Context manager that raises `TooLong` once the process has computed for as many seconds; 0 is no limit."""
+
+    def stop(*_: Any) -> None:
+        raise TooLong
+
+    if seconds:
+        signal.signal(signal.SIGPROF, stop)
+        signal.setitimer(signal.ITIMER_PROF, seconds)
+    try:
+        yield
+    finally:
+        if seconds:
+            signal.setitimer(signal.ITIMER_PROF, 0)
 
 
 def models(recipe: str, base: str, to: str) -> Iterator[tuple[str, nn.Module]]:
@@ -135,6 +158,8 @@ def main() -> None:
     options.add_argument("--recipe", nargs="+", default=[*recipes], choices=[*recipes])
     options.add_argument("--base", nargs="+", choices=[*DENSE, "vit"], help="default: all; for graphs llama and vit")
     options.add_argument("--new", action="store_true", help="only rows that the file lacks")
+    options.add_argument("--seconds", type=float, default=0, help="CPU time that an export may take; default: any")
+    options.add_argument("--hardware", default=hardware("cpu"), help="how the rows name the machine")
     options.add_argument("--out", type=Path, default=FILE)
     chosen = options.parse_args()
     warnings.simplefilter("ignore")
@@ -150,12 +175,15 @@ def main() -> None:
                 if chosen.new and (recipe, base, to) in rows:
                     continue
                 try:
-                    found = row(recipe, base, to)
+                    with limited_to(chosen.seconds):
+                        found = row(recipe, base, to)
                 except ValueError:  # the recipe finds nothing in this family
                     found = None
+                except TooLong:
+                    found = {"result": "not run", "reason": f"it takes more than {chosen.seconds:.0f} s of CPU time"}
                 if found is None:
                     continue
-                dated = {"date": datetime.date.today().isoformat(), "commit": commit}
+                dated = {"date": datetime.date.today().isoformat(), "commit": commit, "hardware": chosen.hardware}
                 rows[recipe, base, to] = dict(zip(KEY, (recipe, base, to), strict=True)) | found | dated
                 print(*(value for value in rows[recipe, base, to].values()), sep="  ", flush=True)
                 _write(chosen.out, rows)
