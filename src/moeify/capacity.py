@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from moeify.registry import register
@@ -143,9 +143,19 @@ def _by_priority(routing: Assignment, priority: Priority) -> Int[Tensor, "R"]:
         )
     if priority == "choice":
         return routing.rank.sort(stable=True).indices
-    largest = best.new_zeros(math.prod(routing.shape)).scatter_reduce(0, routing.source, best, reduce="amin")
-    turns = largest[routing.source].sort(stable=True).indices
+    turns = _best_of_token(routing, best).sort(stable=True).indices
     return turns[routing.rank[turns].sort(stable=True).indices]
+
+
+def _best_of_token(routing: Assignment, values: Float[Tensor, "R"]) -> Float[Tensor, "R"]:
+    """For each row, the smallest value among the rows of its token."""
+    source = routing.source
+    if torch.compiler.is_exporting():  # OpenVINO has no scatter_reduce
+        order = values.sort(stable=True).indices
+        order = order[source[order].sort(stable=True).indices]
+        return values[order[torch.searchsorted(source[order], source)]]
+    smallest = values.new_zeros(math.prod(routing.shape))
+    return smallest.scatter_reduce(0, source, values, reduce="amin", include_self=False)[source]
 
 
 def group_of_rows(routing: Assignment, per: Per) -> tuple[Int[Tensor, "R"], Int[Tensor, "B"]]:
@@ -220,7 +230,7 @@ def _reassign(routing: Assignment, slots: int, turns: Int[Tensor, "R"]) -> Assig
 def _decision_of_rows(routing: Assignment) -> Int[Tensor, "R"]:
     """Which of the routed tokens each row reads."""
     if torch.compiler.is_exporting() and routing.choices is not None:  # every routed token has rows
-        has_rows = routing.source.new_zeros(math.prod(routing.shape)).index_fill(0, routing.source, 1)
+        has_rows = routing.source.new_zeros(math.prod(routing.shape)).scatter(0, routing.source, 1)
         return (has_rows.cumsum(0) - 1)[routing.source]
     if routing.tokens == math.prod(routing.shape):
         return routing.source

@@ -149,7 +149,7 @@ def _segments(x: Float[Tensor, "... D"], context: Context) -> Int[Tensor, "..."]
     documents, real = context.documents(shape), context.real(shape)
     segment = torch.zeros(math.prod(shape), dtype=torch.int64, device=x.device) if documents is None else documents
     if real is not None:
-        segment = torch.full_like(segment, -1).index_put((real,), segment[real])
+        segment = torch.full_like(segment, -1).scatter(0, real, segment[real])
     return segment.view(shape)
 
 

@@ -218,7 +218,7 @@ class Call:
         """
         tokens, real, positions = math.prod(shape), None, self.real(shape)
         if positions is not None:
-            real = torch.zeros(tokens, dtype=torch.bool, device=positions.device).index_fill(0, positions, True)
+            real = torch.zeros(tokens, dtype=torch.bool, device=positions.device).scatter(0, positions, True)
             real = real.view(tuple(shape))
             real = (real if self.batch_first or real.dim() < 2 else real.T).repeat_interleave(parts, dim=-1)
         inputs = {

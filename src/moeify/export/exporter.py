@@ -66,8 +66,14 @@ class Exporter(ABC):
         """What `supports` asks of a model: exporters with equal questions give the same answer."""
         return self
 
+    def obstacle(self, model: nn.Module) -> str | None:
+        """What keeps this target alone, of those with its question, from computing a model; None, unless overridden."""
+        return None
+
     def supports(self, model: nn.Module) -> str | None:
         """The reason why the target cannot express a model, None if it can."""
+        if reason := self.obstacle(model):
+            return reason
         try:
             self.match(model)
         except Unsupported as error:
@@ -133,10 +139,11 @@ def supports(model: nn.Module) -> dict[str, str | None]:
     """
     model = model_given(model)
     answers: dict[Hashable, str | None] = {}
-    for exporter in _EXPORTERS.values():
-        if exporter.question not in answers:
+    obstacles = {name: exporter.obstacle(model) for name, exporter in _EXPORTERS.items()}
+    for name, exporter in _EXPORTERS.items():
+        if obstacles[name] is None and exporter.question not in answers:
             answers[exporter.question] = exporter.supports(model)
-    return {name: answers[exporter.question] for name, exporter in _EXPORTERS.items()}
+    return {name: obstacles[name] or answers[exporter.question] for name, exporter in _EXPORTERS.items()}
 
 
 @dataclass(frozen=True)
@@ -187,6 +194,8 @@ def write(
         if tokenizer is not None:
             tokenizer.save_pretrained(new)
         try:
+            if reason := exporter.obstacle(model):
+                raise Unsupported(reason)
             probe = exporter.probe_of(model)
             notes = exporter.write(model, new)
         except Unsupported as error:

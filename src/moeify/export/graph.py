@@ -9,7 +9,7 @@ import traceback
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Iterator
-from contextlib import contextmanager, redirect_stdout
+from contextlib import ExitStack, contextmanager, redirect_stdout
 from dataclasses import dataclass
 from io import StringIO
 from pathlib import Path
@@ -25,7 +25,7 @@ from moeify.export.exporter import Exporter, Verification
 from moeify.export.model_spec import Unsupported
 from moeify.export.probe import in_float32
 from moeify.modes import in_evaluation
-from moeify.routers import Capacity
+from moeify.routers import Arrow, Capacity
 
 _ROUNDING = 1e-4
 _MISSING = re.compile(r"No conversion rule found for operations: (.+)|No ONNX function found for .*?op='([^']+)'")
@@ -100,7 +100,7 @@ def traced(model: nn.Module, inputs: Inputs, trace: Callable[[nn.Module, Inputs]
     """
     _refuse_reassignment(model)
     try:
-        with in_evaluation(model), in_float32(model), _without_cache(model):
+        with in_evaluation(model), in_float32(model), _without_cache(model), _with_constants(model):
             return trace(model, inputs)
     except ImportError:
         raise
@@ -163,25 +163,28 @@ def _refuse_reassignment(model: nn.Module) -> None:
 
 def _reason(model: nn.Module, error: Exception) -> str:
     """Why a model has no graph, in one sentence."""
-    if missing := _missing(error):
+    errors = _with_causes(error)
+    if missing := _missing(errors):
         return f"it computes with {missing}, for which the program has no operator"
-    said = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    said = (str(errors[-1]).strip().splitlines() or [type(errors[-1]).__name__])[0]
     if "data-dependent" not in said:
         return f"a step of it has no graph that serves every input: {said}"
     names = {module: name for name, module in model.named_modules()}
-    owners = [frame.f_locals.get("self") for frame, _ in traceback.walk_tb(error.__traceback__)]
+    owners = [frame.f_locals.get("self") for each in errors for frame, _ in traceback.walk_tb(each.__traceback__)]
     inside = next((owner for owner in reversed(owners) if isinstance(owner, nn.Module) and owner in names), model)
-    part = f"{names[inside]} ({type(inside).__name__})"
+    part = f"{names[inside]} ({type(inside).__name__})" if names[inside] else f"this {type(inside).__name__}"
     return f"{part} computes sizes from the values of its input, which a graph cannot"
 
 
-def _missing(error: BaseException | None) -> str | None:
-    """The operations that ONNX or OpenVINO lacks, None if the error, and those that caused it, name none."""
-    while error is not None:
-        if found := _MISSING.search(str(error)):
-            return (found[1] or found[2]).replace(".default", "")
-        error = error.__cause__
-    return None
+def _with_causes(error: BaseException) -> list[BaseException]:
+    """The error, its cause, and so on to the first cause."""
+    return [error] if error.__cause__ is None else [error, *_with_causes(error.__cause__)]
+
+
+def _missing(errors: list[BaseException]) -> str | None:
+    """The operations that ONNX or OpenVINO lacks, None if no error names any."""
+    found = next(filter(None, (_MISSING.search(str(error)) for error in errors)), None)
+    return None if found is None else (found[1] or found[2]).replace(".default", "")
 
 
 @contextmanager
@@ -195,6 +198,16 @@ def _quiet() -> Iterator[None]:
             yield
     finally:
         logging.disable(before)
+
+
+@contextmanager
+def _with_constants(model: nn.Module) -> Iterator[None]:
+    """Context manager in which what Arrow computes from weights alone is a constant of the graph."""
+    with ExitStack() as stack:
+        for router in model.modules():
+            if isinstance(router, Arrow):
+                stack.enter_context(router.constant_prototypes())
+        yield
 
 
 @contextmanager

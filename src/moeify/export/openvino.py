@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from torch import nn
 
+from moeify.engram import Engram
 from moeify.export.calls import Inputs
 from moeify.export.graph import GraphExporter, main_output
 
@@ -21,6 +23,13 @@ class OpenVinoFolder(GraphExporter):
     """
 
     extra: ClassVar[str] = "openvino"
+
+    def obstacle(self, model: nn.Module) -> str | None:
+        """A memory of n-grams, whose hashes need 64 bits."""
+        memory = next((name for name, part in model.named_modules() if isinstance(part, Engram)), None)
+        if memory is None:
+            return None
+        return f"its memory of n-grams ({memory}) hashes with 64-bit integers, and OpenVINO computes with 32 bits"
 
     def export(self, model: Any, inputs: Inputs) -> Any:
         """The graph, as the exporters of transformers return it."""

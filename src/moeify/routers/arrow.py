@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -46,6 +48,7 @@ class Arrow(Router):
         if temperature <= 0:
             raise ValueError(f"temperature={temperature} divides similarities; choose temperature > 0")
         self.width, self.num_experts, self.k, self.temperature = width, num_experts, k, temperature
+        self.register_buffer("constant", None, persistent=False)
 
     def attach(self, experts: Any) -> None:
         """Keep a reference to the experts, whose weights are the router."""
@@ -66,10 +69,21 @@ class Arrow(Router):
     @property
     def prototypes(self) -> Float[Tensor, "E D"]:
         """v of every expert, in fp32; its sign is arbitrary."""
+        if self.constant is not None:
+            return self.constant
         if not self._experts:
             raise ValueError("this router was never given the experts that it reads; put it into a MoE, or attach them")
         a, b = self._experts[0].lora_A.detach(), self._experts[0].lora_B.detach()
         return cached(self._experts[0], "prototypes", [a, b], lambda: input_directions(a, b))
+
+    @contextmanager
+    def constant_prototypes(self) -> Iterator[None]:
+        """Context manager in which the prototypes are a buffer, for graphs: few programs find singular vectors."""
+        self.constant = self.prototypes
+        try:
+            yield
+        finally:
+            self.constant = None
 
     def forward(self, x: Float[Tensor, "... D"], context: Context) -> Assignment:
         """Route every real token along the prototypes."""

@@ -132,7 +132,7 @@ def _everywhere(value: Tensor, tokens: Tokens) -> tuple[Int[Tensor, "T"], Tensor
     """A mask of the real tokens, and their values with 0 for padding."""
     everywhere = torch.arange(math.prod(tokens.shape), device=value.device)
     positions = everywhere if tokens.positions is None else tokens.positions
-    return positions, value.new_zeros(len(everywhere)).index_put((positions,), value)
+    return positions, value.new_zeros(len(everywhere)).scatter(0, positions, value)
 
 
 def _beside(columns: Tensor | None, value: float) -> Tensor | None:
