@@ -16,13 +16,16 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from statistics import fmean
 
 import torch
+from common.rates import UNREPORTED, add_rates, parted, rates_of
 from common.statistics import paired
 from common.training import BALANCE
 from results import append
 from torch import Tensor, nn
+from torch.utils.data import Subset
 
 from moeify import losses, record, sparsify
 from moeify.data.claim_files import data_file
@@ -98,21 +101,29 @@ def measured(model: nn.Module, setup: Setup) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=400)
-    parser.add_argument("--rate", type=float, default=1e-3)
+    add_rates(parser, 1e-3)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--hardware", default="unknown", help="the name of the hardware in the rows")
     options = parser.parse_args()
     torch.set_num_threads(1)
     setup = pairs()
+    rest, most = (Subset(setup.train, at.tolist()) for at in parted(len(setup.train)))
+    tuning = replace(setup, train=most, validation=rest)
+
+    def error(arm: str, rate: float) -> float:
+        model = trained(tuning, ARMS[arm], options.steps, UNREPORTED, rate)
+        return 100 - measured(model, tuning)["recall_at_5"]
+
+    rates = rates_of("limoe", ARMS, options, error)
     ends: dict[str, list[dict[str, float]]] = {arm: [] for arm in ARMS}
     rows = []
     for seed in options.seeds:
         for arm, loss_of in ARMS.items():
             began = time.process_time()
-            ends[arm].append(measured(trained(setup, loss_of, options.steps, seed, options.rate), setup))
+            ends[arm].append(measured(trained(setup, loss_of, options.steps, seed, rates[arm]), setup))
             rows.append({
                 "hardware": options.hardware, "arm": arm, "seed": seed, "steps": options.steps,
-                "pairs": options.steps * BATCH, "rate": options.rate,
+                "pairs": options.steps * BATCH, "rate": rates[arm],
                 **{name: f"{value:.2f}" for name, value in ends[arm][-1].items()},
                 "cpu_seconds": f"{time.process_time() - began:.0f}",
             })  # fmt: skip

@@ -18,6 +18,7 @@ from statistics import fmean, stdev
 
 import torch
 import transformers
+from common.rates import UNREPORTED, add_rates, parted, rates_of
 from results import append
 from torch import Tensor, nn
 
@@ -59,10 +60,10 @@ def held_out(model: nn.Module, blocks: Tensor) -> float:
     return mean
 
 
-def go_on(model: nn.Module, blocks: Tensor, steps: int, seed: int, balance: float) -> None:
+def go_on(model: nn.Module, blocks: Tensor, steps: int, seed: int, rate: float, balance: float) -> None:
     """AdamW at a constant rate with a short warm-up, on blocks in an order that the seed decides."""
     order = torch.randperm(len(blocks), generator=torch.Generator().manual_seed(seed))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-4, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.0)
     warm = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / 20))
     run: Callable = partial(_loss, balance=balance) if Origin.of(model).recipe else _dense_loss
     for step in range(steps):
@@ -87,26 +88,40 @@ def _loss(model: nn.Module, ids: Tensor, balance: float) -> Tensor:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=400)
+    add_rates(parser, 5e-4)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--hardware", default="unknown", help="the name of the hardware in the rows")
     options = parser.parse_args()
     torch.set_num_threads(1)
     train, validation = novels("train"), novels("validation")
     before = held_out(stories(), validation)
     print(f"{len(train)} blocks, before: {before:.4f} nats per token")
+
+    def built(arm: str, seed: int) -> nn.Module:
+        torch.manual_seed(seed)
+        model, recipe = stories(), ARMS[arm]
+        return model if recipe is None else sparsify(model, recipe, verbose=False)
+
+    rest, most = (train[at] for at in parted(len(train)))
+
+    def error(arm: str, rate: float) -> float:
+        model = built(arm, UNREPORTED)
+        go_on(model.train(), most, options.steps, UNREPORTED, rate, balance=0.01)
+        return held_out(model, rest)
+
+    rates = rates_of("upcycling", ARMS, options, error)
     ends: dict[str, list[float]] = {arm: [] for arm in ARMS}
     for seed in options.seeds:
-        for arm, recipe in ARMS.items():
-            torch.manual_seed(seed)
-            model = stories()
-            if recipe is not None:
-                sparsify(model, recipe, verbose=False)
+        for arm, rate in rates.items():
+            model = built(arm, seed)
             start = held_out(model, validation)
-            go_on(model.train(), train, options.steps, seed, balance=0.01)
+            go_on(model.train(), train, options.steps, seed, rate, balance=0.01)
             end = held_out(model, validation)
             ends[arm].append(end)
             append("upcycling", {
                 "arm": arm, "seed": seed, "steps": options.steps, "tokens": options.steps * BATCH * LENGTH,
                 "loss_before": f"{before:.4f}", "loss_at_start": f"{start:.4f}", "loss_at_end": f"{end:.4f}",
+                "hardware": options.hardware, "rate": rate,
             })  # fmt: skip
             print(f"seed {seed}  {arm}: {start:.4f} -> {end:.4f}", flush=True)
     for arm, values in ends.items():
