@@ -96,9 +96,6 @@ def designed() -> dict[str, list[Figure]]:
         after, before = (fmean(arm.values(column)) for column in ("running", "running_untrained"))
         return arm.figure(100 * (after / before - 1), "mean of running over that of running_untrained, less 1", "lower")
 
-    free = table("claims/results/zero_computation.csv")
-    moepp = free.where(arm="MoE++")
-    against_alone = moepp.minus(free.where(arm="8 alone"), "loss")
     memory = table("claims/results/engram.csv")
     fewer = {arm: memory.where(share="0.31").minus(memory.where(share=arm), "loss") for arm in ("1.00", "0.00")}
     fifth = memory.where(share="0.79").minus(memory.where(share="1.00"), "loss")
@@ -155,14 +152,6 @@ def designed() -> dict[str, list[Figure]]:
             *against_equal.ends(),
         ],
         "heterogeneous.least": [against_equal.half()],
-        "zero_computation": [
-            moepp.figure(100 * (fmean(moepp.values("calls")) / 2 - 1), "mean of calls over 2, less 1", "lower"),
-            against_alone.mean("lower"),
-            *against_alone.ends(),
-            moepp.over(min, "correlation"),
-            moepp.over(max, "correlation"),
-        ],
-        "zero_computation.least": [against_alone.half()],
         "engram": [
             fewer["1.00"].mean("lower"),
             fewer["0.00"].mean("lower"),

@@ -8,6 +8,7 @@ from common.agreement import COMMIT
 from figures.designed import designed
 from figures.planned import planned
 from figures.plotted import plotted
+from figures.rated import rated
 from figures.rows import LOG, Better, Figure, Rows, quoted, table
 from figures.tuned import tuned
 
@@ -19,7 +20,7 @@ def sources() -> dict[str, list[Figure]]:
     """All ids with their figures, computed anew from the rows."""
     return {
         **_demo(), **_conversion(), **_composition(), **planned(), **_training(), **_independent(),
-        **designed(), **tuned(), **plotted(), **_benchmarks(), **_diagnosis(), **_noted(),
+        **designed(), **tuned(), **rated(), **plotted(), **_benchmarks(), **_diagnosis(), **_noted(),
     }  # fmt: skip
 
 
@@ -131,18 +132,11 @@ def _composition() -> dict[str, list[Figure]]:
 
 
 def _training() -> dict[str, list[Figure]]:
-    dense = table("claims/results/densemixer.csv")
-    arm = {name: dense.where(arm=name) for name in ("DenseMixer", "as ever", "as ever, FLOPs of DenseMixer")}
-    tokens = arm["DenseMixer"].minus(arm["as ever"], "loss")
-    flops = arm["DenseMixer"].minus(arm["as ever, FLOPs of DenseMixer"], "loss")
     merged = table("claims/results/harc.csv")
     calibrated = merged.where(arm="merged, routers calibrated").minus(merged.where(arm="merged"), "loss_mean")
     cost = merged.where(arm="merged").minus(merged.where(arm="branch of the domain"), "loss_mean")
     make = table("claims/results/makemoe.csv").last("seed")
     return {
-        "densemixer": [
-            tokens.mean("lower"), *tokens.ends(), flops.mean("lower"), *flops.ends(),
-        ],
         "harc": [calibrated.mean("lower"), *calibrated.ends(), cost.behind()],
         "makemoe": [make.one("validation_loss", "lower"), make.one("reported")],
     }  # fmt: skip
