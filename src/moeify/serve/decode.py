@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from moeify.backends.base import has_other_forward
 from moeify.compress.quantize import quantize_decoder
 from moeify.context import is_hook_of_context
 from moeify.given import model_given
@@ -20,7 +21,7 @@ from moeify.hf.interface import use_moeify_experts
 from moeify.kernels.cpu import cpp
 from moeify.kernels.cpu.huge_pages import into_huge_pages
 from moeify.serve.cache import PreallocatedLayer, preallocate
-from moeify.serve.decoder import Decoder, find_decoder, is_offloaded
+from moeify.serve.decoder import Decoder, find_decoder, has_no_weights
 from moeify.serve.program import Program
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -96,6 +97,7 @@ class _Decode:
         self.model, self.slow = model, model.forward
         self.decoder = decoder
         self.parts = [module for module in model.modules() if module is not model]
+        self.holders = [part for part in self.parts if part._parameters or part._buffers]
         self.cache_name = cache_name(model)
         self.program: Program | None = None
 
@@ -148,18 +150,20 @@ class _Decode:
             and (mask is None or _padded_left(mask, cache.get_seq_length() + 1))
             and not torch.is_grad_enabled()
             and not self.model.training
-            and not any(_waits_for_call(part) for part in self.parts)
+            and not any(map(_is_touched, self.parts))
+            and not any(map(has_no_weights, self.holders))
         )
 
 
-def _waits_for_call(part: nn.Module) -> bool:
-    """Whether a module must be called, because it has hooks or is offloaded.
+def _is_touched(part: nn.Module) -> bool:
+    """Whether a module must be called, because it has hooks or another `forward`.
 
     Hooks of a `Context` do not count: those on the model itself have read the same inputs already.
     """
-    if is_offloaded(part):
+    if has_other_forward(part):
         return True
-    return not all(map(is_hook_of_context, [*part._forward_hooks.values(), *part._forward_pre_hooks.values()]))
+    hooks, pre_hooks = part._forward_hooks, part._forward_pre_hooks
+    return bool(hooks or pre_hooks) and not all(map(is_hook_of_context, [*hooks.values(), *pre_hooks.values()]))
 
 
 def _padded_left(mask: Tensor, length: int) -> bool:

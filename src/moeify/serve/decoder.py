@@ -69,7 +69,7 @@ def find_decoder(model: nn.Module) -> Decoder:
     if body is None or not all(hasattr(body, name) for name in names) or not hasattr(model, "lm_head"):
         raise _no(model, "it has no lm_head over a model with embed_tokens, layers, norm and rotary_emb")
     parts = ((name, module) for name, module in model.named_modules() if module is not model)
-    if away := next((name for name, module in parts if is_offloaded(module)), ""):
+    if away := next((name for name, module in parts if has_other_forward(module) or has_no_weights(module)), ""):
         raise _no(model, f"{away} is offloaded, so its weights come only when it is called; load the model into memory")
     weight = body.embed_tokens.weight
     if weight.device.type != "cpu" or weight.dtype not in (torch.float32, torch.bfloat16):
@@ -87,10 +87,13 @@ def find_decoder(model: nn.Module) -> Decoder:
     return decoder
 
 
-def is_offloaded(module: nn.Module) -> bool:
-    """Whether a module's weights are on the meta device, or its `forward` was replaced, as offloading does."""
-    weights = (*module._parameters.values(), *module._buffers.values())
-    return has_other_forward(module) or any(weight is not None and weight.is_meta for weight in weights)
+def has_no_weights(module: nn.Module) -> bool:
+    """Whether a tensor of a module is on the meta device, as where its weights are offloaded."""
+    for held in (module._parameters, module._buffers):
+        for weight in held.values():
+            if weight is not None and weight.is_meta:
+                return True
+    return False
 
 
 def is_linear(module: nn.Module | None) -> TypeGuard[Linear]:
