@@ -66,6 +66,18 @@ def test_products_of_few_rows_are_those_of_the_definition(threads, dtype, counts
 
 
 @pytest.mark.usefixtures("kernel")
+@pytest.mark.parametrize("dtype", ROUNDING)
+def test_gradients_of_many_rows_are_written_a_strip_of_columns_at_a_time(dtype):
+    left, right = torch.randn(700, 9).to(dtype), torch.randn(700, 1003).to(dtype)
+    sums, total = torch.full((1, 9, 1003), torch.nan, dtype=dtype), torch.ones(1, 9, 1003, dtype=dtype)
+    multiply_runs_tn(left, right, sums, [(0, 0, 700)], add=False)
+    multiply_runs_tn(left, right, total, [(0, 0, 700)], add=True)
+    exact = left.double().t() @ right.double()
+    near(sums[0], exact, dtype)
+    near(total[0], exact + 1, dtype)
+
+
+@pytest.mark.usefixtures("kernel")
 def test_rows_of_one_block_may_begin_anywhere():
     counts, weight = [2, 3, 1], torch.randn(3, 5, 7)
     rows = torch.randn(6, 7)

@@ -270,11 +270,32 @@ struct Grouped {
     }
 };
 
+constexpr int64_t COPIED = 1 << 20;  // bytes of the right operand of TN that a thread copies at a time, at most
+
+template <class X>
+void run(const Products& call) {
+    typedef Grouped<X> G;
+    int64_t strip = call.width;  // columns that TN takes at a time, so that its copy of them stays in cache
+    if (call.layout == TN) {
+        int64_t rows = 1;
+        for (int64_t i = 0; i < call.count; i++) rows = std::max(rows, call.runs[i].count);
+        const int64_t of_tile = rows * G::WIDE * int64_t(sizeof(typename G::Word)) / G::U::depth;
+        strip = std::max<int64_t>(1, COPIED / of_tile) * G::WIDE;
+    }
+    int64_t first = 0;
+    do {
+        Products part = call;
+        part.width = std::min(strip, call.width - first);
+        part.weight = (X*)call.weight + first, part.right = (const X*)call.right + first;
+        G{part}.run();
+    } while ((first += strip) < call.width);
+}
+
 }  // namespace
 
 extern "C" void moeify_products(const Products* call) {
     if (call->is_bf16)
-        Grouped<Bf16>{*call}.run();
+        run<Bf16>(*call);
     else
-        Grouped<float>{*call}.run();
+        run<float>(*call);
 }
