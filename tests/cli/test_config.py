@@ -26,7 +26,7 @@ def options(*arguments):
 
 
 def write(file, text):
-    file.write_text(text)
+    file.write_bytes(text.encode() if isinstance(text, str) else text)
     return file
 
 
@@ -57,6 +57,7 @@ def test_the_three_formats_say_the_same_and_flags_override_them(tmp_path, name, 
         ("a.yaml", "- 3", "holds no options"),
         ("a.yaml", "a: [", "a.yaml cannot be read"),
         ("a.toml", "steps = ", "a.toml cannot be read"),
+        ("a.yaml", b"steps: \xff", "a.yaml cannot be read"),
         ("a.txt", "steps = 3", "is none of .yaml, .yml, .toml, .json"),
         ("a.yaml", "steps: many", "Invalid value for '--steps'"),
     ],

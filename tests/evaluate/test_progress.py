@@ -43,3 +43,4 @@ def test_as_many_steps_are_taken_as_fit_into_the_minutes():
     assert fit(settings, pace(1000.0)).steps == 20
     assert fit(Settings(steps=10, minutes=7.0), pace(1000.0)).steps == 10
     assert fit(Settings(steps=400), pace(1000.0)).steps == 400
+    assert fit(Settings(steps=45, minutes=float("inf")), pace(1000.0)).steps == 45

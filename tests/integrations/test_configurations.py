@@ -126,3 +126,5 @@ def test_bad_files_and_programs_end_in_one_line(tmp_path):
     (tmp_path / "b.yaml").write_text("- 1\n")
     assert "holds no keys and values" in moeify("init", tmp_path / "b.yaml", "--from", "trl").err
     assert "there is no file" in moeify("init", tmp_path / "c.yaml", "--from", "trl").err
+    (tmp_path / "d.yaml").write_bytes(b"\xff")
+    assert "d.yaml cannot be read" in moeify("init", tmp_path / "d.yaml", "--from", "trl").err

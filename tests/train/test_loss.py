@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import TrainerCallback, TrainingArguments
 
+from moeify.losses import importance
 from moeify.routing import Evidence, assign
 from moeify.sparsify import Recipe, sparsify
 from moeify.train import SparseArguments, SparseTrainerMixin
@@ -189,6 +190,14 @@ def test_every_layer_counts_alike_and_perfect_balance_is_one():
         "rows": 2,
     }
     assert count_decisions({"pixel_values": torch.zeros(3, 3, 8, 8), "labels": torch.zeros(3)})["rows"] == 3
+
+
+@pytest.mark.parametrize("weight", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_refused(weight):
+    three = {"balance": {"balance": weight}, "z": {"z": weight}, "importance": {"losses": [(weight, importance)]}}
+    for name, options in three.items():
+        with pytest.raises(ValueError, match=f"{name}={weight} is no weight of a loss"):
+            SparseArguments(**options)
 
 
 def test_negative_weights_and_unknown_scopes_are_refused():

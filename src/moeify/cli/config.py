@@ -57,9 +57,8 @@ def _text(value: Any) -> str:
 def _parsed(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"there is no file {path} to read options from")
-    text = path.read_text(encoding="utf-8")
     try:
-        found = _READERS[path.suffix.lower()](text)
+        found = _READERS[path.suffix.lower()](path.read_text(encoding="utf-8"))
     except KeyError:
         raise ValueError(f"{path} is none of {', '.join(_READERS)}, which options are read from") from None
     except ValueError as error:

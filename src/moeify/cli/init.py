@@ -25,7 +25,7 @@ def init(
         raise FileNotFoundError(f"there is no file {file} to read a configuration from")
     try:
         configuration = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{file} cannot be read: {error}") from None
     if not isinstance(configuration, dict):
         raise ValueError(f"{file} holds no keys and values")

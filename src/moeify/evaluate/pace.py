@@ -150,7 +150,10 @@ def fit(settings: Settings, pace: Pace) -> Settings:
     if settings.minutes is None:
         return settings
     seconds = 60 * settings.minutes * 6 / 7 - (settings.evaluations + 2) * pace.evaluation
-    steps = max(20, int(seconds / sum(pace.wall_seconds) - TURN * settings.pairs) // 10 * 10)
+    left = seconds / sum(pace.wall_seconds) - TURN * settings.pairs
+    if left >= settings.steps:
+        return settings
+    steps = max(20, int(left) // 10 * 10)
     if steps >= settings.steps:
         return settings
     return replace(settings, steps=steps, evaluations=min(settings.evaluations, steps))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -54,6 +55,10 @@ class SparseArguments:
             weight = getattr(self, name)
             if not callable(weight) and weight < 0:
                 raise ValueError(f"{name}={weight} would reward imbalance; weights of losses are at least 0")
+        others = [(_name(loss), weight) for weight, loss in self.losses]
+        for name, weight in [("balance", self.balance), ("z", self.z), *others]:
+            if isinstance(weight, int | float) and not math.isfinite(weight):
+                raise ValueError(f"{name}={weight} is no weight of a loss; choose a finite number")
         if self.scope not in get_args(Scope):
             raise ValueError(f"scope={self.scope!r} is not known; choose from {', '.join(get_args(Scope))}")
 
