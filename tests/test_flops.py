@@ -372,6 +372,12 @@ def test_a_block_of_transformers_that_does_not_say_its_k_is_refused():
         count(model)
 
 
+@pytest.mark.parametrize("tokens", [0, -5, "12", 2.5, float("nan")])
+def test_a_length_that_is_none_is_refused(tokens):
+    with pytest.raises(ValueError, match="no length of a sequence"):
+        count(nn.Linear(2, 2), tokens=tokens)
+
+
 def test_a_count_reads_like_a_model_card():
     counted = Count(
         parameters=46_702_792_704, active_parameters=12_879_925_248, flops=25_494_028_288, dense_flops=10**11

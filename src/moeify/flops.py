@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
+from numbers import Integral
 
 from torch import Tensor, nn
 
@@ -76,8 +77,11 @@ def count(model: nn.Module, tokens: int | None = None) -> Count:
             token attended to all of it: causal masks and windows save nothing.
 
     Raises:
-        ValueError: an MoE block of transformers whose number of experts per token is unknown.
+        ValueError: an MoE block of transformers whose number of experts per token is unknown; `tokens` that is no
+            length.
     """
+    if tokens is not None and not (isinstance(tokens, Integral) and tokens > 0):
+        raise ValueError(f"tokens={tokens!r} is no length of a sequence; choose a whole number from 1 on")
     passes = _passes(model)
     shares, slices = _shares(model, passes, tokens), slices_of(model)
     held: dict[Tensor, Fraction] = {}

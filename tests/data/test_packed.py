@@ -31,6 +31,11 @@ def test_rows_that_cannot_be_filled_are_refused(length, why):
         packed(["abc", "def"], ByteTokenizer(), length)
 
 
+def test_a_text_alone_is_not_taken_for_the_documents_of_its_letters():
+    with pytest.raises(TypeError, match="put it into a list"):
+        packed("abcdef", ByteTokenizer(), 3)
+
+
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_no_document_of_a_row_sees_another(attention):
     torch.manual_seed(0)

@@ -52,7 +52,9 @@ def test_a_dense_model_has_losses_only_and_positions_that_do_not_occur_have_none
     assert far.loss != far.loss
 
 
-@pytest.mark.parametrize("edges", [[], [1, 2], [0, 4, 2], [0, 0]])
+@pytest.mark.parametrize(
+    "edges", [[], [1, 2], [0, 4, 2], [0, 0], [0, float("nan")], [0, 2.5], torch.tensor([0.0, 4.0])]
+)
 def test_edges_that_do_not_rise_from_0_are_refused(edges):
     with pytest.raises(ValueError, match="rise from 0"):
         by_position(llama(sparse=False), Packed([torch.randint(32, (6,))], 6), edges)

@@ -93,6 +93,12 @@ def test_dropped_units_are_drawn_like_those_they_replace():
     assert redrawn.std().item() == pytest.approx(0.2, rel=0.02)
 
 
+@pytest.mark.parametrize("options", [{"drop": 2}, {"drop": -0.1}, {"noise": -1}, {"noise": float("nan")}])
+def test_shares_that_are_none_are_refused(options):
+    with pytest.raises(ValueError, match="are shares"):
+        copies(nn.Linear(2, 2), 2, **options)
+
+
 def test_drops_differ_between_experts():
     experts = copies(network(hidden=128), 2, drop=0.5)
     assert not torch.equal(experts.down_proj[0], experts.down_proj[1])

@@ -61,8 +61,11 @@ def packed(texts: Iterable[str], tokenizer: Tokenizer, length: int) -> Packed:
     """Encode texts, each ending in the tokenizer's end of text if it has one, and pack them into rows.
 
     Raises:
+        TypeError: a text alone, whose letters would be documents.
         ValueError: too few tokens for a row.
     """
+    if isinstance(texts, str):
+        raise TypeError("expected texts, and got one alone; put it into a list")
     return Packed(map(with_end(tokenizer), texts), length)
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -59,8 +61,9 @@ def by_position(
     Raises:
         ValueError: edges that do not rise from 0; no sample.
     """
-    if list(edges) != sorted(set(edges)) or not edges or edges[0] != 0:
-        raise ValueError(f"the ranges of positions begin at {list(edges)}; give numbers that rise from 0")
+    edges = list(edges)
+    if edges[:1] != [0] or any(not (isinstance(b, Integral) and a < b) for a, b in pairwise(edges)):
+        raise ValueError(f"the ranges of positions begin at {edges}; give whole numbers that rise from 0")
     begins = torch.tensor(edges)
     sums, counts, longest = torch.zeros(len(edges), dtype=torch.float64), torch.zeros(len(edges)), 0
     rows: dict[str, Int[Tensor, "ranges E"]] = {}

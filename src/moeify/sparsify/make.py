@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 
@@ -38,8 +39,10 @@ def copies(dense: nn.Module, num_experts: int, *, noise: float = 0.0, drop: floa
         scale: multiplies the outputs; needed where the router's weights do not sum to 1.
 
     Raises:
-        ValueError: options other than noise for a module that is no `DenseFFN`.
+        ValueError: options other than noise for a module that is no `DenseFFN`; a share that is none.
     """
+    if not (0 <= noise < math.inf and 0 <= drop <= 1):
+        raise ValueError(f"noise={noise} and drop={drop} are shares: choose noise >= 0 and 0 <= drop <= 1")
     if not isinstance(dense, DenseFFN):
         if drop or scale != 1.0:
             raise ValueError(f"drop and scale need a feed-forward network, and this is a {type(dense).__name__}")
