@@ -8,11 +8,11 @@ import torch
 from transformers import JinaEmbeddingsV3Config, JinaEmbeddingsV3Model
 
 from moeify import Recipe, sparsify
-from moeify.find.where import ffn, odd
-from moeify.routers import TopK
+from moeify.find.where import ffn, last, odd
+from moeify.routers import TopK, sigmoid
 from moeify.sparsify import recipes
 from moeify.sparsify.make import fresh
-from moeify.sparsify.shared import nothing
+from moeify.sparsify.shared import dense, gated, nothing
 from tiny_models import causal_lm, widened
 
 LATENT = {"first_k_dense_replace": 9, "num_key_value_heads": 4, "q_lora_rank": 16, "kv_lora_rank": 16,
@@ -44,6 +44,25 @@ def router(where=ffn, experts=FINER, shared=nothing, **options):
     """A recipe with a token choice of these options."""
     return Recipe(where=where, num_experts=4, router=partial(TopK, **options), experts=experts, shared=shared)
 
+
+LLAMA3 = {"rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+          "original_max_position_embeddings": 16}  # fmt: skip
+SIGMOID = {"score": sigmoid, "selection_bias": True}
+GGUF_CASES = [
+    ("llama", "mixtral", {}, "llama"),
+    ("llama", "mixtral", {"attention_bias": True, "tie_word_embeddings": True, "rope_parameters": LLAMA3}, "llama"),
+    ("llama", "olmoe", {"tie_word_embeddings": True}, "qwen2moe"),
+    ("llama", router(normalize=False, shared=gated), {}, "qwen2moe"),
+    ("llama", router(shared=dense), {}, "granitemoe"),
+    ("granite", "mixtral", {"attention_multiplier": 0.2, "residual_multiplier": 0.7, "logits_scaling": 3.0,
+                            "embedding_multiplier": 1.5}, "granitemoe"),
+    ("llama", "deepseek", {}, "glm4moe"),
+    ("llama", router(where=last(1), normalize=False, **SIGMOID), {}, "glm4moe"),
+    ("qwen3", "matched", {"head_dim": 16, "rms_norm_eps": 0.1}, "glm4moe"),
+    ("qwen3", "qwen3", {"num_key_value_heads": 1}, "qwen3moe"),
+    ("ernie4_5", "matched", {}, "ernie4_5-moe"),
+]  # fmt: skip
+"""A base, a recipe and settings for every architecture of llama.cpp but OLMoE's, which no dense base becomes."""
 
 UNSCALED = partial(TopK, k=2, normalize=False)
 PLAIN = partial(fresh, bias=False)

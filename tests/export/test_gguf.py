@@ -8,37 +8,18 @@ from importlib.util import find_spec
 import pytest
 
 import moe_families
-from export_models import router, shown, sparse
+from export_models import GGUF_CASES, LLAMA3, SIGMOID, router, shown, sparse
 from moeify import export
 from moeify.export import GgufFile, Unsupported
 from moeify.export.gguf_families import ARCHITECTURES
 from moeify.export.gguf_tokenizer import read_tokenizer
-from moeify.find.where import every, last
-from moeify.routers import sigmoid
+from moeify.find.where import every
 from moeify.sparsify.make import fresh
-from moeify.sparsify.shared import dense, gated
 
 gguf = pytest.importorskip("gguf")
-LLAMA3 = {"rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-          "original_max_position_embeddings": 16}  # fmt: skip
-SIGMOID = {"score": sigmoid, "selection_bias": True}
-EXACT = [
-    ("llama", "mixtral", {}, "llama"),
-    ("llama", "mixtral", {"attention_bias": True, "tie_word_embeddings": True, "rope_parameters": LLAMA3}, "llama"),
-    ("llama", "olmoe", {"tie_word_embeddings": True}, "qwen2moe"),
-    ("llama", router(normalize=False, shared=gated), {}, "qwen2moe"),
-    ("llama", router(shared=dense), {}, "granitemoe"),
-    ("granite", "mixtral", {"attention_multiplier": 0.2, "residual_multiplier": 0.7, "logits_scaling": 3.0,
-                            "embedding_multiplier": 1.5}, "granitemoe"),
-    ("llama", "deepseek", {}, "glm4moe"),
-    ("llama", router(where=last(1), normalize=False, **SIGMOID), {}, "glm4moe"),
-    ("qwen3", "matched", {"head_dim": 16, "rms_norm_eps": 0.1}, "glm4moe"),
-    ("qwen3", "qwen3", {"num_key_value_heads": 1}, "qwen3moe"),
-    ("ernie4_5", "matched", {}, "ernie4_5-moe"),
-]  # fmt: skip
 
 
-@pytest.mark.parametrize(("base", "recipe", "config", "title"), EXACT)
+@pytest.mark.parametrize(("base", "recipe", "config", "title"), GGUF_CASES)
 def test_a_sparse_model_is_an_architecture_of_llama_cpp(base, recipe, config, title, tmp_path):
     model = sparse(base, recipe, **config)
     done = export.write(model, tmp_path / "out", "gguf")
@@ -56,7 +37,7 @@ def test_a_sparse_model_is_an_architecture_of_llama_cpp(base, recipe, config, ti
 def test_every_architecture_is_tried(tmp_path):
     model = shown(moe_families.build("olmoe"))
     assert export.write(model, tmp_path / "out", "gguf").notes == ["olmoe, f32, no tokenizer"]
-    assert {title for *_, title in EXACT} | {"olmoe"} == {*ARCHITECTURES}
+    assert {title for *_, title in GGUF_CASES} | {"olmoe"} == {*ARCHITECTURES}
 
 
 def test_glm4moe_always_has_a_shared_expert_since_llama_cpp_adds_its_missing_tensors_without_an_error(tmp_path):
