@@ -35,3 +35,12 @@ def test_packed_documents_are_judged_as_if_alone(tmp_path):
             tokens = [one.shape[1] - 1 for one in documents]
             alone = sum(model(one, labels=one).loss * n for one, n in zip(documents, tokens, strict=True))
             torch.testing.assert_close(alone / sum(tokens), loss, atol=1e-5, rtol=1e-5)
+
+
+def test_the_report_continues_what_was_held_out_of_own_data(tmp_path):
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, ROWS)))
+    setup = LanguageModel(**SMALL).prepare(None, str(tmp_path / "rows.jsonl"))
+    held_out = {bytes(i for i in row["input_ids"][:16] if i < 256).decode() for row in setup.validation}
+    written = setup.answers(setup.build())
+    assert 0 < len(written) <= 3
+    assert all(any(text.startswith(beginning) for beginning in held_out) for text in written)

@@ -14,12 +14,13 @@ from moeify.data.corpus import Corpus, build_corpus
 from moeify.data.packed import packed_parts
 from moeify.data.text import read_texts
 from moeify.data.tokenizer import ByteTokenizer
-from moeify.evaluate.objective import NextToken
+from moeify.evaluate.objective import NextToken, Samples
 from moeify.tasks.base import Setup, Shape, Task
 from moeify.tasks.models import load_dense, sample, save_tokenizer, saved_tokenizer
 
 PROMPTS = ("def ", "The ", "import ")
-"""What the trained models continue in the report."""
+"""What the trained models continue in the report, of text that came with Python and torch."""
+_SAMPLES, _BEGINNING = 3, 16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +46,7 @@ class LanguageModel(Task):
         facts = {"training tokens available": f"{train.length * len(train):,}"}
         if isinstance(corpus, Corpus):
             facts |= {"corpus": str(corpus).replace("\n", "; "), "corpus sha256": corpus.sha256}
+        prompts = PROMPTS if data is None else _beginnings(validation, tokenizer)
         return Setup(
             train=train,
             validation=validation,
@@ -54,8 +56,16 @@ class LanguageModel(Task):
             data=data or "text that came with Python and torch",
             facts=facts,
             save=lambda folder: save_tokenizer(tokenizer, folder),
-            answers=lambda trained: [sample(trained, tokenizer, prompt) for prompt in PROMPTS],
+            answers=lambda trained: [sample(trained, tokenizer, prompt) for prompt in prompts],
         )
+
+
+def _beginnings(samples: Samples, tokenizer: Any) -> list[str]:
+    """How some samples of own data begin, evenly spread over all of them, without special tokens."""
+    special = set(getattr(tokenizer, "all_special_ids", ()))
+    chosen = range(0, len(samples), max(1, len(samples) // _SAMPLES))[:_SAMPLES]
+    starts = (samples[i]["input_ids"][:_BEGINNING].tolist() for i in chosen)
+    return [text for ids in starts if (text := tokenizer.decode([token for token in ids if token not in special]))]
 
 
 def load_causal(model: str) -> nn.Module:
