@@ -129,6 +129,9 @@ PLOTS = {
     "long_text": Plot(
         value="rise", unit="rise of the loss beyond 128 bytes, nats, less the dense model's", against="dense"
     ),
+    "makemoe": Plot(
+        value="validation_loss", unit="nats per character of tiny Shakespeare", arm="steps", mark=(1.7508, "reported"),
+    ),
     "mixtral": Plot(value="loss", unit="nats per byte, less the dense model of the active size", against="active"),
     "mobile_vmoe": Plot(value="accuracy", unit="points of accuracy, less the dense model", against="dense"),
     "multi_gate": Plot(
