@@ -255,6 +255,15 @@ def test_rates_are_chosen_by_samples_that_are_not_learnt(rates):
     assert sorted([*held.tolist(), *learnt.tolist()]) == list(range(25))
 
 
+def test_rates_that_were_tuned_are_of_arms_that_are_there():
+    with (CLAIMS / "results/rates.csv").open(newline="") as lines:
+        rows = list(csv.DictReader(lines))
+    for claim in {row["claim"] for row in rows}:
+        newest = {row["arm"]: float(row["rate"]) for row in rows if (row["claim"], row["chosen"]) == (claim, "True")}
+        assert newest.keys() == {row["arm"] for row in rows if row["claim"] == claim}
+        assert (CLAIMS / f"{claim}.py").is_file()
+
+
 def test_a_new_column_is_empty_in_earlier_rows_and_none_may_be_missing(rates, tmp_path):
     rates.append("some", {"arm": "a, b"})
     rates.append("some", {"arm": "c", "corpus": "text"})
