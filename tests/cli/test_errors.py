@@ -10,6 +10,7 @@ import signal
 import time
 
 import pytest
+import torch
 
 from command_line import TINY, moeify, moeify_apart
 from moeify.folders import RUN_LOCK, locked
@@ -52,6 +53,14 @@ def refused(tmp_path, text, *options):
 )
 def test_bad_options_of_train_are_refused_in_one_line(tmp_path, text, options, message):
     assert re.match(f".*{message}", refused(tmp_path, text, *options.split()))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there_is_no_reason_to_take_the_cpu(tmp_path, text):
+    assert "--device cuda: torch finds no GPU" in refused(tmp_path, text, "--device", "cuda")
+    (tmp_path / "model").mkdir()
+    out = ["--output", tmp_path / "a.jsonl", "--device", "cuda"]
+    assert "--device cuda: torch finds no GPU" in error("trace", tmp_path / "model", "--data", text, *out)
 
 
 @pytest.mark.parametrize(

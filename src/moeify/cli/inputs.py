@@ -43,6 +43,8 @@ def load_source(source: str, architecture: str | None = None, device: str | None
     from moeify.folders import model_folder
     from moeify.tasks.models import architecture_of, load_dense, load_model
 
+    o.check_device(device)
+
     folder = model_folder(Path(source))
     if (folder / "config.json").is_file():
         model = load_model(folder, architecture)

@@ -166,6 +166,21 @@ def read_pairs(option: str, written: list[str] | None) -> dict[str, str]:
     return {name: value for name, _, value in pairs}
 
 
+def check_device(device: str | None) -> None:
+    """Refuse a device that is unknown, or that torch does not find.
+
+    Raises:
+        ValueError: it is neither `cpu` nor `cuda`, or there is no GPU.
+    """
+    if device not in (None, "cpu", "cuda"):
+        raise ValueError(f"--device must be cpu or cuda, got {device!r}")
+    if device == "cuda":
+        import torch
+
+        if not torch.cuda.is_available():
+            raise ValueError("--device cuda: torch finds no GPU; leave the option out, and the CPU is used")
+
+
 def choose_losses(written: list[str] | None) -> list[tuple[float, Loss]]:
     """The losses of a decision that NAME=WEIGHT specify.
 

@@ -80,8 +80,7 @@ class Train:
             raise ValueError(f"a width of {self.width} cannot be divided into {self.heads} heads of even width")
         if self.batch % self.accumulate:
             raise ValueError(f"{self.batch} samples per step cannot be cut into {self.accumulate} equal micro-batches")
-        if self.device not in (None, "cpu", "cuda"):
-            raise ValueError(f"--device must be cpu or cuda, got {self.device!r}")
+        o.check_device(self.device)
         task = find_task(self.task).of(
             o.read_pairs("--set", self.settings),
             length=self.length,
