@@ -21,7 +21,7 @@ from moeify.data.claim_files import data_file
 from tiny_models import causal_lm
 
 PAGE = Path(__file__).parents[2] / "docs" / "guide" / "anywhere.md"
-FILES = {"json": "stories.jsonl", "yaml": "stories.yaml"}
+FILES = ("tasks/stories.jsonl", "tasks/stories.yaml", "data/stories.jsonl")
 STORY = "Once upon a time, there was a little girl. One day, a boy went to the park with a dog. They played.\n"
 NEEDS = {"gguf": "gguf", "mlx": "mlx_lm", "onnx": "onnxruntime", "openvino": "openvino"}
 PORT = "8000"
@@ -38,7 +38,8 @@ def lacks(module: str) -> bool:
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "tasks").mkdir()
+    for name in ("tasks", "data"):
+        (tmp_path / name).mkdir()
     write_text(tmp_path / "stories.txt", lines=300)
     dense(tmp_path / "stories260k")
     return tmp_path
@@ -77,11 +78,12 @@ def test_the_page_runs_from_top_to_bottom(folder):
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     servers: list[subprocess.Popen[bytes]] = []
+    files = iter(FILES)
     try:
         for kind, text in blocks():
             text = text.replace(PORT, port)
-            if kind in FILES:
-                (folder / "tasks" / FILES[kind]).write_text(text)
+            if kind in ("json", "yaml"):
+                (folder / next(files)).write_text(text)
             elif kind == "python" and not any(lacks(name) for name in imports(text)) and (servers or port not in text):
                 exec(compile(text, f"{PAGE.name}: {text.splitlines()[0]}", "exec"), {"__name__": "__main__"})
             elif kind == "bash":
@@ -111,6 +113,7 @@ def needs_more(command: list[str]) -> bool:
         "lm_eval": ["lm_eval"],
         "transformers": ["openai", "fastapi", "uvicorn"],
         "mlx_lm.generate": ["mlx_lm"],
+        "trl": ["trl"],
     }
     return any(map(lacks, [*of_command.get(command[0], []), *([NEEDS[to]] if to else [])]))
 
