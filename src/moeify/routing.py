@@ -385,7 +385,7 @@ def assign_where(
     """
     expert, token = chosen.t().nonzero(as_tuple=True)
     score = weight.detach().flatten(2).sum(-1) if weight.dim() > 2 else weight.detach()
-    best_first = score.masked_fill(~chosen, float("-inf")).argsort(dim=-1, descending=True, stable=True)
+    best_first = score.masked_fill(~chosen, float("-inf")).sort(dim=-1, descending=True, stable=True).indices
     return Assignment(
         counts=chosen.sum(0),
         evidence=evidence or Evidence(),

@@ -94,7 +94,7 @@ class Compete(Router):
         indices, topk_weights = best(affinity, self.k)
         evidence = Evidence(logits=logits, scores=scores, affinity=affinity)
         routing = tokens.assign(indices, topk_weights, self.num_experts, evidence)
-        row = indices.flatten().argsort(stable=True)  # rows are sorted by expert
+        row = indices.flatten().sort(stable=True).indices  # rows are sorted by expert
         return replace(routing, expert_outputs=outputs[row // self.k, indices.flatten()[row]])
 
     def extra_repr(self) -> str:

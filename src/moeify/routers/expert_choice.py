@@ -62,8 +62,9 @@ class ExpertChoice(Router):
 
     def _taken(self, scores: Float[Tensor, "T E"], sequence: Int[Tensor, "T"]) -> Bool[Tensor, "T E"]:
         """The tokens that each expert selects: the top ones of each sequence, the earlier of two with equal scores."""
-        best_first = scores.argsort(dim=0, descending=True, stable=True)
-        by_sequence = best_first.gather(0, sequence[best_first].argsort(dim=0, stable=True))  # within each, by score
+        best_first = scores.sort(dim=0, descending=True, stable=True).indices
+        within = sequence[best_first].sort(dim=0, stable=True).indices  # each sequence, by score
+        by_sequence = best_first.gather(0, within)
         sequence = sequence.sort().values
         first, end = torch.searchsorted(sequence, sequence), torch.searchsorted(sequence, sequence, right=True)
         place = torch.arange(sequence.shape[0], device=sequence.device) - first
