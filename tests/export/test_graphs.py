@@ -119,6 +119,7 @@ CASES = {
     "capacity of groups": layer(partial(capacity, capacity=per_choice_by_4, priority="batch", per=8)),
     "capacity of texts": layer(partial(capacity, per="prefix"), padding=True),
     "expert choice": layer(ExpertChoice),
+    "expert choice of a part of a token": layer(partial(ExpertChoice, factor=1.5)),
     "experts of several types": layer(TOP_2, experts=of_several_types),
     "tasks": (Recommender, {"features": torch.randn(6, 8)}, {"features": torch.randn(9, 8)}, {0: Dim("b", max=64)}),
 }  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
 from typing import Any, Literal
 
 import torch
@@ -74,7 +75,8 @@ class ExpertChoice(Router):
     def slots(self, tokens: Any) -> Any:
         """Tokens that each expert selects out of `tokens`, an integer or a tensor of integers."""
         parts = 2**20  # integers, since a product of floats may exceed the exact integer and be rounded up
-        return -(-int(self.factor * parts) * tokens // (self.num_experts * parts))
+        share = Fraction(int(self.factor * parts), self.num_experts * parts)
+        return (share.numerator * tokens + share.denominator - 1) // share.denominator  # OpenVINO rounds towards 0
 
     def rows_per_token(self, tokens: int | None = None) -> float:
         """Experts per token on average: `factor`, rounding included if the sequence has `tokens` tokens."""
