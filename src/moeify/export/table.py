@@ -10,6 +10,8 @@ import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+from rich.progress import track
+
 from moeify.export.compatibility import Compatibility, compatibility, tiny_model
 from moeify.export.families import DENSE
 from moeify.files import write_text
@@ -124,7 +126,8 @@ def main(page: Path) -> None:
     """Write the tables between their markers in a page."""
     text, results = page.read_text(encoding="utf-8"), read_results(page)
     before, _, rest = text.partition(BEGIN)
-    tables = "\n\n".join([programs(results), table(recipes, DENSE, results), graphs(recipes, results)])
+    each = track(recipes, "which classes hold each recipe")
+    tables = "\n\n".join([programs(results), table(each, DENSE, results), graphs(recipes, results)])
     write_text(page, f"{before}{BEGIN}\n{tables}\n{END}{rest.partition(END)[2]}")
 
 
