@@ -183,7 +183,7 @@ def _benchmarks() -> dict[str, list[Figure]]:
     losses = {(row["tokens"], row["first"]): float(row["loss"]) for row in dense.rows}
     apart = [float(row["loss"]) - losses[row["tokens"], row["first"]] for row in sparse.rows]
     price = table("benchmarks/results/price-cpu.csv").where(part="step")
-    zen5, emerald = price.where(commit="2db1617"), price.where(commit="fba5040")
+    zen5, emerald, narrow_price = (price.where(commit=commit) for commit in ("2db1617", "fba5040", "e548183"))
     waits = table("benchmarks/results/load-cpu.csv").where(commit="8230e41", waiting="command line")
     traced = table("benchmarks/results/streamed-cpu.csv")
     ten, all_layers = traced.where(layers=10), traced.where(layers=48)
@@ -225,6 +225,7 @@ def _benchmarks() -> dict[str, list[Figure]]:
         },
         "price-cpu": [zen5.where(model=model).one("sparse_over_dense", "lower") for model in ("demo", "52M")],
         "price-cpu.mkl": [emerald.where(model=model).one("sparse_over_dense", "lower") for model in ("demo", "52M")],
+        "price-cpu.avx2": [narrow_price.where(model=m).one("sparse_over_dense", "lower") for m in ("demo", "52M")],
         "scaling-cpu": [scaling.where(experts=128, tokens=1024).one("times_fewest", "lower")],
         "decode-cpu.moeify": [speed("moeify", bits, "higher") for bits in (16, 8, 4)],
         "decode-cpu.peers": [
