@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import math
 import tempfile
 import time
 from collections.abc import Sequence
@@ -147,13 +148,10 @@ def fit(settings: Settings, pace: Pace) -> Settings:
 
     The steps that were measured count; a seventh of the time is kept for everything but steps and validation.
     """
-    if settings.minutes is None:
+    if settings.minutes is None or settings.minutes == math.inf:
         return settings
     seconds = 60 * settings.minutes * 6 / 7 - (settings.evaluations + 2) * pace.evaluation
-    left = seconds / sum(pace.wall_seconds) - TURN * settings.pairs
-    if left >= settings.steps:
-        return settings
-    steps = max(20, int(left) // 10 * 10)
+    steps = max(20, int(seconds / sum(pace.wall_seconds) - TURN * settings.pairs) // 10 * 10)
     if steps >= settings.steps:
         return settings
     return replace(settings, steps=steps, evaluations=min(settings.evaluations, steps))

@@ -68,7 +68,7 @@ struct Rounded {  // rows of activations quantised to int8
 // prefetched in memory order.
 template <Format format, int C, int M>
 BY_INT8 inline void int8_sums(const uint8_t* const* w, const float* const* scales, const Token* x, int64_t k,
-                          Floats (*out)[M]) {
+                              Floats (*out)[M]) {
     constexpr int bytes = format == INT8 ? SPAN : SPAN / 2;
     const int64_t blocks = (k + INT4_BLOCK - 1) / INT4_BLOCK, row_bytes = format == INT8 ? k : blocks * INT4_BLOCK / 2;
     Floats total[C][M] = {};
@@ -119,7 +119,7 @@ BY_INT8 inline void int8_sums(const uint8_t* const* w, const float* const* scale
 // out[m * stride + c] = w[c] · x[m] for c < C, m < M
 template <Format format, int C, int M>
 BY_INT8 inline void int8_dots(const uint8_t* const* w, const float* const* scales, const Token* x, int64_t k, float* out,
-                         int64_t stride) {
+                              int64_t stride) {
     Floats total[C][M];
     constexpr int together = M == 1 ? ABREAST : C;
     for (int c = 0; c < C; c += together) int8_sums<format, together, M>(w + c, scales + c, x, k, total + c);
