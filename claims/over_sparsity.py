@@ -21,7 +21,7 @@ from statistics import fmean, stdev
 
 import torch
 import transformers
-from common.rates import UNREPORTED, add_rates, rates_of
+from common.rates import UNREPORTED, add_rates, parted, rates_of
 from common.text import text_by_domain
 from results import append
 from torch import Tensor, nn
@@ -33,7 +33,7 @@ from moeify.layers import moe_layers
 from moeify.routers import TopK, sigmoid
 from moeify.sparsify import fresh
 
-LENGTH, BATCH, HIDDEN, BATCHES = 128, 16, 256, 40
+LENGTH, BATCH, HIDDEN = 128, 16, 256
 DOMAINS = ("novel", "code_python", "drama")
 ARMS = [(1, 1), (1, 4), (1, 16), (1, 64), (2, 8), (2, 32), (4, 16), (4, 64)]
 """k and E; E = 1 is the dense model."""
@@ -63,11 +63,11 @@ def batch_of(blocks: Blocks, chosen: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def held_out(model: nn.Module, blocks: Blocks, first: int = 0) -> float:
-    """Of so many batches at most, of blocks from `first` on."""
+def held_out(model: nn.Module, blocks: Blocks, chosen: Tensor) -> float:
+    """Nats per byte of the chosen blocks."""
     model.eval()
-    chosen = torch.arange(first, min(len(blocks), first + BATCHES * BATCH)).split(BATCH)
-    mean = fmean(model(input_ids=b, labels=b).loss.item() for b in (batch_of(blocks, c) for c in chosen))
+    batches = (batch_of(blocks, some) for some in chosen.split(BATCH))
+    mean = fmean(model(input_ids=ids, labels=ids).loss.item() for ids in batches)
     model.train()
     return mean
 
@@ -104,13 +104,14 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     train, validation = text_by_domain(DOMAINS, 1_500_000, LENGTH)
+    unreported, reported = parted(len(validation), parts=2)
 
     def run(arm: tuple[int, int], seed: int, rate: float) -> nn.Module:
         torch.manual_seed(seed)
         return trained(built(*arm).train(), train, options.steps, seed, rate)
 
     def error(arm: tuple[int, int], rate: float) -> float:
-        return held_out(run(arm, UNREPORTED, rate), validation, BATCHES * BATCH)
+        return held_out(run(arm, UNREPORTED, rate), validation, unreported)
 
     rates = rates_of("over_sparsity", ARMS, options, error)
     ends: dict[tuple[int, int], list[float]] = {arm: [] for arm in ARMS}
@@ -120,7 +121,7 @@ def main() -> None:
             began = time.perf_counter()
             model = run((k, num_experts), seed, rates[k, num_experts])
             counted = count(model)
-            ends[k, num_experts].append(held_out(model, validation))
+            ends[k, num_experts].append(held_out(model, validation, reported))
             rows.append({
                 "hardware": options.hardware, "k": k, "experts": num_experts, "seed": seed, "steps": options.steps,
                 "tokens": options.steps * BATCH * LENGTH, "validation_loss": f"{ends[k, num_experts][-1]:.4f}",
