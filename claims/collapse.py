@@ -108,12 +108,13 @@ class Course:
     """What happens before a step: competitions are drawn, k grows, and four fifths on first choices are kept."""
 
     def __init__(self, steps: int, seed: int, ids: Tensor) -> None:
-        self.steps, self.seed, self.ids = steps, seed, ids
+        self.seed, self.ids = seed, ids
         self.grows = linear(K, EXPERTS, steps)
+        self.noted = min(round(0.8 * steps), steps - 1)
 
     def __call__(self, model: nn.Module, step: int) -> None:
         begin_step(model, step, seed=self.seed)
-        if step == round(0.8 * self.steps):
+        if step == self.noted:
             set_k(model, K)
             self.choices = first_choices(model, self.ids)
             model.train()

@@ -33,8 +33,6 @@ def designed() -> dict[str, list[Figure]]:
     by_seed = [batch - arrival for batch, arrival in zip(low["batch"], low["arrival"], strict=True)]
     full = [digits.where(priority="batch", factor="4.0", seed=seed).values("accuracy")[-1] for seed in range(3)]
 
-    switch = table("claims/results/switch_scaling.csv")
-    more = [switch.where(experts=e).minus(switch.where(experts=1), "loss") for e in (2, 4, 8, 16, 32)]
     fine = table("claims/results/fine_grained.csv")
     coarse, shared = fine.where(arm="8, top-2"), fine.where(arm="32, top-8, 1 shared")
     finer = [fine.where(arm=arm).minus(coarse, "loss") for arm in ("16, top-4", "32, top-8")]
@@ -69,17 +67,6 @@ def designed() -> dict[str, list[Figure]]:
     behind = [rival.minus(collapse.where(arm="top-2"), "loss") for rival in rivals]
     long = {arm: table("claims/results/long_text.csv").where(arm=arm) for arm in ("dense", "sparse")}
     rises = long["sparse"].minus(long["dense"], "rise")
-    mixed = table("claims/results/mixtral.csv")
-    sparse, active, total = (mixed.where(arm=arm) for arm in ("sparse", "active", "total"))
-    way = (fmean(active.values("loss")) - fmean(sparse.values("loss"))) / (
-        fmean(active.values("loss")) - fmean(total.values("loss"))
-    )
-
-    def faster(setting: str) -> Figure:
-        ours, theirs = (arm.values(f"tokens_per_s_{setting}") for arm in (sparse, total))
-        ratio = median(a / b for a, b in zip(ours, theirs, strict=True))
-        return sparse.figure(ratio, f"median by seed of tokens_per_s_{setting} over that of total", "higher")
-
     fast = {arm: table("claims/results/mixtral_speed.csv").where(arm=arm) for arm in ("sparse", "total", "active")}
 
     def over_dense(arm: str, kind: str, batch: int) -> Figure:
@@ -130,20 +117,11 @@ def designed() -> dict[str, list[Figure]]:
             long["sparse"].over(fmean, "changed_last_layer"),
         ],
         "long_text.least": [rises.half()],
-        "mixtral": [
-            sparse.minus(active, "loss").mean("lower"),
-            *sparse.minus(active, "loss").ends(),
-            mixed.figure(way, "loss of active less sparse over that of active less total", "higher"),
-            faster("width_64_batch_1"),
-            faster("width_512_batch_1"),
-            faster("width_512_batch_64"),
-        ],
         "mixtral.speed": [
             how((over_dense(arm, *cell) for cell in cells), key=lambda figure: figure.value)
             for arm in ("total", "active")
             for how in (min, max)
         ],
-        "mixtral.least": [sparse.minus(active, "loss").half()],
         "heterogeneous": [
             growth(penalty),
             growth(unequal),
@@ -159,7 +137,6 @@ def designed() -> dict[str, list[Figure]]:
             fifth.mean("lower"),
         ],
         "engram.least": [max((each.half() for each in fewer.values()), key=lambda half: half.value)],
-        "switch_scaling.least": [max((each.half() for each in more), key=lambda half: half.value)],
         "fine_grained.least": [max((each.half() for each in finer), key=lambda half: half.value)],
         "multi_gate.least": [apart.half()],
         "batch_priority.least": [
@@ -186,5 +163,4 @@ def designed() -> dict[str, list[Figure]]:
             digits.figure(min(full), "least accuracy at factor 4.0"),
             digits.figure(max(full), "largest accuracy at factor 4.0"),
         ],
-        "switch_scaling": [difference.mean("lower") for difference in more],
     }

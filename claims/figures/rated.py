@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from statistics import fmean
+from statistics import fmean, median
 
 from figures.rows import T_95_OF_5, Differences, Figure, Rows, table
-from figures.tuned import intervals
+from figures.tuned import intervals, least
 
 
 def rated() -> dict[str, list[Figure]]:
     """By id; `ID.one_rate` has what the first run found, `ID.least` the smallest difference that could be told."""
-    return {**zero_computation(), **densemixer()}
+    return zero_computation() | densemixer() | switch_scaling() | mixtral()
 
 
-def runs(claim: str, arm: str = "arm") -> tuple[Rows, Rows]:
-    """The rows of the first run, with one rate for all arms, and those with a rate for each."""
+def runs(claim: str, *arm: str) -> tuple[Rows, Rows]:
+    """The rows of the first run, with one rate for all arms, and those with a rate for each; arms are a column."""
     rows = table(f"claims/results/{claim}.csv")
-    return rows.where(commit=rows.rows[0]["commit"]), rows.last(arm, "seed")
+    return rows.where(commit=rows.rows[0]["commit"]), rows.last(*(arm or ["arm"]), "seed")
 
 
 def means(differences: list[Differences]) -> list[Figure]:
@@ -54,4 +54,52 @@ def densemixer() -> dict[str, list[Figure]]:
     return {
         "densemixer": [figure for each in behind(own) for figure in (each.mean("lower"), *each.ends(T_95_OF_5))],
         "densemixer.one_rate": means(behind(one)),
+    }
+
+
+def switch_scaling() -> dict[str, list[Figure]]:
+    one, own = runs("switch_scaling", "experts")
+    sparse = (2, 4, 8, 16, 32)
+
+    def behind(rows: Rows) -> list[Differences]:
+        return [rows.where(experts=experts).minus(rows.where(experts=1), "loss") for experts in sparse]
+
+    reached = [float(row["steps_to_dense"]) for row in own.rows if row["experts"] != "1" and row["steps_to_dense"]]
+    dense, *others = (own.where(experts=experts) for experts in (1, *sparse))
+    taken = [arm.values("step_cpu_ms")[0] / dense.values("step_cpu_ms")[0] for arm in others]
+    return {
+        "switch_scaling": [
+            *means(behind(own)),
+            own.figure(len(reached), "rows with steps_to_dense and experts > 1", "higher"),
+            own.figure(len(own.rows) - len(dense.rows), "rows with experts > 1"),
+            own.figure(min(reached), "least of steps_to_dense with experts > 1", "lower"),
+            *(arm.figure(ratio, "step_cpu_ms over dense", "lower") for arm, ratio in zip(others, taken, strict=True)),
+        ],
+        "switch_scaling.one_rate": means(behind(one)),
+        "switch_scaling.least": least(behind(own)),
+    }
+
+
+def mixtral() -> dict[str, list[Figure]]:
+    one, own = runs("mixtral")
+    sparse, total = own.where(arm="sparse"), own.where(arm="total")
+
+    def ahead(rows: Rows) -> Differences:
+        return rows.where(arm="sparse").minus(rows.where(arm="active"), "loss")
+
+    def way(rows: Rows) -> Figure:
+        ours, active, all_of_it = (fmean(rows.where(arm=arm).values("loss")) for arm in ("sparse", "active", "total"))
+        what = "loss of active less sparse over that of active less total"
+        return rows.figure((active - ours) / (active - all_of_it), what, "higher")
+
+    def faster(setting: str) -> Figure:
+        ours, theirs = (arm.values(f"tokens_per_s_{setting}") for arm in (sparse, total))
+        ratio = median(a / b for a, b in zip(ours, theirs, strict=True))
+        return sparse.figure(ratio, f"median by seed of tokens_per_s_{setting} over that of total", "higher")
+
+    settings = ("width_64_batch_1", "width_512_batch_1", "width_512_batch_64")
+    return {
+        "mixtral": [*intervals([ahead(own)], "lower"), way(own), *map(faster, settings)],
+        "mixtral.one_rate": [ahead(one).mean("lower"), way(one)],
+        "mixtral.least": [ahead(own).half()],
     }

@@ -309,7 +309,6 @@ def _noted() -> dict[str, list[Figure]]:
         **{f"reliability.{kind}": quoted(LOG, words[kind], NOT_NOTED) for kind in kinds},
         **{f"reliability.{kind}": quoted(LOG, text, "AMD EPYC (Zen 5), 2 cores") for kind, text in replicas.items()},
         "trl": quoted(LOG, rows["8"], NOT_NOTED, (1,)),
-        "switch_scaling.turns": quoted(LOG, "1.45, 1.63, 1.78, 1.95 and 1.92 times that", "AMD EPYC (Zen 5), 2 cores"),
         "sounds": quoted(LOG, "an accuracy of 0.693 (sparse, `matched`) and 0.700 (dense)", NOT_NOTED),
         "limoe": quoted(
             LOG,
