@@ -33,10 +33,6 @@ def designed() -> dict[str, list[Figure]]:
     by_seed = [batch - arrival for batch, arrival in zip(low["batch"], low["arrival"], strict=True)]
     full = [digits.where(priority="batch", factor="4.0", seed=seed).values("accuracy")[-1] for seed in range(3)]
 
-    fine = table("claims/results/fine_grained.csv")
-    coarse, shared = fine.where(arm="8, top-2"), fine.where(arm="32, top-8, 1 shared")
-    finer = [fine.where(arm=arm).minus(coarse, "loss") for arm in ("16, top-4", "32, top-8")]
-
     rates = table("claims/results/z_loss.csv")
     stable = {z: rates.where(z=z, stable="True") for z in ("0.0", "0.001", "0.01")}
     best = {z: [min(rates.where(z=z, seed=seed).values("loss")) for seed in range(3)] for z in stable}
@@ -137,7 +133,6 @@ def designed() -> dict[str, list[Figure]]:
             fifth.mean("lower"),
         ],
         "engram.least": [max((each.half() for each in fewer.values()), key=lambda half: half.value)],
-        "fine_grained.least": [max((each.half() for each in finer), key=lambda half: half.value)],
         "multi_gate.least": [apart.half()],
         "batch_priority.least": [
             digits.figure(
@@ -151,10 +146,6 @@ def designed() -> dict[str, list[Figure]]:
             rates.figure(half, f"half the 95 % interval of the {what}0.001", "lower"),
             rates.figure(fmean(costs["0.01"]), f"{what}0.01", "lower"),
             rates.figure(sizes["0.001"] / sizes["0.0"], "squared_logsumexp at rate=0.004, z=0.001 over z=0.0", "lower"),
-        ],
-        "fine_grained": [
-            *(difference.mean("lower") for difference in finer),
-            shared.minus(fine.where(arm="32, top-8"), "loss").mean("lower"),
         ],
         "multi_gate": [rise("shared bottom"), rise("MMoE"), apart.mean("lower"), *apart.ends()],
         "batch_priority": [

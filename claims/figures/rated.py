@@ -10,7 +10,9 @@ from figures.tuned import intervals, least
 
 def rated() -> dict[str, list[Figure]]:
     """By id; `ID.one_rate` has what the first run found, `ID.least` the smallest difference that could be told."""
-    return zero_computation() | densemixer() | switch_scaling() | mixtral()
+    return {
+        **zero_computation(), **densemixer(), **switch_scaling(), **mixtral(), **fine_grained(),
+    }  # fmt: skip
 
 
 def runs(claim: str, *arm: str) -> tuple[Rows, Rows]:
@@ -21,6 +23,11 @@ def runs(claim: str, *arm: str) -> tuple[Rows, Rows]:
 
 def means(differences: list[Differences]) -> list[Figure]:
     return [each.mean("lower") for each in differences]
+
+
+def less(rows: Rows, base: str, *others: str, column: str = "loss") -> list[Differences]:
+    """What each of these arms has less the first one."""
+    return [rows.where(arm=other).minus(rows.where(arm=base), column) for other in others]
 
 
 def zero_computation() -> dict[str, list[Figure]]:
@@ -102,4 +109,20 @@ def mixtral() -> dict[str, list[Figure]]:
         "mixtral": [*intervals([ahead(own)], "lower"), way(own), *map(faster, settings)],
         "mixtral.one_rate": [ahead(one).mean("lower"), way(one)],
         "mixtral.least": [ahead(own).half()],
+    }
+
+
+def fine_grained() -> dict[str, list[Figure]]:
+    one, own = runs("fine_grained")
+
+    def finer(rows: Rows) -> list[Differences]:
+        return less(rows, "8, top-2", "16, top-4", "32, top-8")
+
+    def shared(rows: Rows) -> list[Differences]:
+        return less(rows, "32, top-8", "32, top-8, 1 shared")
+
+    return {
+        "fine_grained": intervals([*finer(own), *shared(own)], "lower"),
+        "fine_grained.one_rate": means([*finer(one), *shared(one)]),
+        "fine_grained.least": least(finer(own)),
     }
