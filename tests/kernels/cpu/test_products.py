@@ -67,6 +67,16 @@ def test_products_of_few_rows_are_those_of_the_definition(threads, dtype, counts
 
 @pytest.mark.usefixtures("kernel")
 @pytest.mark.parametrize("dtype", ROUNDING)
+@pytest.mark.parametrize("count", [16, 96, 107, 202])
+def test_products_of_many_rows_are_summed_a_part_of_a_row_at_a_time(count, dtype):
+    rows, weight = torch.randn(count + 3, 531).to(dtype), torch.randn(2, 523, 531).to(dtype)
+    out = multiply_runs(rows, weight, [(1, 0, count), (0, count, count + 3)])
+    near(out[:count], rows[:count].double() @ weight[1].double().t(), dtype)
+    near(out[count:], rows[count:].double() @ weight[0].double().t(), dtype)
+
+
+@pytest.mark.usefixtures("kernel")
+@pytest.mark.parametrize("dtype", ROUNDING)
 def test_gradients_of_many_rows_are_written_a_strip_of_columns_at_a_time(dtype):
     left, right = torch.randn(700, 9).to(dtype), torch.randn(700, 1003).to(dtype)
     sums, total = torch.full((1, 9, 1003), torch.nan, dtype=dtype), torch.ones(1, 9, 1003, dtype=dtype)

@@ -88,8 +88,14 @@ struct Grouped {
     static constexpr int WIDE = V * W;   // columns of a tile
     static constexpr int ROW = WIDE * U::depth * sizeof(X);  // bytes of the weights of a word
     static constexpr int DEEP = 32;      // words of a row per step of the sum, after which sums are stored
+    static constexpr int64_t NT_DEEP = 256;  // the same for NT, whose weights are read a few rows at a time
     static constexpr int64_t MANY = 96;  // rows per block, whose sums stay in cache
     static constexpr int APART = 1;      // padding between rows in vectors, against conflict misses in the cache
+#if defined(__AVX2__) && !defined(__AVX512F__)
+    static constexpr int64_t FEW = 10;   // rows beyond whole tiles up to which NT multiplies them by dot products
+#else
+    static constexpr int64_t FEW = INT64_MAX;
+#endif
 
     const Products& call;
 
@@ -101,6 +107,16 @@ struct Grouped {
 
     // out[r][o] = weight[o] · left[r]
     void nt(const Run& run, int64_t begin, int64_t end) const {
+        const int64_t beyond = run.count % WIDE, few = FEW >= run.count ? run.count : beyond <= FEW ? beyond : 0;
+        const int64_t many = run.count - few, tiles = (many + WIDE - 1) / WIDE, parts = (many + MANY - 1) / MANY;
+        for (int64_t part = 0; part < parts; part++) {
+            const int64_t first = tiles * part / parts * WIDE, last = std::min(tiles * (part + 1) / parts * WIDE, many);
+            nt_part({run.expert, run.first + first, last - first}, begin, end);
+        }
+        if (few > 0) nt_few({run.expert, run.first + many, few}, begin, end);
+    }
+
+    void nt_few(const Run& run, int64_t begin, int64_t end) const {
         constexpr int PANEL = 24, BLOCK = 64;
         float sums[PANEL * BLOCK];
         for (int64_t o = begin; o < end; o += BLOCK) {
@@ -116,6 +132,101 @@ struct Grouped {
             }
         }
     }
+
+#if defined(__AVX2__) && !defined(__AVX512F__)
+    // The same with rows as lanes of the sums, and weights as words: no sums across lanes, and half of the loads.
+    void nt_part(const Run& run, int64_t begin, int64_t end) const {
+        constexpr int64_t MOST = 84 * TALL;  // columns whose sums are kept
+        static thread_local std::vector<Floats> inputs, sums;
+        const int64_t tiles = (run.count + WIDE - 1) / WIDE, padded = (call.width + W - 1) / W * W, stride = tiles * V;
+        inputs.resize(tiles * padded * V);
+        for (int64_t tile = 0; tile < tiles; tile++)
+            transpose_inputs(run, tile * WIDE, inputs.data() + tile * padded * V);
+        for (int64_t o = begin; o < end; o += MOST) {
+            const int64_t last = std::min(o + MOST, end);
+            sums.assign((last - o + TALL - 1) / TALL * TALL * stride, Floats{});
+            for (int64_t d = 0; d < call.width; d += NT_DEEP)
+                for (int64_t column = o; column < last; column += TALL)
+                    add_columns(run.expert, column, last, d, inputs.data(), padded, tiles, sums.data() + (column - o) * stride);
+            for (int64_t column = o; column < last; column += W)
+                for (int64_t r = 0; r < run.count; r += W)
+                    write_transposed(sums.data() + (column - o) * stride + r / W, stride, run.first + r,
+                                     std::min<int64_t>(W, run.count - r), column, std::min<int64_t>(W, last - column));
+        }
+    }
+
+    // to[d][m] = element d of row `first` + m for WIDE rows, zeros for those after the last
+    void transpose_inputs(const Run& run, int64_t first, Floats* to) const {
+        for (int64_t d = 0; d < call.width; d += W)
+            for (int v = 0; v < V; v++) {
+                Floats block[W] = {};
+                for (int64_t m = 0, r = first + v * W; m < W && r < run.count; m++, r++)
+                    block[m] = load_at_most(left(run.first + r) + d, call.width - d);
+                transpose(block);
+                for (int i = 0; i < W; i++) to[(d + i) * V + v] = block[i];
+            }
+    }
+
+    // kept[c][r] += elements d ... d + NT_DEEP of weight row `column` + c times those of row r, for TALL columns
+    void add_columns(int64_t expert, int64_t column, int64_t end, int64_t d, const Floats* inputs, int64_t padded, int64_t tiles,
+                     Floats* kept) const {
+        const int64_t deep = std::min(NT_DEEP, call.width - d), stride = tiles * V;
+        alignas(64) float words[TALL][NT_DEEP];
+        for (int m = 0; m < TALL; m++) {
+            const X* row = weight(expert, std::min(column + m, end - 1)) + d;
+            for (int64_t i = 0; i < deep; i += W) {
+                store(words[m] + i, load_at_most(row + i, deep - i));
+                __builtin_prefetch(row + i + TALL * call.row_stride, 0, 2);
+            }
+        }
+        for (int64_t tile = 0; tile < tiles; tile++, kept += V) {
+            Floats sums[TALL][V];
+#pragma GCC unroll 8
+            for (int m = 0; m < TALL; m++)
+#pragma GCC unroll 4
+                for (int v = 0; v < V; v++) sums[m][v] = kept[m * stride + v];
+            const Floats* rows = inputs + (tile * padded + d) * V;
+            add_products<X>(sums, deep, words[0], NT_DEEP, [&](int64_t i, Floats* row) {
+#pragma GCC unroll 4
+                for (int v = 0; v < V; v++) row[v] = rows[i * V + v];
+            });
+#pragma GCC unroll 8
+            for (int m = 0; m < TALL; m++)
+#pragma GCC unroll 4
+                for (int v = 0; v < V; v++) kept[m * stride + v] = sums[m][v];
+        }
+    }
+
+    // out[row + r][column + c] = from[c * stride][r]
+    void write_transposed(const Floats* from, int64_t stride, int64_t row, int64_t rows, int64_t column, int64_t columns) const {
+        Floats block[W] = {};
+        for (int64_t c = 0; c < columns; c++) block[c] = from[c * stride];
+        transpose(block);
+        for (int64_t r = 0; r < rows; r++) {
+            X* to = (X*)call.out + (row + r) * call.height + column;
+            columns < W ? store_first(to, block[r], columns) : store(to, block[r]);
+        }
+    }
+
+    static INLINE Floats load_at_most(const X* p, int64_t count) { return count < W ? load_first(p, count) : load(p); }
+
+    // Swaps lanes and vectors: in each round vector i is zipped with vector i + W / 2.
+    static INLINE void transpose(Floats (&block)[W]) {
+        for (int round = 1; round < W; round *= 2) {
+            Floats zipped[W];
+#pragma GCC unroll 4
+            for (int i = 0; i < W / 2; i++) {
+                const Floats low = _mm256_unpacklo_ps(block[i], block[i + W / 2]);
+                const Floats high = _mm256_unpackhi_ps(block[i], block[i + W / 2]);
+                zipped[2 * i] = _mm256_permute2f128_ps(low, high, 0x20);
+                zipped[2 * i + 1] = _mm256_permute2f128_ps(low, high, 0x31);
+            }
+            std::copy(zipped, zipped + W, block);
+        }
+    }
+#else
+    void nt_part(const Run&, int64_t, int64_t) const {}
+#endif
 
     // out[r][d] = sum over o of left[r][o] · weight[o][d]
     void nn(const Run& run, int64_t begin, int64_t end) const {
