@@ -58,9 +58,6 @@ def designed() -> dict[str, list[Figure]]:
         return min(rates, key=lambda rows: fmean(rows.values("loss_seen")))
 
     learnt, near = (best("MoCLE").minus(best("one adapter"), f"loss_{part}") for part in ("seen", "near"))
-    collapse = table("claims/results/collapse.csv")
-    rivals = [collapse.where(arm=arm) for arm in ("CompeteSMoE", "X-MoE", "SMoE-Dropout", "MH-MoE")]
-    behind = [rival.minus(collapse.where(arm="top-2"), "loss") for rival in rivals]
     long = {arm: table("claims/results/long_text.csv").where(arm=arm) for arm in ("dense", "sparse")}
     rises = long["sparse"].minus(long["dense"], "rise")
     fast = {arm: table("claims/results/mixtral_speed.csv").where(arm=arm) for arm in ("sparse", "total", "active")}
@@ -101,9 +98,6 @@ def designed() -> dict[str, list[Figure]]:
                 "half the 95 % interval of the ratio less that of the balance loss",
             )
         ],
-        "collapse": [figure for each in behind for figure in (each.mean("lower"), *each.ends())],
-        "collapse.changed": [rows.over(fmean, "changed") for rows in (collapse.where(arm="top-2"), *rivals)],
-        "collapse.least": [max((each.half() for each in behind), key=lambda half: half.value)],
         "long_text": [
             long["sparse"].over(fmean, "rise", "lower"),
             long["dense"].over(fmean, "rise"),

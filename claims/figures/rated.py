@@ -11,7 +11,7 @@ from figures.tuned import intervals, least
 def rated() -> dict[str, list[Figure]]:
     """By id; `ID.one_rate` has what the first run found, `ID.least` the smallest difference that could be told."""
     return {
-        **zero_computation(), **densemixer(), **switch_scaling(), **mixtral(), **fine_grained(),
+        **zero_computation(), **densemixer(), **switch_scaling(), **mixtral(), **fine_grained(), **collapse(),
     }  # fmt: skip
 
 
@@ -125,4 +125,15 @@ def fine_grained() -> dict[str, list[Figure]]:
         "fine_grained": intervals([*finer(own), *shared(own)], "lower"),
         "fine_grained.one_rate": means([*finer(one), *shared(one)]),
         "fine_grained.least": least(finer(own)),
+    }
+
+
+def collapse() -> dict[str, list[Figure]]:
+    one, own = runs("collapse")
+    rivals = ("CompeteSMoE", "X-MoE", "SMoE-Dropout", "MH-MoE")
+    return {
+        "collapse": intervals(less(own, "top-2", *rivals), "lower"),
+        "collapse.changed": [own.where(arm=arm).over(fmean, "changed") for arm in ("top-2", *rivals)],
+        "collapse.one_rate": means(less(one, "top-2", *rivals)),
+        "collapse.least": least(less(own, "top-2", *rivals)),
     }
