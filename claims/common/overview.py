@@ -41,7 +41,7 @@ PAIRS = (
     Pair("densemixer", "DenseMixer, equal tokens", {"arm": "DenseMixer"}, {"arm": "as ever"}),
     Pair("harc", "calibrated routers", {"arm": "merged, routers calibrated"}, {"arm": "merged"}, "loss_mean"),
     Pair("fine_grained", "32 finer experts", {"arm": "32, top-8"}, {"arm": "8, top-2"}),
-    Pair("heterogeneous", "HMoE, half the work", {"arm": "unequal widths, penalty"}, {"arm": "equal widths"}),
+    Pair("heterogeneous", "HMoE, under half the work", {"arm": "unequal widths, penalty"}, {"arm": "equal widths"}),
     Pair("mixtral", "top-2 of 8, equal FLOPs", {"arm": "sparse"}, {"arm": "active"}),
     Pair("collapse", "X-MoE, equal FLOPs", {"arm": "X-MoE"}, {"arm": "top-2"}),
     Pair("collapse", "CompeteSMoE, equal FLOPs", {"arm": "CompeteSMoE"}, {"arm": "top-2"}),

@@ -68,14 +68,6 @@ def designed() -> dict[str, list[Figure]]:
         return ours.figure(median(ratios), f"median by seed of tokens_per_s over that of {arm}", "higher")
 
     cells = [(kind, batch) for kind in ("decode", "prefill") for batch in (1, 16, 64, 256)]
-    widths = table("claims/results/heterogeneous.csv")
-    unequal, penalty = (widths.where(arm=arm) for arm in ("unequal widths", "unequal widths, penalty"))
-    against_equal = penalty.minus(widths.where(arm="equal widths"), "loss")
-
-    def growth(arm: Rows) -> Figure:
-        after, before = (fmean(arm.values(column)) for column in ("running", "running_untrained"))
-        return arm.figure(100 * (after / before - 1), "mean of running over that of running_untrained, less 1", "lower")
-
     memory = table("claims/results/engram.csv")
     fewer = {arm: memory.where(share="0.31").minus(memory.where(share=arm), "loss") for arm in ("1.00", "0.00")}
     fifth = memory.where(share="0.79").minus(memory.where(share="1.00"), "loss")
@@ -112,14 +104,6 @@ def designed() -> dict[str, list[Figure]]:
             for arm in ("total", "active")
             for how in (min, max)
         ],
-        "heterogeneous": [
-            growth(penalty),
-            growth(unequal),
-            growth(widths.where(arm="equal widths")),
-            against_equal.mean("lower"),
-            *against_equal.ends(),
-        ],
-        "heterogeneous.least": [against_equal.half()],
         "engram": [
             fewer["1.00"].mean("lower"),
             fewer["0.00"].mean("lower"),

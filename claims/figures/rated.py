@@ -12,6 +12,7 @@ def rated() -> dict[str, list[Figure]]:
     """By id; `ID.one_rate` has what the first run found, `ID.least` the smallest difference that could be told."""
     return {
         **zero_computation(), **densemixer(), **switch_scaling(), **mixtral(), **fine_grained(), **collapse(),
+        **heterogeneous(),
     }  # fmt: skip
 
 
@@ -136,4 +137,23 @@ def collapse() -> dict[str, list[Figure]]:
         "collapse.changed": [own.where(arm=arm).over(fmean, "changed") for arm in ("top-2", *rivals)],
         "collapse.one_rate": means(less(one, "top-2", *rivals)),
         "collapse.least": least(less(own, "top-2", *rivals)),
+    }
+
+
+def heterogeneous() -> dict[str, list[Figure]]:
+    one, own = runs("heterogeneous")
+    equal, penalty = "equal widths", "unequal widths, penalty"
+
+    def growth(rows: Rows, arm: str) -> Figure:
+        of = rows.where(arm=arm)
+        after, before = (fmean(of.values(column)) for column in ("running", "running_untrained"))
+        return of.figure(100 * (after / before - 1), "mean of running over that of running_untrained, less 1", "lower")
+
+    return {
+        "heterogeneous": [
+            *(growth(own, arm) for arm in (penalty, "unequal widths", equal)),
+            *intervals(less(own, equal, penalty), "lower"),
+        ],
+        "heterogeneous.one_rate": [growth(one, penalty), *means(less(one, equal, penalty))],
+        "heterogeneous.least": least(less(own, equal, penalty)),
     }
