@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 from moeify import MoE, losses, record
 from moeify.experts import FFN, Each, Identity
-from moeify.routers import Capacity, TopK, sigmoid
+from moeify.routers import Capacity, ExpertChoice, Soft, TopK, sigmoid
 from strategies import agree, gradients, layer, masks, seeds
 
 LOSSES = {"balance": losses.balance, "importance": losses.importance, "load": losses.load_loss, "z": losses.z}
@@ -24,6 +24,21 @@ def test_the_order_of_tokens_does_not_matter(seed):
     torch.manual_seed(seed)
     moe, x, order = layer(), torch.randn(9, 8), torch.randperm(9)
     torch.testing.assert_close(moe(x[order]), moe(x)[order])
+
+
+@pytest.mark.parametrize("router", [TopK(8, 4), Capacity(TopK(8, 4)), ExpertChoice(8, 4), Soft(8, 4)])
+def test_one_token_needs_no_other_dimension(router):
+    moe, x = MoE(router, FFN(4, 8, 16)), torch.randn(8)
+    torch.testing.assert_close(moe(x), moe(x[None])[0])
+
+
+@pytest.mark.parametrize(
+    ("tokens", "got"),
+    [(torch.ones(3, 8, dtype=torch.long), "torch.int64"), (torch.ones(3, 8) * 1j, "torch.complex64"), ([0.0], "list")],
+)
+def test_tokens_of_other_dtypes_are_refused(tokens, got):
+    with pytest.raises(TypeError, match=f"a sparse layer takes tokens of a floating-point dtype, but got .*{got}"):
+        layer()(tokens)
 
 
 @given(st.integers(1, 5), seeds)

@@ -180,6 +180,8 @@ class Call:
         return None if differ else self._row_length(shape)
 
     def _row_length(self, shape: Sequence[int]) -> int:
+        if not shape:
+            return 1
         if len(shape) == 1 and self.rows is not None and math.prod(self.rows) == shape[0]:
             return self.rows[1]
         if len(shape) == 1:

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from moeify import backends, env
+from moeify import backends, env, given
 from moeify.context import Context
 from moeify.experts.base import Experts
 from moeify.experts.sequences import Sequences
@@ -98,7 +98,13 @@ class MoE(nn.Module):
             x: the tokens.
             others: what whole modules as experts (`Sequences`) are called with beside them.
             named: the same, by name.
+
+        Raises:
+            TypeError: tokens that are not of floating point, or arguments that the experts do not take.
         """
+        if not (isinstance(x, Tensor) and x.is_floating_point()):
+            got = x.dtype if isinstance(x, Tensor) else given.named(x)
+            raise TypeError(f"{self.name or 'a sparse layer'} takes tokens of a floating-point dtype, but got {got}")
         routing = self.router(x, self.context)
         self._require_finite(routing)
         if isinstance(self.experts, Sequences):

@@ -34,6 +34,12 @@ def test_k_must_lie_between_one_and_the_number_of_experts(k):
         TopK(8, 4, k=k)
 
 
+@pytest.mark.parametrize("k", [1.5, "2"])
+def test_k_is_a_whole_number(k):
+    with pytest.raises(TypeError, match="experts per token is no whole number; choose 1 <= k <= 4"):
+        TopK(8, 4, k=k)
+
+
 def test_a_single_normalised_weight_is_refused_because_the_router_would_not_learn():
     with pytest.raises(ValueError, match="the router gets no gradient"):
         TopK(8, 4, k=1)

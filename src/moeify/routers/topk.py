@@ -67,6 +67,7 @@ class TopK(Router):
         init_std: standard deviation of the normal initialisation of the projection.
 
     Raises:
+        TypeError: k is no whole number.
         ValueError: k outside 1..E; k = 1 with normalised weights; groups that do not divide E, or that leave other
             than k experts to choose.
     """
@@ -169,8 +170,11 @@ def check_k(k: int, num_experts: int, normalize: bool) -> None:
     """Refuse a number of experts per token outside 1..E, or one that gives the router no gradient.
 
     Raises:
+        TypeError: k is no whole number.
         ValueError: k outside 1..E; k = 1 with normalised weights.
     """
+    if not isinstance(k, int):
+        raise TypeError(f"k={k!r} experts per token is no whole number; choose 1 <= k <= {num_experts}")
     if not 1 <= k <= num_experts:
         raise ValueError(f"k={k} experts per token out of {num_experts} experts; choose 1 <= k <= {num_experts}")
     if k == 1 and normalize and num_experts > 1:
