@@ -9,6 +9,8 @@ before the first run.
 
 Reproduced if that difference is lower in (b), on data sets that were left out, than in (a), in the mean over seeds.
 
+Rates are chosen by a tenth of the rows that are tuned on otherwise, for a data set alone and for all together.
+
     python claims/flan_moe.py     3 seeds, about 5 minutes on one core; rows in claims/results/flan_moe.csv
 """
 
@@ -22,6 +24,7 @@ from statistics import fmean
 import torch
 from common.bases import SMALL_STEPS, small_bases
 from common.documents import Base, Blocks, Collection
+from common.rates import UNREPORTED, add_rates, parted, rates_of
 from common.small import BATCH, text
 from common.statistics import paired
 from common.training import Batches, held_out, train
@@ -76,7 +79,7 @@ def loss(model: nn.Module, blocks: Blocks) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=40, help="of one data set alone")
-    parser.add_argument("--rate", type=float, default=1e-3)
+    add_rates(parser, 1e-3)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--hardware", default="unknown", help="the name of the hardware in the rows")
     options = parser.parse_args()
@@ -88,18 +91,29 @@ def main() -> None:
     cut = Base(bases["dense"], ByteTokenizer().encode, ByteTokenizer.eos_token_id).blocks
     own = {name: cut(rows) for name, rows in DATA.read("train", DATA.own).items()}
     tests = {name: cut(rows)[: DATA.blocks] for name, rows in DATA.read(DATA.test, DATA.own + DATA.unseen).items()}
+    rest, most = ({name: part[parted(len(part))[i]] for name, part in own.items()} for i in range(2))
+
+    def tuned(arm: str, steps: int, seed: int, rate: float, *sets: Blocks) -> nn.Module:
+        torch.manual_seed(seed)
+        return train(copy.deepcopy(bases[arm]), of(*sets), steps, seed, rate, objective=answered)
+
+    def error(way: tuple[str, bool], rate: float) -> float:
+        arm, together = way
+        if together:
+            model = tuned(arm, options.steps * len(own), UNREPORTED, rate, *most.values())
+            return fmean(loss(model, rest[name]) for name in own)
+        return fmean(loss(tuned(arm, options.steps, UNREPORTED, rate, most[name]), rest[name]) for name in own)
+
+    ways = [(arm, together) for arm in ARMS for together in (False, True)]
+    rates = rates_of("flan_moe", ways, options, error, corpus=data.corpus)
     ends: dict[str, dict[str, list[float]]] = {arm: {setting: [] for setting in SETTINGS} for arm in ARMS}
     rows = []
     for seed in options.seeds:
         for arm in ARMS:
             began = time.process_time()
-
-            def tuned(steps: int, *sets: Blocks, arm: str = arm, seed: int = seed) -> nn.Module:
-                torch.manual_seed(seed)
-                return train(copy.deepcopy(bases[arm]), of(*sets), steps, seed, options.rate, objective=answered)
-
-            alone = {name: loss(tuned(options.steps, own[name]), tests[name]) for name in DATA.own}
-            model = tuned(options.steps * len(own), *own.values())
+            rate, rate_together = rates[arm, False], rates[arm, True]
+            alone = {name: loss(tuned(arm, options.steps, seed, rate, own[name]), tests[name]) for name in DATA.own}
+            model = tuned(arm, options.steps * len(own), seed, rate_together, *own.values())
             everything = {name: loss(model, blocks) for name, blocks in tests.items()}
             means = {
                 "alone": fmean(alone.values()),
@@ -110,7 +124,7 @@ def main() -> None:
                 ends[arm][setting].append(value)
             rows.append({
                 "hardware": options.hardware, "arm": arm, "seed": seed, "base_steps": SMALL_STEPS,
-                "steps": options.steps, "rate": options.rate,
+                "steps": options.steps, "rate": rate, "rate_together": rate_together,
                 **{f"loss_{name.replace(' ', '_')}": f"{v:.4f}" for name, v in means.items()},
                 **{f"untuned_{name}": f"{loss(bases[arm], tests[name]):.4f}" for name in DATA.unseen},
                 "by_data_set": "; ".join(f"{name} {alone.get(name, 0):.4f} {v:.4f}" for name, v in everything.items()),
