@@ -36,7 +36,7 @@ from moeify.balance.control import Control
 from moeify.cli.train import Train
 from moeify.evaluate.objective import NextToken
 from moeify.evaluate.run import make_trainer
-from moeify.kernels.cpu import layer
+from moeify.kernels.cpu import activation, layer
 from moeify.kernels.stacked import Glu
 from moeify.routers import base
 from moeify.train import trainer
@@ -167,7 +167,8 @@ def taken_apart(watch: Stopwatch, model: nn.Module, optimizer: torch.optim.Optim
     functions = [
         ("sort", base, "assign"), ("products", layer, "multiply_rows"), ("products", layer, "multiply_rows_tn"),
         ("gather", Tensor, "index_select"), ("scatter", Tensor, "index_add_"), ("activation", Glu, "__call__"),
-        ("activation", torch.autograd, "grad"), ("losses", StepLoss, "begin"), ("losses", StepLoss, "add"),
+        ("activation", torch.autograd, "grad"), ("activation", activation, "activate"),
+        ("activation", activation, "differentiate"), ("losses", StepLoss, "begin"), ("losses", StepLoss, "add"),
         ("losses", StepLoss, "weighted"), ("losses", StepLoss, "end"), ("metrics", Tally, "add"),
         ("metrics", Tally, "end_step"), ("finiteness", MoE, "_require_finite"), ("finiteness", trainer, "is_finite"),
         ("controller", Control, "observe"), ("controller", Control, "step"), ("model", Tensor, "backward"),

@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from moeify.kernels.cpu.activation import hidden_units, with_pullback
 from moeify.kernels.cpu.gradients import Place, place_for
 from moeify.kernels.cpu.segments import Block, Matrices, blocks, multiply_rows, multiply_rows_tn, span
 from moeify.kernels.naive import naive_grouped_linear
@@ -75,7 +76,7 @@ def infer_layer(
         before = multiply_rows(x.index_select(0, token).to(dtype), up, stacked.up_bias, block)
         if kept is not None:
             kept.append(before)
-        hidden = stacked.activation(before)
+        hidden = hidden_units(before, stacked.activation)
         del before  # free the activations of a block as early as possible
         y.index_add_(0, token, multiply_rows(hidden, down, stacked.down_bias, block).to(y.dtype).mul_(scale))
         del hidden
@@ -135,19 +136,18 @@ def _gradients(ctx: Any, gradient: Float[Tensor, "T O"]) -> list[Tensor | None]:
     for number, block in enumerate(blocks(ctx.counts, _ROWS)):
         token, scale = source[span(block)], weight[span(block)].to(dtype).unsqueeze(1)
         rows, dy = x.index_select(0, token).to(dtype), gradient.index_select(0, token)
-        before = (kept[number] if kept else multiply_rows(rows, up, up_bias, block)).detach()
-        with torch.set_grad_enabled(through_inner):
-            hidden = ctx.activation(before.requires_grad_(through_inner))
-        _weight_gradient(dy * scale, hidden.detach(), ddown, ddown_bias, block)
+        before = kept[number] if kept else multiply_rows(rows, up, up_bias, block)
+        hidden, pullback = with_pullback(before, ctx.activation)
+        _weight_gradient(dy * scale, hidden, ddown, ddown_bias, block)
         if not (through_inner or for_weight):
             continue
-        dhidden = multiply_rows(dy, down.transpose(1, 2), None, block)
-        dweight[span(block)] = _dot(dhidden, hidden.detach())
+        dbefore, dweight[span(block)] = pullback(
+            multiply_rows(dy, down.transpose(1, 2), None, block), weight[span(block)]
+        )
         if down_bias is not None:
             dweight[span(block)] += multiply_rows(dy, down_bias.unsqueeze(1), None, block).squeeze(1)
         if not through_inner:
             continue
-        (dbefore,) = torch.autograd.grad(hidden, before, dhidden * scale)
         _weight_gradient(dbefore, rows, dup, dup_bias, block)
         if dx is not None:
             dx.index_add_(0, token, multiply_rows(dbefore, up.transpose(1, 2), None, block).to(dx.dtype))
@@ -168,10 +168,6 @@ def _weight_gradient(
     if bias is not None:
         ones = gradient.new_ones(len(gradient), 1)
         multiply_rows_tn(gradient, ones, bias.into.unsqueeze(2), block, add=bias.adds)
-
-
-def _dot(a: Float[Tensor, "B H"], b: Float[Tensor, "B H"]) -> Float[Tensor, "B"]:
-    return (a * b).sum(-1, dtype=_wide(a.dtype))
 
 
 def _differentiable_gradients(ctx: Any, gradient: Float[Tensor, "T O"]) -> list[Tensor | None]:

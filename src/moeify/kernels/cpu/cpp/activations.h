@@ -47,6 +47,30 @@ INLINE Floats activate(Activation act, Floats x) {
     return x;
 }
 
+struct Sloped {
+    Floats value, slope;  // of an activation at some x
+};
+
+INLINE Sloped activate_with_slope(Activation act, Floats x) {
+    switch (act) {
+        case SILU: {
+            const Floats s = sigmoid(x);
+            return {x * s, s * (1.f + x * (1.f - s))};
+        }
+        case GELU: {
+            const Floats below = 0.5f * (1.f + erf(x * 0.70710678f));
+            return {x * below, below + x * 0.39894228f * exponential(-0.5f * x * x)};
+        }
+        case GELU_TANH: {
+            const Floats s = sigmoid(2.f * 0.79788456f * (x + 0.044715f * x * x * x));
+            return {x * s, s + x * s * (1.f - s) * (2.f * 0.79788456f) * (1.f + 0.134145f * x * x)};
+        }
+        case RELU: return {at_least(x, 0.f), select(x > Floats{}, all(1.f), Floats{})};
+        case RELU2: return {at_least(x, 0.f) * at_least(x, 0.f), 2.f * at_least(x, 0.f)};
+    }
+    return {x, all(1.f)};
+}
+
 // The activation between the up and the down projection; `up` is not read by PLAIN, `alpha` and `limit` only by CLAMPED.
 INLINE Floats gated_activation(Gating gating, Activation act, float alpha, float limit, Floats gate, Floats up) {
     if (gating == PLAIN) return activate(act, gate);

@@ -1,0 +1,16 @@
+// What lies between the up and the down projection of some rows: hidden = act(up), or act(gate) · up with gate and up side
+// by side. Given the gradient of the loss by hidden / scale, also that by `before`, and each row's gradient · hidden.
+#pragma once
+#include <cstdint>
+
+struct Between {
+    const void* before;    // (R, H), or (R, 2 H) if gated
+    const void* gradient;  // (R, H), or null
+    const float* scale;    // (R), of the gradient
+    void* out;             // hidden, (R, H); with a gradient that by `before`, in its shape
+    float* dots;           // (R), with a gradient
+    int64_t rows, hidden;
+    int32_t gating, activation, is_bf16, threads;
+};
+
+extern "C" void moeify_between(const Between* call);
