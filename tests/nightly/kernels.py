@@ -27,6 +27,7 @@ from moeify.backends import compose, find_backend
 from moeify.experts import FFN, ClampedGlu, Glu, Plain, quantize
 from moeify.kernels.cpu import cpp
 from moeify.kernels.cpu.cpp import products, steps
+from moeify.kernels.cpu.cpp.activation import activate, differentiate
 from moeify.kernels.stacked import KNOWN
 
 SANITIZED = "MOEIFY_TEST_SANITIZED"
@@ -82,8 +83,8 @@ def layer(draw: random.Random) -> str:
 def product(draw: random.Random) -> str:
     """Products of rows sorted by expert, of both layouts, and their sums of outer products."""
     dtype = draw.choice(DTYPES)
-    num_experts, out, width = draw.randint(1, 6), draw.randint(1, 90), draw.randint(1, 90)
-    counts = [draw.choice([0, draw.randint(0, 20)]) for _ in range(num_experts)]
+    num_experts, out, width = draw.randint(1, 6), draw.randint(1, 90), draw.randint(1, draw.choice([90, 90, 600]))
+    counts = [draw.choice([0, draw.randint(0, draw.choice([20, 20, 130]))]) for _ in range(num_experts)]
     counts[draw.randrange(num_experts)] += 1
     ends = torch.tensor(counts).cumsum(0).tolist()
     runs = [(e, end - count, end) for e, (end, count) in enumerate(zip(ends, counts, strict=True)) if count]
@@ -102,6 +103,25 @@ def product(draw: random.Random) -> str:
     products.multiply_runs_tn(left, rows, into, runs, add=add)
     close(into, expected, 5e-6 if dtype == DTYPES[0] else 2e-2)
     return "product"
+
+
+def between(draw: random.Random) -> str:
+    """The activation between two projections, and its gradient."""
+    dtype, rows, hidden = draw.choice(DTYPES), draw.randint(0, 9), draw.randint(1, 90)
+    name, gating = draw.choice(list(KNOWN)), draw.choice(["plain", "glu"])
+    compute = (Glu if gating == "glu" else Plain)(KNOWN[name])
+    before = misaligned(draw, torch.randn(rows, compute.projections * hidden).to(dtype))
+    gradient = misaligned(draw, torch.randn(rows, hidden).to(dtype))
+    scale, inputs = torch.rand(rows), before.double().requires_grad_()
+    with torch.enable_grad():
+        units = compute(inputs)
+        (units * gradient.double() * scale.double().unsqueeze(1)).sum().backward()
+    tolerance = 5e-6 if dtype == DTYPES[0] else 2e-2
+    close(activate(before, gating, name), units, tolerance)
+    by_inputs, by_scale = differentiate(before, gradient, scale, gating, name)
+    close(by_inputs, inputs.grad, tolerance)
+    close(by_scale, (units * gradient).sum(1), tolerance)
+    return "activation"
 
 
 def decoder_steps(draw: random.Random) -> str:
@@ -140,7 +160,7 @@ def fuzz(cases: int, seed: int, levels: list[str]) -> dict:
         os.environ["MOEIFY_CPP"] = level = levels[number % len(levels)]
         print(f"\rcase {number} ", end="", file=sys.stderr, flush=True)
         with torch.no_grad():
-            kind = draw.choices([layer, product, decoder_steps], [6, 3, 1])[0]
+            kind = draw.choices([layer, product, between, decoder_steps], [6, 3, 1, 1])[0]
             try:
                 seen[f"{level} {kind(draw)}"] += 1
             except AssertionError as error:
