@@ -58,8 +58,6 @@ def designed() -> dict[str, list[Figure]]:
         return min(rates, key=lambda rows: fmean(rows.values("loss_seen")))
 
     learnt, near = (best("MoCLE").minus(best("one adapter"), f"loss_{part}") for part in ("seen", "near"))
-    long = {arm: table("claims/results/long_text.csv").where(arm=arm) for arm in ("dense", "sparse")}
-    rises = long["sparse"].minus(long["dense"], "rise")
     fast = {arm: table("claims/results/mixtral_speed.csv").where(arm=arm) for arm in ("sparse", "total", "active")}
 
     def over_dense(arm: str, kind: str, batch: int) -> Figure:
@@ -90,15 +88,6 @@ def designed() -> dict[str, list[Figure]]:
                 "half the 95 % interval of the ratio less that of the balance loss",
             )
         ],
-        "long_text": [
-            long["sparse"].over(fmean, "rise", "lower"),
-            long["dense"].over(fmean, "rise"),
-            rises.mean("lower"),
-            *rises.ends(),
-            long["sparse"].over(fmean, "changed_first_layer"),
-            long["sparse"].over(fmean, "changed_last_layer"),
-        ],
-        "long_text.least": [rises.half()],
         "mixtral.speed": [
             how((over_dense(arm, *cell) for cell in cells), key=lambda figure: figure.value)
             for arm in ("total", "active")

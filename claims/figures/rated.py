@@ -12,7 +12,7 @@ def rated() -> dict[str, list[Figure]]:
     """By id; `ID.one_rate` has what the first run found, `ID.least` the smallest difference that could be told."""
     return {
         **zero_computation(), **densemixer(), **switch_scaling(), **mixtral(), **fine_grained(), **collapse(),
-        **heterogeneous(),
+        **heterogeneous(), **long_text(),
     }  # fmt: skip
 
 
@@ -156,4 +156,21 @@ def heterogeneous() -> dict[str, list[Figure]]:
         ],
         "heterogeneous.one_rate": [growth(one, penalty), *means(less(one, equal, penalty))],
         "heterogeneous.least": least(less(own, equal, penalty)),
+    }
+
+
+def long_text() -> dict[str, list[Figure]]:
+    one, own = runs("long_text")
+    sparse, dense = own.where(arm="sparse"), own.where(arm="dense")
+    rises = less(own, "dense", "sparse", column="rise")
+    return {
+        "long_text": [
+            sparse.over(fmean, "rise", "lower"),
+            dense.over(fmean, "rise"),
+            *intervals(rises, "lower"),
+            sparse.over(fmean, "changed_first_layer"),
+            sparse.over(fmean, "changed_last_layer"),
+        ],
+        "long_text.one_rate": means(less(one, "dense", "sparse", column="rise")),
+        "long_text.least": least(rises),
     }
