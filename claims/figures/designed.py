@@ -66,9 +66,6 @@ def designed() -> dict[str, list[Figure]]:
         return ours.figure(median(ratios), f"median by seed of tokens_per_s over that of {arm}", "higher")
 
     cells = [(kind, batch) for kind in ("decode", "prefill") for batch in (1, 16, 64, 256)]
-    memory = table("claims/results/engram.csv")
-    fewer = {arm: memory.where(share="0.31").minus(memory.where(share=arm), "loss") for arm in ("1.00", "0.00")}
-    fifth = memory.where(share="0.79").minus(memory.where(share="1.00"), "loss")
     what = "least loss of a seed less that without z-loss, mean over seeds, z="
     return {
         "census": [figure for each in areas for figure in (each.mean("higher"), *each.ends(T_95_OF_5))],
@@ -93,13 +90,6 @@ def designed() -> dict[str, list[Figure]]:
             for arm in ("total", "active")
             for how in (min, max)
         ],
-        "engram": [
-            fewer["1.00"].mean("lower"),
-            fewer["0.00"].mean("lower"),
-            *fewer["0.00"].ends(),
-            fifth.mean("lower"),
-        ],
-        "engram.least": [max((each.half() for each in fewer.values()), key=lambda half: half.value)],
         "multi_gate.least": [apart.half()],
         "batch_priority.least": [
             digits.figure(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from statistics import fmean, median
 
+from common.plots import MEMORY
 from figures.rows import T_95_OF_5, Differences, Figure, Rows, table
 from figures.tuned import intervals, least
 
@@ -12,14 +13,14 @@ def rated() -> dict[str, list[Figure]]:
     """By id; `ID.one_rate` has what the first run found, `ID.least` the smallest difference that could be told."""
     return {
         **zero_computation(), **densemixer(), **switch_scaling(), **mixtral(), **fine_grained(), **collapse(),
-        **heterogeneous(), **long_text(),
+        **heterogeneous(), **long_text(), **upcycling(), **engram(),
     }  # fmt: skip
 
 
 def runs(claim: str, *arm: str) -> tuple[Rows, Rows]:
-    """The rows of the first run, with one rate for all arms, and those with a rate for each; arms are a column."""
+    """The rows of the first day, with one rate for all arms, and the last, with a rate for each; arms are a column."""
     rows = table(f"claims/results/{claim}.csv")
-    return rows.where(commit=rows.rows[0]["commit"]), rows.last(*(arm or ["arm"]), "seed")
+    return rows.where(date=rows.rows[0]["date"]), rows.last(*(arm or ["arm"]), "seed")
 
 
 def means(differences: list[Differences]) -> list[Figure]:
@@ -173,4 +174,31 @@ def long_text() -> dict[str, list[Figure]]:
         ],
         "long_text.one_rate": means(less(one, "dense", "sparse", column="rise")),
         "long_text.least": least(rises),
+    }
+
+
+def upcycling() -> dict[str, list[Figure]]:
+    one, own = runs("upcycling")
+    gain = less(own, "dense", "copies", column="loss_at_end")
+    return {
+        "upcycling": [*intervals(gain, "lower"), *intervals(less(own, "dense", "fresh experts", column="loss_at_end"))],
+        "upcycling.one_rate": means(less(one, "dense", "copies", column="loss_at_end")),
+    }
+
+
+def engram() -> dict[str, list[Figure]]:
+    one, own = runs("engram", "share")
+
+    def fewer(rows: Rows, share: str, *others: str) -> list[Differences]:
+        return [rows.where(share=share).minus(rows.where(share=other), "loss") for other in others]
+
+    best = min(MEMORY, key=lambda share: fmean(own.where(share=share).values("loss")))
+    return {
+        "engram": [
+            own.figure(float(best), "share of the lowest mean loss between the ends"),
+            *intervals(fewer(own, best, "1.00", "0.00"), "lower"),
+            *means(fewer(own, "0.79", "1.00")),
+        ],
+        "engram.one_rate": means(fewer(one, "0.31", "1.00", "0.00")),
+        "engram.least": least(fewer(own, best, "1.00", "0.00")),
     }

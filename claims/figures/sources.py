@@ -60,8 +60,6 @@ def _demo() -> dict[str, list[Figure]]:
 
 
 def _conversion() -> dict[str, list[Figure]]:
-    upcycled = table("claims/results/upcycling.csv")
-    gain = upcycled.where(arm="copies").minus(upcycled.where(arm="dense"), "loss_at_end")
     halves = table("claims/results/splits.csv").where(running=2, weight="1.000")
     sparse = table("claims/results/over_sparsity.csv")
 
@@ -72,7 +70,6 @@ def _conversion() -> dict[str, list[Figure]]:
         return sparse.where(k=k, experts=experts)
 
     return {
-        "upcycling": [gain.mean("lower"), gain.spread()],
         "splits": [
             against_random(method)
             for method in (
