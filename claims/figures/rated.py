@@ -13,7 +13,7 @@ def rated() -> dict[str, list[Figure]]:
     """By id; `ID.one_rate` has what the first run found, `ID.least` the smallest difference that could be told."""
     return {
         **zero_computation(), **densemixer(), **switch_scaling(), **mixtral(), **fine_grained(), **collapse(),
-        **heterogeneous(), **long_text(), **upcycling(), **engram(),
+        **heterogeneous(), **long_text(), **upcycling(), **engram(), **three_modalities(),
     }  # fmt: skip
 
 
@@ -201,4 +201,22 @@ def engram() -> dict[str, list[Figure]]:
         ],
         "engram.one_rate": means(fewer(one, "0.31", "1.00", "0.00")),
         "engram.least": least(fewer(own, best, "1.00", "0.00")),
+    }
+
+
+def three_modalities() -> dict[str, list[Figure]]:
+    one, own = runs("three_modalities")
+    names = ("texts", "pictures", "sounds")
+
+    def ahead(rows: Rows) -> list[Differences]:
+        return [rows.where(arm="not told").minus(rows.where(arm=f"dense, {name}"), name) for name in names]
+
+    return {
+        "three_modalities": [
+            *(own.where(arm="not told").over(fmean, name, "higher") for name in names),
+            *intervals(ahead(own), "higher"),
+            *(own.where(arm=arm).over(fmean, "bits") for arm in ("not told", "told")),
+        ],
+        "three_modalities.one_rate": [each.mean("higher") for each in ahead(one)],
+        "three_modalities.least": least(ahead(own)),
     }

@@ -11,7 +11,7 @@ LANGUAGES = ("es", "pt_BR", "fr", "it", "nl", "id")
 
 def tuned() -> dict[str, list[Figure]]:
     """By id; `ID.least` is the smallest difference that the seeds of the claim could tell from none."""
-    return soft_moe() | mobile_vmoe() | expert_dropout() | flan_moe() | three_modalities() | nllb()
+    return soft_moe() | mobile_vmoe() | expert_dropout() | flan_moe() | nllb()
 
 
 def arms(claim: str) -> dict[str, Rows]:
@@ -100,21 +100,6 @@ def flan_moe() -> dict[str, list[Figure]]:
             *both.ends(),
         ],
         "flan_moe.least": [both.half()],
-    }
-
-
-def three_modalities() -> dict[str, list[Figure]]:
-    of = arms("three_modalities")
-    names = ("texts", "pictures", "sounds")
-    ahead = [of["not told"].minus(of[f"dense, {name}"], name) for name in names]
-    return {
-        "three_modalities": [
-            *(of["not told"].over(fmean, name, "higher") for name in names),
-            *intervals(ahead, "higher"),
-            of["not told"].over(fmean, "bits"),
-            of["told"].over(fmean, "bits"),
-        ],
-        "three_modalities.least": least(ahead),
     }
 
 
