@@ -22,17 +22,6 @@ def designed() -> dict[str, list[Figure]]:
     unrelated = gates.where(rho="0.0")
     apart = unrelated.where(arm="MMoE").minus(unrelated.where(arm="shared bottom"), "error")
 
-    digits = table("claims/results/batch_priority.csv")
-    low = {
-        which: [
-            fmean(digits.where(priority=which, factor=factor, seed=seed).values("accuracy")[-1] for factor in LOW)
-            for seed in range(3)
-        ]
-        for which in ("arrival", "batch")
-    }
-    by_seed = [batch - arrival for batch, arrival in zip(low["batch"], low["arrival"], strict=True)]
-    full = [digits.where(priority="batch", factor="4.0", seed=seed).values("accuracy")[-1] for seed in range(3)]
-
     rates = table("claims/results/z_loss.csv")
     stable = {z: rates.where(z=z, stable="True") for z in ("0.0", "0.001", "0.01")}
     best = {z: [min(rates.where(z=z, seed=seed).values("loss")) for seed in range(3)] for z in stable}
@@ -91,11 +80,6 @@ def designed() -> dict[str, list[Figure]]:
             for how in (min, max)
         ],
         "multi_gate.least": [apart.half()],
-        "batch_priority.least": [
-            digits.figure(
-                T_95_OF_3 * stdev(by_seed) / 3**0.5, "half the 95 % interval of batch less arrival at factors up to 0.3"
-            )
-        ],
         "z_loss.least": [rates.figure(half, f"half the 95 % interval of the {what}0.001", "lower")],
         "z_loss": [
             *(rows.figure(len(rows.rows), "rows that are stable") for rows in stable.values()),
@@ -105,10 +89,4 @@ def designed() -> dict[str, list[Figure]]:
             rates.figure(sizes["0.001"] / sizes["0.0"], "squared_logsumexp at rate=0.004, z=0.001 over z=0.0", "lower"),
         ],
         "multi_gate": [rise("shared bottom"), rise("MMoE"), apart.mean("lower"), *apart.ends()],
-        "batch_priority": [
-            digits.figure(fmean(by_seed), "mean of batch less arrival of accuracy at factors up to 0.3", "higher"),
-            *(digits.figure(ahead, f"the same of seed {seed}", "higher") for seed, ahead in enumerate(by_seed)),
-            digits.figure(min(full), "least accuracy at factor 4.0"),
-            digits.figure(max(full), "largest accuracy at factor 4.0"),
-        ],
     }

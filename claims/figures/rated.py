@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from statistics import fmean, median
+from statistics import fmean, median, stdev
 
 from common.plots import MEMORY
-from figures.rows import T_95_OF_5, Differences, Figure, Rows, table
+from figures.rows import T_95_OF_3, T_95_OF_5, Differences, Figure, Rows, table
 from figures.tuned import intervals, least
 
 
@@ -13,7 +13,7 @@ def rated() -> dict[str, list[Figure]]:
     """By id; `ID.one_rate` has what the first run found, `ID.least` the smallest difference that could be told."""
     return {
         **zero_computation(), **densemixer(), **switch_scaling(), **mixtral(), **fine_grained(), **collapse(),
-        **heterogeneous(), **long_text(), **upcycling(), **engram(), **three_modalities(),
+        **heterogeneous(), **long_text(), **upcycling(), **engram(), **three_modalities(), **batch_priority(),
     }  # fmt: skip
 
 
@@ -219,4 +219,33 @@ def three_modalities() -> dict[str, list[Figure]]:
         ],
         "three_modalities.one_rate": [each.mean("higher") for each in ahead(one)],
         "three_modalities.least": least(ahead(own)),
+    }
+
+
+def batch_priority() -> dict[str, list[Figure]]:
+    one, own = runs("batch_priority", "priority", "factor")
+    low = ("0.3", "0.2", "0.1", "0.05")
+
+    def by_seed(rows: Rows) -> list[float]:
+        """What batch priority is ahead at low factors."""
+        at = [
+            rows.where(priority="batch", factor=f).minus(rows.where(priority="arrival", factor=f), "accuracy")
+            for f in low
+        ]
+        return [fmean(seeds) for seeds in zip(*(each.values for each in at), strict=True)]
+
+    def ahead(rows: Rows) -> list[Figure]:
+        what = "mean of batch less arrival of accuracy at factors up to 0.3"
+        seeds = by_seed(rows)
+        return [
+            rows.figure(fmean(seeds), what, "higher"),
+            *(rows.figure(value, f"{what}, seed {seed}", "higher") for seed, value in enumerate(seeds)),
+        ]
+
+    full = own.where(priority="batch", factor="4.0")
+    half = T_95_OF_3 * stdev(by_seed(own)) / 3**0.5
+    return {
+        "batch_priority": [*ahead(own), full.over(min, "accuracy"), full.over(max, "accuracy")],
+        "batch_priority.one_rate": ahead(one),
+        "batch_priority.least": [own.figure(half, "half the 95 % interval of batch less arrival at factors up to 0.3")],
     }
