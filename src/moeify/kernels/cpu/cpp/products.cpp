@@ -87,14 +87,16 @@ struct Grouped {
     static constexpr int V = VECTORS;    // vectors of a tile of columns
     static constexpr int WIDE = V * W;   // columns of a tile
     static constexpr int ROW = WIDE * U::depth * sizeof(X);  // bytes of the weights of a word
-    static constexpr int DEEP = 32;      // words of a row per step of the sum, after which sums are stored
+    static constexpr int DEEP = 2048 / WIDE;  // words of a row per step of the sum, after which sums are stored
+    static constexpr int SHORT = 32;          // the same for few rows
     static constexpr int64_t NT_DEEP = 256;  // the same for NT, whose weights are read a few rows at a time
     static constexpr int64_t MANY = 96;  // rows per block, whose sums stay in cache
     static constexpr int APART = 1;      // padding between rows in vectors, against conflict misses in the cache
 #if defined(__AVX2__) && !defined(__AVX512F__)
-    static constexpr int64_t FEW = 10;   // rows beyond whole tiles up to which NT multiplies them by dot products
+    static constexpr int64_t FEW = 10;     // rows beyond whole tiles up to which NT multiplies them by dot products
+    static constexpr int64_t DIRECT = 16;  // rows up to which NN reads weights where they lie
 #else
-    static constexpr int64_t FEW = INT64_MAX;
+    static constexpr int64_t FEW = INT64_MAX, DIRECT = INT64_MAX;
 #endif
 
     const Products& call;
@@ -180,20 +182,13 @@ struct Grouped {
             }
         }
         for (int64_t tile = 0; tile < tiles; tile++, kept += V) {
-            Floats sums[TALL][V];
-#pragma GCC unroll 8
-            for (int m = 0; m < TALL; m++)
-#pragma GCC unroll 4
-                for (int v = 0; v < V; v++) sums[m][v] = kept[m * stride + v];
             const Floats* rows = inputs + (tile * padded + d) * V;
-            add_products<X>(sums, deep, words[0], NT_DEEP, [&](int64_t i, Floats* row) {
+            update<TALL>(kept, stride, [&](Floats (&sums)[TALL][V]) {
+                add_products<X>(sums, deep, words[0], NT_DEEP, [&](int64_t i, Floats* row) {
 #pragma GCC unroll 4
-                for (int v = 0; v < V; v++) row[v] = rows[i * V + v];
+                    for (int v = 0; v < V; v++) row[v] = rows[i * V + v];
+                });
             });
-#pragma GCC unroll 8
-            for (int m = 0; m < TALL; m++)
-#pragma GCC unroll 4
-                for (int v = 0; v < V; v++) kept[m * stride + v] = sums[m][v];
         }
     }
 
@@ -249,12 +244,31 @@ struct Grouped {
                 const X* at = left(run.first + r) + o;
                 words[r * deep + i] = U::word(at, o + 1 < call.height ? at + 1 : nullptr);
             }
-        for (int64_t w = 0; w < deep; w += DEEP)
-            for (int64_t tile = 0; tile < tiles; tile++)
-                by_rows(run.count, [&](int64_t r, auto rows) {
-                    add_rows<rows>(run.expert, w, std::min<int64_t>(DEEP, deep - w), begin + tile * WIDE, end,
-                                   words.data() + r * deep + w, deep, sums.data() + r * stride + tile * V, stride);
-                });
+        const bool few = run.count <= DIRECT;
+        const int64_t step = few ? SHORT : DEEP;
+        for (int64_t w = 0; w < deep; w += step)
+            for (int64_t tile = 0; tile < tiles; tile++) {
+                const int64_t n = std::min(step, deep - w), column = begin + tile * WIDE;
+                const auto add = [&](auto load) {
+                    by_rows(run.count, [&](int64_t r, auto rows) {
+                        update<rows>(sums.data() + r * stride + tile * V, stride, [&](Floats (&sum_of)[rows][V]) {
+                            add_products<X>(sum_of, n, words.data() + r * deep + w, deep, load);
+                        });
+                    });
+                };
+                const X* next = weight(run.expert, (w + step) * U::depth) + column / WIDE * WIDE * step * U::depth;
+                const Tile weights = {run.expert, w, n, column, std::min<int64_t>(WIDE, end - column), (const char*)next};
+                if (few && is_whole(weights)) {
+                    add([&](int64_t i, Vector* row) { load_word(weights, i, row); });
+                } else {
+                    alignas(64) Vector copied[DEEP][V];
+                    for (int64_t i = 0; i < n; i++) load_word_of_part(weights, i, copied[i]);
+                    add([&](int64_t i, Vector* row) {
+#pragma GCC unroll 4
+                        for (int v = 0; v < V; v++) row[v] = copied[i][v];
+                    });
+                }
+            }
         for (int64_t r = 0; r < run.count; r++) {
             Floats* row = sums.data() + r * stride;
             for (int64_t v = 0; v < tiles * V; v += U::vectors) U::natural(row + v);
@@ -262,36 +276,28 @@ struct Grouped {
         }
     }
 
-    // kept[m] += words[m] · weight[first ... first + n], for WIDE columns, fewer at the end.
-    template <int M>
-    INLINE void add_rows(int64_t expert, int64_t first, int64_t n, int64_t column, int64_t end, const Word* words,
-                         int64_t words_stride, Floats* kept, int64_t kept_stride) const {
-        Floats sums[M][V];
-#pragma GCC unroll 8
-        for (int m = 0; m < M; m++)
+    struct Tile {  // `n` words of at most WIDE columns, and the weights that are needed next, in memory order
+        int64_t expert, first, n, column, columns;
+        const char* next;
+    };
+
+    bool is_whole(const Tile& t) const { return t.columns == WIDE && (t.first + t.n) * U::depth <= call.height; }
+
+    INLINE void load_word(const Tile& t, int64_t i, Vector* to) const {
+        const X* here = weight(t.expert, (t.first + i) * U::depth) + t.column;
 #pragma GCC unroll 4
-            for (int v = 0; v < V; v++) sums[m][v] = kept[m * kept_stride + v];
-        const int64_t o = first * U::depth, ahead = o + DEEP * U::depth;
-        const X* next = weight(expert, ahead) + (column - column % WIDE) * DEEP * U::depth;
-        const int64_t whole = end - column >= WIDE ? n - (o + n * U::depth > call.height) : 0;  // unpadded words
-        const X* tile = weight(expert, o) + column;
-        add_products<X>(sums, whole, words, words_stride, [&](int64_t i, Vector* row) {
-            const X* here = tile + i * U::depth * call.row_stride;
-#pragma GCC unroll 4
-            for (int v = 0; v < V; v += U::vectors) U::interleave(here + v * W, here + call.row_stride + v * W, row + v);
-            for (int byte = 0; byte < ROW; byte += LINE) __builtin_prefetch((const char*)next + i * ROW + byte, 0, 2);
-        });
-        add_products<X>(sums, n - whole, words + whole, words_stride, [&](int64_t i, Vector* row) {
-            X rows[U::depth][WIDE] = {};
-            for (int64_t d = 0; d < U::depth && o + (whole + i) * U::depth + d < call.height; d++)
-                std::memcpy(rows[d], tile + ((whole + i) * U::depth + d) * call.row_stride,
-                            std::min<int64_t>(WIDE, end - column) * sizeof(X));
-            for (int v = 0; v < V; v += U::vectors) U::interleave(rows[0] + v * W, rows[U::depth - 1] + v * W, row + v);
-        });
-#pragma GCC unroll 8
-        for (int m = 0; m < M; m++)
-#pragma GCC unroll 4
-            for (int v = 0; v < V; v++) kept[m * kept_stride + v] = sums[m][v];
+        for (int v = 0; v < V; v += U::vectors) U::interleave(here + v * W, here + call.row_stride + v * W, to + v);
+        for (int byte = 0; byte < ROW; byte += LINE) __builtin_prefetch(t.next + i * ROW + byte, 0, 2);
+    }
+
+    // The same with zeros beyond the matrix.
+    void load_word_of_part(const Tile& t, int64_t i, Vector* to) const {
+        const int64_t o = (t.first + i) * U::depth, there = std::min<int64_t>(U::depth, call.height - o);
+        if (t.columns == WIDE && there == U::depth) return load_word(t, i, to);
+        X rows[U::depth][WIDE] = {};
+        for (int64_t d = 0; d < there; d++)
+            std::memcpy(rows[d], weight(t.expert, o + d) + t.column, t.columns * sizeof(X));
+        for (int v = 0; v < V; v += U::vectors) U::interleave(rows[0] + v * W, rows[U::depth - 1] + v * W, to + v);
     }
 
     // weight[o][d] = sum over r of left[r][o] · right[r][d]
@@ -360,6 +366,20 @@ struct Grouped {
     }
 
   private:
+    // Calls f with M x V sums that are read from `kept` and written back.
+    template <int M, class F>
+    static INLINE void update(Floats* kept, int64_t stride, F f) {
+        Floats sums[M][V];
+#pragma GCC unroll 8
+        for (int m = 0; m < M; m++)
+#pragma GCC unroll 4
+            for (int v = 0; v < V; v++) sums[m][v] = kept[m * stride + v];
+        f(sums);
+#pragma GCC unroll 8
+        for (int m = 0; m < M; m++)
+#pragma GCC unroll 4
+            for (int v = 0; v < V; v++) kept[m * stride + v] = sums[m][v];
+    }
     static void write(const float* from, int64_t count, X* to) {
         int64_t i = 0;
         for (; i + W <= count; i += W) store(to + i, load(from + i));
