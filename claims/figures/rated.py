@@ -14,6 +14,7 @@ def rated() -> dict[str, list[Figure]]:
     return {
         **zero_computation(), **densemixer(), **switch_scaling(), **mixtral(), **fine_grained(), **collapse(),
         **heterogeneous(), **long_text(), **upcycling(), **engram(), **three_modalities(), **batch_priority(),
+        **flan_moe(),
     }  # fmt: skip
 
 
@@ -248,4 +249,23 @@ def batch_priority() -> dict[str, list[Figure]]:
         "batch_priority": [*ahead(own), full.over(min, "accuracy"), full.over(max, "accuracy")],
         "batch_priority.one_rate": ahead(one),
         "batch_priority.least": [own.figure(half, "half the 95 % interval of batch less arrival at factors up to 0.3")],
+    }
+
+
+def flan_moe() -> dict[str, list[Figure]]:
+    one, own = runs("flan_moe")
+
+    def behind(rows: Rows) -> list[Differences]:
+        """Sparse less dense: each data set alone, those left out, all together; and the second less the first."""
+        alone, left_out, together = (
+            less(rows, "dense", "sparse", column=f"loss_{name}")[0] for name in ("alone", "left_out", "together")
+        )
+        values = tuple(a - b for a, b in zip(left_out.values, alone.values, strict=True))
+        what = "loss_left_out less loss_alone, sparse less dense, paired by seed"
+        return [alone, left_out, together, Differences(left_out.rows, values, what)]
+
+    return {
+        "flan_moe": intervals(behind(own), "lower"),
+        "flan_moe.one_rate": means(behind(one)),
+        "flan_moe.least": least(behind(own)[-1:]),
     }

@@ -11,7 +11,7 @@ LANGUAGES = ("es", "pt_BR", "fr", "it", "nl", "id")
 
 def tuned() -> dict[str, list[Figure]]:
     """By id; `ID.least` is the smallest difference that the seeds of the claim could tell from none."""
-    return soft_moe() | mobile_vmoe() | expert_dropout() | flan_moe() | nllb()
+    return soft_moe() | mobile_vmoe() | expert_dropout() | nllb()
 
 
 def arms(claim: str) -> dict[str, Rows]:
@@ -81,25 +81,6 @@ def expert_dropout() -> dict[str, list[Figure]]:
             base.over(fmean, "accuracy"),
         ],
         "expert_dropout.least": [inside.half(T_95_OF_10)],
-    }
-
-
-def flan_moe() -> dict[str, list[Figure]]:
-    of = arms("flan_moe")
-    less = [of["sparse"].minus(of["dense"], f"loss_{name}") for name in ("alone", "left_out", "together")]
-    alone, left_out, _ = less
-    both = Differences(
-        left_out.rows,
-        tuple(a - b for a, b in zip(left_out.values, alone.values, strict=True)),
-        "loss_left_out less loss_alone, sparse less dense, paired by seed",
-    )
-    return {
-        "flan_moe": [
-            *intervals(less, "lower"),
-            both.mean("lower"),
-            *both.ends(),
-        ],
-        "flan_moe.least": [both.half()],
     }
 
 
