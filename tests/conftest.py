@@ -1,5 +1,6 @@
 import gc
 import os
+import signal
 import sys
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before the libraries that read it; processes that tests start get it as well
@@ -7,6 +8,10 @@ os.environ["OMP_NUM_THREADS"] = "1"  # before the libraries that read it; proces
 import pytest
 import torch
 from hypothesis import settings
+
+for number, usual in (("SIGINT", signal.default_int_handler), ("SIGHUP", signal.SIG_DFL)):
+    if hasattr(signal, number):  # which nohup and scripts in the background have their programs ignore
+        signal.signal(getattr(signal, number), usual)
 
 torch.set_num_threads(1)
 settings.register_profile("moeify", deadline=None, max_examples=20, derandomize=True)
