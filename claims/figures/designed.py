@@ -6,9 +6,6 @@ from statistics import fmean, median, stdev
 
 from figures.rows import T_95_OF_3, T_95_OF_5, Figure, Rows, table
 
-DROPPED = ("dropped_captions", "dropped_patches")
-LOW = ("0.3", "0.2", "0.1", "0.05")
-
 
 def designed() -> dict[str, list[Figure]]:
     """By id; `ID.least` is the smallest difference that the seeds of the claim could tell from none."""
@@ -34,11 +31,6 @@ def designed() -> dict[str, list[Figure]]:
         for task in ("income", "never_married")
         for one, other in (("MMoE", "shared bottom"), ("PLE", "MMoE"))
     ]
-    tower = {arm: table("claims/results/limoe.csv").where(arm=arm) for arm in ("balance loss", "entropies")}
-    ratios = {
-        arm: [a / max(b, 0.1) for a, b in zip(*map(rows.values, DROPPED), strict=True)] for arm, rows in tower.items()
-    }
-    by_entropies = [a - b for a, b in zip(ratios["entropies"], ratios["balance loss"], strict=True)]
     second = table("claims/results/mocle_layers_1.csv")
 
     def best(arm: str) -> Rows:
@@ -61,19 +53,6 @@ def designed() -> dict[str, list[Figure]]:
         "census.least": [max((each.half(T_95_OF_5) for each in areas), key=lambda half: half.value)],
         "mocle.second": [learnt.mean("lower"), *learnt.ends(), near.mean("lower"), *near.ends()],
         "mocle.least": [learnt.half()],
-        "limoe.claim": [
-            *(
-                rows.figure(fmean(ratios[arm]), "mean by seed of dropped_captions over dropped_patches")
-                for arm, rows in tower.items()
-            ),
-            *(rows.over(fmean, "recall_at_5") for rows in tower.values()),
-        ],
-        "limoe.least": [
-            tower["entropies"].figure(
-                T_95_OF_3 * stdev(by_entropies) / 3**0.5,
-                "half the 95 % interval of the ratio less that of the balance loss",
-            )
-        ],
         "mixtral.speed": [
             how((over_dense(arm, *cell) for cell in cells), key=lambda figure: figure.value)
             for arm in ("total", "active")

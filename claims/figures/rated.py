@@ -14,7 +14,7 @@ def rated() -> dict[str, list[Figure]]:
     return {
         **zero_computation(), **densemixer(), **switch_scaling(), **mixtral(), **fine_grained(), **collapse(),
         **heterogeneous(), **long_text(), **upcycling(), **engram(), **three_modalities(), **batch_priority(),
-        **flan_moe(),
+        **flan_moe(), **limoe(),
     }  # fmt: skip
 
 
@@ -268,4 +268,28 @@ def flan_moe() -> dict[str, list[Figure]]:
         "flan_moe": intervals(behind(own), "lower"),
         "flan_moe.one_rate": means(behind(one)),
         "flan_moe.least": least(behind(own)[-1:]),
+    }
+
+
+def limoe() -> dict[str, list[Figure]]:
+    one, own = runs("limoe")
+    arms = ("balance loss", "entropies")
+
+    def ratios(rows: Rows, arm: str) -> list[float]:
+        captions, patches = (rows.where(arm=arm).values(f"dropped_{of}") for of in ("captions", "patches"))
+        return [a / max(b, 0.1) for a, b in zip(captions, patches, strict=True)]
+
+    def both(rows: Rows) -> list[Figure]:
+        what = "mean by seed of dropped_captions over dropped_patches"
+        return [
+            *(rows.where(arm=arm).figure(fmean(ratios(rows, arm)), what) for arm in arms),
+            *(rows.where(arm=arm).over(fmean, "recall_at_5") for arm in arms),
+        ]
+
+    apart = [a - b for a, b in zip(*(ratios(own, arm) for arm in arms), strict=True)]
+    half = T_95_OF_3 * stdev(apart) / 3**0.5
+    return {
+        "limoe.claim": both(own),
+        "limoe.one_rate": both(one),
+        "limoe.least": [own.figure(half, "half the 95 % interval of the ratio less that of the balance loss")],
     }
