@@ -65,7 +65,7 @@ struct Rounded {  // rows of activations quantised to int8
 };
 
 // out[c][m] = w[c] · x[m], as a vector of partial sums, for c < C, m < M. The weights and scales behind these are
-// prefetched in memory order.
+// prefetched in memory order, into L2: a small L1 would lose them before they are read.
 template <Format format, int C, int M>
 BY_INT8 inline void int8_sums(const uint8_t* const* w, const float* const* scales, const Token* x, int64_t k,
                               Floats (*out)[M]) {
@@ -92,7 +92,7 @@ BY_INT8 inline void int8_sums(const uint8_t* const* w, const float* const* scale
             for (int c = 0; c < C; c++) {
                 const int64_t at = i / SPAN * bytes;
                 for (int line = 0; line < bytes; line += LINE)
-                    __builtin_prefetch(w[0] + LEAD + at * C + c * bytes + line);
+                    __builtin_prefetch(w[0] + LEAD + at * C + c * bytes + line, 0, 2);
                 if (at + bytes <= row_bytes) {
                     numbers[c] = weights_of<format>(w[c] + at);
                 } else {
