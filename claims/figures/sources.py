@@ -160,13 +160,9 @@ def _independent() -> dict[str, list[Figure]]:
 
 
 def _benchmarks() -> dict[str, list[Figure]]:
-    layer = table("benchmarks/results/layer-cpu.csv").where(commit="06ebc7b", implementation="moeify")
-    narrow_forward = (
-        table("benchmarks/results/layer-cpu.csv")
-        .where(commit="61fcd6f", isa="AVX2", implementation="moeify")
-        .where(**{"pass": "forward"})
-    )
-    forward, both = (layer.where(**{"pass": which}) for which in ("forward", "forward+backward"))
+    layer = table("benchmarks/results/layer-cpu.csv").where(commit="e726a3f", implementation="moeify")
+    narrow_forward, forward = (layer.where(isa=isa).where(**{"pass": "forward"}) for isa in ("AVX2", "AVX512"))
+    both = layer.where(isa="AVX512").where(**{"pass": "forward+backward"})
     trainings = table("benchmarks/results/train-cpu.csv").where(implementation="moeify", model="sparse")
     steps = trainings.where(commit="06ebc7b")
     decode = table("benchmarks/results/decode-cpu.csv").where(commit="61fcd6f", model="sparse", what="decode")
