@@ -166,6 +166,7 @@ def _benchmarks() -> dict[str, list[Figure]]:
     trainings = table("benchmarks/results/train-cpu.csv").where(implementation="moeify", model="sparse")
     steps = trainings.where(commit="06ebc7b")
     decode = table("benchmarks/results/decode-cpu.csv").where(commit="61fcd6f", model="sparse", what="decode")
+    zen4 = table("benchmarks/results/decode-cpu.csv").where(commit="6c37977", model="sparse", what="decode")
     wide, narrow = (decode.where(isa=isa).last("implementation", "bits") for isa in ("AVX512", "AVX2"))
     scaling = table("benchmarks/results/scaling-cpu.csv").where(commit="06ebc7b", implementation="moeify")
     tuned = table("benchmarks/results/tune-memory-cpu.csv")
@@ -227,6 +228,9 @@ def _benchmarks() -> dict[str, list[Figure]]:
         ],
         "decode-cpu.avx2": [
             narrow.where(implementation="moeify", bits=bits).one("over_llama.cpp", "higher") for bits in (16, 8, 4)
+        ],
+        "decode-cpu.zen4": [
+            zen4.where(implementation="moeify", bits=bits).one("over_llama.cpp", "higher") for bits in (16, 8, 4)
         ],
         "layer-cpu.avx2": [
             narrow_forward.over(min, "speedup_over_best_peer", "higher"),
