@@ -27,7 +27,7 @@ from moeify.backends import compose, find_backend
 from moeify.experts import FFN, ClampedGlu, Glu, Plain, quantize
 from moeify.kernels.cpu import cpp
 from moeify.kernels.cpu.cpp import products, steps
-from moeify.kernels.cpu.cpp.activation import activate, differentiate
+from moeify.kernels.cpu.cpp.between import activate, differentiate
 from moeify.kernels.stacked import KNOWN
 
 SANITIZED = "MOEIFY_TEST_SANITIZED"

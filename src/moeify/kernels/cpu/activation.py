@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from moeify.kernels.cpu import cpp
-from moeify.kernels.cpu.cpp.activation import activate, differentiate
+from moeify.kernels.cpu.cpp.between import activate, differentiate
 from moeify.kernels.stacked import Activation, Glu, Plain, name_of
 
 Pullback = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]

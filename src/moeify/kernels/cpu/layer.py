@@ -141,9 +141,8 @@ def _gradients(ctx: Any, gradient: Float[Tensor, "T O"]) -> list[Tensor | None]:
         _weight_gradient(dy * scale, hidden, ddown, ddown_bias, block)
         if not (through_inner or for_weight):
             continue
-        dbefore, dweight[span(block)] = pullback(
-            multiply_rows(dy, down.transpose(1, 2), None, block), weight[span(block)]
-        )
+        dhidden = multiply_rows(dy, down.transpose(1, 2), None, block)
+        dbefore, dweight[span(block)] = pullback(dhidden, weight[span(block)])
         if down_bias is not None:
             dweight[span(block)] += multiply_rows(dy, down_bias.unsqueeze(1), None, block).squeeze(1)
         if not through_inner:

@@ -1,4 +1,4 @@
-"""C++ kernels for a CPU, compiled at first use: a fused sparse layer, grouped GEMMs for few rows, a decoding step."""
+"""C++ kernels for a CPU, compiled at first use: a fused sparse layer, grouped GEMMs, activations, a decoding step."""
 
 from moeify.kernels.cpu.cpp.build import LEVELS, Unavailable, explain, levels, library, why_not
 from moeify.kernels.cpu.cpp.call import cpp_layer

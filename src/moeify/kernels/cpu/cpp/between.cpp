@@ -1,5 +1,5 @@
-// The activation of rows between two projections, and its gradient, in one pass each; activation.h describes them.
-#include "activation.h"
+// The activation of rows between two projections, and its gradient, in one pass each; between.h describes them.
+#include "between.h"
 
 #include <algorithm>
 

@@ -43,12 +43,12 @@ def activate(before: Float[Tensor, "R M"], gating: str, name: str) -> Float[Tens
 def differentiate(
     before: Float[Tensor, "R M"], gradient: Float[Tensor, "R H"], scale: Float[Tensor, "R"], gating: str, name: str
 ) -> tuple[Float[Tensor, "R M"], Float[Tensor, "R"]]:
-    """The gradient by the inputs of the activation, and that by the factor of each row.
+    """The gradient by the inputs of the activation, and that by the scale of each row.
 
     Args:
         before: as of `activate`.
-        gradient: contiguous, that by the hidden units before they are scaled, in the dtype of `before`.
-        scale: the factor of each row, in fp32.
+        gradient: contiguous, that by the scaled hidden units, in the dtype of `before`.
+        scale: what the hidden units of each row are multiplied by, in fp32.
         gating: "plain" or "glu".
         name: the elementwise activation.
 
