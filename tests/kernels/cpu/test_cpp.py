@@ -22,7 +22,8 @@ from moeify.experts import FFN, ClampedGlu, Glu, Identity, Plain, Quantized, qua
 from moeify.experts.quantized import Weights
 from moeify.hf.interface import HfExperts
 from moeify.kernels.cpu import cpp
-from moeify.kernels.cpu.cpp import build, steps
+from moeify.kernels.cpu.cpp import build, call, steps
+from moeify.kernels.cpu.cpp.reading import READINGS
 from moeify.kernels.cpu.packing import pack
 from moeify.kernels.stacked import KNOWN
 from moeify.routers import Capacity, DefaultVector, TopK, TopP
@@ -117,6 +118,20 @@ def test_inputs_that_are_whole_numbers_already_are_multiplied_exactly(bits, widt
         steps.run_steps([step], tokens)
         exact = x.double() @ weights.of(0, torch.float64).t()
         torch.testing.assert_close(y.double(), exact, rtol=0, atol=2e-6 * (127 * 3 * width))
+
+
+@pytest.mark.usefixtures("level")
+@pytest.mark.parametrize("reading", READINGS)
+@pytest.mark.parametrize("bits", [32, 16, 8, 4])
+@pytest.mark.parametrize(("width", "hidden"), [(200, 1025), (1300, 71)])
+def test_one_row_of_an_expert_agrees_with_the_definition_however_its_weights_are_read(
+    reading, bits, width, hidden, monkeypatch
+):
+    monkeypatch.setattr(call, "reading", lambda *_: reading)
+    dtype = torch.float32 if bits == 32 else torch.bfloat16
+    experts = ffn(3, width, hidden, bias=True, width_out=71, dtype=dtype)
+    experts = experts if bits >= 16 else quantize(experts, bits)
+    check(torch.randn(1, width).to(dtype), assign(torch.tensor([[2, 0]]), torch.rand(1, 2), 3), experts)
 
 
 @pytest.mark.parametrize("bits", [16, 8, 4])

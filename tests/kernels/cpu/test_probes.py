@@ -7,6 +7,7 @@ import torch
 
 from moeify.files import read_json
 from moeify.kernels.cpu import cpp, crossover, layer_crossover, probes
+from moeify.kernels.cpu.cpp import reading
 from moeify.kernels.cpu.crossover import ANY, COUNTS, WITHOUT_CLOCK, last_win, max_rows
 from moeify.kernels.cpu.layer_crossover import max_layer_rows
 from moeify.kernels.cpu.onednn import can_pack
@@ -19,7 +20,7 @@ LAYOUTS = ["nt", "nn", "tn"]
 def cache(monkeypatch, tmp_path):
     cpp.why_not()  # compiles into the cache of all tests
     monkeypatch.setenv("MOEIFY_CACHE", str(tmp_path / "cache"))
-    measured = crossover._measured, layer_crossover._measured
+    measured = crossover._measured, layer_crossover._measured, reading._fastest
     for function in measured:
         function.cache_clear()
     yield
@@ -149,3 +150,52 @@ def test_without_a_kernel_no_rows_are_its_own(monkeypatch):
     assert max_rows("nt", torch.float32) == 0
     monkeypatch.setenv("MOEIFY_CPP", "1")
     assert max_rows("nt", torch.float16) == 0
+
+
+STORED = [torch.float32, torch.bfloat16, torch.int8, torch.uint8]
+
+
+def test_how_weights_are_read_is_measured_once_and_kept(monkeypatch):
+    if reason := cpp.why_not():
+        pytest.skip(reason)
+    monkeypatch.setattr(reading, "shortest", lambda *ways, rounds: [3.0, 2.0, 1.0, 4.0, 5.0])
+    assert reading.reading(torch.int8, 2**26) == reading.READINGS[2]
+    monkeypatch.setattr(reading, "shortest", lambda *ways, rounds: pytest.fail("measured again"))
+    reading._fastest.cache_clear()
+    assert reading.reading(torch.int8, 2**26) == reading.READINGS[2]
+
+
+def test_a_reading_that_is_hardly_faster_than_the_first_does_not_replace_it(monkeypatch):
+    monkeypatch.setattr(reading, "ways", lambda dtype: (None, []))
+    monkeypatch.setattr(reading, "shortest", lambda *ways, rounds: [1.0, 0.97, 2.0, 2.0, 2.0])
+    assert reading._measure(torch.int8) == 0
+    monkeypatch.setattr(reading, "shortest", lambda *ways, rounds: [1.0, 0.97, 2.0, 0.9, 2.0])
+    assert reading._measure(torch.int8) == 3
+
+
+def test_small_weights_and_determinism_need_no_measurement(monkeypatch):
+    monkeypatch.setattr(reading, "_measure", lambda dtype: pytest.fail("measured"))
+    assert reading.reading(torch.int8, 2**20) == reading.READINGS[0]
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert reading.reading(torch.int8, 2**26) == reading.READINGS[0]
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("dtype", STORED)
+def test_all_readings_that_are_compared_compute_the_same(dtype, monkeypatch):
+    if reason := cpp.why_not():
+        pytest.skip(reason)
+    monkeypatch.setattr(reading, "_BYTES", 2**22)
+    monkeypatch.setattr(reading, "_HIDDEN", 256)
+    y, ways = reading.ways(dtype)
+    outputs = []
+    for run in ways:
+        run()
+        outputs.append(y.clone())
+        y.zero_()
+    assert len(outputs) == len(reading.READINGS)
+    assert outputs[0].abs().min() > 0
+    for output in outputs:
+        torch.testing.assert_close(output, outputs[0], rtol=1e-5, atol=0)

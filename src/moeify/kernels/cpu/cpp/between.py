@@ -10,10 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from moeify.kernels.cpu.cpp.build import library
-from moeify.kernels.cpu.cpp.call import GATING
-from moeify.kernels.stacked import KNOWN
-
-_ACTIVATIONS = list(KNOWN)
+from moeify.kernels.cpu.cpp.structs import ACTIVATIONS, GATING
 
 
 class _Between(ctypes.Structure):
@@ -64,7 +61,7 @@ def _call(before: Tensor, *others: Tensor | None, gating: str, name: str) -> Non
     pointers = (None if tensor is None else tensor.data_ptr() for tensor in (before, *others))
     hidden = before.shape[1] // (2 if gating == "glu" else 1)
     call = _Between(
-        *pointers, len(before), hidden, GATING.index(gating), _ACTIVATIONS.index(name),
+        *pointers, len(before), hidden, GATING.index(gating), ACTIVATIONS.index(name),
         before.dtype == torch.bfloat16, torch.get_num_threads(),
     )  # fmt: skip
     library().moeify_between(ctypes.byref(call))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-from ctypes import c_float, c_int32, c_int64, c_void_p
 
 import torch
 from jaxtyping import Float, Int
@@ -11,32 +10,8 @@ from torch import Tensor
 from torch import library as operators
 
 from moeify.kernels.cpu.cpp.build import library
-from moeify.kernels.stacked import KNOWN
-
-FORMATS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2, torch.uint8: 3}
-"""The storage format of weights by dtype; uint8 packs two int4 weights."""
-GATING = ["plain", "glu", "clamped"]
-_ACTIVATIONS = list(KNOWN)
-
-
-class _Stack(ctypes.Structure):
-    _fields_ = (
-        ("data", c_void_p), ("scales", c_void_p), ("bias", c_void_p),
-        ("expert_stride", c_int64), ("row_stride", c_int64), ("bias_stride", c_int64),
-        ("format", c_int32), ("group_size", c_int32),
-    )  # fmt: skip
-
-
-class _Call(ctypes.Structure):
-    _fields_ = (
-        ("x", c_void_p), ("x_stride", c_int64), ("tokens", c_int64), ("rows", c_int64),
-        ("source", c_void_p), ("weight", c_void_p), ("counts", c_void_p),
-        ("experts", c_int64), ("width", c_int64), ("hidden", c_int64), ("width_out", c_int64),
-        ("up", _Stack), ("down", _Stack),
-        ("gating", c_int32), ("activation", c_int32), ("alpha", c_float), ("limit", c_float),
-        ("y", c_void_p), ("threads", c_int32),
-    )  # fmt: skip
-
+from moeify.kernels.cpu.cpp.reading import reading
+from moeify.kernels.cpu.cpp.structs import ACTIVATIONS, FORMATS, GATING, Call, Stack
 
 _OPERATORS = operators.Library("moeify", "FRAGMENT")
 _OPERATORS.define(
@@ -98,19 +73,21 @@ def cpp_layer(
         y.copy_(default_output)
     weight, source, counts = weight.float().contiguous(), source.contiguous(), counts.contiguous()
     up_bias, down_bias = (None if bias is None else bias.contiguous() for bias in (up_bias, down_bias))
-    call = _Call(
+    call = Call(
         x.data_ptr(), x.stride(0), tokens, len(source), source.data_ptr(), weight.data_ptr(), counts.data_ptr(),
         len(counts), width, hidden, down.shape[1],
-        _stack(up, up_bias, up_scales, group_size), _stack(down, down_bias, down_scales, group_size),
-        GATING.index(gating), _ACTIVATIONS.index(activation), alpha, limit, y.data_ptr(), torch.get_num_threads(),
+        stack(up, up_bias, up_scales, group_size), stack(down, down_bias, down_scales, group_size),
+        GATING.index(gating), ACTIVATIONS.index(activation), alpha, limit, y.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
     if library().moeify_layer(ctypes.byref(call), x.dtype == torch.bfloat16):
         raise ValueError(f"a decision over {len(source)} rows does not fit {tokens} tokens: wrong counts or sources")
     return y.to(x.dtype)
 
 
-def _stack(weight: Tensor, bias: Tensor | None, scales: Tensor | None, group_size: int) -> _Stack:
-    return _Stack(
+def stack(weight: Tensor, bias: Tensor | None, scales: Tensor | None, group_size: int) -> Stack:
+    """The C struct of stacked projections (E, O, D); it holds no reference to the tensors."""
+    how = reading(weight.dtype, weight.nbytes)
+    return Stack(
         weight.data_ptr(),
         None if scales is None else scales.data_ptr(),
         None if bias is None else bias.data_ptr(),
@@ -119,6 +96,8 @@ def _stack(weight: Tensor, bias: Tensor | None, scales: Tensor | None, group_siz
         0 if bias is None else bias.stride(0),
         FORMATS[weight.dtype],
         group_size,
+        how.in_order,
+        how.prefetch,
     )
 
 

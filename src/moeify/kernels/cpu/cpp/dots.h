@@ -4,6 +4,7 @@
 
 constexpr int LINE = 64;    // bytes of a cache line
 constexpr int LEAD = 8192;  // minimal prefetch distance, in bytes
+constexpr int ORDERLY_LEAD = 4096;  // that of floats which are read one row after another
 constexpr int COLUMNS = 4;  // weight rows that share the loads of the activations
 #if defined(__AVX512F__)
 constexpr int ROWS = 6;  // activations that share the loads of the weights: 4 x 6 sums and 4 + 1 operands in 32 registers
@@ -12,6 +13,19 @@ constexpr int ROWS = 2;
 #else
 constexpr int ROWS = 4;
 #endif
+
+enum Prefetch { NEVER, INTO_L2, INTO_L1 };
+
+// How one row of activations reads weights that come from memory. What is fastest differs by processor, so it is measured.
+struct Reading {
+    bool in_order = true;  // one row of weights after another, a single stream, and not several rows abreast
+    Prefetch prefetch = INTO_L2;
+};
+
+template <Prefetch into>
+INLINE void prefetch(const void* p) {
+    if (into != NEVER) __builtin_prefetch(p, 0, into == INTO_L1 ? 3 : 2);
+}
 
 // The multiply-adds of a step: one vector of fp32, two of bf16 as fp32, or one of pairs of bf16.
 template <class Weight, class X>
@@ -118,6 +132,49 @@ INLINE void dots(const Weight* w, int64_t w_stride, const Weight* next, const X*
     }
 }
 
+// out[c] = w[c] · x for c < C, one row of weights after another.
+template <Prefetch into, int C, class Weight, class X>
+INLINE void dots_in_order(const Weight* w, int64_t w_stride, const X* x, int64_t k, float* out) {
+    typedef Product<Weight, X> P;
+    constexpr int parts = 4, steps = parts / P::turns;
+    Floats total[C];
+#pragma GCC unroll 8
+    for (int c = 0; c < C; c++) {
+        const Weight* row = w + c * w_stride;
+        Floats part[parts] = {};
+        int64_t i = 0;
+        for (; i + steps * P::step <= k; i += steps * P::step) {
+            for (size_t line = 0; line < steps * P::step * sizeof(Weight); line += LINE)
+                prefetch<into>((const char*)(row + i) + ORDERLY_LEAD + line);
+#pragma GCC unroll 4
+            for (int p = 0; p < parts; p++) {
+                const int64_t at = i + p / P::turns * P::step;
+                part[p] = P::add(part[p], P::weights(row + at, p % P::turns), P::inputs(x + at, p % P::turns));
+            }
+        }
+        for (; i + P::step <= k; i += P::step)
+            for (int turn = 0; turn < P::turns; turn++)
+                part[turn] = P::add(part[turn], P::weights(row + i, turn), P::inputs(x + i, turn));
+        for (; i < k; i += P::last) {
+            const int64_t count = k - i < P::last ? k - i : P::last;
+            part[0] = P::add(part[0], P::first_weights(row + i, count), P::first_inputs(x + i, count));
+        }
+        total[c] = (part[0] + part[1]) + (part[2] + part[3]);
+    }
+    if (C == 4)
+        sums(total[0], total[1 % C], total[2 % C], total[3 % C], out);
+    else
+        for (int c = 0; c < C; c++) out[c] = sum(total[c]);
+}
+
+// out[n] = w[n] · x for n < columns, one row of weights after another.
+template <Prefetch into, class Weight, class X>
+void product_in_order(const Weight* w, int64_t w_stride, int columns, const X* x, int64_t k, float* out) {
+    int n = 0;
+    for (; n + COLUMNS <= columns; n += COLUMNS) dots_in_order<into, COLUMNS>(w + n * w_stride, w_stride, x, k, out + n);
+    for (; n < columns; n++) dots_in_order<into, 1>(w + n * w_stride, w_stride, x, k, out + n);
+}
+
 template <int C, class Weight, class X>
 void some_dots(int m, const Weight* w, int64_t w_stride, const Weight* next, const X* const* x, int64_t k, float* out,
                int64_t out_stride) {
@@ -134,7 +191,12 @@ void some_dots(int m, const Weight* w, int64_t w_stride, const Weight* next, con
 // out[m * out_stride + n] = w[n] · x[m] for n < columns, m < rows; `next` are the weights that are needed next.
 template <class Weight, class X>
 void product(const Weight* w, int64_t w_stride, int columns, const Weight* next, const X* const* x, int rows, int64_t k,
-             float* out, int64_t out_stride) {
+             float* out, int64_t out_stride, Reading reading = {}) {
+    if (rows == 1 && reading.in_order) switch (reading.prefetch) {
+            case NEVER: return product_in_order<NEVER>(w, w_stride, columns, *x, k, out);
+            case INTO_L2: return product_in_order<INTO_L2>(w, w_stride, columns, *x, k, out);
+            case INTO_L1: return product_in_order<INTO_L1>(w, w_stride, columns, *x, k, out);
+        }
     const int64_t some = COLUMNS * k * sizeof(Weight), lead = (LEAD + some - 1) / some * COLUMNS;
     const int groups = (rows + ROWS - 1) / ROWS, most = (rows + groups - 1) / groups;
     for (int n = 0; n < columns;) {

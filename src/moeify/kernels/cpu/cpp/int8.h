@@ -65,8 +65,8 @@ struct Rounded {  // rows of activations quantised to int8
 };
 
 // out[c][m] = w[c] · x[m], as a vector of partial sums, for c < C, m < M. The weights and scales behind these are
-// prefetched in memory order, into L2: a small L1 would lose them before they are read.
-template <Format format, int C, int M>
+// prefetched in memory order.
+template <Format format, int C, int M, Prefetch into>
 BY_INT8 inline void int8_sums(const uint8_t* const* w, const float* const* scales, const Token* x, int64_t k,
                               Floats (*out)[M]) {
     constexpr int bytes = format == INT8 ? SPAN : SPAN / 2;
@@ -92,7 +92,7 @@ BY_INT8 inline void int8_sums(const uint8_t* const* w, const float* const* scale
             for (int c = 0; c < C; c++) {
                 const int64_t at = i / SPAN * bytes;
                 for (int line = 0; line < bytes; line += LINE)
-                    __builtin_prefetch(w[0] + LEAD + at * C + c * bytes + line, 0, 2);
+                    prefetch<into>(w[0] + LEAD + at * C + c * bytes + line);
                 if (at + bytes <= row_bytes) {
                     numbers[c] = weights_of<format>(w[c] + at);
                 } else {
@@ -116,13 +116,36 @@ BY_INT8 inline void int8_sums(const uint8_t* const* w, const float* const* scale
         for (int m = 0; m < M; m++) out[c][m] = total[c][m];
 }
 
+// The same for one row of activations, with weights read as measured.
+template <Format format, int C, Prefetch into>
+BY_INT8 inline void read_int8_sums(const uint8_t* const* w, const float* const* scales, bool in_order, const Token* x,
+                                   int64_t k, Floats (*out)[1]) {
+    if (!in_order) return int8_sums<format, C, 1, into>(w, scales, x, k, out);
+    for (int c = 0; c < C; c++) int8_sums<format, 1, 1, into>(w + c, scales + c, x, k, out + c);
+}
+
+template <Format format, int C>
+BY_INT8 inline void int8_sums(const uint8_t* const* w, const float* const* scales, Reading reading, const Token* x,
+                              int64_t k, Floats (*out)[1]) {
+    switch (reading.prefetch) {
+        case NEVER: return read_int8_sums<format, C, NEVER>(w, scales, reading.in_order, x, k, out);
+        case INTO_L2: return read_int8_sums<format, C, INTO_L2>(w, scales, reading.in_order, x, k, out);
+        case INTO_L1: return read_int8_sums<format, C, INTO_L1>(w, scales, reading.in_order, x, k, out);
+    }
+}
+
+template <Format format, int C, int M>
+BY_INT8 inline void int8_sums(const uint8_t* const* w, const float* const* scales, Reading, const Token* x, int64_t k,
+                              Floats (*out)[M]) {
+    int8_sums<format, C, M, INTO_L2>(w, scales, x, k, out);
+}
+
 // out[m * stride + c] = w[c] · x[m] for c < C, m < M
 template <Format format, int C, int M>
-BY_INT8 inline void int8_dots(const uint8_t* const* w, const float* const* scales, const Token* x, int64_t k, float* out,
-                              int64_t stride) {
+BY_INT8 inline void int8_dots(const uint8_t* const* w, const float* const* scales, Reading reading, const Token* x,
+                              int64_t k, float* out, int64_t stride) {
     Floats total[C][M];
-    constexpr int together = M == 1 ? ABREAST : C;
-    for (int c = 0; c < C; c += together) int8_sums<format, together, M>(w + c, scales + c, x, k, total + c);
+    int8_sums<format, C>(w, scales, reading, x, k, total);
 #pragma GCC unroll 8
     for (int m = 0; format == INT8 && m < M; m++)
 #pragma GCC unroll 4
@@ -138,15 +161,15 @@ BY_INT8 inline void int8_dots(const uint8_t* const* w, const float* const* scale
 }
 
 template <Format format>
-void some_byte_dots(int m, const uint8_t* const* w, const float* const* scales, const Token* x, int64_t k,
-                    float* out, int64_t stride) {
+void some_byte_dots(int m, const uint8_t* const* w, const float* const* scales, Reading reading, const Token* x,
+                    int64_t k, float* out, int64_t stride) {
     switch (m) {
-        case 1: return int8_dots<format, 4, 1>(w, scales, x, k, out, stride);
-        case 2: return int8_dots<format, (NARROW < 2 ? 2 : 4), 2>(w, scales, x, k, out, stride);
-        case 3: return int8_dots<format, 2, 3>(w, scales, x, k, out, stride);
-        case 4: return int8_dots<format, 2, 4>(w, scales, x, k, out, stride);
-        case 5: return int8_dots<format, 2, 5>(w, scales, x, k, out, stride);
-        case 6: return int8_dots<format, 2, 6>(w, scales, x, k, out, stride);
+        case 1: return int8_dots<format, 4, 1>(w, scales, reading, x, k, out, stride);
+        case 2: return int8_dots<format, (NARROW < 2 ? 2 : 4), 2>(w, scales, reading, x, k, out, stride);
+        case 3: return int8_dots<format, 2, 3>(w, scales, reading, x, k, out, stride);
+        case 4: return int8_dots<format, 2, 4>(w, scales, reading, x, k, out, stride);
+        case 5: return int8_dots<format, 2, 5>(w, scales, reading, x, k, out, stride);
+        case 6: return int8_dots<format, 2, 6>(w, scales, reading, x, k, out, stride);
     }
 }
 
@@ -165,7 +188,7 @@ void int8_products(const Stack& s, int64_t expert, const Columns& columns, const
         }
         for (int part = 0, m = 0; part < parts; part++) {
             const int height = rows * (part + 1) / parts - m;
-            some_byte_dots<format>(height, w, scales, x + m, k, out + m * stride + n, stride);
+            some_byte_dots<format>(height, w, scales, s.reading(), x + m, k, out + m * stride + n, stride);
             m += height;
         }
     }

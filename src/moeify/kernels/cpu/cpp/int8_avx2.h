@@ -6,7 +6,6 @@
 
 constexpr int SPAN = 2 * SHARED;
 constexpr int AT_ONCE = 4;   // activation rows that share unpacked weights, at most
-constexpr int ABREAST = 4;   // weight rows taken together for one activation row
 constexpr int NARROW = 1;    // activation rows up to which four weight rows are taken together, and not two
 template <Format format>
 constexpr float OFFSET = format == INT8 ? 0.f : 8.f;  // what `weights_of` adds to a weight

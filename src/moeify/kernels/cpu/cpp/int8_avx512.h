@@ -6,7 +6,6 @@
 
 constexpr int SPAN = 4 * SHARED;
 constexpr int AT_ONCE = 6;    // activation rows that share unpacked weights, at most
-constexpr int ABREAST = 1;    // weight rows taken together for one activation row: from memory they come faster in order
 constexpr int NARROW = 2;     // activation rows up to which four weight rows are taken together, and not two
 template <Format format>
 constexpr float OFFSET = format == INT8 ? 128.f : 8.f;  // what `weights_of` adds to a weight

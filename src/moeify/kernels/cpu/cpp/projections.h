@@ -11,6 +11,9 @@ struct Stack {  // projections of all experts; strides are in elements, for INT4
     const void* bias;
     int64_t expert_stride, row_stride, bias_stride;
     int32_t format, group_size;  // `group_size`: the weights of a row that share a scale
+    int32_t in_order, prefetch;
+
+    Reading reading() const { return {in_order != 0, Prefetch(prefetch)}; }
 };
 
 constexpr int BLOCK = 64;  // output columns of a block, at most
@@ -47,7 +50,7 @@ struct Dense {
     }
     void multiply(const Block& b, const X* const* x, int rows, int64_t k, float* out, X*) const {
         product(at(b.expert, b.columns.first), b.columns.step * s.row_stride, b.columns.count,
-                at(b.next.expert, b.next.column), x, rows, k, out, BLOCK);
+                at(b.next.expert, b.next.column), x, rows, k, out, BLOCK, s.reading());
     }
 };
 
@@ -73,7 +76,8 @@ struct Int8 {
         const Columns& c = b.columns;
         const int8_t* w = at(b.expert, c.first);
         if (b.rows_of_expert <= MAX_ROWS) {
-            product(w, c.step * s.row_stride, c.count, at(b.next.expert, b.next.column), x, rows, k, out, BLOCK);
+            product(w, c.step * s.row_stride, c.count, at(b.next.expert, b.next.column), x, rows, k, out, BLOCK,
+                    s.reading());
         } else {
             for (int n = 0; b.is_new && n < c.count; n++)
                 unpack(w + n * c.step * s.row_stride, k, scratch + n * k);

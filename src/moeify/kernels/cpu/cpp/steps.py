@@ -15,7 +15,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from moeify.kernels.cpu.cpp.build import library
-from moeify.kernels.cpu.cpp.call import _ACTIVATIONS, GATING, _Call, _Stack, _stack
+from moeify.kernels.cpu.cpp.call import stack
+from moeify.kernels.cpu.cpp.structs import ACTIVATIONS, GATING, Call, Stack
 
 SCORES = ["softmax", "sigmoid", "sqrt_softplus"]
 _KINDS = ["norm", "linear", "rotate", "attend", "gated_activation", "experts"]
@@ -30,7 +31,7 @@ class Step(ctypes.Structure):
         ("score", c_int32), ("by_logit", c_int32), ("normalize", c_int32), ("k", c_int32),
         ("eps", c_float), ("scale", c_float),
         ("x", c_void_p), ("x2", c_void_p), ("x3", c_void_p), ("y", c_void_p),
-        ("width", c_int64), ("width_out", c_int64), ("gain", c_void_p), ("weights", _Stack), ("call", c_void_p),
+        ("width", c_int64), ("width_out", c_int64), ("gain", c_void_p), ("weights", Stack), ("call", c_void_p),
     )  # fmt: skip
 
 
@@ -83,7 +84,7 @@ def linear(
     """
     return _step(
         "linear", x=x, y=y, width=x.shape[1], width_out=y.shape[1], adds=adds, is_bf16=dtype == torch.bfloat16,
-        weights=_stack(weight, bias, scales, group_size),
+        weights=stack(weight, bias, scales, group_size),
     )  # fmt: skip
 
 
@@ -126,7 +127,7 @@ def gated_activation(
         y=y,
         width=gate.shape[1],
         gating=gating,
-        activation=_ACTIVATIONS.index(activation),
+        activation=ACTIVATIONS.index(activation),
     )
 
 
@@ -158,10 +159,10 @@ class Experts:
         limit: float,
     ) -> None:
         self.tensors = up, down
-        self.call = _Call(
+        self.call = Call(
             experts=len(up[0]), width=width, hidden=hidden, width_out=down[0].shape[1],
-            up=_stack(*up, group_size), down=_stack(*down, group_size),
-            gating=GATING.index(gating), activation=_ACTIVATIONS.index(activation), alpha=alpha, limit=limit,
+            up=stack(*up, group_size), down=stack(*down, group_size),
+            gating=GATING.index(gating), activation=ACTIVATIONS.index(activation), alpha=alpha, limit=limit,
         )  # fmt: skip
 
 
