@@ -100,13 +100,13 @@ def twin(model: nn.Module, bits: int) -> nn.Module:
 @torch.no_grad()
 def decode(model: nn.Module, batch: int, tokens: int = GENERATED, prompt: int = 2) -> float:
     """Tokens per second of all sequences, behind short prompts that differ."""
-    cache = DynamicCache()
+    state = {cache_name(model): DynamicCache()}
     ids = torch.arange(prompt * batch).view(batch, prompt) + 100
-    ids = model(ids, **{cache_name(model): cache}, use_cache=True).logits[:, -1:].argmax(-1)
-    ids = model(ids, **{cache_name(model): cache}, use_cache=True).logits.argmax(-1)
+    ids = model(ids, **state, use_cache=True).logits[:, -1:].argmax(-1)
+    ids = model(ids, **state, use_cache=True).logits.argmax(-1)
     begun = time.perf_counter()
     for _ in range(tokens):
-        ids = model(ids, **{cache_name(model): cache}, use_cache=True).logits.argmax(-1)
+        ids = model(ids, **state, use_cache=True).logits.argmax(-1)
     return batch * tokens / (time.perf_counter() - begun)
 
 
