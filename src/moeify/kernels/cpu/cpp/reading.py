@@ -66,7 +66,7 @@ def _fastest(dtype: torch.dtype, level: str) -> int:
 
 def _measure(dtype: torch.dtype) -> int:
     """The number of the fastest reading."""
-    first, *others = shortest(*ways(dtype)[1], rounds=3)
+    first, *others = shortest(*ways(dtype)[1], rounds=5)
     return 1 + others.index(min(others)) if min(others) < _MARGIN * first else 0
 
 
