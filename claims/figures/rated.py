@@ -14,7 +14,7 @@ def rated() -> dict[str, list[Figure]]:
     return {
         **zero_computation(), **densemixer(), **switch_scaling(), **mixtral(), **fine_grained(), **collapse(),
         **heterogeneous(), **long_text(), **upcycling(), **engram(), **three_modalities(), **batch_priority(),
-        **flan_moe(), **limoe(),
+        **flan_moe(), **limoe(), **nllb(),
     }  # fmt: skip
 
 
@@ -292,4 +292,26 @@ def limoe() -> dict[str, list[Figure]]:
         "limoe.claim": both(own),
         "limoe.one_rate": both(one),
         "limoe.least": [own.figure(half, "half the 95 % interval of the ratio less that of the balance loss")],
+    }
+
+
+def nllb() -> dict[str, list[Figure]]:
+    one, own = runs("nllb")
+    others = ("final masking", "expert masking", "dense")
+    languages = ("es", "pt_BR", "fr", "it", "nl", "id")
+    by_arm = {arm: own.where(arm=arm) for arm in ("dense", "sparse", "final masking", "expert masking")}
+    chrf = less(own, "sparse", *others, column="chrf_small")
+    return {
+        **{
+            f"nllb.{arm.split()[0]}": [rows.over(fmean, f"chrf_{language}") for language in languages]
+            for arm, rows in by_arm.items()
+        },
+        "nllb": [
+            *intervals(chrf),
+            *intervals(less(own, "sparse", *others, column="loss_small")),
+            by_arm["sparse"].over(fmean, "chrf_small"),
+            by_arm["sparse"].over(fmean, "chrf_large"),
+        ],
+        "nllb.one_rate": [each.mean() for each in less(one, "sparse", *others, column="chrf_small")],
+        "nllb.least": least(chrf[:1]),
     }

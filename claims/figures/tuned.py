@@ -6,12 +6,10 @@ from statistics import fmean
 
 from figures.rows import T_95_OF_10, Better, Differences, Figure, Rows, table
 
-LANGUAGES = ("es", "pt_BR", "fr", "it", "nl", "id")
-
 
 def tuned() -> dict[str, list[Figure]]:
     """By id; `ID.least` is the smallest difference that the seeds of the claim could tell from none."""
-    return soft_moe() | mobile_vmoe() | expert_dropout() | nllb()
+    return soft_moe() | mobile_vmoe() | expert_dropout()
 
 
 def arms(claim: str) -> dict[str, Rows]:
@@ -81,23 +79,4 @@ def expert_dropout() -> dict[str, list[Figure]]:
             base.over(fmean, "accuracy"),
         ],
         "expert_dropout.least": [inside.half(T_95_OF_10)],
-    }
-
-
-def nllb() -> dict[str, list[Figure]]:
-    of = arms("nllb")
-    masked = [of[arm].minus(of["sparse"], "chrf_small") for arm in ("final masking", "expert masking", "dense")]
-    loss = [of[arm].minus(of["sparse"], "loss_small") for arm in ("final masking", "expert masking", "dense")]
-    return {
-        **{
-            f"nllb.{arm.split()[0]}": [rows.over(fmean, f"chrf_{language}") for language in LANGUAGES]
-            for arm, rows in of.items()
-        },
-        "nllb": [
-            *intervals(masked),
-            *intervals(loss),
-            of["sparse"].over(fmean, "chrf_small"),
-            of["sparse"].over(fmean, "chrf_large"),
-        ],
-        "nllb.least": [masked[0].half()],
     }
