@@ -14,7 +14,7 @@ def rated() -> dict[str, list[Figure]]:
     return {
         **zero_computation(), **densemixer(), **switch_scaling(), **mixtral(), **fine_grained(), **collapse(),
         **heterogeneous(), **long_text(), **upcycling(), **engram(), **three_modalities(), **batch_priority(),
-        **flan_moe(), **limoe(), **nllb(),
+        **flan_moe(), **limoe(), **nllb(), **mobile_vmoe(),
     }  # fmt: skip
 
 
@@ -314,4 +314,19 @@ def nllb() -> dict[str, list[Figure]]:
         ],
         "nllb.one_rate": [each.mean() for each in less(one, "sparse", *others, column="chrf_small")],
         "nllb.least": least(chrf[:1]),
+    }
+
+
+def mobile_vmoe() -> dict[str, list[Figure]]:
+    one, own = runs("mobile_vmoe")
+    taught = "per image, super-classes"
+
+    def ahead(rows: Rows) -> list[Differences]:
+        others = ("dense", "per image, end to end", "per patch")
+        return [rows.where(arm=taught).minus(rows.where(arm=other), "accuracy") for other in others]
+
+    return {
+        "mobile_vmoe": [*intervals(ahead(own), "higher"), own.where(arm=taught).over(fmean, "right", "higher")],
+        "mobile_vmoe.one_rate": [ahead(one)[0].mean("higher")],
+        "mobile_vmoe.least": least(ahead(own)),
     }

@@ -9,7 +9,7 @@ from figures.rows import T_95_OF_10, Better, Differences, Figure, Rows, table
 
 def tuned() -> dict[str, list[Figure]]:
     """By id; `ID.least` is the smallest difference that the seeds of the claim could tell from none."""
-    return soft_moe() | mobile_vmoe() | expert_dropout()
+    return soft_moe() | expert_dropout()
 
 
 def arms(claim: str) -> dict[str, Rows]:
@@ -50,19 +50,6 @@ def soft_moe() -> dict[str, list[Figure]]:
             many.figure(ratio, "step_cpu_ms over that of 8 experts", "lower"),
         ],
         "soft_moe.least": least(ahead),
-    }
-
-
-def mobile_vmoe() -> dict[str, list[Figure]]:
-    of = arms("mobile_vmoe")
-    taught = of["per image, super-classes"]
-    ahead = [taught.minus(of[arm], "accuracy") for arm in ("dense", "per image, end to end", "per patch")]
-    return {
-        "mobile_vmoe": [
-            *intervals(ahead, "higher"),
-            taught.over(fmean, "right", "higher"),
-        ],
-        "mobile_vmoe.least": least(ahead),
     }
 
 
