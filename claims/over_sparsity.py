@@ -9,7 +9,7 @@ Predicted before the first run, for 0.5 M tokens: (1) the best sparse model is a
 dense one; (2) with k = 1 the loss at E = 64 is not lower than at E = 16 by more than 0.01, a U or a flat bottom;
 (3) at E = 64, k = 4 of a quarter of the width is ahead of k = 1. "reproduced" asks for (1) and (2).
 
-    python claims/over_sparsity.py      3 seeds, about 15 minutes on one core; rows in claims/results/over_sparsity.csv
+    python claims/over_sparsity.py      3 seeds, about 10 minutes on one core; rows in claims/results/over_sparsity.csv
 """
 
 from __future__ import annotations

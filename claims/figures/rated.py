@@ -14,7 +14,7 @@ def rated() -> dict[str, list[Figure]]:
     return {
         **zero_computation(), **densemixer(), **switch_scaling(), **mixtral(), **fine_grained(), **collapse(),
         **heterogeneous(), **long_text(), **upcycling(), **engram(), **three_modalities(), **batch_priority(),
-        **flan_moe(), **limoe(), **nllb(), **mobile_vmoe(),
+        **flan_moe(), **limoe(), **nllb(), **mobile_vmoe(), **over_sparsity(),
     }  # fmt: skip
 
 
@@ -329,4 +329,26 @@ def mobile_vmoe() -> dict[str, list[Figure]]:
         "mobile_vmoe": [*intervals(ahead(own), "higher"), own.where(arm=taught).over(fmean, "right", "higher")],
         "mobile_vmoe.one_rate": [ahead(one)[0].mean("higher")],
         "mobile_vmoe.least": least(ahead(own)),
+    }
+
+
+def over_sparsity() -> dict[str, list[Figure]]:
+    one, own = runs("over_sparsity", "k", "experts")
+    dense = (1, 1)
+
+    def against(rows: Rows, base: tuple[int, int], *others: tuple[int, int]) -> list[Differences]:
+        """What each of these k and E has less the first."""
+        first = rows.where(k=base[0], experts=base[1])
+        return [rows.where(k=k, experts=experts).minus(first, "validation_loss") for k, experts in others]
+
+    return {
+        "over_sparsity": [
+            *intervals(against(own, dense, (4, 64)), "lower"),
+            *means(against(own, dense, (1, 4), (1, 16), (1, 64))),
+            *intervals(against(own, (1, 16), (1, 64))),
+        ],
+        "over_sparsity.one_rate": [
+            *means(against(one, dense, (4, 64))),
+            *(each.behind() for each in against(one, (1, 16), (1, 64))),
+        ],
     }

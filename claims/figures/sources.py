@@ -61,13 +61,9 @@ def _demo() -> dict[str, list[Figure]]:
 
 def _conversion() -> dict[str, list[Figure]]:
     halves = table("claims/results/splits.csv").where(running=2, weight="1.000")
-    sparse = table("claims/results/over_sparsity.csv")
 
     def against_random(method: str) -> Figure:
         return halves.where(method=method).minus(halves.where(method="random"), "loss_after").mean("lower")
-
-    def arm(k: int, experts: int) -> Rows:
-        return sparse.where(k=k, experts=experts)
 
     return {
         "splits": [
@@ -75,10 +71,6 @@ def _conversion() -> dict[str, list[Figure]]:
             for method in (
                 "coactivated", "residual by gradients", "independent by gradients", "clustered", "inner by gradients",
             )
-        ],
-        "over_sparsity": [
-            arm(4, 64).minus(arm(1, 1), "validation_loss").mean("lower"),
-            arm(1, 64).minus(arm(1, 16), "validation_loss").behind(),
         ],
     }  # fmt: skip
 
