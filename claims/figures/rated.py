@@ -14,7 +14,7 @@ def rated() -> dict[str, list[Figure]]:
     return {
         **zero_computation(), **densemixer(), **switch_scaling(), **mixtral(), **fine_grained(), **collapse(),
         **heterogeneous(), **long_text(), **upcycling(), **engram(), **three_modalities(), **batch_priority(),
-        **flan_moe(), **limoe(), **nllb(), **mobile_vmoe(), **over_sparsity(),
+        **flan_moe(), **limoe(), **nllb(), **mobile_vmoe(), **over_sparsity(), **soft_moe(),
     }  # fmt: skip
 
 
@@ -351,4 +351,23 @@ def over_sparsity() -> dict[str, list[Figure]]:
             *means(against(one, dense, (4, 64))),
             *(each.behind() for each in against(one, (1, 16), (1, 64))),
         ],
+    }
+
+
+def soft_moe() -> dict[str, list[Figure]]:
+    one, own = runs("soft_moe")
+    few, many = (own.where(arm=f"Soft, {experts} experts") for experts in (8, 32))
+    ratio = many.values("step_cpu_ms")[0] / few.values("step_cpu_ms")[0]
+
+    def ahead(rows: Rows) -> list[Differences]:
+        soft = rows.where(arm="Soft, 8 experts")
+        return [soft.minus(rows.where(arm=arm), "accuracy") for arm in ("top-1", "expert choice", "dense")]
+
+    return {
+        "soft_moe": [
+            *intervals(ahead(own), "higher"),
+            many.figure(ratio, "step_cpu_ms over that of 8 experts", "lower"),
+        ],
+        "soft_moe.one_rate": [each.mean("higher") for each in ahead(one)],
+        "soft_moe.least": least(ahead(own)),
     }

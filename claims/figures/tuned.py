@@ -1,4 +1,4 @@
-"""Figures of the claims on images, modalities, translation and tuning whose designs are in claims/designs.md."""
+"""Figures of the normalisation of Soft MoE and of expert dropout, and what other claims need for theirs."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from figures.rows import T_95_OF_10, Better, Differences, Figure, Rows, table
 
 def tuned() -> dict[str, list[Figure]]:
     """By id; `ID.least` is the smallest difference that the seeds of the claim could tell from none."""
-    return soft_moe() | expert_dropout()
+    return normalisation() | expert_dropout()
 
 
 def arms(claim: str) -> dict[str, Rows]:
@@ -28,11 +28,7 @@ def least(differences: list[Differences]) -> list[Figure]:
     return [max((difference.half() for difference in differences), key=lambda half: half.value)]
 
 
-def soft_moe() -> dict[str, list[Figure]]:
-    of = arms("soft_moe")
-    soft, many = of["Soft, 8 experts"], of["Soft, 32 experts"]
-    ahead = [soft.minus(of[arm], "accuracy") for arm in ("top-1", "expert choice", "dense")]
-    ratio = many.values("step_cpu_ms")[0] / soft.values("step_cpu_ms")[0]
+def normalisation() -> dict[str, list[Figure]]:
     plain = table("claims/results/soft_moe_normalisation.csv")
     by_rate = [
         plain.where(rate=rate, arm="normalised").minus(plain.where(rate=rate, arm="not normalised"), "accuracy")
@@ -45,11 +41,6 @@ def soft_moe() -> dict[str, list[Figure]]:
             plain.where(arm="not normalised").over(max, "fullest"),
         ],
         "soft_moe.normalisation_least": least(by_rate),
-        "soft_moe": [
-            *intervals(ahead, "higher"),
-            many.figure(ratio, "step_cpu_ms over that of 8 experts", "lower"),
-        ],
-        "soft_moe.least": least(ahead),
     }
 
 
