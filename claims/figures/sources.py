@@ -153,12 +153,14 @@ def _independent() -> dict[str, list[Figure]]:
 
 def _benchmarks() -> dict[str, list[Figure]]:
     layer = table("benchmarks/results/layer-cpu.csv").where(commit="e726a3f", implementation="moeify")
+    one_token = table("benchmarks/results/layer-cpu.csv").where(commit="adb638f", implementation="moeify", isa="AVX2")
     narrow_forward, forward = (layer.where(isa=isa).where(**{"pass": "forward"}) for isa in ("AVX2", "AVX512"))
     both = layer.where(isa="AVX512").where(**{"pass": "forward+backward"})
     trainings = table("benchmarks/results/train-cpu.csv").where(implementation="moeify", model="sparse")
     steps = trainings.where(commit="06ebc7b")
     decode = table("benchmarks/results/decode-cpu.csv").where(commit="61fcd6f", model="sparse", what="decode")
-    zen4 = table("benchmarks/results/decode-cpu.csv").where(commit="6c37977", model="sparse", what="decode")
+    zen4 = table("benchmarks/results/decode-cpu.csv").where(commit="adb638f", model="sparse", what="decode")
+    zen4_before = table("benchmarks/results/decode-cpu.csv").where(commit="434d359", model="sparse", what="decode")
     wide, narrow = (decode.where(isa=isa).last("implementation", "bits") for isa in ("AVX512", "AVX2"))
     scaling = table("benchmarks/results/scaling-cpu.csv").where(commit="06ebc7b", implementation="moeify")
     tuned = table("benchmarks/results/tune-memory-cpu.csv")
@@ -226,11 +228,21 @@ def _benchmarks() -> dict[str, list[Figure]]:
             narrow.where(implementation="moeify", bits=bits).one("over_llama.cpp", "higher") for bits in (16, 8, 4)
         ],
         "decode-cpu.zen4": [
-            zen4.where(implementation="moeify", bits=bits).one("over_llama.cpp", "higher") for bits in (16, 8, 4)
+            rows.where(implementation="moeify", bits=bits, isa="AVX512").one("over_llama.cpp", "higher")
+            for bits in (16, 8, 4)
+            for rows in (zen4_before, zen4)
+        ],
+        "decode-cpu.zen4_avx2": [
+            zen4.where(implementation="moeify", bits=bits, isa="AVX2").one("over_llama.cpp", "higher")
+            for bits in (16, 8, 4)
         ],
         "layer-cpu.avx2": [
             narrow_forward.over(min, "speedup_over_best_peer", "higher"),
             narrow_forward.over(max, "speedup_over_best_peer", "higher"),
+        ],
+        "layer-cpu.avx2_one_token": [
+            one_token.over(min, "speedup_over_best_peer", "higher"),
+            one_token.over(max, "speedup_over_best_peer", "higher"),
         ],
         "load-cpu": [
             waits.where(load="idle").one("over_openmp", "higher"),
