@@ -14,6 +14,7 @@ from command_line import moeify
 from moeify.backends import backend_names
 from moeify.cli import memory
 from moeify.data.tokenizer import ByteTokenizer
+from moeify.kernels.cpu.cpp import reading
 from moeify.tasks.models import save_tokenizer
 from tiny_models import mixtral
 
@@ -41,6 +42,7 @@ def test_versions_and_processor_are_those_of_this_machine():
     assert found["torch"] == torch.__version__
     assert found["freed memory"] == memory.describe()
     assert found["vector instructions"] == torch.backends.cpu.get_cpu_capability()
+    assert found["weights of one row"] == reading.explain()
 
 
 def test_a_missing_package_comes_with_the_extra_that_brings_it(monkeypatch):

@@ -19,6 +19,7 @@ from moeify.context import Context
 from moeify.experts import FFN
 from moeify.kernels import explain
 from moeify.kernels.cpu import cpp
+from moeify.kernels.cpu.cpp import reading
 from moeify.kernels.cpu.crossover import ANY
 from moeify.kernels.cpu.layer_crossover import max_layer_rows
 from moeify.routers import TopK
@@ -50,6 +51,7 @@ def describe_machine() -> None:
     facts.add_row("vector instructions", torch.backends.cpu.get_cpu_capability())
     facts.add_row("C++ kernel", escape(cpp.explain()))
     facts.add_row("rows per expert for it", f"{_kernel_rows(torch.float32)}, {_kernel_rows(torch.bfloat16)}")
+    facts.add_row("weights of one row", reading.explain())
     facts.add_row("GPU", _gpu())
     for extra, packages in _EXTRAS.items():
         missing = [package for package in packages if importlib.util.find_spec(package) is None]

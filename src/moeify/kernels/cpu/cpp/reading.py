@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from moeify.kernels.cpu.cpp.build import level, library
+from moeify.kernels.cpu.cpp.build import level, library, why_not
 from moeify.kernels.cpu.cpp.compiler import name
 from moeify.kernels.cpu.cpp.structs import ACTIVATIONS, FORMATS, GATING, Call, Stack
 from moeify.kernels.cpu.huge_pages import in_huge_pages
@@ -41,6 +41,10 @@ READINGS = (
 )
 """The readings that are compared; the first is used for weights that fit into a cache."""
 
+_FORMATS = {"fp32": torch.float32, "bf16": torch.bfloat16, "8 bits": torch.int8, "4 bits": torch.uint8}
+_ORDERS = {True: "in order", False: "abreast"}
+_TARGETS = {NEVER: "by hardware", INTO_L2: "into L2", INTO_L1: "into L1"}
+
 _LARGE = 2**23  # bytes of weights that do not
 _BYTES = 2**27  # of the weights of a comparison
 _MARGIN = 0.95  # of the time of the first reading that another one may take to replace it
@@ -57,6 +61,14 @@ def reading(dtype: torch.dtype, size: int) -> Reading:
     if size < _LARGE or torch.are_deterministic_algorithms_enabled():
         return READINGS[0]
     return READINGS[_fastest(dtype, level())]
+
+
+def explain() -> str:
+    """How large weights of each storage format are read, "none" where the kernels are unavailable."""
+    if why_not() is not None:
+        return "none"
+    found = {name: reading(dtype, _LARGE) for name, dtype in _FORMATS.items()}
+    return ", ".join(f"{name} {_ORDERS[how.in_order]} {_TARGETS[how.prefetch]}" for name, how in found.items())
 
 
 @cache
