@@ -215,8 +215,9 @@ def _benchmarks() -> dict[str, list[Figure]]:
         "price-cpu.mkl": [emerald.where(model=model).one("sparse_over_dense", "lower") for model in ("demo", "52M")],
         "price-cpu.avx2": [narrow_price.where(model=m).one("sparse_over_dense", "lower") for m in ("demo", "52M")],
         "price-cpu.zen4": [
-            price.where(commit="e726a3f", model="demo", isa=isa).one("sparse_over_dense", "lower")
+            price.where(commit=commit, model=model, isa=isa).one("sparse_over_dense", "lower")
             for isa in ("AVX512", "AVX2")
+            for commit, model in (("e726a3f", "demo"), ("ad878c9", "52M"))
         ],
         "scaling-cpu": [scaling.where(experts=128, tokens=1024).one("times_fewest", "lower")],
         "decode-cpu.moeify": [speed("moeify", bits, "higher") for bits in (16, 8, 4)],

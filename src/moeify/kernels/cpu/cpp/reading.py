@@ -45,7 +45,7 @@ _FORMATS = {"fp32": torch.float32, "bf16": torch.bfloat16, "8 bits": torch.int8,
 _ORDERS = {True: "in order", False: "abreast"}
 _TARGETS = {NEVER: "by hardware", INTO_L2: "into L2", INTO_L1: "into L1"}
 
-_LARGE = 2**23  # bytes of weights that do not
+_LARGE = 2**23  # bytes of weights from which on they are measured
 _BYTES = 2**27  # of the weights of a comparison
 _MARGIN = 0.95  # of the time of the first reading that another one may take to replace it
 _WIDTH, _HIDDEN, _GROUP = 1024, 2048, 64
@@ -53,6 +53,8 @@ _WIDTH, _HIDDEN, _GROUP = 1024, 2048, 64
 
 def reading(dtype: torch.dtype, size: int) -> Reading:
     """How weights are read; measured once per processor, in less than a second. Outputs differ by rounding at most.
+
+    Small weights, and all weights under `torch.use_deterministic_algorithms(True)`, have the first of `READINGS`.
 
     Args:
         dtype: of the weights as they are stored.
@@ -67,8 +69,8 @@ def explain() -> str:
     """How large weights of each storage format are read, "none" where the kernels are unavailable."""
     if why_not() is not None:
         return "none"
-    found = {name: reading(dtype, _LARGE) for name, dtype in _FORMATS.items()}
-    return ", ".join(f"{name} {_ORDERS[how.in_order]} {_TARGETS[how.prefetch]}" for name, how in found.items())
+    found = {stored: reading(dtype, _LARGE) for stored, dtype in _FORMATS.items()}
+    return ", ".join(f"{stored} {_ORDERS[how.in_order]} {_TARGETS[how.prefetch]}" for stored, how in found.items())
 
 
 @cache
