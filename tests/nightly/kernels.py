@@ -3,8 +3,9 @@
     python tests/nightly/kernels.py --cases 2000
 
 Shapes, dtypes, strides and alignments are drawn, experts without rows and calls without tokens among them. Every
-instruction set of the processor takes its turn. Where g++ brings AddressSanitizer and UndefinedBehaviorSanitizer, what
-reads or writes outside of a tensor, or overflows, ends the run. Prints one line of JSON.
+instruction set of the processor takes its turn, and weights of a single row are read in every way. Where g++ brings
+AddressSanitizer and UndefinedBehaviorSanitizer, what reads or writes outside of a tensor, or overflows, ends the run.
+Prints one line of JSON.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -26,8 +28,9 @@ from moeify import assign
 from moeify.backends import compose, find_backend
 from moeify.experts import FFN, ClampedGlu, Glu, Plain, quantize
 from moeify.kernels.cpu import cpp
-from moeify.kernels.cpu.cpp import products, steps
+from moeify.kernels.cpu.cpp import call, products, steps
 from moeify.kernels.cpu.cpp.between import activate, differentiate
+from moeify.kernels.cpu.cpp.reading import READINGS
 from moeify.kernels.stacked import KNOWN
 
 SANITIZED = "MOEIFY_TEST_SANITIZED"
@@ -159,7 +162,8 @@ def fuzz(cases: int, seed: int, levels: list[str]) -> dict:
         torch.manual_seed(number)
         os.environ["MOEIFY_CPP"] = level = levels[number % len(levels)]
         print(f"\rcase {number} ", end="", file=sys.stderr, flush=True)
-        with torch.no_grad():
+        way = draw.choice(READINGS)
+        with torch.no_grad(), patch.object(call, "reading", lambda *_, way=way: way):
             kind = draw.choices([layer, product, between, decoder_steps], [6, 3, 1, 1])[0]
             try:
                 seen[f"{level} {kind(draw)}"] += 1
