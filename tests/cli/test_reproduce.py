@@ -102,6 +102,17 @@ def test_all_runs_what_is_quick_and_says_what_is_not_run(checkout):
         assert line in ended.out
 
 
+@pytest.mark.parametrize(("needed", "runs"), [("pytest", True), ("not_a_package", False)])
+def test_a_claim_that_needs_a_package_runs_where_it_is_installed(checkout, needed, runs, monkeypatch):
+    file = checkout / "claims" / "runs.toml"
+    file.write_text(file.read_text().replace('needs = "data"', f'needs = "data, {needed}"'))
+    monkeypatch.setenv("MOEIFY_DATA", str(checkout))
+    ended = moeify("reproduce", "fed")
+    assert (ended.code == 0) == runs
+    if not runs:
+        assert "fed cannot run: not_a_package is not installed: pip install not_a_package" in ended.err
+
+
 def test_all_in_full_runs_every_seed(checkout, monkeypatch):
     monkeypatch.setenv("MOEIFY_DATA", "somewhere")
     assert moeify("reproduce", "--all", "--full").code == 0

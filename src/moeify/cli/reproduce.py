@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib.util
 import os
 import re
 import subprocess
@@ -33,7 +34,7 @@ class Claim:
         full: options of the full run, one list per call.
         quick: options of the quick run, or None where there is none.
         quick_minutes: of CPU that the quick run takes.
-        needs: "data" for the folder that MOEIFY_DATA names, and options that name peers.
+        needs: "data" for the folder that MOEIFY_DATA names, packages, and options that name peers.
     """
 
     script: Path
@@ -132,7 +133,11 @@ def _missing(claim: Claim, options: Sequence[str]) -> str:
     """What the claim needs and does not have, and the way out; nothing if it can run."""
     if "data" in claim.needs and env.DATA.path is None:
         return f"it reads files of the data folder; set {env.DATA.name} to its path"
-    peer = claim.needs.removeprefix("data").lstrip(", ")
+    needed = [each for each in claim.needs.split(", ") if each not in ("", "data")]
+    packages = [each for each in needed if not each.startswith("--")]
+    if missing := [package for package in packages if importlib.util.find_spec(package) is None]:
+        return f"{missing[0]} is not installed: pip install {missing[0]}"
+    peer = ", ".join(each for each in needed if each.startswith("--"))
     return f"it compares with a copy of somebody else's work; name it by {peer}" if peer and not options else ""
 
 
