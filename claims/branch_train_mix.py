@@ -7,6 +7,9 @@ with all four domains at equal tokens and at equal training FLOPs (counted as if
 pass). "Own expert" is what the merged model would do if it were told the domain.
 
     python claims/branch_train_mix.py   3 seeds, about 4 minutes each; appends to claims/results/branch_train_mix.csv
+
+`--tune` chooses one rate for branches and mix, by the merged model that is trained whole, and one for the dense model,
+by that of equal tokens.
 """
 
 from __future__ import annotations
@@ -14,12 +17,13 @@ from __future__ import annotations
 import argparse
 import copy
 from collections.abc import Iterator
-from functools import partial
+from functools import cache, partial
 from statistics import fmean, stdev
 
 import torch
 import transformers
 from common.bases import trained_base
+from common.rates import UNREPORTED, add_rates, parted, rates_of
 from common.text import text_by_domain
 from common.training import average, drawn, held_out, of_domain, train
 from results import append
@@ -35,7 +39,7 @@ from moeify.train.freeze import freeze
 DOMAINS = ("novel", "math", "code_python", "docs_fr")
 CAP, LENGTH, BATCH = 900_000, 128, 16
 BASE, BRANCH, MIX = 1000, 120, 100
-BASE_RATE, RATE = 2e-3, 1e-3
+BASE_RATE, RATE = 2e-3, 5e-4
 
 
 def dense() -> nn.Module:
@@ -57,34 +61,60 @@ def own_share(model: nn.Module, unseen: dict[str, Tensor]) -> float:
     return fmean(shares)
 
 
-def arms(seed: int, learnt: dict[str, Tensor], base_steps: int = BASE) -> Iterator[tuple[str, nn.Module, int]]:
-    """Every arm: its name, its model, and the steps that were trained for it after the base."""
+def based(seed: int, learnt: dict[str, Tensor], steps: int) -> nn.Module:
+    """What is branched: a model that learns all domains for so many steps."""
     torch.manual_seed(seed)
-    everything = drawn(*learnt.values(), batch=BATCH)
-    learn = partial(train, batches=everything, steps=base_steps, seed=seed, rate=BASE_RATE)
-    base = trained_base(dense(), learn, *learnt.values(), batch=BATCH)
+    learn = partial(train, batches=drawn(*learnt.values(), batch=BATCH), steps=steps, seed=seed, rate=BASE_RATE)
+    return trained_base(dense(), learn, *learnt.values(), batch=BATCH)
+
+
+def branched(base: nn.Module, learnt: dict[str, Tensor], seed: int, rate: float) -> dict[str, nn.Module]:
+    """A model for every domain, which learns that domain alone."""
+    return {
+        domain: train(copy.deepcopy(base), drawn(ids, batch=BATCH), BRANCH, seed + 100, rate)
+        for domain, ids in learnt.items()
+    }
+
+
+def mixed(model: nn.Module, learnt: dict[str, Tensor], seed: int, rate: float) -> nn.Module:
+    """The merged model after what is free in it has learnt a little from all domains."""
+    return train(model, drawn(*learnt.values(), batch=BATCH), MIX, seed + 200, rate)
+
+
+def examples(learnt: dict[str, Tensor]) -> dict[str, list[Tensor]]:
+    """Of every domain, what sets the router."""
+    return {domain: list(ids[:8].split(1)) for domain, ids in learnt.items()}
+
+
+def arms(
+    base: nn.Module, learnt: dict[str, Tensor], seed: int, merged_rate: float, dense_rate: float
+) -> Iterator[tuple[str, nn.Module, int]]:
+    """Every arm: its name, its model, and the steps that were trained for it after the base."""
     yield "base", base, 0
-    branches = {}
-    for domain, ids in learnt.items():
-        branches[domain] = train(copy.deepcopy(base), drawn(ids, batch=BATCH), BRANCH, seed + 100, RATE)
-        yield f"branch {domain}", branches[domain], BRANCH
+    branches = branched(base, learnt, seed, merged_rate)
+    for domain, branch in branches.items():
+        yield f"branch {domain}", branch, BRANCH
     apart = BRANCH * len(DOMAINS)
     yield "mean of the branches", average(list(branches.values())), apart
 
-    examples = {domain: list(ids[:8].split(1)) for domain, ids in learnt.items()}
     yield "merged, random router", merge_models(branches, verbose=False), apart
     for rest, given in (("mean", None), ("base", base)):
-        model = merge_models(branches, base=given, router_init=examples, verbose=False)
+        model = merge_models(branches, base=given, router_init=examples(learnt), verbose=False)
         yield f"merged, rest {rest}, router from examples", model, apart
         routed = copy.deepcopy(model)
         freeze(routed, "base", "experts", verbose=False)
-        yield f"merged, rest {rest}, router trained", train(routed, everything, MIX, seed + 200, RATE), apart + MIX
-    whole = train(merge_models(branches, router_init=examples, verbose=False), everything, MIX, seed + 200, RATE)
+        yield f"merged, rest {rest}, router trained", mixed(routed, learnt, seed, merged_rate), apart + MIX
+    whole = mixed(merge_models(branches, router_init=examples(learnt), verbose=False), learnt, seed, merged_rate)
     yield "merged, rest mean, all trained", whole, apart + MIX
 
     ratio = count(whole, LENGTH).flops / count(base, LENGTH).flops
     for name, steps in (("tokens", apart + MIX), ("FLOPs", apart + round(MIX * ratio))):
-        yield f"dense, equal {name}", train(copy.deepcopy(base), everything, steps, seed + 300, RATE), steps
+        yield f"dense, equal {name}", gone_on(base, learnt, steps, seed, dense_rate), steps
+
+
+def gone_on(base: nn.Module, learnt: dict[str, Tensor], steps: int, seed: int, rate: float) -> nn.Module:
+    """The base after it has learnt more of all domains."""
+    return train(copy.deepcopy(base), drawn(*learnt.values(), batch=BATCH), steps, seed + 300, rate)
 
 
 def main() -> None:
@@ -93,6 +123,9 @@ def main() -> None:
     parser.add_argument(
         "--base", type=int, default=BASE, help="steps of the base; rows of others are in a file of their own"
     )
+    add_rates(parser, RATE)
+    parser.add_argument("--hardware", default="unknown", help="the name of the hardware in the rows")
+    parser.set_defaults(steps=BRANCH * len(DOMAINS) + MIX)
     options = parser.parse_args()
     rows = "branch_train_mix" if options.base == BASE else f"branch_train_mix_{options.base}"
     torch.set_num_threads(1)
@@ -100,6 +133,25 @@ def main() -> None:
     learnt = {domain: of_domain(train_part, domain) for domain in DOMAINS}
     unseen = {domain: of_domain(validation, domain)[:256] for domain in DOMAINS}
     ends: dict[str, list[float]] = {}
+
+    parts = {domain: parted(len(ids)) for domain, ids in learnt.items()}
+    rest, most = ({domain: ids[parts[domain][i]] for domain, ids in learnt.items()} for i in range(2))
+
+    @cache
+    def unreported_base() -> nn.Module:
+        return based(UNREPORTED, most, options.base)
+
+    def error(arm: tuple[str, int], rate: float) -> float:
+        if arm[0] == "dense":
+            model = gone_on(unreported_base(), most, options.steps, UNREPORTED, rate)
+        else:
+            branches = branched(unreported_base(), most, UNREPORTED, rate)
+            merged = merge_models(branches, router_init=examples(most), verbose=False)
+            model = mixed(merged, most, UNREPORTED, rate)
+        return fmean(held_out(model, ids) for ids in rest.values())
+
+    tried = [(way, options.base) for way in ("merged", "dense")]
+    merged_rate, dense_rate = rates_of("branch_train_mix", tried, options, error).values()
 
     def report(arm: str, seed: int, steps: int, found: dict[str, float], model: nn.Module, share: str) -> None:
         mean = fmean(found.values())
@@ -109,13 +161,15 @@ def main() -> None:
             "arm": arm, "seed": seed, "steps_after_base": steps, "tokens_after_base": steps * BATCH * LENGTH,
             "parameters": counted.parameters, "active_parameters": counted.active_parameters,
             **{f"loss_{domain}": f"{loss:.4f}" for domain, loss in found.items()}, "loss_mean": f"{mean:.4f}",
-            "own_expert_first": share,
+            "own_expert_first": share, "hardware": options.hardware,
+            "rate": {"base": BASE_RATE, "dense": dense_rate}.get(arm.partition(",")[0], merged_rate),
         })  # fmt: skip
         told = "  ".join(f"{loss:.3f}" for loss in found.values())
         print(f"seed {seed}  {arm:42} {mean:.4f}   {told}  {share}", flush=True)
 
     for seed in options.seeds:
-        for arm, model, steps in arms(seed, learnt, options.base):
+        base = based(seed, learnt, options.base)
+        for arm, model, steps in arms(base, learnt, seed, merged_rate, dense_rate):
             found = {domain: held_out(model, ids) for domain, ids in unseen.items()}
             is_sparse = Origin.of(model).recipe is not None
             report(arm, seed, steps, found, model, f"{own_share(model, unseen):.3f}" if is_sparse else "")
