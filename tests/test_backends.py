@@ -64,6 +64,42 @@ def test_gather_serves_one_weight_for_each_of_k_choices(reason, routing):
     assert backends.run("auto", torch.ones(1, 2), routing, Identity()).eq(1).all()
 
 
+@pytest.mark.parametrize(
+    ("reason", "experts", "shape"),
+    [
+        ("these are Identity", Identity(2), (2,)),
+        ("dropout in training is drawn for every expert", LoRA(2, 4, dropout=0.5), (2,)),
+        ("some are padding", LoRA(2, 4), (3,)),
+    ],
+)
+def test_low_rank_experts_that_are_not_computed_together_are_refused_with_the_reason(reason, experts, shape):
+    routing = assign(torch.tensor([[0, 1], [1, 0]]), torch.ones(2, 2), 2, shape=shape, positions=torch.arange(2))
+    x = torch.randn(*shape, 4)
+    with pytest.raises(ValueError, match=f"'low_rank' cannot run this layer.*{reason}"):
+        backends.run("low_rank", x, routing, experts)
+    assert choose(x, routing, experts) != "low_rank"
+
+
+def test_low_rank_experts_keep_no_copy_of_the_tokens_for_the_backward_pass():
+    tokens, width, kept = 128, 512, {}
+    experts, routing = LoRA(4, width, rank=2), assign(torch.randint(4, (tokens, 2)), torch.rand(tokens, 2), 4)
+    for name in ("compose", "low_rank"):
+        sizes = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, s=sizes: (s.append(t.numel()), t)[1], lambda t: t):
+            backends.run(name, torch.randn(tokens, width), routing, experts)
+        kept[name] = sum(sizes)
+    assert kept["compose"] > 3 * tokens * width > 1.5 * kept["low_rank"]
+
+
+@pytest.mark.parametrize(
+    ("num_experts", "rank", "k", "together"), [(8, 8, 2, True), (8, 64, 2, False), (64, 8, 1, False)]
+)
+def test_auto_computes_low_rank_experts_together_where_few_ranks_are_idle(num_experts, rank, k, together):
+    routing = assign(torch.zeros(5, k, dtype=torch.long), torch.ones(5, k), num_experts)
+    chosen = choose(torch.randn(5, 32), routing, LoRA(num_experts, 32, rank=rank))
+    assert chosen == ("low_rank" if together else "compose")
+
+
 def test_auto_falls_back():
     moe = MoE(Capacity(TopK(4, 2), factor=0.25), FFN(2, 4, 3))
     assert moe(torch.randn(8, 4)).shape == (8, 4)
@@ -77,8 +113,8 @@ def registry(monkeypatch):
 
 def test_auto_considers_the_backends_in_this_order():
     assert backend_names() == [
-        "precomputed", "decode", "triton", "latent", "cpp", "onednn", "recompute", "gather", "liger", "sonicmoe",
-        "compose",
+        "precomputed", "decode", "triton", "latent", "low_rank", "cpp", "onednn", "recompute", "gather", "liger",
+        "sonicmoe", "compose",
     ]  # fmt: skip
 
 

@@ -265,6 +265,8 @@ def test_every_kind_of_experts_keeps_the_laws(name):
     check_experts(lambda *sizes: EXPERTS[name]())
 
 
-@pytest.mark.parametrize("name", ["compose", "gather", "onednn", "recompute", *([] if cpp.why_not() else ["cpp"])])
+@pytest.mark.parametrize(
+    "name", ["compose", "gather", "low_rank", "onednn", "recompute", *([] if cpp.why_not() else ["cpp"])]
+)
 def test_every_backend_of_a_cpu_keeps_the_laws(name):
     check_backend(name)

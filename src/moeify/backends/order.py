@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from moeify import env
-from moeify.backends import cpp, latent, onednn, peers, plain, triton
+from moeify.backends import cpp, latent, low_rank, onednn, peers, plain, triton
 from moeify.backends.base import Backend
 from moeify.experts.base import Experts
 from moeify.experts.wrapped import as_experts
@@ -26,6 +26,7 @@ _ORDER: list[tuple[str, Backend]] = [
     ("decode", Backend(triton.decode, triton.cannot_decode, triton.decode_chosen)),
     ("triton", Backend(triton.run, triton.cannot, triton.chosen)),
     ("latent", Backend(partial(latent.run, inside=_by_auto), latent.refuse, chosen=lambda *call: True)),
+    ("low_rank", Backend(low_rank.run, low_rank.refuse, low_rank.chosen)),
     ("cpp", Backend(cpp.run, cpp.refuse, cpp.chosen)),
     ("onednn", Backend(onednn.run, onednn.refuse, chosen=lambda x, *_: x.is_cpu)),
     ("recompute", Backend(partial(onednn.run, keep=False), onednn.refuse, chosen=lambda *call: False)),
