@@ -65,19 +65,27 @@ def test_gather_serves_one_weight_for_each_of_k_choices(reason, routing):
 
 
 @pytest.mark.parametrize(
-    ("reason", "experts", "shape"),
+    ("reason", "experts"),
     [
-        ("these are Identity", Identity(2), (2,)),
-        ("dropout in training is drawn for every expert", LoRA(2, 4, dropout=0.5), (2,)),
-        ("some are padding", LoRA(2, 4), (3,)),
+        ("these are Identity", Identity(2)),
+        ("dropout in training is drawn for every expert", LoRA(2, 4, dropout=0.5)),
     ],
 )
-def test_low_rank_experts_that_are_not_computed_together_are_refused_with_the_reason(reason, experts, shape):
-    routing = assign(torch.tensor([[0, 1], [1, 0]]), torch.ones(2, 2), 2, shape=shape, positions=torch.arange(2))
-    x = torch.randn(*shape, 4)
+def test_experts_that_are_not_computed_as_one_low_rank_are_refused_with_the_reason(reason, experts):
+    routing, x = assign(torch.tensor([[0, 1], [1, 0]]), torch.ones(2, 2), 2), torch.randn(2, 4)
     with pytest.raises(ValueError, match=f"'low_rank' cannot run this layer.*{reason}"):
         backends.run("low_rank", x, routing, experts)
     assert choose(x, routing, experts) != "low_rank"
+
+
+def test_padding_that_is_nan_reaches_no_gradient_of_low_rank_experts():
+    experts, x = LoRA(2, 4), torch.randn(3, 4)
+    nn.init.normal_(experts.lora_B)
+    x[2] = torch.nan
+    routing = assign(torch.tensor([[0, 1], [1, 0]]), torch.rand(2, 2), 2, shape=(3,), positions=torch.arange(2))
+    y = backends.run("low_rank", x.requires_grad_(), routing, experts)
+    assert choose(x, routing, experts) == "low_rank"
+    agree(y, [x, *experts.parameters()], compose(x, routing, experts), [x, *experts.parameters()])
 
 
 def test_low_rank_experts_keep_no_copy_of_the_tokens_for_the_backward_pass():

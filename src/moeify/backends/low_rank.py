@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
-from moeify.backends.base import needs_one_weight, needs_rows_only, needs_weights, sparse
+from moeify.backends.base import needs_all_choices, needs_one_weight, needs_rows_only, needs_weights, sparse
 from moeify.experts.base import Experts
 from moeify.experts.lora import LoRA
 from moeify.routing import Assignment, Routing
@@ -25,15 +25,32 @@ def run(x: Float[Tensor, "... D"], routing: Routing, experts: Experts) -> Float[
     E / k times as many low-rank projections, but nothing of the size (R, D).
     """
     assert isinstance(experts, LoRA)
-    routing = sparse(routing)
-    expert = routing.expert
-    of_rows = routing.weight.float() * experts.scale[expert]
-    weights = of_rows.new_zeros(math.prod(routing.shape), experts.num_experts)
-    weights = weights.index_put((routing.source, expert), of_rows, accumulate=True)
+    routing, tokens = sparse(routing), x.reshape(-1, x.shape[-1])
+    if needs_all_choices(routing) is None:
+        weights = _weights_of_choices(routing, experts)
+    else:
+        weights = _weights_of_rows(routing, experts)
+        is_read = weights.new_zeros(len(tokens), 1, dtype=torch.bool).index_fill(0, routing.source, True)
+        tokens = tokens.where(is_read, 0)  # padding may hold anything, NaN too
     down, up = experts.lora_A.flatten(0, 1), experts.lora_B.transpose(0, 1).flatten(1)
-    low = F.linear(x.reshape(-1, x.shape[-1]).to(down.dtype), down).unflatten(1, (experts.num_experts, -1))
+    low = F.linear(tokens.to(down.dtype), down).unflatten(1, (experts.num_experts, -1))
     low = (low * weights.unsqueeze(2)).to(low.dtype)
     return F.linear(low.flatten(1), up).view(*x.shape[:-1], -1)
+
+
+def _weights_of_choices(routing: Assignment, experts: LoRA) -> Float[Tensor, "T E"]:
+    """Scaled by that of each expert; without the rows, whose order costs more than all else where tokens are few."""
+    assert routing.choices is not None
+    indices = routing.choices.indices
+    scaled = routing.choices.weights.float() * experts.scale[indices]
+    return scaled.new_zeros(len(indices), experts.num_experts).scatter_add(1, indices, scaled)
+
+
+def _weights_of_rows(routing: Assignment, experts: LoRA) -> Float[Tensor, "T E"]:
+    expert = routing.expert
+    scaled = routing.weight.float() * experts.scale[expert]
+    table = scaled.new_zeros(math.prod(routing.shape), experts.num_experts)
+    return table.index_put((routing.source, expert), scaled, accumulate=True)
 
 
 def refuse(x: Tensor, routing: Routing, experts: Experts) -> str | None:
@@ -42,11 +59,11 @@ def refuse(x: Tensor, routing: Routing, experts: Experts) -> str | None:
         return f"it needs LoRA experts, and these are {type(experts).__name__}"
     if experts.training and experts.dropout.p > 0:
         return "it computes a projection once per token, and dropout in training is drawn for every expert"
-    if reason := needs_one_weight(routing) or needs_rows_only(routing):
-        return reason
-    if sparse(routing).tokens != math.prod(routing.shape):
-        return "it reads every token, and some are padding"
-    return needs_weights(x, experts, (experts.lora_A, experts.lora_B, experts.scale))
+    return (
+        needs_one_weight(routing)
+        or needs_rows_only(routing)
+        or needs_weights(x, experts, (experts.lora_A, experts.lora_B, experts.scale))
+    )
 
 
 def chosen(x: Tensor, routing: Routing, experts: Experts) -> bool:
