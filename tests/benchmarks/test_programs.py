@@ -213,6 +213,21 @@ def test_ways_of_fine_tuning_train_what_they_say(benchmarks):
     assert numbers[3] * 4 == numbers[2] * experts[3]
 
 
+def test_adapters_answer_as_in_peft_and_both_libraries_train_the_same_numbers(benchmarks, tmp_path):
+    adapters = benchmarks("adapters")
+    base = adapters.dense(argparse.Namespace(width=32, layers=1))
+    folders = adapters.write(base, tmp_path, 4)
+    adapters.must_agree(adapters.arrows(base, folders), torch.arange(48).unsqueeze(0))
+    trained = {
+        name: sum(p.numel() for p in model.parameters() if p.requires_grad)
+        for name, model in adapters.singles(base, folders[0]).items()
+    }
+    assert trained["moeify"] == trained["PEFT"] > 0
+    strangers = {name: adapters.singles(base, folders[at])[name] for at, name in enumerate(("moeify", "PEFT"))}
+    with pytest.raises(RuntimeError, match="logits of moeify and PEFT differ by"):
+        adapters.must_agree(strangers, torch.arange(48).unsqueeze(0))
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_long_rows_are_packed_and_a_sparse_layer_has_the_active_size_of_the_dense_one(benchmarks):
     long_text = benchmarks("long_text")
