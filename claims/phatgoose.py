@@ -9,6 +9,9 @@ The second try, `--gates 400 --collections text-domains`, trains gates for longe
 their tokens from all domains: gates that see their own domain alone learn where their adapter helps within it, not how
 that domain differs from others. Its design is in claims/designs.md; rows go to claims/results/phatgoose_400.csv.
 
+`--tune` chooses the rate of adapters, of gates and of the multitask adapter for each base and collection, with `--gates
+400` that of the gates of the second try. Gates are tried beside adapters of the paper's rate, by the routed loss.
+
     python claims/phatgoose.py          3 seeds, about 6 minutes per seed and base; appends to
                                         claims/results/phatgoose.csv and draws claims/results/phatgoose.png
 """
@@ -17,17 +20,19 @@ from __future__ import annotations
 
 import argparse
 import copy
+import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from csv import DictReader
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from statistics import fmean, stdev
 
 import torch
 import transformers
 from common.bases import trained_base
 from common.documents import BATCH, COLLECTIONS, GENERAL, LENGTH, Base, Blocks, Collection, drawn
+from common.rates import UNREPORTED, add_rates, parted, rates_of
 from results import RESULTS, append
 from torch import Tensor, nn
 
@@ -73,9 +78,7 @@ def own(seed: int) -> Base:
 BASES = {"stories260k": stories, "own": own}
 
 
-def train(
-    model: nn.Module, domains: list[Blocks], steps: int, seed: int, rate: float = RATE, batch: int = BATCH
-) -> nn.Module:
+def train(model: nn.Module, domains: list[Blocks], steps: int, seed: int, rate: float, batch: int = BATCH) -> nn.Module:
     """AdamW with 6 % of warm-up and a linear decay; returns the model."""
     learning = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(learning, lr=rate, weight_decay=0.0)
@@ -172,6 +175,20 @@ def own_share(model: nn.Module, own: list[Blocks]) -> float:
     return fmean(shares)
 
 
+Rates = dict[str, float]
+"""The learning rate of everything that is trained, by the names of `trained`."""
+
+
+def trained(gate_steps: int) -> tuple[str, ...]:
+    """What a try trains and can choose a rate for; the second has the adapters of the first."""
+    gates = gates_named(gate_steps)
+    return ("adapter", gates, "multitask") if gate_steps == GATE else (gates, gates_named(gate_steps, negatives=True))
+
+
+def gates_named(steps: int, *, negatives: bool = False) -> str:
+    return f"gates{' with negatives' if negatives else ''}, {steps} steps"
+
+
 @dataclass
 class Found:
     """The held-out losses of an arm, and the share of its first choices that are a domain's own adapter."""
@@ -228,18 +245,16 @@ class Tests:
         return found
 
 
-def arms(base: Base, collection: Collection, seed: int) -> Iterator[tuple[str, Found]]:
+def arms(base: Base, collection: Collection, seed: int, rates: Rates) -> Iterator[tuple[str, Found]]:
     """Every way to answer, and what it makes of the tests."""
     tests = Tests.of(base, collection)
     learnt = [base.blocks(found) for found in collection.read("train", collection.own).values()]
     number = len(learnt)
     yield "base", tests.ask(base.model)
 
-    adapters, gates, activations = [], [], []
-    for e, blocks in enumerate(learnt):
-        adapters.append(adapter(base, blocks, seed, e))
-        gates.append(train_gates(adapters[e], drawn([blocks], GATE, 1000 * seed + 100 + e), steps=GATE))
-        activations.append(mean_inputs(adapters[e], blocks[:16]))
+    adapters = [adapter(base, blocks, seed, e, rates["adapter"]) for e, blocks in enumerate(learnt)]
+    gates = gates_of(adapters, learnt, GATE, seed, rates[gates_named(GATE)])
+    activations = [mean_inputs(one, blocks[:16]) for one, blocks in zip(adapters, learnt, strict=True)]
 
     together = partial(joined, base.model, adapters)
     lookup = looked_up(together, number)
@@ -271,38 +286,93 @@ def arms(base: Base, collection: Collection, seed: int) -> Iterator[tuple[str, F
     yield "PHATGOOSE, k=2", asked(tests, routed)
     yield "told the domain", tests.told(lookup, singles)
 
-    torch.manual_seed(1000 * seed + number)
-    multitask = train(adapted(base.model, 1), learnt, ADAPTER * number, 1000 * seed + number)
-    yield "multitask, equal tokens", tests.ask(multitask)
+    yield "multitask, equal tokens", tests.ask(multitask(base, learnt, seed, rates["multitask"]))
 
 
-def gated(base: Base, collection: Collection, seed: int, steps: int) -> Iterator[tuple[str, Found]]:
+def gated(base: Base, collection: Collection, seed: int, rates: Rates, steps: int) -> Iterator[tuple[str, Found]]:
     """The arms of the second try: gates that are trained for so many steps, without and with other domains."""
     tests = Tests.of(base, collection)
     learnt = [base.blocks(found) for found in collection.read("train", collection.own).values()]
-    adapters = [adapter(base, blocks, seed, e) for e, blocks in enumerate(learnt)]
+    adapters = [adapter(base, blocks, seed, e, rates["adapter"]) for e, blocks in enumerate(learnt)]
     together = partial(joined, base.model, adapters)
     routed = together(torch.cat, partial(Phatgoose, k=2))
     activations = [mean_inputs(one, blocks[:16]) for one, blocks in zip(adapters, learnt, strict=True)]
     set_gates(routed, activations)
     yield "mean activations, k=2", asked(tests, routed)
-    for name, others in (("PHATGOOSE, k=2", 0), ("PHATGOOSE with negatives, k=2", 1)):
-        gates = []
-        for e, blocks in enumerate(learnt):
-            domains = [blocks] * (len(learnt) if others else 1) + learnt * others
-            batches = drawn(domains, steps, 1000 * seed + 100 + e)
-            gates.append(train_gates(adapters[e], batches, steps=steps))
-        set_gates(routed, gates)
+    for name, negatives in (("PHATGOOSE, k=2", False), ("PHATGOOSE with negatives, k=2", True)):
+        rate = rates[gates_named(steps, negatives=negatives)]
+        set_gates(routed, gates_of(adapters, learnt, steps, seed, rate, negatives=negatives))
         yield name, asked(tests, routed)
     lookup = looked_up(together, len(learnt))
     singles = [tests.ask(lookup, lambda blocks, e=e: torch.full((len(blocks),), e)) for e in range(len(learnt))]
     yield "told the domain", tests.told(lookup, singles)
 
 
-def adapter(base: Base, blocks: Blocks, seed: int, e: int) -> nn.Module:
+def adapter(base: Base, blocks: Blocks, seed: int, e: int, rate: float) -> nn.Module:
     """The base with the adapter of a domain, the e-th."""
     torch.manual_seed(1000 * seed + e)
-    return train(adapted(base.model, 1), [blocks], ADAPTER, 1000 * seed + e)
+    return train(adapted(base.model, 1), [blocks], ADAPTER, 1000 * seed + e, rate)
+
+
+def multitask(base: Base, learnt: list[Blocks], seed: int, rate: float) -> nn.Module:
+    """The base with one adapter for all domains."""
+    number = len(learnt)
+    torch.manual_seed(1000 * seed + number)
+    return train(adapted(base.model, 1), learnt, ADAPTER * number, 1000 * seed + number, rate)
+
+
+def gates_of(
+    adapters: list[nn.Module], learnt: list[Blocks], steps: int, seed: int, rate: float, *, negatives: bool = False
+) -> list[dict[str, Tensor]]:
+    """The gates of every adapter, trained on blocks of its domain; with negatives, half of them are of all domains."""
+    gates = []
+    for e, (one, blocks) in enumerate(zip(adapters, learnt, strict=True)):
+        domains = [blocks] * len(learnt) + learnt if negatives else [blocks]
+        gates.append(train_gates(one, drawn(domains, steps, 1000 * seed + 100 + e), steps=steps, lr=rate))
+    return gates
+
+
+def tuned(options: argparse.Namespace) -> dict[tuple[str, str], Rates]:
+    """The rates of every base and collection."""
+
+    @cache
+    def base_of(name: str) -> Base:
+        return BASES[name](UNREPORTED)
+
+    @cache
+    def parts(name: str, collection: str) -> tuple[list[Blocks], list[Blocks]]:
+        """Of every own domain what is held out, as many blocks as of a test, and what is learnt."""
+        found, base = COLLECTIONS[collection], base_of(name)
+        learnt = [base.blocks(documents) for documents in found.read("train", found.own).values()]
+        rest, most = ([blocks[parted(len(blocks))[i]] for blocks in learnt] for i in range(2))
+        return [blocks[: found.blocks] for blocks in rest], most
+
+    @cache
+    def adapters(name: str, collection: str, rate: float) -> list[nn.Module]:
+        most = parts(name, collection)[1]
+        return [adapter(base_of(name), blocks, UNREPORTED, e, rate) for e, blocks in enumerate(most)]
+
+    def error(arm: tuple[str, str, str], rate: float) -> float:
+        what, name, collection = arm
+        rest, most = parts(name, collection)
+        if what == "multitask":
+            model = multitask(base_of(name), most, UNREPORTED, rate)
+        elif what == "adapter":
+            found = zip(adapters(name, collection, rate), rest, strict=True)
+            return fmean(held_out(one, blocks) for one, blocks in found)
+        else:
+            ready = adapters(name, collection, RATE)
+            model = joined(base_of(name).model, ready, torch.cat, partial(Phatgoose, k=2))
+            steps, negatives = options.gates, what == gates_named(options.gates, negatives=True)
+            set_gates(model, gates_of(ready, most, steps, UNREPORTED, rate, negatives=negatives))
+        return fmean(held_out(model, blocks) for blocks in rest)
+
+    settings = [(name, collection) for name in options.bases for collection in options.collections]
+    parts_trained = trained(options.gates)
+    if not options.tune:
+        parts_trained = tuple(dict.fromkeys(trained(GATE) + parts_trained))
+    rates = rates_of("phatgoose", [(what, *setting) for setting in settings for what in parts_trained], options, error)
+    return {setting: {what: rates[what, *setting] for what in parts_trained} for setting in settings}
 
 
 def looked_up(together: Callable[..., nn.Module], number: int) -> nn.Module:
@@ -354,16 +424,21 @@ def main() -> None:
     parser.add_argument(
         "--gates", type=int, default=GATE, help="steps of the gates; other than 100 they are those of the second try"
     )
+    add_rates(parser, RATE)
+    parser.add_argument("--hardware", default="unknown", help="the name of the hardware in the rows")
+    parser.set_defaults(steps=ADAPTER)
     options = parser.parse_args()
     is_first = options.gates == GATE
     ways = arms if is_first else partial(gated, steps=options.gates)
     torch.set_num_threads(1)
+    rates = tuned(options)
     ends: dict[tuple[str, str, str], list[tuple[float, ...]]] = {}
     for seed in options.seeds:
         for name in options.bases:
             base = BASES[name](seed)
             for collection in options.collections:
-                for arm, found in ways(base, COLLECTIONS[collection], seed):
+                began, own = time.process_time(), rates[name, collection]
+                for arm, found in ways(base, COLLECTIONS[collection], seed, own):
                     groups = (found.own, found.unseen, found.mixed)
                     means = tuple(fmean(group.values()) for group in groups)
                     ends.setdefault((name, collection, arm), []).append(means)
@@ -375,6 +450,8 @@ def main() -> None:
                         "loss_mixed": f"{means[2]:.4f}",
                         "own_expert_first": share,
                         "by_domain": "; ".join(f"{d} {loss:.4f}" for group in groups for d, loss in group.items()),
+                        "hardware": options.hardware, "rates": "; ".join(f"{what} {own[what]:g}" for what in own),
+                        "cpu_seconds": f"{time.process_time() - began:.0f}",
                     })  # fmt: skip
                     told = "  ".join(f"{m:.4f}" for m in means)
                     print(f"{name}, {collection}, seed {seed}  {arm:34} {told}  {share}", flush=True)
