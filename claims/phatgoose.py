@@ -390,11 +390,12 @@ def asked(tests: Tests, model: nn.Module) -> Found:
 
 
 def draw() -> None:
-    """What every arm gains over the base, mean over the seeds."""
+    """What every arm gains over the base, mean over the seeds, in their last run."""
     from matplotlib.figure import Figure
 
+    columns = ("base", "collection", "arm", "seed")
     with (RESULTS / "phatgoose.csv").open(newline="") as lines:
-        rows = list(DictReader(lines))
+        rows = list({tuple(row[column] for column in columns): row for row in DictReader(lines)}.values())
     settings = list(dict.fromkeys((row["base"], row["collection"]) for row in rows))
     figure = Figure(figsize=(11, 3.6 * -(-len(settings) // 2)), layout="constrained")
     axes = figure.subplots(-(-len(settings) // 2), 2, squeeze=False).flatten()

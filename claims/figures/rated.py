@@ -15,6 +15,7 @@ def rated() -> dict[str, list[Figure]]:
         **zero_computation(), **densemixer(), **switch_scaling(), **mixtral(), **fine_grained(), **collapse(),
         **heterogeneous(), **long_text(), **upcycling(), **engram(), **three_modalities(), **batch_priority(),
         **flan_moe(), **limoe(), **nllb(), **mobile_vmoe(), **over_sparsity(), **soft_moe(),
+        **branch_train_mix(),
     }  # fmt: skip
 
 
@@ -370,4 +371,20 @@ def soft_moe() -> dict[str, list[Figure]]:
         ],
         "soft_moe.one_rate": [each.mean("higher") for each in ahead(one)],
         "soft_moe.least": least(ahead(own)),
+    }
+
+
+def branch_train_mix() -> dict[str, list[Figure]]:
+    (one, own), (one_later, later) = runs("branch_train_mix"), runs("branch_train_mix_4000")
+
+    def behind(rows: Rows) -> list[Differences]:
+        arms = ("merged, rest mean, all trained", "merged, rest mean, own expert")
+        return less(rows, "dense, equal tokens", *arms, column="loss_mean")
+
+    return {
+        "branch_train_mix": intervals(behind(own), "lower"),
+        "branch_train_mix.one_rate": means(behind(one)[:1]),
+        "branch_train_mix.second": intervals(behind(later), "lower"),
+        "branch_train_mix.second_one_rate": means(behind(one_later)),
+        "branch_train_mix.second_least": least(behind(later)[:1]),
     }

@@ -76,14 +76,6 @@ def _conversion() -> dict[str, list[Figure]]:
 
 
 def _composition() -> dict[str, list[Figure]]:
-    mixed, later = (table(f"claims/results/branch_train_mix{which}.csv") for which in ("", "_4000"))
-    behind = mixed.where(arm="merged, rest mean, all trained").minus(
-        mixed.where(arm="dense, equal tokens"), "loss_mean"
-    )
-    second, told = (
-        later.where(arm=f"merged, rest mean, {how}").minus(later.where(arm="dense, equal tokens"), "loss_mean")
-        for how in ("all trained", "own expert")
-    )
     cluster = table("claims/results/mocle.csv")
     one = cluster.where(arm="one adapter", rate="0.01")
     at_paper, at_one = (
@@ -108,9 +100,6 @@ def _composition() -> dict[str, list[Figure]]:
     ]
     what = "mean of Arrow less PHATGOOSE by seed, of loss_own and loss_mixed in all settings"
     return {
-        "branch_train_mix": [behind.mean("lower"), behind.spread()],
-        "branch_train_mix.second": [second.mean("lower"), *second.ends(), told.mean("lower"), *told.ends()],
-        "branch_train_mix.second_least": [second.half()],
         "phatgoose.second_least": [max((each.half() for each in second_gates), key=lambda half: half.value)],
         "mocle": [at_paper.mean("lower"), at_paper.spread(), at_one.behind(), at_one.spread()],
         "phatgoose.second": [figure for each in second_gates for figure in (each.mean("lower"), *each.ends())],
