@@ -156,6 +156,17 @@ def test_tokens_of_another_dtype_come_out_in_that_of_the_experts_or_are_refused(
         torch.testing.assert_close(y, expected, rtol=2e-2, atol=2e-2)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_layer_without_tokens_has_an_output_without_tokens(kind):
+    moe, x = MoE(TopK(8, 4), KINDS[kind]()), torch.randn(2, 0, 8, requires_grad=True)
+    for name in ("auto", *backend_names()):
+        moe.backend = name
+        y = _computed(moe, x)
+        if not isinstance(y, str):
+            assert y.shape == (2, 0, 8), name
+            y.sum().backward()
+
+
 def _computed(moe, x):
     try:
         return moe(x)

@@ -35,7 +35,7 @@ def run(x: Float[Tensor, "... D"], routing: Routing, experts: Experts) -> Float[
     down, up = experts.lora_A.flatten(0, 1), experts.lora_B.transpose(0, 1).flatten(1)
     low = F.linear(tokens.to(down.dtype), down).unflatten(1, (experts.num_experts, -1))
     low = (low * weights.unsqueeze(2)).to(low.dtype)
-    return F.linear(low.flatten(1), up).view(*x.shape[:-1], -1)
+    return F.linear(low.flatten(1), up).view(*x.shape[:-1], experts.width_out)
 
 
 def _weights_of_choices(routing: Assignment, experts: LoRA) -> Float[Tensor, "T E"]:
