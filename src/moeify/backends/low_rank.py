@@ -32,10 +32,14 @@ def run(x: Float[Tensor, "... D"], routing: Routing, experts: Experts) -> Float[
         weights = _weights_of_rows(routing, experts)
         is_read = weights.new_zeros(len(tokens), 1, dtype=torch.bool).index_fill(0, routing.source, True)
         tokens = tokens.where(is_read, 0)  # padding may hold anything, NaN too
-    down, up = experts.lora_A.flatten(0, 1), experts.lora_B.transpose(0, 1).flatten(1)
+    down, up = experts.lora_A.flatten(0, 1), experts.lora_B
     low = F.linear(tokens.to(down.dtype), down).unflatten(1, (experts.num_experts, -1))
     low = (low * weights.unsqueeze(2)).to(low.dtype)
-    return F.linear(low.flatten(1), up).view(*x.shape[:-1], experts.width_out)
+    if len(tokens) <= experts.rank:  # the outputs of all experts are smaller than a copy of B in another order
+        y = torch.bmm(low.transpose(0, 1), up.mT).sum(0)
+    else:
+        y = F.linear(low.flatten(1), up.transpose(0, 1).flatten(1))
+    return y.view(*x.shape[:-1], experts.width_out)
 
 
 def _weights_of_choices(routing: Assignment, experts: LoRA) -> Float[Tensor, "T E"]:
