@@ -15,7 +15,7 @@ def rated() -> dict[str, list[Figure]]:
         **zero_computation(), **densemixer(), **switch_scaling(), **mixtral(), **fine_grained(), **collapse(),
         **heterogeneous(), **long_text(), **upcycling(), **engram(), **three_modalities(), **batch_priority(),
         **flan_moe(), **limoe(), **nllb(), **mobile_vmoe(), **over_sparsity(), **soft_moe(),
-        **branch_train_mix(),
+        **branch_train_mix(), **phatgoose(),
     }  # fmt: skip
 
 
@@ -387,4 +387,41 @@ def branch_train_mix() -> dict[str, list[Figure]]:
         "branch_train_mix.second": intervals(behind(later), "lower"),
         "branch_train_mix.second_one_rate": means(behind(one_later)),
         "branch_train_mix.second_least": least(behind(later)[:1]),
+    }
+
+
+def phatgoose() -> dict[str, list[Figure]]:
+    one, own = runs("phatgoose", "base", "collection", "arm")
+    one_later, later = runs("phatgoose_400", "base", "arm")
+    bases = ("stories260k", "own")
+
+    def ahead_of_arrow(rows: Rows) -> list[Figure]:
+        settings = [
+            rows.where(base=base, collection=collection)
+            for base in bases
+            for collection in ("text-domains", "instruct-mix")
+        ]
+        ahead = [
+            -fmean(less(here, "Arrow, k=3", "PHATGOOSE, k=2", column=column)[0].values)
+            for here in settings
+            for column in ("loss_own", "loss_mixed")
+        ]
+        what = "mean of Arrow less PHATGOOSE by seed, of loss_own and loss_mixed in all settings"
+        return [
+            rows.figure(min(ahead), f"least {what}", "higher"), rows.figure(max(ahead), f"largest {what}", "higher"),
+        ]  # fmt: skip
+
+    def gates(rows: Rows) -> list[Differences]:
+        return [
+            less(rows.where(base=base), "mean activations, k=2", arm, column="loss_own")[0]
+            for arm in ("PHATGOOSE, k=2", "PHATGOOSE with negatives, k=2")
+            for base in bases
+        ]
+
+    return {
+        "phatgoose": ahead_of_arrow(own),
+        "phatgoose.one_rate": ahead_of_arrow(one),
+        "phatgoose.second": intervals(gates(later), "lower"),
+        "phatgoose.second_one_rate": means(gates(one_later)),
+        "phatgoose.second_least": least(gates(later)),
     }

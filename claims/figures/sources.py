@@ -81,32 +81,9 @@ def _composition() -> dict[str, list[Figure]]:
     at_paper, at_one = (
         cluster.where(arm=arm, rate="0.003").minus(one, "loss_seen") for arm in ("MoCLE", "MoCLE, temperature 1")
     )
-    gates = table("claims/results/phatgoose.csv")
-    settings = [
-        gates.where(base=base, collection=collection)
-        for base in ("stories260k", "own")
-        for collection in ("text-domains", "instruct-mix")
-    ]
-    ahead = [
-        -fmean(rows.where(arm="PHATGOOSE, k=2").minus(rows.where(arm="Arrow, k=3"), column).values)
-        for rows in settings
-        for column in ("loss_own", "loss_mixed")
-    ]
-    longer = table("claims/results/phatgoose_400.csv")
-    second_gates = [
-        longer.where(base=base, arm=arm).minus(longer.where(base=base, arm="mean activations, k=2"), "loss_own")
-        for arm in ("PHATGOOSE, k=2", "PHATGOOSE with negatives, k=2")
-        for base in ("stories260k", "own")
-    ]
-    what = "mean of Arrow less PHATGOOSE by seed, of loss_own and loss_mixed in all settings"
     return {
-        "phatgoose.second_least": [max((each.half() for each in second_gates), key=lambda half: half.value)],
         "mocle": [at_paper.mean("lower"), at_paper.spread(), at_one.behind(), at_one.spread()],
-        "phatgoose.second": [figure for each in second_gates for figure in (each.mean("lower"), *each.ends())],
-        "phatgoose": [
-            gates.figure(min(ahead), f"least {what}", "higher"), gates.figure(max(ahead), f"largest {what}", "higher"),
-        ],
-    }  # fmt: skip
+    }
 
 
 def _training() -> dict[str, list[Figure]]:
