@@ -124,10 +124,9 @@ def main() -> None:
         for point in points(chosen, head, todo):
             case, dtype = point["case"], point["dtype"]
             if (case, dtype) not in models:
-                typed = copy.deepcopy(base).to(DTYPES[dtype])
-                models = {(case, dtype): arrows(typed, folders) if case == CASES[0] else singles(typed, folders[0])}
+                made = arrows(base, folders) if case == CASES[0] else singles(base, folders[0])
+                models = {(case, dtype): {name: model.to(DTYPES[dtype]) for name, model in made.items()}}
             both, ids = models[case, dtype], torch.randint(1024, (1, int(point["tokens"])))
-            both = {name: model.to(DTYPES[dtype]) for name, model in both.items()}
             if dtype == "float32":
                 must_agree(both, ids)
             ways = {name: partial(step, model, ids, case != CASES[0]) for name, model in both.items()}
